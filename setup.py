@@ -1,0 +1,26 @@
+"Packaging: everything that changes is read from settings.ini."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+parser = ConfigParser(delimiters=['='], interpolation=None)
+parser.read(here/'settings.ini', encoding='utf-8')
+cfg = parser['DEFAULT']
+lite, dev = cfg['lite_requirements'].split(), cfg['dev_requirements'].split()
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
+    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    author=cfg['author'], keywords=cfg['keywords'].split(), license='Apache-2.0',
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=['rcic_fastai', 'rcic_fastai.*']),
+    package_data={'rcic_fastai': ['tables/*.csv']}, zip_safe=False,
+    install_requires=cfg['requirements'].split(),
+    extras_require={'lite': lite, 'dev': lite + dev},
+    entry_points={'console_scripts': cfg['console_scripts'].split(),
+                  'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
+                 'Natural Language :: English', 'Topic :: Scientific/Engineering :: Image Recognition']
+                + [f'Programming Language :: Python :: 3.{v}' for v in range(10, 14)],
+)
