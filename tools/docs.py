@@ -1,0 +1,182 @@
+"""Build docs/, README.md and the sidebar from the notebooks of one project folder.
+
+    python tools/docs.py PROJECT OUT
+
+PROJECT is a scratch copy (nbdev writes its `_proc` folder there; `sync.py` makes the copy), OUT receives `docs/`,
+`README.md` and `nbs/sidebar.yml`. Two builds of the same notebooks are identical byte for byte, on any machine.
+"""
+import base64, hashlib, json, os, re, shutil, sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+# what decides the bytes of a page besides the notebooks
+TOOLS = ['nbdev', 'fastcore', 'execnb', 'smalldocs', 'Pygments', 'markdown-it-py', 'mdit-py-plugins', 'fastai', 'torch']
+NUMBER = re.compile(r'^\d+[a-z]?_')
+SECTIONS = [('The pipeline', range(0, 30)), ('Tutorials', range(30, 90)), ('Behind these pages', range(90, 100))]
+
+# A browser refuses fetch() on a page opened from the file system, and smalldocs fetches its search index.
+# There, and only there, the same index comes from a script.
+SEARCH_FROM_FILE = """<script>
+if (location.protocol === 'file:') window.fetch = url => new Promise((done, fail) => {
+  const script = document.createElement('script');
+  script.src = String(url).replace('search.json', 'search.js');
+  script.onload = () => done({json: async () => window.searchIndex});
+  script.onerror = fail;
+  document.head.append(script);
+});
+</script>"""
+
+
+def notebooks(project):
+    "The notebooks in reading order: index, then by number."
+    nbs = sorted(p for p in (project/'nbs').glob('*.ipynb') if p.stem != 'index' and not p.name.startswith(('_', '.')))
+    return [project/'nbs'/'index.ipynb'] + nbs
+
+
+def page_name(nb): return NUMBER.sub('', nb.stem)
+
+
+def text_of(value): return value if isinstance(value, str) else ''.join(value)
+
+
+def sidebar(nbs):
+    "The sidebar, in the form that Quarto and smalldocs read."
+    number = {nb: int(nb.name.split('_')[0]) for nb in nbs[1:]}
+    lines = ['# Made by `make docs` from the names of the notebooks.', 'website:', '  sidebar:', '    contents:',
+             '      - section: Start', '        contents:', '          - index.ipynb']
+    for title, numbers in SECTIONS:
+        if inside := [nb for nb in nbs[1:] if number[nb] in numbers]:
+            lines += [f'      - section: {title}', '        contents:'] + [f'          - {nb.name}' for nb in inside]
+    return '\n'.join(lines) + '\n'
+
+
+def process(project):
+    "Run nbdev over the notebooks (signatures, links, hidden cells); a notebook that fails is named."
+    os.chdir(project)
+    sys.path.insert(0, str(project))
+    os.environ.setdefault('MPLBACKEND', 'Agg')
+    from nbdev.serve import proc_nbs
+    try: return proc_nbs(force=True, n_workers=0)
+    except Exception as e: raise SystemExit(f'docs: {e}')
+
+
+def plain_names(proc, nbs):
+    "Drop the numbers from page names, and from every link between pages."
+    pages = {nb.name: f'{page_name(nb)}.ipynb' for nb in nbs}
+    for nb in nbs:
+        text = (proc/nb.name).read_text(encoding='utf-8')
+        text = re.sub(r'\]\((?:\.\./|nbs/)?([\w.-]+\.ipynb)(#[^)]*)?\)',
+                      lambda m: f"]({pages.get(m[1], m[1])}{m[2] or ''})", text)
+        (proc/nb.name).unlink()
+        (proc/pages[nb.name]).write_text(text, encoding='utf-8')
+    bar = (proc.parent/'nbs'/'sidebar.yml').read_text(encoding='utf-8')
+    for old, new in pages.items(): bar = bar.replace(f'- {old}\n', f'- {new}\n')
+    (proc/'sidebar.yml').write_text(bar, encoding='utf-8')
+
+
+def picture_files(docs):
+    "Move every picture that is inside a page into a file of its own."
+    for page in sorted(docs.glob('*.html')):
+        count = 0
+
+        def out(m):
+            nonlocal count
+            count += 1
+            name = f'{page.stem}_files/{count}.{m[1]}'
+            (docs/name).parent.mkdir(exist_ok=True)
+            (docs/name).write_bytes(base64.b64decode(m[2]))
+            return f'src="{name}"'
+
+        html = re.sub(r'src="data:image/(png|jpeg|gif);base64,([^"]+)"', out, page.read_text(encoding='utf-8'))
+        page.write_text(html, encoding='utf-8')
+
+
+def local_links(docs, own_url):
+    "Links to our own hosted pages become links between files, so that the folder can be read where it lies."
+    names = {p.name for p in docs.glob('*.html')}
+    link = re.compile(rf'href="(?:{re.escape(own_url.rstrip("/"))})?/*([\w.-]+\.html)(#[^"]*)?"')
+    for page in docs.glob('*.html'):
+        html = page.read_text(encoding='utf-8')
+        html = link.sub(lambda m: f'href="./{m[1]}{m[2] or ""}"' if m[1] in names else m[0], html)
+        page.write_text(html, encoding='utf-8')
+
+
+def search_script(docs):
+    index = (docs/'search.json').read_text(encoding='utf-8')
+    (docs/'search.js').write_text(f'window.searchIndex = {index};\n', encoding='utf-8')
+    for page in docs.glob('*.html'):
+        html = page.read_text(encoding='utf-8')
+        page.write_text(html.replace('</head>', f'{SEARCH_FROM_FILE}\n</head>', 1), encoding='utf-8')
+
+
+def readme(index):
+    "index.ipynb as Markdown; its pictures are the ones that the docs show."
+    parts, count = ['<!-- Made from index.ipynb by `make docs`: edit that. -->'], 0
+    for cell in json.loads(index.read_text(encoding='utf-8'))['cells']:
+        lines = text_of(cell['source']).splitlines()
+        option = {m[1]: (m[2] or '').strip() for l in lines if (m := re.match(r'#\|\s*([\w-]+):?\s*(.*)', l))}
+        if 'hide' in option or 'default_exp' in option: continue
+        source = '\n'.join(l for l in lines if not l.startswith('#|')).strip('\n')
+        if cell['cell_type'] == 'markdown':
+            parts.append(re.sub(r'\]\((?:nbs/)?(\d\w*\.ipynb)', r'](nbs/\1', source))
+            continue
+        if source and option.get('echo') != 'false': parts.append(f'```python\n{source}\n```')
+        for output in cell.get('outputs', []):
+            data = output.get('data', {})
+            if 'image/png' in data:
+                count += 1
+                parts.append(f"![{option.get('fig-alt', '')}](docs/index_files/{count}.png)")
+            elif 'text/html' in data or 'text/markdown' in data:
+                parts.append(text_of(data.get('text/markdown') or data['text/html']).strip())
+            elif plain := text_of(data.get('text/plain') or output.get('text', '')).rstrip():
+                parts.append(f'```\n{plain}\n```')
+    return '\n\n'.join(p for p in parts if p) + '\n'
+
+
+def digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def tool_versions():
+    found = {'python': '.'.join(map(str, sys.version_info[:2]))}
+    for name in TOOLS:
+        try: found[name] = version(name).split('+')[0]
+        except PackageNotFoundError: found[name] = None
+    return found
+
+
+def sources(project):
+    "Checksums of all that the pages are made from."
+    files = notebooks(project) + [project/'pyproject.toml', project/'settings.ini', project/'tools'/'docs.py',
+                                  project/'nbs'/'_quarto.yml', project/'nbs'/'styles.css']
+    return {p.relative_to(project).as_posix(): digest(p) for p in files}
+
+
+def outputs(docs):
+    return {p.relative_to(docs).as_posix(): digest(p) for p in sorted(docs.rglob('*'))
+            if p.is_file() and p.name != 'build.json'}
+
+
+def build(project, out):
+    nbs = notebooks(project)
+    (out/'nbs').mkdir(parents=True)
+    (out/'nbs'/'sidebar.yml').write_text(sidebar(nbs), encoding='utf-8')
+    (out/'README.md').write_text(readme(nbs[0]), encoding='utf-8')
+    shutil.copy(out/'nbs'/'sidebar.yml', project/'nbs'/'sidebar.yml')
+    proc = process(project)
+    plain_names(proc, nbs)
+    shutil.copy(project/'nbs'/'styles.css', proc)
+
+    from nbdev.config import get_config
+    from smalldocs.site import build as render
+    for warning in render(proc, quiet=True).warnings: print('docs:', warning)
+    docs = shutil.copytree(proc/'_site', out/'docs')
+    picture_files(docs)
+    local_links(docs, get_config().doc_url)
+    search_script(docs)
+    if (sitemap := docs/'sitemap.xml').exists():   # dates of files differ from clone to clone
+        sitemap.write_text(re.sub(r'\s*<lastmod>.*?</lastmod>', '', sitemap.read_text()))
+    record = dict(tools=tool_versions(), sources=sources(project), pages=outputs(docs))
+    (docs/'build.json').write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__': build(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())
