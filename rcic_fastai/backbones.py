@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEMS', 'EFFNETS', 'LITE', 'Slot', 'Backbone', 'adapt_filters', 'adapt_stem', 'backbone_family', 'EffNetBody',
-           'feature_map', 'TimmBody', 'first_line', 'read_weights', 'lite0_weights', 'create_backbone', 'body_blocks',
+           'first_line', 'feature_map', 'TimmBody', 'read_weights', 'lite0_weights', 'create_backbone', 'body_blocks',
            'body_groups']
 
 # %% ../nbs/06_backbones.ipynb #305dd6a1
@@ -118,7 +118,7 @@ def _effnet(arch, family, **kwargs):
                           f'run pip install "rcic_fastai{"[lite]" if family == "lite" else ""}".') from None
     return EfficientNet.from_name(arch, image_size=None, **kwargs)
 
-# %% ../nbs/06_backbones.ipynb #e498de1d
+# %% ../nbs/06_backbones.ipynb #9af3c959
 def _timm_create(arch, pretrained=False, **kwargs):
     "A timm model without classifier and pooling, for any picture size where the architecture can"
     import timm
@@ -128,12 +128,16 @@ def _timm_create(arch, pretrained=False, **kwargs):
     for o in (*flexible, {}, None):
         base = dict(num_classes=0) if o is None else dict(num_classes=0, global_pool='', **o)
         try: return timm.create_model(arch, pretrained=pretrained, **base, **kwargs)
-        except TypeError as e:
-            if 'unexpected keyword' not in str(e): raise
-            if o is None: raise ScreenError(f'{arch} cannot be built with {kwargs}: {e}.') from None
-        except AssertionError as e: raise ScreenError(f'{arch} cannot be built without its pooling ({e}): choose another architecture.') from None
+        except (TypeError, AssertionError) as e:     # an argument this architecture does not take: try with fewer
+            if o is None: raise ScreenError(f'{arch} cannot be built with {kwargs} ({first_line(e)}): give other arguments.') from None
 
-# %% ../nbs/06_backbones.ipynb #8b7d8105
+def first_line(
+    e, # An exception or anything with text
+)->str:
+    "The first line of what `e` says, without its full stop"
+    return str(e).strip().split('\n')[0].rstrip('.:') or type(e).__name__
+
+# %% ../nbs/06_backbones.ipynb #69a502dc
 def _stem_name(model, arch):
     "Name of the module that reads the picture: the first convolution, or the block with all of them"
     names = model.pretrained_cfg.get('first_conv') or [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)][:1]
@@ -142,7 +146,7 @@ def _stem_name(model, arch):
     try: stem = model.get_submodule('.'.join(common)) if common else nn.ModuleList()
     except AttributeError: stem = nn.ModuleList()
     convs = _picture_convs(stem)
-    if isinstance(stem, (nn.ModuleList, nn.ModuleDict)) or not convs or any(c.groups != 1 for c in convs):
+    if isinstance(stem, (nn.ModuleList, nn.ModuleDict)) or not convs or any(c.groups != 1 or c.in_channels != 3 for c in convs):
         raise ScreenError(f'{arch} does not read pictures with one plain convolution, so it cannot be widened to other '
                           'channels: choose another architecture.')
     return '.'.join(common)
@@ -152,7 +156,9 @@ def _picture_convs(stem):
     if isinstance(stem, nn.Conv2d): return [stem]
     return [m for m in stem.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
 
-# %% ../nbs/06_backbones.ipynb #d0dede4d
+# %% ../nbs/06_backbones.ipynb #af9f343d
+def _pair(n): return tuple(n) if isinstance(n, (tuple, list)) else (n, n)
+
 def _take_out(model, name):
     "Take the module `name` out of `model`, leaving a `Slot`"
     stem = model.get_submodule(name)
@@ -161,11 +167,11 @@ def _take_out(model, name):
     if isinstance(parent, nn.Sequential): parent[int(attr) if attr.isdigit() else list(dict(parent.named_children())).index(attr)] = Slot()
     else: setattr(parent, attr, Slot())
     if hasattr(parent, 'patch_size') and hasattr(parent, 'img_size'):
-        if parent.img_size is not None: parent.img_size = parent.grid_size
+        if parent.img_size is not None: parent.img_size = tuple(s//p for s, p in zip(_pair(parent.img_size), _pair(parent.patch_size)))
         parent.patch_size = (1, 1)
     return stem
 
-# %% ../nbs/06_backbones.ipynb #eae78d26
+# %% ../nbs/06_backbones.ipynb #1c1999c9
 def feature_map(
     x:torch.Tensor, # [B,F,h,w], [B,h,w,F] or tokens [B,N,F]
     n_features:int, # F
@@ -178,10 +184,10 @@ def feature_map(
     if x.ndim == 3 and x.shape[2] == n_features:
         (H, W), n = grid, x.shape[1] - n_prefix
         r = round((H*W/max(n, 1))**.5)          # tokens may have been merged r×r
-        if r >= 1 and (H//r)*(W//r) == n: return x[:, n_prefix:].transpose(1, 2).unflatten(2, (H//r, W//r))
+        if r >= 1 and (H//r)*(W//r) == n and (n > 1 or H*W == 1): return x[:, n_prefix:].transpose(1, 2).unflatten(2, (H//r, W//r))
     raise ScreenError(f'A model answered {list(x.shape)}, which is no feature map of {n_features} channels: choose another architecture.')
 
-# %% ../nbs/06_backbones.ipynb #6bdcb6d9
+# %% ../nbs/06_backbones.ipynb #b8b34eb6
 class TimmBody(nn.Module):
     "A timm model after its first convolution, before its pooling"
     def __init__(self,
@@ -191,12 +197,18 @@ class TimmBody(nn.Module):
         super().__init__()
         self.net,self.n_features = net,n_features
         self.n_prefix,self.nhwc = getattr(net, 'num_prefix_tokens', 0),False
+        self.grid,self.size = None,None      # of the trial run: the answer of the stem, the picture in px
 
     def forward(self, x):
         grid = tuple(x.shape[-2:])
-        return feature_map(self.net.forward_features(x), self.n_features, grid, self.n_prefix, self.nhwc)
+        try: y = self.net.forward_features(x)
+        except (AssertionError, RuntimeError) as e:
+            if self.grid is None or grid == self.grid or isinstance(e, torch.OutOfMemoryError): raise
+            raise ScreenError(f'{type(self.net).__name__} reads pictures of {"×".join(map(str, self.size))} px and not of this size '
+                              f'({first_line(e)}): resize the pictures, or build it with img_size, where it takes one.') from e
+        return feature_map(y, self.n_features, grid, self.n_prefix, self.nhwc)
 
-# %% ../nbs/06_backbones.ipynb #7c0d1a96
+# %% ../nbs/06_backbones.ipynb #942f9c31
 def _trial(stem, body, n_channels, size):
     "One blank picture through a `TimmBody`: its answer, and the names of the children that took no part"
     used,hooks = set(),[]
@@ -213,28 +225,32 @@ def _trial(stem, body, n_channels, size):
         stem.train(mode), body.train(mode)
     return y, out, [n for n, c in body.net.named_children() if n not in used and any(True for _ in c.parameters())]
 
+def _trial_sizes(net, stem):
+    "Sizes of picture (height, width) that a timm model may accept, px"
+    cfg,embed = net.pretrained_cfg,getattr(net, 'patch_embed', None)
+    own = tuple(cfg.get('input_size', (3, 224, 224))[1:])
+    if getattr(embed, 'img_size', None) and isinstance(stem, nn.Conv2d):
+        return [tuple(g*s for g, s in zip(embed.img_size, stem.stride)), own]      # `img_size` is the grid of patches by now
+    return [own] if cfg.get('fixed_input_size') else [(128, 128), own]
+
 def _timm_body(stem, net, arch, n_channels):
-    "Wrap `net` and make sure that it answers a feature map"
-    cfg,body = net.pretrained_cfg,TimmBody(net, net.num_features)
-    grid = getattr(getattr(net, 'patch_embed', None), 'img_size', None)
-    size = cfg.get('input_size', (3, 128, 128))[1:] if cfg.get('fixed_input_size') else (128, 128)
-    if grid is not None and isinstance(stem, nn.Conv2d): size = [g*s for g, s in zip(grid, stem.stride)]
-    try:
-        y, out, idle = _trial(stem, body, n_channels, size)
-        if not isinstance(out, torch.Tensor): raise ScreenError(f'it answers {type(out).__name__}')
-        body.nhwc = out.ndim == 4 and out.shape[1] != body.n_features and out.shape[3] == body.n_features
-        if out.ndim == 4: body.n_features = out.shape[3 if body.nhwc else 1]
+    "Wrap `net`, and make sure that it answers a feature map"
+    body,why = TimmBody(net, net.num_features),None
+    for size in _trial_sizes(net, stem):
+        try: y,out,idle = _trial(stem, body, n_channels, size)
+        except Exception as e: why = why or first_line(e); continue
+        break
+    else: raise ScreenError(f'{arch} cannot serve as a backbone ({why}): choose another architecture.')
+    if not isinstance(out, torch.Tensor): raise ScreenError(f'{arch} answers a {type(out).__name__}, which is no feature map: choose another architecture.')
+    body.nhwc = out.ndim == 4 and out.shape[1] != body.n_features and out.shape[3] == body.n_features
+    if out.ndim == 4: body.n_features = out.shape[3 if body.nhwc else 1]
+    try: feature_map(out, body.n_features, y.shape[-2:], body.n_prefix, body.nhwc)
+    except ScreenError:                              # a class token that the model does not declare
+        body.n_prefix = 1
         feature_map(out, body.n_features, y.shape[-2:], body.n_prefix, body.nhwc)
-    except Exception as e:
-        raise ScreenError(f'{arch} cannot serve as a backbone ({first_line(e)}): choose another architecture.') from None
+    body.grid,body.size = tuple(y.shape[-2:]),tuple(size)
     for name in idle: setattr(net, name, nn.Identity())
     return body, idle
-
-def first_line(
-    e, # An exception or anything with text
-)->str:
-    "The first line of what `e` says, without its full stop"
-    return (str(e).strip().split('\n') or [''])[0].rstrip('.') or type(e).__name__
 
 # %% ../nbs/06_backbones.ipynb #6d484a9e
 def read_weights(
@@ -327,7 +343,7 @@ def create_backbone(
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = bn_momentum
     return model
 
-# %% ../nbs/06_backbones.ipynb #bfe5777a
+# %% ../nbs/06_backbones.ipynb #006da2b5
 def _assemble(net, family, arch, n_channels, how, state, source):
     "Load `state`, widen the stem, and put the two parts together"
     name,missing = '_conv_stem' if family != 'timm' else _stem_name(net, arch),[]
@@ -352,21 +368,22 @@ def _no_fit(source, arch, why):
 def _load_own(model, state, how, source):
     "Load the stem and body of a model of this library"
     mine,new = model.state_dict(),{k:v for k,v in state.items() if k.startswith(('stem.', 'body.'))}
+    missing,odd = [k for k in mine if k not in new],[k for k in new if k not in mine]
+    if missing or odd: raise _no_fit(source, model.arch, f'{len(missing)} weights are missing and {len(odd)} are unknown, such as {(missing+odd)[0]}')
     for k,v in new.items():
-        if k.startswith('stem.') and v.ndim == 4 and v.shape[1] != mine.get(k, v).shape[1]: new[k] = adapt_filters(v, mine[k].shape[1], how)
-    try: model.load_state_dict(new)
-    except RuntimeError as e: raise _no_fit(source, model.arch, first_line(e)) from None
+        if k.startswith('stem.') and v.ndim == 4 and v.shape[1] != mine[k].shape[1]: new[k] = adapt_filters(v, mine[k].shape[1], how)
+        if new[k].shape != mine[k].shape: raise _no_fit(source, model.arch, f'{k} has the shape {list(v.shape)}')
+    model.load_state_dict(new)
 
-# %% ../nbs/06_backbones.ipynb #2f6f23ee
+# %% ../nbs/06_backbones.ipynb #c18648b1
 def body_blocks(
     body:nn.Module, # The body of a backbone, or any model
 )->list: # Modules, from the picture upwards
     "The blocks of a body, in the order in which the picture meets them"
     blocks = []
-    for m in body.children():
-        nested = isinstance(m, (nn.Sequential, nn.ModuleList)) or (len(body._modules) == 1) or len(list(m.children())) and any(
-            isinstance(c, (nn.Sequential, nn.ModuleList)) for c in m.children())
-        if any(True for _ in m.parameters()): blocks += body_blocks(m) or [m] if nested else [m]
+    for m in body.net.children() if isinstance(body, TimmBody) else body.children():
+        stage = isinstance(m, (nn.Sequential, nn.ModuleList)) or hasattr(m, 'blocks')
+        if any(True for _ in m.parameters()): blocks += (stage and body_blocks(m)) or [m]
     return blocks
 
 def body_groups(

@@ -28,7 +28,7 @@ class MixedMeta(NamedTuple):
     b:torch.Tensor # Entries of the partners [B], int64
     lam:torch.Tensor # Share of `a`, 0 to 1: one number, or [B]
 
-# %% ../nbs/07_heads.ipynb #68f135fb
+# %% ../nbs/07_heads.ipynb #5dff5038
 class MetadataEncoder(nn.Module):
     "What `MetadataEmbedding` and `MetadataOneHot` share: vocabularies, unknown entries, metadata dropout, mixing"
     def __init__(self,
@@ -51,16 +51,16 @@ class MetadataEncoder(nn.Module):
     def _column(self, column, value, batch_size, device):
         n,p = self.vocab_sizes[column],self.dropout[column]
         if value is None: value = torch.zeros(batch_size, dtype=torch.long, device=device)
-        mixed = isinstance(value, MixedMeta)
-        first = value.a if mixed else value
+        mixed = isinstance(value, tuple)
+        first = value[0] if mixed else value
         keep = torch.rand(first.shape, device=first.device) >= p if self.training and p else torch.ones_like(first, dtype=torch.bool)
         if not mixed: return self.encode(column, self._known(value, n, keep))
         a,b = (self.encode(column, self._known(o, n, keep)) for o in value[:2])
-        lam = torch.as_tensor(value.lam, device=a.device, dtype=a.dtype)
+        lam = torch.as_tensor(value[2], device=a.device, dtype=a.dtype)
         return torch.lerp(b, a, lam[:, None] if lam.ndim else lam)
 
     def forward(self,
-        meta:dict, # column → entries [B], `MixedMeta`, or None for unknown; absent columns are unknown
+        meta:dict, # column → entries [B], `MixedMeta` (or its three parts), or None for unknown; absent columns are unknown
         batch_size:int, # B
         device=None, # Where to answer, when nothing is known
     ): # [B, n_out]

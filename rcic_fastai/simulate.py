@@ -68,14 +68,14 @@ def _table(text, columns):
 
 MORPHOLOGY = _table(_MORPHOLOGY, ['HUVEC', 'HEPG2', 'RPE', 'U2OS', 'spread', 'meaning'])
 
-# %% ../nbs/01_simulate.ipynb #4236a160
+# %% ../nbs/01_simulate.ipynb #93bc9107
 REAL_SIZE = 512 # px, side of a real site; all lengths of `MORPHOLOGY` are in these pixels
 _PAD = 48       # px drawn around the field, so that cells come in over its edge
 
 _LOOK = """
 order       .60  .00  .80  .20  how far the axes of neighbouring cells agree
 fan         .75  .20  .60  .60  how far stress fibres meet in foci
-hatch       .30  .03  .30  .10  fine parallel streaks of actin
+hatch       .18  .03  .22  .08  fine parallel streaks of actin
 uneven      .42  .20  .40  .25  brightness from cell to cell
 haze        .40  .80  .50  .55  out-of-focus light
 piled       .20  .45  .30  .20  brightness of crowded places
@@ -142,7 +142,7 @@ def place_cells(m, look, n, rng):
         gain=np.exp(.45*look['piled']*pile + .15*rng.standard_normal((6, len(xy))) # brightness per stain: own and shared
                     + look['uneven']*np.outer((.3, 1, .5, .8, 1, .6), rng.standard_normal(len(xy)))))
 
-# %% ../nbs/01_simulate.ipynb #bca8917f
+# %% ../nbs/01_simulate.ipynb #7f8b23bc
 def cell_owner(c, n):
     "Index [n+pad, n+pad] of the cell nearest to every pixel."
     side = n + 2*_PAD
@@ -177,8 +177,8 @@ def cell_fields(c, m, n, rng):
     border[:, 1:] |= own[:, 1:] != own[:, :-1]
     border[1:] |= own[1:] != own[:-1]
     nucleus = np.clip(.5 - d/1.3, 0, 1)
-    return SimpleNamespace(n=n, own=own, per=per, d=d, out=np.maximum(d, 0), radius=radius, nucleus=nucleus, inside=inside,
-        body=inside*(1-nucleus), edge=cv2.distanceTransform(1-border, cv2.DIST_L2, 3), u=u, v=v,
+    return SimpleNamespace(n=n, own=own, per=per, d=d, out=np.maximum(d, 0), radius=radius, nucleus=nucleus,
+        inside=inside, body=inside*(1-nucleus), edge=cv2.distanceTransform(1-border, cv2.DIST_L2, 3), u=u, v=v,
         rough=np.exp(.22*slow_noise(n, 7, rng) + .25*slow_noise(n, 18, rng)),
         gain=[blur(per(gain), 2.5) for gain in c.gain], offset=c.texture, tx=x+per(c.texture[0]), ty=y+per(c.texture[1]))
 
@@ -368,7 +368,7 @@ def morphology(
     _check_cell_type(cell_type)
     return {k: v*math.exp(sum(s.get(k, 0.) for s in shifts)) for k, v in MORPHOLOGY[cell_type].items()}
 
-# %% ../nbs/01_simulate.ipynb #47f26621
+# %% ../nbs/01_simulate.ipynb #9a5cd109
 def batch_stats(
     experiment:str, # e.g. 'HUVEC-01'
     seed:int=0 # chooses the lender for a name the real table lacks
@@ -391,12 +391,12 @@ def cell_type_of(
     if not found:
         raise ScreenError(f"Experiment name {experiment!r} is not like 'HUVEC-01': give a cell type, '-' and two digits.")
     if found[1] not in CELL_TYPES:
-        raise ScreenError(f"Unknown cell type {found[1]!r} in experiment {experiment!r}: use one of {', '.join(CELL_TYPES)}.")
+        raise ScreenError(f"Unknown cell type {found[1]!r} in {experiment!r}: use one of {', '.join(CELL_TYPES)}.")
     return found[1]
 
-# %% ../nbs/01_simulate.ipynb #8a181f96
+# %% ../nbs/01_simulate.ipynb #9fe0f973
 _KEEP = .5      # share of a site's own deviation in mean and contrast that survives
-_PROBES = 12    # sites drawn per cell type to learn the light's distribution
+_PROBES = 6     # whole fields' worth of probes per cell type (12 sites of half a field's side)
 
 def to_size(light, size, focus=0.):
     "Light [6,n,n], out of focus by `focus` px of the real scale, at `size` px."
@@ -469,7 +469,7 @@ class Camera:
         im = im + np.sqrt(.03*im + .03)*rng.standard_normal(im.shape, dtype=np.float32)
         return np.clip(np.round(im), 0, 255).astype(np.uint8)
 
-# %% ../nbs/01_simulate.ipynb #e0dcffac
+# %% ../nbs/01_simulate.ipynb #e906d4b9
 def default_field(
     size:int # px
 ) -> float:
@@ -496,7 +496,7 @@ class Studio:
     def reference(self, cell_type, sirnas):
         "Mean and standard deviation of a cell type's light, and standardised probe sites."
         probes = []
-        for k in range(_PROBES):
+        for k in range(max(4, round(_PROBES/self.field))):
             rng = named_rng(self.seed, 'probe', cell_type, k)
             m = morphology(cell_type, phenotype(int(rng.integers(sirnas)), cell_type, self.seed))
             probes.append(to_size(draw_site(m, cell_type, self.field, rng), self.size, .75))
@@ -549,7 +549,7 @@ def plate_rows(experiment, plate, group, sirnas, controls, seed):
     rows += [(w, 'positive_control', f's{i:04}', int(i)) for w, i in positive]
     return sorted(rows + [('B02', 'negative_control', 'EMPTY', sirnas+controls)])
 
-# %% ../nbs/01_simulate.ipynb #0380c1a7
+# %% ../nbs/01_simulate.ipynb #d569021f
 def _check_whole(name, value, low, high):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise ScreenError(f'{name} is {value!r}: give a whole number from {low} to {high}.')
@@ -568,9 +568,9 @@ def _check_layout(experiments, sirnas, sites, plates, controls, seed, test):
     double = [e for e in experiments if experiments.count(e) > 1]
     if double: raise ScreenError(f'Experiment {double[0]} is named twice: name each experiment once.')
     stray = [e for e in test if e not in experiments]
-    if stray: raise ScreenError(f'Test experiment {stray[0]} is not among the experiments: add it there or leave it out of test.')
+    if stray: raise ScreenError(f'Test experiment {stray[0]} is not among the experiments: add it there.')
     if sirnas < plates:
-        raise ScreenError(f'{sirnas} siRNAs leave one of {plates} plates without treatments: give at least {plates} siRNAs.')
+        raise ScreenError(f'{sirnas} siRNAs leave a plate of {plates} without treatments: give at least {plates} siRNAs.')
     if sirnas > 277*plates:
         raise ScreenError(f'{sirnas} siRNAs do not fit on {plates} plates with 277 treatment wells each: '
                           f'give at most {277*plates} siRNAs or more plates.')

@@ -5,12 +5,14 @@
 PROJECT is a scratch copy (nbdev writes its `_proc` folder there; `sync.py` makes the copy), OUT receives `docs/`,
 `README.md` and `nbs/sidebar.yml`. Two builds of the same notebooks are identical byte for byte, on any machine.
 """
-import base64, hashlib, json, os, re, shutil, sys
+import base64, hashlib, html, json, os, re, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # what decides the bytes of a page besides the notebooks
-TOOLS = ['nbdev', 'fastcore', 'execnb', 'smalldocs', 'Pygments', 'markdown-it-py', 'mdit-py-plugins', 'fastai', 'torch']
+TOOLS = ['nbdev', 'fastcore', 'execnb', 'smalldocs', 'Pygments', 'markdown-it-py', 'mdit-py-plugins',
+         'latex2mathml', 'fastai', 'torch']
+NOT_READ = 'output-file is not read'   # nbdev writes that option for Quarto; the pages get their names below
 NUMBER = re.compile(r'^\d+[a-z]?_')
 SECTIONS = [('The pipeline', range(0, 30)), ('Tutorials', range(30, 90)), ('Behind these pages', range(90, 100))]
 
@@ -43,7 +45,7 @@ def sidebar(nbs):
     "The sidebar, in the form that Quarto and smalldocs read."
     number = {nb: int(nb.name.split('_')[0]) for nb in nbs[1:]}
     lines = ['# Made by `make docs` from the names of the notebooks.', 'website:', '  sidebar:', '    contents:',
-             '      - section: Start', '        contents:', '          - index.ipynb']
+             '      - section: Start', '        contents:', '          - {text: Overview, href: index.ipynb}']
     for title, numbers in SECTIONS:
         if inside := [nb for nb in nbs[1:] if number[nb] in numbers]:
             lines += [f'      - section: {title}', '        contents:'] + [f'          - {nb.name}' for nb in inside]
@@ -70,7 +72,7 @@ def plain_names(proc, nbs):
         (proc/nb.name).unlink()
         (proc/pages[nb.name]).write_text(text, encoding='utf-8')
     bar = (proc.parent/'nbs'/'sidebar.yml').read_text(encoding='utf-8')
-    for old, new in pages.items(): bar = bar.replace(f'- {old}\n', f'- {new}\n')
+    for old, new in pages.items(): bar = bar.replace(old, new)
     (proc/'sidebar.yml').write_text(bar, encoding='utf-8')
 
 
@@ -87,8 +89,8 @@ def picture_files(docs):
             (docs/name).write_bytes(base64.b64decode(m[2]))
             return f'src="{name}"'
 
-        html = re.sub(r'src="data:image/(png|jpeg|gif);base64,([^"]+)"', out, page.read_text(encoding='utf-8'))
-        page.write_text(html, encoding='utf-8')
+        text = re.sub(r'src="data:image/(png|jpeg|gif);base64,([^"]+)"', out, page.read_text(encoding='utf-8'))
+        page.write_text(text, encoding='utf-8')
 
 
 def local_links(docs, own_url):
@@ -96,17 +98,28 @@ def local_links(docs, own_url):
     names = {p.name for p in docs.glob('*.html')}
     link = re.compile(rf'href="(?:{re.escape(own_url.rstrip("/"))})?/*([\w.-]+\.html)(#[^"]*)?"')
     for page in docs.glob('*.html'):
-        html = page.read_text(encoding='utf-8')
-        html = link.sub(lambda m: f'href="./{m[1]}{m[2] or ""}"' if m[1] in names else m[0], html)
-        page.write_text(html, encoding='utf-8')
+        text = page.read_text(encoding='utf-8')
+        text = link.sub(lambda m: f'href="./{m[1]}{m[2] or ""}"' if m[1] in names else m[0], text)
+        page.write_text(text, encoding='utf-8')
+
+
+def formulas(docs):
+    "TeX becomes MathML, which browsers draw by themselves; KaTeX would be fetched from the net."
+    from latex2mathml.converter import convert
+    span = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.DOTALL)
+    katex = re.compile(r'<(?:link|script)[^>]*/katex[^>]*>(?:</script>)?\s*')
+    for page in docs.glob('*.html'):
+        text = page.read_text(encoding='utf-8')
+        text = span.sub(lambda m: convert(html.unescape(m[2]).strip(), display='inline' if m[1] == 'inline' else 'block'), text)
+        page.write_text(katex.sub('', text), encoding='utf-8')
 
 
 def search_script(docs):
     index = (docs/'search.json').read_text(encoding='utf-8')
     (docs/'search.js').write_text(f'window.searchIndex = {index};\n', encoding='utf-8')
     for page in docs.glob('*.html'):
-        html = page.read_text(encoding='utf-8')
-        page.write_text(html.replace('</head>', f'{SEARCH_FROM_FILE}\n</head>', 1), encoding='utf-8')
+        text = page.read_text(encoding='utf-8')
+        page.write_text(text.replace('</head>', f'{SEARCH_FROM_FILE}\n</head>', 1), encoding='utf-8')
 
 
 def readme(index):
@@ -168,9 +181,10 @@ def build(project, out):
 
     from nbdev.config import get_config
     from smalldocs.site import build as render
-    for warning in render(proc, quiet=True).warnings: print('docs:', warning)
+    for warning in render(proc, quiet=True).warnings: NOT_READ in warning or print('docs:', warning)
     docs = shutil.copytree(proc/'_site', out/'docs')
     picture_files(docs)
+    formulas(docs)
     local_links(docs, get_config().doc_url)
     search_script(docs)
     if (sitemap := docs/'sitemap.xml').exists():   # dates of files differ from clone to clone

@@ -1,0 +1,72 @@
+# The two commands of the README are `make demo` and `make test`; `make` alone lists all of them.
+# Each builds .venv first when it is missing or when what it is installed from has changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The stamp carries a checksum of the files that name the requirements, and is written last: a changed requirement or
+# an interrupted installation is installed again, a new clone or a mere `touch` is not.
+STAMP := .venv/installed-$(shell cat settings.ini setup.py pyproject.toml | cksum | cut -d ' ' -f 1)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MPLBACKEND := Agg
+export PYTHONWARNINGS := ignore::SyntaxWarning
+# two notebooks at a time, one thread each
+LIMITS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.PHONY: help venv demo test test-notebooks test-pytest test-sync docs lib bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    draw a small screen, learn it, name its unseen wells: demo/report.html"
+	@echo "make test    run every notebook and every test, check that generated files are in step (under 15 minutes)"
+	@echo "make docs    write docs/ and README.md from the notebooks"
+	@echo "make lib     write rcic_fastai/ from the notebooks"
+	@echo "make bench   measure, and store the figures in bench/results/"
+	@echo "make clean   remove .venv, demo/ and caches"
+	@echo "PYTHON=...   which Python (3.10 or newer) makes .venv; now $(PYTHON)"
+
+venv: $(STAMP)
+
+$(STAMP):
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.10 or newer, or name one with make PYTHON=/path/to/python."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is older than 3.10: install a newer one, or name one with make PYTHON=/path/to/python."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make environments: install its venv module (on Debian and Ubuntu, the package python3-venv)."; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making .venv (some minutes, about 6 GB)."; $(PYTHON) -m venv --clear .venv; }
+	@rm -f .venv/installed-*
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/rcic_demo demo --force
+
+# All three parts run, whatever the first ones say.
+test: $(STAMP)
+	@failed=""; for part in notebooks pytest sync; do \
+		$(MAKE) --no-print-directory test-$$part || failed="$$failed $$part"; done; \
+	if [ -n "$$failed" ]; then echo "make test: failed:$$failed"; exit 1; fi; echo "make test: everything passed"
+
+test-notebooks: $(STAMP)
+	$(LIMITS) $(BIN)/nbdev-test --n-workers 2 --timing
+
+test-pytest: $(STAMP)
+	$(LIMITS) $(BIN)/python -m pytest -q -ra --durations=10 tests
+
+test-sync: $(STAMP)
+	$(LIMITS) $(BIN)/python tools/sync.py check
+
+docs: $(STAMP)
+	$(LIMITS) $(BIN)/python tools/sync.py docs
+
+lib: $(STAMP)
+	$(BIN)/python tools/sync.py lib
+
+bench: $(STAMP)
+	@failed=""; for b in bench/*.py; do [ $$b = bench/machine.py ] && continue; echo "== $$b"; \
+		$(BIN)/python $$b || failed="$$failed $$b"; done; \
+	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed"; exit 1; fi
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,160 @@
+"The commands as a user types them: whole runs, exit codes, one clear line on wrong input, nothing half-written."
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from rcic_fastai.metadata import read_metadata, real_data, write_metadata
+
+BIN = Path(sys.executable).parent
+EXPS = 'HUVEC-01,HUVEC-02,RPE-01,HUVEC-17'
+TINY = '--arch mobilenetv3_small_050 --pretrained no --seed 1 --tta 1'
+
+def run(command, **kw):
+    name, *args = command.split()
+    env = dict(os.environ, OMP_NUM_THREADS='2', MPLBACKEND='Agg', PYTHONWARNINGS='ignore')
+    return subprocess.run([BIN/name, *args], capture_output=True, text=True, env=env, timeout=300, **kw)
+
+def ok(command):
+    r = run(command)
+    assert r.returncode == 0, r.stderr[-2000:]
+    return r.stdout
+
+def refused(command, says):
+    r = run(command)
+    lines = [l for l in r.stderr.strip().splitlines() if l.startswith('rcic_')]
+    assert r.returncode == 2, (r.returncode, r.stdout[-500:], r.stderr[-2000:])
+    assert len(lines) == 1 and re.search(says, lines[0]), r.stderr[-2000:]
+    assert 'Traceback' not in r.stderr
+
+@pytest.fixture(scope='module')
+def here(tmp_path_factory):
+    d = tmp_path_factory.mktemp('cli')
+    ok(f'rcic_simulate {d}/screen --experiments {EXPS} --sirnas 8 --size 64 --controls 2 --seed 1')
+    recipe = dict(name='tiny', arch='mobilenetv3_small_050', stages=[dict(name='head', epochs=1, lr=1e-2, parts='stem,head', loss='adacos'),
+                                                                   dict(name='all', epochs=1, lr=1e-3, cutmix=.5)])
+    (d/'tiny.json').write_text(json.dumps(recipe))
+    ok(f'rcic_train {d}/screen {d}/model --recipe {d}/tiny.json --valid HUVEC-02 --metadata cell_type,plate_group,experiment {TINY}')
+    ok(f'rcic_predict {d}/model {d}/screen {d}/inductive.csv --tta 2 --neighbors {d}/near.parquet')
+    return d
+
+def test_simulated_layout(here):
+    t = read_metadata(here/'screen')
+    assert t.groupby('experiment').dataset.first().to_dict() == {'HUVEC-01': 'train', 'HUVEC-02': 'train', 'RPE-01': 'train', 'HUVEC-17': 'test'}
+    assert len(list((here/'screen/images').rglob('*.png'))) == 6*len(t)
+
+def test_model_folder(here):
+    assert {p.name for p in (here/'model').iterdir()} >= {'weights.safetensors', 'config.json', 'index.faiss', 'index.parquet', 'history.csv'}
+    assert not [p for p in (here/'model').iterdir() if p.suffix in ('.pkl', '.pt', '.pth')]
+    assert list(pd.read_csv(here/'model/history.csv').stage) == ['head', 'all']
+
+def test_same_seed_same_model(here):
+    ok(f'rcic_train {here}/screen {here}/again --recipe {here}/tiny.json --valid HUVEC-02 --metadata cell_type,plate_group,experiment {TINY}')
+    assert (here/'again/weights.safetensors').read_bytes() == (here/'model/weights.safetensors').read_bytes()
+
+def test_submission_form(here):
+    pred = pd.read_csv(here/'inductive.csv')
+    t = read_metadata(here/'screen')
+    want = t[(t.dataset == 'test') & (t.well_type == 'treatment')].well_id.unique()
+    assert list(pred.columns) == ['id_code', 'sirna'] and set(pred.id_code) == set(want) and pred.sirna.notna().all()
+    near = pd.read_parquet(here/'near.parquet')
+    assert set(near.id_code) == set(want) and near.cosine.between(-1.001, 1.001).all()
+
+def test_all_wells(here):
+    ok(f'rcic_predict {here}/model {here}/screen {here}/all.csv --tta 1 --wells all')
+    t = read_metadata(here/'screen')
+    assert set(pd.read_csv(here/'all.csv').id_code) == set(t[t.dataset == 'test'].well_id)
+
+@pytest.mark.parametrize('protocol', ['inductive', 'transductive'])
+def test_blank_test_labels_give_the_same_answer(here, protocol):
+    blank = here/'blank'
+    if not blank.exists():
+        blank.mkdir(); os.symlink(here/'screen/images', blank/'images')
+        t = pd.read_csv(here/'screen/metadata.csv')
+        t.loc[t.dataset == 'test', ['sirna', 'sirna_id']] = None
+        t.to_csv(blank/'metadata.csv', index=False)
+    for s in ('screen', 'blank'): ok(f'rcic_predict {here}/model {here}/{s} {here}/{s}_{protocol}.csv --tta 1 --protocol {protocol}')
+    assert (here/f'screen_{protocol}.csv').read_bytes() == (here/f'blank_{protocol}.csv').read_bytes()
+
+def test_transductive_uses_each_sirna_once_a_plate(here):
+    ok(f'rcic_predict {here}/model {here}/screen {here}/t.csv --tta 1 --protocol transductive')
+    pred = pd.read_csv(here/'t.csv')
+    plate = pred.id_code.str.rsplit('_', n=1).str[0]
+    assert not pred.duplicated().any() and not pd.DataFrame(dict(p=plate, s=pred.sirna)).duplicated().any()
+
+def test_evaluate(here):
+    res = json.loads(ok(f'rcic_evaluate {here}/inductive.csv {here}/screen --json'))
+    pred = pd.read_csv(here/'inductive.csv').merge(read_metadata(here/'screen').drop_duplicates('well_id'), left_on='id_code', right_on='well_id')
+    assert res['accuracy'] == pytest.approx((pred.sirna_x == pred.sirna_y).mean()) and res['n_wells'] == len(pred)
+    assert res['protocol'] == 'inductive'
+    refused(f'rcic_evaluate {here}/inductive.csv {here}/blank --json', 'label')
+
+def test_other_target(here):
+    ok(f'rcic_train {here}/screen {here}/cells --recipe {here}/tiny.json --valid none --target cell_type {TINY}')
+    ok(f'rcic_predict {here}/cells {here}/screen {here}/cells.csv --tta 1 --wells all')
+    pred = pd.read_csv(here/'cells.csv')
+    assert list(pred.columns) == ['id_code', 'cell_type'] and set(pred.cell_type) <= {'HUVEC', 'RPE'}
+
+@pytest.mark.parametrize('name', ['simulate', 'train', 'predict', 'evaluate', 'demo'])
+def test_help(name):
+    text = ok(f'rcic_{name} --help')
+    assert 'usage: rcic_'+name in text and ('default' in text or name == 'evaluate')
+
+@pytest.mark.parametrize('command, says', [
+    ('rcic_simulate {d}/x --experiments A549-01', 'A549'),
+    ('rcic_simulate {d}/screen', 'screen'),
+    ('rcic_train {d}/nowhere {d}/x', 'nowhere'),
+    ('rcic_train {d}/screen {d}/x --recipe best', "no recipe 'best'"),
+    ('rcic_train {d}/screen {d}/x --arch efficientnet-b99', 'efficientnet-b99'),
+    ('rcic_train {d}/screen {d}/x --valid HUVEC-99', 'HUVEC-99'),
+    ('rcic_train {d}/screen {d}/x --metadata colour --pretrained no', 'colour'),
+    ('rcic_train {d}/screen {d}/x --target gene', 'gene'),
+    ('rcic_train {d}/screen {d}/model', 'not empty'),
+    ('rcic_predict {d}/screen {d}/screen {d}/x.csv', 'not a model folder'),
+    ('rcic_predict {d}/model {d}/screen {d}/x.csv --protocol magic', 'magic'),
+    ('rcic_predict {d}/model {d}/screen {d}/x.csv --tta 99', 'tta'),
+    ('rcic_predict {d}/model {d}/screen {d}/x.csv --wells none', 'none'),
+    ('rcic_evaluate {d}/nothing.csv {d}/screen', 'nothing.csv'),
+])
+def test_refused(here, command, says):
+    refused(command.format(d=here), says)
+    assert not (here/'x').exists() and not (here/'x.csv').exists() and not list(here.glob('*.part'))
+
+def spoiled(here, tmp_path, spoil):
+    shutil.copytree(here/'screen', tmp_path/'s')
+    spoil(tmp_path/'s')
+    return tmp_path/'s'
+
+def test_missing_channel_file(here, tmp_path):
+    s = spoiled(here, tmp_path, lambda s: next((s/'images/train/HUVEC-01/Plate1').glob('*_s1_w3.png')).unlink())
+    t = read_metadata(s)
+    victim = [i for i in t.site_id[(t.experiment == 'HUVEC-01') & (t.plate == 1) & (t.site == 1)]]
+    treated = t[t.site_id.isin(victim) & (t.well_type == 'treatment')]
+    gone = [i for i in treated.site_id if not (s/f'images/train/HUVEC-01/Plate1/{i.split("_")[2]}_s1_w3.png').exists()]
+    if not gone:
+        (s/f'images/train/HUVEC-01/Plate1/{treated.well.iloc[0]}_s1_w3.png').unlink()
+    refused(f'rcic_train {s} {tmp_path}/m --recipe {here}/tiny.json {TINY}', r'_w3\.png.*--only-present')
+    assert '1 of' in ok(f'rcic_train {s} {tmp_path}/m --recipe {here}/tiny.json {TINY} --only-present')
+
+def test_truncated_png(here, tmp_path):
+    t = read_metadata(here/'screen'); r = t[(t.dataset == 'test') & (t.well_type == 'treatment')].iloc[0]
+    def cut(s):
+        f = s/f'images/test/{r.experiment}/Plate{r.plate}/{r.well}_s1_w2.png'
+        f.write_bytes(f.read_bytes()[:-40])
+    s = spoiled(here, tmp_path, cut)
+    refused(f'rcic_predict {here}/model {s} {tmp_path}/x.csv --tta 1', f'{r.well}_s1_w2.png')
+    assert not (tmp_path/'x.csv').exists()
+
+def test_plate_without_treatments(here, tmp_path):
+    def spoil(s):
+        t = read_metadata(s); t.loc[(t.experiment == 'RPE-01') & (t.plate == 2), 'well_type'] = 'positive_control'
+        write_metadata(t, s/'metadata.csv')
+    refused(f'rcic_train {spoiled(here, tmp_path, spoil)} {tmp_path}/m --recipe {here}/tiny.json {TINY}', 'RPE-01 plate 2 has no treatment well')
+
+REAL = real_data()
+
+@pytest.mark.skipif(REAL is None or not (REAL/'images').is_dir(), reason='real RxRx1 images are not on this machine (set RCIC_REAL)')
+def test_real_sites_by_command(tmp_path):
+    out = ok(f'rcic_train {REAL} {tmp_path}/m --target cell_type --only-present --seed 0')
+    assert '16 training' in out
+    ok(f'rcic_predict {tmp_path}/m {REAL} {tmp_path}/p.csv --wells all --only-present')
+    pred = pd.read_csv(tmp_path/'p.csv')
+    assert pred.id_code.tolist() == ['HEPG2-08_1_B02', 'HEPG2-08_2_B02'] and set(pred.cell_type) == {'HEPG2'}
