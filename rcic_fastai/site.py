@@ -13,15 +13,17 @@ from PIL import Image
 from fastai.vision.all import *
 from .metadata import CHANNELS, ScreenError, rowcol_to_well, well_to_rowcol
 
-# %% ../nbs/03_site.ipynb #1acbe627
+# %% ../nbs/03_site.ipynb #68425f10
 def small_figures(
     dpi:int=72, # Dots an inch of the stored pictures
     colours:int=128, # Colours of the palette, 2…256
 ):
     "Store this notebook's matplotlib figures as small palette PNGs; does nothing outside of IPython"
-    try: shell = get_ipython()
-    except NameError: return
-    shell.display_formatter.formatters['image/png'].for_type(plt.Figure, partial(_palette_png, dpi=dpi, colours=colours))
+    try: from IPython import get_ipython
+    except ImportError: return
+    shell = get_ipython()
+    if shell is not None:
+        shell.display_formatter.formatters['image/png'].for_type(plt.Figure, partial(_palette_png, dpi=dpi, colours=colours))
 
 # %% ../nbs/03_site.ipynb #ca25ae5c
 def _palette_png(fig, dpi=72, colours=128)->bytes:

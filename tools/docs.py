@@ -5,7 +5,7 @@
 PROJECT is a scratch copy (nbdev writes its `_proc` folder there; `sync.py` makes the copy), OUT receives `docs/`,
 `README.md` and `nbs/sidebar.yml`. Two builds of the same notebooks are identical byte for byte, on any machine.
 """
-import base64, hashlib, html, json, os, re, shutil, sys
+import ast, base64, hashlib, html, json, os, re, shutil, sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,10 +16,10 @@ NOT_READ = 'output-file is not read'   # nbdev writes that option for Quarto; th
 NUMBER = re.compile(r'^\d+[a-z]?_')
 SECTIONS = [('The pipeline', range(0, 30)), ('Tutorials', range(30, 90)), ('Behind these pages', range(90, 100))]
 
-# A browser refuses fetch() on a page opened from the file system, and smalldocs fetches its search index.
-# There, and only there, the same index comes from a script.
-SEARCH_FROM_FILE = """<script>
-if (location.protocol === 'file:') window.fetch = url => new Promise((done, fail) => {
+# A browser refuses fetch() on a page opened from the file system, and smalldocs fetches its search index (its only
+# fetch). The index comes from a script instead, hosted or not.
+SEARCH_INDEX = """<script>
+window.fetch = url => new Promise((done, fail) => {
   const script = document.createElement('script');
   script.src = String(url).replace('search.json', 'search.js');
   script.onload = () => done({json: async () => window.searchIndex});
@@ -50,6 +50,28 @@ def sidebar(nbs):
         if inside := [nb for nb in nbs[1:] if number[nb] in numbers]:
             lines += [f'      - section: {title}', '        contents:'] + [f'          - {nb.name}' for nb in inside]
     return '\n'.join(lines) + '\n'
+
+
+def options(source):
+    "The `#|` directives of a cell, as a dict."
+    return {m[1]: (m[2] or '').strip() for m in re.finditer(r'^#\|\s*([\w-]+):?[ \t]*(.*)$', source, re.MULTILINE)}
+
+
+def mixed_cells(nb):
+    "The cells that import and do something else: nbdev would run them, lesson and all, to draw a page."
+    found = []
+    for n, cell in enumerate(json.loads(nb.read_text(encoding='utf-8'))['cells']):
+        source = text_of(cell['source'])
+        option = options(source)
+        if cell['cell_type'] != 'code' or {'export', 'exports', 'exporti'} & set(option) or option.get('eval') == 'false':
+            continue
+        try: tree = ast.parse(source)
+        except SyntaxError: continue   # magics
+        imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
+        harmless = ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef
+        if imports and not all(isinstance(s, harmless) or ast.unparse(s).startswith('warnings.') for s in tree.body):
+            found.append(f'{nb.name}, cell {n}: put its imports in a cell of their own ({source.splitlines()[0]})')
+    return found
 
 
 def process(project):
@@ -115,21 +137,23 @@ def formulas(docs):
 
 
 def search_script(docs):
+    "Search that works from the file system: the index as a script."
     index = (docs/'search.json').read_text(encoding='utf-8')
     (docs/'search.js').write_text(f'window.searchIndex = {index};\n', encoding='utf-8')
+    (docs/'search.json').unlink()
     for page in docs.glob('*.html'):
         text = page.read_text(encoding='utf-8')
-        page.write_text(text.replace('</head>', f'{SEARCH_FROM_FILE}\n</head>', 1), encoding='utf-8')
+        page.write_text(text.replace('</head>', f'{SEARCH_INDEX}\n</head>', 1), encoding='utf-8')
 
 
 def readme(index):
     "index.ipynb as Markdown; its pictures are the ones that the docs show."
     parts, count = ['<!-- Made from index.ipynb by `make docs`: edit that. -->'], 0
     for cell in json.loads(index.read_text(encoding='utf-8'))['cells']:
-        lines = text_of(cell['source']).splitlines()
-        option = {m[1]: (m[2] or '').strip() for l in lines if (m := re.match(r'#\|\s*([\w-]+):?\s*(.*)', l))}
+        source = text_of(cell['source'])
+        option = options(source)
         if 'hide' in option or 'default_exp' in option: continue
-        source = '\n'.join(l for l in lines if not l.startswith('#|')).strip('\n')
+        source = re.sub(r'^#\|.*\n?', '', source, flags=re.MULTILINE).strip('\n')
         if cell['cell_type'] == 'markdown':
             parts.append(re.sub(r'\]\((?:nbs/)?(\d\w*\.ipynb)', r'](nbs/\1', source))
             continue
@@ -171,6 +195,7 @@ def outputs(docs):
 
 def build(project, out):
     nbs = notebooks(project)
+    if mixed := sum((mixed_cells(nb) for nb in nbs), []): raise SystemExit('\n'.join(f'docs: {m}' for m in mixed))
     (out/'nbs').mkdir(parents=True)
     (out/'nbs'/'sidebar.yml').write_text(sidebar(nbs), encoding='utf-8')
     (out/'README.md').write_text(readme(nbs[0]), encoding='utf-8')
