@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteReader', 'SiteBlock', 'WellReader', 'WellBlock', 'TensorMeta', 'meta_vocab',
-           'MetadataCategorize', 'MetadataBlock', 'ExperimentSplitter', 'ScreenSpec', 'screen_block', 'label_order',
-           'labelled_rows', 'check_plates', 'screen_dls', 'spec_dl']
+           'MetadataCategorize', 'MetadataBlock', 'ExperimentSplitter', 'ScreenSpec', 'GroupCategorize', 'screen_block',
+           'label_order', 'labelled_rows', 'check_plates', 'screen_dls', 'spec_dl']
 
 # %% ../nbs/05_data.ipynb #f7d5fe9a
 from dataclasses import asdict, dataclass, field, replace
@@ -107,16 +107,19 @@ class ScreenSpec:
     @property
     def key(self): return 'site_id' if self.sites == 1 else 'well_id'
 
-# %% ../nbs/05_data.ipynb #d7105e0d
-def _normalise(spec, source, rows):
-    "The normalisation transform of a spec and, for groups, their names"
-    if not spec.per_group:
-        stats = (spec.norm_mean, spec.norm_std) if spec.norm == 'global' else None
-        return normalizer(spec.norm, stats), None
-    stats = screen_stats(source, rows, spec.norm)
-    return normalizer(spec.norm, stats), [UNKNOWN, *stats.index]
+# %% ../nbs/05_data.ipynb #c26c7013
+class GroupCategorize(MetadataCategorize):
+    "Name of a plate or experiment → `TensorGroup`; 0 is unknown"
+    def encodes(self, o): return TensorGroup(self.o2i.get(str(o), 0))
 
-# %% ../nbs/05_data.ipynb #c38a8deb
+def _normalise(spec, source, rows, pos):
+    "The normalisation transform of a spec and, for groups, the block of the input that names them"
+    if spec.norm == 'global': return NormalizeGlobal(spec.norm_mean, spec.norm_std), None
+    if not spec.per_group: return normalizer(spec.norm), None
+    stats = screen_stats(source, rows, spec.norm)
+    return normalizer(spec.norm, stats, pos), TransformBlock(type_tfms=GroupCategorize([UNKNOWN, *stats.index]))
+
+# %% ../nbs/05_data.ipynb #6d746da6
 def screen_block(
     spec:ScreenSpec, # What a batch is
     source, # Image source
@@ -126,16 +129,16 @@ def screen_block(
     labelled:bool=True, # With the target, or without for prediction
 )->DataBlock:
     "The `DataBlock` of a spec"
-    norm, groups = _normalise(spec, source, rows)
+    norm, group_block = _normalise(spec, source, rows, 1 + len(spec.vocabs))
     eq = CLAHE() if spec.clahe else None
     blocks = [SiteBlock(source, eq) if spec.sites == 1 else WellBlock(source, spec.sites, eq)]
     blocks += [MetadataBlock(v) for v in spec.vocabs.values()]
     getters = [ColReader(c) for c in (spec.key, *spec.vocabs)]
-    if groups: blocks, getters = blocks + [MetadataBlock(groups)], getters + [partial(_group_of, norm=spec.norm)]
+    if group_block: blocks, getters = blocks + [group_block], getters + [partial(_group_of, norm=spec.norm)]
     n_inp = len(blocks)
     if labelled:
         blocks.append(CategoryBlock(vocab=spec.labels, sort=False)); getters.append(partial(_label_of, target=spec.target))
-    resize = [ResizeBatch(spec.size)] if spec.size else []
+    resize = [SiteResize(spec.size)] if spec.size else []
     return DataBlock(blocks, n_inp=n_inp, getters=getters, splitter=splitter, batch_tfms=[*resize, *augs, norm])
 
 def _label_of(row, target): return str(row[target])

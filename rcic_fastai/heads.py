@@ -28,9 +28,9 @@ class MixedMeta(NamedTuple):
     b:torch.Tensor # Entries of the partners [B], int64
     lam:torch.Tensor # Share of `a`, 0 to 1: one number, or [B]
 
-# %% ../nbs/07_heads.ipynb #5dff5038
+# %% ../nbs/07_heads.ipynb #6ea984f1
 class MetadataEncoder(nn.Module):
-    "What `MetadataEmbedding` and `MetadataOneHot` share: vocabularies, unknown entries, metadata dropout, mixing"
+    "What `MetadataEmbedding` and `MetadataOneHot` share: unknown entries, metadata dropout, mixing; they add `encode`"
     def __init__(self,
         vocab_sizes:dict, # column → number of entries, the unknown one at 0 included
         dropout=.25, # Share of entries replaced by unknown in training: one number, or a dict column → number
@@ -45,18 +45,19 @@ class MetadataEncoder(nn.Module):
 
     def _known(self, i, n, keep):
         "Entries outside the vocabulary, and dropped ones, are unknown"
-        i = i.as_subclass(torch.Tensor).long()
+        i = i.long()
         return torch.where((i > 0) & (i < n) & keep, i, 0)
 
     def _column(self, column, value, batch_size, device):
         n,p = self.vocab_sizes[column],self.dropout[column]
         if value is None: value = torch.zeros(batch_size, dtype=torch.long, device=device)
         mixed = isinstance(value, tuple)
-        first = value[0] if mixed else value
-        keep = torch.rand(first.shape, device=first.device) >= p if self.training and p else torch.ones_like(first, dtype=torch.bool)
-        if not mixed: return self.encode(column, self._known(value, n, keep))
-        a,b = (self.encode(column, self._known(o, n, keep)) for o in value[:2])
-        lam = torch.as_tensor(value[2], device=a.device, dtype=a.dtype)
+        value = [torch.as_tensor(o, device=device).as_subclass(torch.Tensor) for o in (value if mixed else [value])]
+        keep = torch.ones_like(value[0], dtype=torch.bool)
+        if self.training and p: keep = torch.rand(keep.shape, device=keep.device) >= p
+        a = self.encode(column, self._known(value[0], n, keep))
+        if not mixed: return a
+        b,lam = self.encode(column, self._known(value[1], n, keep)),value[2].to(a.dtype)
         return torch.lerp(b, a, lam[:, None] if lam.ndim else lam)
 
     def forward(self,
@@ -136,17 +137,17 @@ def create_neck(
     if name not in NECKS: raise ScreenError(f'There is no neck {name!r}: choose {", ".join(NECKS)}.')
     return NECKS[name](n_in, dim, dropout)
 
-# %% ../nbs/07_heads.ipynb #0a5b05c3
+# %% ../nbs/07_heads.ipynb #a9081cd8
 def unit_length(
     x:torch.Tensor, # Vectors along the last axis
-    eps:float=1e-8, # Shorter vectors than this become zero
+    eps:float=1e-4, # Shorter vectors than this become zero
 )->torch.Tensor: # The same directions at length 1
     "Scale vectors to length 1; zero vectors stay zero, with a gradient of zero"
     n = x.norm(dim=-1, keepdim=True)
     ok = n > eps
     return torch.where(ok, x / torch.where(ok, n, 1.), 0.)
 
-# %% ../nbs/07_heads.ipynb #43f36401
+# %% ../nbs/07_heads.ipynb #1030890e
 class CosineClassifier(nn.Module):
     "Cosines between embeddings and one learned direction a class"
     def __init__(self,
@@ -166,7 +167,8 @@ class CosineClassifier(nn.Module):
         e, # Embeddings [B,dim], of any length
     ): # Cosines [B,K] in [-1,1], at least 32-bit
         with torch.autocast(e.device.type, enabled=False):
-            e,w = (o if o.dtype == torch.float64 else o.float() for o in (e, self.weight))
+            dtype = torch.promote_types(e.dtype, torch.float32)
+            e,w = e.to(dtype),self.weight.to(dtype)
             return (unit_length(e) @ unit_length(w).T).clamp(-1, 1)
 
     def extra_repr(self): return f'{self.weight.shape[1]} → {self.n_classes} cosines'
