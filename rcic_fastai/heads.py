@@ -28,7 +28,7 @@ class MixedMeta(NamedTuple):
     b:torch.Tensor # Entries of the partners [B], int64
     lam:torch.Tensor # Share of `a`, 0 to 1: one number, or [B]
 
-# %% ../nbs/07_heads.ipynb #6ea984f1
+# %% ../nbs/07_heads.ipynb #688e0e73
 class MetadataEncoder(nn.Module):
     "What `MetadataEmbedding` and `MetadataOneHot` share: unknown entries, metadata dropout, mixing; they add `encode`"
     def __init__(self,
@@ -37,7 +37,7 @@ class MetadataEncoder(nn.Module):
     ):
         super().__init__()
         for c,n in vocab_sizes.items():
-            if int(n) < 1: raise ScreenError(f'The vocabulary of {c} has {n} entries: count the unknown one, which makes at least 1.')
+            if int(n) < 1: raise ScreenError(f'The vocabulary of {c} has {n} entries: give at least 1, for unknown.')
         self.vocab_sizes = {c:int(n) for c,n in vocab_sizes.items()}
         self.dropout = {c:float(dropout.get(c, 0.) if isinstance(dropout, dict) else dropout) for c in vocab_sizes}
         for c,p in self.dropout.items():
@@ -61,7 +61,7 @@ class MetadataEncoder(nn.Module):
         return torch.lerp(b, a, lam[:, None] if lam.ndim else lam)
 
     def forward(self,
-        meta:dict, # column → entries [B], `MixedMeta` (or its three parts), or None for unknown; absent columns are unknown
+        meta:dict, # column → entries [B], or `MixedMeta` (or a tuple of its parts); None and absent columns are unknown
         batch_size:int, # B
         device=None, # Where to answer, when nothing is known
     ): # [B, n_out]
@@ -119,9 +119,10 @@ def mlp_neck(
         n_in = n
     return nn.Sequential(*layers)
 
-# %% ../nbs/07_heads.ipynb #dd1d8c13
+# %% ../nbs/07_heads.ipynb #d554ca31
 NECKS = {
-    'linear': lambda n, dim, p: nn.Sequential(nn.BatchNorm1d(n), nn.Dropout(p), nn.Linear(n, dim, bias=False), nn.BatchNorm1d(dim)),
+    'linear': lambda n, dim, p: nn.Sequential(nn.BatchNorm1d(n), nn.Dropout(p), nn.Linear(n, dim, bias=False),
+                                              nn.BatchNorm1d(dim)),
     'rcic117': lambda n, dim, p: mlp_neck(n, (512, dim), (.25, .5)),
     'rcic117_meta': lambda n, dim, p: mlp_neck(n, (512, 512, 512, dim), (.25, .25, .25, .5)),
     'rcic1': lambda n, dim, p: mlp_neck(n, (1024, dim), (0., 0.)),

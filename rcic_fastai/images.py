@@ -6,10 +6,11 @@
 __all__ = ['PNG_SIGNATURE', 'check_png', 'decode_png', 'find_experiment', 'PngTree', 'only_present', 'stat_columns', 'site_stats',
            'stat_groups', 'screen_stats', 'load_site']
 
-# %% ../nbs/02_images.ipynb #aba02848
+# %% ../nbs/02_images.ipynb #ced6f65e
 import os, struct, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -20,7 +21,7 @@ from fastprogress.fastprogress import progress_bar
 
 from .metadata import CHANNELS, ScreenError
 
-# %% ../nbs/02_images.ipynb #29cc4963
+# %% ../nbs/02_images.ipynb #11c71115
 PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 
 def check_png(
@@ -28,7 +29,8 @@ def check_png(
     name:str='this file', # Name of the file, for the error
 )->tuple[int,int,int,int]: # width px, height px, bits per sample, colour type (0 = grey)
     "Check signature, chunk lengths, checksums and end of a PNG; return what its header says"
-    if data[:8] != PNG_SIGNATURE: raise ScreenError(f'{name} is not a PNG file: copy it again from the original screen.')
+    if data[:8] != PNG_SIGNATURE:
+        raise ScreenError(f'{name} is not a PNG file: copy it again from the original screen.')
     view, pos, header = memoryview(data), 8, None
     while True:
         length, kind = struct.unpack_from('>I4s', data, pos) if pos+12 <= len(data) else (0, b'')
@@ -90,13 +92,13 @@ def find_experiment(
             if os.path.isdir(folder): return folder
     return None
 
-# %% ../nbs/02_images.ipynb #c7037156
+# %% ../nbs/02_images.ipynb #ff3f999a
 class PngTree:
     "An image source over a tree of grey PNGs, one file a channel, read strictly"
     def __init__(self,
         root:str|Path, # Folder of the screen
         table:pd.DataFrame, # Site table
-        channels:tuple=CHANNELS, # Names of the channels; `w1` is the first, and their number is the number of files a site
+        channels:tuple=CHANNELS, # Names of the channels, the first being `w1`; as many files a site
         size:int|None=None, # Side px that every file must have; None = that of most of the first files found
     ):
         self.root, self.channels, self.size, self.stats = Path(root), tuple(channels), size, None
@@ -115,7 +117,7 @@ class PngTree:
     @property
     def site_ids(self)->list: return list(self._where)
 
-# %% ../nbs/02_images.ipynb #fbd28569
+# %% ../nbs/02_images.ipynb #94a8cb3f
 _NEEDED = ['site_id', 'well_id', 'dataset', 'experiment', 'plate', 'well', 'site']
 
 def _check_tree(root, table, channels):
@@ -124,9 +126,11 @@ def _check_tree(root, table, channels):
     if not channels: raise ScreenError('channels is empty: name at least one channel, in the order of w1, w2, …')
     lacks = [c for c in _NEEDED if c not in table.columns]
     if lacks: raise ScreenError(f'the site table lacks the column {lacks[0]!r}: make it with read_metadata.')
-    if not len(table): raise ScreenError(f'the site table for {root} is empty: nothing is left to read, check what was filtered out.')
+    if not len(table):
+        raise ScreenError(f'the site table for {root} is empty: nothing is left to read, check what was filtered out.')
     twice = table.site_id[table.site_id.duplicated()]
-    if len(twice): raise ScreenError(f'site {twice.iloc[0]} is in the table twice (row {twice.index[0]}): remove one of the rows.')
+    if len(twice):
+        raise ScreenError(f'site {twice.iloc[0]} is in the table twice (row {twice.index[0]}): remove one of the rows.')
 
 # %% ../nbs/02_images.ipynb #99ae72d6
 @patch
@@ -184,12 +188,14 @@ def dtype(self:PngTree): # np.uint8 or np.uint16
     "Type of a pixel"
     return np.dtype(np.uint8 if self._expect()[2] == 8 else np.uint16)
 
-# %% ../nbs/02_images.ipynb #e77eb2bc
+# %% ../nbs/02_images.ipynb #3f935007
 @patch
 def _read(self:PngTree, site_id, out):
     "Fill `out` [C,H,W] with one site"
     where = self._where.get(site_id)
-    if where is None: raise ScreenError(f'site {site_id!r} is not in the table of {self.root}: make the source from a table that lists it.')
+    if where is None:
+        raise ScreenError(f'site {site_id!r} is not in the table of {self.root}: '
+                          'make the source from a table that lists it.')
     e, p, stem = where
     if self._folders[e] is None: raise self._lacking(site_id)
     for c in range(len(self.channels)):
@@ -197,7 +203,8 @@ def _read(self:PngTree, site_id, out):
         try:
             with open(path, 'rb') as f: data = f.read()
         except FileNotFoundError: raise self._lacking(site_id) from None
-        except OSError as err: raise ScreenError(f'{path} cannot be read ({err.strerror}): check the disk and the permissions.') from None
+        except OSError as err:
+            raise ScreenError(f'{path} cannot be read ({err.strerror}): check the disk and the permissions.') from None
         out[c] = decode_png(data, path, self._expect())
 
 @patch
@@ -207,10 +214,10 @@ def _lacking(self:PngTree, site_id)->ScreenError:
     names = self._files(e, p)
     absent = [f'w{i+1} ({c})' for i, c in enumerate(self.channels) if f'{stem}{i+1}.png' not in names]
     where = os.path.join(self._folders[e], p) if self._folders[e] else f'{self.root} (no folder of {e})'
-    return ScreenError(f'site {site_id} lacks {", ".join(absent)} in {where}: restore the files, or leave incomplete sites '
-                       'out with only_present=True (--only-present).')
+    return ScreenError(f'site {site_id} lacks {", ".join(absent)} in {where}: restore the files, or leave incomplete '
+                       'sites out with only_present=True (--only-present).')
 
-# %% ../nbs/02_images.ipynb #aa2c50c1
+# %% ../nbs/02_images.ipynb #1ce1e4c6
 @patch
 def __getitem__(self:PngTree, site_id)->np.ndarray: # uint8 or uint16 [C,H,W]
     "The pixels of one site"
@@ -238,10 +245,12 @@ def read_into(self:PngTree,
 @patch
 def sites_of(self:PngTree, well_id)->list:
     "Ids of the sites of a well, by site number"
-    if well_id not in self._wells: raise ScreenError(f'well {well_id!r} is not in the table of {self.root}: make the source from a table that lists it.')
+    if well_id not in self._wells:
+        raise ScreenError(f'well {well_id!r} is not in the table of {self.root}: '
+                          'make the source from a table that lists it.')
     return list(self._wells[well_id])
 
-# %% ../nbs/02_images.ipynb #71a273ee
+# %% ../nbs/02_images.ipynb #1ae2ce3c
 @patch
 def missing(self:PngTree)->pd.DataFrame: # site_id, missing (names of absent channels), file (the first absent one)
     "The sites with absent files, in one scan of the plate folders"
@@ -250,7 +259,9 @@ def missing(self:PngTree)->pd.DataFrame: # site_id, missing (names of absent cha
         names, folder = self._files(e, p), self._folders[e] or os.path.join(self.root, e)
         for i, stem in sites:
             absent = [c for c in range(len(self.channels)) if f'{stem}{c+1}.png' not in names]
-            if absent: rows.append((i, tuple(self.channels[c] for c in absent), os.path.join(folder, p, f'{stem}{absent[0]+1}.png')))
+            if not absent: continue
+            path = os.path.join(folder, p, f'{stem}{absent[0]+1}.png')
+            rows.append((i, tuple(self.channels[c] for c in absent), path))
     return pd.DataFrame(rows, columns=['site_id', 'missing', 'file'])
 
 def only_present(
@@ -260,7 +271,9 @@ def only_present(
     "Leave out the sites whose files are not all there"
     absent = set(source.missing().site_id)
     keep = table[~table.site_id.isin(absent) & table.site_id.isin(set(source.site_ids))].reset_index(drop=True)
-    if not len(keep): raise ScreenError(f'none of the {len(table)} sites has all its channel files ({source!r}): check the folder of the images.')
+    if not len(keep):
+        raise ScreenError(f'none of the {len(table)} sites has all its channel files ({source!r}): '
+                          'check the folder of the images.')
     return keep, len(table) - len(keep)
 
 # %% ../nbs/02_images.ipynb #56f539f7
@@ -297,7 +310,7 @@ def compute_stats(self:PngTree,
     if new is not None: self.stats = new if self.stats is None else pd.concat([self.stats, new])
     return self.stats
 
-# %% ../nbs/02_images.ipynb #930fde81
+# %% ../nbs/02_images.ipynb #14cb6a19
 _BY = {None: lambda t: pd.Series('all', t.index), 'experiment': lambda t: t.experiment,
        'plate': lambda t: t.experiment + '_' + t.plate.astype(str)}
 
@@ -320,7 +333,8 @@ def screen_stats(
     groups, ids = stat_groups(table, by).values, table.site_id.tolist()
     known = source.stats
     if known is None or not set(ids) <= set(known.index):
-        known = source.compute_stats(ids, progress) if hasattr(source, 'compute_stats') else site_stats(source, ids, progress)
+        compute = getattr(source, 'compute_stats', partial(site_stats, source))
+        known = compute(ids, progress)
     mean, std = stat_columns(source.channels)
     m, v = known.loc[ids, mean], known.loc[ids, std]**2
     m.index = v.index = groups
@@ -329,7 +343,7 @@ def screen_stats(
     res = pd.concat([gm.mean(), pd.DataFrame(total, index=gm.mean().index, columns=std)], axis=1)
     return res.assign(n_sites=gm.size()).rename_axis('group')
 
-# %% ../nbs/02_images.ipynb #b383b47f
+# %% ../nbs/02_images.ipynb #93fe6b49
 def load_site(
     root:str|Path, # Folder of the screen
     site_id:str, # Such as 'HUVEC-01_1_B02_1'
@@ -340,5 +354,6 @@ def load_site(
     if len(parts) != 4 or not (parts[1].isdigit() and parts[3].isdigit()):
         raise ScreenError(f'{site_id!r} is not a site id: write EXPERIMENT_PLATE_WELL_SITE, such as HUVEC-01_1_B02_1.')
     e, p, well, site = parts
-    row = pd.DataFrame([dict(site_id=site_id, well_id=f'{e}_{p}_{well}', dataset='train', experiment=e, plate=int(p), well=well, site=int(site))])
+    row = pd.DataFrame([dict(site_id=site_id, well_id=f'{e}_{p}_{well}', dataset='train', experiment=e, plate=int(p),
+                             well=well, site=int(site))])
     return PngTree(root, row, channels)[site_id]

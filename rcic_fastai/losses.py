@@ -69,7 +69,7 @@ class CosineLoss(nn.Module):
         "The class of the largest cosine"
         return cos.argmax(dim=-1)
 
-# %% ../nbs/08_losses.ipynb #887fe346
+# %% ../nbs/08_losses.ipynb #d072bf4d
 class SoftmaxLoss(CosineLoss):
     "Cross-entropy of s·cos, with label smoothing (arXiv 1512.00567)"
     def __init__(self,
@@ -82,7 +82,8 @@ class SoftmaxLoss(CosineLoss):
 
     def per_item(self, cos, y):
         c,y = self._plain(cos, y)
-        return F.cross_entropy(self._scale(c)*c, y, reduction='none', label_smoothing=self.label_smoothing*self.training)
+        smooth = self.label_smoothing if self.training else 0.
+        return F.cross_entropy(self._scale(c)*c, y, reduction='none', label_smoothing=smooth)
 
 # %% ../nbs/08_losses.ipynb #3fc4aa97
 class CosFace(CosineLoss):
@@ -175,20 +176,21 @@ class MixLoss(CosineLoss):
     def per_item(self, cos, y):
         return self.weights[0]*self.a.per_item(cos, y) + self.weights[1]*self.b.per_item(cos, y)
 
-# %% ../nbs/08_losses.ipynb #c1e51dca
+# %% ../nbs/08_losses.ipynb #36ac7832
 LOSSES = dict(adacos=AdaCos, arcface=ArcFace, cosface=CosFace, softmax=SoftmaxLoss, mix=MixLoss)
 
 @patch
 def config(self:CosineLoss)->dict: # {'name': …, and its arguments}
     "The loss as plain data: its name and arguments"
     name = {c:n for n,c in LOSSES.items()}.get(type(self))
-    if name is None: raise ScreenError(f'{type(self).__name__} is no loss that can be written down: use {", ".join(LOSSES)}.')
+    if name is None:
+        raise ScreenError(f'{type(self).__name__} is no loss that can be written down: use {", ".join(LOSSES)}.')
     if name == 'mix': return dict(name=name, a=self.a.config(), b=self.b.config(), weights=list(self.weights))
     args = [a for a in inspect.signature(type(self).__init__).parameters if a not in ('self', 'reduction')]
     values = [getattr(self, a) for a in args]
     return dict(name=name, **{a:round(v.item(), 6) if isinstance(v, torch.Tensor) else v for a,v in zip(args, values)})
 
-# %% ../nbs/08_losses.ipynb #6d315b7f
+# %% ../nbs/08_losses.ipynb #3b96c6f6
 def loss_from_config(
     config, # A name such as 'adacos', or a dict with `name` and arguments; 'mix' has two more dicts, `a` and `b`
     n_classes:int=None, # For a loss that needs it and does not say
@@ -201,7 +203,8 @@ def loss_from_config(
     known = inspect.signature(LOSSES[name].__init__).parameters
     odd = [a for a in args if a not in known]
     if odd: raise ScreenError(f'The loss {name} has no {odd[0]!r}: it takes {", ".join(list(known)[1:])}.')
-    if name == 'mix': args |= {k:loss_from_config(args.get(k, d), n_classes) for k,d in (('a', 'softmax'), ('b', 'arcface'))}
+    if name == 'mix':
+        args |= {k:loss_from_config(args.get(k, d), n_classes) for k,d in (('a', 'softmax'), ('b', 'arcface'))}
     if 'n_classes' in known and args.get('n_classes') is None:
         if n_classes is None: raise ScreenError(f'The loss {name} needs the number of classes: give n_classes.')
         args['n_classes'] = n_classes

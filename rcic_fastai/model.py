@@ -14,7 +14,7 @@ from .backbones import Backbone, create_backbone
 from .heads import ConcatPool, CosineClassifier, MetadataEmbedding, MetadataOneHot, create_neck, unit_length
 from .losses import loss_from_config
 
-# %% ../nbs/09_model.ipynb #2f53b19e
+# %% ../nbs/09_model.ipynb #ec0ad831
 class ScreenModel(nn.Module):
     "Sites or wells, and what is known about them, to cosines with every class"
     def __init__(self,
@@ -25,7 +25,7 @@ class ScreenModel(nn.Module):
         emb_dim:int=512, # Length of the embedding
         neck='linear', # Name of a neck, see `create_neck`
         meta_dim=128, # Length of the vector of each metadata column, or 'onehot'
-        meta_dropout=.25, # Share of metadata entries replaced by unknown in training: one number, or a dict column → number
+        meta_dropout=.25, # Share of entries replaced by unknown in training: one number, or a dict column → number
         dropout:float=.25, # Dropout of the neck 'linear'
         loss='adacos', # Name, dict or `CosineLoss`, see `loss_from_config`
         use_metadata:bool=True, # Is metadata looked at? If not, everything is unknown
@@ -34,7 +34,8 @@ class ScreenModel(nn.Module):
         self.backbone_config,self.arch,self.n_channels = backbone.config,backbone.arch,backbone.n_channels
         self.inputs = tuple(inputs if inputs is not None else metadata or ())
         absent = [c for c in metadata or () if c not in self.inputs]
-        if absent: raise ScreenError(f'The metadata column {absent[0]} is not among the inputs {self.inputs}: add it to inputs.')
+        if absent:
+            raise ScreenError(f'The metadata column {absent[0]} is not among the inputs {self.inputs}: add it.')
         self._args = dict(emb_dim=emb_dim, neck=neck, meta_dim=meta_dim, meta_dropout=meta_dropout, dropout=dropout)
         self.use_metadata = use_metadata
         self.stem,self.body,self.pool = backbone.stem,backbone.body,ConcatPool()
@@ -51,14 +52,16 @@ def _metadata(vocab_sizes, dim, dropout):
     if dim == 'onehot': return MetadataOneHot(vocab_sizes, dropout)
     return MetadataEmbedding(vocab_sizes, dim, dropout)
 
-# %% ../nbs/09_model.ipynb #65fa8568
+# %% ../nbs/09_model.ipynb #80ab377d
 def _check(model, x):
     "Complain about pictures that `model` cannot read"
     if x.ndim not in (4, 5) or x.shape[-3] != model.n_channels:
-        raise ScreenError(f'The model reads pictures of {model.n_channels} channels, [B,{model.n_channels},H,W] or '
-                          f'[B,S,{model.n_channels},H,W], but was given {list(x.shape)}: give the channels it was trained on.')
+        n = model.n_channels
+        raise ScreenError(f'The model reads pictures of {n} channels, [B,{n},H,W] or [B,S,{n},H,W], but was given '
+                          f'{list(x.shape)}: give the channels it was trained on.')
     if not x.is_floating_point():
-        raise ScreenError(f'The model reads pictures of numbers from 0 to 1 but was given {x.dtype}: convert them first, as the batch transforms do.')
+        raise ScreenError(f'The model reads pictures of numbers from 0 to 1 but was given {x.dtype}: convert them '
+                          'first, as the batch transforms do.')
 
 @patch
 def pooled(self:ScreenModel,
@@ -98,12 +101,12 @@ def forward(self:ScreenModel,
     "The cosine of each item with each class"
     return self.classifier(self.neck(self.features(x, *meta)))
 
-# %% ../nbs/09_model.ipynb #3750f621
+# %% ../nbs/09_model.ipynb #564af3b9
 @patch(as_prop=True)
 def config(self:ScreenModel)->dict:
     "Plain data from which `create_screen_model` builds this model again, without its weights"
     if self.backbone_config is None:
-        raise ScreenError('This model was put together by hand and cannot be written down: build it with create_screen_model.')
+        raise ScreenError('This model was put together by hand and cannot be written down: use create_screen_model.')
     meta = dict(self.metadata.vocab_sizes) if self.metadata is not None else {}
     return dict(self.backbone_config, n_classes=self.classifier.n_classes, metadata=meta, inputs=list(self.inputs),
                 use_metadata=self.use_metadata, loss=self.loss.config(), **self._args)

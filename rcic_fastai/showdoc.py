@@ -9,7 +9,7 @@ __all__ = ['call_text', 'source_text', 'ParameterTable']
 import ast, inspect, linecache, re, textwrap
 from fastcore.docments import DocmentTbl, MarkdownRenderer
 
-# %% ../nbs/90_showdoc.ipynb #1106dc0d
+# %% ../nbs/90_showdoc.ipynb #889f350d
 _address = re.compile(r' at 0x[0-9a-f]+')
 
 def call_text(
@@ -17,7 +17,7 @@ def call_text(
     name:str, # name to print before the parenthesis
     width:int=100, # longest line, in characters
 ) -> str:
-    "The call of `sym` without types: on one line if it fits in `width`, else one argument a line"
+    "The call of `sym` without types, in lines of at most `width` where the arguments allow it"
     try: params = list(inspect.signature(sym).parameters.values())
     except (TypeError, ValueError): return name
     args, named_only = [], False
@@ -25,8 +25,12 @@ def call_text(
         if p.kind == p.KEYWORD_ONLY and not named_only: args.append('*')
         named_only = named_only or p.kind in (p.KEYWORD_ONLY, p.VAR_POSITIONAL)
         args.append(_address.sub('', str(p.replace(annotation=p.empty))))
-    line = f"{name}({', '.join(args)})"
-    return line if len(line) <= width else f'{name}(\n    ' + ',\n    '.join(args) + ',\n)'
+    lines = [f'{name}(']
+    for i, arg in enumerate(args):
+        arg += ', ' if i < len(args)-1 else ')'
+        if len(lines[-1] + arg.rstrip()) > width and not lines[-1].endswith('('): lines.append(' '*(len(name)+1))
+        lines[-1] += arg
+    return '\n'.join(l.rstrip() for l in lines) + ('' if args else ')')
 
 # %% ../nbs/90_showdoc.ipynb #2ac69452
 def _cell_class(name:str) -> str:

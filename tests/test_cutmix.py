@@ -79,7 +79,8 @@ def test_share_of_pixels_is_lambda_exactly(seed, s, box):
     own = (x == b[0]).flatten(1).float().mean(1)
     other = (x == b[0][cb.partner]).flatten(1).float().mean(1)
     moved = cb.partner != torch.arange(B)
-    assert torch.allclose(own[moved], cb.lam.expand(B)[moved], atol=1e-6) and torch.allclose(other[moved], 1-cb.lam.expand(B)[moved], atol=1e-6)
+    lam = cb.lam.expand(B)[moved]
+    assert torch.allclose(own[moved], lam, atol=1e-6) and torch.allclose(other[moved], 1-lam, atol=1e-6)
     assert .5-.03 <= cb.lam <= 1
     assert torch.equal(b[0], batch(s=s)[0])                              # the batch itself was not written to
     if s: assert (box == 'site') == (len(cb.boxes) == 2)
@@ -92,7 +93,7 @@ def test_boxes():
         y1,y2,x1,x2 = cutmix_box(h, w, lam, rng)
         assert 0 <= y1 <= y2 <= h and 0 <= x1 <= x2 <= w
         assert y2-y1 <= round(h*(1-lam)**.5) and x2-x1 <= round(w*(1-lam)**.5)
-    for h in range(1, 20):                                               # unclipped boxes have the wanted size, odd ones too
+    for h in range(1, 20):                                       # unclipped boxes have the wanted size, odd ones too
         sizes = {(lambda b: b[1]-b[0])(cutmix_box(4*h, 4*h, .9, rng)) for _ in range(200)}
         assert max(sizes) == round(4*h*.1**.5)
 
@@ -156,14 +157,16 @@ def test_loss_is_linear_in_lambda():
     pred,y,partner = torch.rand(B, B),torch.arange(B),torch.arange(B).flip(0)
     at = lambda lam: mixed_loss(F.cross_entropy, pred, (y,), partner, torch.tensor(lam)).item()
     assert at(.3) == pytest.approx(.3*at(1.) + .7*at(0.), rel=1e-6)
-    assert at(1.) == pytest.approx(F.cross_entropy(pred, y).item()) and at(0.) == pytest.approx(F.cross_entropy(pred, y[partner]).item())
+    assert at(1.) == pytest.approx(F.cross_entropy(pred, y).item())
+    assert at(0.) == pytest.approx(F.cross_entropy(pred, y[partner]).item())
 
 def test_losses_of_every_make():
     "One λ needs nothing of the loss; a λ for each item needs `reduction`, and says so"
     b = batch()
-    for cb in (CutMix(seed=0), MixUp(per_item=False, seed=0)): by_hand(cb, b, loss_func=lambda p, y: F.cross_entropy(p, y))
+    plain = lambda p, y: F.cross_entropy(p, y)
+    for cb in (CutMix(seed=0), MixUp(per_item=False, seed=0)): by_hand(cb, b, loss_func=plain)
     by_hand(MixUp(seed=0), b, loss_func=nn.CrossEntropyLoss())
-    with pytest.raises(ScreenError, match='per_item=False'): by_hand(MixUp(seed=0), b, loss_func=lambda p, y: F.cross_entropy(p, y))
+    with pytest.raises(ScreenError, match='per_item=False'): by_hand(MixUp(seed=0), b, loss_func=plain)
 
 def test_soft_labels():
     x,a,p,y = batch()
@@ -277,6 +280,8 @@ def test_gradient_accumulation_still_divides():
 def test_before_mixed_precision():
     assert CutMix().order < MixedPrecision.order and CutMix().order < GradientAccumulation.order
 
-@pytest.mark.parametrize('make', (lambda: CutMix(alpha=0), lambda: CutMix(p=1.1), lambda: MixUp(alpha=-1), lambda: CutMix(box='both')))
+BAD = lambda: CutMix(alpha=0), lambda: CutMix(p=1.1), lambda: MixUp(alpha=-1), lambda: CutMix(box='both')
+
+@pytest.mark.parametrize('make', BAD)
 def test_bad_arguments(make):
     with pytest.raises(ScreenError): make()

@@ -5,13 +5,15 @@ from PIL import Image
 from rcic_fastai.images import *
 from rcic_fastai.metadata import CHANNELS, ScreenError, read_metadata, real_data
 
-real = pytest.mark.skipif(real_data() is None or not (real_data()/'images').is_dir(), reason='no real RxRx1 images on this machine')
+real = pytest.mark.skipif(real_data() is None or not (real_data()/'images').is_dir(),
+                          reason='no real RxRx1 images on this machine')
 
 
 def site_table(experiments=('HUVEC-01',), plates=(1, 2), wells=('B02', 'C03'), sites=(1, 2), dataset='train'):
-    rows = [dict(site_id=f'{e}_{p}_{w}_{s}', well_id=f'{e}_{p}_{w}', cell_type=e.split('-')[0], dataset=dataset, experiment=e,
-                 plate=p, well=w, site=s) for e in experiments for p in plates for w in wells for s in sites]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([dict(site_id=f'{e}_{p}_{w}_{s}', well_id=f'{e}_{p}_{w}', cell_type=e.split('-')[0],
+                              dataset=dataset,
+                              experiment=e, plate=p, well=w, site=s)
+                         for e in experiments for p in plates for w in wells for s in sites])
 
 
 def write_tree(root, table, base='images/train', channels=6, size=16, dtype=np.uint8, seed=0):
@@ -66,7 +68,8 @@ def test_random_bytes_are_refused(seed):
         with pytest.raises(ScreenError): check_png(PNG_SIGNATURE + rng.bytes(n))
 
 
-@pytest.mark.parametrize('mode,word', [('RGB', 'RGB colour'), ('RGBA', 'alpha'), ('P', 'palette'), ('LA', 'alpha'), ('1', '1 bits')])
+@pytest.mark.parametrize('mode,word', [('RGB', 'RGB colour'), ('RGBA', 'alpha'), ('P', 'palette'),
+                                       ('LA', 'alpha'), ('1', '1 bits')])
 def test_kinds_that_are_not_a_channel(mode, word):
     with pytest.raises(ScreenError, match=word): decode_png(png(Image.new('L', (8, 8)).convert(mode)), 'x.png')
 
@@ -87,8 +90,9 @@ def test_pixels_come_back_exactly(dtype):
 
 # ---- the tree
 
-@pytest.mark.parametrize('base,root', [('images/train', ''), ('images/test', ''), ('images', ''), ('train', ''), ('', ''),
-                                       ('images/train', 'images'), ('images/train', 'images/train'), ('images/val', '')])
+@pytest.mark.parametrize('base,root', [('images/train', ''), ('images/test', ''), ('images', ''), ('train', ''),
+                                       ('', ''), ('images/train', 'images'), ('images/train', 'images/train'),
+                                       ('images/val', '')])
 @pytest.mark.parametrize('dataset', ['train', 'val', 'id_test', 'test'])
 def test_layouts(tmp_path, base, root, dataset):
     table = site_table(plates=(1,), wells=('B02',), dataset=dataset)
@@ -100,7 +104,8 @@ def test_layouts(tmp_path, base, root, dataset):
     for i in table.site_id: assert (source[i] == pixels[i]).all()
 
 
-@pytest.mark.parametrize('dtype,channels', [(np.uint8, 6), (np.uint16, 6), (np.uint8, 1), (np.uint16, 4), (np.uint8, 9)])
+@pytest.mark.parametrize('dtype,channels', [(np.uint8, 6), (np.uint16, 6), (np.uint8, 1), (np.uint16, 4),
+                                            (np.uint8, 9)])
 def test_any_channels_and_both_depths(tmp_path, dtype, channels):
     table = site_table(plates=(1,))
     pixels = write_tree(tmp_path, table, channels=channels, dtype=dtype)
@@ -126,7 +131,8 @@ def test_read_into_a_tensor(tree):
 def test_buffer_must_fit(tree):
     root, table, _ = tree
     source = PngTree(root, table)
-    for bad in (np.zeros((1, 6, 16, 16), np.uint8), np.zeros((2, 5, 16, 16), np.uint8), np.zeros((2, 6, 16, 16), np.float32)):
+    for shape, dtype in [((1, 6, 16, 16), np.uint8), ((2, 5, 16, 16), np.uint8), ((2, 6, 16, 16), np.float32)]:
+        bad = np.zeros(shape, dtype)
         with pytest.raises(ScreenError, match='allocate it from source.shape'): source.read_into(table.site_id[:2], bad)
 
 
@@ -157,7 +163,8 @@ def refused(source, site, *words):
 
 
 @pytest.mark.parametrize('data,words', [
-    (b'', ['not a PNG']), (b'GIF89a', ['not a PNG']), ('truncate', ['truncated', 'copy it again']), ('flip', ['damaged']),
+    (b'', ['not a PNG']), (b'GIF89a', ['not a PNG']), ('truncate', ['truncated', 'copy it again']),
+    ('flip', ['damaged']),
     (png(Image.new('RGB', (16, 16))), ['RGB colour', 'grey']), (png(Image.new('L', (16, 12))), ['12×16', '16×16']),
     (cv2.imencode('.png', np.zeros((16, 16), np.uint16))[1].tobytes(), ['16 bits', '8 bits'])])
 def test_bad_file(tree, data, words):
@@ -193,7 +200,8 @@ def test_missing_files(tree):
     m = source.missing()
     assert m.site_id.tolist() == ['HUVEC-01_2_C03_2'] and m.missing[0] == ('mitochondria', 'golgi')
     assert m.file[0].endswith('C03_s2_w5.png')
-    refused(source, 'HUVEC-01_2_C03_2', 'HUVEC-01_2_C03_2', 'w5 (mitochondria), w6 (golgi)', 'only_present=True', '--only-present')
+    refused(source, 'HUVEC-01_2_C03_2', 'HUVEC-01_2_C03_2', 'w5 (mitochondria), w6 (golgi)', 'only_present=True',
+            '--only-present')
     keep, n = only_present(table, source)
     assert n == 1 and len(keep) == len(table)-1 and keep.index.tolist() == list(range(len(keep)))
 
@@ -222,7 +230,8 @@ def test_only_present_keeps_what_the_source_knows(tree):
 def test_bad_tables(tree):
     root, table, _ = tree
     for bad, word in [(table.iloc[:0], 'empty'), (table.drop(columns='plate'), "'plate'"),
-                      (pd.concat([table, table.iloc[:1]], ignore_index=True), 'HUVEC-01_1_B02_1 is in the table twice (row 8)')]:
+                      (pd.concat([table, table.iloc[:1]], ignore_index=True),
+                       'HUVEC-01_1_B02_1 is in the table twice (row 8)')]:
         with pytest.raises(ScreenError) as e: PngTree(root, bad)
         assert word in str(e.value)
     with pytest.raises(ScreenError, match='is not a folder'): PngTree(root/'nowhere', table)

@@ -25,7 +25,8 @@ def ref_softmax(cos, y, s, eps=0.):
     return [cross_entropy([s*c for c in row], one_hot(t, len(row), eps)) for row,t in zip(cos, y)]
 
 def ref_cosface(cos, y, s, m):
-    return [cross_entropy([s*(c - m*(j == t)) for j,c in enumerate(row)], one_hot(t, len(row))) for row,t in zip(cos, y)]
+    moved = lambda row, t: [s*(c - m*(j == t)) for j,c in enumerate(row)]
+    return [cross_entropy(moved(row, t), one_hot(t, len(row))) for row,t in zip(cos, y)]
 
 def ref_arcface(cos, y, s, m):
     losses = []
@@ -243,8 +244,9 @@ def test_config_round_trip():
         assert again.config() == loss.config() and type(again) is type(loss)
         again.load_state_dict(loss.state_dict())
 
-@pytest.mark.parametrize('config,word', (('adacoss', 'adacos, arcface, cosface, softmax, mix'), (dict(), 'None'), ('adacos', 'n_classes'),
-                                         (dict(name='arcface', margin=1), "'margin'"), (dict(name='mix', a='arc'), "'arc'")))
+@pytest.mark.parametrize('config,word', (
+    ('adacoss', 'adacos, arcface, cosface, softmax, mix'), (dict(), 'None'), ('adacos', 'n_classes'),
+    (dict(name='arcface', margin=1), "'margin'"), (dict(name='mix', a='arc'), "'arc'")))
 def test_bad_configs(config, word):
     with pytest.raises(ScreenError) as e: loss_from_config(config)
     assert word in str(e.value) and '\n' not in str(e.value)

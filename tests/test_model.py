@@ -44,7 +44,8 @@ def test_wells_share_one_backbone(model):
     "A well is the average of its sites' averages and the maximum of their maxima, in any order"
     x,*meta = batch(s=3)
     maps = [model.body(model.stem(x[:, i])) for i in range(3)]
-    expected = torch.cat([torch.stack([m.mean((2, 3)) for m in maps]).mean(0), torch.stack([m.amax((2, 3)) for m in maps]).amax(0)], 1)
+    mean,most = torch.stack([m.mean((2, 3)) for m in maps]).mean(0),torch.stack([m.amax((2, 3)) for m in maps]).amax(0)
+    expected = torch.cat([mean, most], 1)
     assert torch.allclose(model.pooled(x), expected, atol=1e-4)
     assert torch.allclose(model(x[:, [2, 0, 1]], *meta), model(x, *meta), atol=1e-5)
     assert torch.allclose(model(x[:, :1], *meta), model(x[:, 0], *meta), atol=1e-5)
@@ -187,9 +188,9 @@ def test_parts_can_be_replaced(model):
 
 # --- plain data ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kwargs', [dict(neck=n) for n in NECKS] + [dict(meta_dim='onehot'), dict(metadata=None, inputs=('plate',)),
-    dict(n_channels=3), dict(bn_momentum=.05), dict(meta_dropout=dict(experiment=.9)), dict(loss=dict(name='mix', weights=[1, 2])),
-    dict(drop_path_rate=.1)])
+@pytest.mark.parametrize('kwargs', [dict(neck=n) for n in NECKS] + [
+    dict(meta_dim='onehot'), dict(metadata=None, inputs=('plate',)), dict(n_channels=3), dict(bn_momentum=.05),
+    dict(meta_dropout=dict(experiment=.9)), dict(loss=dict(name='mix', weights=[1, 2])), dict(drop_path_rate=.1)])
 def test_config_builds_the_same_model(kwargs):
     m = made(**kwargs)
     c = json.loads(json.dumps(m.config))
@@ -208,20 +209,23 @@ def test_hand_made_model_cannot_be_written_down(model):
     model.backbone_config = None
     with pytest.raises(ScreenError, match='create_screen_model'): model.config
 
-@pytest.mark.parametrize('kwargs,word', ((dict(neck='mlp'), 'linear, rcic117'), (dict(loss='arc'), 'adacos'), (dict(n_channels=0), '1 to 16')))
+@pytest.mark.parametrize('kwargs,word', (
+    (dict(neck='mlp'), 'linear, rcic117'), (dict(loss='arc'), 'adacos'), (dict(n_channels=0), '1 to 16')))
 def test_bad_arguments(kwargs, word):
     with pytest.raises(ScreenError, match=word): made(**kwargs)
 
 def test_parts_table(model):
     t = parts_table(model, 64, sites=2)
-    assert list(t.index) == ['stem', 'body', 'pool', 'metadata', 'neck', 'classifier'] and t.answers['classifier'] == (1, 11)
+    assert list(t.index) == ['stem', 'body', 'pool', 'metadata', 'neck', 'classifier']
+    assert t.answers['classifier'] == (1, 11)
     assert t.parameters.sum() == sum(p.numel() for p in model.parameters())
 
 # --- heads -----------------------------------------------------------------------------------------------------
 
 def test_necks():
-    assert [type(m).__name__ for m in create_neck('rcic117', 8)] == ['BatchNorm1d', 'Dropout', 'Linear', 'ReLU', 'BatchNorm1d', 'Dropout', 'Linear']
-    assert [type(m).__name__ for m in create_neck('linear', 8)] == ['BatchNorm1d', 'Dropout', 'Linear', 'BatchNorm1d']
+    layers = lambda name: ' '.join(type(m).__name__ for m in create_neck(name, 8))
+    assert layers('rcic117') == 'BatchNorm1d Dropout Linear ReLU BatchNorm1d Dropout Linear'
+    assert layers('linear') == 'BatchNorm1d Dropout Linear BatchNorm1d'
     assert create_neck('linear', 8, dropout=.7)[1].p == .7
 
 def test_classifier_is_safe_to_learn_from():

@@ -116,13 +116,16 @@ def picture_files(docs):
 
 
 def local_links(docs, own_url):
-    "Links to our own hosted pages become links between files, so that the folder can be read where it lies."
-    names = {p.name for p in docs.glob('*.html')}
-    link = re.compile(rf'href="(?:{re.escape(own_url.rstrip("/"))})?/*([\w.-]+\.html)(#[^"]*)?"')
-    for page in docs.glob('*.html'):
-        text = page.read_text(encoding='utf-8')
-        text = link.sub(lambda m: f'href="./{m[1]}{m[2] or ""}"' if m[1] in names else m[0], text)
-        page.write_text(text, encoding='utf-8')
+    """Links to our own hosted pages become links between files, so that the folder can be read where it lies. A name that
+    its page has no heading for (a function chosen by type) leads to the top of the page."""
+    ids = {p.name: set(re.findall(r'\bid="([^"]+)"', p.read_text(encoding='utf-8'))) for p in docs.glob('*.html')}
+    link = re.compile(rf'href="(?:{re.escape(own_url.rstrip("/"))})?/*([\w.-]+\.html)(?:#([^"]*))?"')
+
+    def local(m):
+        if m[1] not in ids: return m[0]
+        return f'href="./{m[1]}#{m[2]}"' if m[2] in ids[m[1]] else f'href="./{m[1]}"'
+
+    for page in docs.glob('*.html'): page.write_text(link.sub(local, page.read_text(encoding='utf-8')), encoding='utf-8')
 
 
 def formulas(docs):
