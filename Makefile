@@ -11,6 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLBACKEND := Agg
 # torch and its friends warn about each other; a notebook would store such a line with the path of one machine in it
 export PYTHONWARNINGS := ignore::FutureWarning,ignore::SyntaxWarning,ignore::DeprecationWarning
+# idle threads sleep instead of spinning: on cores shared with others, spinning makes training ten times slower
+export OMP_WAIT_POLICY := PASSIVE
 # two notebooks run at a time, so one thread each
 LIMITS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 

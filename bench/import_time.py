@@ -2,8 +2,8 @@
 
     python bench/import_time.py [ROUNDS]
 
-Every round starts both in new processes, one after the other and in alternating order, so that a busy machine slows both
-alike; the median of the rounds' ratios counts.
+Every round starts both in new processes, one after the other and in alternating order, so that a busy machine
+slows both alike; the median of the rounds' ratios counts.
 """
 import subprocess, sys
 from statistics import median
@@ -29,7 +29,8 @@ def main(rounds=11):
         took = {first: seconds(first), second: seconds(second)}
         pairs.append((took[FASTAI], took[OURS]))
     ratios = [ours / fastai for fastai, ours in pairs]
-    figures = dict(rounds=rounds, fastai_s=round(median(p[0] for p in pairs), 3), rcic_fastai_s=round(median(p[1] for p in pairs), 3),
+    figures = dict(rounds=rounds, fastai_s=round(median(p[0] for p in pairs), 3),
+                   rcic_fastai_s=round(median(p[1] for p in pairs), 3),
                    ratio=round(median(ratios), 3), ratio_min=round(min(ratios), 3), ratio_max=round(max(ratios), 3),
                    ratio_asked=LIMIT, met=median(ratios) <= LIMIT)
     print(f"{FASTAI:34} {figures['fastai_s']:6.2f} s\n{OURS:34} {figures['rcic_fastai_s']:6.2f} s\n"

@@ -4,7 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent/'results'
-PACKAGES = 'rcic_fastai', 'fastai', 'torch', 'torchvision', 'timm', 'faiss-cpu', 'numpy', 'pandas', 'opencv-python-headless'
+PACKAGES = ['rcic_fastai', 'fastai', 'torch', 'torchvision', 'timm', 'faiss-cpu', 'numpy', 'pandas',
+            'opencv-python-headless']
 
 
 def cpu_model() -> str:
@@ -14,7 +15,8 @@ def cpu_model() -> str:
         for line in info.read_text().splitlines():
             if line.startswith('model name'): return line.split(':', 1)[1].strip()
     if platform.system() == 'Darwin':
-        return subprocess.run(['sysctl', '-n', 'machdep.cpu.brand_string'], capture_output=True, text=True).stdout.strip()
+        command = ['sysctl', '-n', 'machdep.cpu.brand_string']
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return platform.processor() or platform.machine()
 
 
@@ -38,7 +40,8 @@ def versions() -> dict:
 
 
 def machine() -> dict:
-    return dict(cpu=cpu_model(), cores=cores(), memory_gb=memory_gb(), system=f'{platform.system()} {platform.machine()}', versions=versions())
+    return dict(cpu=cpu_model(), cores=cores(), memory_gb=memory_gb(),
+                system=f'{platform.system()} {platform.machine()}', versions=versions())
 
 
 def save(

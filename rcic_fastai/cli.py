@@ -7,6 +7,10 @@ __all__ = ['INDUCTIVE_MASK', 'DEMO', 'run_command', 'simulate', 'rcic_simulate',
            'build_index', 'prediction_rows', 'predict', 'rcic_predict', 'evaluate_csv', 'rcic_evaluate', 'run_demo',
            'rcic_demo', 'demo_report']
 
+# %% ../nbs/21_cli.ipynb #382aea03
+import os
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 # %% ../nbs/21_cli.ipynb #a1fbb8f7
 import json, shutil, sys, time
 from fastai.vision.all import *
@@ -198,7 +202,7 @@ def _json(o): return json.dumps(o, indent=1, default=float)
 
 def rcic_evaluate(argv=None): "Console script"; return run_command(evaluate_csv, argv, 'rcic_evaluate')
 
-# %% ../nbs/21_cli.ipynb #c22d94db
+# %% ../nbs/21_cli.ipynb #5479440e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04',
             sirnas=48, size=96, controls=2)
 
@@ -226,6 +230,7 @@ def run_demo(
         csv = out/f'{protocol}.csv'
         predict(out/'model', out/'screen', csv, protocol=protocol, neighbors=str(out/'neighbors.parquet') if protocol == 'inductive' else '')
         results[protocol] = evaluate(read_predictions(csv), read_metadata(out/'screen'))
+    write_atomic(out/'results.json', lambda p: p.write_text(_json(results)))
     table = accuracy_table(*results.values())
     _step('report', start)
     demo_report(out, table)
@@ -233,7 +238,7 @@ def run_demo(
 
 def rcic_demo(argv=None): "Console script"; return run_command(run_demo, argv, 'rcic_demo')
 
-# %% ../nbs/21_cli.ipynb #fa82e10e
+# %% ../nbs/21_cli.ipynb #3eb09ee4
 def demo_report(
     out, # Demo folder
     table:pd.DataFrame, # Accuracy by protocol
@@ -253,16 +258,15 @@ def demo_report(
          f'(inferred) and that each siRNA is on a plate once. Chance is 1 in {len(m.spec.labels)}.', [table]),
         ('Sites', 'Six channels as one colour picture, contrast stretched for the eye. The batch changes brightness more than the siRNA does.', [site_gallery(meta, source)]),
         ('Training', 'Accuracy is that of the classifier on single sites of a held-out experiment.', [training_curve(history)]),
-        ('Embedding map', 'Principal components of the embeddings, training and test sites.', [embedding_map(both), embedding_map(both, 'experiment')]),
+        ('Embedding map', 'Principal components of the embeddings, training and test sites.', [embedding_map(both, 'cell_type', 'experiment')]),
         ('Nearest neighbours', 'Left the well to name, then the most similar training sites; green names are right.', strips),
         ('Plate map', f'Experiment {first.experiment.iloc[0]}, inductive: right and wrong wells.', [right_wrong_map(first)])])
 
-# %% ../nbs/21_cli.ipynb #c29ea47e
+# %% ../nbs/21_cli.ipynb #e704ef1f
 def _examples(right, n=4):
     "Some right and some wrong wells"
     return pd.concat([right[right.right].head(n - n//2), right[~right.right].head(n//2)]).id_code.tolist()
 
 def _strip(near, well, meta, source):
-    rows = near[near.id_code == well]
-    query = meta[meta.well_id == well]
-    return neighbour_strip(rows, query.site_id.iloc[0], query.sirna.iloc[0], source)
+    site = meta[meta.well_id == well].iloc[0]
+    return neighbour_strip(near[near['query'] == site.site_id], site.site_id, site.sirna, source)

@@ -78,7 +78,7 @@ def accuracy_table(
         cols[r['protocol']] = pd.Series(rows, dtype=float)
     return pd.DataFrame(cols).loc[list(cols[names[0]].index)]
 
-# %% ../nbs/18_evaluate.ipynb #5ee06901
+# %% ../nbs/18_evaluate.ipynb #e51fd894
 def right_wrong_map(
     r:pd.DataFrame, # From `right_wrong`, wells of one experiment
 )->plt.Figure:
@@ -88,5 +88,5 @@ def right_wrong_map(
     fig, axs = plt.subplots(1, len(plates), figsize=(3.1*len(plates), 2.5), dpi=70, squeeze=False)
     for ax, p in zip(axs[0], plates):
         g = r[r.plate == p]
-        plate_map(g, 'right', f'plate {p}: {g.right.mean():.0%} right', ctx=ax)
+        plate_map(g, np.where(g.right, 'right', 'wrong'), f'plate {p}: {g.right.mean():.0%} right', ctx=ax, colours=dict(right='#2e9e4f', wrong='#d43d2f'))
     fig.tight_layout(); return fig

@@ -32,7 +32,7 @@ def screen_splitter(
     parts = model_parts(model)
     return [list(parts.get(p, [])) for p in PARTS]
 
-# %% ../nbs/11_learner.ipynb #d5ac6264
+# %% ../nbs/11_learner.ipynb #e8a42267
 def screen_learner(
     dls, # From `screen_dls`
     arch:str='efficientnet-lite0', # `efficientnet-b0`…`b7`, `efficientnet-lite0` or any timm architecture
@@ -43,6 +43,7 @@ def screen_learner(
     neck:str='linear', # linear, rcic117 or rcic117_meta
     emb_dim:int=512, # Length of the embedding
     meta_dropout:float=.2, # Share of metadata entries shown as unknown in training
+    bn_momentum:float=.1, # Of BatchNorm; EfficientNet's own .01 lags behind in short trainings
     seed:int=0, # Initial weights
     **kwargs # To `Learner`
 )->Learner:
@@ -54,7 +55,7 @@ def screen_learner(
     with no_random(seed):
         model = create_screen_model(arch, len(spec.labels), n_channels=len(spec.channels), pretrained=pretrained, stem=stem,
                                     metadata={m:len(spec.vocabs[m]) for m in metadata}, inputs=tuple(spec.vocabs),
-                                    emb_dim=emb_dim, neck=neck, meta_dropout=meta_dropout, loss=loss)
+                                    emb_dim=emb_dim, neck=neck, meta_dropout=meta_dropout, loss=loss, bn_momentum=bn_momentum)
     kwargs = {**dict(metrics=[accuracy], splitter=screen_splitter), **kwargs}
     return Learner(dls, model, loss_func=model.loss, **kwargs)
 

@@ -14,7 +14,7 @@ from .backbones import Backbone, create_backbone
 from .heads import ConcatPool, CosineClassifier, MetadataEmbedding, MetadataOneHot, create_neck, unit_length
 from .losses import loss_from_config
 
-# %% ../nbs/09_model.ipynb #ec0ad831
+# %% ../nbs/09_model.ipynb #bfff9212
 class ScreenModel(nn.Module):
     "Sites or wells, and what is known about them, to cosines with every class"
     def __init__(self,
@@ -40,9 +40,9 @@ class ScreenModel(nn.Module):
         self.use_metadata = use_metadata
         self.stem,self.body,self.pool = backbone.stem,backbone.body,ConcatPool()
         self.metadata = _metadata(metadata, meta_dim, meta_dropout)
-        n = 2*backbone.n_features + (self.metadata.n_out if self.metadata is not None else 0)
-        self.neck = create_neck(neck, n, emb_dim, dropout)
-        self.classifier = CosineClassifier(n if neck == 'identity' else emb_dim, n_classes)
+        self.n_pooled = 2*backbone.n_features + (self.metadata.n_out if self.metadata is not None else 0)
+        self.neck = create_neck(neck, self.n_pooled, emb_dim, dropout)
+        self.classifier = CosineClassifier(self.n_pooled if neck == 'identity' else emb_dim, n_classes)
         self.loss = loss_from_config(loss, n_classes)
 
 # %% ../nbs/09_model.ipynb #58c00e1f
@@ -144,6 +144,17 @@ def model_parts(
     modules = dict(stem=[model.stem], body=[model.body], metadata=[model.metadata], neck=[model.pool, model.neck],
                    classifier=[model.classifier, model.loss])
     return {k:[p for m in ms if m is not None for p in m.parameters()] for k,ms in modules.items()}
+
+# %% ../nbs/09_model.ipynb #900a7489
+@patch
+def set_neck(self:ScreenModel,
+    neck:str, # Name of a neck, see `create_neck`; not 'identity'
+):
+    "Put a fresh neck of another kind between the pooled features and the classifier"
+    if neck == 'identity': raise ScreenError("The neck 'identity' would change the length of the embedding: create a new model with it.")
+    fresh = create_neck(neck, self.n_pooled, self._args['emb_dim'], self._args['dropout'])
+    self.neck = fresh.to(next(self.parameters()).device).train(self.training)
+    self._args['neck'] = neck
 
 # %% ../nbs/09_model.ipynb #0a5319ef
 def parts_table(

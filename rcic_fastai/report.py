@@ -43,27 +43,33 @@ def training_curve(
     if len(history): axs[0].legend(fontsize=8)
     fig.tight_layout(); return fig
 
-# %% ../nbs/20_report.ipynb #bae71d3b
-def embedding_map(
-    emb:pd.DataFrame, # Embedding table
-    colour:str='cell_type', # Metadata column to colour by
-    ax=None, # Where to draw
-)->plt.Figure:
-    "First two principal components of the embeddings"
+# %% ../nbs/20_report.ipynb #eafd8bf0
+def _components(emb):
+    "First two principal components [N,2], with a fixed sign"
     X = emb_features(emb).astype(np.float64)
     X = X - X.mean(0)
     u, s, vt = np.linalg.svd(X, full_matrices=False)
-    sign = np.sign(vt[np.arange(2), np.abs(vt[:2]).argmax(1)])       # a component has no sign of its own: fix it
-    xy = u[:, :2]*s[:2]*sign
-    ax = ax or plt.subplots(figsize=(4.2, 3.6), dpi=75)[1]
-    meta = emb_metadata(emb)
-    for i, (name, idx) in enumerate(meta.groupby(colour, sort=True).indices.items()):
-        test = (meta['dataset'].values == 'test')[idx] if 'dataset' in meta else np.zeros(len(idx), bool)
-        ax.scatter(*xy[idx[~test]].T, s=10, color=f'C{i%10}', label=str(name), lw=0)
-        ax.scatter(*xy[idx[test]].T, s=14, facecolors='none', edgecolors=f'C{i%10}', lw=.8)
-    if meta[colour].nunique() <= 12: ax.legend(fontsize=7)
+    return u[:, :2]*s[:2]*np.sign(vt[np.arange(2), np.abs(vt[:2]).argmax(1)])
+
+def _draw_map(ax, xy, meta, colour):
+    names, test = sorted(meta[colour].dropna().unique()), (meta['dataset'] == 'test').to_numpy()
+    for i, name in enumerate(names):
+        of = (meta[colour] == name).fillna(False).to_numpy(bool)
+        ax.scatter(*xy[of & ~test].T, s=10, color=f'C{i%10}', label=str(name), lw=0)
+        ax.scatter(*xy[of & test].T, s=14, facecolors='none', edgecolors=f'C{i%10}', lw=.8)
+    if len(names) <= 15: ax.legend(fontsize=6, loc='upper left', bbox_to_anchor=(1, 1))
     ax.set_xticks([]); ax.set_yticks([]); ax.set_title(f'by {colour} (hollow: test)', fontsize=9)
-    return ax.figure
+
+# %% ../nbs/20_report.ipynb #80f25bd0
+def embedding_map(
+    emb:pd.DataFrame, # Embedding table
+    *colours:str, # Metadata columns to colour by, one map each; 'cell_type' when none is given
+)->plt.Figure:
+    "First two principal components of the embeddings"
+    xy, meta, colours = _components(emb), emb_metadata(emb), colours or ('cell_type',)
+    fig, axs = plt.subplots(1, len(colours), figsize=(4*len(colours), 3.5), dpi=75, squeeze=False)
+    for ax, c in zip(axs[0], colours): _draw_map(ax, xy, meta, c)
+    fig.tight_layout(); return fig
 
 # %% ../nbs/20_report.ipynb #ed68fe2c
 def neighbour_strip(
@@ -84,7 +90,7 @@ def neighbour_strip(
         if truth is not None: ax.title.set_color('#1a7f37' if str(r.label) == str(truth) else '#b3261e')
     fig.tight_layout(); return fig
 
-# %% ../nbs/20_report.ipynb #9dd38017
+# %% ../nbs/20_report.ipynb #add5bd71
 def fig_html(
     fig, # A matplotlib figure; it is closed
     alt:str='', # What it shows
@@ -110,7 +116,7 @@ def write_report(
         out.append(f'<h2>{html.escape(head)}</h2><p class="note">{html.escape(text)}</p>')
         for c in contents:
             if isinstance(c, plt.Figure): c = fig_html(c, head)
-            elif isinstance(c, pd.DataFrame): c = c.to_html(border=0, float_format=lambda v: f'{v:.3f}', na_rep='')
+            elif isinstance(c, pd.DataFrame): c = c.to_html(border=0, float_format=lambda v: f'{v:.3f}' if v <= 1 else f'{v:g}', na_rep='')
             out.append(c)
     tmp = path.with_name(path.name + '.part')
     tmp.write_text('\n'.join(out) + '</html>', encoding='utf-8'); os.replace(tmp, path)

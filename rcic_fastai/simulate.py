@@ -230,7 +230,7 @@ def hatching(g, scale=3.):
     return cv2.remap(noise_tile('grain'), g.per(g.offset[0]) + g.u*(.8/scale), g.per(g.offset[1]) + g.v*(8/scale),
                      cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
 
-# %% ../nbs/01_simulate.ipynb #1709acc3
+# %% ../nbs/01_simulate.ipynb #49fd6a2f
 def stain_nucleus(s):
     "w1 Hoechst: grainy nuclei, darker at the rim, over a faint cytoplasm."
     g = s.g
@@ -247,6 +247,7 @@ def stain_er(s):
     envelope = .12*(1-s.look['nuc_er'])*np.exp(-(g.d/1.4)**2)*g.inside
     return (g.body*fall*mesh*thin + envelope + s.look['nuc_er']*g.nucleus)*g.gain[1]
 
+# %% ../nbs/01_simulate.ipynb #8d104852
 def stain_actin(s):
     "w3 phalloidin: hatching and bundles of stress fibres, the cell's cortex, bright spots."
     g, c, m = s.g, s.c, s.m
@@ -259,6 +260,7 @@ def stain_actin(s):
     flat = g.inside*(.35*streaks*g.rough*(1-.2*g.nucleus) + cortex)
     return flat*g.gain[2] + .8*s.fibres + .9*blur(s.fibres, 3) + 1.4*blur(spots, .7)
 
+# %% ../nbs/01_simulate.ipynb #2a00a0d1
 def stain_nucleoli(s):
     "w4 Syto14: bright nucleoli in a medium nucleus, RNA in the cytoplasm."
     g, c, m = s.g, s.c, s.m
@@ -272,6 +274,7 @@ def stain_nucleoli(s):
     body = g.body*rna*thin*np.sqrt(g.rough)*(1 + .1*texture('grain', g.tx, g.ty, 4))
     return (body + g.nucleus*(s.look['nuc_rna'] + 1.1*spots))*g.gain[3]
 
+# %% ../nbs/01_simulate.ipynb #9ae2a98b
 def mito_threads(s):
     "Mitochondria [n,n]: winding threads that wrap the nucleus, more of them on one side."
     c, m, rng = s.c, s.m, s.rng
@@ -293,6 +296,7 @@ def stain_mito(s):
     haze = haze + s.look['nuc_mito']*g.nucleus
     return ((.6*blur(threads, .6) + .7*blur(threads, 2.5))*(1 - .7*g.nucleus)*g.inside + haze)*g.gain[4]
 
+# %% ../nbs/01_simulate.ipynb #1d523f4d
 def stain_golgi(s):
     "w6 WGA: golgi pieces beside the nucleus, the plasma membrane, the nucleus's glow, some fibres."
     g, c, m, rng = s.g, s.c, s.m, s.rng
@@ -305,6 +309,7 @@ def stain_golgi(s):
     flat = g.inside*(thin*g.rough*(.2 + .2*np.exp(-g.out/12)) + ruffles + .7*pieces)
     return (flat + s.look['nuc_wga']*g.nucleus)*g.gain[5] + s.look['wga_actin']*(.7*s.fibres + blur(s.fibres, 2))
 
+# %% ../nbs/01_simulate.ipynb #28714b05
 STAINS = stain_nucleus, stain_er, stain_actin, stain_nucleoli, stain_mito, stain_golgi
 
 # %% ../nbs/01_simulate.ipynb #84d698f7

@@ -1,5 +1,5 @@
 "The house is in order: the two settings files agree, the wheel is whole, notebooks and pages are clean."
-import ast, base64, importlib, json, os, re, shutil, subprocess, sys, zipfile
+import ast, base64, importlib, json, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -37,7 +37,7 @@ def setup_arguments(monkeypatch):
     given = {}
     monkeypatch.setattr(setuptools, 'setup', lambda **kwargs: given.update(kwargs))
     monkeypatch.chdir(ROOT)
-    exec(compile((ROOT/'setup.py').read_text(), 'setup.py', 'exec'), {'__file__': str(ROOT/'setup.py'), '__name__': 'x'})
+    exec((ROOT/'setup.py').read_text(encoding='utf-8'), {'__file__': str(ROOT/'setup.py')})
     return given
 
 
@@ -80,7 +80,8 @@ def test_nbdev_and_the_docs_builder_are_for_developers_only(monkeypatch):
 
 def test_console_scripts_are_callable(monkeypatch):
     scripts = setup_arguments(monkeypatch)['entry_points']['console_scripts']
-    assert {s.split('=')[0] for s in scripts} >= {'rcic_simulate', 'rcic_train', 'rcic_predict', 'rcic_evaluate', 'rcic_demo'}
+    names = {s.split('=')[0] for s in scripts}
+    assert names >= {f'rcic_{verb}' for verb in ('simulate', 'train', 'predict', 'evaluate', 'demo')}
     for script in scripts:
         module, name = script.split('=')[1].split(':')
         assert callable(getattr(importlib.import_module(module), name)), script
@@ -89,7 +90,8 @@ def test_console_scripts_are_callable(monkeypatch):
 def test_wheel_holds_every_module_and_table(tmp_path):
     for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, tmp_path)
     shutil.copytree(LIB, tmp_path/'rcic_fastai', ignore=shutil.ignore_patterns('__pycache__'))
-    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-index', '--no-build-isolation', '-w', 'out', '.']
+    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-index', '--no-build-isolation',
+               '-w', 'out', '.']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     wheel, = (tmp_path/'out').glob('*.whl')
@@ -130,7 +132,7 @@ def test_notebook_is_small_and_clean(nb):
 def test_notebook_begins_with_title_and_description(nb):
     first = cells(nb)[0]
     lines = [l for l in ''.join(first['source']).splitlines() if l.strip()]
-    assert first['cell_type'] == 'markdown' and len(lines) == 2, 'what else the first cell holds would not reach the page'
+    assert first['cell_type'] == 'markdown' and len(lines) == 2, 'what else this cell holds would not reach the page'
     assert re.match(r'# \S', lines[0]) and re.match(r'> \S', lines[1])
 
 
@@ -225,13 +227,15 @@ def copy(tmp_path_factory):
     return top
 
 
-@pytest.mark.parametrize('spoiled', ['rcic_fastai/showdoc.py', 'docs/index.html', 'README.md', 'rcic_fastai/extra.py', 'index.ipynb'])
+@pytest.mark.parametrize('spoiled', ['rcic_fastai/showdoc.py', 'rcic_fastai/extra.py', 'docs/index.html', 'README.md',
+                                     'index.ipynb'])
 def test_sync_check_names_the_spoiled_file(copy, spoiled):
     path = copy/spoiled
     before = path.read_bytes() if path.exists() else None
     if spoiled == 'index.ipynb': path.write_bytes(before.replace(b'microscopy screens', b'microscope screens'))
     else: path.write_bytes((before or b'') + b'\n# changed by hand\n')
-    try: done = subprocess.run([sys.executable, 'tools/sync.py', 'check'], cwd=copy, capture_output=True, text=True, env={**os.environ})
+    command = [sys.executable, 'tools/sync.py', 'check']
+    try: done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     finally: path.write_bytes(before) if before is not None else path.unlink()
     assert done.returncode == 1, done.stdout + done.stderr
     named = 'README.md' if spoiled == 'index.ipynb' else spoiled

@@ -63,8 +63,8 @@ def mixed_cells(nb):
     for n, cell in enumerate(json.loads(nb.read_text(encoding='utf-8'))['cells']):
         source = text_of(cell['source'])
         option = options(source)
-        if cell['cell_type'] != 'code' or {'export', 'exports', 'exporti'} & set(option) or option.get('eval') == 'false':
-            continue
+        exported = {'export', 'exports', 'exporti'} & set(option)
+        if cell['cell_type'] != 'code' or exported or option.get('eval') == 'false': continue
         try: tree = ast.parse(source)
         except SyntaxError: continue   # magics
         imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
@@ -116,8 +116,8 @@ def picture_files(docs):
 
 
 def local_links(docs, own_url):
-    """Links to our own hosted pages become links between files, so that the folder can be read where it lies. A name that
-    its page has no heading for (a function chosen by type) leads to the top of the page."""
+    """Links to our own hosted pages become links between files, so that the folder can be read where it lies.
+    A name that has no heading on its page (a function chosen by type) leads to the top of the page."""
     ids = {p.name: set(re.findall(r'\bid="([^"]+)"', p.read_text(encoding='utf-8'))) for p in docs.glob('*.html')}
     link = re.compile(rf'href="(?:{re.escape(own_url.rstrip("/"))})?/*([\w.-]+\.html)(?:#([^"]*))?"')
 
@@ -125,17 +125,19 @@ def local_links(docs, own_url):
         if m[1] not in ids: return m[0]
         return f'href="./{m[1]}#{m[2]}"' if m[2] in ids[m[1]] else f'href="./{m[1]}"'
 
-    for page in docs.glob('*.html'): page.write_text(link.sub(local, page.read_text(encoding='utf-8')), encoding='utf-8')
+    for page in docs.glob('*.html'):
+        page.write_text(link.sub(local, page.read_text(encoding='utf-8')), encoding='utf-8')
 
 
 def formulas(docs):
     "TeX becomes MathML, which browsers draw by themselves; KaTeX would be fetched from the net."
     from latex2mathml.converter import convert
     span = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.DOTALL)
+    display = dict(inline='inline', display='block')
     katex = re.compile(r'<(?:link|script)[^>]*/katex[^>]*>(?:</script>)?\s*')
     for page in docs.glob('*.html'):
         text = page.read_text(encoding='utf-8')
-        text = span.sub(lambda m: convert(html.unescape(m[2]).strip(), display='inline' if m[1] == 'inline' else 'block'), text)
+        text = span.sub(lambda m: convert(html.unescape(m[2]).strip(), display=display[m[1]]), text)
         page.write_text(katex.sub('', text), encoding='utf-8')
 
 
@@ -208,8 +210,10 @@ def build(project, out):
     shutil.copy(project/'nbs'/'styles.css', proc)
 
     from nbdev.config import get_config
-    from smalldocs.site import build as render
-    for warning in render(proc, quiet=True).warnings: NOT_READ in warning or print('docs:', warning)
+    try: from smalldocs.site import build as render
+    except ImportError: raise SystemExit('docs: smalldocs is not installed: it needs Python 3.11 or newer.') from None
+    for warning in render(proc, quiet=True).warnings:
+        if NOT_READ not in warning: print('docs:', warning)
     docs = shutil.copytree(proc/'_site', out/'docs')
     picture_files(docs)
     formulas(docs)

@@ -1,7 +1,7 @@
 """Keep what is generated in step with the notebooks.
 
-    python tools/sync.py check    exit 1 and name the files, if rcic_fastai/, docs/, README.md or the sidebar differ from
-                                  what the notebooks give; changes nothing
+    python tools/sync.py check    exit 1 and name the files, if rcic_fastai/, docs/, README.md or the sidebar
+                                  differ from what the notebooks give; changes nothing
     python tools/sync.py docs     write docs/, README.md and the sidebar
     python tools/sync.py lib      write rcic_fastai/, and drop modules that no notebook makes
 
@@ -21,19 +21,22 @@ def scratch_copy(folder):
     project = folder/'project'
     skip = shutil.ignore_patterns('_proc', '.ipynb_checkpoints', '__pycache__')
     for name in ('nbs', 'tools', f'{LIB}/tables'): shutil.copytree(ROOT/name, project/name, symlinks=True, ignore=skip)
-    for name in ('index.ipynb', 'pyproject.toml', 'settings.ini', f'{LIB}/__init__.py'): shutil.copy(ROOT/name, project/name)
+    for name in ('index.ipynb', 'pyproject.toml', 'settings.ini', f'{LIB}/__init__.py'):
+        shutil.copy(ROOT/name, project/name)
     return project
 
 
-def run(project, *command):
+def run(project, what, *command):
     env = {**os.environ, 'PYTHONPATH': str(project), 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONHASHSEED': '0'}
-    if subprocess.run(command, cwd=project, env=env).returncode: raise SystemExit(f"sync: {' '.join(command[-3:])} failed, see above.")
+    done = subprocess.run(command, cwd=project, env=env)
+    if done.returncode: raise SystemExit(f'sync: {what} failed, see above.')
 
 
-def export(project): run(project, sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()')
+def export(project): run(project, 'the export', sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()')
 
 
-def build_pages(project, out): run(project, sys.executable, '-W', 'ignore', 'tools/docs.py', str(project), str(out))
+def build_pages(project, out):
+    run(project, 'building the pages', sys.executable, '-W', 'ignore', 'tools/docs.py', str(project), str(out))
 
 
 def files(folder, pattern='*'):
