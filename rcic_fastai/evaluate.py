@@ -35,12 +35,12 @@ def right_wrong(
     out['right'] = out.predicted == out.truth
     return out.join(w[['experiment', 'cell_type', 'plate', 'well', 'well_type']].reset_index(drop=True))
 
-# %% ../nbs/18_evaluate.ipynb #4d20ab6d
+# %% ../nbs/18_evaluate.ipynb #5048b7ce
 def _expected(table, pred_wells, target):
     "Labelled test wells of the predicted kinds that are not predicted"
     t = table[(table.dataset == 'test') & table[target].notna()].drop_duplicates('well_id')
-    kinds = t.well_type[t.well_id.isin(pred_wells)].unique()
-    return [w for w in t.well_id[t.well_type.isin(kinds)] if w not in set(pred_wells)]
+    done = t.well_id.isin(pred_wells)
+    return t.well_id[~done & t.well_type.isin(t.well_type[done].unique())].tolist()
 
 def evaluate(
     pred:pd.DataFrame, # Predictions: id_code, the target and protocol

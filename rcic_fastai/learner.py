@@ -32,7 +32,7 @@ def screen_splitter(
     parts = model_parts(model)
     return [list(parts.get(p, [])) for p in PARTS]
 
-# %% ../nbs/11_learner.ipynb #e8a42267
+# %% ../nbs/11_learner.ipynb #ae4f801f
 def screen_learner(
     dls, # From `screen_dls`
     arch:str='efficientnet-lite0', # `efficientnet-b0`…`b7`, `efficientnet-lite0` or any timm architecture
@@ -52,6 +52,7 @@ def screen_learner(
     if isinstance(metadata, str): metadata = [o.strip() for o in metadata.split(',') if o.strip()]
     strange = [m for m in metadata if m not in spec.vocabs]
     if strange: raise ScreenError(f'{first_few(strange)} is not a metadata column: choose from {", ".join(spec.vocabs)}.')
+    if spec.target in metadata: raise ScreenError(f'{spec.target} is the target, so it cannot be a metadata input too: leave it out of metadata.')
     with no_random(seed):
         model = create_screen_model(arch, len(spec.labels), n_channels=len(spec.channels), pretrained=pretrained, stem=stem,
                                     metadata={m:len(spec.vocabs[m]) for m in metadata}, inputs=tuple(spec.vocabs),

@@ -13,7 +13,7 @@ from fastcore.all import patch, store_attr
 from .metadata import *
 from .profiles import *
 
-# %% ../nbs/15_neighbors.ipynb #3cacd28d
+# %% ../nbs/15_neighbors.ipynb #27d073a1
 KINDS = ('exact', 'ivf', 'hnsw')
 
 def _faiss_index(x, kind):
@@ -31,15 +31,19 @@ def _faiss_index(x, kind):
 def checked_rows(
     x, # [N,D] embeddings
     what:str='embedding', # What a row is called in a complaint
+    labels:pd.DataFrame=None, # N rows with `site_id` or `well_id`, to name a bad row
 )->np.ndarray: # float32 [N,D], unit length, C-contiguous
     "Rows of length 1; a row without a direction is refused"
     x = np.asarray(x, dtype=np.float32)
     if x.ndim != 2 or not len(x): raise ScreenError(f'The {what} table has shape {x.shape}: give one row of numbers a site or well.')
     bad = ~np.isfinite(x).all(1) | (np.abs(x).max(1) == 0)
-    if bad.any(): raise ScreenError(f'Row {int(np.flatnonzero(bad)[0])} of the {what} table is all zeros or not finite: embed that site again or leave it out.')
+    if bad.any():
+        i = int(np.flatnonzero(bad)[0])
+        name = next((f' ({labels[c].iloc[i]})' for c in ('site_id', 'well_id') if labels is not None and c in labels), '')
+        raise ScreenError(f'Row {i}{name} of the {what} table is all zeros or not finite: embed that site again or leave it out.')
     return unit_rows(x)
 
-# %% ../nbs/15_neighbors.ipynb #a5c588b2
+# %% ../nbs/15_neighbors.ipynb #8fa7fef5
 class SirnaIndex:
     "Training embeddings with their labels, searched by cosine"
     def __init__(self,
@@ -49,11 +53,11 @@ class SirnaIndex:
         kind:str='exact', # exact, ivf or hnsw
     ):
         if kind not in KINDS: raise ScreenError(f'kind={kind!r} is not an index: choose from {", ".join(KINDS)}.')
-        self.features, self.labels = checked_rows(features), labels.reset_index(drop=True)
-        if len(self.labels) != len(self.features): raise ScreenError(f'{len(self.features)} embeddings came with {len(self.labels)} labels: give one row each.')
+        self.labels = labels.reset_index(drop=True)
+        if len(self.labels) != len(features): raise ScreenError(f'{len(features)} embeddings came with {len(self.labels)} labels: give one row each.')
         if target not in self.labels: raise ScreenError(f'The labels have no column {target!r}: choose from {", ".join(self.labels.columns)}.')
         if self.labels[target].isna().any(): raise ScreenError(f'Row {int(self.labels[target].isna().idxmax())} of the index has no {target}: index only labelled rows.')
-        self.target, self.kind = target, kind
+        self.features, self.target, self.kind = checked_rows(features, labels=self.labels), target, kind
         y = self.labels[target].astype(str)
         self.classes = sorted(y.unique())
         self.codes = pd.Categorical(y, categories=self.classes).codes.astype(np.int64)
@@ -86,7 +90,22 @@ def allowed(self:SirnaIndex,
         keep &= ((col == v) & col.notna()).fillna(False).to_numpy(bool)
     return np.flatnonzero(keep)
 
-# %% ../nbs/15_neighbors.ipynb #5adc17ef
+# %% ../nbs/15_neighbors.ipynb #501ec5af
+@patch
+def _queries(self:SirnaIndex, q):
+    "Unit rows of the width of the index"
+    q = checked_rows(q, 'query')
+    if q.shape[1] != self.features.shape[1]:
+        raise ScreenError(f'Queries have {q.shape[1]} numbers and the index {self.features.shape[1]}: embed both with the same model.')
+    return q
+
+@patch
+def _exact(self:SirnaIndex, q, k, ids):
+    "The k best of the rows `ids`, by all products: cosines and rows, best first"
+    s = np.concatenate([q[i:i+64] @ self.features[ids].T for i in range(0, len(q), 64)])
+    order = np.argsort(-s, axis=1, kind='stable')[:, :k]
+    return np.take_along_axis(s, order, 1), ids[order]
+
 @patch
 def search(self:SirnaIndex,
     q, # [Q,D] embeddings
@@ -97,9 +116,7 @@ def search(self:SirnaIndex,
     "The `k` nearest rows of each query, by cosine, best first"
     import faiss
     if k < 1: raise ScreenError(f'k={k} neighbours cannot be found: ask for 1 or more.')
-    q = checked_rows(q, 'query')
-    if q.shape[1] != self.features.shape[1]:
-        raise ScreenError(f'Queries have {q.shape[1]} numbers and the index {self.features.shape[1]}: embed both with the same model.')
+    q = self._queries(q)
     cos, rows = np.full((len(q), k), -np.inf, np.float32), np.full((len(q), k), -1, np.int64)
     for values, at in _restrictions(len(q), cell_type=cell_type, plate_group=plate_group):
         ids = self.allowed(**values)
@@ -111,11 +128,12 @@ def search(self:SirnaIndex,
             params = dict(exact=faiss.SearchParameters, ivf=faiss.SearchParametersIVF, hnsw=faiss.SearchParametersHNSW)[self.kind](sel=select)
             if self.kind == 'ivf': params.nprobe = self.index.nprobe
         c, r = self.index.search(q[at], n, params=params)
-        c[r < 0] = -np.inf
+        short = (r < 0).any(1)
+        if short.any(): c[short], r[short] = self._exact(q[at[short]], n, ids)
         cos[at, :n], rows[at, :n] = c, r
     return cos, rows
 
-# %% ../nbs/15_neighbors.ipynb #be1a58ca
+# %% ../nbs/15_neighbors.ipynb #78c05f57
 VOTES = ('nearest', 'mean', 'prototype')
 
 def _top_mean(s, starts, k):
@@ -144,7 +162,7 @@ def class_scores(self:SirnaIndex,
     "One score for every class"
     if vote not in VOTES: raise ScreenError(f'vote={vote!r} is not known: choose from {", ".join(VOTES)}.')
     if k < 1: raise ScreenError(f'k={k} rows cannot vote: ask for 1 or more.')
-    q = checked_rows(q, 'query')
+    q = self._queries(q)
     out = np.full((len(q), len(self.classes)), -np.inf, np.float32)
     for values, at in _restrictions(len(q), cell_type=cell_type, plate_group=plate_group):
         ids = self.allowed(**values)
@@ -156,7 +174,7 @@ def class_scores(self:SirnaIndex,
             out[np.ix_(at[i:i+chunk], present)] = s
     return out
 
-# %% ../nbs/15_neighbors.ipynb #557882fa
+# %% ../nbs/15_neighbors.ipynb #e8b66f2d
 def merge_wells(
     scores, # [N,K] class scores of sites
     well_ids, # [N] the well of each site
@@ -164,7 +182,8 @@ def merge_wells(
 )->tuple: # ([W,K] scores, [W] wells in order of first appearance)
     "Class scores of wells from those of their sites"
     if how not in ('best', 'mean'): raise ScreenError(f'merge={how!r} is not known: choose best or mean.')
-    codes, wells = pd.factorize(np.asarray(well_ids))
+    codes, wells = pd.factorize(np.asarray(well_ids, dtype=object))
+    if (codes < 0).any(): raise ScreenError(f'Row {int((codes < 0).argmax())} of the scores has no well: fill in its well_id.')
     out = np.full((len(wells), scores.shape[1]), -np.inf, np.float64)
     if how == 'best': np.maximum.at(out, codes, scores)
     else:
@@ -172,7 +191,7 @@ def merge_wells(
         out /= np.bincount(codes)[:, None]
     return out.astype(np.float32), wells
 
-# %% ../nbs/15_neighbors.ipynb #21104bf7
+# %% ../nbs/15_neighbors.ipynb #0fd50468
 @patch
 def save(self:SirnaIndex,
     folder, # Where to write index.faiss, index.parquet and index.json
@@ -192,8 +211,10 @@ def _load_index(folder):
     folder = Path(folder)
     absent = [f for f in ('index.json', 'index.faiss', 'index.parquet') if not (folder/f).is_file()]
     if absent: raise ScreenError(f'{folder} has no {first_few(absent)}: point to a folder written by SirnaIndex.save.')
-    try: info = json.loads((folder/'index.json').read_text())
-    except ValueError: raise ScreenError(f'{folder/"index.json"} is damaged: save the index again.') from None
+    try:
+        info = json.loads((folder/'index.json').read_text())
+        info['sha256'], info['target'], info['kind']
+    except (ValueError, KeyError, TypeError): raise ScreenError(f'{folder/"index.json"} is damaged: save the index again.') from None
     for f, h in _digests(folder).items():
         if info.get('sha256', {}).get(f) != h: raise ScreenError(f'{folder/f} is not the file that was saved with this index: copy the whole folder again.')
     index = faiss.read_index(str(folder/'index.faiss'))

@@ -1,0 +1,184 @@
+"Naming wells: against a plain loop, what must not matter, no label of a query is ever used, files."
+import json
+import numpy as np, pandas as pd, pytest
+from hypothesis import given, settings, strategies as st
+from rcic_fastai.metadata import ScreenError
+from rcic_fastai.neighbors import SirnaIndex
+from rcic_fastai.predict import predict_wells, read_predictions, write_predictions
+from rcic_fastai.profiles import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
+
+TOY = toy_profiles(n_sirnas=24, dim=32, signal=.8, seed=1)
+TREATED = (TOY.Metadata_well_type == 'treatment').to_numpy()
+IS_TRAIN = (TOY.Metadata_dataset == 'train').to_numpy()
+TRAIN, TEST, ALL_TEST = TOY[IS_TRAIN & TREATED], TOY[~IS_TRAIN & TREATED], TOY[~IS_TRAIN]
+UNKNOWN = TEST.assign(Metadata_plate_group=pd.array([pd.NA]*len(TEST), dtype='Int64'))
+INDEX = SirnaIndex(emb_features(TRAIN), emb_metadata(TRAIN))
+TRUTH = emb_metadata(TEST).drop_duplicates('well_id').set_index('well_id')
+PROTOCOLS = ['inductive', 'adapted', 'transductive']
+
+def index_of(target, rows=TRAIN): return SirnaIndex(emb_features(rows), emb_metadata(rows), target=target)
+
+def same(a, b, **kw): pd.testing.assert_frame_equal(a.reset_index(drop=True), b.reset_index(drop=True), rtol=0, atol=1e-5, **kw)
+
+def test_inductive_is_the_loop():
+    pred, near = predict_wells(TEST, INDEX, k=3)
+    product = pd.DataFrame(emb_features(TEST).astype(float) @ emb_features(TRAIN).astype(float).T, index=TEST.Metadata_well_id.to_numpy())
+    names = TRAIN.Metadata_sirna.to_numpy()
+    assert pred.id_code.tolist() == sorted(TEST.Metadata_well_id.unique())
+    for p in pred.itertuples():
+        mine = product.loc[p.id_code].to_numpy()
+        by_class = {c: mine[:, names == c].max() for c in set(names)}
+        first, second = sorted(by_class, key=by_class.get)[::-1][:2]
+        assert (p.sirna, p.runner_up) == (first, second)
+        assert (p.score, p.margin) == pytest.approx((by_class[first], by_class[first] - by_class[second]), abs=1e-5)
+        found = np.concatenate([names[np.argsort(-row)[:3]] for row in mine])
+        assert p.votes == pytest.approx((found == first).mean())
+    assert len(near) == 3*len(TEST) and (near.groupby('query')['rank'].max() == 3).all()
+
+def test_transductive_is_one_sirna_a_plate_from_the_right_group():
+    pred, _ = predict_wells(UNKNOWN, INDEX, 'transductive')
+    assert not pred.duplicated(['experiment', 'plate', 'sirna']).any()
+    group_of = TRAIN.drop_duplicates('Metadata_sirna').set_index('Metadata_sirna').Metadata_plate_group
+    assert (group_of[pred.sirna].to_numpy() == TRUTH.plate_group[pred.id_code].to_numpy()).all()
+    assert set(pred.group_source) == {'inferred'} and (pred.group_confidence > 0).all()
+    given, _ = predict_wells(TEST, INDEX, 'transductive')
+    assert set(given.group_source) == {'given'} and given.sirna.tolist() == pred.sirna.tolist()
+    free, _ = predict_wells(TEST, INDEX)
+    right = [(p.sirna == TRUTH.sirna[p.id_code].to_numpy()).mean() for p in (free, pred)]
+    assert 1/24 < right[0] < right[1]
+
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_labels_of_queries_are_not_used(protocol):
+    want, near = predict_wells(UNKNOWN, INDEX, protocol)
+    other = UNKNOWN.Metadata_sirna.sample(frac=1, random_state=0).to_numpy()
+    for blind in (UNKNOWN.assign(Metadata_sirna=None, Metadata_sirna_id=None), UNKNOWN.assign(Metadata_sirna=other, Metadata_sirna_id=7),
+                  UNKNOWN.drop(columns=['Metadata_sirna', 'Metadata_sirna_id'])):
+        got, near2 = predict_wells(blind, INDEX, protocol)
+        pd.testing.assert_frame_equal(got, want)
+        pd.testing.assert_frame_equal(near2, near)
+
+@pytest.mark.parametrize('target', ['cell_type', 'experiment', 'well_type', 'plate'])
+def test_no_target_is_read_from_the_queries(target):
+    index = index_of(target, TOY[IS_TRAIN])
+    want, _ = predict_wells(ALL_TEST, index)
+    lie = 9 if target == 'plate' else 'a lie'
+    for blind in (ALL_TEST.assign(**{f'Metadata_{target}': lie}), ALL_TEST.assign(**{f'Metadata_{target}': None}), ALL_TEST.drop(columns=f'Metadata_{target}')):
+        got, _ = predict_wells(blind, index)
+        assert got[target].tolist() == want[target].tolist()
+        assert set(got[target]) <= set(index.classes)
+
+def test_search_cannot_be_restricted_to_what_is_predicted():
+    with pytest.raises(ScreenError, match='cell type'): predict_wells(TEST, index_of('cell_type'), restrict_cell_type=True)
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from(PROTOCOLS))
+def test_order_of_rows_does_not_matter(seed, protocol):
+    same(predict_wells(UNKNOWN.sample(frac=1, random_state=seed), INDEX, protocol)[0], predict_wells(UNKNOWN, INDEX, protocol)[0])
+
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_names_of_experiments_do_not_matter(protocol):
+    names = {'HUVEC-17': 'ZZ', 'RPE-08': 'AA'}
+    other = UNKNOWN.assign(Metadata_experiment=UNKNOWN.Metadata_experiment.map(names))
+    for c in ('site_id', 'well_id'):
+        other[f'Metadata_{c}'] = [f'{names[v.split("_")[0]]}_{v.split("_", 1)[1]}' for v in UNKNOWN[f'Metadata_{c}']]
+    a, b = predict_wells(UNKNOWN, INDEX, protocol)[0], predict_wells(other, INDEX, protocol)[0]
+    a = a.assign(id_code=[f'{names[v.split("_")[0]]}_{v.split("_", 1)[1]}' for v in a.id_code], experiment=a.experiment.map(names))
+    same(a.sort_values('id_code'), b)
+
+def test_inductive_wells_are_named_one_by_one():
+    together, _ = predict_wells(TEST, INDEX)
+    alone = pd.concat([predict_wells(TEST[TEST.Metadata_well_id == w], INDEX)[0] for w in together.id_code])
+    same(alone, together)
+
+def test_ties_are_broken_the_same_way_in_any_company():
+    twice = pd.concat([TRAIN, TRAIN.assign(Metadata_sirna='A_' + TRAIN.Metadata_sirna)])
+    index = index_of('sirna', twice)
+    together, _ = predict_wells(TEST, index)
+    assert together.sirna.str.startswith('A_').all()
+    assert together.sirna.tolist() == [predict_wells(TEST[TEST.Metadata_well_id == w], index)[0].sirna[0] for w in together.id_code]
+
+def test_controls_do_not_change_treatments():
+    blank = ALL_TEST.assign(Metadata_plate_group=pd.array([pd.NA]*len(ALL_TEST), dtype='Int64'))
+    alone = predict_wells(UNKNOWN, INDEX, 'transductive')[0]
+    both = predict_wells(blank, INDEX, 'transductive')[0]
+    assert len(both) == blank.Metadata_well_id.nunique()
+    same(both[both.well_type == 'treatment'], alone)
+
+def test_missing_wells_and_single_sites():
+    wells = UNKNOWN.Metadata_well_id.unique()
+    fewer = UNKNOWN[~UNKNOWN.Metadata_well_id.isin(wells[::5]) & ~((UNKNOWN.Metadata_site == 2) & UNKNOWN.Metadata_well_id.isin(wells[1::5]))]
+    pred, _ = predict_wells(fewer, INDEX, 'transductive')
+    assert len(pred) == fewer.Metadata_well_id.nunique() and not pred.duplicated(['experiment', 'plate', 'sirna']).any()
+
+def test_well_rows_are_understood():
+    wells = merge_sites(TEST)
+    pred, near = predict_wells(wells, INDEX)
+    assert len(pred) == len(wells) and set(near['query']) == set(wells.Metadata_well_id)
+
+@pytest.mark.parametrize('vote', ['nearest', 'mean', 'prototype'])
+@pytest.mark.parametrize('merge', ['best', 'mean'])
+def test_votes_and_merges_find_the_truth(vote, merge):
+    easy = toy_profiles(n_sirnas=24, signal=3., noise=.3, batch=.3)
+    train, test = (easy[(easy.Metadata_dataset == d) & (easy.Metadata_well_type == 'treatment')] for d in ('train', 'test'))
+    pred, _ = predict_wells(test, index_of('sirna', train), vote=vote, merge=merge)
+    truth = emb_metadata(test).drop_duplicates('well_id').set_index('well_id').sirna
+    assert (pred.sirna.to_numpy() == truth[pred.id_code].to_numpy()).mean() > .95
+
+def test_restricted_to_the_cell_type():
+    pred, near = predict_wells(TEST, INDEX, restrict_cell_type=True)
+    cells = TEST.drop_duplicates('Metadata_well_id').set_index('Metadata_well_id').Metadata_cell_type
+    assert (near.cell_type.to_numpy() == cells[near.id_code].to_numpy()).all()
+    for cell, q in TEST.groupby('Metadata_cell_type'):
+        own, _ = predict_wells(q, index_of('sirna', TRAIN[TRAIN.Metadata_cell_type == cell]))
+        same(pred[pred.cell_type == cell], own)
+
+def test_a_single_candidate_has_no_runner_up():
+    one = TRAIN[(TRAIN.Metadata_cell_type == 'HUVEC') | (TRAIN.Metadata_sirna == 'sirna_0')]
+    pred, _ = predict_wells(TEST, index_of('sirna', one), restrict_cell_type=True)
+    rpe = pred[pred.cell_type == 'RPE']
+    assert set(rpe.sirna) == {'sirna_0'} and rpe.runner_up.isna().all()
+
+def test_files(tmp_path):
+    pred, _ = predict_wells(UNKNOWN, INDEX, 'transductive')
+    f = write_predictions(pred, tmp_path/'deep'/'out.csv', dict(model='m'))
+    lines = f.read_text().splitlines()
+    assert lines[0] == 'id_code,sirna' and len(lines) == len(pred) + 1 and all(l.count(',') == 1 for l in lines)
+    record = json.loads(f.with_suffix('.json').read_text())
+    assert (record['protocol'], record['target'], record['n_wells'], record['model']) == ('transductive', 'sirna', len(pred), 'm')
+    back = read_predictions(f)
+    assert back.sirna.tolist() == pred.sirna.tolist() and set(back.protocol) == {'transductive'} and back.attrs['target'] == 'sirna'
+    assert sorted(p.name for p in f.parent.iterdir()) == ['out.csv', 'out.json']
+
+def test_csv_of_someone_else_has_no_protocol(tmp_path):
+    (tmp_path/'x.csv').write_text('id_code,sirna\nHUVEC-17_1_B03,250\n')
+    back = read_predictions(tmp_path/'x.csv')
+    assert back.protocol.tolist() == ['unknown'] and back.sirna.tolist() == ['250']
+
+@pytest.mark.parametrize('text, says', [('', 'not a readable CSV'), ('id_code\nA\n', 'id_code and'), ('well,sirna\nA,B\n', 'needs id_code'), ('id_code,sirna\nA,\n', 'empty cell in row 2')])
+def test_bad_csv(tmp_path, text, says):
+    (tmp_path/'x.csv').write_text(text)
+    with pytest.raises(ScreenError, match=says): read_predictions(tmp_path/'x.csv')
+
+@pytest.mark.parametrize('text', ['{torn', '[]', '"inductive"'])
+def test_damaged_record(tmp_path, text):
+    f = write_predictions(predict_wells(TEST, INDEX)[0], tmp_path/'x.csv')
+    f.with_suffix('.json').write_text(text)
+    with pytest.raises(ScreenError, match='x.json is damaged'): read_predictions(f)
+
+@pytest.mark.parametrize('make, says', [
+    (lambda: predict_wells(TEST, INDEX, 'leaky'), 'choose from inductive'),
+    (lambda: predict_wells(TEST, INDEX, vote='loudest'), "'loudest'"),
+    (lambda: predict_wells(TEST, INDEX, merge='loudest'), "'loudest'"),
+    (lambda: predict_wells(TEST.drop(columns='Metadata_well_id'), INDEX), 'Metadata_well_id'),
+    (lambda: predict_wells(emb_metadata(TEST), INDEX), 'embeddings table'),
+    (lambda: predict_wells(make_emb_table(emb_metadata(TEST), emb_features(TEST)[:, :4]), INDEX), 'same model'),
+    (lambda: predict_wells(TEST.assign(Metadata_cell_type='A549'), INDEX, restrict_cell_type=True), 'A549'),
+    (lambda: predict_wells(TEST, index_of('cell_type'), 'transductive'), 'several groups'),
+    (lambda: predict_wells(TEST, index_of('sirna', TRAIN.drop(columns='Metadata_plate_group')), 'transductive'), 'no plate groups'),
+    (lambda: predict_wells(UNKNOWN.assign(Metadata_plate=UNKNOWN.Metadata_plate + 1), INDEX, 'transductive'), 'Plate 5'),
+    (lambda: predict_wells(ALL_TEST[ALL_TEST.Metadata_well_type != 'treatment'], INDEX, 'transductive'), 'no treatment well'),
+    (lambda: predict_wells(UNKNOWN.assign(Metadata_plate=1), INDEX, 'transductive'), '24 wells cannot be given 6'),
+    (lambda: write_predictions(predict_wells(TEST, INDEX)[0], 'x.json'), 'x.json'),
+    (lambda: read_predictions('nowhere.csv'), 'nowhere.csv')])
+def test_bad_input(make, says):
+    with pytest.raises(ScreenError, match=says): make()
