@@ -98,7 +98,7 @@ def training_rows(
     if target == 'sirna': check_plates(table[table.dataset != 'test'])
     return labelled_rows(table, target, controls)
 
-# %% ../nbs/21_cli.ipynb #77579afc
+# %% ../nbs/21_cli.ipynb #10f142f7
 def train(
     screen, # Folder of a screen: tables and images
     out, # Model folder to write; must not exist yet
@@ -109,25 +109,27 @@ def train(
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict
-    controls:store_true=False, # Train on control wells too (1139 classes instead of 1108)
+    controls:store_true=False, # Train on control wells too (on RxRx1 1139 classes instead of 1108)
     only_present:store_true=False, # Leave out sites whose files are absent
     sites:int=0, # Sites a sample, 1 or 2; 0: 1, or the recipe's
-    norm:str='own', # own, plate, experiment, global or none
-    bs:int=32, # Batch size
+    norm:str='', # own, plate, experiment, global or none; empty: own, or the recipe's
+    bs:int=0, # Batch size; 0: 32, or the recipe's
     pretrained:str='yes', # yes, no, or a file with weights
     tta:int=4, # Dihedral views of each indexed site, 1 to 8
     workers:int=0, # Reader processes
 ):
     "Train on the training experiments of a screen and write a model folder"
     out, r = new_folder(out), get_recipe(recipe)
+    check_tta(tta)
     rows, source = open_screen(screen, only_present, partial(training_rows, target=target, controls=controls or None))
-    data = {**r.data, **({'sites': sites} if sites else {}), **({'size': size} if size else {})}
-    dls = screen_dls(rows, source, valid, target, controls or None, bs=bs, norm=norm, seed=seed, num_workers=workers, **data)
+    data = {'bs': 32, 'norm': 'own', **r.data, **{k:v for k,v in dict(sites=sites, size=size, norm=norm, bs=bs).items() if v}}
+    dls = screen_dls(rows, source, **{**data, 'valid': valid, 'target': target, 'controls': controls or None, 'seed': seed, 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
           f'{len(dls.spec.labels)} {target} classes, {len(source.channels)} channels')
-    kw = dict(r.model, **({'metadata': metadata} if metadata else {}))
-    learn = screen_learner(dls, arch or r.arch, pretrained={'yes': True, 'no': None}.get(pretrained, pretrained), seed=seed, **kw)
-    reached = learn.fit_recipe(_sized(r, size), seed=seed)
+    weights = {'yes': r.model.get('pretrained', True), 'no': None}.get(pretrained, pretrained)
+    model = {**r.model, 'pretrained': weights, 'seed': seed, **({'metadata': metadata} if metadata else {})}
+    learn = screen_learner(dls, arch or r.arch, **model)
+    reached = learn.fit_recipe(_overruled(r, size, bs), seed=seed)
     if len(reached): print(reached.to_string(index=False))
     index = build_index(learn, tta)
     save_screen_model(learn, out, index, recipe=r.to_dict(), seed=seed, only_present=only_present, controls=controls, tta=tta,
@@ -136,12 +138,13 @@ def train(
 
 def rcic_train(argv=None): "Console script"; return run_command(train, argv, 'rcic_train')
 
-# %% ../nbs/21_cli.ipynb #89d57aea
+# %% ../nbs/21_cli.ipynb #f0d41bcb
 INDUCTIVE_MASK = ('plate_group', 'experiment')
 
-def _sized(recipe, size):
-    if not size: return recipe
-    return replace(recipe, stages=[replace(s, size=None) for s in recipe.stages])
+def _overruled(recipe, size, bs):
+    "The recipe without the sizes that were given on the command line"
+    gone = {k:None for k,v in dict(size=size, bs=bs).items() if v}
+    return replace(recipe, stages=[replace(s, **gone) for s in recipe.stages])
 
 def build_index(
     learn:Learner, # A trained `screen_learner`
@@ -154,7 +157,7 @@ def build_index(
     emb = learn.embed(rows, tta=tta, mask=INDUCTIVE_MASK, progress=progress)
     return SirnaIndex(emb_features(emb), emb_metadata(emb), target=learn.dls.spec.target)
 
-# %% ../nbs/21_cli.ipynb #f45a9e89
+# %% ../nbs/21_cli.ipynb #7e6f14c7
 def prediction_rows(
     table:pd.DataFrame, # Site table
     wells:str='treatment', # 'treatment', or 'all' for the controls too
@@ -185,7 +188,9 @@ def predict(
     bs:int=32, # Batch size
 ):
     "Name the test wells of a screen"
-    check_protocol(protocol)
+    check_protocol(protocol); check_tta(tta)
+    if vote not in VOTES: raise ScreenError(f'--vote {vote} is not known: choose from {", ".join(VOTES)}.')
+    if Path(out).suffix == '.json': raise ScreenError(f'{out} would be overwritten by its own record: name a .csv file.')
     m = load_screen_model(model)
     if protocol == 'inductive' and m.spec.per_group:
         raise ScreenError(f'The model normalises by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
@@ -193,7 +198,7 @@ def predict(
     emb = m.embed(rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers)
     pred, near = predict_wells(emb, m.index, protocol, vote, merge, k, same_cell_type)
     if neighbors: write_atomic(neighbors, lambda p: near.merge(pred[['id_code', 'votes', 'protocol']], on='id_code').to_parquet(p, index=False))
-    write_predictions(pred, out, dict(model=str(model), screen=str(screen), tta=tta, vote=vote, merge=merge, k=k, wells=wells, versions=library_versions()))
+    write_predictions(pred, out, dict(model=str(model), screen=str(screen), tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type, versions=library_versions()))
     print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
 def rcic_predict(argv=None): "Console script"; return run_command(predict, argv, 'rcic_predict')

@@ -119,7 +119,7 @@ def _normalise(spec, source, rows, pos):
     stats = screen_stats(source, rows, spec.norm)
     return normalizer(spec.norm, stats, pos), TransformBlock(type_tfms=GroupCategorize([UNKNOWN, *stats.index]))
 
-# %% ../nbs/05_data.ipynb #6d746da6
+# %% ../nbs/05_data.ipynb #8a7c181e
 def screen_block(
     spec:ScreenSpec, # What a batch is
     source, # Image source
@@ -142,7 +142,7 @@ def screen_block(
     return DataBlock(blocks, n_inp=n_inp, getters=getters, splitter=splitter, batch_tfms=[*resize, *augs, norm])
 
 def _label_of(row, target): return str(row[target])
-def _group_of(row, norm): return stat_groups(row.to_frame().T, norm).iloc[0]
+def _group_of(row, norm): return row.experiment if norm == 'experiment' else f'{row.experiment}_{row.plate}'
 
 # %% ../nbs/05_data.ipynb #6d4b0831
 def label_order(
@@ -178,7 +178,7 @@ def check_plates(
         raise ScreenError(f'{first_few(names, 4)} has no treatment well: there is no siRNA to name on it; '
                           'check its well_type column, leave the plate out, or choose another target.')
 
-# %% ../nbs/05_data.ipynb #bd4a88c1
+# %% ../nbs/05_data.ipynb #daf67b9e
 def _every_row(rows): return range(len(rows)), range(len(rows))
 def _split_at(rows, n_train): return range(n_train), range(n_train, len(rows))
 
@@ -197,6 +197,7 @@ def screen_dls(
     seed:int=0, # Order of the training samples
     num_workers:int=0, # Reader processes
     device=None, # Where batches go; `None`: fastai's default
+    vocabs:dict=None, # Metadata vocabularies; `None`: from the training rows
 )->DataLoaders: # with `.spec` (a `ScreenSpec`) and `.rebuild(**changes)`
     "Training and validation batches of a screen, split by experiment"
     args = {k:v for k,v in locals().items()}
@@ -205,7 +206,7 @@ def screen_dls(
     train, held = split_experiments(rows, valid)
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))
     spec = ScreenSpec(target, label_order(rows, target), list(source.channels),
-                      {c:meta_vocab(train[c]) for c in META_COLUMNS}, sites, size, norm,
+                      vocabs or {c:meta_vocab(train[c]) for c in META_COLUMNS}, sites, size, norm,
                       bits=source.dtype.itemsize*8, clahe=clahe)
     if norm == 'global':
         stats, columns = screen_stats(source, train), stat_columns(source.channels)
@@ -216,7 +217,7 @@ def screen_dls(
     bs = min(bs, len(train))
     with no_random(seed): dls = block.dataloaders(both, bs=bs, num_workers=num_workers, device=device, verbose=False)
     dls.spec, dls.table, dls.source, dls.held_out = spec, table, source, sorted(held.experiment.unique())
-    dls.rebuild = lambda **changes: screen_dls(**{**args, **changes})
+    dls.rebuild = lambda **changes: screen_dls(**{**args, 'vocabs': spec.vocabs, **changes})
     return dls
 
 # %% ../nbs/05_data.ipynb #2a901fbd

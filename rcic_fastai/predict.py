@@ -32,7 +32,7 @@ def _wells_of(queries, target):
     if missing: raise ScreenError(f'The embeddings to name have no column {META}{first_few(missing)}: embed rows of a site table.')
     return m.drop(columns=['sirna', 'sirna_id', target], errors='ignore')
 
-# %% ../nbs/17_predict.ipynb #6013481d
+# %% ../nbs/17_predict.ipynb #2266a982
 def _class_groups(index):
     "Plate group of each class, from the labelled rows of the index"
     if 'plate_group' not in index.labels or index.labels['plate_group'].isna().all():
@@ -51,18 +51,19 @@ def plate_groups_of(
     class_groups, # [K] group of each class
 )->tuple: # (Int64 [W] group of each well, {experiment: (source, confidence)})
     "The plate group of test wells: given, or inferred over the rotations"
-    G = int(class_groups.max()) + 1
-    best, out, how = group_scores(scores, class_groups, G), pd.array([pd.NA]*len(wells), dtype='Int64'), {}
+    levels = sorted(int(g) for g in class_groups.dropna().unique())         # groups may be numbered from 0 or from 1
+    codes = class_groups.map({g: i for i, g in enumerate(levels)})
+    best, out, how = group_scores(scores, codes, len(levels)), pd.array([pd.NA]*len(wells), dtype='Int64'), {}
     for e, idx in wells.groupby('experiment', sort=True).indices.items():
         given = wells['plate_group'].iloc[idx] if 'plate_group' in wells else pd.Series([pd.NA])
         if given.notna().all(): out[idx], how[e] = pd.array(given, dtype='Int64'), ('given', None)
         else:
             plates = wells['plate'].to_numpy(int)[idx]
             groups, confidence = infer_rotation(best[idx], plates)
-            out[idx], how[e] = pd.array([groups[p] for p in plates], dtype='Int64'), ('inferred', confidence)
+            out[idx], how[e] = pd.array([levels[groups[p]] for p in plates], dtype='Int64'), ('inferred', confidence)
     return out, how
 
-# %% ../nbs/17_predict.ipynb #561d3ea6
+# %% ../nbs/17_predict.ipynb #828fcf9b
 def _transduce(wells, scores, index):
     "Column of each well after group restriction and assignment (untreated wells: their best), and the groups"
     choice, class_groups = best_class(scores), _class_groups(index)
@@ -70,7 +71,8 @@ def _transduce(wells, scores, index):
     if not len(treated): raise ScreenError('There is no treatment well to assign: use the inductive protocol for controls.')
     w = wells.iloc[treated].reset_index(drop=True)
     groups, how = plate_groups_of(w, scores[treated], class_groups)
-    allowed = (class_groups.to_numpy(object)[None] == np.asarray(groups, object)[:, None]).astype(bool)
+    of_class, of_well = (pd.array(g, dtype='Int64').to_numpy('float64', na_value=np.nan) for g in (class_groups, groups))
+    allowed = of_class[None] == of_well[:, None]                 # a class without a group is in none
     s = np.where(allowed, scores[treated], -np.inf)
     for _, idx in w.groupby(['experiment', 'plate']).indices.items(): choice[treated[idx]] = assign_plate(s[idx])
     full = pd.array([pd.NA]*len(wells), dtype='Int64'); full[treated] = groups
@@ -103,7 +105,16 @@ def _vote_share(near, wells, labels):
     mine = near['id_code'].map(dict(zip(wells, labels)))
     return (near['label'] == mine).groupby(near['id_code']).mean().reindex(wells).fillna(0.).to_numpy()
 
-# %% ../nbs/17_predict.ipynb #13a28c7d
+# %% ../nbs/17_predict.ipynb #57671352
+def _treatments_only(wells, scores, index):
+    "Scores in which treatment wells cannot be named after controls"
+    if index.target not in ('sirna', 'sirna_id') or 'well_type' not in index.labels: return scores
+    treated = index.labels.loc[index.labels.well_type == 'treatment', index.target].astype(str).unique()
+    control = ~np.isin(index.classes, treated)
+    if control.all() or not control.any(): return scores
+    return np.where((wells['well_type'] == 'treatment').to_numpy()[:, None] & control, -np.inf, scores)
+
+# %% ../nbs/17_predict.ipynb #cf2a5700
 def predict_wells(
     queries:pd.DataFrame, # Embedding table of the sites (or wells) to name
     index:SirnaIndex, # Over labelled embeddings of other experiments
@@ -121,6 +132,7 @@ def predict_wells(
     cell = known['cell_type'].to_numpy(object) if restrict_cell_type else None
     scores, ids = merge_wells(index.class_scores(emb_features(queries), vote, k, cell_type=cell), known['well_id'], merge)
     wells = known.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index()
+    scores = _treatments_only(wells, scores, index)
     if np.isneginf(scores.max(1)).any():
         raise ScreenError(f'The index has no row of cell type {wells.cell_type[np.isneginf(scores.max(1))].iloc[0]}: search all cell types.')
     choice, groups, how = _transduce(wells, scores, index) if protocol == 'transductive' else (best_class(scores), None, {})
@@ -141,7 +153,7 @@ def predict_wells(
     pred.attrs['target'] = index.target
     return pred, near.sort_values(['id_code', 'query', 'rank'], kind='stable').reset_index(drop=True)
 
-# %% ../nbs/17_predict.ipynb #abca3557
+# %% ../nbs/17_predict.ipynb #968e72af
 def info_path(path): return Path(path).with_suffix('.json')
 
 def write_predictions(
@@ -157,7 +169,7 @@ def write_predictions(
     groups = {}
     if 'group_source' in pred:
         g = pred.dropna(subset=['group_source']).groupby('experiment')[['group_source', 'group_confidence']].first()
-        groups = dict(plate_groups={e: dict(source=r.group_source, confidence=None if pd.isna(r.group_confidence) else round(r.group_confidence, 2)) for e, r in g.iterrows()})
+        groups = dict(plate_groups={e: dict(source=r.group_source, confidence=round(r.group_confidence, 2) if np.isfinite(r.group_confidence) else None) for e, r in g.iterrows()})
     record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **(info or {}))
     write_atomic(path, lambda p: pred[['id_code', target]].to_csv(p, index=False))
     write_atomic(info_path(path), lambda p: p.write_text(json.dumps(record, indent=1, default=str)))

@@ -50,7 +50,7 @@ class Recipe:
     def to_dict(self): return asdict(self)
     def table(self): return pd.DataFrame([asdict(s) for s in self.stages]).dropna(axis=1, how='all')
 
-# %% ../nbs/12_recipes.ipynb #17141ce2
+# %% ../nbs/12_recipes.ipynb #8e5605f6
 def recipe_from_dict(
     d:dict, # As `Recipe.to_dict` gives, or as read from JSON
 )->Recipe:
@@ -61,6 +61,7 @@ def recipe_from_dict(
         if odd: raise ScreenError(f'{what} has the unknown entry {first_few(sorted(odd))}: use {", ".join(f.name for f in fields(cls))}.')
         lacks = [n for n in ('name', 'stages', 'epochs', 'lr') if n in {f.name for f in fields(cls)} and n not in o]
         if lacks: raise ScreenError(f'{what} lacks {first_few(lacks)}: add it.')
+        if not isinstance(o.get('epochs', 0), int) or o.get('epochs', 0) < 0: raise ScreenError(f'{what} has epochs={o["epochs"]!r}: give a whole number, 0 or more.')
         return o
     d = known(Recipe, d, 'The recipe')
     stages = [Stage(**{**known(Stage, s, f'Stage {i+1} of the recipe'), **(dict(lr=tuple(s['lr'])) if isinstance(s['lr'], list) else {})})

@@ -98,6 +98,24 @@ def test_other_target(here):
     pred = pd.read_csv(here/'cells.csv')
     assert list(pred.columns) == ['id_code', 'cell_type'] and set(pred.cell_type) <= {'HUVEC', 'RPE'}
 
+@pytest.mark.parametrize('norm', ['plate', 'experiment'])
+def test_group_normalisation_is_batch_adapted(here, norm, capsys):
+    recipe = dict(name='n', arch='mobilenetv3_small_050', data=dict(norm=norm), stages=[dict(name='a', epochs=1, lr=1e-3)])
+    (here/f'{norm}_recipe.json').write_text(json.dumps(recipe))
+    assert cli.rcic_train(f'{here}/screen {here}/{norm} --recipe {here}/{norm}_recipe.json --valid HUVEC-02 --pretrained no --tta 1'.split()) == 0
+    refused(f'rcic_predict {here}/{norm} {here}/screen {here}/x.csv', 'adapted or transductive', capsys)
+    assert cli.rcic_predict(f'{here}/{norm} {here}/screen {here}/{norm}.csv --tta 1 --protocol adapted'.split()) == 0
+    assert json.loads((here/f'{norm}.json').read_text())['protocol'] == 'adapted'
+
+def test_wells_and_controls(here):
+    assert cli.rcic_train(f'{here}/screen {here}/wc --recipe {here}/tiny.json --valid HUVEC-02 --pretrained no --tta 1 --sites 2 --controls'.split()) == 0
+    for wells in ('treatment', 'all'):
+        assert cli.rcic_predict(f'{here}/wc {here}/screen {here}/wc.csv --tta 1 --protocol transductive --wells {wells}'.split()) == 0
+    t = read_metadata(here/'screen').drop_duplicates('well_id').set_index('well_id')
+    pred = pd.read_csv(here/'wc.csv').set_index('id_code')
+    treated = t.index[(t.dataset == 'test') & (t.well_type == 'treatment')]
+    assert set(pred.sirna[treated]) <= set(t.sirna[t.well_type == 'treatment']) and len(pred) == (t.dataset == 'test').sum()
+
 @pytest.mark.parametrize('name', ['simulate', 'train', 'predict', 'evaluate', 'demo'])
 def test_help(name):
     text = ok(f'rcic_{name} --help')
@@ -117,6 +135,8 @@ def test_help(name):
     ('rcic_predict {d}/screen {d}/screen {d}/x.csv', 'not a model folder'),
     ('rcic_predict {d}/model {d}/screen {d}/x.csv --protocol magic', 'magic'),
     ('rcic_predict {d}/model {d}/screen {d}/x.csv --tta 99', 'tta'),
+    ('rcic_train {d}/screen {d}/x --tta 9', 'tta'),
+    ('rcic_predict {d}/model {d}/screen {d}/x.csv --vote loud', 'loud'),
     ('rcic_predict {d}/model {d}/screen {d}/x.csv --wells none', 'none'),
     ('rcic_evaluate {d}/nothing.csv {d}/screen', 'nothing.csv'),
 ])

@@ -240,3 +240,10 @@ def test_sync_check_names_the_spoiled_file(copy, spoiled):
     assert done.returncode == 1, done.stdout + done.stderr
     named = 'README.md' if spoiled == 'index.ipynb' else spoiled
     assert f'sync: {named} ' in done.stdout
+
+
+def test_the_front_page_quotes_what_was_measured():
+    r = json.loads((ROOT/'bench/results/demo.json').read_text())
+    page = (ROOT/'README.md').read_text()
+    assert f"**{r['inductive']['accuracy']:.3f}** | **{r['transductive']['accuracy']:.3f}**" in page and 'PLACEHOLDER' not in page
+    for e, v in r['inductive']['by_experiment'].items(): assert f"| {e} | {v:.3f} | {r['transductive']['by_experiment'][e]:.3f} |" in page
