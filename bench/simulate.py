@@ -2,11 +2,11 @@
 
 python bench/simulate.py [--sizes 64,128,256,512] [--workers N]
 """
-import argparse, json, os, platform, tempfile, time
+import argparse, os, tempfile, time
 from pathlib import Path
 
-import cv2, numpy, pandas
-import rcic_fastai
+import pandas
+from machine import save
 from rcic_fastai.simulate import simulate_screen
 
 
@@ -30,13 +30,7 @@ def main():
     load = round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None  # above 0: the machine was shared
     rows = [measure(int(s), args.workers, 48 if int(s) <= 128 else 16) for s in args.sizes.split(',')]
     print(pandas.DataFrame(rows).to_string(index=False))
-    out = Path(__file__).parent/'results'/'simulate.json'
-    out.parent.mkdir(exist_ok=True)
-    machine = dict(system=platform.platform(), processor=platform.machine(), cores=os.cpu_count(), workers=args.workers,
-                   load_before=load)
-    versions = dict(rcic_fastai=rcic_fastai.__version__, python=platform.python_version(), numpy=numpy.__version__,
-                    opencv=cv2.__version__, pandas=pandas.__version__)
-    out.write_text(json.dumps(dict(machine=machine, versions=versions, rows=rows), indent=1) + '\n')
+    save('simulate', workers=args.workers, load_before=load, sites_per_s_asked_at_128=20, rows=rows)
 
 
 if __name__ == '__main__': main()
