@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'SITE_COLUMNS', 'PLATE_SHAPE', 'WILDS_VAL', 'ScreenError', 'first_few',
            'package_table', 'well_to_rowcol', 'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells',
-           'check_table', 'sirna_groups', 'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments',
-           'experiment_folds', 'wilds_split', 'real_data']
+           'check_table', 'sirna_groups', 'add_plate_groups', 'read_metadata', 'write_atomic', 'write_metadata',
+           'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
 
 # %% ../nbs/00_metadata.ipynb #04463efe
 import os
@@ -250,16 +250,28 @@ def read_metadata(
     if plate_groups is not None or 'plate_group' not in t: t = add_plate_groups(t, plate_groups)
     return t[SITE_COLUMNS + [c for c in t if c not in SITE_COLUMNS]].reset_index(drop=True)
 
-# %% ../nbs/00_metadata.ipynb #9cb73e83
+# %% ../nbs/00_metadata.ipynb #8e3aab5a
+def write_atomic(
+    path,   # file to write; its folder is made when missing
+    write,  # called with the temporary path (a `Path` with the same ending); it writes the file
+)->Path:    # `path`
+    "Write a file under a temporary name and move it into place once it is complete."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f'.{os.getpid()}.{path.name}')
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
+    return path
+
+# %% ../nbs/00_metadata.ipynb #345f44df
 def write_metadata(
     table:pd.DataFrame, # A site table
     path, # Where to write the CSV
 ):
     "Write a site table in the official columns (`plate_group` is left out: it is derived on reading)"
-    path = Path(path)
-    tmp = path.with_name(path.name + '.part')
-    table[[c for c in table if c != 'plate_group']].to_csv(tmp, index=False)
-    os.replace(tmp, path)
+    write_atomic(path, lambda p: table[[c for c in table if c != 'plate_group']].to_csv(p, index=False))
 
 # %% ../nbs/00_metadata.ipynb #edcbda5c
 def split_experiments(

@@ -1,7 +1,7 @@
 "Embedding tables: round trips, atomic writing, and sites averaged into wells against a plain loop."
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from rcic_fastai.metadata import ScreenError
+from rcic_fastai.metadata import ScreenError, write_atomic
 from rcic_fastai.profiles import *
 
 TOY = toy_profiles(train=('HUVEC-01', 'RPE-01'), test=('HUVEC-17',), n_sirnas=8, dim=8)

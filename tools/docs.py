@@ -14,7 +14,9 @@ TOOLS = ['nbdev', 'fastcore', 'execnb', 'smalldocs', 'Pygments', 'markdown-it-py
          'latex2mathml', 'fastai', 'torch']
 NOT_READ = 'output-file is not read'   # nbdev writes that option for Quarto; the pages get their names below
 NUMBER = re.compile(r'^\d+[a-z]?_')
-SECTIONS = [('The pipeline', range(0, 30)), ('Tutorials', range(30, 90)), ('Behind these pages', range(90, 100))]
+SECTIONS = [('The screen', range(0, 10)), ('Batches', range(10, 20)), ('The model', range(20, 30)),
+            ('Training', range(30, 40)), ('Embeddings and predictions', range(40, 50)),
+            ('Results and commands', range(50, 60)), ('Tutorials', range(60, 90)), ('Behind these pages', range(90, 100))]
 
 # A browser refuses fetch() on a page opened from the file system, and smalldocs fetches its search index (its only
 # fetch). The index comes from a script instead, hosted or not.
