@@ -253,7 +253,7 @@ class ChannelJitter(DisplayedTransform):
         std = f.var((-2, -1), correction=0, keepdim=True).sqrt()
         return (f*(1 + gain.to(f.device)) + offset.to(f.device)*std).to(x.dtype)
 
-# %% ../nbs/11_augment.ipynb #85a73ed9
+# %% ../nbs/11_augment.ipynb #da5318e3
 def clahe(
     img:np.ndarray, # uint8 or uint16 […,H,W]
     clip:float=2., # Limit of the contrast, in multiples of a flat histogram
@@ -268,6 +268,7 @@ def clahe(
 
 class CLAHE(DisplayedTransform):
     "`clahe` as a transform of the item: sites [C,H,W] and wells [S,C,H,W]"
+    per_site = True # a loader may apply it to one site after the other
     def __init__(self,
         clip:float=2., # Limit of the contrast
         grid:tuple=(8, 8), # Tiles across and down

@@ -128,7 +128,7 @@ def _check_source(root, table, channels):
     if len(twice):
         raise ScreenError(f'site {twice.iloc[0]} is in the table twice (row {twice.index[0]}): remove one of the rows.')
 
-# %% ../nbs/02_images.ipynb #27b6e1eb
+# %% ../nbs/02_images.ipynb #7a2c4329
 @lru_cache
 def _pool(threads, process): return ThreadPoolExecutor(threads, 'rcic-read')
 
@@ -162,6 +162,16 @@ def sites_of(self:ImageSource, well_id)->list:
         raise ScreenError(f'well {well_id!r} is not in the table of {self.root}: '
                           'make the source from a table that lists it.')
     return list(self._wells[well_id])
+
+@patch
+def stamp(self:ImageSource, site_id)->str: # '' where a source cannot tell
+    "Size and time of the newest file of a site: changes when its files do"
+    try: found = [os.stat(f) for f in self._paths(site_id)]
+    except OSError: return 'absent'
+    return f'{sum(o.st_size for o in found)}@{max(o.st_mtime_ns for o in found)}' if found else ''
+
+@patch
+def _paths(self:ImageSource, site_id)->list: return []
 
 @patch
 def _unknown(self:ImageSource, site_id)->ScreenError:
@@ -239,21 +249,26 @@ def dtype(self:PngTree): # np.uint8 or np.uint16
     "Type of a pixel"
     return np.dtype(np.uint8 if self._expect()[2] == 8 else np.uint16)
 
-# %% ../nbs/02_images.ipynb #dbede2b5
+# %% ../nbs/02_images.ipynb #41017441
 @patch
 def _read(self:PngTree, site_id, out):
     "Fill `out` [C,H,W] with one site"
     if site_id not in self._where: raise self._unknown(site_id)
-    e, p, stem = self._where[site_id]
-    if self._folders[e] is None: raise self._lacking(site_id)
-    for c in range(len(self.channels)):
-        path = os.path.join(self._folders[e], p, f'{stem}{c+1}.png')
+    if self._folders[self._where[site_id][0]] is None: raise self._lacking(site_id)
+    for c, path in enumerate(self._paths(site_id)):
         try:
             with open(path, 'rb') as f: data = f.read()
         except FileNotFoundError: raise self._lacking(site_id) from None
         except OSError as err:
             raise ScreenError(f'{path} cannot be read ({err.strerror}): check the disk and the permissions.') from None
         out[c] = decode_png(data, path, self._expect())
+
+@patch
+def _paths(self:PngTree, site_id)->list:
+    "The files of a site, by channel"
+    e, p, stem = self._where[site_id]
+    folder = os.path.join(self._folders[e] or str(self.root), p)
+    return [os.path.join(folder, f'{stem}{c+1}.png') for c in range(len(self.channels))]
 
 @patch
 def _lacking(self:PngTree, site_id)->ScreenError:

@@ -219,20 +219,28 @@ def add_plate_groups(
     t['plate_group'] = pd.array(by_plate.reindex(keys).values, dtype='Int64') if len(by_plate) else pd.array([pd.NA]*len(t), dtype='Int64')
     return t
 
-# %% ../nbs/00_metadata.ipynb #22810da5
+# %% ../nbs/00_metadata.ipynb #32080ba4
+def _read_packed(f):
+    "The site table of a packed screen; its cell types were checked when it was packed"
+    try: t = pd.read_parquet(f)
+    except Exception as e:
+        raise ScreenError(f'{f} cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}): pack the screen again.') from None
+    return check_table(t.assign(sirna=_text(t['sirna'])) if 'sirna' in t else t, f)
+
 def _find_tables(path):
     "The folder or file with the tables, from a screen's folder, its `metadata` folder, or a file"
     path = Path(path)
     if path.is_file(): return path
+    if (path/'sites.parquet').is_file(): return path/'sites.parquet'
     for folder in (path, path/'metadata'):
         if (folder/'metadata.csv').is_file(): return folder/'metadata.csv'
         if (folder/'train.csv').is_file() or (folder/'test.csv').is_file(): return folder
     raise ScreenError(f'{path} holds neither metadata.csv nor train.csv/test.csv (nor does {path/"metadata"}): '
                       'point to the folder of the screen or of its tables.')
 
-# %% ../nbs/00_metadata.ipynb #01884df4
+# %% ../nbs/00_metadata.ipynb #de41591a
 def read_metadata(
-    path, # A screen's folder, its metadata folder, or a `metadata.csv`
+    path, # A screen's folder, its metadata folder, a `metadata.csv`, or a packed screen
     sites:int=2, # Sites a well, for tables with one row a well
     plate_groups=None, # `plate_group.csv` (path or table) if not beside the tables; derived when there is none
     cell_types=None, # Allowed cell types; `None`: RxRx1's four
@@ -240,6 +248,7 @@ def read_metadata(
     "Read the official, the WILDS or the Kaggle tables, by what is found at `path`, as one row a site"
     found = _find_tables(path)
     if found.is_file() and found.name in ('train.csv', 'test.csv'): found = found.parent
+    if found.name == 'sites.parquet': return _read_packed(found)
     t = _read_official(found) if found.is_file() else _read_kaggle(found, sites)
     folder = found.parent if found.is_file() else found
     t['plate'], t['site'] = t['plate'].astype('Int64'), t['site'].astype('Int64')
