@@ -27,14 +27,14 @@ help:
 	@echo "make store   run every notebook and store its outputs"
 	@echo "make bench   measure, and store the figures in bench/results/"
 	@echo "make clean   remove .venv, demo/ and caches"
-	@echo "PYTHON=...   which Python (3.10 or newer) makes .venv; now $(PYTHON)"
+	@echo "PYTHON=...   which Python (3.11 or newer) makes .venv; now $(PYTHON)"
 
 venv: $(STAMP)
 
 $(STAMP):
-	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.10 or newer, or name one with make PYTHON=/path/to/python."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "$(PYTHON) is older than 3.10: install a newer one, or name one with make PYTHON=/path/to/python."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or newer, or name one with make PYTHON=/path/to/python."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11: install a newer one, or name one with make PYTHON=/path/to/python."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make environments: install its venv module (on Debian and Ubuntu, the package python3-venv)."; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making .venv (some minutes, about 6 GB)."; $(PYTHON) -m venv --clear .venv; }

@@ -7,7 +7,8 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='], interpolation=None)
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
-lite, dev = cfg['lite_requirements'].split(), cfg['dev_requirements'].split()
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('lite', 'hcs', 'anndata', 'dev')}
+extras['dev'] += extras['lite'] + extras['hcs']
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
@@ -17,10 +18,10 @@ setup(
     packages=find_packages(include=['rcic_fastai', 'rcic_fastai.*']),
     package_data={'rcic_fastai': ['tables/*.csv']}, zip_safe=False,
     install_requires=cfg['requirements'].split(),
-    extras_require={'lite': lite, 'dev': lite + dev},
+    extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
                  'Natural Language :: English', 'Topic :: Scientific/Engineering :: Image Recognition']
-                + [f'Programming Language :: Python :: 3.{v}' for v in range(10, 14)],
+                + [f'Programming Language :: Python :: 3.{v}' for v in range(11, 14)],
 )

@@ -6,8 +6,8 @@
 __all__ = ['PNG_SIGNATURE', 'check_png', 'decode_png', 'find_experiment', 'ImageSource', 'PngTree', 'only_present',
            'stat_columns', 'channel_stats', 'site_stats', 'stat_groups', 'screen_stats', 'load_site']
 
-# %% ../nbs/02_images.ipynb #8ef780a4
-import os, struct, zlib
+# %% ../nbs/02_images.ipynb #f9b50c0d
+import copy, os, struct, threading, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -50,7 +50,15 @@ def _png_header(data, name):
         raise ScreenError(f'{name} is truncated or has no PNG header: copy it again from the original screen.')
     return struct.unpack_from('>IIBB', data, 16)
 
-# %% ../nbs/02_images.ipynb #7d5883df
+# %% ../nbs/02_images.ipynb #18d49c59
+def _pixels(data, height, width, bits):
+    "Decoded pixels, or None"
+    if threading.current_thread() is not threading.main_thread():
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    from kornia_rs import io
+    try: return (io.decode_image_png_u8 if bits == 8 else io.decode_image_png_u16)(data, (height, width), 'mono')[..., 0]
+    except Exception: return None
+
 def decode_png(
     data:bytes, # The whole file
     name:str='this file', # Name of the file, for the error
@@ -59,7 +67,7 @@ def decode_png(
     "Decode one grey 8- or 16-bit PNG that has passed `check_png`"
     width, height, bits, colour = check_png(data, name)
     _check_kind(name, height, width, bits, colour, expect)
-    img = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    img = None if height*(width*bits//8 + 1) > 1032*len(data) else _pixels(data, height, width, bits)
     if img is None or img.shape != (height, width):
         raise ScreenError(f'{name} cannot be decoded as a grey PNG: copy it again from the original screen.')
     return img
@@ -92,7 +100,7 @@ def find_experiment(
             if os.path.isdir(folder): return folder
     return None
 
-# %% ../nbs/02_images.ipynb #5bf4c045
+# %% ../nbs/02_images.ipynb #19b48662
 class ImageSource:
     "What every source of pixels can do; a kind of source adds `shape`, `dtype`, `_read(site_id, out)` and `missing`"
     def __init__(self,
@@ -102,10 +110,7 @@ class ImageSource:
     ):
         self.root, self.channels, self.stats = Path(root), tuple(channels), None
         _check_source(self.root, table, self.channels)
-        self._rows = {i:n for n, i in enumerate(table.site_id.tolist())}
-        self._wells = {}
-        for w, i in table.sort_values('site', kind='stable')[['well_id', 'site_id']].itertuples(index=False):
-            self._wells.setdefault(w, []).append(i)
+        self._rows, self._wells = {i:n for n, i in enumerate(table.site_id.tolist())}, _sites_of_wells(table)
 
     def __len__(self): return len(self._rows)
     def __contains__(self, site_id): return site_id in self._rows
@@ -114,7 +119,14 @@ class ImageSource:
     @property
     def site_ids(self)->list: return list(self._rows)
 
-# %% ../nbs/02_images.ipynb #e06cd9ed
+# %% ../nbs/02_images.ipynb #87caae2e
+def _sites_of_wells(table):
+    "{well_id: [site_id, …] by site number}"
+    wells = {}
+    for w, i in table.sort_values('site', kind='stable')[['well_id', 'site_id']].itertuples(index=False):
+        wells.setdefault(w, []).append(i)
+    return wells
+
 _NEEDED = ['site_id', 'well_id', 'dataset', 'experiment', 'plate', 'well', 'site']
 
 def _check_source(root, table, channels):
@@ -128,7 +140,7 @@ def _check_source(root, table, channels):
     if len(twice):
         raise ScreenError(f'site {twice.iloc[0]} is in the table twice (row {twice.index[0]}): remove one of the rows.')
 
-# %% ../nbs/02_images.ipynb #7a2c4329
+# %% ../nbs/02_images.ipynb #4402f751
 @lru_cache
 def _pool(threads, process): return ThreadPoolExecutor(threads, 'rcic-read')
 
@@ -172,6 +184,15 @@ def stamp(self:ImageSource, site_id)->str: # '' where a source cannot tell
 
 @patch
 def _paths(self:ImageSource, site_id)->list: return []
+
+@patch
+def restrict(self:ImageSource,
+    table:pd.DataFrame, # Some rows of the site table
+)->ImageSource: # The same source, which knows only these rows
+    "Leave sites out; a well then has the sites that are left"
+    res = copy.copy(self)
+    res._rows, res._wells = {i: self._rows[i] for i in table.site_id}, _sites_of_wells(table)
+    return res
 
 @patch
 def _unknown(self:ImageSource, site_id)->ScreenError:
