@@ -5,18 +5,25 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/54_all.ipynb #dba93206
+# %% ../nbs/54_all.ipynb #43924c86
 from fastai.vision.all import *
 from .metadata import *
 from .simulate import *
 from .images import *
+from .pack import *
+from .files import *
+from .hcs import *
+from .download import *
+from .screens import *
 from .site import *
 from .augment import *
+from .loader import *
 from .data import *
 from .backbones import *
 from .heads import *
 from .losses import *
 from .model import *
+from .batchnorm import *
 from .cutmix import *
 from .learner import *
 from .recipes import *

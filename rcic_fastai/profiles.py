@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['META', 'EMB', 'make_emb_table', 'emb_features', 'emb_metadata', 'write_embeddings', 'read_embeddings', 'unit_rows',
-           'merge_sites', 'toy_profiles']
+           'merge_sites', 'toy_profiles', 'profile_table', 'write_profiles', 'to_anndata']
 
-# %% ../nbs/40_profiles.ipynb #1c18b18e
+# %% ../nbs/40_profiles.ipynb #ba3460d8
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .metadata import ScreenError, CELL_TYPES, rowcol_to_well, write_atomic
+from .metadata import ScreenError, CELL_TYPES, first_few, rowcol_to_well, write_atomic
 
 # %% ../nbs/40_profiles.ipynb #9212c04b
 META, EMB = 'Metadata_', 'emb_'
@@ -147,3 +147,68 @@ def toy_profiles(
     x = x + _draw(rng, exp, dim, batch) + _draw(rng, plate, dim, .3*batch)
     x = x + _draw(rng, t.well_id, dim, .7*noise) + _draw(rng, t.site_id, dim, .7*noise)
     return make_emb_table(t, unit_rows(x))
+
+# %% ../nbs/40_profiles.ipynb #4f2b4465
+_STANDARD = dict(experiment='Batch', plate='Plate', well='Well', site='Site')
+
+def _row_names(meta):
+    "`site_id` or `well_id`, whichever names the rows; each row once"
+    name = 'site_id' if 'site_id' in meta else 'well_id'
+    if name not in meta: raise ScreenError(f'The table has neither {META}site_id nor {META}well_id: its rows have no name.')
+    if meta[name].isna().any(): raise ScreenError(f'Row {int(meta[name].isna().argmax())} of the table has no {name}: fill it in.')
+    twice = meta[name][meta[name].duplicated()]
+    if len(twice): raise ScreenError(f'The table has several rows of {name} {twice.iloc[0]!r}: keep one of them, or merge_sites.')
+    return meta[name].astype(str)
+
+# %% ../nbs/40_profiles.ipynb #b701c61a
+def profile_table(
+    df:pd.DataFrame,      # embeddings table, one row a site or a well
+    level:str|None=None,  # `site`, `well` (the sites of a well are averaged by `merge_sites`), `None`: the rows as they are
+)->pd.DataFrame:          # `Metadata_Batch`, `Metadata_Plate`, `Metadata_Well`, (`Metadata_Site`,) our other facts, `emb_0000`, …
+    "An embeddings table under the column names of pycytominer and copairs."
+    if level not in (None, 'site', 'well'): raise ScreenError(f"level={level!r} is unknown: use 'site', 'well' or None.")
+    sites = f'{META}site_id' in df
+    if level == 'site' and not sites: raise ScreenError("The table has one row a well: sites cannot be had, use level='well'.")
+    if level == 'well' and sites: df = merge_sites(df)
+    x, meta = emb_features(df), emb_metadata(df)
+    _row_names(meta)
+    lacks = [c for c in ('experiment', 'plate', 'well') if c not in meta]
+    if lacks: raise ScreenError(f'The table has no column {META}{lacks[0]}: profiles need experiment, plate and well.')
+    meta['plate'] = meta.experiment.astype(str) + '_' + meta.plate.astype(str)
+    first = [c for c in _STANDARD if c in meta]
+    meta = meta[first + [c for c in meta if c not in first]].rename(columns=_STANDARD)
+    lower = pd.Series(meta.columns).astype(str).str.lower()
+    if lower.duplicated().any():
+        raise ScreenError(f'The table has the column {META}{lower[lower.duplicated()].iloc[0]} twice when capitals do not '
+                          'count: rename one of them.')
+    return make_emb_table(meta, x)
+
+# %% ../nbs/40_profiles.ipynb #78dd9e6b
+def write_profiles(
+    df:pd.DataFrame,      # embeddings table, one row a site or a well
+    path,                 # `*.parquet`
+    level:str|None=None,  # `site`, `well` or `None`, see `profile_table`
+)->Path:                  # `path`
+    "Store profiles as parquet, as pycytominer and copairs read them."
+    return write_embeddings(profile_table(df, level), path)
+
+# %% ../nbs/40_profiles.ipynb #1cb073e9
+def _plain(s):
+    "A column of facts as .h5ad can hold it: numbers as they are, all else as categories of text, the missing missing"
+    if pd.api.types.is_numeric_dtype(s): return s
+    return pd.Categorical(s.astype(object).map(str, na_action='ignore'))
+
+def to_anndata(
+    df:pd.DataFrame,      # embeddings table, one row a site or a well
+    level:str|None=None,  # `site`, `well` or `None`, see `profile_table`
+):                        # `anndata.AnnData`: X float32 [N, D], obs `Metadata_*`, rows named by site_id or well_id
+    "Profiles as AnnData."
+    try: from anndata import AnnData
+    except ImportError as e:
+        raise ScreenError('AnnData needs the package anndata: pip install anndata, in an environment of its own if it asks for '
+                          'another pandas, or use write_profiles.') from e
+    t = profile_table(df, level)
+    meta = t.filter(regex=f'^{META}')
+    obs = pd.DataFrame({c: _plain(meta[c]) for c in meta})
+    obs.index = _row_names(emb_metadata(t)).to_numpy(dtype=object)
+    return AnnData(X=emb_features(t), obs=obs, var=pd.DataFrame(index=t.columns[meta.shape[1]:].astype(str)))
