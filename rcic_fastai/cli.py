@@ -71,14 +71,15 @@ def simulate(
 
 def rcic_simulate(argv=None): "Console script"; return run_command(simulate, argv, 'rcic_simulate')
 
-# %% ../nbs/53_cli.ipynb #6eaa3638
+# %% ../nbs/53_cli.ipynb #53462679
 def download(
-    dest, # Folder of the screen
-    what:str='metadata', # Any of metadata, images (46 GB) and embeddings, with commas, or all
+    dest, # Folder to fill: metadata/, images/, embeddings/
+    what:str='metadata', # Any of metadata, images (49 GB) and embeddings, with commas, or all
+    base_url:str=RXRX1_URL, # Where the archives are
     keep:store_true=False, # Keep the archives when they have been unpacked
 ):
-    "Download RxRx1 and unpack it; interrupted, the same call continues"
-    download_rxrx1(dest, what, keep=keep)
+    "Download RxRx1 (CC BY-NC-SA 4.0), or what is missing of it; interrupted, the same command continues"
+    download_rxrx1(dest, what, base_url, keep=keep)
 
 def rcic_download(argv=None): "Console script"; return run_command(download, argv, 'rcic_download')
 
