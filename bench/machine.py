@@ -5,7 +5,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent/'results'
 PACKAGES = ['rcic_fastai', 'fastai', 'torch', 'torchvision', 'timm', 'faiss-cpu', 'numpy', 'pandas',
-            'opencv-python-headless']
+            'opencv-python-headless', 'kornia_rs', 'Pillow', 'zarr', 'numcodecs', 'tensorstore']
 
 
 def cpu_model() -> str:

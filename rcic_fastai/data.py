@@ -109,7 +109,7 @@ def _normalise(spec, source, rows, pos):
     stats = screen_stats(source, rows, spec.norm)
     return normalizer(spec.norm, stats, pos), TransformBlock(type_tfms=GroupCategorize([UNKNOWN, *stats.index]))
 
-# %% ../nbs/13_data.ipynb #7e03c000
+# %% ../nbs/13_data.ipynb #20a24979
 def screen_block(
     spec:ScreenSpec, # What a batch is
     source, # Image source
@@ -117,13 +117,14 @@ def screen_block(
     splitter=None, # Rows → (training, validation) positions
     augs=(), # Batch transforms for training
     labelled:bool=True, # With the target, or without for prediction
+    mask=(), # Metadata columns that are passed as unknown
 )->DataBlock:
     "The `DataBlock` of a spec"
     norm, group_block = _normalise(spec, source, rows, 1 + len(spec.vocabs))
     eq = CLAHE() if spec.clahe else None
     blocks = [SiteBlock(source, eq) if spec.sites == 1 else WellBlock(source, spec.sites, eq)]
     blocks += [MetadataBlock(v) for v in spec.vocabs.values()]
-    getters = [ColReader(c) for c in (spec.key, *spec.vocabs)]
+    getters = [ColReader(spec.key)] + [RowValue(_unknowns) if c in mask else ColReader(c) for c in spec.vocabs]
     if group_block: blocks, getters = blocks + [group_block], getters + [RowValue(partial(_groups_of, norm=spec.norm))]
     n_inp = len(blocks)
     if labelled:
@@ -131,6 +132,7 @@ def screen_block(
     resize = [SiteResize(spec.size)] if spec.size else []
     return DataBlock(blocks, n_inp=n_inp, getters=getters, splitter=splitter, batch_tfms=[*resize, *augs, norm])
 
+def _unknowns(rows): return [None]*len(rows)
 def _labels_of(rows, target): return rows[target].astype(str).tolist()
 def _groups_of(rows, norm): return stat_groups(rows, norm).tolist()
 
@@ -213,7 +215,7 @@ def screen_dls(
     dls.rebuild = lambda **changes: screen_dls(**{**args, 'vocabs': spec.vocabs, **changes})
     return dls
 
-# %% ../nbs/13_data.ipynb #6ad172d8
+# %% ../nbs/13_data.ipynb #5cb76c3c
 def spec_dl(
     spec:ScreenSpec, # What a batch is
     rows:pd.DataFrame, # Site-table rows; one sample each (each well, when `spec.sites` > 1)
@@ -229,15 +231,17 @@ def spec_dl(
     if len(have) != len(spec.channels):
         raise ScreenError(f'The model was trained on {len(spec.channels)} channels ({", ".join(spec.channels)}) and the screen has '
                           f'{len(have)} ({", ".join(have)}): give it images of those {len(spec.channels)} channels.')
+    if have != list(spec.channels):
+        raise ScreenError(f'The model was trained on the channels {", ".join(spec.channels)} and the screen has {", ".join(have)}: '
+                          'give the channels under the same names and in the same order.')
     if source.dtype.itemsize*8 != spec.bits:
         raise ScreenError(f'The model was trained on {spec.bits}-bit images and the screen has {source.dtype.itemsize*8}-bit ones: '
                           'convert them, or train on this screen.')
     stats_rows = rows
     if spec.sites > 1: rows = rows.drop_duplicates('well_id')
     rows = rows.reset_index(drop=True)
-    items = rows.assign(**{c:pd.NA for c in mask if c in spec.vocabs})
-    block = screen_block(spec, source, stats_rows, _every_row, augs, labelled=False)
-    dsets = block.datasets(items, verbose=False)
+    block = screen_block(spec, source, stats_rows, _every_row, augs, labelled=False, mask=mask)
+    dsets = block.datasets(rows, verbose=False)
     dl = ScreenDL(dsets.train if augs else dsets.valid, bs=bs, num_workers=num_workers, device=device or default_device(), n_inp=block.n_inp,
                   after_item=Pipeline([*block.item_tfms]), after_batch=Pipeline([*block.batch_tfms]))
     dl.rows = rows

@@ -105,7 +105,7 @@ class GroupBatches:
         take = [iter((p*(-(-self.n//len(p))))[:max(len(p)//self.n, 1)*self.n]) for p in piles]
         return [next(take[g]) for groups in self._plan(rng) for g in groups for _ in range(self.n)]
 
-# %% ../nbs/12_loader.ipynb #9869eb47
+# %% ../nbs/12_loader.ipynb #8e831f9e
 class ScreenDL(TfmdDL):
     "fastai's `TfmdDL`, with batches of sites or wells read whole, by threads, into buffers that are used again"
     @delegates(TfmdDL.__init__)
@@ -132,6 +132,9 @@ class ScreenDL(TfmdDL):
         return super().new(dataset, cls, **merge(extra, kwargs))
     def __len__(self): return len(self._by_group) if self._by_group else super().__len__()
     def get_idxs(self): return self._by_group.order(self.rng) if self._by_group else super().get_idxs()
+    def show_batch(self, *args, **kwargs): return super().show_batch(*args, **self._named(kwargs))
+    def show_results(self, *args, **kwargs): return super().show_results(*args, **self._named(kwargs))
+    def _named(self, kwargs): return {**(dict(channels=self.reader.source.channels) if self.reader and kwargs.get('show', True) else {}), **kwargs}
     def __getstate__(self): return {**self.__dict__, '_pool': None}
 
 def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

@@ -142,13 +142,14 @@ def _read_kaggle(folder, sites):
     t['site_id'] = t['well_id'] + '_' + t['site'].astype(str)
     return t
 
-# %% ../nbs/00_metadata.ipynb #acb092b9
+# %% ../nbs/00_metadata.ipynb #b96b9fd7
 _OFFICIAL = ['site_id', 'well_id', 'cell_type', 'dataset', 'experiment', 'plate', 'well', 'site', 'well_type']
 
 def _read_official(f):
     "The official and the WILDS metadata.csv → one row a site"
     t = _read_csv(f, _OFFICIAL)
-    for c in ('plate', 'site'): t[c] = _integers(t[c], c, f)
+    t['site'] = _integers(t['site'], 'site', f)
+    if t['plate'].str.fullmatch(r'[0-9]{1,18}(\.0+)?').any(): t['plate'] = _integers(t['plate'], 'plate', f)   # else barcodes
     t['sirna'] = _text(t['sirna']) if 'sirna' in t else None
     t['sirna_id'] = _integers(t['sirna_id'], 'sirna_id', f) if 'sirna_id' in t else pd.array([pd.NA]*len(t), 'Int64')
     if 'plate_group' in t: t['plate_group'] = _integers(t['plate_group'], 'plate_group', f)
@@ -198,7 +199,7 @@ def sirna_groups(
     order = {c:i for i,c in enumerate(d['comp'].unique())}
     return pd.Series(d['comp'].map(order).values, index=d['sirna'].values, dtype='Int64', name='plate_group')
 
-# %% ../nbs/00_metadata.ipynb #d5ce8330
+# %% ../nbs/00_metadata.ipynb #7387f688
 def add_plate_groups(
     table:pd.DataFrame, # A site table
     given=None, # A `plate_group.csv` path or table (experiment, group_plate1, …), or `None` to derive
@@ -208,14 +209,14 @@ def add_plate_groups(
     if given is not None:
         g = given if isinstance(given, pd.DataFrame) else _read_csv(given, ['experiment'])
         g = g.melt('experiment', var_name='plate', value_name='plate_group')
-        g['plate'] = g['plate'].astype(str).str.extract(r'(\d+)$')[0].astype(int)
+        g['plate'] = g['plate'].astype(str).str.replace(r'^(group_)?(plate_?)?', '', regex=True)
         by_plate = g.set_index(['experiment', 'plate'])['plate_group'].astype('Int64')
     else:
         groups = sirna_groups(t)
         known = (t.dataset == 'train') & (t.well_type == 'treatment')
         g = t.loc[known, ['experiment', 'plate']].assign(g=t.loc[known, 'sirna'].map(groups)).dropna()
-        by_plate = g.groupby(['experiment', 'plate'])['g'].agg(lambda s: s.mode().iloc[0]).astype('Int64')
-    keys = pd.MultiIndex.from_arrays([t['experiment'], t['plate']])
+        by_plate = g.assign(plate=g.plate.astype(str)).groupby(['experiment', 'plate'])['g'].agg(lambda s: s.mode().iloc[0]).astype('Int64')
+    keys = pd.MultiIndex.from_arrays([t['experiment'], t['plate'].astype(str)])
     t['plate_group'] = pd.array(by_plate.reindex(keys).values, dtype='Int64') if len(by_plate) else pd.array([pd.NA]*len(t), dtype='Int64')
     return t
 
@@ -238,7 +239,7 @@ def _find_tables(path):
     raise ScreenError(f'{path} holds neither metadata.csv nor train.csv/test.csv (nor does {path/"metadata"}): '
                       'point to the folder of the screen or of its tables.')
 
-# %% ../nbs/00_metadata.ipynb #de41591a
+# %% ../nbs/00_metadata.ipynb #ebf45a41
 def read_metadata(
     path, # A screen's folder, its metadata folder, a `metadata.csv`, or a packed screen
     sites:int=2, # Sites a well, for tables with one row a well
@@ -251,9 +252,9 @@ def read_metadata(
     if found.name == 'sites.parquet': return _read_packed(found)
     t = _read_official(found) if found.is_file() else _read_kaggle(found, sites)
     folder = found.parent if found.is_file() else found
-    t['plate'], t['site'] = t['plate'].astype('Int64'), t['site'].astype('Int64')
     check_table(t, found, cell_types or CELL_TYPES)
-    t['plate'], t['site'] = t['plate'].astype(int), t['site'].astype(int)
+    t['site'] = t['site'].astype(int)
+    if pd.api.types.is_numeric_dtype(t['plate']): t['plate'] = t['plate'].astype(int)
     t['well'] = t['well'].str.upper()
     if plate_groups is None and (folder/'plate_group.csv').is_file(): plate_groups = folder/'plate_group.csv'
     if plate_groups is not None or 'plate_group' not in t: t = add_plate_groups(t, plate_groups)

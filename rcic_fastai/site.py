@@ -329,11 +329,17 @@ def plot_top_losses(x:TensorSite, y, samples, outs, raws, losses, nrows=None, nc
     "Show the largest losses of sites without metadata"
     _plot_site_losses(x, y, samples, outs, raws, losses, nrows, ncols, figsize, **kwargs)
 
-# %% ../nbs/10_site.ipynb #9ce2fd58
+# %% ../nbs/10_site.ipynb #d1583e8d
+def _plate_shape(wells, shape):
+    "The given shape, or that of the usual plate that holds the wells"
+    if shape is not None: return tuple(shape)
+    at = [well_to_rowcol(w) for w in wells.unique()]
+    return (16, 24) if all(r < 16 and c < 24 for r, c in at) else (32, 48)
+
 def plate_array(
     table:pd.DataFrame, # Any table with a `well` column, one or more rows a well
     values, # Name of a column, or one value a row
-    shape:tuple=(16, 24), # Rows and columns of the plate
+    shape:tuple|None=None, # Rows and columns of the plate; None = (16, 24), or (32, 48) where a well asks for it
 )->np.ndarray: # `shape`; float with NaN, or object with None, where there is nothing
     "Values laid out as the plate is: mean of numbers, most frequent of anything else"
     s = table[values] if isinstance(values, str) else pd.Series(to_np(values) if isinstance(values, Tensor) else values)
@@ -343,6 +349,7 @@ def plate_array(
     s = pd.Series(s.astype(float).values if number else s.values, index=table.well.values)
     g = s.dropna().groupby(level=0, sort=True)
     per_well = g.mean() if number else g.agg(lambda v: v.mode().iloc[0])
+    shape = _plate_shape(table.well, shape)
     res = np.full(shape, np.nan if number else None, float if number else object)
     for well, v in per_well.items():
         row, col = well_to_rowcol(well)
@@ -351,7 +358,7 @@ def plate_array(
         res[row, col] = v
     return res
 
-# %% ../nbs/10_site.ipynb #b5b2957c
+# %% ../nbs/10_site.ipynb #a4c2b889
 def plate_map(
     table:pd.DataFrame, # Any table with a `well` column
     values, # Name of a column, or one value a row
@@ -362,10 +369,11 @@ def plate_map(
     vmax:float|None=None, # Value of the last colour, for numbers
     colours:dict|None=None, # Category → colour; None = from `cmap`, and green/red for True/False
     text:bool=False, # Write the values into the wells
-    shape:tuple=(16, 24), # Rows and columns of the plate
+    shape:tuple|None=None, # Rows and columns of the plate; None = (16, 24), or (32, 48) where a well asks for it
     figsize:tuple=(7.5, 4), # Inches, for a new figure
 ): # The axis
     "A plate as a heat map (numbers) or as a map of labels (anything else)"
+    shape = _plate_shape(table.well, shape)
     a = plate_array(table, values, shape)
     if ctx is None: _, ctx = plt.subplots(figsize=figsize)
     (_draw_numbers if a.dtype == float else _draw_labels)(ctx, a, cmap, vmin, vmax, colours)
