@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/54_all.ipynb #43924c86
+# %% ../nbs/54_all.ipynb #eefef624
 from fastai.vision.all import *
 from .metadata import *
 from .simulate import *
@@ -32,6 +32,7 @@ from .embed import *
 from .neighbors import *
 from .assign import *
 from .predict import *
+from .correct import *
 from .evaluate import *
 from .folder import *
 from .report import *

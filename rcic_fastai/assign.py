@@ -13,16 +13,21 @@ from .metadata import *
 from .profiles import *
 from .neighbors import *
 
-# %% ../nbs/43_assign.ipynb #791fdee7
+# %% ../nbs/43_assign.ipynb #f5c38a36
+def _called(plate): return f'Plate {plate}' if plate else 'The plate'
+
 def _plate_scores(scores, plate):
     "Scores of a plate as float64, checked"
-    s = np.asarray(scores, dtype=np.float64)
-    where = f'Plate {plate}' if plate else 'The plate'
-    if s.ndim != 2 or not len(s): raise ScreenError(f'{where} has scores of shape {s.shape}: give one row a well and one column a siRNA.')
-    if np.isnan(s).any() or np.isposinf(s).any(): raise ScreenError(f'{where}: the scores of well {int((np.isnan(s) | np.isposinf(s)).any(1).argmax())} are not numbers: embed its sites again.')
+    s, where = np.asarray(scores, dtype=np.float64), _called(plate)
+    bad = np.isnan(s) | np.isposinf(s)
+    if s.ndim != 2 or not len(s):
+        raise ScreenError(f'{where} has scores of shape {s.shape}: give one row a well and one column a siRNA.')
+    if bad.any():
+        raise ScreenError(f'{where}: the scores of well {bad.any(1).argmax()} are not numbers: embed its sites again.')
     usable = np.isfinite(s).any(0)
     if len(s) > usable.sum():
-        raise ScreenError(f'{where}: {len(s)} wells cannot be given {usable.sum()} siRNAs one to one: check that the rows are one plate and that its group is right.')
+        raise ScreenError(f'{where}: {len(s)} wells cannot be given {usable.sum()} siRNAs one to one: '
+                          'check that the rows are one plate and that its group is right.')
     return s
 
 def assign_plate(
@@ -36,28 +41,35 @@ def assign_plate(
     span = np.ptp(s[ok]) + 1
     _, cols = linear_sum_assignment(np.where(ok, s, s[ok].min() - span*len(s)), maximize=True)
     stuck = ~ok[np.arange(len(s)), cols]
-    if stuck.any(): raise ScreenError(f'{f"Plate {plate}" if plate else "The plate"}: {stuck.sum()} wells find no free siRNA among those they are allowed: allow more.')
+    if stuck.any():
+        raise ScreenError(f'{_called(plate)}: {stuck.sum()} wells find no free siRNA among those they are allowed: '
+                          'allow more.')
     return cols
 
-# %% ../nbs/43_assign.ipynb #1a022b89
+# %% ../nbs/43_assign.ipynb #e204baac
 EXTEND = ('seen', 'rotations', 'all')
 
 def _seen_patterns(rows):
     "Groups of the plates of each labelled experiment: experiments × plates, without gaps"
     absent = [c for c in ('experiment', 'plate', 'plate_group') if c not in rows]
-    if absent: raise ScreenError(f'The training rows have no column {first_few(absent)}: plate patterns are read from experiment, plate and plate_group.')
+    if absent:
+        raise ScreenError(f'The training rows have no column {first_few(absent)}: '
+                          'plate patterns are read from experiment, plate and plate_group.')
     treated = rows['well_type'] == 'treatment' if 'well_type' in rows else True
     d = rows[rows['plate_group'].notna() & treated].drop_duplicates(['experiment', 'plate', 'plate_group'])
     twice = d.duplicated(['experiment', 'plate'])
-    if twice.any(): raise ScreenError(f'Plate {d.plate[twice].iloc[0]} of {d.experiment[twice].iloc[0]} holds siRNAs of two groups: correct its plate_group.')
+    if twice.any():
+        raise ScreenError(f'Plate {d.plate[twice].iloc[0]} of {d.experiment[twice].iloc[0]} holds siRNAs of two '
+                          'groups: correct its plate_group.')
     whole = d.pivot(index='experiment', columns='plate', values='plate_group').dropna()
-    if not len(whole): raise ScreenError('No training experiment has a known group on every plate, so there is no pattern to learn: '
-                                         'give a table with plate_group for all plates of an experiment.')
+    if not len(whole):
+        raise ScreenError('No training experiment has a known group on every plate, so there is no pattern to learn: '
+                          'give a table with plate_group for all plates of an experiment.')
     return whole.astype(int)
 
 def group_patterns(
-    rows:pd.DataFrame=None, # Training rows with `experiment`, `plate` and `plate_group`; `None`: only their number is known
-    n_groups:int=4, # Number of groups and plates when there are no rows; the pattern is then 0, 1, 2, …
+    rows:pd.DataFrame=None, # Training rows with `experiment`, `plate` and `plate_group`; `None`: none are known
+    n_groups:int=4, # Without rows, the number of groups and plates; the pattern is then 0, 1, 2, …
     extend:str='rotations', # 'seen': no others; 'rotations': seen ones turned round the plates; 'all': every order
 )->pd.DataFrame: # One row a pattern, one column a plate: the group (int) that the plate holds
     "The ways in which groups of siRNAs can lie on the plates of an experiment"
@@ -65,11 +77,12 @@ def group_patterns(
     seen = pd.DataFrame([range(n_groups)], columns=range(1, n_groups+1)) if rows is None else _seen_patterns(rows)
     n = seen.shape[1]
     if extend == 'all' and n > 7: raise ScreenError(f'{n} plates have too many orders to try them all: use rotations.')
-    turned = {'seen': lambda p: [p], 'rotations': lambda p: [np.roll(p, -i) for i in range(n)], 'all': lambda p: list(permutations(p))}[extend]
+    rotations = lambda p: [np.roll(p, -i) for i in range(n)]
+    turned = {'seen': lambda p: [p], 'rotations': rotations, 'all': permutations}[extend]
     every = pd.DataFrame([q for p in np.unique(seen.to_numpy(), axis=0) for q in turned(p)], columns=seen.columns)
     return every.drop_duplicates().sort_values(list(every), ignore_index=True)
 
-# %% ../nbs/43_assign.ipynb #63df9197
+# %% ../nbs/43_assign.ipynb #4bf71dd3
 def group_scores(
     scores, # [W,K] class scores of wells
     class_groups, # [K] group of each class; missing for classes in none
@@ -77,14 +90,15 @@ def group_scores(
 )->np.ndarray: # [W,G] best score inside each group
     "The best score of each well inside each group"
     g = pd.array(class_groups, dtype='Int64')
-    return np.stack([np.where((g == i).to_numpy(bool, na_value=False), scores, -np.inf).max(1) for i in range(n_groups)], 1)
+    inside = [(g == i).to_numpy(bool, na_value=False) for i in range(n_groups)]
+    return np.stack([np.where(o, scores, -np.inf).max(1) for o in inside], 1)
 
 def group_evidence(
     scores, # [W,K] class scores of the treatment wells of one experiment
     class_groups, # [K] group of each class; missing for classes in none
     n_groups:int, # Number of groups
     plates, # [W] plate of each well
-)->np.ndarray: # [W,G] score of each well in the best one-to-one assignment of its plate to the group; −∞ where the group is too small
+)->np.ndarray: # [W,G] score in the best one-to-one assignment of the plate to the group; −∞: the group is too small
     "What each well says for each group, every siRNA being used once a plate"
     g, plates = pd.array(class_groups, dtype='Int64').to_numpy(float, na_value=np.nan), np.asarray(plates)
     out = np.full((len(scores), n_groups), -np.inf)
@@ -110,23 +124,30 @@ def _crowded(fit, plates): return plates[np.isneginf(fit).sum(1).argmax()]
 def pattern_fit(
     best, # [W,G] from `group_evidence` or `group_scores`, wells of one experiment
     plates, # [W] plate number of each well
-    patterns:pd.DataFrame=None, # From `group_patterns`, its groups numbered as the columns of `best`; `None`: 0, 1, 2, … and rotations
-)->pd.DataFrame: # The patterns, best first: a column for each plate, then fit, z (standard errors behind the best) and posterior
+    patterns:pd.DataFrame=None, # From `group_patterns`, numbered as the columns of `best`; `None`: 0, 1, … rotated
+)->pd.DataFrame: # Patterns, best first: the group of each plate, fit, z (standard errors behind the best), posterior
     "How well each pattern fits the wells of an experiment"
     best, plates = np.asarray(best, dtype=float), np.asarray(plates, dtype=int)
-    pats = group_patterns(n_groups=best.shape[1]) if patterns is None else patterns
-    if pats.to_numpy().max() >= best.shape[1]: raise ScreenError(f'The patterns name group {pats.to_numpy().max()}, but there are scores for groups 0 to {best.shape[1]-1} only.')
+    G = best.shape[1]
+    pats = group_patterns(n_groups=G) if patterns is None else patterns
+    if pats.to_numpy().max() >= G:
+        raise ScreenError(f'The patterns name group {pats.to_numpy().max()}, but the scores are for groups 0 to {G-1}: '
+                          'number the groups as the columns of the scores.')
     strange = sorted(set(plates) - set(pats.columns))
-    if strange: raise ScreenError(f'Plate {strange[0]} cannot be matched with {best.shape[1]} groups of siRNAs: the patterns have the plates {first_few(pats.columns)}.')
+    if strange:
+        raise ScreenError(f'Plate {strange[0]} cannot be matched with {G} groups of siRNAs: '
+                          f'the patterns have the plates {first_few(pats.columns)}.')
     where = pats.columns.get_indexer(plates)
     fit = best[np.arange(len(best))[:, None], pats.to_numpy()[:, where].T]
-    if np.isneginf(fit.mean(0)).all(): raise ScreenError(f'No pattern leaves plate {_crowded(fit, plates)} a group with a siRNA for each of its wells: check that the rows are one experiment.')
+    if np.isneginf(fit.mean(0)).all():
+        raise ScreenError(f'No pattern leaves plate {_crowded(fit, plates)} a group with a siRNA for each of its '
+                          'wells: check that the rows are one experiment.')
     z = _behind(fit)
     likely = np.exp(-z**2/2)
     out = pats.assign(fit=fit.mean(0), z=z, posterior=likely/likely.sum())
     return out.sort_values(['z', 'fit'], ascending=[True, False], kind='stable', ignore_index=True)
 
-# %% ../nbs/43_assign.ipynb #b176645b
+# %% ../nbs/43_assign.ipynb #d23095f3
 def infer_rotation(
     best, # [W,G] from `group_evidence` or `group_scores`, wells of one experiment
     plates, # [W] plate number of each well
@@ -147,7 +168,9 @@ def infer_groups(
     levels = sorted({int(g) for g in groups.dropna()})
     if patterns is not None:
         lost = sorted(set(np.unique(patterns.to_numpy())) - set(levels))
-        if lost: raise ScreenError(f'The patterns name group {lost[0]}, which holds no class: read them from the rows that the classes come from.')
+        if lost:
+            raise ScreenError(f'The patterns name group {lost[0]}, which holds no class: '
+                              'read them from the rows that the classes come from.')
         patterns = patterns.apply(lambda c: np.searchsorted(levels, c))
     codes, out, rows = groups.map({g: i for i, g in enumerate(levels)}), pd.array([pd.NA]*len(wells), dtype='Int64'), {}
     for e, idx in wells.groupby('experiment', sort=True).indices.items():
@@ -157,10 +180,11 @@ def infer_groups(
         out[idx] = pd.array([ways[0][p] for p in plates], dtype='Int64')
         other = next((i for i, w in enumerate(ways) if w != ways[0]), None)
         rows[e] = dict(groups=ways[0], posterior=float(fit['posterior'][[w == ways[0] for w in ways]].sum()),
-                       confidence=np.inf if other is None else float(fit['z'][other]), runner_up=None if other is None else ways[other])
+                       confidence=np.inf if other is None else float(fit['z'][other]),
+                       runner_up=None if other is None else ways[other])
     return out, pd.DataFrame.from_dict(rows, orient='index').rename_axis('experiment')
 
-# %% ../nbs/43_assign.ipynb #31bac896
+# %% ../nbs/43_assign.ipynb #1208a1af
 def _logsumexp(x, axis):
     m = x.max(axis, keepdims=True)
     m = np.where(np.isfinite(m), m, 0)
@@ -168,7 +192,7 @@ def _logsumexp(x, axis):
 
 def balance_plate(
     scores, # [W,K] score of each well with each class; −∞ where a class is not allowed
-    temperature:float=None, # In units of the scores, lower is nearer to an assignment; `None`: .3 of a well's standard deviation
+    temperature:float=None, # In units of the scores, low is near an assignment; `None`: .3 of a well's deviation
     tol:float=1e-3, # How much more than 1 a class may be used
     max_rounds:int=5000, # Rounds of scaling before giving up
     plate:str='', # What to call the plate in a complaint
@@ -179,7 +203,8 @@ def balance_plate(
     if temperature is None:
         sd = np.nanmean(np.nanstd(np.where(np.isfinite(s), s, np.nan), 1))
         temperature = .3*sd if sd > 0 else 1.
-    if not temperature > 0: raise ScreenError(f'temperature={temperature} cannot divide the scores: give a number above 0.')
+    if not temperature > 0:
+        raise ScreenError(f'temperature={temperature} cannot divide the scores: give a number above 0.')
     W, K = s.shape
     logp, mass = s/temperature, np.zeros((W, 1))
     if K > W: logp, mass = np.vstack([logp, np.zeros((1, K))]), np.append(mass, [[np.log(K-W)]], 0)
@@ -188,5 +213,7 @@ def balance_plate(
         logp = logp - _logsumexp(logp, 0)
         logp = logp - _logsumexp(logp, 1) + mass
         if np.exp(_logsumexp(logp, 0)).max() <= 1 + tol: break
-    else: raise ScreenError(f'{f"Plate {plate}" if plate else "The plate"} is not balanced after {max_rounds} rounds: raise the temperature ({temperature:.2g}), or use assign_plate.')
+    else:
+        raise ScreenError(f'{_called(plate)} is not balanced after {max_rounds} rounds: '
+                          f'raise the temperature ({temperature:.2g}), or use assign_plate.')
     return np.exp(logp[:W])

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['eval_mode', 'check_tta', 'embed_dl', 'embed_rows']
 
-# %% ../nbs/41_embed.ipynb #0c58808b
+# %% ../nbs/41_embed.ipynb #0fc23977
 from fastai.vision.all import *
 from .metadata import *
+from .images import *
 from .augment import *
 from .data import *
+from .batchnorm import *
 from .learner import *
 from .profiles import *
 
@@ -61,10 +63,23 @@ def embed_dl(
     if not out: raise ScreenError('There is nothing to embed: the table of sites is empty.')
     return torch.cat(out).numpy()
 
-# %% ../nbs/41_embed.ipynb #ad8b7001
+# %% ../nbs/41_embed.ipynb #8940556a
 def _row_table(rows, spec):
     "What is known of each embedded sample"
     return rows if spec.sites == 1 else rows.drop(columns=['site_id', 'site'])
+
+def _embed_group(model, spec, rows, source, adapt_rows, prior, tta, views, seed, mask, bs, num_workers, progress):
+    "(rows of the samples, features [N,D]) of one group, with BatchNorm statistics of `adapt_rows` if there are any"
+    kw = dict(bs=bs, mask=mask, num_workers=num_workers, device=next(model.parameters()).device)
+    dl = spec_dl(spec, rows, source, augs=site_augs() if views == 'random' else (), **kw)
+    def features():
+        if views == 'dihedral': return embed_dl(model, dl, tta, progress)
+        with no_random(seed): total = sum(embed_dl(model, dl, 1, progress) for _ in range(tta))
+        return total/np.linalg.norm(total, axis=1, keepdims=True)
+    if adapt_rows is None: return dl.rows, features()
+    with no_random(seed):
+        own, n_inp = spec_dl(spec, adapt_rows, source, **kw).new(shuffle=True), len(model.inputs) + 1
+        with adapted_batchnorm(model, (b[:n_inp] for b in own), _forward, prior): return dl.rows, features()
 
 def embed_rows(
     model, # A `ScreenModel`
@@ -75,21 +90,34 @@ def embed_rows(
     views:str='dihedral', # 'dihedral' (exact, up to 8) or 'random' (training augmentations)
     seed:int=0, # For random views
     mask=('plate_group', 'experiment'), # Metadata passed as unknown
+    adapt:str=None, # BatchNorm statistics of each 'experiment' or 'plate' (AdaBN) instead of the training ones
+    adapt_rows:pd.DataFrame=None, # The rows that those statistics are taken from; `None`: `rows` themselves
+    prior:int=16, # With `adapt`: how many sites the training statistics count as
     bs:int=32, # Batch size
-    num_workers:int=0, # Reader processes
+    num_workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     progress:bool=True, # Show a progress bar
 )->pd.DataFrame: # `Metadata_…` columns and float32 `emb_0000`…, one row a site (or well)
     "Embeddings of any rows, with what is known about them"
     if not len(rows): raise ScreenError('There is nothing to embed: the table of sites is empty.')
     check_tta(tta, views)
-    kw = dict(bs=bs, mask=mask, num_workers=num_workers, device=next(model.parameters()).device)
-    if views == 'dihedral':
-        dl = spec_dl(spec, rows, source, **kw)
-        return make_emb_table(_row_table(dl.rows, spec), embed_dl(model, dl, tta, progress))
-    dl, total = spec_dl(spec, rows, source, augs=site_augs(), **kw), 0
-    with no_random(seed):
-        for _ in range(tta): total = total + embed_dl(model, dl, 1, progress)
-    return make_emb_table(_row_table(dl.rows, spec), total/np.linalg.norm(total, axis=1, keepdims=True))
+    args = (tta, views, seed, mask, bs, num_workers, progress)
+    if adapt is None: parts = [_embed_group(model, spec, rows, source, None, prior, *args)]
+    else: parts = [_embed_group(model, spec, r, source, a, prior, *args) for r, a in _adapted_groups(rows, adapt_rows, adapt)]
+    done, feats = pd.concat([r for r, _ in parts], ignore_index=True), np.concatenate([f for _, f in parts])
+    if adapt is not None or spec.per_group: done = done.assign(protocol='adapted')
+    emb = make_emb_table(_row_table(done, spec), feats)
+    if len(parts) == 1: return emb
+    key = f'{META}{spec.key}'
+    return emb.set_index(key, drop=False).loc[rows[spec.key].drop_duplicates()].reset_index(drop=True)
+
+def _adapted_groups(rows, adapt_rows, by):
+    "(rows of a group, rows to take its statistics from) for every group"
+    adapt_rows = rows if adapt_rows is None else adapt_rows
+    mine, theirs = stat_groups(rows, by), stat_groups(adapt_rows, by)
+    lacks = sorted(set(mine) - set(theirs))
+    if lacks: raise ScreenError(f'{first_few(lacks)} has no site to take BatchNorm statistics of (no control well, perhaps): '
+                                'adapt on all wells.')
+    return [(rows[mine == g], adapt_rows[theirs == g]) for g in mine.unique()]
 
 # %% ../nbs/41_embed.ipynb #e359955d
 @patch

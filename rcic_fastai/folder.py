@@ -160,10 +160,10 @@ It knows {k} classes and answers one of them, whatever it is shown. In batches t
 {_md(", ".join(f"{n} {v}" for n, v in config["versions"].items() if v))}
 '''
 
-# %% ../nbs/51_folder.ipynb #c75ddcb4
+# %% ../nbs/51_folder.ipynb #74fd926d
 FORMAT = 2
 FILES = ('weights.safetensors', 'history.csv', 'index.json', 'index.faiss', 'index.parquet')
-_OWN = ('format', 'model', 'spec', 'held_out', 'data', 'metrics', 'versions', 'fingerprint', 'files')
+_OWN = ('format', 'model', 'spec', 'held_out', 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
 
 def _plain(o):
     "JSON's own types; NaN and infinity are null"
@@ -189,7 +189,7 @@ def _write_files(folder, learn, state, index, config):
     getattr(learn, 'history', pd.DataFrame(columns=['stage', 'epoch'])).to_csv(folder/'history.csv', index=False)
     index.save(folder, config['fingerprint'])
     config = {**config, 'files': {f: file_facts(folder/f) for f in FILES}}
-    (folder/'config.json').write_text(json.dumps(config, indent=1, allow_nan=False))
+    (folder/'config.json').write_text(json.dumps({**config, 'sha256': json_hash(config)}, indent=1, allow_nan=False))
     (folder/'README.md').write_text(model_card(config), encoding='utf-8')
 
 # %% ../nbs/51_folder.ipynb #f5ea3bbf
@@ -256,7 +256,7 @@ def _is_loss(v, depth=0):
     value = _or(_NONE, _BOOL, _num(-1e9, 1e9), _list(_num(-1e9, 1e9), 1, 2))[1]
     return all(_is_loss(o, depth+1) if k in ('a', 'b') else value(o) for k, o in v.items() if k != 'name')
 
-# %% ../nbs/51_folder.ipynb #19c060f7
+# %% ../nbs/51_folder.ipynb #ef5567b7
 _MODEL = dict(arch=_ARCH, n_classes=_int(1, 2**20), n_channels=_int(1, 16), metadata=_dict(_int(1, 2**20), 100), inputs=_list(_WORD, 0, 100),
               emb_dim=_int(1, 2**14), neck=_one(*NECKS), meta_dim=_or(_int(1, 2**12), _one('onehot')),
               meta_dropout=_or(_num(0, 1), _dict(_num(0, 1), 100)), dropout=_num(0, 1), loss=('a loss', _is_loss), use_metadata=_BOOL,
@@ -267,7 +267,7 @@ _STATS = _or(_NONE, _list(_num(-1e6, 1e6), 1, 16))
 _SPEC = dict(target=_WORD, labels=_list(_LABEL, 1, 2**20), channels=_list(_WORD, 1, 16), vocabs=_dict(_list(_LABEL, 1, 2**20), 100), sites=_int(1, 64),
              size=_or(_NONE, _int(8, 2**14)), norm=_one(*NORMALIZERS), norm_mean=_STATS, norm_std=_STATS, bits=_one(8, 16), clahe=_BOOL)
 _TOP = dict(model=('a table', lambda v: isinstance(v, dict)), spec=('a table', lambda v: isinstance(v, dict)), held_out=_list(_LABEL, 0, 2**16),
-            versions=_dict(_VERSION, 100), fingerprint=_HASH, files=_dict(_FACTS, 100))
+            versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
 _MODEL = {**{p: _SCALAR for p in inspect.signature(create_screen_model).parameters if p not in ('pretrained', 'stem', 'kwargs')}, **_MODEL, **_BACKBONE}
 _SPEC = {**{f.name: _SCALAR for f in fields(ScreenSpec)}, **_SPEC}
@@ -282,7 +282,7 @@ def _check_entries(d, kinds, need, where):
 
 def _quote(o): return _CONTROL.sub(' ', repr(o)[:80])
 
-# %% ../nbs/51_folder.ipynb #1487c776
+# %% ../nbs/51_folder.ipynb #1cd164db
 def _check_agreement(m, s, where):
     "Model and spec say the same"
     names, vocabs = list(s['vocabs']), s['vocabs']
@@ -305,6 +305,7 @@ def _checked_config(folder):
     if c['format'] > FORMAT: raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
     if c['format'] < FORMAT: raise ScreenError(f'{folder} is of format {c["format"]}, from before sizes and hashes were kept: train the model again.')
     _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, _TOP, f)
+    if c['sha256'] != json_hash(c): raise ScreenError(f'{f} was changed after it was saved: copy or train the model again.')
     _check_entries(c['model'], _MODEL, ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss'), f)
     _check_entries(c['spec'], _SPEC, ('target', 'labels', 'channels', 'vocabs'), f)
     _check_agreement(c['model'], c['spec'], f)
@@ -364,15 +365,14 @@ def _compare(have, want, path):
     for k, (shape, kind) in want.items():
         if have[k] != (shape, kind): raise _no_weights(path, f'{k} is {have[k][1]} {list(have[k][0])} and should be {kind} {list(shape)}')
 
-# %% ../nbs/51_folder.ipynb #3fcd09f6
+# %% ../nbs/51_folder.ipynb #4ed89094
 def _read_weights(path, config):
     "The tensors of a file that has the right ones, is the one that was saved, and holds nothing but finite numbers"
     from safetensors.torch import load_file
     have, m = _header(path), config['model']
     least = m['n_classes'] + sum(n*m['meta_dim'] for n in m['metadata'].values() if m['meta_dim'] != 'onehot')
-    want = _expected(json.dumps(m)) if 4*least <= os.path.getsize(path) else None
-    if want is None and 4*least > os.path.getsize(path): raise _no_weights(path, 'it is too small for them')
-    if want is not None: _compare(have, want, path)
+    if 4*least > os.path.getsize(path): raise _no_weights(path, 'it is too small for them')
+    if (want := _expected(json.dumps(m))) is not None: _compare(have, want, path)
     check_file(path, config['files'][path.name])
     try: state = load_file(path)
     except Exception as e: raise _no_weights(path, _quote(str(e))) from None

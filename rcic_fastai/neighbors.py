@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'VOTES', 'INDEX_FORMAT', 'checked_rows', 'SirnaIndex', 'merge_wells', 'plain_file', 'parse_json', 'read_json',
-           'file_facts', 'is_facts', 'not_the_file', 'check_file']
+           'file_facts', 'json_hash', 'is_facts', 'not_the_file', 'check_file']
 
 # %% ../nbs/42_neighbors.ipynb #07145cd5
 import hashlib, json, os, re, stat, struct
@@ -208,7 +208,7 @@ def plain_file(
         raise ScreenError(f'{path} has {s.st_size:,} bytes, more than the {most:,} that it can need: copy the whole folder again.')
     return s.st_size
 
-# %% ../nbs/42_neighbors.ipynb #e3ca3b01
+# %% ../nbs/42_neighbors.ipynb #3efcffd2
 def _whole(digits):
     if len(digits) > 19: raise ValueError(f'a number of {len(digits)} digits')
     return int(digits)
@@ -223,6 +223,8 @@ def _once(pairs):
     if len(d := dict(pairs)) < len(pairs): raise ValueError('an entry that is there twice')
     return d
 
+def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)[:200].rstrip('.')
+
 def parse_json(
     data:bytes, # The text, UTF-8
     name, # Where it stands, for messages
@@ -231,8 +233,8 @@ def parse_json(
     try:
         d = json.loads(data.decode(), parse_int=_whole, parse_float=_real, parse_constant=_odd, object_pairs_hook=_once)
         json.dumps(d, ensure_ascii=False).encode()      # half a surrogate pair cannot be written again
-    except (ValueError, RecursionError) as e:
-        raise ScreenError(f'{name} is damaged ({str(e).splitlines()[0][:100]}): copy or write it again.') from None
+    except RecursionError: raise ScreenError(f'{name} is damaged (lists in lists without end): copy or write it again.') from None
+    except ValueError as e: raise ScreenError(f'{name} is damaged ({_first_line(e)}): copy or write it again.') from None
     if not isinstance(d, dict): raise ScreenError(f'{name} is damaged (it holds no JSON object): copy or write it again.')
     return d
 
@@ -244,12 +246,18 @@ def read_json(
     plain_file(path, most)
     return parse_json(Path(path).read_bytes(), path)
 
-# %% ../nbs/42_neighbors.ipynb #9a5dd698
+# %% ../nbs/42_neighbors.ipynb #9ffe4674
 def file_facts(
     path, # A file
 )->dict: # {'size': bytes, 'sha256': …}
     "By what a file is known again"
     with open(path, 'rb') as f: return dict(size=os.fstat(f.fileno()).st_size, sha256=hashlib.file_digest(f, 'sha256').hexdigest())
+
+def json_hash(
+    d:dict, # Plain data
+)->str: # 64 hexadecimal digits
+    "SHA-256 of all entries but `sha256`, whatever their order and spacing"
+    return hashlib.sha256(json.dumps({k: v for k, v in d.items() if k != 'sha256'}, sort_keys=True).encode()).hexdigest()
 
 def is_facts(
     o, # What a file of a stranger says
@@ -331,7 +339,7 @@ def _read_labels(path, n, kinds):
     return pd.DataFrame({c: pd.Series(_text_column(table[c].chunks), dtype=object) if k == 'text' else pd.Series(table[c].to_pylist(), dtype=k)
                          for c, k in kinds.items()})
 
-# %% ../nbs/42_neighbors.ipynb #faff0455
+# %% ../nbs/42_neighbors.ipynb #c4f04cc0
 INDEX_FORMAT = 2
 
 @patch
@@ -347,7 +355,7 @@ def save(self:SirnaIndex,
     write_atomic(folder/'index.faiss', lambda p: _write_vectors(self.features, p))
     info = dict(format=INDEX_FORMAT, target=self.target, kind=self.kind, rows=len(self), dim=int(self.features.shape[1]),
                 model=model or self.model, columns=kinds, files={f: file_facts(folder/f) for f in ('index.faiss', 'index.parquet')})
-    write_atomic(folder/'index.json', lambda p: p.write_text(json.dumps(info, indent=1)))
+    write_atomic(folder/'index.json', lambda p: p.write_text(json.dumps({**info, 'sha256': json_hash(info)}, indent=1)))
 
 @patch
 def check_model(self:SirnaIndex,
@@ -360,9 +368,7 @@ def _other_model(what, built, model):
     return ScreenError(f'{what} was built by another model ({built[:8] if built else "which is not named"}) than the one it is used with ({model[:8]}): '
                        'keep an index with its model, or build it again.')
 
-# %% ../nbs/42_neighbors.ipynb #54abdd8d
-def _first_line(e): return next(iter(str(e).strip().splitlines()), type(e).__name__)[:200].rstrip('.')
-
+# %% ../nbs/42_neighbors.ipynb #31fc9d12
 def _index_info(path):
     "What index.json says, when it makes sense"
     info = read_json(path, 2**22)
@@ -375,6 +381,7 @@ def _index_info(path):
             and isinstance(info.get('target'), str) and info['target'] in columns
             and isinstance(files, dict) and set(files) == {'index.faiss', 'index.parquet'} and all(map(is_facts, files.values())))
     if not fine: raise ScreenError(f'{path} is damaged, or of a version before hashes were kept: save the index again.')
+    if info.get('sha256') != json_hash(info): raise ScreenError(f'{path} was changed after it was saved: copy or save the index again.')
     return info
 
 def _load_index(

@@ -114,7 +114,19 @@ def _treatments_only(wells, scores, index):
     if control.all() or not control.any(): return scores
     return np.where((wells['well_type'] == 'treatment').to_numpy()[:, None] & control, -np.inf, scores)
 
-# %% ../nbs/44_predict.ipynb #cf2a5700
+# %% ../nbs/44_predict.ipynb #7479e703
+def _check_correction(known, index, protocol):
+    "Queries and index were corrected alike, and not with more than the protocol allows"
+    done = [set(t['correction'].fillna('nothing')) if 'correction' in t else {'nothing'} for t in (index.labels, known)]
+    if len(done[0] | done[1]) > 1:
+        raise ScreenError(f'The index was corrected by {first_few(sorted(done[0]))} and the embeddings to name by '
+                          f'{first_few(sorted(done[1]))}: correct both in one table, or with one fitted correction.')
+    used = max((PROTOCOLS.index(check_protocol(p)) for p in known['protocol']), default=0) if 'protocol' in known else 0
+    if used > PROTOCOLS.index(protocol):
+        raise ScreenError(f'The embeddings were made with wells of their own experiment, so the result is not {protocol}: '
+                          f'ask for protocol {PROTOCOLS[used]}.')
+
+# %% ../nbs/44_predict.ipynb #951311ff
 def predict_wells(
     queries:pd.DataFrame, # Embedding table of the sites (or wells) to name
     index:SirnaIndex, # Over labelled embeddings of other experiments
@@ -127,6 +139,7 @@ def predict_wells(
     "Name the wells, and say who their neighbours are"
     check_protocol(protocol)
     known = _wells_of(queries, index.target)
+    _check_correction(known, index, protocol)
     if restrict_cell_type and 'cell_type' not in known:
         raise ScreenError('The cell type is what is predicted, so the search cannot be restricted to it: search all cell types.')
     cell = known['cell_type'].to_numpy(object) if restrict_cell_type else None
