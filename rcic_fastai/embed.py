@@ -63,7 +63,7 @@ def embed_dl(
     if not out: raise ScreenError('There is nothing to embed: the table of sites is empty.')
     return torch.cat(out).numpy()
 
-# %% ../nbs/41_embed.ipynb #8940556a
+# %% ../nbs/41_embed.ipynb #ed968a82
 def _row_table(rows, spec):
     "What is known of each embedded sample"
     return rows if spec.sites == 1 else rows.drop(columns=['site_id', 'site'])
@@ -78,7 +78,7 @@ def _embed_group(model, spec, rows, source, adapt_rows, prior, tta, views, seed,
         return total/np.linalg.norm(total, axis=1, keepdims=True)
     if adapt_rows is None: return dl.rows, features()
     with no_random(seed):
-        own, n_inp = spec_dl(spec, adapt_rows, source, **kw).new(shuffle=True), len(model.inputs) + 1
+        own, n_inp = spec_dl(spec, adapt_rows.sort_values(spec.key), source, **kw).new(shuffle=True), len(model.inputs) + 1
         with adapted_batchnorm(model, (b[:n_inp] for b in own), _forward, prior): return dl.rows, features()
 
 def embed_rows(
