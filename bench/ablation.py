@@ -1,0 +1,169 @@
+"""What each part of the method is worth on experiments never seen: a ladder from the plainest baseline to the full method.
+
+    python bench/ablation.py [--scale demo|full] [--seeds 0,1,2] [--runs FOLDER] [--only MODEL,MODEL]
+
+Every model is trained on the training experiments of one screen, once a seed, and judged on the wells of the test experiments.
+What a run gave is kept in FOLDER (default: bench/runs), so that an interrupted benchmark goes on where it was. Prints one table
+with the three protocols in columns of their own, and stores bench/results/ablation.json.
+
+`--scale demo` draws its screen (64 px, 48 siRNAs) and takes about an hour on two cores. `--scale full` wants a packed RxRx1
+(`--screen`), EfficientNet-B3 at 300 px, 1,108 siRNAs, and a GPU.
+"""
+import argparse, json, os, time
+from pathlib import Path
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+from machine import save
+from rcic_fastai.all import *
+
+DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-05,HUVEC-17,HUVEC-18,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-04'.split(','),
+            sirnas=48, size=64, controls=4, sites=2, seed=0)
+SCALES = dict(demo=dict(arch='efficientnet-lite0', size=None, epochs=12, lr=4e-3, bs=32, tta=4),
+              full=dict(arch='efficientnet-b3', size=300, epochs=90, lr=1e-3, bs=64, tta=8))
+MODELS = dict( # name: what the model is trained with; each adds to the one above, but for the last
+    plain=dict(norm='global', loss='softmax'),
+    own=dict(norm='own', loss='softmax'),
+    adacos=dict(norm='own', loss='adacos'),
+    cutmix=dict(norm='own', loss='adacos', cutmix=.5),
+    wells=dict(norm='own', loss='adacos', cutmix=.5, sites=2),
+    metadata=dict(norm='own', loss='adacos', cutmix=.5, metadata=('cell_type', 'plate_group', 'experiment')))
+
+
+def screen(scale, path, runs):
+    "Site table and source of the screen that is judged on"
+    if path: return open_screen(path)
+    if scale == 'full': raise SystemExit('ablation: --scale full needs --screen, a packed RxRx1 (rcic_download, rcic_pack).')
+    store = runs/'screen.zarr'
+    if not store.exists():
+        if not (runs/'screen').exists(): simulate_screen(runs/'screen', DEMO['experiments'], **{k: v for k, v in DEMO.items() if k != 'experiments'})
+        pack_screen(PngTree(runs/'screen', t := read_metadata(runs/'screen')), t, store)
+    return open_screen(store)
+
+
+def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None):
+    "A learner trained on the training experiments, none held out: the test experiments judge"
+    s = SCALES[scale]
+    dls = screen_dls(table if rows is None else rows, source, valid='none', norm=norm, sites=sites, size=s['size'], bs=max(8, s['bs']//sites), seed=seed)
+    learn = screen_learner(dls, s['arch'], metadata=metadata, loss=loss, seed=seed)
+    if torch.cuda.is_available(): learn.to_fp16(); learn.model.to(memory_format=torch.channels_last)
+    stages = [Stage('head', 1, 1e-2, 'stem,head', loss=loss), Stage('all', s['epochs'], s['lr'], cutmix=cutmix)]
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(Recipe('ablation', stages, arch=s['arch']), seed=seed)
+    return learn
+
+
+def accuracy_of(emb, index, table, protocol='inductive', merge='best', **kwargs):
+    "Share of wells named right, and of the worst experiment"
+    pred, _ = predict_wells(emb, index, protocol, merge=merge, **kwargs)
+    r = right_wrong(pred, table)
+    return dict(accuracy=float(r.right.mean()), worst=float(r.groupby('experiment').right.mean().min()))
+
+
+def site_accuracy(emb, index):
+    "Share of single sites named right by their nearest neighbour"
+    scores = index.class_scores(emb_features(emb), 'nearest', 1)
+    named = np.array(index.classes, object)[best_class(scores)]
+    return dict(accuracy=float((named == emb.Metadata_sirna.to_numpy(object)).mean()))
+
+
+def judge(learn, table, test, tta, name):
+    "Every way of predicting with one trained model"
+    quiet, rows = dict(progress=False), learn.dls.train.items
+    if learn.dls.spec.sites > 1: rows = table[table.well_id.isin(rows.well_id)]
+    as_index = lambda emb: SirnaIndex(emb_features(emb), emb_metadata(emb))
+    one, query = learn.embed(rows, tta=1, **quiet), learn.embed(test, tta=1, **quiet)
+    res, adapted_norm = {}, learn.dls.spec.per_group
+    if learn.dls.spec.sites == 1:
+        res['one site'] = ('inductive', site_accuracy(query, as_index(one)))
+    res['two sites'] = ('inductive', accuracy_of(query, as_index(one), table))
+    emb, query = learn.embed(rows, tta=tta, **quiet), learn.embed(test, tta=tta, **quiet)
+    index = as_index(emb)
+    res['two sites, TTA'] = ('inductive', accuracy_of(query, index, table))
+    res['+ plate groups and assignment'] = ('transductive', accuracy_of(query, index, table, 'transductive'))
+    bn_query = learn.embed(test, tta=tta, adapt='experiment', **quiet)
+    res['+ AdaBN of the experiment'] = ('adapted', accuracy_of(bn_query, index, table, 'adapted'))
+    bn_train = learn.embed(rows, tta=tta, adapt='experiment', **quiet)
+    res['+ AdaBN, index too'] = ('adapted', accuracy_of(bn_query, as_index(bn_train), table, 'adapted'))
+    for tag, (a, b) in {'': (emb, query), 'AdaBN, ': (bn_train, bn_query)}.items():
+        both = correct(pd.concat([a, b], ignore_index=True), 'standardise')
+        fit = lambda part: both[both.Metadata_dataset == part].reset_index(drop=True)
+        done, ask = as_index(fit('train')), fit('test')
+        res[f'+ {tag}standardised embeddings'] = ('adapted', accuracy_of(ask, done, table, 'adapted'))
+        res[f'+ {tag}standardised, groups and assignment'] = ('transductive', accuracy_of(ask, done, table, 'transductive'))
+    if name == 'metadata':
+        known = learn.embed(test, tta=tta, mask=('experiment',), **quiet)
+        res['plate group known'] = ('transductive', accuracy_of(known, index, table, 'transductive'))
+    return {k: dict(protocol=p, **v) for k, (p, v) in res.items()}
+
+
+def leak(table, source, scale, seed):
+    "The same model on the other site of trained wells (WILDS' id_test), on held-out experiments, and on a split that leaks"
+    rows = table[(table.dataset == 'train') & (table.well_type == 'treatment')]
+    learn = train(table, source, scale, seed, cutmix=.5, rows=rows[rows.site == 1])
+    emb = learn.embed(rows[rows.site == 1], tta=1, progress=False)
+    index = SirnaIndex(emb_features(emb), emb_metadata(emb))
+    score = lambda r: site_accuracy(learn.embed(r, tta=1, progress=False), index)['accuracy']
+    test = table[(table.dataset == 'test') & (table.well_type == 'treatment')]
+    return dict(other_site_of_trained_wells=score(rows[rows.site == 2]), held_out_experiments=score(test))
+
+
+def runs_of(args, table, source):
+    "Train and judge what has no result yet; one file a model and seed"
+    test = table[(table.dataset == 'test') & (table.well_type == 'treatment')]
+    for seed in args.seeds:
+        for name in [m for m in [*MODELS, 'leak'] if not args.only or m in args.only]:
+            done = args.runs/f'{args.scale}-{name}-{seed}.json'
+            if done.exists(): continue
+            start = time.time()
+            if name == 'leak': res = leak(table, source, args.scale, seed)
+            else: res = judge(train(table, source, args.scale, seed, **MODELS[name]), table, test, SCALES[args.scale]['tta'], name)
+            write_atomic(done, lambda p: p.write_text(json.dumps(dict(seconds=round(time.time() - start), result=res), indent=1)))
+            print(f'{name}, seed {seed}: {time.time() - start:.0f} s', flush=True)
+
+
+def table_of(args):
+    "One row a model and way of predicting, mean ± sd over the seeds, one column a protocol"
+    rows, seeds = {}, sorted({int(p.stem.split('-')[-1]) for p in args.runs.glob(f'{args.scale}-*.json')})
+    for name in MODELS:
+        found = [json.loads(p.read_text())['result'] for s in seeds if (p := args.runs/f'{args.scale}-{name}-{s}.json').exists()]
+        for way in found[0] if found else ():
+            a = np.array([f[way]['accuracy'] for f in found])
+            worst = [f[way]['worst'] for f in found if 'worst' in f[way]]
+            rows[name, way] = dict(protocol=found[0][way]['protocol'], mean=float(a.mean()), sd=float(a.std(ddof=1)) if len(a) > 1 else None,
+                                   worst=float(np.mean(worst)) if worst else None, seeds=len(a))
+    return rows, seeds
+
+
+def report(args, table):
+    rows, seeds = table_of(args)
+    chance = 1/table[(table.well_type == 'treatment') & table.sirna.notna()].sirna.nunique()
+    text = lambda r: f"{r['mean']:.3f}" + (f" ± {r['sd']:.3f}" if r['sd'] is not None else '')
+    shown = pd.DataFrame([{'model': m, 'prediction': w, **{p: text(r) if r['protocol'] == p else '' for p in PROTOCOLS}} for (m, w), r in rows.items()])
+    print(shown.to_string(index=False), f'\nchance {chance:.3f}, seeds {seeds}')
+    gain = lambda k: (rows[k]['mean'] - chance)/(1 - chance) if k in rows else None
+    plain = gain(('plain', 'one site'))
+    best = {p: max(((r['mean'], ' / '.join(k)) for k, r in rows.items() if r['protocol'] == p), default=None) for p in PROTOCOLS}
+    leaks = [json.loads(p.read_text())['result'] for p in sorted(args.runs.glob(f'{args.scale}-leak-*.json'))]
+    figures = dict(scale=args.scale, chance=round(chance, 4), seeds=seeds, best={k: v and [round(v[0], 4), v[1]] for k, v in best.items()},
+                   plain_error_reduction=plain and round(plain, 4), times_plain_asked=2,
+                   full_error_reduction=best['inductive'] and round((best['inductive'][0] - chance)/(1 - chance), 4),
+                   leak={k: round(float(np.mean([o[k] for o in leaks])), 4) for k in leaks[0]} if leaks else None,
+                   rows=[dict(model=m, prediction=w, **r) for (m, w), r in rows.items()])
+    print(json.dumps({k: v for k, v in figures.items() if k != 'rows'}, indent=1))
+    save('ablation' if args.scale == 'demo' else f'ablation_{args.scale}', **figures)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--scale', choices=list(SCALES), default='demo')
+    p.add_argument('--seeds', type=lambda s: [int(o) for o in s.split(',')], default=[0, 1, 2])
+    p.add_argument('--runs', type=Path, default=Path(__file__).parent/'runs')
+    p.add_argument('--screen', help='packed screen to use instead of a simulated one')
+    p.add_argument('--only', type=lambda s: s.split(','), default=None, help='models to train: ' + ', '.join([*MODELS, 'leak']))
+    args = p.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    table, source = screen(args.scale, args.screen, args.runs)
+    runs_of(args, table, source)
+    report(args, table)
+
+
+if __name__ == '__main__': main()
