@@ -82,7 +82,7 @@ def group_patterns(
     every = pd.DataFrame([q for p in np.unique(seen.to_numpy(), axis=0) for q in turned(p)], columns=seen.columns)
     return every.drop_duplicates().sort_values(list(every), ignore_index=True)
 
-# %% ../nbs/43_assign.ipynb #4bf71dd3
+# %% ../nbs/43_assign.ipynb #74fc23c2
 def group_scores(
     scores, # [W,K] class scores of wells
     class_groups, # [K] group of each class; missing for classes in none
@@ -104,11 +104,14 @@ def group_evidence(
     out = np.full((len(scores), n_groups), -np.inf)
     for p in np.unique(plates):
         at = np.flatnonzero(plates == p)
-        for i in range(n_groups):
-            s = np.asarray(scores)[np.ix_(at, g == i)]
-            if np.isfinite(s).any(0).sum() >= len(at): out[at, i] = s[np.arange(len(at)), assign_plate(s, p)]
+        each = [np.asarray(scores)[np.ix_(at, g == i)] for i in range(n_groups)]
+        room = [int(np.isfinite(s).any(0).sum()) for s in each]
+        for i, s in enumerate(each):
+            if room[i] >= min(len(at), max(room)):             # on a plate with too many wells the largest group complains
+                out[at, i] = s[np.arange(len(at)), assign_plate(s, p)]
     return out
 
+# %% ../nbs/43_assign.ipynb #539ca2e5
 def _behind(fit):
     "By how many standard errors each column is behind the one with the highest mean"
     possible = np.isfinite(fit).all(0)

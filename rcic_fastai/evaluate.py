@@ -6,52 +6,69 @@
 __all__ = ['right_wrong', 'evaluate', 'bootstrap_interval', 'ScreenResult', 'evaluate_screen', 'accuracy_plot', 'accuracy_table',
            'right_wrong_map']
 
-# %% ../nbs/50_evaluate.ipynb #9a7ce45d
+# %% ../nbs/50_evaluate.ipynb #275c286b
 import json, re
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
+from fastcore.all import store_attr
 from .metadata import *
 from .site import plate_map
 from .profiles import *
 from .predict import *
 from .metrics import *
 
-# %% ../nbs/50_evaluate.ipynb #a0dd5f59
+# %% ../nbs/50_evaluate.ipynb #db24e44e
 def _candidates(pred, target):
     "The columns top_1, top_2, …; checked"
     tops = sorted((c for c in pred if re.fullmatch(r'top_\d+', str(c))), key=lambda c: int(c[4:]))
-    if tops != [f'top_{i+1}' for i in range(len(tops))]: raise ScreenError(f'The candidates are in the columns {first_few(tops)}: number them top_1, top_2, … without a gap.')
+    if tops != [f'top_{i+1}' for i in range(len(tops))]:
+        raise ScreenError(f'The candidates are in the columns {first_few(tops)}: '
+                          'number them top_1, top_2, … without a gap.')
     if tops and (pred['top_1'].astype(str) != pred[target].astype(str)).any():
-        raise ScreenError(f'The first candidate of {pred.id_code[pred.top_1.astype(str) != pred[target].astype(str)].iloc[0]} is not its answer: top_1 must equal {target}.')
+        raise ScreenError('The first candidate of '
+                          f'{pred.id_code[pred.top_1.astype(str) != pred[target].astype(str)].iloc[0]} is not its '
+                          f'answer: top_1 must equal {target}.')
     return tops
 
 def _check_names(names, table, target):
     known = set(table[target].dropna().astype(str))
     if known.isdisjoint(names):
-        raise ScreenError(f'No predicted name ({first_few(sorted(set(names)), 3)}) is a {target} of the table ({first_few(sorted(known), 3)}): '
+        mine, theirs = (first_few(sorted(set(o)), 3) for o in (names, known))
+        raise ScreenError(f'No predicted name ({mine}) is a {target} of the table ({theirs}): '
                           'the two name their classes differently; evaluate with the tables the model was trained on.')
 
-# %% ../nbs/50_evaluate.ipynb #7a52c58b
+# %% ../nbs/50_evaluate.ipynb #0afc3f51
 def right_wrong(
     pred:pd.DataFrame, # Predictions: id_code, the target and protocol; perhaps top_1, top_2, …
     table:pd.DataFrame, # Site table with labels
     target:str=None, # Column; `None`: as recorded in the predictions
     sites:bool=False, # `id_code` names sites, not wells
-)->pd.DataFrame: # One row a well (site): id_code, predicted, truth, right, rank, experiment, cell_type, plate, well, well_type
+)->pd.DataFrame: # One row a well (site): id_code, predicted, truth, right, perhaps rank, and where it is
     "Predictions beside the truth"
-    target, key, what = target or pred.attrs.get('target', 'sirna'), *(('site_id', 'site') if sites else ('well_id', 'well'))
+    key, what = ('site_id', 'site') if sites else ('well_id', 'well')
+    target = target or pred.attrs.get('target', 'sirna')
     if not len(pred): raise ScreenError('There are no predictions: predict some wells first.')
-    if target not in pred: raise ScreenError(f'The predictions have no column {target}: they have {first_few(pred.columns)}.')
-    if target not in table: raise ScreenError(f'The table has no column {target}, so {target} cannot be evaluated with it: give the labelled table.')
+    if target not in pred:
+        raise ScreenError(f'The predictions have no column {target}: they have {first_few(pred.columns)}.')
+    if target not in table:
+        raise ScreenError(f'The table has no column {target}, so {target} cannot be evaluated with it: '
+                          'give the labelled table.')
     twice = pred['id_code'].duplicated()
-    if twice.any(): raise ScreenError(f'{twice.sum()} {what}(s) are predicted more than once ({first_few(pred.id_code[twice].unique())}): keep one row a {what}.')
+    if twice.any():
+        raise ScreenError(f'{twice.sum()} {what}(s) are predicted more than once '
+                          f'({first_few(pred.id_code[twice].unique())}): keep one row a {what}.')
     wells = table.drop_duplicates(key).set_index(key)
     strange = ~pred['id_code'].isin(wells.index)
-    if strange.any(): raise ScreenError(f'{strange.sum()} predicted {what}(s) are not in the screen ({first_few(pred.id_code[strange])}): evaluate with the table they were predicted from.')
+    if strange.any():
+        raise ScreenError(f'{strange.sum()} predicted {what}(s) are not in the screen '
+                          f'({first_few(pred.id_code[strange])}): evaluate with the table they were predicted from.')
     w = wells.loc[pred['id_code']]
     blank = w[target].isna()
-    if blank.any(): raise ScreenError(f'{blank.sum()} of {len(w)} predicted {what}s have no {target} label in the table ({first_few(w.index[blank], 3)}): evaluation needs their labels.')
-    out = pd.DataFrame(dict(id_code=pred['id_code'].to_numpy(), predicted=pred[target].astype(str).to_numpy(), truth=w[target].astype(str).to_numpy()))
+    if blank.any():
+        raise ScreenError(f'{blank.sum()} of {len(w)} predicted {what}s have no {target} label in the table '
+                          f'({first_few(w.index[blank], 3)}): evaluation needs their labels.')
+    columns = dict(id_code=pred['id_code'], predicted=pred[target].astype(str), truth=w[target].astype(str))
+    out = pd.DataFrame({c: v.to_numpy() for c, v in columns.items()})
     _check_names(out['predicted'], table, target)
     out['right'] = out.predicted == out.truth
     if tops := _candidates(pred, target):
@@ -60,7 +77,7 @@ def right_wrong(
         out['rank'] = out['rank'].mask(out['rank'] == 0)
     return out.join(w[['experiment', 'cell_type', 'plate', 'well', 'well_type']].reset_index(drop=True))
 
-# %% ../nbs/50_evaluate.ipynb #542f1c5e
+# %% ../nbs/50_evaluate.ipynb #ce8c2a5d
 def _expected(table, pred_wells, target):
     "Labelled test wells of the predicted kinds that are not predicted"
     t = table[(table.dataset == 'test') & table[target].notna()].drop_duplicates('well_id')
@@ -75,16 +92,19 @@ def evaluate(
 )->dict: # accuracy, by_cell_type, by_experiment, worst_experiment, n_wells, n_classes, chance, protocol, target
     "Accuracy of wells under one protocol"
     protocols = pred['protocol'].unique() if 'protocol' in pred else ['unknown']
-    if len(protocols) > 1: raise ScreenError(f'The predictions mix the protocols {first_few(protocols)}: evaluate each on its own.')
+    if len(protocols) > 1:
+        raise ScreenError(f'The predictions mix the protocols {first_few(protocols)}: evaluate each on its own.')
     target = target or pred.attrs.get('target', 'sirna')
     r = right_wrong(pred, table, target)
     absent = _expected(table, r.id_code, target)
     if absent and not partial:
-        raise ScreenError(f'{len(absent)} test wells are not predicted ({first_few(absent)}): predict them, or allow a partial evaluation.')
+        raise ScreenError(f'{len(absent)} test wells are not predicted ({first_few(absent)}): '
+                          'predict them, or allow a partial evaluation.')
     by_exp = r.groupby('experiment').right.mean()
     n = table.loc[table.well_type.isin(r.well_type.unique()), target].nunique()
-    return dict(protocol=str(protocols[0]), target=target, accuracy=float(r.right.mean()), n_wells=len(r), n_classes=int(n), chance=1/n,
-                n_missing=len(absent), by_cell_type=r.groupby('cell_type').right.mean().to_dict(), by_experiment=by_exp.to_dict(),
+    return dict(protocol=str(protocols[0]), target=target, accuracy=float(r.right.mean()), n_wells=len(r),
+                n_classes=int(n), chance=1/n, n_missing=len(absent),
+                by_cell_type=r.groupby('cell_type').right.mean().to_dict(), by_experiment=by_exp.to_dict(),
                 wells_by_experiment=r.groupby('experiment').size().to_dict(),
                 worst_experiment=dict(experiment=by_exp.idxmin(), accuracy=float(by_exp.min())))
 
@@ -106,10 +126,15 @@ def bootstrap_interval(
     acc = right[drawn].sum(1)/wells[drawn].sum(1)
     return tuple(float(q) for q in np.quantile(acc, [(1-level)/2, (1+level)/2]))
 
-# %% ../nbs/50_evaluate.ipynb #162afd75
+# %% ../nbs/50_evaluate.ipynb #aa55036b
 class ScreenResult:
-    "Results of `evaluate_screen`: `.rows` (one number a row), `.table()` for people, `.to_json()` for programs"
-    def __init__(self, rows, columns, notes, how): self.rows, self.columns, self.notes, self.how = rows, columns, notes, how
+    "Results of `evaluate_screen`: `.rows` (one number a row), `.table()` and `.to_text()` for people, `.to_json()`"
+    def __init__(self,
+        rows:pd.DataFrame, # One number a row: column, protocol, measure, group, name, value, low, high, n, …
+        columns:dict, # Name of a column → its result of `evaluate`
+        notes:list, # What could not be measured
+        how:dict, # Bootstrap, shuffles, seed
+    ): store_attr()
 
     def table(self,
         full:bool=False, # Cell types and experiments for every accuracy, not only that of wells
@@ -120,8 +145,12 @@ class ScreenResult:
         wide = d.pivot(index='label', columns='column', values='text')
         return wide.loc[d.label.unique(), list(self.columns)].fillna('').rename_axis(index=None, columns=None)
 
-    def _foot(self): return [f'Intervals: {self.how["level"]:.0%}, percentile bootstrap over experiments, {self.how["n_boot"]} draws, seed {self.how["seed"]}.', *self.notes]
-    def __repr__(self): return '\n'.join([self.table().to_string(), *self._foot()])
+    def _foot(self):
+        said = 'Intervals: {level:.0%}, percentile bootstrap over experiments, {n_boot} draws, seed {seed}.'
+        return [said.format(**self.how), *self.notes]
+
+    def to_text(self, full:bool=False): return '\n'.join([self.table(full).to_string(), *self._foot()])
+    def __repr__(self): return self.to_text()
     def _repr_html_(self): return self.table().to_html() + ''.join(f'<p>{o}</p>' for o in self._foot())
 
     def to_dict(self)->dict: # columns (name → evaluate's dict), rows, notes, how; no NaN
@@ -140,7 +169,9 @@ class ScreenResult:
 def _plain(o): return o.item() if hasattr(o, 'item') else str(o)
 def _label(r):
     if r.group == 'all': return r.measure
-    return ('worst experiment' if r.group == 'worst' else r.name) + (f', {r.measure}' if r.measure != 'well accuracy' else '')
+    n = f'{r.n_experiments} experiment' + 's'*(r.n_experiments > 1)
+    who = {'worst': 'worst experiment', 'cell_type': f'{r.name} ({n})', 'experiment': r.name}[r.group]
+    return who if r.measure == 'well accuracy' else f'{who}, {r.measure}'
 
 def _text(r):
     if r.measure in _COUNTS: return str(int(r.value))
@@ -149,10 +180,14 @@ def _text(r):
     if pd.notna(r.p): of.append(f'p={r.p:.2g}')
     return text + (f' {r.name}' if r.group == 'worst' else '') + (f' [{", ".join(of)}]' if of else '')
 
-# %% ../nbs/50_evaluate.ipynb #6e26e5f9
+# %% ../nbs/50_evaluate.ipynb #f640bb3b
 _COUNTS = ('wells', 'experiments')
-_ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'chance', 'chance inside the plate group', 'embedding', 'cell_type', 'worst', 'experiment']
-_ROW = dict(measure='', group='all', name='', cell_type='', value=np.nan, low=np.nan, high=np.nan, n=0, n_experiments=0, chance=np.nan, p=np.nan)
+_ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'chance', 'chance inside the plate group', 'embedding',
+          'cell_type', 'worst', 'experiment']
+_ROW = dict(measure='', group='all', name='', cell_type='', value=np.nan, low=np.nan, high=np.nan, n=0, n_experiments=0,
+            chance=np.nan, p=np.nan)
+
+def _row(measure, value, n, **more): return {**_ROW, 'measure': measure, 'value': value, 'n': n, **more}
 
 def _place(row):
     name = row['group'] if row['group'] != 'all' else 'top' if row['measure'].startswith('top-') else row['measure']
@@ -164,8 +199,9 @@ def _accuracies(r, measure, chance, how, ok='right'):
     def row(d, group='all', name='', boot=True):
         low, high = bootstrap_interval(d['sum'], d['size'], **how) if boot else (np.nan, np.nan)
         cell = '' if group == 'all' else d.index.get_level_values('cell_type')[0]
-        return {**_ROW, **dict(measure=measure, group=group, name=name, cell_type=cell, value=d['sum'].sum()/d['size'].sum(), low=low, high=high,
-                               n=int(d['size'].sum()), n_experiments=len(d), chance=chance)}
+        n = int(d['size'].sum())
+        return _row(measure, d['sum'].sum()/n, n, group=group, name=name, cell_type=cell, low=low, high=high,
+                    n_experiments=len(d), chance=chance)
     acc = (e['sum']/e['size']).droplevel('cell_type')
     return [row(e), *(row(d, 'cell_type', c) for c, d in e.groupby('cell_type')),
             row(e.xs(acc.idxmin(), level='experiment', drop_level=False), 'worst', acc.idxmin(), False),
@@ -179,85 +215,117 @@ def _group_chance(r, table, target):
     mine = t.drop_duplicates('well_id').set_index('well_id').plate_group.reindex(r.id_code)
     return np.nan if mine.isna().any() else float((1/mine.map(per).astype(float)).mean())
 
-# %% ../nbs/50_evaluate.ipynb #854b3c42
+# %% ../nbs/50_evaluate.ipynb #133075db
 def _named(given, what, names=None):
     "{column: frame} of one frame, a list, or a dict; columns are named by protocol when `names` does not name them"
     if given is None: return {}
     listed = not isinstance(given, dict)
     if listed: given = dict(enumerate([given] if isinstance(given, (pd.DataFrame, str)) else given, 1))
     for n, f in given.items():
-        if not isinstance(f, pd.DataFrame): raise ScreenError(f'The {what} {n!r} are a {type(f).__name__}, not a table: read them with read_predictions or read_embeddings.')
+        if not isinstance(f, pd.DataFrame):
+            raise ScreenError(f'The {what} {n!r} are a {type(f).__name__}, not a table: '
+                              'read them with read_predictions or read_embeddings.')
     if listed and names is None:
         names = [_protocol(p, f'prediction {n}') for n, p in given.items()]
         twice = next((n for n in names if names.count(n) > 1), None)
-        if twice: raise ScreenError(f'{names.count(twice)} predictions have the protocol {twice} and would share a column: name them, as in evaluate_screen({{"first": a, "second": b}}, …).')
-    if listed and len(given) != len(names): raise ScreenError(f'There are {len(given)} {what} for {len(names)} predictions: give one each, or a dict by column ({first_few(names)}).')
+        if twice:
+            raise ScreenError(f'{names.count(twice)} predictions have the protocol {twice} and would share a column: '
+                              f'name them, as in evaluate_screen({{"first": a, "second": b}}, …).')
+    if listed and len(given) != len(names):
+        raise ScreenError(f'There are {len(given)} {what} for {len(names)} predictions: '
+                          f'give one each, or a dict by column ({first_few(names)}).')
     lost = [] if listed or names is None else [n for n in given if n not in names]
-    if lost: raise ScreenError(f'There are {what} for {lost[0]!r}, which has no predictions: the columns are {first_few(names)}.')
+    if lost:
+        raise ScreenError(f'There are {what} for {lost[0]!r}, which has no predictions: '
+                          f'the columns are {first_few(names)}.')
     return dict(zip(names, given.values())) if listed else dict(given)
 
 def _protocol(pred, name):
     "The one protocol of a prediction"
     p = pred['protocol'].unique().tolist() if isinstance(pred, pd.DataFrame) and 'protocol' in pred else []
-    if len(p) > 1: raise ScreenError(f'The predictions mix the protocols {first_few(p)} ({name}): evaluate each on its own.')
-    if not p or p[0] not in PROTOCOLS: raise ScreenError(f'It is not known how {name} was made: say so in its column protocol ({", ".join(PROTOCOLS)}), or keep the JSON beside its CSV.')
+    if len(p) > 1:
+        raise ScreenError(f'The predictions mix the protocols {first_few(p)} ({name}): evaluate each on its own.')
+    if not p or p[0] not in PROTOCOLS:
+        raise ScreenError(f'It is not known how {name} was made: say so in its column protocol '
+                          f'({", ".join(PROTOCOLS)}), or keep the JSON beside its CSV.')
     return p[0]
 
-# %% ../nbs/50_evaluate.ipynb #eb795379
+# %% ../nbs/50_evaluate.ipynb #a76712cd
 def _labelled_wells(emb, table, target, experiments):
     "Well embeddings of some experiments, facts and labels from the table"
     m = emb_metadata(emb)
-    if 'well_id' not in m: raise ScreenError(f'The embeddings have no column {META}well_id: embed rows of a site table.')
+    if 'well_id' not in m:
+        raise ScreenError(f'The embeddings have no column {META}well_id: embed rows of a site table.')
     facts = table.drop_duplicates('well_id').set_index('well_id')
     strange = ~m.well_id.isin(facts.index)
-    if strange.any(): raise ScreenError(f'{strange.sum()} embedded rows are of wells that are not in the screen ({first_few(m.well_id[strange].unique(), 3)}): evaluate with the table they were embedded from.')
+    if strange.any():
+        raise ScreenError(f'{strange.sum()} embedded rows are of wells that are not in the screen '
+                          f'({first_few(m.well_id[strange].unique(), 3)}): '
+                          'evaluate with the table they were embedded from.')
     e = merge_sites(emb)
-    f = facts.loc[e[f'{META}well_id'], list(dict.fromkeys(['experiment', 'cell_type', 'plate', 'well_type', target]))].reset_index()
+    columns = list(dict.fromkeys(['experiment', 'cell_type', 'plate', 'well_type', target]))
+    f = facts.loc[e[f'{META}well_id'], columns].reset_index()
     e = make_emb_table(f, emb_features(e))
     return e[e[f'{META}experiment'].isin(experiments)].reset_index(drop=True)
 
-_CONSISTENT = [('replicate consistency', 'consistency', 'n_sirnas', 'null', 'p'), ('share of consistent siRNAs', 'significant', 'n_sirnas', .05, None)]
-_FAR = [('perturbation magnitude', 'coefficient', 'n_sirnas', None, None), ('share of siRNAs unlike controls', 'significant', 'n_sirnas', .05, None)]
+_MEASURES = { # → what is shown: name, value, number, what chance gives, p
+    'retrieval': [('retrieval mAP', 'map', 'n_wells', 'chance', None)],
+    'other': [('retrieval mAP among other experiments', 'map', 'n_wells', 'chance', None)],
+    'consistency': [('replicate consistency', 'consistency', 'n_sirnas', 'null', 'p'),
+                    ('share of consistent siRNAs', 'significant', 'n_sirnas', .05, None)],
+    'batch': [('batch predictability (lower is better)', 'accuracy', 'n_rows', 'chance', None)],
+    'magnitude': [('perturbation magnitude', 'coefficient', 'n_sirnas', None, None),
+                  ('share of siRNAs unlike controls', 'significant', 'n_sirnas', .05, None)]}
 
 def _embedding_rows(e, target, within, n_null, seed):
     "Rows of the measures of an embedding, and what could not be measured"
-    draws, rows, notes = dict(n_null=n_null, seed=seed), [], []
-    todo = [(lambda: retrieval_map(e, target, within=within), [('retrieval mAP', 'map', 'n_wells', 'chance', None)]),
-            (lambda: retrieval_map(e, target, within=within, negatives='other'), [('retrieval mAP among other experiments', 'map', 'n_wells', 'chance', None)]),
-            (lambda: replicate_consistency(e, target, within=within, **draws), _CONSISTENT),
-            (lambda: batch_predictability(e, within=within, seed=seed), [('batch predictability (lower is better)', 'accuracy', 'n_rows', 'chance', None)]),
-            (lambda: perturbation_magnitude(e, target, **draws), _FAR)]
-    for measure, names in todo:
+    draws, rows, notes, n_exp = dict(n_null=n_null, seed=seed), [], [], e[f'{META}experiment'].nunique()
+    todo = dict(retrieval=lambda: retrieval_map(e, target, within=within),
+                other=lambda: retrieval_map(e, target, within=within, negatives='other'),
+                consistency=lambda: replicate_consistency(e, target, within=within, **draws),
+                batch=lambda: batch_predictability(e, within=within, seed=seed),
+                magnitude=lambda: perturbation_magnitude(e, target, **draws))
+    for name, measure in todo.items():
         try: s = measure()[0]
-        except ScreenError as x:
-            if str(x) not in notes: notes.append(str(x))
-            continue
-        rows += [{**_ROW, **dict(measure=m, value=s[v], n=s[n], n_experiments=e[f'{META}experiment'].nunique(), chance=s.get(c, c), p=s.get(p))} for m, v, n, c, p in names]
-    return rows, notes
+        except ScreenError as x: notes.append(str(x)); continue
+        for m, v, n, c, p in _MEASURES[name]:
+            if np.isnan(s[v]): notes.append(f'{m}: so few wells cannot reach p ≤ .05.')
+            else: rows.append(_row(m, s[v], s[n], n_experiments=n_exp, chance=s.get(c, c), p=s.get(p)))
+    return rows, list(dict.fromkeys(notes))
 
-# %% ../nbs/50_evaluate.ipynb #97cb213f
+# %% ../nbs/50_evaluate.ipynb #c93e61e5
 def _column_rows(r, s, res, table, k, n_top, how):
     "Rows of one prediction: counts, well, top-k and site accuracy, chance; and what could not be measured"
-    rows, notes, enough = [{**_ROW, 'measure': c, 'value': n, 'n': len(r)} for c, n in (('wells', len(r)), ('experiments', r.experiment.nunique()))], [], n_top >= min(k, res['n_classes'])
+    n_exp, enough = r.experiment.nunique(), n_top >= min(k, res['n_classes'])
     within = _group_chance(r, table, res['target']) if res['protocol'] == 'transductive' else np.nan
+    rows = [_row('wells', len(r), len(r)), _row('experiments', n_exp, len(r))]
     rows += _accuracies(r, 'well accuracy', res['chance'], how)
-    if enough: rows += _accuracies(r.assign(top=r['rank'].le(k).fillna(False).astype(bool)), f'top-{k} accuracy', min(k/res['n_classes'], 1), how, 'top')
+    if enough:
+        top = r.assign(top=r['rank'].le(k).fillna(False).astype(bool))
+        rows += _accuracies(top, f'top-{k} accuracy', min(k/res['n_classes'], 1), how, 'top')
     if s is not None: rows += _accuracies(s, 'site accuracy', res['chance'], how)
-    rows += [{**_ROW, 'measure': m, 'value': v, 'n': len(r)} for m, v in (('chance', res['chance']), ('chance inside the plate group', within)) if np.isfinite(v)]
-    if not enough: notes.append(f'top-{k} accuracy needs the candidates top_1 … top_{k}, and the predictions have {n_top}.')
-    return rows, notes
+    rows.append(_row('chance', res['chance'], len(r), n_experiments=n_exp))
+    if np.isfinite(within): rows.append(_row('chance inside the plate group', within, len(r), n_experiments=n_exp))
+    lacks = f'top-{k} accuracy needs the candidates top_1 … top_{k}, and the predictions have {n_top}.'
+    return rows, [] if enough else [lacks]
 
 def _site_rows(pred, r, table, target, protocol, name, partial):
     "Predictions of sites beside the truth; they belong to the wells of their column"
-    if (p := _protocol(pred, f'site predictions of {name}')) != protocol: raise ScreenError(f'The site predictions of {name!r} are {p}, but its wells are {protocol}: give sites of the same protocol.')
+    if (p := _protocol(pred, f'site predictions of {name}')) != protocol:
+        raise ScreenError(f'The site predictions of {name!r} are {p}, but its wells are {protocol}: '
+                          'give sites of the same protocol.')
     s = right_wrong(pred, table, target, sites=True)
     well = table.drop_duplicates('site_id').set_index('site_id').well_id[s.id_code]
     lost, extra = set(r.id_code) - set(well), set(well) - set(r.id_code)
-    if extra: raise ScreenError(f'The site predictions of {name!r} name sites of {len(extra)} wells that are not predicted ({first_few(sorted(extra), 3)}): give sites and wells of the same prediction.')
-    if lost and not partial: raise ScreenError(f'{len(lost)} predicted wells of {name!r} have no site prediction ({first_few(sorted(lost), 3)}): predict their sites, or allow a partial evaluation.')
+    if extra:
+        raise ScreenError(f'The site predictions of {name!r} name sites of {len(extra)} wells that are not predicted '
+                          f'({first_few(sorted(extra), 3)}): give sites and wells of the same prediction.')
+    if lost and not partial:
+        raise ScreenError(f'{len(lost)} predicted wells of {name!r} have no site prediction '
+                          f'({first_few(sorted(lost), 3)}): predict their sites, or allow a partial evaluation.')
     return s
 
-# %% ../nbs/50_evaluate.ipynb #c147e2be
+# %% ../nbs/50_evaluate.ipynb #6402e273
 def evaluate_screen(
     preds, # Predictions of wells (from `predict_wells` or `read_predictions`): one, a list, or a dict by name
     table:pd.DataFrame, # Site table with labels
@@ -278,25 +346,27 @@ def evaluate_screen(
     heads = {}
     for n, p in named.items():
         protocol = _protocol(p, str(n))
-        if n in PROTOCOLS and n != protocol: raise ScreenError(f'The column {n!r} holds {protocol} predictions: name it otherwise.')
+        if n in PROTOCOLS and n != protocol:
+            raise ScreenError(f'The column {n!r} holds {protocol} predictions: name it otherwise.')
         heads[n] = protocol if n == protocol else f'{n} ({protocol})'
     emb, site = _named(embeddings, 'embeddings', list(named)), _named(sites, 'site predictions', list(named))
-    rows, notes, columns = [], [], {}
+    rows, notes, columns, draws = [], [], {}, dict(n_boot=n_boot, level=level, seed=seed)
     for n, p in named.items():
         res = evaluate(p, table, target, partial)
         r = right_wrong(p, table, res['target'])
         s = _site_rows(site[n], r, table, res['target'], res['protocol'], n, partial) if n in site else None
-        mine, said = _column_rows(r, s, res, table, k, len(_candidates(p, res['target'])), dict(n_boot=n_boot, level=level, seed=seed))
+        mine, said = _column_rows(r, s, res, table, k, len(_candidates(p, res['target'])), draws)
         if n in emb:
-            more, why = _embedding_rows(_labelled_wells(emb[n], table, res['target'], r.experiment.unique()), res['target'], within, n_null, seed)
+            e = _labelled_wells(emb[n], table, res['target'], r.experiment.unique())
+            more, why = _embedding_rows(e, res['target'], within, n_null, seed)
             mine, said = mine + more, said + why
         rows += [{'column': heads[n], 'protocol': res['protocol'], **o} for o in mine]
         notes += [f'{heads[n]}: {o}' for o in said]
         columns[heads[n]] = res
     rows.sort(key=_place)
-    return ScreenResult(pd.DataFrame(rows), columns, notes, dict(level=level, n_boot=n_boot, n_null=n_null, seed=seed, k=k, within=within))
+    return ScreenResult(pd.DataFrame(rows), columns, notes, dict(**draws, n_null=n_null, k=k, within=within))
 
-# %% ../nbs/50_evaluate.ipynb #331c55b7
+# %% ../nbs/50_evaluate.ipynb #1445eaf1
 def accuracy_plot(
     result:ScreenResult, # From `evaluate_screen`
 )->plt.Figure:
@@ -312,33 +382,40 @@ def accuracy_plot(
             ax.plot(row.value, y, '|', c=f'C{i}', ms=11, mew=2, label=None if j else c)
             dots = mine[mine.group == 'experiment']
             ax.plot(dots.value, [y]*len(dots), 'o', c=f'C{i}', ms=3)
-    ax.set_yticks([j*(len(result.columns)+.8) + (len(result.columns)-1)/2 for j in range(len(kinds))], ['all wells', *kinds[1:]]); ax.invert_yaxis()
-    ax.set(xlim=(0, 1.03), xlabel='accuracy of wells'); ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5)); fig.tight_layout(); return fig
+    middle = [j*(len(result.columns)+.8) + (len(result.columns)-1)/2 for j in range(len(kinds))]
+    ax.set_yticks(middle, ['all wells', *kinds[1:]]); ax.invert_yaxis()
+    ax.set(xlim=(0, 1.03), xlabel='accuracy of wells')
+    ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5)); fig.tight_layout(); return fig
 
-# %% ../nbs/50_evaluate.ipynb #e09df784
+# %% ../nbs/50_evaluate.ipynb #cd1d2344
 def accuracy_table(
     *results # From `evaluate`, one for each protocol
 )->pd.DataFrame: # Rows: overall, cell types, experiments, worst; a column for each protocol
     "Accuracies side by side, every column a protocol of its own"
     names = [r['protocol'] for r in results]
-    if len(set(names)) < len(names): raise ScreenError(f'Two results have the protocol {first_few(names)}: they would share a column; show them apart.')
+    if len(set(names)) < len(names):
+        raise ScreenError(f'Two results have the protocol {first_few(names)}: '
+                          'they would share a column; show them apart.')
     cols = {}
     for r in results:
-        rows = {'all wells': r['accuracy'], **{f'cell type {k}': v for k,v in r['by_cell_type'].items()}, **r['by_experiment'],
-                f'worst ({r["worst_experiment"]["experiment"]})' if len(results) == 1 else 'worst experiment': r['worst_experiment']['accuracy'],
+        worst = f'worst ({r["worst_experiment"]["experiment"]})' if len(results) == 1 else 'worst experiment'
+        rows = {'all wells': r['accuracy'], **{f'cell type {k}': v for k,v in r['by_cell_type'].items()},
+                **r['by_experiment'], worst: r['worst_experiment']['accuracy'],
                 'chance': r['chance'], 'wells': r['n_wells']}
         cols[r['protocol']] = pd.Series(rows, dtype=float)
     return pd.DataFrame(cols).loc[list(cols[names[0]].index)]
 
-# %% ../nbs/50_evaluate.ipynb #e51fd894
+# %% ../nbs/50_evaluate.ipynb #928241ee
 def right_wrong_map(
     r:pd.DataFrame, # From `right_wrong`, wells of one experiment
 )->plt.Figure:
     "Right and wrong wells of the plates of an experiment"
-    if r['experiment'].nunique() != 1: raise ScreenError(f'A plate map shows one experiment, not {r.experiment.nunique()}: choose one.')
+    if r['experiment'].nunique() != 1:
+        raise ScreenError(f'A plate map shows one experiment, not {r.experiment.nunique()}: choose one.')
     plates = sorted(r['plate'].unique())
     fig, axs = plt.subplots(1, len(plates), figsize=(3.1*len(plates), 2.5), dpi=70, squeeze=False)
     for ax, p in zip(axs[0], plates):
         g = r[r.plate == p]
-        plate_map(g, np.where(g.right, 'right', 'wrong'), f'plate {p}: {g.right.mean():.0%} right', ctx=ax, colours=dict(right='#2e9e4f', wrong='#d43d2f'))
+        plate_map(g, np.where(g.right, 'right', 'wrong'), f'plate {p}: {g.right.mean():.0%} right', ctx=ax,
+                  colours=dict(right='#2e9e4f', wrong='#d43d2f'))
     fig.tight_layout(); return fig

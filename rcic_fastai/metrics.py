@@ -13,20 +13,26 @@ from .metadata import *
 from .profiles import *
 from .neighbors import *
 
-# %% ../nbs/46_metrics.ipynb #9a271ee9
+# %% ../nbs/46_metrics.ipynb #bdd0b8e1
 def _metric_rows(emb, needed, treatments=True, one_a_well=False):
     "Facts and numbers of the rows to measure, in an order that does not depend on the table's"
     m = emb_metadata(emb)
     absent = [c for c in dict.fromkeys(('well_id', *needed)) if c not in m]
-    if absent: raise ScreenError(f'The embeddings have no column {META}{first_few(absent)}: embed rows of a site table.')
+    if absent:
+        raise ScreenError(f'The embeddings have no column {META}{first_few(absent)}: embed rows of a site table.')
     keep = (m['well_type'] == 'treatment').to_numpy() if treatments and 'well_type' in m else np.ones(len(m), bool)
     if not keep.any(): raise ScreenError('The embeddings hold no treatment well: give some.')
     at = np.flatnonzero(keep)
     m = m.iloc[at]
     for c in needed:
-        if m[c].isna().any(): raise ScreenError(f'{m[c].isna().sum()} of {len(m)} embedded wells have no {c} (first: {m.well_id[m[c].isna()].iloc[0]}): these measures need it; fill it in or leave them out.')
+        if m[c].isna().any():
+            raise ScreenError(f'{m[c].isna().sum()} of {len(m)} embedded wells have no {c} (first: '
+                              f'{m.well_id[m[c].isna()].iloc[0]}): these measures need it; fill it in or leave them '
+                              'out.')
     twice = m['well_id'].duplicated()
-    if one_a_well and twice.any(): raise ScreenError(f'Well {m.well_id[twice].iloc[0]} has several rows, which are not independent: average its sites with merge_sites first.')
+    if one_a_well and twice.any():
+        raise ScreenError(f'Well {m.well_id[twice].iloc[0]} has several rows, which are not independent: '
+                          'average its sites with merge_sites first.')
     order = np.lexsort([m[c].astype(str) for c in ('site_id', 'well_id', 'plate', 'experiment') if c in m])
     x = emb_features(emb)[at][order]
     checked_rows(x, labels=m.iloc[order])
@@ -63,7 +69,7 @@ def chance_precision(
     H = np.append(0, np.cumsum(1/np.arange(1, M.max(initial=1)+1)))[M]
     return np.where(M > 1, (H + (R-1)/np.maximum(M-1, 1)*(M-H))/np.maximum(M, 1), R)
 
-# %% ../nbs/46_metrics.ipynb #b0e0bc34
+# %% ../nbs/46_metrics.ipynb #1b2b3ba0
 def _ap_direct(m, x, target, across, other, progress):
     "(ap, positives, ranked) of each row"
     y, b, x = pd.factorize(m[target])[0], pd.factorize(m[across])[0], unit_rows(x)
@@ -79,12 +85,14 @@ def _ap_direct(m, x, target, across, other, progress):
 def _ap_copairs(m, x, target, across, other):
     "The same, by copairs"
     try: from copairs.map import average_precision as ap
-    except ImportError: raise ScreenError("engine='copairs' needs a package that is not installed: pip install copairs, or use engine='direct'.") from None
+    except ImportError:
+        raise ScreenError("engine='copairs' needs a package that is not installed: "
+                          "pip install copairs, or use engine='direct'.") from None
     d = ap(m[[target, across]].astype(str), unit_rows(x), pos_sameby=[target], pos_diffby=[across], neg_sameby=[],
            neg_diffby=[target, across] if other else [target], progress_bar=False)
     return d[['average_precision', 'n_pos_pairs', 'n_total_pairs']].to_numpy(float)
 
-# %% ../nbs/46_metrics.ipynb #744146a6
+# %% ../nbs/46_metrics.ipynb #57c825c9
 def retrieval_map(
     emb:pd.DataFrame, # Embeddings table, treatment wells (or sites) with labels; other rows are left out
     target:str='sirna', # What should be alike
@@ -93,38 +101,55 @@ def retrieval_map(
     negatives:str='any', # 'any' other siRNA, or only those of 'other' experiments
     engine:str='direct', # 'direct', or 'copairs' when that is installed; the numbers are the same
     progress:bool=None, # Show a progress bar; `None`: when there are more than 5000 rows
-)->tuple: # ({map, chance, n_sirnas, n_wells}, one row a query: well_id, target, across, n_positive, n_ranked, ap, chance)
+)->tuple: # ({map, chance, n_sirnas, n_wells}, one row a query: well_id, target, ap, n_positive, n_ranked, chance)
     "Mean average precision of finding the same siRNA in another experiment"
-    if negatives not in ('any', 'other'): raise ScreenError(f'negatives={negatives!r} is not known: choose any or other.')
-    if engine not in ('direct', 'copairs'): raise ScreenError(f'engine={engine!r} is not known: choose direct or copairs.')
+    if negatives not in ('any', 'other'):
+        raise ScreenError(f'negatives={negatives!r} is not known: choose any or other.')
+    if engine not in ('direct', 'copairs'):
+        raise ScreenError(f'engine={engine!r} is not known: choose direct or copairs.')
     m, x = _metric_rows(emb, [target, across] + [within]*(within is not None))
     part = _codes(m, [within])[0] if within else np.zeros(len(m), int)
     out = np.full((len(m), 3), np.nan)
     for p in np.unique(part):
         at, other = np.flatnonzero(part == p), negatives == 'other'
         bar = len(at) > 5000 if progress is None else progress
-        out[at] = _ap_direct(m.iloc[at], x[at], target, across, other, bar) if engine == 'direct' else _ap_copairs(m.iloc[at].reset_index(drop=True), x[at], target, across, other)
+        mine = m.iloc[at].reset_index(drop=True), x[at], target, across, other
+        out[at] = _ap_direct(*mine, bar) if engine == 'direct' else _ap_copairs(*mine)
     keep = [c for c in dict.fromkeys(('well_id', 'site_id', target, across, within)) if c in m]
     table = m[keep].assign(ap=out[:, 0], n_positive=out[:, 1].astype(int), n_ranked=out[:, 2].astype(int))
     ok = (table.n_positive > 0) & (table.n_positive < table.n_ranked)
-    if not ok.any(): raise ScreenError(f'No {target} has wells in two of {m[across].nunique()} {across}s with others to be told from: retrieval needs at least two {across}s and two {target}s.')
+    if not ok.any():
+        raise ScreenError(f'No {target} has wells in two of {m[across].nunique()} {across}s with others to be told '
+                          f'from: retrieval needs at least two {across}s and two {target}s.')
     table.loc[~ok, 'ap'] = np.nan
     table['chance'] = np.where(ok, chance_precision(table.n_positive, table.n_ranked), np.nan)
     per = table[ok].groupby(target)[['ap', 'chance']].mean()
-    return dict(map=float(per.ap.mean()), chance=float(per.chance.mean()), n_sirnas=len(per), n_wells=int(ok.sum())), table
+    summary = dict(map=float(per.ap.mean()), chance=float(per.chance.mean()), n_sirnas=len(per), n_wells=int(ok.sum()))
+    return summary, table
 
-# %% ../nbs/46_metrics.ipynb #3121deea
+# %% ../nbs/46_metrics.ipynb #d648d5ce
 def _p_value(seen, null):
     "Share of draws (first axis of `null`) that reach what was seen, which counts as one draw"
     return (1 + (null >= seen - 1e-9*np.abs(seen)).sum(0))/(1 + len(null))
+
+def _floor(taken, wells, n_null, symmetric=False):
+    "The smallest p that shuffling `taken` of `wells` in each stratum can give"
+    from scipy.special import comb
+    same = 2 if symmetric and (2*taken == wells).all() else 1
+    return max(same/np.prod(comb(wells, taken)), 1/(1 + n_null))
+
+def _significant(table):
+    "Share of p ≤ .05 among those that could have been so small; NaN when none could"
+    able = table[table['floor'] <= .05]
+    return float((able['p'] <= .05).mean()) if len(able) else np.nan
 
 def _shuffles(strata, rng):
     "Rows (sorted by stratum) in random order inside each stratum"
     return np.argsort(strata + rng.random(len(strata)))
 
-# %% ../nbs/46_metrics.ipynb #154f8b6a
-def _pair_cosines(pairs, of_target):
-    "(x → mean cosine of a target's pairs of rows in different batches, their number); `pairs` numbers (target, batch), `of_target` its targets"
+# %% ../nbs/46_metrics.ipynb #fed1e51d
+def _pair_cosines(pairs, of_target): # [N] number of a row's (target, batch); [pairs] number of its target, ascending
+    "(x → mean cosine of each target's pairs of rows in different batches, their number)"
     size, order = np.bincount(pairs), np.argsort(pairs, kind='stable')
     starts, first = np.cumsum(size) - size, np.flatnonzero(np.diff(of_target, prepend=-1))
     count = np.add.reduceat(size, first)**2 - np.add.reduceat(size**2, first)
@@ -143,7 +168,7 @@ def replicate_consistency(
     n_null:int=1000, # Shuffles
     seed:int=0, # Of the shuffles
     progress:bool=None, # Show a progress bar; `None`: when there are more than 5000 rows
-)->tuple: # ({consistency, null, p, significant, n_sirnas}, one row a target: n_wells, consistency, null, p)
+)->tuple: # ({consistency, null, p, significant, n_sirnas}, one row a target: n_wells, consistency, null, p, floor)
     "Mean cosine of replicates in different experiments, against labels shuffled inside their plates"
     m, x = _metric_rows(emb, [target, across] + [within]*(within is not None), one_a_well=True)
     strata = _codes(m, [c for c in (across, 'plate', within) if c is not None and c in m])[0]
@@ -154,22 +179,29 @@ def replicate_consistency(
     of_target, targets = _codes(levels, keys)
     cosines, count = _pair_cosines(pairs, of_target)
     ok, rng = count > 0, np.random.default_rng(seed)
-    if not ok.any(): raise ScreenError(f'No {target} has wells in two of {m[across].nunique()} {across}s: consistency needs replicates.')
+    if not ok.any():
+        raise ScreenError(f'No {target} has wells in two of {m[across].nunique()} {across}s: '
+                          'consistency needs replicates.')
     bar = _bar(range(_n_null(n_null)), len(m) > 5000 if progress is None else progress)
     null = np.stack([cosines(u, _shuffles(strata, rng)) for _ in bar])
     seen = cosines(u, np.arange(len(u)))
-    table = targets[ok].assign(n_wells=np.bincount(of_target[pairs])[ok], consistency=seen, null=null.mean(0), p=_p_value(seen, null)).reset_index(drop=True)
+    taken = pd.Series(strata).groupby([of_target[pairs], strata]).size()
+    size = np.bincount(strata)
+    floor = [_floor(k.to_numpy(), size[k.index.get_level_values(1)], n_null) for _, k in taken.groupby(level=0)]
+    table = targets[ok].reset_index(drop=True).assign(n_wells=np.bincount(of_target[pairs])[ok], consistency=seen,
+                                                      null=null.mean(0), p=_p_value(seen, null), floor=np.array(floor)[ok])
     return dict(consistency=float(seen.mean()), null=float(null.mean()), p=float(_p_value(seen.mean(), null.mean(1))),
-                significant=float((table.p <= .05).mean()), n_sirnas=len(table)), table
+                significant=_significant(table), n_sirnas=len(table)), table
 
-# %% ../nbs/46_metrics.ipynb #e089384d
+# %% ../nbs/46_metrics.ipynb #f5b41b2b
 def _folds(m, by, folds, seed):
     "Fold of each row: the wells of each batch spread evenly, a well's rows together"
     out = np.empty(len(m), int)
     for b, idx in m.groupby(by).indices.items():
         wells, _ = pd.factorize(m['well_id'].to_numpy()[idx])
         n = wells.max() + 1
-        if n < folds: raise ScreenError(f'{by} {b} has {n} wells, too few for {folds} folds: leave it out or ask for fewer.')
+        if n < folds:
+            raise ScreenError(f'{by} {b} has {n} wells, too few for {folds} folds: leave it out or ask for fewer.')
         out[idx] = (np.random.default_rng(seed).permutation(n) % folds)[wells]
     return out
 
@@ -200,10 +232,13 @@ def batch_predictability(
         for f in range(folds):
             test = fold[at] == f
             named[test] = _classifier(model, k).fit(x[at[~test]], y[~test]).predict(x[at[test]])
-        rows[w] = dict(n_groups=len(set(y)), n_rows=len(at), accuracy=float((named == y).mean()), chance=float(np.unique(y, return_counts=True)[1].max()/len(y)))
+        _, size = np.unique(y, return_counts=True)
+        rows[w] = dict(n_groups=len(size), n_rows=len(at), accuracy=float((named == y).mean()),
+                       chance=float(size.max()/len(y)))
     if not rows: raise ScreenError(f'No {within or "row"} has two {by}s to be told apart: give wells of several {by}s.')
     t = pd.DataFrame.from_dict(rows, orient='index').rename_axis(within or 'group').reset_index()
-    return dict(accuracy=float(np.average(t.accuracy, weights=t.n_rows)), chance=float(np.average(t.chance, weights=t.n_rows)), n_groups=int(t.n_groups.sum()), n_rows=int(t.n_rows.sum())), t
+    mean = {c: float(np.average(t[c], weights=t.n_rows)) for c in ('accuracy', 'chance')}
+    return dict(**mean, n_groups=int(t.n_groups.sum()), n_rows=int(t.n_rows.sum())), t
 
 # %% ../nbs/46_metrics.ipynb #217759ce
 def energy_distance(
@@ -224,7 +259,7 @@ def _energy_null(x, strata, treated, n_null, seed):
     between = 2*d[treated][:, ~treated].mean()
     return seen, seen/between if between > 0 else 0., -((W @ d)*W).sum(1)
 
-# %% ../nbs/46_metrics.ipynb #604044bf
+# %% ../nbs/46_metrics.ipynb #27aa5521
 def perturbation_magnitude(
     emb:pd.DataFrame, # Embeddings table, one row a well: treatments with labels, and controls
     target:str='sirna', # What is compared with the controls
@@ -232,7 +267,7 @@ def perturbation_magnitude(
     n_null:int=1000, # Shuffles
     seed:int=0, # Of the shuffles
     progress:bool=None, # Show a progress bar; `None`: when there are more than 500 siRNAs
-)->tuple: # ({coefficient, distance, null, significant, n_sirnas}, one row a target: n_wells, n_controls, distance, coefficient, null, p)
+)->tuple: # ({coefficient, distance, null, significant, n_sirnas}, one row a target: these, n_wells, n_controls, p, floor)
     "Energy distance of a siRNA's wells to the controls of the same plates"
     m, x = _metric_rows(emb, ['experiment', 'plate', 'well_type'], treatments=False, one_a_well=True)
     kept = m['well_type'].isin(['treatment', controls]).to_numpy()
@@ -240,14 +275,23 @@ def perturbation_magnitude(
     control = (m['well_type'] == controls).to_numpy()
     strata, plates = _codes(m, ['experiment', 'plate'])
     bare = np.setdiff1d(strata, strata[control])
-    if len(bare): raise ScreenError(f'{len(bare)} plates have no {controls} well (first: plate {plates.plate[bare[0]]} of {plates.experiment[bare[0]]}): leave them out, or name other controls.')
+    if len(bare):
+        raise ScreenError(f'{len(bare)} plates have no {controls} well (first: '
+                          f'plate {plates.plate[bare[0]]} of {plates.experiment[bare[0]]}): '
+                          'leave them out, or name other controls.')
     if control.all(): raise ScreenError('The embeddings hold no treatment well: give some.')
-    if m.loc[~control, target].isna().any(): raise ScreenError(f'Well {m.well_id[~control & m[target].isna()].iloc[0]} has no {target}: label it or leave it out.')
+    if m.loc[~control, target].isna().any():
+        raise ScreenError(f'Well {m.well_id[~control & m[target].isna()].iloc[0]} has no {target}: '
+                          'label it or leave it out.')
     rows, of = {}, m[~control].groupby(target, sort=True).groups
     for name in _bar(list(of), len(of) > 500 if progress is None else progress):
         at = np.union1d(of[name], np.flatnonzero(control & np.isin(strata, strata[of[name]])))
         at = at[np.argsort(strata[at], kind='stable')]
         d, coefficient, null = _energy_null(x[at], strata[at], ~control[at], _n_null(n_null), seed)
-        rows[name] = dict(n_wells=len(of[name]), n_controls=int(control[at].sum()), distance=d, coefficient=coefficient, null=null.mean(), p=_p_value(d, null))
+        size, taken = np.bincount(strata[at]), np.bincount(strata[at], ~control[at])
+        floor = _floor(taken[size > 0], size[size > 0], n_null, symmetric=True)
+        rows[name] = dict(n_wells=len(of[name]), n_controls=int(control[at].sum()), distance=d, coefficient=coefficient,
+                          null=null.mean(), p=_p_value(d, null), floor=floor)
     t = pd.DataFrame.from_dict(rows, orient='index').rename_axis(target).reset_index()
-    return dict(coefficient=float(t.coefficient.mean()), distance=float(t.distance.mean()), null=float(t.null.mean()), significant=float((t.p <= .05).mean()), n_sirnas=len(t)), t
+    mean = {c: float(t[c].mean()) for c in ('coefficient', 'distance', 'null')}
+    return dict(**mean, significant=_significant(t), n_sirnas=len(t)), t

@@ -215,7 +215,8 @@ def test_evidence_is_the_best_of_all_assignments(seed):
         for g in range(3):
             best = max(permutations(np.flatnonzero(groups == g), 3), key=lambda c: s[at, list(c)].sum())
             np.testing.assert_allclose(got[at, g], s[at, list(best)])
-    assert np.isneginf(group_evidence(s[:, :5], groups[:5], 3, plates)).all()          # no group has three siRNAs left
+    assert np.isneginf(group_evidence(s[:, [0, 1, 2, 3, 4, 5, 6]], groups[:7], 3, plates)[:, 1:]).all()          # group 0 alone has three siRNAs left
+    with pytest.raises(ScreenError, match='3 wells cannot be given 2'): group_evidence(s[:, :5], groups[:5], 3, plates)
 
 def screen(seed=0, per=8, gain=3., names=('A', 'B'), order=(2, 0, 3, 1), turns=(1, 3)):
     "Scores of two experiments of four plates; the groups follow each other as in `order`"
@@ -261,7 +262,10 @@ def test_wells_missing_from_plates_and_whole_plates():
 def test_what_cannot_be_inferred():
     s, wells, classes, pats = screen()
     with pytest.raises(ScreenError, match='Plate 9'): infer_groups(s, wells.assign(plate=9), classes, pats)
-    with pytest.raises(ScreenError, match='No pattern leaves plate 1'): infer_groups(s, wells.assign(experiment='A'), classes, pats)
+    with pytest.raises(ScreenError, match='Plate 1: 16 wells cannot be given 8 siRNAs'): infer_groups(s, wells.assign(experiment='A'), classes, pats)
+    uneven = np.minimum(classes, 1)                                  # group 0 keeps 8 siRNAs, group 1 has 24
+    full = wells[:32].assign(plate=np.repeat([1, 2], 16))
+    with pytest.raises(ScreenError, match='No pattern leaves plate'): infer_groups(s[:32], full, uneven, group_patterns(n_groups=2))
     with pytest.raises(ScreenError, match='holds no class'): infer_groups(s, wells, classes, pats + 1)
 
 REAL = real_data()

@@ -204,6 +204,7 @@ def test_what_cannot_be_measured_is_said():
     treated = TEST[TEST.Metadata_well_type == 'treatment']
     few = evaluate_screen(guess()[WELLS.experiment == 'HUVEC-17'], TABLE, embeddings=treated, partial=True, n_null=9)
     text = repr(few)
+    assert 'share of siRNAs unlike controls: so few wells cannot reach p' in repr(RES)
     assert 'retrieval needs at least two' in text and 'has two experiments' in text and 'no negative_control' in text and 'top-5 accuracy needs' in text
     assert number(few, 'well accuracy').n == 24 and not few.rows.measure.str.contains('mAP').any()
 
