@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/54_all.ipynb #eefef624
+# %% ../nbs/54_all.ipynb #57edcb64
 from fastai.vision.all import *
 from .metadata import *
 from .simulate import *
@@ -27,12 +27,14 @@ from .batchnorm import *
 from .cutmix import *
 from .learner import *
 from .recipes import *
+from .domain import *
 from .profiles import *
 from .embed import *
 from .neighbors import *
 from .assign import *
 from .predict import *
 from .correct import *
+from .metrics import *
 from .evaluate import *
 from .folder import *
 from .report import *

@@ -198,7 +198,7 @@ def build_index(
     emb = learn.embed(rows, tta=tta, mask=INDUCTIVE_MASK, progress=progress)
     return SirnaIndex(emb_features(emb), emb_metadata(emb), target=learn.dls.spec.target)
 
-# %% ../nbs/53_cli.ipynb #2be6c2ba
+# %% ../nbs/53_cli.ipynb #49bbf0f4
 def prediction_rows(
     table:pd.DataFrame, # Site table
     wells:str='treatment', # 'treatment', or 'all' for the controls too
@@ -223,6 +223,7 @@ def predict(
     k:int=5, # Neighbours that are kept, and averaged by --vote mean
     merge:str='best', # Sites into wells: best cosine or mean
     same_cell_type:store_true=False, # Only neighbours of the well's cell type
+    adapt:str='auto', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment with --protocol adapted
     neighbors:str='', # Parquet file for the neighbours, cosines and votes of each well
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
@@ -235,26 +236,49 @@ def predict(
     m = load_screen_model(model)
     if protocol == 'inductive' and m.spec.per_group:
         raise ScreenError(f'The model normalises by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
+    how = _adaptation(adapt, protocol, m.spec)
     rows, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells=wells))
-    emb = m.embed(rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers)
+    emb = m.embed(rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers, adapt=how)
     pred, near = predict_wells(emb, m.index, protocol, vote, merge, k, same_cell_type)
     if neighbors: write_atomic(neighbors, lambda p: near.merge(pred[['id_code', 'votes', 'protocol']], on='id_code').to_parquet(p, index=False))
-    write_predictions(pred, out, dict(model=str(model), screen=str(screen), tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type, versions=library_versions()))
+    write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type, versions=library_versions()))
     print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
+
+def _adaptation(adapt, protocol, spec):
+    "'experiment', 'plate' or None"
+    if adapt not in ('auto', 'experiment', 'plate', 'none'): raise ScreenError(f'--adapt {adapt} is not known: choose auto, experiment, plate or none.')
+    if adapt == 'auto': return 'experiment' if protocol == 'adapted' and not spec.per_group else None
+    if adapt != 'none' and protocol == 'inductive':
+        raise ScreenError(f'--adapt {adapt} uses pictures of the test batch: ask for --protocol adapted or transductive.')
+    if adapt == 'none' and protocol == 'adapted' and not spec.per_group:
+        raise ScreenError('--protocol adapted with --adapt none would adapt nothing: leave --adapt out, or ask for --protocol inductive.')
+    return None if adapt == 'none' else adapt
 
 def rcic_predict(argv=None): "Console script"; return run_command(predict, argv, 'rcic_predict')
 
-# %% ../nbs/53_cli.ipynb #a2fe6f52
+# %% ../nbs/53_cli.ipynb #f2847d74
+def _tables(spec, read):
+    "Tables of 'a.csv,b.csv' as a list, of 'first=a.csv,second=b.csv' as a dict; nothing of ''"
+    parts = [('', o) if Path(o).exists() or '=' not in o else o.split('=', 1) for o in _names(spec)]
+    named = [n for n, _ in parts if n]
+    if len(set(named)) < len(named): raise ScreenError(f'{spec} names two columns alike: give each its own name.')
+    tables = [read(p) for _, p in parts]
+    return ({n or Path(p).stem: t for (n, p), t in zip(parts, tables)} if named else tables) or None
+
 def evaluate_csv(
-    out, # CSV from rcic_predict
+    out, # CSV from rcic_predict, or several with commas; NAME=CSV when two have the same protocol
     screen, # Folder of the screen, with its labels
+    embeddings:str='', # Parquet of embeddings of the test wells and controls; several, or NAME=PARQUET by column
+    sites:str='', # CSV of predicted sites; several, or NAME=CSV by column
+    full:store_true=False, # Cell types and experiments for every accuracy, not only that of wells
+    seed:int=0, # Of the intervals and p-values
     json:store_true=False, # Print JSON instead of a table
     partial:store_true=False, # Allow test wells without a prediction, such as those left out with --only-present
 ):
-    "Accuracy of predicted wells: overall, by cell type, by experiment"
-    pred = read_predictions(out)
-    res = evaluate(pred, read_metadata(screen), target=pred.attrs['target'], partial=partial)
-    print(_json(res) if json else accuracy_table(res).to_string())
+    "Accuracy of predicted wells by protocol, with intervals, and the quality of embeddings"
+    res = evaluate_screen(_tables(out, read_predictions), read_metadata(screen), embeddings=_tables(embeddings, read_embeddings),
+                          sites=_tables(sites, read_predictions), partial=partial, seed=seed)
+    print(res.to_json() if json else res.to_text(full))
 
 def _json(o): return json.dumps(o, indent=1, default=float)
 

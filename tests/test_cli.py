@@ -86,11 +86,31 @@ def test_transductive_uses_each_sirna_once_a_plate(here):
     assert not pred.duplicated().any() and not pd.DataFrame(dict(p=plate, s=pred.sirna)).duplicated().any()
 
 def test_evaluate(here, capsys):
-    res = json.loads(ok(f'rcic_evaluate {here}/inductive.csv {here}/screen --json'))
+    res = json.loads(ok(f'rcic_evaluate {here}/inductive.csv {here}/screen --json'))['columns']['inductive']
     pred = pd.read_csv(here/'inductive.csv').merge(read_metadata(here/'screen').drop_duplicates('well_id'), left_on='id_code', right_on='well_id')
     assert res['accuracy'] == pytest.approx((pred.sirna_x == pred.sirna_y).mean()) and res['n_wells'] == len(pred)
     assert res['protocol'] == 'inductive'
     refused(f'rcic_evaluate {here}/inductive.csv {here}/blank --json', 'label', capsys)
+
+def test_several_protocols_have_columns_of_their_own(here, capsys):
+    ok(f'rcic_predict {here}/model {here}/screen {here}/adapted.csv --tta 1 --protocol adapted')
+    assert json.loads((here/'adapted.json').read_text())['adapt'] == 'experiment'
+    res = json.loads(ok(f'rcic_evaluate {here}/inductive.csv,{here}/adapted.csv {here}/screen --json'))
+    assert list(res['columns']) == ['inductive', 'adapted']
+    refused(f'rcic_predict {here}/model {here}/screen {here}/x.csv --adapt plate', 'adapted or transductive', capsys)
+    refused(f'rcic_predict {here}/model {here}/screen {here}/x.csv --protocol adapted --adapt none', 'adapt nothing', capsys)
+
+def test_a_packed_screen_gives_the_same_predictions(here):
+    ok(f'rcic_pack {here}/screen {here}/screen.zarr --verify')
+    ok(f'rcic_predict {here}/model {here}/screen.zarr {here}/packed.csv --tta 1')
+    ok(f'rcic_predict {here}/model {here}/screen {here}/png.csv --tta 1')
+    assert (here/'packed.csv').read_bytes() == (here/'png.csv').read_bytes()
+
+def test_pack_refuses(here, capsys):
+    refused(f'rcic_pack {here}/screen {here}/bad.zarr --codec zip', "codec 'zip'", capsys)
+    refused(f'rcic_pack {here}/screen {here}/bad.zarr --columns experiment', 'not understood', capsys)
+    refused(f'rcic_pack {here}/screen {here}/bad.zarr --columns experiment=Batch', 'columns cannot be given', capsys)
+    refused(f'rcic_pack {here}/nowhere {here}/bad.zarr', 'There is no', capsys)
 
 def test_other_target(here):
     ok(f'rcic_train {here}/screen {here}/cells --recipe {here}/tiny.json --valid none --target cell_type {TINY}')

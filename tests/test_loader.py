@@ -3,11 +3,11 @@ import gc, itertools, multiprocessing, os, pickle, random, sys, threading, time,
 import numpy as np, pandas as pd, pytest, torch
 import fastai.callback.progress  # brings learn.no_bar
 from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DisplayedTransform, Image, ItemTransform, MultiCategoryBlock, Normalize,
-                               Pipeline, RandomSplitter, RegressionBlock, TfmdDL, ToTensor, TransformBlock, first, no_random, noop, plt, tensor)
+                               Pipeline, RandomSplitter, RegressionBlock, TfmdDL, ToTensor, TransformBlock, first, load_learner, no_random, noop, plt, tensor)
 from fastai.data.core import test_set as rows_for_testing
-from hypothesis import given, settings, strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from rcic_fastai import loader
-from rcic_fastai.augment import CLAHE, IntToFloat, SiteDihedral, site_augs
+from rcic_fastai.augment import CLAHE, IntToFloat, SiteDihedral
 from rcic_fastai.data import SiteBlock, screen_dls, spec_dl
 from rcic_fastai.embed import embed_dl
 from rcic_fastai.images import ImageSource, PngTree
@@ -16,9 +16,10 @@ from rcic_fastai.loader import *
 from rcic_fastai.metadata import SITE_COLUMNS, ScreenError, read_metadata
 from rcic_fastai.pack import PackedScreen, pack_screen
 from rcic_fastai.simulate import simulate_screen
-from rcic_fastai.site import TensorSite, TensorWell
+from rcic_fastai.site import TensorSite
 
 CPU = torch.device('cpu')
+quick = dict(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])   # a failure is told at once, not made small first
 
 
 class Memory(ImageSource):
@@ -338,10 +339,11 @@ def test_export(screen, tmp_path, by):
     dls = screen_dls(table, packed, bs=8, device=CPU, batch_by=by)
     learn = screen_learner(dls, 'test_resnet', pretrained=None, emb_dim=16, path=tmp_path)
     assert [len(dl) for dl in dls.new_empty().loaders] == [0, 0]
-    dls.rebuild = None                                                # a function of its own, which no pickle holds
-    assert dls.train.one_batch()[0].shape[0] == 8
-    copy = pickle.loads(pickle.dumps(dls.valid))
-    same(epochs(dls.valid, 1), epochs(copy, 1))
+    learn.export()
+    again = load_learner(tmp_path/'export.pkl')
+    same(learn.model.eval()(*dls.test_dl(table[:5]).one_batch()), again.model.eval()(*again.dls.test_dl(table[:5], device=CPU).one_batch()))
+    assert dls.train.one_batch()[0].shape[0] == 8                     # a pool is there now, and is not pickled
+    same(epochs(dls.valid, 1), epochs(pickle.loads(pickle.dumps(dls.valid)), 1))
 
 
 # ---- threads, errors, leaving early
@@ -373,11 +375,13 @@ def test_only_a_few_batches_are_read_ahead():
             time.sleep(.02)
             assert len(seen) <= 4*(n + 1 + ahead)
             if n == 5: break
-    dl = memory_dl(4000, pause=.01, threads=1)
+    dl = memory_dl(4000, pause=.05, threads=1)
     start = time.time()
     for b in dl: break
-    del b; gc.collect()
-    assert feeders() == [] and time.time() - start < 2
+    assert feeders() == [] and time.time() - start < 5
+    seen = len(dl.reader.source.seen)
+    time.sleep(.15)
+    assert len(dl.reader.source.seen) == seen <= 12                   # nor does anything read on
 
 
 def test_reading_and_working_overlap():
@@ -429,7 +433,7 @@ def test_a_failed_read_writes_no_more_into_the_buffer():
 
 ACTIONS = ['drop', 'drop', 'keep', 'row', 'view', 'numpy', 'detach', 'storage', 'weak', 'write', 'float', 'late']
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, **quick)
 @given(st.lists(st.sampled_from(ACTIONS), min_size=8, max_size=26), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 def test_what_is_kept_is_never_overwritten(actions, bs, ahead, threads):
     "Whatever part of a batch somebody holds, in whatever way"
@@ -454,7 +458,7 @@ def test_what_is_kept_is_never_overwritten(actions, bs, ahead, threads):
     for h, w in held: assert (h == np.array(w, np.uint8).reshape(-1, 1, 1, 1)).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, **quick)
 @given(st.lists(st.tuples(st.integers(1, 6), st.booleans()), max_size=40), st.integers(1, 5))
 def test_buffer_pool(calls, keep):
     "No two living tensors share memory; not more is kept than was said"
@@ -475,6 +479,7 @@ def test_two_at_once_never_get_the_same_buffer(monkeypatch):
     "`one_batch` in a callback runs beside the epoch: both look for a free buffer at the same time"
     def slow(o):
         n = sys.getrefcount(o) - 1
+        del o                                                         # as after the call of C
         time.sleep(.02)
         return n
     pool = BufferPool((2,), np.uint8, 4)
@@ -500,17 +505,17 @@ def rss(): return int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='resident memory is read from /proc')
 def test_memory_is_flat():
-    "2,000 batches of 0.8 MB, some of them held for a while: not one of them stays"
+    "2,000 batches of 1.6 MB, some of them held for a while: they do not stay"
     dl, held = memory_dl(255*16, 16, shape=(3, 128, 128), dtype=np.uint16, threads=1, ahead=2, after_batch=noop), []
     def run(batches):
         for n, (x, y) in enumerate(itertools.islice(itertools.chain.from_iterable(itertools.repeat(dl)), batches)):
             if n % 50 == 0: held.append(x)
             if len(held) > 2: held.pop(0)
         held.clear(); gc.collect()
-    run(100)
+    run(300)
     before, files, threads = rss(), len(os.listdir('/proc/self/fd')), threading.active_count()
     run(2000)
-    assert rss() - before < 16e6, f'{(rss() - before)/1e6:.1f} MB more'
+    assert rss() - before < 40e6, f'{(rss() - before)/1e6:.1f} MB more'
     assert len(os.listdir('/proc/self/fd')) <= files and threading.active_count() <= threads
     assert len({x.data_ptr() for x, _ in dl}) <= 5
 
@@ -521,7 +526,7 @@ groupings = st.lists(st.integers(1, 30), min_size=1, max_size=7).flatmap(
     lambda sizes: st.tuples(st.just(sizes), st.permutations([g for g, n in enumerate(sizes) for _ in range(n)]),
                             st.integers(1, len(sizes)), st.integers(1, 6)))
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, **quick)
 @given(groupings, st.integers(0, 2**32))
 def test_group_batches(drawn, seed):
     sizes, groups, k, share = drawn
@@ -544,7 +549,7 @@ def test_group_batches(drawn, seed):
         if n < share and mine.sum(): assert mine.min() >= share//n
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, **quick)
 @given(groupings)
 def test_every_group_and_every_sample_comes_in_some_epoch(drawn):
     sizes, groups, k, share = drawn

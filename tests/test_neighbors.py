@@ -1,9 +1,10 @@
 "SirnaIndex against plain products and loops; restrictions, approximate kinds, folders, bad input."
-import json
+import json, os, random, shutil
+import faiss
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from rcic_fastai.metadata import ScreenError
-from rcic_fastai.neighbors import SirnaIndex, merge_wells
+from rcic_fastai.neighbors import INDEX_FILES, SirnaIndex, check_file, file_facts, is_facts, json_hash, merge_wells, parse_json, plain_file, read_json
 from rcic_fastai.profiles import emb_features, emb_metadata, toy_profiles
 
 TOY = toy_profiles(n_sirnas=24, dim=16)
@@ -118,20 +119,123 @@ def test_merge_wells_is_the_loop(seed, how):
 def test_folder(tmp_path, kind):
     index = SirnaIndex(emb_features(TRAIN), LABELS, kind=kind)
     index.save(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['index.faiss', 'index.json', 'index.parquet']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['index.faiss', 'index.json', 'index.parquet', 'index.rows.json']
     back = SirnaIndex.load(tmp_path)
     assert (back.kind, back.target, back.classes, len(back)) == (kind, 'sirna', index.classes, len(index))
-    np.testing.assert_array_equal(back.search(Q, 4)[1], index.search(Q, 4)[1])
-    np.testing.assert_allclose(back.class_scores(Q), index.class_scores(Q), atol=1e-5)
+    np.testing.assert_array_equal(back.features, index.features)
+    if kind != 'hnsw': np.testing.assert_array_equal(back.search(Q, 4), index.search(Q, 4))      # threads order HNSW's graph
+    np.testing.assert_array_equal(back.class_scores(Q), index.class_scores(Q))
     assert back.labels.site_id.tolist() == LABELS.site_id.tolist()
+    back.save(tmp_path/'again')
+    assert all((tmp_path/n).read_bytes() == (tmp_path/'again'/n).read_bytes() for n in ('index.json', *INDEX_FILES))
 
-@pytest.mark.parametrize('name', ['index.faiss', 'index.parquet', 'index.json'])
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 40))
+def test_vectors_are_an_exact_faiss_index(tmp_path_factory, seed, n, d):
+    "Byte for byte what FAISS writes, so that anybody's FAISS can read it; ours never does"
+    folder = tmp_path_factory.mktemp('flat')
+    index = SirnaIndex(np.random.default_rng(seed).normal(size=(n, d)), pd.DataFrame(dict(sirna=['a']*n)))
+    index.save(folder)
+    faiss.write_index(index.index, str(folder/'theirs'))
+    assert (folder/'theirs').read_bytes() == (folder/'index.faiss').read_bytes()
+    np.testing.assert_array_equal(SirnaIndex.load(folder).features, index.features)
+
+def test_unit_rows_stay_what_they_are():
+    x = INDEX.features
+    assert SirnaIndex(x, LABELS).features is x
+    np.testing.assert_allclose(np.linalg.norm(SirnaIndex(x*1.0001, LABELS).features, axis=1), 1, atol=1e-6)
+
+def test_labels_of_every_kind(tmp_path):
+    n = 6
+    t = pd.DataFrame(dict(sirna=list('abcabc'), none=[None]*n, mixed=[1, 'x', None, 2.5, True, 'µ'], whole=np.arange(n), small=np.arange(n, dtype='int8'), maybe=pd.array([1, None, 3, 2**63-1, -2**63, 6], 'Int64'), big=np.array([0, 2**64-1]*3, 'uint64'),
+                          third=np.array([1/3, np.nan, -np.inf, 0, 1, 2], 'float32'), maybe_real=pd.array([.1, None]*3, 'Float64'),
+                          real=[1.5, np.nan, np.inf, 0, 1, 2], truth=[True, False]*3, maybe_true=pd.array([True, None]*3, 'boolean'), kind=pd.Categorical(list('uvuvuv')), day=pd.date_range('2020', periods=n),
+                          text=pd.array(['a', None]*3, 'string'), long=['x'*1000]*n, empty=['']*n))
+    t[7] = range(n)
+    SirnaIndex(np.eye(n), t).save(tmp_path)
+    back = SirnaIndex.load(tmp_path).labels
+    assert list(back) == [str(c) for c in t]
+    for c in ('whole', 'small', 'maybe', 'big', 'real', 'third', 'maybe_real', 'truth', 'maybe_true'): pd.testing.assert_series_equal(back[c], t[c])
+    assert back.mixed.tolist() == ['1', 'x', None, '2.5', 'True', 'µ'] and back.none.tolist() == [None]*n and back.text.tolist() == ['a', None]*3
+    assert back.kind.tolist() == list('uvuvuv') and back.day[0].startswith('2020-01-01') and back['7'].tolist() == list(range(n)) and back['empty'].tolist() == ['']*n
+    assert pd.read_parquet(tmp_path/'index.parquet').sirna.tolist() == list('abcabc')
+
+@pytest.mark.parametrize('index, asked, says', [(None, 'a'*64, 'not named'), ('b'*64, 'a'*64, r'\(bbbbbbbb\) than the one it is used with \(aaaaaaaa\)')])
+def test_index_of_another_model(tmp_path, index, asked, says):
+    made = SirnaIndex(emb_features(TRAIN), LABELS, model=index)
+    made.save(tmp_path)
+    assert SirnaIndex.load(tmp_path).model == index and SirnaIndex.load(tmp_path, index).model == index
+    with pytest.raises(ScreenError, match=says): SirnaIndex.load(tmp_path, asked)
+    if index:
+        with pytest.raises(ScreenError, match=says): made.check_model(asked)
+        with pytest.raises(ScreenError, match=says): made.save(tmp_path/'x', asked)
+        assert not (tmp_path/'x').exists()
+    made.check_model(None); INDEX.check_model(asked)
+
+def test_changed_description(tmp_path):
+    INDEX.save(tmp_path)
+    (tmp_path/'index.json').write_text((tmp_path/'index.json').read_text().replace('"exact"', '"hnsw"'))
+    with pytest.raises(ScreenError, match='was changed after'): SirnaIndex.load(tmp_path)
+
+def test_damaged_indexes(tmp_path):
+    "One byte anywhere: the same index or a sentence"
+    INDEX.save(tmp_path/'whole')
+    same = 0
+    for seed in range(300):
+        r = random.Random(seed)
+        shutil.rmtree(tmp_path/'m', ignore_errors=True); shutil.copytree(tmp_path/'whole', tmp_path/'m')
+        f = tmp_path/'m'/r.choice(['index.json', *INDEX_FILES])
+        b = bytearray(f.read_bytes())
+        b[r.randrange(len(b))] = r.randrange(256)
+        f.write_bytes(b)
+        try: back = SirnaIndex.load(tmp_path/'m')
+        except ScreenError: continue
+        np.testing.assert_array_equal(back.features, INDEX.features)
+        assert back.labels.to_csv() == SirnaIndex.load(tmp_path/'whole').labels.to_csv() and (back.kind, back.target) == ('exact', 'sirna')
+        same += 1
+    assert same < 30
+
+@settings(max_examples=100, deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers(-10**18, 10**18) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=['Cs'])),
+                    lambda c: st.lists(c, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=['Cs'])), c, max_size=4), max_leaves=20))
+def test_strict_json_reads_what_is_written(o):
+    d = dict(o=o)
+    assert parse_json(json.dumps(d).encode(), 'x') == d == parse_json(json.dumps(d, ensure_ascii=False).encode(), 'x')
+    assert json_hash(d) == json_hash(json.loads(json.dumps(d))) == json_hash({**d, 'sha256': 'x'}) != json_hash({'o': [o]})
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60) | st.text('{}[]":,019.eE-+naN \\u\x00', max_size=40).map(str.encode))
+def test_strict_json_reads_or_complains(b):
+    try: assert isinstance(parse_json(b, 'x'), dict)
+    except ScreenError as e: assert str(e).startswith('x is damaged') and '\n' not in str(e)
+
+@pytest.mark.parametrize('text', ['{"a": NaN}', '{"a": Infinity}', '{"a": 1e999}', '{"a": 1, "a": 2}', '['*10**5, '{"a":'*10**5, '{"a": ' + '9'*10**5 + '}', '[]', '1', '', '{"a": "\\ud800"}', '\ufeff{}'])
+def test_strict_json_refuses(text):
+    with pytest.raises(ScreenError, match='x is damaged'): parse_json(text.encode(), 'x')
+
+def test_plain_files(tmp_path):
+    f = tmp_path/'f'; f.write_bytes(b'12345')
+    (tmp_path/'link').symlink_to(f); os.mkfifo(tmp_path/'fifo')
+    assert plain_file(f) == plain_file(f, 5) == 5
+    for p, most in ((f, 4), (tmp_path/'link', None), (tmp_path/'fifo', None), (tmp_path, None), (tmp_path/'no', None), (str(f) + '\0', None), ('/dev/zero', None)):
+        with pytest.raises(ScreenError): plain_file(p, most)
+    facts = file_facts(f)
+    assert is_facts(facts) and not any(map(is_facts, [None, {}, [], dict(facts, size=-1), dict(facts, size=True), dict(facts, more=1), dict(facts, sha256='x'), dict(facts, sha256=None)]))
+    check_file(f, facts)
+    for other in (b'12346', b'1234', b'123456'):
+        f.write_bytes(other)
+        with pytest.raises(ScreenError, match='not the file'): check_file(f, facts)
+    f.write_text('{"a": 1}')
+    assert read_json(f) == dict(a=1)
+    with pytest.raises(ScreenError, match='more than the 7'): read_json(f, 7)
+
+@pytest.mark.parametrize('name', ['index.json', *INDEX_FILES])
 def test_folder_with_an_absent_file(tmp_path, name):
     INDEX.save(tmp_path)
     (tmp_path/name).unlink()
     with pytest.raises(ScreenError, match=name): SirnaIndex.load(tmp_path)
 
-@pytest.mark.parametrize('name', ['index.faiss', 'index.parquet'])
+@pytest.mark.parametrize('name', INDEX_FILES)
 def test_folder_with_a_file_of_another_index(tmp_path, name):
     INDEX.save(tmp_path/'a')
     SirnaIndex(emb_features(TRAIN)[::-1], LABELS[::-1]).save(tmp_path/'b')
@@ -166,6 +270,7 @@ def spoiled(value):
     (lambda: INDEX.search(Q, cell_type=['RPE']), '1 entries'),
     (lambda: SirnaIndex(emb_features(TRAIN), LABELS.drop(columns='plate_group')).search(Q, plate_group=[0]*len(Q)), 'plate_group'),
     (lambda: INDEX.search(Q*np.nan), 'Row 0'),
+    (lambda: SirnaIndex(emb_features(TRAIN), LABELS.assign(note=[f'{i}'*10**5 for i in range(len(LABELS))])).save(os.devnull + '/x'), 'letters a cell'),
     (lambda: merge_wells(np.zeros((2, 2)), ['a', None]), 'Row 1'),
     (lambda: merge_wells(np.zeros((2, 2)), ['a', 'b'], 'loudest'), "'loudest'")])
 def test_bad_input(make, says):

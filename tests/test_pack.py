@@ -195,6 +195,19 @@ def test_any_number_of_workers_and_a_bar_write_the_same(tmp_path, screen, store)
         assert files(put(source, table, tmp_path/f'{n}.zarr', **kwargs)) == files(store)
 
 
+def test_threads_are_a_few_sites_ahead_of_the_journal(tmp_path, monkeypatch):
+    table = site_table(tuple(f'B{n:02d}' for n in range(2, 22)))
+    root, seen, most, add = make(tmp_path/'screen', table)[0].root, [], [0], pack._Journal.add
+    class Noted(PngTree):
+        def _read(self, site_id, out): seen.append(site_id); super()._read(site_id, out)
+    def slow(self, row, written=iter(range(99))):
+        time.sleep(.005)
+        most.append(len(seen) - next(written)); add(self, row)
+    monkeypatch.setattr(pack._Journal, 'add', slow)
+    put(Noted(root, table), table, tmp_path/'a.zarr', workers=2)
+    assert len(seen) == 40 and max(most) <= 10
+
+
 def test_order_and_index_are_the_tables(tmp_path, screen):
     table, source, pixels = screen
     mixed = table.iloc[[4, 1, 3]]
@@ -349,7 +362,8 @@ def test_keyboard_interrupt(tmp_path):
     assert (code, there, same) == (4, False, True) and done + reads == 6 and 0 < done < 6
 
 
-def test_run_again_while_the_interrupt_is_still_on_the_screen(tmp_path, screen, store, monkeypatch):
+@pytest.mark.parametrize('progress', [False, True])
+def test_run_again_while_the_interrupt_is_still_on_the_screen(tmp_path, screen, store, monkeypatch, progress):
     "A notebook keeps the traceback, and with it everything that it refers to"
     table, source, _ = screen
     source.pause, add, n = .05, pack._Journal.add, iter(range(99))
@@ -358,8 +372,8 @@ def test_run_again_while_the_interrupt_is_still_on_the_screen(tmp_path, screen, 
         add(self, row)
     with monkeypatch.context() as m:
         m.setattr(pack._Journal, 'add', interrupted)
-        with pytest.raises(KeyboardInterrupt) as kept: put(source, table, tmp_path/'a.zarr', workers=3)
-    source.reads(); time.sleep(.02)
+        with pytest.raises(KeyboardInterrupt) as kept: put(source, table, tmp_path/'a.zarr', workers=3, progress=progress)
+    source.reads(); time.sleep(.2)
     assert source.reads() == 0                                        # no thread reads on
     assert files(put(source, table, tmp_path/'a.zarr', workers=3)) == files(store)
     assert kept.value.__traceback__ is not None

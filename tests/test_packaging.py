@@ -247,3 +247,10 @@ def test_the_front_page_quotes_what_was_measured():
     page = (ROOT/'README.md').read_text()
     assert f"**{r['inductive']['accuracy']:.3f}** | **{r['transductive']['accuracy']:.3f}**" in page and 'PLACEHOLDER' not in page
     for e, v in r['inductive']['by_experiment'].items(): assert f"| {e} | {v:.3f} | {r['transductive']['by_experiment'][e]:.3f} |" in page
+
+
+def test_the_page_of_figures_is_current():
+    import hashlib
+    text = (NBS/'91_measured.ipynb').read_text(encoding='utf-8')
+    for f in sorted((ROOT/'bench/results').glob('*.json')):
+        assert f'{f.name} {hashlib.sha256(f.read_bytes()).hexdigest()[:16]}' in text, f'run nbs/91_measured.ipynb again: {f.name} has changed'

@@ -147,7 +147,7 @@ def test_files(tmp_path):
     assert (record['protocol'], record['target'], record['n_wells'], record['model']) == ('transductive', 'sirna', len(pred), 'm')
     back = read_predictions(f)
     assert back.sirna.tolist() == pred.sirna.tolist() and set(back.protocol) == {'transductive'} and back.attrs['target'] == 'sirna'
-    assert sorted(p.name for p in f.parent.iterdir()) == ['out.csv', 'out.json']
+    assert sorted(p.name for p in f.parent.iterdir()) == ['out.csv', 'out.json', 'out.top.csv']
 
 def test_csv_of_someone_else_has_no_protocol(tmp_path):
     (tmp_path/'x.csv').write_text('id_code,sirna\nHUVEC-17_1_B03,250\n')
