@@ -6,10 +6,10 @@
 __all__ = ['PNG_SIGNATURE', 'check_png', 'decode_png', 'find_experiment', 'ImageSource', 'PngTree', 'only_present',
            'stat_columns', 'channel_stats', 'site_stats', 'stat_groups', 'screen_stats', 'load_site']
 
-# %% ../nbs/02_images.ipynb #f9b50c0d
+# %% ../nbs/02_images.ipynb #f241ceb3
 import copy, os, struct, threading, zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def _check_source(root, table, channels):
     if len(twice):
         raise ScreenError(f'site {twice.iloc[0]} is in the table twice (row {twice.index[0]}): remove one of the rows.')
 
-# %% ../nbs/02_images.ipynb #4402f751
+# %% ../nbs/02_images.ipynb #f4b51693
 @lru_cache
 def _pool(threads, process): return ThreadPoolExecutor(threads, 'rcic-read')
 
@@ -162,7 +162,14 @@ def read_into(self:ImageSource,
     if len(arr) < len(ids) or arr.shape[1:] != self.shape or arr.dtype != self.dtype:
         raise ScreenError(f'the buffer is {arr.dtype} {list(arr.shape)}, but {len(ids)} sites need {self.dtype} '
                           f'{[len(ids), *self.shape]}: allocate it from source.shape and source.dtype.')
-    if threads > 1 and len(ids) > 1: list(_pool(threads, os.getpid()).map(self._read, ids, arr))
+    if threads > 1 and len(ids) > 1:
+        reads = [_pool(threads, os.getpid()).submit(self._read, i, out) for i, out in zip(ids, arr)]
+        try: wait(reads, return_when=FIRST_EXCEPTION)
+        finally:
+            for r in reads: r.cancel()
+            wait(reads)
+        for r in reads:
+            if not r.cancelled(): r.result()
     else:
         for i, out in zip(ids, arr): self._read(i, out)
     return buffer
@@ -180,7 +187,7 @@ def stamp(self:ImageSource, site_id)->str: # '' where a source cannot tell
     "Size and time of the newest file of a site: changes when its files do"
     try: found = [os.stat(f) for f in self._paths(site_id)]
     except OSError: return 'absent'
-    return f'{sum(o.st_size for o in found)}@{max(o.st_mtime_ns for o in found)}' if found else ''
+    return f'{sum(o.st_size for o in found)}@{zlib.crc32(repr([(o.st_size, o.st_mtime_ns) for o in found]).encode()):08x}' if found else ''
 
 @patch
 def _paths(self:ImageSource, site_id)->list: return []

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SiteReader', 'WellReader', 'RowValue', 'BufferPool', 'GroupBatches', 'ScreenDL']
 
-# %% ../nbs/12_loader.ipynb #ef88083c
-import os, random, sys
+# %% ../nbs/12_loader.ipynb #ee13ca87
+import os, random, sys, threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from fastai.vision.all import *
@@ -33,7 +33,7 @@ class WellReader(DisplayedTransform):
     def batch(self, x): return TensorWell(x.view(-1, self.sites, *x.shape[1:]))
     def encodes(self, o:str): return TensorWell(torch.stack([torch.from_numpy(self.source[i]) for i in self.ids(o)]))
 
-# %% ../nbs/12_loader.ipynb #4bbd0a77
+# %% ../nbs/12_loader.ipynb #c6457c4f
 class RowValue(DisplayedTransform):
     "A value of a row, by a function that gives it for many rows at once"
     def __init__(self, of): self.of = of # Site table → list, one value a row
@@ -47,13 +47,17 @@ def _values(getter, rows):
     return [getter(rows.iloc[i]) for i in range(len(rows))]
 
 def _encode(tl):
-    "Targets or metadata of all rows of a `TfmdLists`: one tensor, of the type that its items have"
+    "Targets or metadata of all rows of a `TfmdLists`: one tensor, of the type that its items have; None for text, pictures, …"
+    if not len(tl.items) or not isinstance(one := tl[0], Tensor) or one.ndim > 1: return None
     getter, *rest = tl.tfms.fs
-    codes, values = pd.factorize(pd.Series(_values(getter, tl.items), dtype=object), use_na_sentinel=False)
+    values = _values(getter, tl.items)
+    try: codes, values = pd.factorize(pd.Series(values, dtype=object), use_na_sentinel=False)
+    except TypeError: codes = np.arange(len(values)) # lists, say
     done = [compose_tfms(v, rest, split_idx=tl.split_idx) for v in values]
-    return torch.stack([torch.as_tensor(o) for o in done])[torch.from_numpy(codes)], type(done[0])
+    if any((type(o), o.dtype, o.shape) != (type(one), one.dtype, one.shape) for o in done): return None
+    return torch.stack([o.as_subclass(Tensor) for o in done])[torch.from_numpy(codes)], type(one)
 
-# %% ../nbs/12_loader.ipynb #165d323f
+# %% ../nbs/12_loader.ipynb #541e5217
 class BufferPool:
     "Arrays [n, …] that are lent, and lent again once no tensor on them is alive"
     def __init__(self,
@@ -63,18 +67,20 @@ class BufferPool:
         pin:bool=False, # In page-locked memory, from which a GPU copies faster
     ):
         self.shape, self.dtype, self.keep, self.pin, self.kept = tuple(shape), np.dtype(dtype), keep, pin, []
+        self.lock = threading.Lock()
     def _new(self, n):
         if not self.pin: return np.empty((n, *self.shape), self.dtype)
         return torch.empty((n, *self.shape), dtype=getattr(torch, self.dtype.name), pin_memory=True).numpy()
     def get(self, n): # Tensor [n, …] with old content
         "A tensor over a free array"
-        for i in range(len(self.kept)):
-            if len(self.kept[i]) >= n and sys.getrefcount(self.kept[i]) == 2: return torch.from_numpy(self.kept[i][:n])
-        new = self._new(n)
-        if len(self.kept) < self.keep: self.kept.append(new)
-        return torch.from_numpy(new[:n])
+        with self.lock:
+            for i in range(len(self.kept)):
+                if len(self.kept[i]) >= n and sys.getrefcount(self.kept[i]) == 2: return torch.from_numpy(self.kept[i][:n])
+            new = self._new(n)
+            if len(self.kept) < self.keep: self.kept.append(new)
+            return torch.from_numpy(new[:n])
 
-# %% ../nbs/12_loader.ipynb #6fbd96cb
+# %% ../nbs/12_loader.ipynb #668752d3
 class GroupBatches:
     "An order of samples in which every batch holds `k` groups of equal share"
     def __init__(self,
@@ -83,9 +89,9 @@ class GroupBatches:
         k:int=1, # Groups in a batch
     ):
         codes, self.names = pd.factorize(pd.Series(groups))
-        if bs % k: raise ScreenError(f'batches of {bs} cannot hold {k} groups of equal share: choose a multiple of {k}.')
         if not 1 <= k <= len(self.names):
             raise ScreenError(f'{k} groups in a batch are asked for and there are {len(self.names)}: choose 1 to {len(self.names)}.')
+        if bs % k: raise ScreenError(f'batches of {bs} cannot hold {k} groups of equal share: choose a multiple of {k}.')
         self.n, self.k, self.members = bs//k, k, [np.flatnonzero(codes == i).tolist() for i in range(len(self.names))]
         self.batches = len(self._plan(random.Random(0)))
     def __len__(self): return self.batches
@@ -105,7 +111,7 @@ class GroupBatches:
         take = [iter((p*(-(-self.n//len(p))))[:max(len(p)//self.n, 1)*self.n]) for p in piles]
         return [next(take[g]) for groups in self._plan(rng) for g in groups for _ in range(self.n)]
 
-# %% ../nbs/12_loader.ipynb #8e831f9e
+# %% ../nbs/12_loader.ipynb #080671e7
 class ScreenDL(TfmdDL):
     "fastai's `TfmdDL`, with batches of sites or wells read whole, by threads, into buffers that are used again"
     @delegates(TfmdDL.__init__)
@@ -121,11 +127,10 @@ class ScreenDL(TfmdDL):
         **kwargs
     ):
         self.reader, self.threads = _reader(dataset), threads or min(8, _cores())
-        self.ahead, self.group_by, self.groups, self._made, self._pool = ahead, group_by, groups, None, None
+        self.ahead, self.group_by, self.groups, self._made, self._pool, self._by_group = max(ahead, 1), group_by, groups, None, None, None
         if self.reader and isinstance(self.reader.source, PackedScreen): num_workers = 0
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
-        self._by_group = None
-        if group_by and shuffle: self._by_group = GroupBatches(stat_groups(self.items, group_by), bs, groups)
+        if group_by and shuffle and self.n: self._by_group = GroupBatches(stat_groups(self.items, group_by), bs, groups)
 
     def new(self, dataset=None, cls=None, **kwargs):
         extra = dict(threads=self.threads, ahead=self.ahead, group_by=self.group_by, groups=self.groups)
@@ -145,19 +150,22 @@ def _reader(dataset):
     fs = tls[0].tfms.fs if tls and isinstance(getattr(tls[0], 'items', None), pd.DataFrame) else ()
     return fs[1] if len(fs) == 2 and isinstance(fs[1], (SiteReader, WellReader)) else None
 
-# %% ../nbs/12_loader.ipynb #c36d0232
+# %% ../nbs/12_loader.ipynb #62989cf7
 @patch
 def _whole(self:ScreenDL):
     "Whether batches can be read whole"
     items = [f for f in self.after_item.fs if not isinstance(f, ToTensor)]
-    return bool(self.reader and self.bs and not self.before_batch.fs and all(getattr(f, 'per_site', False) for f in items))
+    own = any(nm in self.__dict__ for nm in ('create_item', 'create_batch', 'do_batch', 'retain'))
+    simple = all(getattr(f, 'per_site', False) for f in items) and not self.before_batch.fs
+    return bool(self.reader and self.bs and self.indexed and simple and not own and self._columns())
 
 @patch
 def _columns(self:ScreenDL):
-    "Keys of the images, then metadata and targets of all rows, made on first use"
+    "Keys of the images, then metadata and targets of all rows, made on first use; `False` if those are no single numbers"
     if self._made is None:
         tls = self.dataset.tls
-        self._made = _values(tls[0].tfms.fs[0], tls[0].items), [_encode(tl) for tl in tls[1:]]
+        columns = [_encode(tl) for tl in tls[1:]]
+        self._made = None not in columns and (_values(tls[0].tfms.fs[0], tls[0].items), columns)
     return self._made
 
 @patch
@@ -180,8 +188,8 @@ def _read_batch(self:ScreenDL, idxs):
     self.reader.source.read_into(ids, x, 1 if get_worker_info() else self.threads)
     for f in self.after_item.fs:
         if getattr(f, 'per_site', False):
-            for site in x: site.copy_(f(TensorSite(site)))
-    return (self.reader.batch(x), *[kind(codes[idxs]) for codes, kind in columns])
+            for site in x: site.copy_(f(TensorSite(site), split_idx=self.after_item.split_idx))
+    return (self.reader.batch(x), *[codes[idxs].as_subclass(kind) for codes, kind in columns])
 
 @patch
 def create_batches(self:ScreenDL, samps):

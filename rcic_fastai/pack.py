@@ -63,26 +63,29 @@ def measure_columns(
     mean, std = stat_columns(channels)
     return mean + std + [f'p{p}_{c}' for p in PERCENTILES for c in channels]
 
-# %% ../nbs/03_pack.ipynb #fb15a205
-def _same_table(a, b):
-    "Whether two site tables say the same"
-    return list(a) == list(b) and a.astype('string').equals(b.astype('string'))
+# %% ../nbs/03_pack.ipynb #0d3cb279
+def _as_parquet(table):
+    "The bytes of the site table; the same for the same table"
+    try: return table.to_parquet(index=False)
+    except Exception as e:
+        raise ScreenError(f'the site table cannot be written ({str(e.args[-1]).splitlines()[0]}): give every column one kind of value.') from None
 
 def _begin(part, table, source, codec, force):
     "The unfinished folder: new, or found as it was left by the same call"
     facts = dict(format=STORE_FORMAT, channels=list(source.channels), codec=codec, shape=[len(table), *source.shape],
                  dtype=source.dtype.name)
     if force: shutil.rmtree(part, ignore_errors=True)
-    if (part/'begun.json').exists():
-        same = json.loads((part/'begun.json').read_text()) == facts
-        if not same or not _same_table(pd.read_parquet(part/'sites.parquet'), table):
+    if (part/'pack.json').exists():
+        try: same = json.loads((part/'pack.json').read_text()) == facts and (part/'sites.parquet').read_bytes() == _as_parquet(table)
+        except (ValueError, OSError): same = False
+        if not same:
             raise ScreenError(f'{part} was begun with another table, other channels or another codec: finish it as it '
                               'was begun, or start anew with force (--force).')
         return facts
     part.mkdir(parents=True, exist_ok=True)
     _write_zarr(part, facts)
-    write_atomic(part/'sites.parquet', lambda p: table.to_parquet(p, index=False))
-    write_atomic(part/'begun.json', lambda p: p.write_text(json.dumps(facts)))
+    write_atomic(part/'sites.parquet', lambda p: p.write_bytes(_as_parquet(table)))
+    write_atomic(part/'pack.json', lambda p: p.write_text(json.dumps(facts)))
     return facts
 
 def _write_zarr(part, facts):
@@ -95,7 +98,7 @@ def _write_zarr(part, facts):
     group.create_array('images', shape=facts['shape'], dtype=dtype, chunks=(1, *facts['shape'][1:]), serializer=raw,
                        compressors=compress, dimension_names=('site', 'channel', 'y', 'x'), fill_value=0)
 
-# %% ../nbs/03_pack.ipynb #035cfe05
+# %% ../nbs/03_pack.ipynb #fe45ee6c
 class _Journal:
     "The sites that are packed, one line each, appended; a line that was cut off is no line"
     def __init__(self, path): self.path, self.file = path, None
@@ -103,9 +106,8 @@ class _Journal:
         lines = {}
         if self.path.exists():
             for line in self.path.read_bytes().split(b'\n'):
-                try: row = json.loads(line)
-                except ValueError: continue
-                lines[row['row']] = row
+                try: row = json.loads(line); lines[row['row']] = row
+                except (ValueError, KeyError, TypeError): continue
         return lines
     def __enter__(self):
         self.file = open(self.path, 'ab')
@@ -127,7 +129,7 @@ def _pack_site(source, part, row, site_id, codec):
     os.replace(path + '.tmp', path)
     return dict(row=row, site_id=site_id, bytes=len(data), crc32c=crc, stamp=stamp, measures=site_measures(site).tolist())
 
-# %% ../nbs/03_pack.ipynb #1f64500a
+# %% ../nbs/03_pack.ipynb #289fbafe
 def _in_threads(func, items, n):
     "Results of `func(*item)` as they come, at most 2n ahead"
     items = iter(items)
@@ -139,6 +141,11 @@ def _in_threads(func, items, n):
                 for f in done: yield f.result()
                 running |= {pool.submit(func, *o) for o in islice(items, len(done))}
         finally: pool.shutdown(cancel_futures=True)
+
+def _workers(n):
+    "A number of threads; None = one a core"
+    if n is not None and n < 1: raise ScreenError(f'workers is {n}: give 1 or more, or None for one a core.')
+    return n or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
 
 def _timed_bar(items, total, progress, what):
     "`items` with a progress bar that says how many a second"
@@ -159,7 +166,7 @@ def _checked(data, crc):
     from google_crc32c import value as crc32c
     return len(data) > 20 and data[-4:] == crc.to_bytes(4, 'little') and crc32c(data[:-4]) == crc
 
-# %% ../nbs/03_pack.ipynb #6e6e4c04
+# %% ../nbs/03_pack.ipynb #030a1de2
 def pack_screen(
     source, # Image source, such as a `PngTree`
     table:pd.DataFrame, # Site table: the rows to pack, in the order that they will have
@@ -171,13 +178,14 @@ def pack_screen(
 )->Path: # `dest`
     "Pack a screen; interrupted at any moment, the same call goes on where it stopped and ends with the same bytes"
     dest = Path(dest)
-    part, table = dest.with_name(dest.name + '.part'), table.reset_index(drop=True)
     if dest.exists(): raise ScreenError(f'{dest} exists already: name another folder, or remove it first.')
     if codec not in CODECS: raise ScreenError(f'codec {codec!r} is not known: choose from {", ".join(CODECS)}.')
+    part, table = dest.with_name(dest.name + '.part'), table.reset_index(drop=True)
     _check_packable(source, table)
-    done, workers = {}, workers or len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    done, workers = {}, _workers(workers)
     try:
         facts, journal, ids = _begin(part, table, source, codec, force), _Journal(part/'journal'), table.site_id.tolist()
+        if (part/'sums.json').exists(): _name(part, dest); return dest
         lines = [l for l in journal.read().values() if l['row'] < len(ids)]
         check = lambda l: (l, _still_good(source, part, l, ids[l['row']]))
         done = {l['row']: l for l, ok in _timed_bar(_in_threads(check, ((l,) for l in lines), workers), len(lines),
@@ -185,14 +193,16 @@ def pack_screen(
         todo = [i for i in range(len(ids)) if i not in done]
         work = _in_threads(lambda i: _pack_site(source, part, i, ids[i], codec), ((i,) for i in todo), workers)
         with journal:
-            for line in _timed_bar(work, len(todo), progress, 'packing'): journal.add(line); done[line['row']] = line
+            try:
+                for line in _timed_bar(work, len(todo), progress, 'packing'): journal.add(line); done[line['row']] = line
+            finally: work.close()
         _finish(part, dest, source, facts, [done[i] for i in range(len(ids))])
     except OSError as e:
         raise ScreenError(f'{part} cannot be written ({e.strerror or e}): free some space or check the permissions, then run '
                           f'the same again; the {len(done)} sites packed so far are kept.') from e
     return dest
 
-# %% ../nbs/03_pack.ipynb #8e10f9ca
+# %% ../nbs/03_pack.ipynb #4093355c
 def _check_packable(source, table):
     "Refuse what would fail half-way: a bad table, sites that are not in the source, absent files"
     check_table(table)
@@ -211,29 +221,46 @@ def _finish(part, dest, source, facts, lines):
     chunks = pd.DataFrame([{k: l[k] for k in ('bytes', 'crc32c', 'stamp')} for l in lines], index=ids)
     write_atomic(part/'stats.parquet', lambda p: stats.to_parquet(p))
     write_atomic(part/'chunks.parquet', lambda p: chunks.to_parquet(p))
-    for name in ('journal', 'begun.json'): (part/name).unlink()
+    for p in part.glob('.*'): p.unlink()
+    write_atomic(part/'sums.json', lambda p: p.write_text(json.dumps(_sums(part))))
+    _name(part, dest)
+
+def _name(part, dest):
+    "What is whole gets its name"
+    (part/'journal').unlink(missing_ok=True)
     os.replace(part, dest)
 
-# %% ../nbs/03_pack.ipynb #e61c97bf
+_SUMMED = ('pack.json', 'zarr.json', 'images/zarr.json', 'sites.parquet', 'stats.parquet', 'chunks.parquet')
+
+def _sums(path):
+    "Checksums of everything but the chunks"
+    from google_crc32c import value as crc32c
+    return {f: crc32c((path/f).read_bytes()) for f in _SUMMED}
+
+# %% ../nbs/03_pack.ipynb #46458f24
 def is_store(
     path, # Any folder
 )->bool:
     "Whether `path` is a packed screen"
-    return Path(path, 'zarr.json').is_file() and Path(path, 'sites.parquet').is_file()
+    return Path(path, 'zarr.json').is_file() and Path(path, 'sums.json').is_file()
 
 def _store_facts(path):
     "What the store says of itself; refuses what is no store, unfinished, or from a newer version"
     path = Path(path)
-    if not is_store(path) or (path/'begun.json').exists():
-        part = path if (path/'begun.json').exists() else path.with_name(path.name + '.part')
+    if not is_store(path):
+        part = path if (path/'pack.json').exists() else path.with_name(path.name + '.part')
         why = f'{part} is not finished: run rcic_pack again to go on' if part.exists() else 'make one with rcic_pack'
         raise ScreenError(f'{path} is not a packed screen: {why}.')
-    try: facts = json.loads((path/'zarr.json').read_text())['attributes']['rcic_fastai']
-    except (ValueError, KeyError, TypeError):
+    try: facts = dict(json.loads((path/'zarr.json').read_text())['attributes']['rcic_fastai'])
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ScreenError(f'{path/"zarr.json"} does not describe a packed screen: pack the screen again.') from None
     if facts.get('format') != STORE_FORMAT:
         raise ScreenError(f'{path} has layout version {facts.get("format")}, this rcic_fastai reads version {STORE_FORMAT}: '
                           'install a newer rcic_fastai, or pack the screen again.')
+    try: sums, found = json.loads((path/'sums.json').read_text()), _sums(path)
+    except (ValueError, OSError) as e: raise ScreenError(f'{path} is damaged ({e.strerror if isinstance(e, OSError) else "sums.json"}): pack the screen again.') from None
+    bad = [f for f in _SUMMED if not isinstance(sums, dict) or sums.get(f) != found[f]]
+    if bad: raise ScreenError(f'{path/bad[0]} is damaged or was changed (its checksum is wrong): pack the screen again.')
     return facts
 
 def _parquet(path):
@@ -273,7 +300,7 @@ def _array_facts(path, n_channels):
     raise ScreenError(f'{path/"images"/"zarr.json"} does not describe an array of {n_channels} channels of 8 or 16 bits: '
                       'pack the screen again.')
 
-# %% ../nbs/03_pack.ipynb #41f96dee
+# %% ../nbs/03_pack.ipynb #6711a4ff
 @patch
 def _read(self:PackedScreen, site_id, out):
     "Fill `out` [C,H,W] with one site"
@@ -286,9 +313,11 @@ def _read(self:PackedScreen, site_id, out):
         with open(path, 'rb', buffering=0) as f: data = f.readall()
     except OSError as e: raise self._damaged(site_id, path, e.strerror) from None
     if not _checked(data, crc): raise self._damaged(site_id, path, 'its checksum is wrong')
-    if int.from_bytes(data[4:8], 'little') != out.nbytes: raise self._damaged(site_id, path, 'it holds another size')
+    sizes = int.from_bytes(data[4:8], 'little'), int.from_bytes(data[12:16], 'little')
+    if sizes != (out.nbytes, len(data) - 4): raise self._damaged(site_id, path, 'it holds another size')
     flat = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
-    blosc.decompress(memoryview(data)[:-4], flat)
+    try: blosc.decompress(memoryview(data)[:-4], flat)
+    except (RuntimeError, ValueError): raise self._damaged(site_id, path, 'it cannot be decompressed') from None
     if flat is not out: out[...] = flat
 
 @patch
@@ -301,7 +330,7 @@ def missing(self:PackedScreen)->pd.DataFrame: # site_id, missing (all channels),
     rows = [(i, self.channels, str(self.root)) for i in self.site_ids if i not in self._at]
     return pd.DataFrame(rows, columns=['site_id', 'missing', 'file'])
 
-# %% ../nbs/03_pack.ipynb #5e5af982
+# %% ../nbs/03_pack.ipynb #4e4be5ab
 def verify_store(
     path, # Folder of the store
     source=None, # What it was packed from; None = checksums only
@@ -315,9 +344,10 @@ def verify_store(
         try: site = store[site_id]
         except ScreenError: return site_id, 'damaged'
         if source is None: return site_id, ''
-        return site_id, '' if site_id in source and np.array_equal(site, source[site_id]) else 'changed'
+        try: return site_id, '' if site_id in source and np.array_equal(site, source[site_id]) else 'changed'
+        except ScreenError: return site_id, 'changed'
     ids = store.site_ids
-    for i, what in _timed_bar(_in_threads(one, ((i,) for i in ids), workers or os.cpu_count()), len(ids), progress, 'verifying'):
+    for i, what in _timed_bar(_in_threads(one, ((i,) for i in ids), _workers(workers)), len(ids), progress, 'verifying'):
         if what: (damaged if what == 'damaged' else changed).append(i)
     new = [] if source is None else [i for i in source.site_ids if i not in store]
     told = [f'{len(found)} sites {what} ({first_few(sorted(found))})' for found, what in

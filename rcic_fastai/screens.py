@@ -13,7 +13,7 @@ from .pack import *
 from .files import *
 from .hcs import *
 
-# %% ../nbs/07_screens.ipynb #236f2133
+# %% ../nbs/07_screens.ipynb #8374ae53
 SCREEN_KINDS = ('packed', 'files', 'plates', 'folder')
 
 def screen_kind(
@@ -23,7 +23,7 @@ def screen_kind(
     path = Path(path)
     if not path.exists(): raise ScreenError(f'There is no {path}: give the folder, the table or the packed store of a screen.')
     if path.is_file(): return 'folder' if path.name in ('metadata.csv', 'train.csv', 'test.csv') else 'files'
-    if is_store(path) or (path/'begun.json').exists(): return 'packed'
+    if is_store(path) or (path/'pack.json').exists(): return 'packed'
     if (path/'load_data.csv').is_file(): return 'files'
     tables = any((path/f/n).is_file() for f in ('', 'metadata') for n in ('metadata.csv', 'train.csv', 'test.csv'))
     plates = any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr'))

@@ -34,7 +34,7 @@ def _palette_png(fig, dpi=72, colours=128)->bytes:
     Image.open(raw).convert('RGB').quantize(colours).save(small, 'png', optimize=True)
     return small.getvalue()
 
-# %% ../nbs/10_site.ipynb #cf1aa556
+# %% ../nbs/10_site.ipynb #842512bb
 class TensorSite(TensorImage):
     "A site `[C,H,W]`, or a batch of them `[B,C,H,W]`; any number of channels, integers or floats"
     @classmethod
@@ -44,6 +44,11 @@ class TensorSite(TensorImage):
     )->'TensorSite': # [C,H,W], uint8 or uint16
         "Read one site"
         return cls(torch.from_numpy(source[site_id]))
+    def __reduce_ex__(self, proto): # torch 2.15 cannot load a pickled subclass of uint16
+        if self.dtype != torch.uint16: return super().__reduce_ex__(proto)
+        return _from_signed, (type(self), self.as_subclass(Tensor).view(torch.int16))
+
+def _from_signed(kind, x): return x.view(torch.uint16).as_subclass(kind)
 
 class TensorWell(TensorSite):
     "The sites of a well `[S,C,H,W]`, or a batch of wells `[B,S,C,H,W]`"
