@@ -172,10 +172,11 @@ def wilds(home):
     "WILDS' own class and layout: three of the channels in one RGB PNG (here of 512 px instead of its 256)"
     from wilds.datasets.rxrx1_dataset import RxRx1Dataset
     table, root = read_metadata(home/'png'), home/'wilds/rxrx1_v1.0'
-    for row, paths in zip(table.itertuples(), site_paths(home)):
+    def write(row, paths):
         file = root/f'images/{row.experiment}/Plate{row.plate}/{row.well}_s{row.site}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.merge('RGB', [Image.open(p) for p in paths[:3]]).save(file)
+    with ThreadPoolExecutor() as pool: list(pool.map(write, table.itertuples(), site_paths(home)))
     table.assign(sirna_id=pd.factorize(table.sirna)[0]).to_csv(root/'metadata.csv', index=False)
     (root/'RELEASE_v1.0.txt').touch()
     sites = RxRx1Dataset(root_dir=home/'wilds')

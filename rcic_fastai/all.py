@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/54_all.ipynb #57edcb64
+# %% ../nbs/54_all.ipynb #dc4430ff
 from fastai.vision.all import *
 from .metadata import *
 from .simulate import *
@@ -28,6 +28,7 @@ from .cutmix import *
 from .learner import *
 from .recipes import *
 from .domain import *
+from .controls import *
 from .profiles import *
 from .embed import *
 from .neighbors import *
@@ -35,6 +36,7 @@ from .assign import *
 from .predict import *
 from .correct import *
 from .metrics import *
+from .pseudo import *
 from .evaluate import *
 from .folder import *
 from .report import *

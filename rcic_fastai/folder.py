@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL_LICENCE', 'FORMAT', 'MODEL_FILES', 'model_fingerprint', 'data_fingerprint', 'library_versions', 'model_card',
-           'new_folder', 'save_screen_model', 'check_channels', 'unknown_metadata', 'check_screen', 'TrainedModel',
-           'load_screen_model']
+           'new_folder', 'save_screen_model', 'unknown_metadata', 'unknown_notes', 'TrainedModel', 'load_screen_model']
 
 # %% ../nbs/51_folder.ipynb #a0fd020e
 import hashlib, inspect, json, platform, shutil, warnings
@@ -428,28 +427,13 @@ def _built(config, path, state):
         raise _again(f'{path.parent/"config.json"} describes a model that cannot be built ({_quote(str(e))})') from None
     return model
 
-# %% ../nbs/51_folder.ipynb #6a5e7927
-def check_channels(
-    spec:ScreenSpec, # What the model reads
-    channels, # Names of the channels of a screen, in order
-)->list: # Sentences to pass on; empty when the names agree
-    "Refuse channels in another order; say which have other names"
-    have, want = list(channels), list(spec.channels)
-    if len(have) != len(want):
-        raise ScreenError(f'The model was trained on {len(want)} channels ({", ".join(want)}) and the screen has '
-                          f'{len(have)} ({", ".join(have)}): give it images of those {len(want)} channels.')
-    if any(c in want and want.index(c) != i for i, c in enumerate(have)):
-        raise ScreenError(f'The model reads the channels in the order {", ".join(want)} and the screen has them in the '
-                          f'order {", ".join(have)}: open or pack the screen with the channels {",".join(want)}.')
-    other = [f'{h} as {w}' for h, w in zip(have, want) if h != w]
-    return [f'The screen names its channels otherwise than the model: it reads {first_few(other, 16)}.'] if other else []
-
+# %% ../nbs/51_folder.ipynb #33b27fc8
 def unknown_metadata(
     spec:ScreenSpec, # What the model knows
     rows:pd.DataFrame, # Site-table rows
     mask=('plate_group', 'experiment'), # Columns that are passed as unknown anyway
-)->dict: # column → {value: number of sites} that the model never saw
-    "Metadata that will be passed as unknown because the model never saw it"
+)->dict: # column → {value: number of sites}; 'none' for an empty cell
+    "Metadata that is passed as unknown because the model never saw it"
     res = {}
     for c, vocab in spec.vocabs.items():
         if c in mask or c not in rows or c == spec.target: continue
@@ -458,21 +442,17 @@ def unknown_metadata(
         if len(n): res[c] = {str(k): int(o) for k, o in n.items()}
     return res
 
-def check_screen(
-    spec:ScreenSpec, # What the model reads and knows
+def unknown_notes(
+    spec:ScreenSpec, # What the model knows
     rows:pd.DataFrame, # Site-table rows
-    source, # Their image source
     mask=('plate_group', 'experiment'), # Columns that are passed as unknown anyway
 )->list: # Sentences to show, and to keep with the answers
-    "Refuse a screen that the model would misread; say what it does not know"
-    notes = check_channels(spec, source.channels)
-    for c, n in unknown_metadata(spec, rows, mask).items():
-        few = [f'{k} ({o})' for k, o in n.items()]
-        notes.append(f'{sum(n.values())} of {len(rows)} sites have a {c} that the model never saw, {first_few(few, 5)}: '
-                     'it is passed as unknown.')
-    return notes
+    "What `unknown_metadata` finds, said"
+    say = lambda n: first_few([f'{k} ({o})' for k, o in n.items()], 5)
+    return [f'{sum(n.values())} of {len(rows)} sites have a {c} that the model never saw, {say(n)}: it is passed as unknown.'
+            for c, n in unknown_metadata(spec, rows, mask).items()]
 
-# %% ../nbs/51_folder.ipynb #e0e83d07
+# %% ../nbs/51_folder.ipynb #134c9774
 class TrainedModel:
     "An opened model folder: `.model`, `.spec`, `.index`, `.config`"
     def __init__(self, folder, model, spec, index, config): store_attr()
@@ -482,15 +462,10 @@ class TrainedModel:
     @property
     def fingerprint(self)->str: return self.config['fingerprint']
 
-    def check(self, rows, source, mask=('plate_group', 'experiment')):
-        "Sentences about what the model does not know of a screen, see `check_screen`"
-        return check_screen(self.spec, rows, source, mask)
-
     @delegates(embed_rows, but=['model', 'spec'])
     def embed(self, rows, source, **kwargs):
         "Embeddings of rows of any screen; `.attrs['model']` is the fingerprint of the model that made them"
-        mask = {k: v for k, v in kwargs.items() if k == 'mask'}
-        for n in self.check(rows, source, **mask): warnings.warn(n, stacklevel=2)
+        for n in unknown_notes(self.spec, rows, kwargs.get('mask', META_COLUMNS[1:])): warnings.warn(n, stacklevel=2)
         emb = embed_rows(self.model, self.spec, rows, source, **kwargs)
         emb.attrs['model'] = self.fingerprint
         return emb

@@ -64,6 +64,8 @@ def test_control_dls_hold_controls_only_and_hold_out_the_same(screen):
         assert set(o.items.experiment) == experiments and (o.items.well_type != 'treatment').all()
     lacking = screen[0][(screen[0].experiment != 'RPE-02') | (screen[0].well_type == 'treatment')]
     assert control_dls(dls_of(screen, lacking)).held_out == ['HUVEC-02']
+    again = control_dls(dls_of(screen, screen[0].set_index(screen[0].index//2)))            # an index need not be unique
+    assert again.train.items.site_id.tolist() == c.train.items.site_id.tolist() and again.train.items.control.tolist() == c.train.items.control.tolist()
 
 @pytest.mark.parametrize('kind, word', [(['treatment'], 'no control well'), (['treatment', 'negative_control'], 'only one kind of control well')])
 def test_nothing_to_pretrain_on(screen, kind, word):
@@ -207,6 +209,7 @@ def test_a_plate_without_controls_cannot_be_compared(screen):
     for gone, word in (((t.experiment == 'HUVEC-01') & (t.plate == 2), 'HUVEC-01_2'), (t.experiment == 'RPE-02', 'RPE-02_1, RPE-02_2')):
         with pytest.raises(ScreenError, match=f'no negative control well on plate {word}:'): learner(dls_of(screen, t[~gone | (t.well_type != 'negative_control')]), difference_learner)
         learner(dls_of(screen, t[~gone | (t.well_type != 'negative_control')]), difference_learner, controls='positive')
+    with pytest.raises(ScreenError, match='make it with difference_learner'): learner(dls_of(screen)).measure_controls(t)
     with pytest.raises(ScreenError, match="neck 'identity'"): learner(dls_of(screen), difference_learner, neck='identity')
 
 # ---- similarity to the controls

@@ -115,10 +115,11 @@ def test_groups_are_given_or_inferred():
     assert groups[classes].tolist() == truth[classes].tolist() and pd.isna(groups['sirna_24'])       # a control is in no group
     groups, unknown = groups[classes], wells.assign(plate_group=pd.array([pd.NA]*len(wells), dtype='Int64'))
     half = unknown.assign(plate_group=wells.plate_group.where(wells.experiment == 'RPE-08'))
-    for w in (wells, unknown, half, wells.drop(columns='plate_group')): assert list(_well_groups(w, scores, groups, m)) == wells.plate_group.tolist()
+    for w in (wells, unknown, half, wells.drop(columns='plate_group')): assert list(_well_groups(w, scores, groups, m)[0]) == wells.plate_group.tolist()
     wrong = (wells.plate_group + 1) % 4
-    assert list(_well_groups(wells.assign(plate_group=wrong), scores, groups, m)) == wrong.tolist()   # what is given is believed
-    assert set(_well_groups(unknown, scores, groups*0, m)) == {0}
+    assert list(_well_groups(wells.assign(plate_group=wrong), scores, groups, m)[0]) == wrong.tolist()   # what is given is believed
+    assert set(_well_groups(unknown, scores, groups*0, m)[0]) == {0}
+    assert _well_groups(unknown, scores, groups, m)[1] > 2 and np.isnan(_well_groups(wells, scores, groups, m)[1])
 
 def test_without_groups_all_treatments_are_one():
     m, _, _, classes = toy()
