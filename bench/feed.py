@@ -4,7 +4,8 @@
 
 Prints tables and stores bench/results/feed.json; `--part` measures one part and keeps the others as they are stored,
 `--quick` measures little, to see that everything runs, and stores nothing. All contenders of a table run in turns, in
-the same run; a figure is the median over the rounds, a ratio the median of the ratios within a round.
+the same run; a figure is the median over the rounds, a ratio the median of the ratios within a round. Needs 1.5 GB in
+the temporary folder, and a quiet machine: `cores_used_by_others` tells whether it was one.
 """
 import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')

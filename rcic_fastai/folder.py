@@ -109,13 +109,14 @@ def _how_good(config):
             f'which it was not trained on: **{m["accuracy"]:.3f}** '
             f'(protocol {m["protocol"]}: {_USES[m["protocol"]]}; {k} classes, chance {1/k:.4f}).')
 
-# %% ../nbs/51_folder.ipynb #ab6380dd
+# %% ../nbs/51_folder.ipynb #be546089
 def _md(s): return re.sub(r'([\\`*_|<>\[\]])', r'\\\1', ' '.join(str(s).split()))
 
 def _table(head, rows):
     line = lambda r: '| ' + ' | '.join(map(_md, r)) + ' |'
     return '\n'.join([line(head), '|' + '---|'*len(head), *map(line, rows)])
 
+# %% ../nbs/51_folder.ipynb #afff30c6
 def _reads(s, m, d):
     size = f' scaled to {s["size"]} pixels' if s['size'] else ''
     sample = 'one site' if s['sites'] == 1 else f'{s["sites"]} sites of a well'

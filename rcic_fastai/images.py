@@ -140,7 +140,7 @@ def _check_source(root, table, channels):
     if len(twice):
         raise ScreenError(f'site {twice.iloc[0]} is in the table twice (row {twice.index[0]}): remove one of the rows.')
 
-# %% ../nbs/02_images.ipynb #f4b51693
+# %% ../nbs/02_images.ipynb #2f269722
 @lru_cache
 def _pool(threads, process): return ThreadPoolExecutor(threads, 'rcic-read')
 
@@ -174,6 +174,7 @@ def read_into(self:ImageSource,
         for i, out in zip(ids, arr): self._read(i, out)
     return buffer
 
+# %% ../nbs/02_images.ipynb #4a8b499d
 @patch
 def sites_of(self:ImageSource, well_id)->list:
     "Ids of the sites of a well, by site number"
