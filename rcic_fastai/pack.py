@@ -166,12 +166,12 @@ def _checked(data, crc):
     from google_crc32c import value as crc32c
     return len(data) > 20 and data[-4:] == crc.to_bytes(4, 'little') and crc32c(data[:-4]) == crc
 
-# %% ../nbs/03_pack.ipynb #030a1de2
+# %% ../nbs/03_pack.ipynb #940e3118
 def pack_screen(
     source, # Image source, such as a `PngTree`
     table:pd.DataFrame, # Site table: the rows to pack, in the order that they will have
     dest, # Folder to write, such as screen.zarr; must not exist yet
-    codec:str='fast', # fast (Blosc lz4hc, about the size of the PNGs) or small (Blosc zstd, a fifth less, slower to read)
+    codec:str='fast', # fast (Blosc lz4hc, about 1.5 times the PNGs) or small (Blosc zstd, about 1.2 times, half as fast to read)
     workers:int=None, # Threads; None = one a core
     progress:bool=True, # Show a progress bar with sites/s and the time left
     force:bool=False, # Start anew: an unfinished `DEST.part` is thrown away
