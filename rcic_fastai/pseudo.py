@@ -18,7 +18,7 @@ from .embed import *
 from .neighbors import *
 from .assign import *
 
-# %% ../nbs/47_pseudo.ipynb #b3a1d304
+# %% ../nbs/47_pseudo.ipynb #e197963e
 def _top_gap(s):
     "Best and second class of each row, and their distance; −∞ for rows without a class"
     s, rows = s.copy(), np.arange(len(s))
@@ -36,7 +36,8 @@ def _masked(wells, scores, groups, plates):
         raise ScreenError(f'{len(wells)} wells do not go with scores of shape {s.shape}: give one row a well and one '
                           'column a class.')
     bad = (np.isnan(s) | np.isposinf(s)).any(1)
-    if bad.any(): raise ScreenError(f'The scores of well {wells.well_id[bad].iloc[0]} are not numbers: embed its sites again.')
+    if bad.any():
+        raise ScreenError(f'The scores of well {wells.well_id[bad].iloc[0]} are not numbers: embed its sites again.')
     if groups is not None:
         if len(groups) != s.shape[1]:
             raise ScreenError(f'{s.shape[1]} classes came with {len(groups)} groups: give one each.')
@@ -47,8 +48,8 @@ def _masked(wells, scores, groups, plates):
         n = int(np.isfinite(s[mine]).any(0).sum())
         if mine.sum() > n:
             w = wells[mine].iloc[0]
-            raise ScreenError(f'Plate {w.plate} of {w.experiment} has {mine.sum()} wells for the {n} siRNAs of its group: '
-                              'check its plate_group, and that the rows are one a well.')
+            raise ScreenError(f'Plate {w.plate} of {w.experiment} has {mine.sum()} wells for the {n} siRNAs of its '
+                              'group: check its plate_group, and that the rows are one a well.')
     return s
 
 # %% ../nbs/47_pseudo.ipynb #a4b67ba5
@@ -120,20 +121,21 @@ def well_scores(
     scores, ids = merge_wells(torch.cat(out).numpy(), dl.rows.well_id, 'mean')
     return scores, dl.rows.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index()
 
-# %% ../nbs/47_pseudo.ipynb #74d3b760
+# %% ../nbs/47_pseudo.ipynb #0b76ea3f
 def _unlabelled(dls, rows):
     "The treatment wells to name, without labels"
     if dls.spec.target != 'sirna':
-        raise ScreenError(f'Pseudo-labels name each siRNA once a plate, and the target is {dls.spec.target}: train on sirna.')
+        raise ScreenError(f'Pseudo-labels name each siRNA once a plate, and the target is {dls.spec.target}: '
+                          'train on sirna.')
     t = dls.table
     rows = t[t.dataset == 'test'] if rows is None else rows
     rows = rows[rows.well_type == 'treatment']
-    if not len(rows): raise ScreenError('There is no test row of a treatment well to label: set dataset to test for some '
-                                        'experiments, or give rows.')
+    if not len(rows): raise ScreenError('There is no test row of a treatment well to label: set dataset to test for '
+                                        'some experiments, or give rows.')
     known = set(t.well_id[t.dataset != 'test'])
     seen = rows[rows.well_id.isin(known) | rows.experiment.isin(dls.held_out)]
-    if len(seen): raise ScreenError(f'Well {seen.well_id.iloc[0]} is of an experiment that is trained on or held out: give '
-                                    'rows of other experiments, such as the test rows.')
+    if len(seen): raise ScreenError(f'Well {seen.well_id.iloc[0]} is of an experiment that is trained on or held out: '
+                                    'give rows of other experiments, such as the test rows.')
     return rows.assign(dataset='test', sirna=None, sirna_id=pd.array([pd.NA]*len(rows), dtype='Int64'))
 
 def pseudo_table(
@@ -145,11 +147,11 @@ def pseudo_table(
     table = table[table.dataset != 'test']
     ids = table.dropna(subset=['sirna']).drop_duplicates('sirna').set_index('sirna').sirna_id
     label = rows.well_id.map(chosen.set_index('well_id').label)
-    named = rows.assign(dataset=np.where(label.notna(), 'train', 'test'), sirna_id=pd.array(label.map(ids), dtype='Int64'),
-                        sirna=label.astype(object).where(label.notna(), None))
+    named = rows.assign(dataset=np.where(label.notna(), 'train', 'test'),
+                        sirna=label.astype(object).where(label.notna(), None), sirna_id=pd.array(label.map(ids), dtype='Int64'))
     return pd.concat([table, named], ignore_index=True)
 
-# %% ../nbs/47_pseudo.ipynb #2a611fb9
+# %% ../nbs/47_pseudo.ipynb #eb9fcaa5
 def _class_groups(table, labels):
     "Plate group of each class by the training rows; none for controls; one for all where no groups are known"
     t = table[(table.dataset != 'test') & (table.well_type == 'treatment') & table.sirna.notna()]
@@ -157,8 +159,8 @@ def _class_groups(table, labels):
     if not len(known): return pd.Series(0, t.sirna.unique()).reindex(labels).astype('Int64')
     per = known.groupby('sirna').plate_group
     several = per.nunique()[lambda n: n > 1]
-    if len(several): raise ScreenError(f'{first_few(several.index, 3)} is on plates of several groups: correct plate_group, '
-                                       'or drop that column to do without groups.')
+    if len(several): raise ScreenError(f'{first_few(several.index, 3)} is on plates of several groups: correct '
+                                       'plate_group, or drop that column to do without groups.')
     return per.first().reindex(labels).astype('Int64')
 
 def _well_groups(wells, scores, class_groups, table):
