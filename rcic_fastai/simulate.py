@@ -342,9 +342,17 @@ def draw_site(
     add_round_cells(light, m, rng)
     return np.stack([add_haze(im, k*look['haze']) for im, k in zip(light, (.15, 1, .8, .8, .6, .8))])
 
-# %% ../nbs/01_simulate.ipynb #bac4d70f
+# %% ../nbs/01_simulate.ipynb #1110ec7e
+SENSITIVITY = dict(HUVEC=1.1, RPE=1., HEPG2=.95, U2OS=.8) # how strongly a cell type answers
+
 def _effect(rng, n): return rng.standard_normal(n)*(rng.random(n) < .5)*1.4
 
+def sirna_strength(rng, well_type):
+    "Strength of an siRNA: 1.6 for a positive control; of treatments a quarter is below .4, the median .6, some above 1."
+    if well_type == 'positive_control': return 1.6
+    return float(np.clip(.62*np.exp(.55*rng.standard_normal()), .12, 1.6))
+
+# %% ../nbs/01_simulate.ipynb #2cbb197b
 def phenotype(
     sirna_id:int, # label, 0 or more
     cell_type:str, # 'HUVEC', 'HEPG2', 'RPE' or 'U2OS'
@@ -356,10 +364,11 @@ def phenotype(
     names, spread = MORPHOLOGY.index, MORPHOLOGY['spread'].to_numpy()
     if well_type == 'negative_control': return dict.fromkeys(names, 0.)
     rng = named_rng(seed, 'siRNA', sirna_id)
-    strength = 1.6 if well_type == 'positive_control' else float(np.clip(np.exp(.35*rng.standard_normal()), .4, 1.6))
+    strength = sirna_strength(rng, well_type)*SENSITIVITY[cell_type]
     shared = _effect(rng, len(names))
     special = _effect(named_rng(seed, 'siRNA', sirna_id, cell_type), len(names))
     z = np.clip(strength*(.85*shared + .5*special), -2.2, 2.2)
+    z[names.get_loc('cell_count')] -= .5*strength
     return dict(zip(names, (spread*z).tolist()))
 
 def _check_cell_type(name):
@@ -399,58 +408,93 @@ def cell_type_of(
         raise ScreenError(f"Unknown cell type {found[1]!r} in {experiment!r}: use one of {', '.join(CELL_TYPES)}.")
     return found[1]
 
-# %% ../nbs/01_simulate.ipynb #9fe0f973
-_KEEP = .5      # share of a site's own deviation in mean and contrast that survives
-_PROBES = 6     # whole fields' worth of probes per cell type (12 sites of half a field's side)
+# %% ../nbs/01_simulate.ipynb #eb88f022
+_BLEED = np.array([ # how much of stain j (column) is seen in channel i (row), at most
+    [0, .04, .00, .06, .00, .00],
+    [.04, 0, .04, .35, .00, .06],
+    [.00, .04, 0, .12, .03, .35],
+    [.06, .35, .12, 0, .03, .12],
+    [.00, .00, .03, .03, 0, .06],
+    [.00, .06, .35, .12, .06, 0]])
 
-def to_size(light, size, focus=0.):
-    "Light [6,n,n], out of focus by `focus` px of the real scale, at `size` px."
-    if focus > .2: light = np.stack([blur(im, focus) for im in light])
+def culture_shift(rng, amount):
+    "Log shift of every named parameter, `amount` of its spread; the density moves more."
+    z = amount*MORPHOLOGY['spread'].to_numpy()*rng.standard_normal(len(MORPHOLOGY))
+    z[MORPHOLOGY.index.get_loc('cell_count')] *= 2
+    return dict(zip(MORPHOLOGY.index, z.tolist()))
+
+def batch_effects(experiment, seed, difficulty=1.):
+    "Of one experiment: culture `shift`, `potency`, bleed-through `mix` [6,6], `floor` [6] of the mean, `blur` [6] px, `noise`."
+    rng, k = named_rng(seed, 'batch', experiment), difficulty
+    bleed = np.minimum(k*_BLEED*rng.uniform(0, 1, (6, 6)), .5)
+    return SimpleNamespace(shift=culture_shift(rng, .4*k), potency=math.exp(-.15*k*abs(rng.standard_normal())),
+        mix=(bleed + np.diag(1-bleed.sum(1))).astype(np.float32), floor=rng.uniform(.12, .3, 6),
+        blur=.3 + k*(rng.uniform(0, .8) + rng.uniform(0, .5, 6)), noise=math.exp(.4*k*rng.standard_normal()))
+
+def plate_effects(experiment, plates, seed, difficulty=1.):
+    "Of each plate: brightness `factor` [p,6] (mean 1), `background` [p,6] (mean 1), slopes, focus, fall-off, culture."
+    rng, k = named_rng(seed, 'plates', experiment), difficulty
+    wide = rng.uniform(.3, 1.6)  # some experiments are even, some are not
+    factor = np.exp(np.clip(wide*(.18*rng.standard_normal((plates, 1)) + .06*rng.standard_normal((plates, 6))), -.34, .34))
+    background = np.exp(.1*rng.standard_normal((plates, 6)))
+    return SimpleNamespace(factor=factor/factor.mean(0), background=background/background.mean(0),
+        focus=.5*k*rng.random(plates), tilt=.3*k*rng.standard_normal((plates, 2)),
+        falloff=k*rng.uniform(.05, .3, plates), centre=rng.uniform(-.4, .4, (plates, 2)),
+        slope=.08*k*rng.standard_normal((plates, 6, 2)), rim=k*rng.normal(.08, .06, (plates, 6)),
+        rim_count=-k*rng.uniform(0, .3, plates), shift=[culture_shift(rng, .12*k) for _ in range(plates)])
+
+def place_on_plate(well):
+    "Where a well is, −1 to 1 from the first to the last used row and column, and whether it lies at the rim."
+    row, col = well_to_rowcol(well)
+    return np.array([(row-7.5)/6.5, (col-11.5)/10.5]), float(row in (1, 14) or col in (1, 22))
+
+# %% ../nbs/01_simulate.ipynb #57e8c108
+_KEEP = .5      # share of a site's own deviation in mean that survives
+_PROBES = 10    # whole fields' worth of probes per experiment (20 sites of half a field's side)
+_BRIGHT = 15    # no pixel is brighter than this many times the mean, as in the real sites
+_HAND = .06     # spread of the stain strength from well to well
+
+def to_size(light, size, focus=(0,)*6):
+    "Light [6,n,n], out of focus by `focus` [6] px of the real scale, at `size` px."
+    light = np.stack([blur(im, f) if f > .2 else im for im, f in zip(light, focus)])
     if light.shape[-1] == size: return light
     how = cv2.INTER_AREA if size < light.shape[-1] else cv2.INTER_CUBIC
-    return np.stack([cv2.resize(im, (size, size), interpolation=how) for im in light])
+    return np.maximum(np.stack([cv2.resize(im, (size, size), interpolation=how) for im in light]), 0)
 
-def standardise(light, ref_mean, ref_std):
-    "Light [6,h,w] in units of the reference, a site's own deviation reduced to `_KEEP` of it."
-    mean, std = light.mean((1, 2)), light.std((1, 2)) + 1e-6
-    new_mean = _KEEP*(mean-ref_mean)/ref_std
-    new_std = (std/ref_std)**_KEEP
-    return (light-mean[:, None, None])*(new_std/std)[:, None, None] + new_mean[:, None, None]
+def calibrate(x, spread, mean, std, floor):
+    "Tone [6], gain [6], background [6] that give light `x` [6,k] times `spread` [6,k] the wanted `mean` and `std`."
+    low, high, want = np.full(6, .6), np.full(6, 1.6), std/(mean*(1-floor))
+    for _ in range(12):
+        tone = (low+high)/2
+        y = spread*x**tone[:, None]
+        steep = y.std(1)/y.mean(1) > want
+        high, low = np.where(steep, tone, high), np.where(steep, low, tone)
+    gain = std/y.std(1)
+    ground = mean - gain*y.mean(1)
+    for _ in range(12):
+        im = np.clip(np.round(gain[:, None]*y + ground[:, None]), 0, 255)
+        gain *= (std/(im.std(1) + 1e-3))**.8
+        ground += mean - im.mean(1)
+    return tone, gain, ground
 
-def plate_effects(experiment, plates, seed):
-    "Per plate: brightness factor [p,6] (mean 1), background [p,6], defocus [p] px, light fall-off [p], its centre [p,2]."
-    rng = named_rng(seed, 'plates', experiment)
-    factor = np.exp(np.clip(.18*rng.standard_normal((plates, 1)) + .10*rng.standard_normal((plates, 6)), -.34, .34))
-    return SimpleNamespace(factor=factor/factor.mean(0), background=rng.uniform(0, .08, (plates, 6)),
-        focus=rng.uniform(.2, .8, plates), falloff=rng.uniform(.05, .2, plates),
-        centre=rng.uniform(-.3, .3, (plates, 2)))
-
-def calibrate(probes, mean, std, effects, rng):
-    "Gain [6] and offset [6] that give standardised `probes` [k,6,h,w] the wanted `mean` and `std`, clipping included."
-    z = probes.transpose(1, 0, 2, 3).reshape(6, -1)
-    z = z[:, rng.integers(0, z.shape[1], 20000)]
-    gain, offset = std.copy(), mean.copy()
-    for _ in range(8):
-        light = effects.factor[:, :, None]*(gain[:, None]*z + offset[:, None]) + (effects.background*std)[:, :, None]
-        light = np.clip(light, 0, 255).transpose(1, 0, 2).reshape(6, -1)
-        gain *= std/light.std(1)
-        offset += mean - light.mean(1)
-    return gain, offset
-
-# %% ../nbs/01_simulate.ipynb #38a4db81
+# %% ../nbs/01_simulate.ipynb #6ab2f048
 class Camera:
-    "One experiment's microscope: turns drawn light into the 8-bit picture of a site."
+    "One experiment: what its plates and wells do, and a microscope that turns drawn light into 8-bit pictures."
     def __init__(self,
         experiment:str, # e.g. 'HUVEC-01'
         plates:int, # number of plates
-        ref:tuple, # mean [6] and standard deviation [6] of the cell type's light
-        probes:np.ndarray, # standardised probe sites [k,6,h,w]
-        seed:int=0 # the screen's seed
+        seed:int=0, # the screen's seed
+        difficulty:float=1. # 0: batches differ in brightness only; 1: as in RxRx1
     ):
-        self.plate = plate_effects(experiment, plates, seed)
-        self.ref, (self.mean, self.std, self.source) = ref, batch_stats(experiment, seed)
-        rng = named_rng(seed, 'pixels', experiment)
-        self.gain, self.offset = calibrate(probes, self.mean, self.std, self.plate, rng)
+        self.batch, self.plate = (f(experiment, *n, seed, difficulty) for f, n in ((batch_effects, ()), (plate_effects, (plates,))))
+        self.mean, self.std, self.source = batch_stats(experiment, seed)
+
+    def culture(self,
+        plate:int, # 1, 2, …
+        well:str # e.g. 'B03'
+    ) -> tuple: # dicts of shifts in log units: of the experiment, of the plate, of the place on it
+        "How cells grow in a well before any siRNA."
+        return self.batch.shift, self.plate.shift[plate-1], dict(cell_count=self.plate.rim_count[plate-1]*place_on_plate(well)[1])
 
     def shading(self, plate, size):
         "Light fall-off [size,size] of a plate, mean 1."
@@ -458,23 +502,50 @@ class Camera:
         s = 1 - self.plate.falloff[plate-1]*(x**2 + y**2)/2
         return (s/s.mean()).astype(np.float32)
 
+    def see(self, light, plate, well, size, well_rng):
+        "Light [6,n,n] of a site → focused, resized and bled light [6,size,size], and the well's stain strength [6]."
+        p, (at, rim) = self.plate, place_on_plate(well)
+        focus = self.batch.blur + p.focus[plate-1] + abs(p.tilt[plate-1] @ at)
+        stain = np.exp(_HAND*well_rng.standard_normal(6) + p.slope[plate-1] @ at + p.rim[plate-1]*rim)
+        light = to_size(light, size, focus*well_rng.uniform(.85, 1.2))
+        return np.tensordot(self.batch.mix, light, 1), stain
+
+    def calibrate(self,
+        probes:list, # (light, plate, stain) of some sites, as `see` gives them
+        rng # `np.random.Generator`
+    ):
+        "Find tone, gain and background from the probes."
+        self.ref = np.mean([light.mean((1, 2)) for light, _, _ in probes], 0)
+        x = np.stack([self.own(light) for light, _, _ in probes], 1).reshape(6, len(probes), -1)
+        at = rng.integers(0, x.shape[2], 2000)
+        shade = np.stack([self.shading(p, round(x.shape[2]**.5)).ravel()[at] for p in range(1, len(self.plate.factor)+1)])
+        x, n, k = x[:, :, at], *self.plate.factor.shape
+        spread = np.stack([self.plate.factor[p-1][:, None]*stain[:, None]*shade[p-1] for _, p, stain in probes], 1)
+        self.tone, self.gain, self.ground = calibrate(x.reshape(6, -1), spread.reshape(6, -1), self.mean, self.std, self.batch.floor)
+
+    def own(self, light):
+        "Light in units of the experiment's mean, at most `_BRIGHT`, a site's own deviation reduced to `_KEEP` of it."
+        mean = light.mean((1, 2)) + 1e-6
+        light = light*((mean/self.ref)**_KEEP/mean).astype(np.float32)[:, None, None]
+        return light/np.sqrt(1 + (light/_BRIGHT)**2)
+
     def __call__(self,
         light:np.ndarray, # drawn light [6,n,n]
         plate:int, # 1, 2, …
+        well:str, # e.g. 'B03'
         size:int, # px
         well_rng, # generator of the well: stain strength and focus, shared by its sites
         rng # generator of the site: camera noise
     ) -> np.ndarray: # uint8 [6,size,size]
         "The picture of a site."
-        p, stain = self.plate, np.exp(.12*well_rng.standard_normal(6))
-        z = standardise(to_size(light, size, p.focus[plate-1]*well_rng.uniform(.8, 1.25)), *self.ref)
-        factor = (p.factor[plate-1]*stain)[:, None, None].astype(np.float32)
-        im = factor*(self.gain[:, None, None]*z + self.offset[:, None, None])*self.shading(plate, size)
-        im = np.maximum(im + (p.background[plate-1]*self.std)[:, None, None], 0)
-        im = im + np.sqrt(.03*im + .03)*rng.standard_normal(im.shape, dtype=np.float32)
+        light, stain = self.see(light, plate, well, size, well_rng)
+        gain = (self.gain*self.plate.factor[plate-1]*stain).astype(np.float32)
+        im = np.stack([g*x**t for g, x, t in zip(gain, self.own(light), self.tone)])*self.shading(plate, size)
+        im = np.maximum(im + (self.ground*self.plate.background[plate-1])[:, None, None], 0)
+        im = im + self.batch.noise*np.sqrt(.03*im + .03)*rng.standard_normal(im.shape, dtype=np.float32)
         return np.clip(np.round(im), 0, 255).astype(np.uint8)
 
-# %% ../nbs/01_simulate.ipynb #e906d4b9
+# %% ../nbs/01_simulate.ipynb #e4db95b2
 def default_field(
     size:int # px
 ) -> float:
@@ -482,32 +553,38 @@ def default_field(
     return min(1., max(.5, size/256))
 
 class Studio:
-    "Draws any site of a screen: reference light per cell type, a `Camera` per experiment."
+    "Draws any site of a screen: a calibrated `Camera` per experiment."
     def __init__(self,
         experiments:tuple, # names, e.g. ('HUVEC-01', 'RPE-01')
         sirnas:int=48, # number of treatments, from which the probes are taken
         size:int=128, # px
         plates:int=4, # plates in an experiment
         seed:int=0, # the screen's seed
-        field:float=None # fraction of the real field's side; None: `default_field(size)`
+        field:float=None, # fraction of the real field's side; None: `default_field(size)`
+        difficulty:float=1. # 0: batches differ in brightness only; 1: as in RxRx1
     ):
-        self.size, self.seed, self.field = size, seed, field or default_field(size)
-        self.cameras = {}
-        for ct in dict.fromkeys(map(cell_type_of, experiments)):
-            ref, probes = self.reference(ct, sirnas)
-            for e in experiments:
-                if cell_type_of(e) == ct: self.cameras[e] = Camera(e, plates, ref, probes, seed)
+        self.size, self.seed, self.difficulty, self.field = size, seed, difficulty, field or default_field(size)
+        self.cameras = {e: Camera(e, plates, seed, difficulty) for e in experiments}
+        for e, camera in self.cameras.items():
+            camera.calibrate([self.probe(e, plates, sirnas, k) for k in range(max(plates, round(_PROBES/self.field)))],
+                             named_rng(seed, 'pixels', e))
 
-    def reference(self, cell_type, sirnas):
-        "Mean and standard deviation of a cell type's light, and standardised probe sites."
-        probes = []
-        for k in range(max(4, round(_PROBES/self.field))):
-            rng = named_rng(self.seed, 'probe', cell_type, k)
-            m = morphology(cell_type, phenotype(int(rng.integers(sirnas)), cell_type, self.seed))
-            probes.append(to_size(draw_site(m, cell_type, self.field, rng), self.size, .75))
-        probes = np.stack(probes)
-        ref = probes.mean((0, 2, 3)), probes.std((0, 2, 3))
-        return ref, np.stack([standardise(p, *ref) for p in probes])
+    def probe(self, experiment, plates, sirnas, k):
+        "One treated well as the camera sees it: light, plate, stain strength."
+        rng = named_rng(self.seed, 'probe', experiment, k)
+        plate, well = 1 + k%plates, str(rng.choice(sorted(treatment_wells())))
+        light = self.light(experiment, plate, well, int(rng.integers(sirnas)), 'treatment', rng, rng)
+        light, stain = self.cameras[experiment].see(light, plate, well, self.size, rng)
+        return light, plate, stain
+
+    def light(self, experiment, plate, well, sirna_id, well_type, well_rng, rng):
+        "The cells of one site, before the microscope."
+        ct, camera = cell_type_of(experiment), self.cameras[experiment]
+        effect = phenotype(sirna_id, ct, self.seed, well_type)
+        seen = {k: camera.batch.potency*v for k, v in effect.items()}
+        noise = .2*self.difficulty*MORPHOLOGY['spread'].to_numpy()*well_rng.standard_normal(len(MORPHOLOGY))
+        m = morphology(ct, seen, dict(zip(MORPHOLOGY.index, noise)), *camera.culture(plate, well))
+        return draw_site(m, ct, self.field, rng)
 
     def site(self, 
         experiment:str, # e.g. 'HUVEC-01'
@@ -518,11 +595,10 @@ class Studio:
         well_type:str='treatment' # 'treatment', 'positive_control' or 'negative_control'
     ) -> np.ndarray: # uint8 [6,size,size]
         "The picture of one site."
-        ct, where = cell_type_of(experiment), (experiment, plate, well)
+        where = experiment, plate, well
         rng, well_rng = named_rng(self.seed, 'site', *where, site), named_rng(self.seed, 'well', *where)
-        noise = dict(zip(MORPHOLOGY.index, .15*MORPHOLOGY['spread']*well_rng.standard_normal(len(MORPHOLOGY))))
-        light = draw_site(morphology(ct, phenotype(sirna_id, ct, self.seed, well_type), noise), ct, self.field, rng)
-        return self.cameras[experiment](light, plate, self.size, well_rng, rng)
+        light = self.light(*where, sirna_id, well_type, well_rng, rng)
+        return self.cameras[experiment](light, plate, well, self.size, well_rng, rng)
 
 # %% ../nbs/01_simulate.ipynb #327dba6c
 REAL_TEST = tuple( # experiments of the real test set
@@ -656,7 +732,7 @@ def _free_dest(dest):
     dest.parent.mkdir(parents=True, exist_ok=True)
     return dest
 
-# %% ../nbs/01_simulate.ipynb #283f0e1a
+# %% ../nbs/01_simulate.ipynb #34fce43d
 def simulate_screen(
     dest, # folder to make; may exist if empty
     experiments=('HUVEC-01', 'HUVEC-02', 'RPE-01'), # names in the real style, a sequence or one string with commas
@@ -669,19 +745,22 @@ def simulate_screen(
     test=None, # experiments with dataset=test; None: those whose real namesakes are in the test set
     n_workers:int=None, # worker processes; None: one per core; 0 or 1: none
     progress:bool=True, # show a progress bar
-    field:float=None # fraction of the real field's side in a site, .1 to 1; None: 1 from 256 px, .5 up to 128 px
+    field:float=None, # fraction of the real field's side in a site, .1 to 1; None: 1 from 256 px, .5 up to 128 px
+    difficulty:float=1. # 0: batches differ in brightness only; 1: as in RxRx1; at most 3
 ) -> pd.DataFrame: # site table, as `read_metadata(dest)` gives it
     "Draw a screen in RxRx1's layout: `metadata.csv` and `images/{train|test}/EXP/Plate{p}/{well}_s{site}_w{c}.png`."
     table = screen_layout(experiments, sirnas, sites, plates, controls, seed, test)
     _check_whole('size', size, 32, 2048)
     if field is not None and not (isinstance(field, (int, float)) and .1 <= field <= 1):
         raise ScreenError(f'field is {field!r}: give a fraction of the real field from .1 to 1.')
+    if not (isinstance(difficulty, (int, float)) and 0 <= difficulty <= 3):
+        raise ScreenError(f'difficulty is {difficulty!r}: give a number from 0 (brightness only) over 1 (RxRx1) to 3.')
     if n_workers is None: n_workers = _cores()
     _check_whole('n_workers', n_workers, 0, 1024)
     dest = _free_dest(dest)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{dest.name}.', dir=dest.parent))
     try:
-        studio = Studio(tuple(table.experiment.unique()), sirnas, size, plates, seed, field)
+        studio = Studio(tuple(table.experiment.unique()), sirnas, size, plates, seed, field, difficulty)
         _draw_all(_well_jobs(table), studio, tmp, n_workers, progress)
         table[SITE_COLUMNS[:-1]].to_csv(tmp/'metadata.csv', index=False)
         tmp.chmod(0o755)
