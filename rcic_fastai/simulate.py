@@ -117,7 +117,7 @@ def blur(im, sigma):
     "Gaussian blur of `sigma` px."
     return cv2.GaussianBlur(im, (0, 0), sigma)
 
-# %% ../nbs/01_simulate.ipynb #eebe10c4
+# %% ../nbs/01_simulate.ipynb #23299402
 def place_cells(m, look, n, rng):
     "Cells of one field of `n` px, one array entry a cell: place, axis, semi-axes `a` ≥ `b`, reach, brightness…"
     side, step = n + 2*_PAD, REAL_SIZE/math.sqrt(m['cell_count'])
@@ -126,8 +126,8 @@ def place_cells(m, look, n, rng):
     xy = np.stack([gx + .5*(gy%2), gy], -1).reshape(-1, 2)*step + rng.uniform(-1, 0, 2)*step
     xy += rng.uniform(-.38, .38, xy.shape)*step
     at = lambda field: field[tuple(np.clip(xy[:, ::-1], 0, side-1).astype(int).T)]
-    hole, flow, pile = (at(slow_noise(side, px, rng)) for px in (60, 110, 70))
-    keep = hole*1.6 > NormalDist().inv_cdf(min(m['gaps'], .4))
+    hole, flow, pile = (at(slow_noise(side, px, rng)) for px in (80, 110, 70))
+    keep = hole*1.6 > NormalDist().inv_cdf(min(m['gaps'], .7))
     if not keep.any(): keep[hole.argmax()] = True
     xy, flow, pile = xy[keep], flow[keep], pile[keep]
     vary = lambda sd: np.exp(sd*rng.standard_normal(len(xy)))
@@ -408,7 +408,7 @@ def cell_type_of(
         raise ScreenError(f"Unknown cell type {found[1]!r} in {experiment!r}: use one of {', '.join(CELL_TYPES)}.")
     return found[1]
 
-# %% ../nbs/01_simulate.ipynb #eb88f022
+# %% ../nbs/01_simulate.ipynb #ceea107a
 _BLEED = np.array([ # how much of stain j (column) is seen in channel i (row), at most
     [0, .04, .00, .06, .00, .00],
     [.04, 0, .04, .35, .00, .06],
@@ -422,6 +422,16 @@ def culture_shift(rng, amount):
     z = amount*MORPHOLOGY['spread'].to_numpy()*rng.standard_normal(len(MORPHOLOGY))
     z[MORPHOLOGY.index.get_loc('cell_count')] *= 2
     return dict(zip(MORPHOLOGY.index, z.tolist()))
+
+_FULL = dict( # std/mean of w2, w3, w4, w6 of a drawn field without gaps
+    HUVEC=(.85, .48, .65, .77), HEPG2=(.38, .50, .37, .49), RPE=(.70, .40, .50, .49), U2OS=(.52, .47, .39, .53))
+
+def treated_gaps(experiment, seed):
+    "Share of the field left empty in treated wells: what the table's std/mean says beyond that of a full field."
+    mean, std, _ = batch_stats(experiment, seed)
+    cv = (std/mean)[[1, 2, 3, 5]]/.85
+    full = (1 + np.square(_FULL[cell_type_of(experiment)]))/(1 + cv**2)
+    return float(np.clip(1 - np.median(full), .02, .6))
 
 def batch_effects(experiment, seed, difficulty=1.):
     "Of one experiment: culture `shift`, `potency`, bleed-through `mix` [6,6], `floor` [6] of the mean, `blur` [6] px, `noise`."
@@ -440,7 +450,7 @@ def plate_effects(experiment, plates, seed, difficulty=1.):
     return SimpleNamespace(factor=factor/factor.mean(0), background=background/background.mean(0),
         focus=.5*k*rng.random(plates), tilt=.3*k*rng.standard_normal((plates, 2)),
         falloff=k*rng.uniform(.05, .3, plates), centre=rng.uniform(-.4, .4, (plates, 2)),
-        slope=.08*k*rng.standard_normal((plates, 6, 2)), rim=k*rng.normal(.08, .06, (plates, 6)),
+        slope=.04*k*rng.standard_normal((plates, 6, 2)), rim=k*rng.normal(.06, .04, (plates, 6)),
         rim_count=-k*rng.uniform(0, .3, plates), shift=[culture_shift(rng, .12*k) for _ in range(plates)])
 
 def place_on_plate(well):
@@ -448,11 +458,11 @@ def place_on_plate(well):
     row, col = well_to_rowcol(well)
     return np.array([(row-7.5)/6.5, (col-11.5)/10.5]), float(row in (1, 14) or col in (1, 22))
 
-# %% ../nbs/01_simulate.ipynb #57e8c108
-_KEEP = .5      # share of a site's own deviation in mean that survives
+# %% ../nbs/01_simulate.ipynb #2edb1452
+_KEEP = .35     # share of a site's own deviation in mean and contrast that survives
 _PROBES = 10    # whole fields' worth of probes per experiment (20 sites of half a field's side)
 _BRIGHT = 15    # no pixel is brighter than this many times the mean, as in the real sites
-_HAND = .06     # spread of the stain strength from well to well
+_HAND = .04     # spread of the stain strength from well to well
 
 def to_size(light, size, focus=(0,)*6):
     "Light [6,n,n], out of focus by `focus` [6] px of the real scale, at `size` px."
@@ -463,7 +473,7 @@ def to_size(light, size, focus=(0,)*6):
 
 def calibrate(x, spread, mean, std, floor):
     "Tone [6], gain [6], background [6] that give light `x` [6,k] times `spread` [6,k] the wanted `mean` and `std`."
-    low, high, want = np.full(6, .6), np.full(6, 1.6), std/(mean*(1-floor))
+    low, high, want = np.full(6, .6), np.full(6, 1.5), std/(mean*(1-floor))
     for _ in range(12):
         tone = (low+high)/2
         y = spread*x**tone[:, None]
@@ -477,7 +487,7 @@ def calibrate(x, spread, mean, std, floor):
         ground += mean - im.mean(1)
     return tone, gain, ground
 
-# %% ../nbs/01_simulate.ipynb #6ab2f048
+# %% ../nbs/01_simulate.ipynb #0a46d042
 class Camera:
     "One experiment: what its plates and wells do, and a microscope that turns drawn light into 8-bit pictures."
     def __init__(self,
@@ -486,15 +496,19 @@ class Camera:
         seed:int=0, # the screen's seed
         difficulty:float=1. # 0: batches differ in brightness only; 1: as in RxRx1
     ):
+        self.gaps = math.log(treated_gaps(experiment, seed)/MORPHOLOGY.loc['gaps', cell_type_of(experiment)])
         self.batch, self.plate = (f(experiment, *n, seed, difficulty) for f, n in ((batch_effects, ()), (plate_effects, (plates,))))
         self.mean, self.std, self.source = batch_stats(experiment, seed)
 
     def culture(self,
         plate:int, # 1, 2, …
-        well:str # e.g. 'B03'
-    ) -> tuple: # dicts of shifts in log units: of the experiment, of the plate, of the place on it
-        "How cells grow in a well before any siRNA."
-        return self.batch.shift, self.plate.shift[plate-1], dict(cell_count=self.plate.rim_count[plate-1]*place_on_plate(well)[1])
+        well:str, # e.g. 'B03'
+        well_type:str='treatment' # untreated wells keep their cells
+    ) -> tuple: # dicts of shifts in log units: of the experiment, of the plate, of the place on it and of transfection
+        "How cells grow in a well, whatever the siRNA."
+        rim, treated = place_on_plate(well)[1], well_type != 'negative_control'
+        place = dict(cell_count=self.plate.rim_count[plate-1]*rim, gaps=self.gaps*treated)
+        return self.batch.shift, self.plate.shift[plate-1], place
 
     def shading(self, plate, size):
         "Light fall-off [size,size] of a plate, mean 1."
@@ -516,6 +530,7 @@ class Camera:
     ):
         "Find tone, gain and background from the probes."
         self.ref = np.mean([light.mean((1, 2)) for light, _, _ in probes], 0)
+        self.ref_cv = np.mean([light.std((1, 2))/light.mean((1, 2)) for light, _, _ in probes], 0)
         x = np.stack([self.own(light) for light, _, _ in probes], 1).reshape(6, len(probes), -1)
         at = rng.integers(0, x.shape[2], 2000)
         shade = np.stack([self.shading(p, round(x.shape[2]**.5)).ravel()[at] for p in range(1, len(self.plate.factor)+1)])
@@ -525,8 +540,10 @@ class Camera:
 
     def own(self, light):
         "Light in units of the experiment's mean, at most `_BRIGHT`, a site's own deviation reduced to `_KEEP` of it."
-        mean = light.mean((1, 2)) + 1e-6
-        light = light*((mean/self.ref)**_KEEP/mean).astype(np.float32)[:, None, None]
+        mean, std = light.mean((1, 2)) + 1e-6, light.std((1, 2)) + 1e-6
+        bend = np.clip((self.ref_cv*mean/std)**(1-_KEEP), .7, 1.4)
+        light = np.stack([(x/m)**b for x, m, b in zip(light, mean.astype(np.float32), bend)])
+        light *= ((mean/self.ref)**_KEEP/light.mean((1, 2))).astype(np.float32)[:, None, None]
         return light/np.sqrt(1 + (light/_BRIGHT)**2)
 
     def __call__(self,
@@ -541,11 +558,11 @@ class Camera:
         light, stain = self.see(light, plate, well, size, well_rng)
         gain = (self.gain*self.plate.factor[plate-1]*stain).astype(np.float32)
         im = np.stack([g*x**t for g, x, t in zip(gain, self.own(light), self.tone)])*self.shading(plate, size)
-        im = np.maximum(im + (self.ground*self.plate.background[plate-1])[:, None, None], 0)
+        im = np.maximum(im + (self.ground + np.maximum(self.ground, 0)*(self.plate.background[plate-1]-1))[:, None, None], 0)
         im = im + self.batch.noise*np.sqrt(.03*im + .03)*rng.standard_normal(im.shape, dtype=np.float32)
         return np.clip(np.round(im), 0, 255).astype(np.uint8)
 
-# %% ../nbs/01_simulate.ipynb #e4db95b2
+# %% ../nbs/01_simulate.ipynb #dca38da6
 def default_field(
     size:int # px
 ) -> float:
@@ -583,7 +600,7 @@ class Studio:
         effect = phenotype(sirna_id, ct, self.seed, well_type)
         seen = {k: camera.batch.potency*v for k, v in effect.items()}
         noise = .2*self.difficulty*MORPHOLOGY['spread'].to_numpy()*well_rng.standard_normal(len(MORPHOLOGY))
-        m = morphology(ct, seen, dict(zip(MORPHOLOGY.index, noise)), *camera.culture(plate, well))
+        m = morphology(ct, seen, dict(zip(MORPHOLOGY.index, noise)), *camera.culture(plate, well, well_type))
         return draw_site(m, ct, self.field, rng)
 
     def site(self, 
