@@ -94,11 +94,11 @@ def real_sites(cell_type):
     read = lambda f: np.stack([cv2.imread(str(f)[:-5] + f'{w}.png', cv2.IMREAD_UNCHANGED) for w in range(1, 7)])
     return [read(f).astype(np.float32) for f in found]
 
-def drawn_sites(cell_type, count=6):
-    "Untreated drawn sites of a cell type's first experiment."
-    e = f'{cell_type}-01'
-    studio = Studio((e,), sirnas=48, size=512)
-    return [studio.site(e, 1 + k%4, 'B02', 1 + k//4, 1, 'negative_control').astype(np.float32) for k in range(count)]
+def drawn_sites(cell_type, count=5):
+    "Untreated drawn sites of a cell type, each of another experiment."
+    names = [f'{cell_type}-{i:02}' for i in range(1, count+1)]
+    studio = Studio(tuple(names), sirnas=48, size=512)
+    return [studio.site(e, 1 + k%4, 'B02', 1, 1, 'negative_control').astype(np.float32) for k, e in enumerate(names)]
 
 def looks(stored):
     "Statistics of real and drawn untreated sites by cell type; the real ones are kept when the images are away."
