@@ -400,15 +400,15 @@ def draw_site(
     add_round_cells(light, m, rng)
     return np.stack([add_haze(im, k*look['haze']) for im, k in zip(light, (.15, 1, .8, .8, .6, .8))])
 
-# %% ../nbs/01_simulate.ipynb #1110ec7e
+# %% ../nbs/01_simulate.ipynb #61b0d115
 SENSITIVITY = dict(HUVEC=1.1, RPE=1., HEPG2=.95, U2OS=.8) # how strongly a cell type answers
 
 def _effect(rng, n): return rng.standard_normal(n)*(rng.random(n) < .5)*1.4
 
 def sirna_strength(rng, well_type):
-    "Strength of an siRNA: 1.6 for a positive control; of treatments a quarter is below .4, the median .6, some above 1."
-    if well_type == 'positive_control': return 1.6
-    return float(np.clip(.62*np.exp(.55*rng.standard_normal()), .12, 1.6))
+    "Strength of an siRNA: 1.8 for a positive control; of treatments a quarter is below .75, the median is 1."
+    if well_type == 'positive_control': return 1.8
+    return float(np.clip(np.exp(.45*rng.standard_normal()), .2, 1.8))
 
 # %% ../nbs/01_simulate.ipynb #2cbb197b
 def phenotype(
@@ -466,14 +466,14 @@ def cell_type_of(
         raise ScreenError(f"Unknown cell type {found[1]!r} in {experiment!r}: use one of {', '.join(CELL_TYPES)}.")
     return found[1]
 
-# %% ../nbs/01_simulate.ipynb #994652c5
+# %% ../nbs/01_simulate.ipynb #a443448d
 _BLEED = np.array([ # how much of stain j (column) is seen in channel i (row), at most
     [0, .04, .00, .06, .00, .00],
-    [.04, 0, .04, .35, .00, .06],
-    [.00, .04, 0, .12, .03, .35],
-    [.06, .35, .12, 0, .03, .12],
+    [.04, 0, .04, .28, .00, .06],
+    [.00, .04, 0, .12, .03, .28],
+    [.06, .28, .12, 0, .03, .12],
     [.00, .00, .03, .03, 0, .06],
-    [.00, .06, .35, .12, .06, 0]])
+    [.00, .06, .28, .12, .06, 0]])
 
 def culture_shift(rng, amount):
     "Log shift of every named parameter, `amount` of its spread; the density moves more."
@@ -495,9 +495,9 @@ def batch_effects(experiment, seed, difficulty=1.):
     "Of one experiment: culture `shift`, `potency`, bleed-through `mix` [6,6], `floor` [6] of the mean, `blur` [6] px, `noise`."
     rng, k = named_rng(seed, 'batch', experiment), difficulty
     bleed = np.minimum(k*_BLEED*rng.uniform(0, 1, (6, 6)), .5)
-    return SimpleNamespace(shift=culture_shift(rng, .4*k), potency=math.exp(-.15*k*abs(rng.standard_normal())),
+    return SimpleNamespace(shift=culture_shift(rng, .25*k), potency=math.exp(-.1*k*abs(rng.standard_normal())),
         mix=(bleed + np.diag(1-bleed.sum(1))).astype(np.float32), floor=rng.uniform(.12, .3, 6),
-        blur=k*(rng.uniform(0, .6) + rng.uniform(0, .3, 6)), noise=math.exp(.4*k*rng.standard_normal()))
+        blur=k*(rng.uniform(0, .5) + rng.uniform(0, .3, 6)), noise=math.exp(.4*k*rng.standard_normal()))
 
 def plate_effects(experiment, plates, seed, difficulty=1.):
     "Of each plate: brightness `factor` [p,6] (mean 1), `background` [p,6] (mean 1), slopes, focus, fall-off, culture."
@@ -509,16 +509,16 @@ def plate_effects(experiment, plates, seed, difficulty=1.):
         focus=.3*k*rng.random(plates), tilt=.2*k*rng.standard_normal((plates, 2)),
         falloff=k*rng.uniform(.05, .3, plates), centre=rng.uniform(-.4, .4, (plates, 2)),
         slope=.04*k*rng.standard_normal((plates, 6, 2)), rim=k*rng.normal(.06, .04, (plates, 6)),
-        rim_count=-k*rng.uniform(0, .3, plates), shift=[culture_shift(rng, .12*k) for _ in range(plates)])
+        rim_count=-k*rng.uniform(0, .3, plates), shift=[culture_shift(rng, .08*k) for _ in range(plates)])
 
 def place_on_plate(well):
     "Where a well is, −1 to 1 from the first to the last used row and column, and whether it lies at the rim."
     row, col = well_to_rowcol(well)
     return np.array([(row-7.5)/6.5, (col-11.5)/10.5]), float(row in (1, 14) or col in (1, 22))
 
-# %% ../nbs/01_simulate.ipynb #aff8406f
+# %% ../nbs/01_simulate.ipynb #025aa4a5
 _KEEP = .35     # share of a site's own deviation in mean and contrast that survives
-_PROBES = 10    # whole fields' worth of probes per experiment (20 sites of half a field's side)
+_PROBES = 8     # whole fields' worth of probes per experiment (16 sites of half a field's side)
 _BRIGHT = 15    # no pixel is brighter than this many times the mean, as in the real sites
 _HAND = .04     # spread of the stain strength from well to well
 
@@ -620,7 +620,7 @@ class Camera:
         im = im + self.batch.noise*np.sqrt(.03*im + .03)*rng.standard_normal(im.shape, dtype=np.float32)
         return np.clip(np.round(im), 0, 255).astype(np.uint8)
 
-# %% ../nbs/01_simulate.ipynb #dca38da6
+# %% ../nbs/01_simulate.ipynb #71cdd7b4
 def default_field(
     size:int # px
 ) -> float:
@@ -657,7 +657,7 @@ class Studio:
         ct, camera = cell_type_of(experiment), self.cameras[experiment]
         effect = phenotype(sirna_id, ct, self.seed, well_type)
         seen = {k: camera.batch.potency*v for k, v in effect.items()}
-        noise = .2*self.difficulty*MORPHOLOGY['spread'].to_numpy()*well_rng.standard_normal(len(MORPHOLOGY))
+        noise = .15*self.difficulty*MORPHOLOGY['spread'].to_numpy()*well_rng.standard_normal(len(MORPHOLOGY))
         m = morphology(ct, seen, dict(zip(MORPHOLOGY.index, noise)), *camera.culture(plate, well, well_type))
         return draw_site(m, ct, self.field, rng)
 
