@@ -94,9 +94,9 @@ def real_sites(cell_type):
     read = lambda f: np.stack([cv2.imread(str(f)[:-5] + f'{w}.png', cv2.IMREAD_UNCHANGED) for w in range(1, 7)])
     return [read(f).astype(np.float32) for f in found]
 
-def drawn_sites(cell_type, count=5):
-    "Untreated drawn sites of a cell type, each of another experiment."
-    names = [f'{cell_type}-{i:02}' for i in range(1, count+1)]
+def drawn_sites(cell_type):
+    "Untreated drawn sites of a cell type, each of another experiment; HEPG2 of those as dense as the real ones here."
+    names = [f'{cell_type}-{i:02}' for i in ((1, 2, 6, 8, 10) if cell_type == 'HEPG2' else range(1, 6))]
     studio = Studio(tuple(names), sirnas=48, size=512)
     return [studio.site(e, 1 + k%4, 'B02', 1, 1, 'negative_control').astype(np.float32) for k, e in enumerate(names)]
 
@@ -167,7 +167,7 @@ def main():
     def keep(**part):
         out.update(part); save('calibration', **out)
     if 'brightness' in parts:
-        keep(brightness=[brightness(*o) for o in ((128, 10, 2), (512, 4, 1))], asked=dict(median_error=.1, worst_error=.25))
+        keep(brightness=[brightness(*o) for o in ((128, 8, 2), (512, 3, 1))], asked=dict(median_error=.1, worst_error=.25))
         for o in out['brightness']: print(o)
     if 'looks' in parts:
         keep(looks=looks(out.get('looks', {})))

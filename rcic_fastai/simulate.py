@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MORPHOLOGY', 'LOOK', 'STAINS', 'REAL_TEST', 'er_mesh', 'er_body', 'stain_nucleus', 'draw_mitoses', 'stain_er',
            'stain_actin', 'stain_nucleoli', 'mito_threads', 'stain_mito', 'stain_golgi', 'draw_site', 'phenotype',
-           'morphology', 'batch_stats', 'cell_type_of', 'Camera', 'default_field', 'Studio', 'screen_layout',
-           'simulate_screen']
+           'morphology', 'batch_stats', 'cell_type_of', 'culture_shift', 'treated_gaps', 'batch_effects',
+           'plate_effects', 'place_on_plate', 'Camera', 'default_field', 'Studio', 'screen_layout', 'simulate_screen']
 
 # %% ../nbs/01_simulate.ipynb #ff7d1716
 import math, os, re, shutil, sys, tempfile, zlib
@@ -71,7 +71,7 @@ def _table(text, columns):
 
 MORPHOLOGY = _table(_MORPHOLOGY, ['HUVEC', 'HEPG2', 'RPE', 'U2OS', 'spread', 'meaning'])
 
-# %% ../nbs/01_simulate.ipynb #5b6a1946
+# %% ../nbs/01_simulate.ipynb #681cb1c0
 REAL_SIZE = 512 # px, side of a real site; all lengths of `MORPHOLOGY` are in these pixels
 _PAD = 48       # px drawn around the field, so that cells come in over its edge
 
@@ -80,7 +80,7 @@ order       .60  .00  .80  .20  how far the axes of neighbouring cells agree
 bow         .13  .10  .05  .14  how far a bundle of stress fibres is bent
 fan         .60  .20  .40  .35  how far stress fibres meet in foci
 hatch       .20  .04  .28  .14  fine parallel streaks of actin
-uneven      .38  .22  .36  .32  brightness from cell to cell
+uneven      .30  .20  .28  .26  brightness from cell to cell
 haze        .18  .30  .20  .22  out-of-focus light
 piled       .10  .25  .15  .10  brightness of crowded places
 layers      .00  .55  .00  .00  cells on top of others, out of focus
@@ -89,7 +89,9 @@ flat        .20  .60  .35  .50  how evenly w2 and w4 fill the cytoplasm
 nuc_er      .28  .65  .40  .45  the nucleus in w2
 nuc_rna     .45  .80  .55  .85  the nucleus in w4
 wga_er      .25  .90  .25  .30  w6 spread over the cytoplasm as w2 is
-nuc_mito    .15  .14  .10  .06  the nucleus in w5
+dome        .15  .50  .00  .55  how much thicker a cell is over its nucleus, in w3
+actin_er    .05  .60  .05  .15  w3 spread over the cytoplasm as w2 is
+nuc_mito    .15  .14  .14  .10  the nucleus in w5
 nuc_wga     .60  .10  .25  .35  the nucleus in w6
 body_mito   .60  .30  .60  .25  diffuse w5 in the cytoplasm
 wga_actin   .30  .20  .45  .25  fibres seen in w6
@@ -277,7 +279,7 @@ def stain_er(s):
     over = s.look['nuc_er']*g.nucleus*(.55 + .45*s.mesh)  # the nucleus, seen through what lies on it
     return (s.cytoplasm + envelope + over)*g.gain[1] + s.granules*s.look['gran_er']
 
-# %% ../nbs/01_simulate.ipynb #38191224
+# %% ../nbs/01_simulate.ipynb #c32febe4
 def stain_actin(s):
     "w3 phalloidin: hatching and bundles of stress fibres, the cell's cortex, bright spots."
     g, c, m = s.g, s.c, s.m
@@ -287,7 +289,7 @@ def stain_actin(s):
     spots = draw_spots(g.n, xy, s.rng.gamma(4, .22, len(i)), s.rng.uniform(.2, 1, len(i)))
     streaks = np.maximum(1 + s.look['hatch']*m['fibre_length']/80*hatching(g)*(1-.6*g.nucleus), 0)
     cortex = m['actin_cortex']*np.exp(-g.edge/1.5)*g.rough**2
-    flat = g.inside*(.45*streaks*g.rough*(1-.2*g.nucleus) + cortex)
+    flat = g.inside*(.45*streaks*g.rough*(1 + s.look['dome']*g.nucleus) + cortex) + s.look['actin_er']*s.cytoplasm
     return flat*g.gain[2] + .9*s.fibres + .7*blur(s.fibres, 3) + 1.4*blur(spots, .7) + s.look['gran_actin']*s.granules
 
 # %% ../nbs/01_simulate.ipynb #487036a7
@@ -303,7 +305,7 @@ def stain_nucleoli(s):
     nucleus = g.nucleus*(s.look['nuc_rna']*(.6 + .4*s.mesh) + 1.1*spots)
     return (.75*s.cytoplasm + .6*even + nucleus)*g.gain[3] + .8*s.look['gran_er']*s.granules
 
-# %% ../nbs/01_simulate.ipynb #f0ca66c8
+# %% ../nbs/01_simulate.ipynb #2ba6f9eb
 def mito_threads(s):
     "Mitochondria [n,n]: winding threads that wrap the nucleus, more of them on one side."
     c, m, rng = s.c, s.m, s.rng
@@ -324,7 +326,7 @@ def stain_mito(s):
     net = .5 + texture('mesh', g.ty, g.tx, 1.1*s.m['er_scale'])
     haze = s.look['body_mito']*g.body*g.rough*net*(.12 + .6*np.exp(-g.out/(1.5*s.m['mito_spread'])))
     haze = haze + s.look['nuc_mito']*g.nucleus
-    return ((.6*blur(threads, .6) + .7*blur(threads, 2.5))*(1 - .7*g.nucleus)*g.inside + haze)*g.gain[4] + s.look['gran_mito']*s.granules
+    return ((.6*blur(threads, .6) + .7*blur(threads, 2.5))*(1 - .55*g.nucleus)*g.inside + haze)*g.gain[4] + s.look['gran_mito']*s.granules
 
 # %% ../nbs/01_simulate.ipynb #87e668ff
 def stain_golgi(s):
@@ -466,7 +468,7 @@ def cell_type_of(
         raise ScreenError(f"Unknown cell type {found[1]!r} in {experiment!r}: use one of {', '.join(CELL_TYPES)}.")
     return found[1]
 
-# %% ../nbs/01_simulate.ipynb #a443448d
+# %% ../nbs/01_simulate.ipynb #5e4ef0ed
 _BLEED = np.array([ # how much of stain j (column) is seen in channel i (row), at most
     [0, .04, .00, .06, .00, .00],
     [.04, 0, .04, .28, .00, .06],
