@@ -468,7 +468,7 @@ def cell_type_of(
         raise ScreenError(f"Unknown cell type {found[1]!r} in {experiment!r}: use one of {', '.join(CELL_TYPES)}.")
     return found[1]
 
-# %% ../nbs/01_simulate.ipynb #5e4ef0ed
+# %% ../nbs/01_simulate.ipynb #7d9d51d3
 _BLEED = np.array([ # how much of stain j (column) is seen in channel i (row), at most
     [0, .04, .00, .06, .00, .00],
     [.04, 0, .04, .28, .00, .06],
@@ -510,7 +510,7 @@ def plate_effects(experiment, plates, seed, difficulty=1.):
     return SimpleNamespace(factor=factor/factor.mean(0), background=background/background.mean(0),
         focus=.3*k*rng.random(plates), tilt=.2*k*rng.standard_normal((plates, 2)),
         falloff=k*rng.uniform(.05, .3, plates), centre=rng.uniform(-.4, .4, (plates, 2)),
-        slope=.04*k*rng.standard_normal((plates, 6, 2)), rim=k*rng.normal(.06, .04, (plates, 6)),
+        slope=.03*k*rng.standard_normal((plates, 6, 2)), rim=k*rng.normal(.06, .04, (plates, 6)),
         rim_count=-k*rng.uniform(0, .3, plates), shift=[culture_shift(rng, .08*k) for _ in range(plates)])
 
 def place_on_plate(well):
@@ -518,11 +518,11 @@ def place_on_plate(well):
     row, col = well_to_rowcol(well)
     return np.array([(row-7.5)/6.5, (col-11.5)/10.5]), float(row in (1, 14) or col in (1, 22))
 
-# %% ../nbs/01_simulate.ipynb #025aa4a5
-_KEEP = .35     # share of a site's own deviation in mean and contrast that survives
+# %% ../nbs/01_simulate.ipynb #947c8c7a
+_KEEP = .2      # share of a site's own deviation in mean and contrast that survives
 _PROBES = 8     # whole fields' worth of probes per experiment (16 sites of half a field's side)
 _BRIGHT = 15    # no pixel is brighter than this many times the mean, as in the real sites
-_HAND = .04     # spread of the stain strength from well to well
+_HAND = .03     # spread of the stain strength from well to well
 
 def to_size(light, size, focus=(0,)*6):
     "Light [6,n,n], out of focus by `focus` [6] px of the real scale, at `size` px."
