@@ -402,17 +402,17 @@ def draw_site(
     add_round_cells(light, m, rng)
     return np.stack([add_haze(im, k*look['haze']) for im, k in zip(light, (.15, 1, .8, .8, .6, .8))])
 
-# %% ../nbs/01_simulate.ipynb #61b0d115
-SENSITIVITY = dict(HUVEC=1.1, RPE=1., HEPG2=.95, U2OS=.8) # how strongly a cell type answers
+# %% ../nbs/01_simulate.ipynb #20f908ad
+SENSITIVITY = dict(HUVEC=1.75, RPE=1.55, HEPG2=1.4, U2OS=1.1) # how strongly a cell type answers
 
 def _effect(rng, n): return rng.standard_normal(n)*(rng.random(n) < .5)*1.4
 
 def sirna_strength(rng, well_type):
-    "Strength of an siRNA: 1.8 for a positive control; of treatments a quarter is below .75, the median is 1."
+    "Strength of an siRNA: 1.8 for a positive control; of treatments a quarter is below .67, the median is 1."
     if well_type == 'positive_control': return 1.8
-    return float(np.clip(np.exp(.45*rng.standard_normal()), .2, 1.8))
+    return float(np.clip(np.exp(.6*rng.standard_normal()), .15, 1.8))
 
-# %% ../nbs/01_simulate.ipynb #2cbb197b
+# %% ../nbs/01_simulate.ipynb #7add43e9
 def phenotype(
     sirna_id:int, # label, 0 or more
     cell_type:str, # 'HUVEC', 'HEPG2', 'RPE' or 'U2OS'
@@ -427,7 +427,7 @@ def phenotype(
     strength = sirna_strength(rng, well_type)*SENSITIVITY[cell_type]
     shared = _effect(rng, len(names))
     special = _effect(named_rng(seed, 'siRNA', sirna_id, cell_type), len(names))
-    z = np.clip(strength*(.85*shared + .5*special), -2.2, 2.2)
+    z = np.clip(strength*(.85*shared + .5*special), -2.6, 2.6)
     z[names.get_loc('cell_count')] -= .5*strength
     return dict(zip(names, (spread*z).tolist()))
 
@@ -518,8 +518,8 @@ def place_on_plate(well):
     row, col = well_to_rowcol(well)
     return np.array([(row-7.5)/6.5, (col-11.5)/10.5]), float(row in (1, 14) or col in (1, 22))
 
-# %% ../nbs/01_simulate.ipynb #947c8c7a
-_KEEP = .2      # share of a site's own deviation in mean and contrast that survives
+# %% ../nbs/01_simulate.ipynb #bc1e11f4
+_KEEP = .1      # share of a site's own deviation in mean and contrast that survives
 _PROBES = 8     # whole fields' worth of probes per experiment (16 sites of half a field's side)
 _BRIGHT = 15    # no pixel is brighter than this many times the mean, as in the real sites
 _HAND = .03     # spread of the stain strength from well to well
@@ -547,7 +547,7 @@ def calibrate(x, spread, mean, std, floor):
         ground += mean - im.mean(1)
     return tone, gain, ground
 
-# %% ../nbs/01_simulate.ipynb #0a46d042
+# %% ../nbs/01_simulate.ipynb #bc407549
 class Camera:
     "One experiment: what its plates and wells do, and a microscope that turns drawn light into 8-bit pictures."
     def __init__(self,
@@ -601,8 +601,13 @@ class Camera:
     def own(self, light):
         "Light in units of the experiment's mean, at most `_BRIGHT`, a site's own deviation reduced to `_KEEP` of it."
         mean, std = light.mean((1, 2)) + 1e-6, light.std((1, 2)) + 1e-6
-        bend = np.clip((self.ref_cv*mean/std)**(1-_KEEP), .7, 1.4)
-        light = np.stack([(x/m)**b for x, m, b in zip(light, mean.astype(np.float32), bend)])
+        want = self.ref_cv*(std/mean/self.ref_cv)**_KEEP
+        light = light/mean.astype(np.float32)[:, None, None]
+        some, bend = light[:, ::3, ::3].reshape(6, -1) + 1e-6, np.ones(6)
+        for _ in range(4):
+            x = some**bend[:, None]
+            bend = np.clip(bend*want*x.mean(1)/(x.std(1) + 1e-6), .5, 2.)
+        light = np.stack([x**b for x, b in zip(light, bend.astype(np.float32))])
         light *= ((mean/self.ref)**_KEEP/light.mean((1, 2))).astype(np.float32)[:, None, None]
         return light/np.sqrt(1 + (light/_BRIGHT)**2)
 
@@ -622,7 +627,7 @@ class Camera:
         im = im + self.batch.noise*np.sqrt(.03*im + .03)*rng.standard_normal(im.shape, dtype=np.float32)
         return np.clip(np.round(im), 0, 255).astype(np.uint8)
 
-# %% ../nbs/01_simulate.ipynb #71cdd7b4
+# %% ../nbs/01_simulate.ipynb #16553b6e
 def default_field(
     size:int # px
 ) -> float:
@@ -659,7 +664,7 @@ class Studio:
         ct, camera = cell_type_of(experiment), self.cameras[experiment]
         effect = phenotype(sirna_id, ct, self.seed, well_type)
         seen = {k: camera.batch.potency*v for k, v in effect.items()}
-        noise = .15*self.difficulty*MORPHOLOGY['spread'].to_numpy()*well_rng.standard_normal(len(MORPHOLOGY))
+        noise = .1*self.difficulty*MORPHOLOGY['spread'].to_numpy()*well_rng.standard_normal(len(MORPHOLOGY))
         m = morphology(ct, seen, dict(zip(MORPHOLOGY.index, noise)), *camera.culture(plate, well, well_type))
         return draw_site(m, ct, self.field, rng)
 
