@@ -58,6 +58,20 @@ def accuracy_of(emb, index, table, protocol='inductive', merge='best', **kwargs)
     return dict(accuracy=float(r.right.mean()), worst=float(r.groupby('experiment').right.mean().min()))
 
 
+def restricted_accuracy(emb, index, table):
+    "Share of wells named right when only the siRNAs of the inferred plate group are allowed, one well at a time"
+    m = emb_metadata(emb)
+    scores, ids = merge_wells(index.class_scores(emb_features(emb), 'nearest', 1), m['well_id'], 'best')
+    wells = m.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index()
+    known = index.labels.drop_duplicates('sirna').set_index('sirna').plate_group.reindex(index.classes)
+    groups, _ = plate_groups_of(wells.drop(columns='plate_group'), scores, known, index.labels)
+    allowed = known.to_numpy()[None] == np.asarray(groups)[:, None]
+    named = np.array(index.classes, object)[best_class(np.where(allowed, scores, -np.inf))]
+    truth = table.drop_duplicates('well_id').set_index('well_id').sirna.loc[wells.well_id].to_numpy(object)
+    right = pd.Series(named == truth).groupby(wells.experiment).mean()
+    return dict(accuracy=float((named == truth).mean()), worst=float(right.min()))
+
+
 def site_accuracy(emb, index):
     "Share of single sites named right by their nearest neighbour"
     scores = index.class_scores(emb_features(emb), 'nearest', 1)
@@ -78,6 +92,7 @@ def judge(learn, table, test, tta, name):
     emb, query = learn.embed(rows, tta=tta, **quiet), learn.embed(test, tta=tta, **quiet)
     index = as_index(emb)
     res['two sites, TTA'] = ('inductive', accuracy_of(query, index, table))
+    res['+ plate groups'] = ('transductive', restricted_accuracy(query, index, table))
     res['+ plate groups and assignment'] = ('transductive', accuracy_of(query, index, table, 'transductive'))
     bn_query = learn.embed(test, tta=tta, adapt='experiment', **quiet)
     res['+ AdaBN of the experiment'] = ('adapted', accuracy_of(bn_query, index, table, 'adapted'))
@@ -90,8 +105,10 @@ def judge(learn, table, test, tta, name):
         res[f'+ {tag}standardised embeddings'] = ('adapted', accuracy_of(ask, done, table, 'adapted'))
         res[f'+ {tag}standardised, groups and assignment'] = ('transductive', accuracy_of(ask, done, table, 'transductive'))
     if name == 'metadata':
-        known = learn.embed(test, tta=tta, mask=('experiment',), **quiet)
-        res['plate group known'] = ('transductive', accuracy_of(known, index, table, 'transductive'))
+        group = predict_wells(query, index, 'transductive')[0].set_index('id_code').plate_group
+        known = lambda r: learn.embed(r, tta=tta, mask=('experiment',), **quiet)
+        told = known(test.assign(plate_group=test.well_id.map(group).astype('Int64')))
+        res['plate groups as input'] = ('transductive', accuracy_of(told, as_index(known(rows)), table))
     return {k: dict(protocol=p, **v) for k, (p, v) in res.items()}
 
 
@@ -128,9 +145,37 @@ def table_of(args):
         for way in found[0] if found else ():
             a = np.array([f[way]['accuracy'] for f in found])
             worst = [f[way]['worst'] for f in found if 'worst' in f[way]]
-            rows[name, way] = dict(protocol=found[0][way]['protocol'], mean=float(a.mean()), sd=float(a.std(ddof=1)) if len(a) > 1 else None,
+            rows[name, way] = dict(protocol=found[0][way]['protocol'], values=a.tolist(), mean=float(a.mean()), sd=float(a.std(ddof=1)) if len(a) > 1 else None,
                                    worst=float(np.mean(worst)) if worst else None, seeds=len(a))
     return rows, seeds
+
+
+CLAIMS = ( # what is said to help, on experiments never seen: with it, and without it; (model, way of predicting)
+    ('own-image normalisation', ('own', 'one site'), ('plain', 'one site')),
+    ('AdaCos instead of softmax', ('adacos', 'two sites, TTA'), ('own', 'two sites, TTA')),
+    ('CutMix', ('cutmix', 'two sites, TTA'), ('adacos', 'two sites, TTA')),
+    ('two sites a well, at prediction', ('cutmix', 'two sites'), ('cutmix', 'one site')),
+    ('two sites a sample, in training too', ('wells', 'two sites, TTA'), ('cutmix', 'two sites, TTA')),
+    ('views at prediction (TTA)', ('cutmix', 'two sites, TTA'), ('cutmix', 'two sites')),
+    ('AdaBN', ('cutmix', '+ AdaBN of the experiment'), ('cutmix', 'two sites, TTA')),
+    ('AdaBN of the index too', ('cutmix', '+ AdaBN, index too'), ('cutmix', 'two sites, TTA')),
+    ('standardised embeddings', ('cutmix', '+ standardised embeddings'), ('cutmix', 'two sites, TTA')),
+    ('plate groups', ('cutmix', '+ plate groups'), ('cutmix', 'two sites, TTA')),
+    ('one-to-one assignment', ('cutmix', '+ plate groups and assignment'), ('cutmix', '+ plate groups')),
+    ('metadata: cell type', ('metadata', 'two sites, TTA'), ('cutmix', 'two sites, TTA')),
+    ('metadata: plate group', ('metadata', 'plate groups as input'), ('metadata', 'two sites, TTA')))
+FULL = 'wells', 'two sites, TTA'  # the full method, inductive: chosen before anything was measured
+
+
+def claims_of(rows):
+    "Each claim with the accuracies of both sides, the mean gain, and in how many seeds it held"
+    res = []
+    for what, yes, no in CLAIMS:
+        if yes not in rows or no not in rows: continue
+        gain = np.subtract(rows[yes]['values'], rows[no]['values'])
+        res.append(dict(claim=what, without=round(rows[no]['mean'], 4), with_it=round(rows[yes]['mean'], 4), gain=round(float(gain.mean()), 4),
+                        held_in=f'{int((gain > 0).sum())} of {len(gain)} seeds'))
+    return res
 
 
 def report(args, table):
@@ -139,16 +184,17 @@ def report(args, table):
     text = lambda r: f"{r['mean']:.3f}" + (f" ± {r['sd']:.3f}" if r['sd'] is not None else '')
     shown = pd.DataFrame([{'model': m, 'prediction': w, **{p: text(r) if r['protocol'] == p else '' for p in PROTOCOLS}} for (m, w), r in rows.items()])
     print(shown.to_string(index=False), f'\nchance {chance:.3f}, seeds {seeds}')
-    gain = lambda k: (rows[k]['mean'] - chance)/(1 - chance) if k in rows else None
-    plain = gain(('plain', 'one site'))
+    gain = lambda k: round((rows[k]['mean'] - chance)/(1 - chance), 4) if k in rows else None
     best = {p: max(((r['mean'], ' / '.join(k)) for k, r in rows.items() if r['protocol'] == p), default=None) for p in PROTOCOLS}
-    leaks = [json.loads(p.read_text())['result'] for p in sorted(args.runs.glob(f'{args.scale}-leak-*.json'))]
-    figures = dict(scale=args.scale, chance=round(chance, 4), seeds=seeds, best={k: v and [round(v[0], 4), v[1]] for k, v in best.items()},
-                   plain_error_reduction=plain and round(plain, 4), times_plain_asked=2,
-                   full_error_reduction=best['inductive'] and round((best['inductive'][0] - chance)/(1 - chance), 4),
+    done = {p: json.loads(p.read_text()) for p in sorted(args.runs.glob(f'{args.scale}-*.json'))}
+    leaks = [d['result'] for p, d in done.items() if p.stem.startswith(f'{args.scale}-leak-')]
+    figures = dict(scale=args.scale, chance=round(chance, 4), seeds=seeds, minutes=round(sum(d['seconds'] for d in done.values())/60/max(args.at_once, 1), 1),
+                   minutes_asked=60, best={k: v and [round(v[0], 4), v[1]] for k, v in best.items()}, full=' / '.join(FULL),
+                   plain_error_reduction=gain(('plain', 'one site')), full_error_reduction=gain(FULL), times_plain_asked=2, claims=claims_of(rows),
                    leak={k: round(float(np.mean([o[k] for o in leaks])), 4) for k in leaks[0]} if leaks else None,
-                   rows=[dict(model=m, prediction=w, **r) for (m, w), r in rows.items()])
-    print(json.dumps({k: v for k, v in figures.items() if k != 'rows'}, indent=1))
+                   rows=[dict(model=m, prediction=w, **{k: v for k, v in r.items() if k != 'values'}) for (m, w), r in rows.items()])
+    print(pd.DataFrame(figures['claims']).to_string(index=False))
+    print(json.dumps({k: v for k, v in figures.items() if k not in ('rows', 'claims')}, indent=1))
     save('ablation' if args.scale == 'demo' else f'ablation_{args.scale}', **figures)
 
 
@@ -158,6 +204,7 @@ def main():
     p.add_argument('--seeds', type=lambda s: [int(o) for o in s.split(',')], default=[0, 1, 2])
     p.add_argument('--runs', type=Path, default=Path(__file__).parent/'runs')
     p.add_argument('--screen', help='packed screen to use instead of a simulated one')
+    p.add_argument('--at-once', type=int, default=1, help='how many processes of this script shared the work, each with its own --only')
     p.add_argument('--only', type=lambda s: s.split(','), default=None, help='models to train: ' + ', '.join([*MODELS, 'leak']))
     args = p.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)

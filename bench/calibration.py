@@ -167,7 +167,7 @@ def main():
     def keep(**part):
         out.update(part); save('calibration', **out)
     if 'brightness' in parts:
-        keep(brightness=[brightness(*o) for o in ((128, 8, 2), (512, 3, 1))], asked=dict(median_error=.1, worst_error=.25))
+        keep(brightness=[brightness(*o) for o in ((128, 8, 2), (512, 8, 1))], asked=dict(median_error=.1, worst_error=.25))
         for o in out['brightness']: print(o)
     if 'looks' in parts:
         keep(looks=looks(out.get('looks', {})))

@@ -32,7 +32,7 @@ def kept_batchnorm(
             m.running_mean.copy_(mean); m.running_var.copy_(var); m.num_batches_tracked.copy_(n); m.momentum = momentum
         for m, mode in modes.items(): m.training = mode
 
-# %% ../nbs/24_batchnorm.ipynb #4938ec08
+# %% ../nbs/24_batchnorm.ipynb #14987eae
 @contextmanager
 def adapted_batchnorm(
     model:nn.Module, # A model with BatchNorm; in evaluation mode inside
@@ -44,11 +44,12 @@ def adapted_batchnorm(
     with kept_batchnorm(model) as bns, torch.no_grad():
         old = [(m.running_mean.clone(), m.running_var.clone()) for m in bns]
         model.eval()
-        for m in bns: m.reset_running_stats(); m.momentum, m.training = None, True
+        for m in bns: m.reset_running_stats(); m.training = True
         n = 0
         for b in batches:
             if len(b[0]) < 2: continue       # one sample has no variance
             n += len(b[0])
+            for m in bns: m.momentum = len(b[0])/n       # the mean over sites: a small last batch counts as little as it is
             forward(model, b) if forward else model(*b)
         if not n: raise ScreenError('There are no two samples to take BatchNorm statistics of: adapt larger groups.')
         w = n/(n + prior)

@@ -284,7 +284,7 @@ def _json(o): return json.dumps(o, indent=1, default=float)
 
 def rcic_evaluate(argv=None): "Console script"; return run_command(evaluate_csv, argv, 'rcic_evaluate')
 
-# %% ../nbs/53_cli.ipynb #5be68e63
+# %% ../nbs/53_cli.ipynb #2bdd7727
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04',
             sirnas=48, size=96, controls=2)
 
@@ -308,24 +308,24 @@ def run_demo(
     pack(out/'screen', out/'screen.zarr')
     _step('training', start)
     train(out/'screen.zarr', out/'model', recipe='demo', valid='HUVEC-04', seed=seed)
-    results = {}
-    for protocol in ('inductive', 'transductive'):
+    preds = []
+    for protocol in PROTOCOLS:
         _step(f'predicting the test wells, {protocol}', start)
         csv = out/f'{protocol}.csv'
         predict(out/'model', out/'screen.zarr', csv, protocol=protocol, neighbors=str(out/'neighbors.parquet') if protocol == 'inductive' else '')
-        results[protocol] = evaluate(read_predictions(csv), read_metadata(out/'screen'))
-    write_atomic(out/'results.json', lambda p: p.write_text(_json(results)))
-    table = accuracy_table(*results.values())
+        preds.append(read_predictions(csv))
+    res = evaluate_screen(preds, read_metadata(out/'screen'))
+    write_atomic(out/'results.json', lambda p: p.write_text(_json(res.columns)))
     _step('report', start)
-    demo_report(out, table)
-    print(f'\n{table.round(3).to_string()}\n\nopen {out/"report.html"}')
+    demo_report(out, res)
+    print(f'\n{res.to_text()}\n\nopen {out/"report.html"}')
 
 def rcic_demo(argv=None): "Console script"; return run_command(run_demo, argv, 'rcic_demo')
 
-# %% ../nbs/53_cli.ipynb #d0ee5d9a
+# %% ../nbs/53_cli.ipynb #e229d26d
 def demo_report(
     out, # Demo folder
-    table:pd.DataFrame, # Accuracy by protocol
+    res:ScreenResult, # Accuracy by protocol
 )->Path:
     "`report.html` of a demo folder"
     out = Path(out)
@@ -338,8 +338,9 @@ def demo_report(
     strips = [_strip(near, w, meta, source) for w in _examples(right)]
     first = right[right.experiment == right.experiment.iloc[0]]
     return write_report(out/'report.html', 'rcic_fastai demo: naming siRNAs in experiments never seen', [
-        ('Accuracy of test wells', 'Every number names its protocol: inductive uses nothing of the test batch; transductive also uses the plate groups '
-         f'(inferred) and that each siRNA is on a plate once. Chance is 1 in {len(m.spec.labels)}.', [table]),
+        ('Accuracy of test wells', 'Every number names its protocol: inductive uses nothing of the test batch; adapted takes the BatchNorm '
+         'statistics of each test experiment (AdaBN); transductive uses the plate groups (inferred) and that each siRNA is on a plate once. '
+         f'Chance is 1 in {len(m.spec.labels)}. {" ".join(res.notes)}', [res.table(), accuracy_plot(res)]),
         ('Sites', 'Six channels as one colour picture, contrast stretched for the eye. The batch changes brightness more than the siRNA does.', [site_gallery(meta, source)]),
         ('Training', 'Accuracy is that of the classifier on single sites of a held-out experiment.', [training_curve(history)]),
         ('Embedding map', 'Principal components of the embeddings, training and test sites.', [embedding_map(both, 'cell_type', 'experiment')]),

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'CORRECTIONS', 'Correction', 'show_correction', 'CentreScale', 'Standardise', 'Sphering', 'TVN', 'Harmony',
-           'correct']
+           'correct', 'save_correction', 'load_correction']
 
-# %% ../nbs/45_correct.ipynb #7364873e
-import hashlib
+# %% ../nbs/45_correct.ipynb #a9a7f8c9
+import hashlib, json, re
 from collections import namedtuple
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from fastcore.all import patch
@@ -67,7 +68,7 @@ def _digest(x):
     for row in sorted(r.tobytes() for r in x.astype(np.float32)): h.update(row)
     return h.hexdigest()[:8]
 
-# %% ../nbs/45_correct.ipynb #d16006d8
+# %% ../nbs/45_correct.ipynb #59aefa38
 @dataclass
 class Correction:
     "What all corrections share: reading, fitting, and the mark on what comes out"
@@ -84,6 +85,9 @@ class Correction:
         self.dim = None
 
     def _fit(self, t): "Learn what is common to all batches"
+    def _shapes(self, d): return {}          # of the arrays that it learns from vectors of `d` numbers
+    def _check_fitted(self):
+        if self.dim is None: raise ScreenError(f'{self} has not been fitted: fit it to the training embeddings first.')
     def _read(self, emb, controls):
         t = _read(emb, self.by, controls)
         _check_wells(t, controls, self.least, self.less)
@@ -103,7 +107,7 @@ class Correction:
         emb:pd.DataFrame, # Embeddings table of whole batches, with their control wells
     )->pd.DataFrame: # The same rows, corrected
         "Correct an embeddings table"
-        if self.dim is None: raise ScreenError(f'{self} has not been fitted: fit it to the training embeddings first.')
+        self._check_fitted()
         t = self._read(emb, self.controls if self.by else None)
         if t.x.shape[1] != self.dim:
             raise ScreenError(f'The embeddings have {t.x.shape[1]} numbers and {self} was fitted on {self.dim}: '
@@ -224,7 +228,7 @@ def _spectrum(r, shrink, dims=None):
     v = v*np.sign(v[np.abs(v).argmax(0), np.arange(d)])
     return ((1 - shrink)*w + shrink*w.mean())[:k], v[:, :k]
 
-# %% ../nbs/45_correct.ipynb #b7a0d3e9
+# %% ../nbs/45_correct.ipynb #50ce69f8
 def _of_its_kind(r, meta):
     "Control rows measured from the mean of their own siRNA and cell type"
     for c in ('sirna', 'cell_type'):
@@ -248,6 +252,7 @@ class Sphering(Correction):
         super().__post_init__()
         _check_shrink(self.shrink)
 
+    def _shapes(self, d): return dict(mean=(d,), weights=(d, d))
     def _centred(self, t): return _centre(t) if self.by else t.x - self.mean
     def _fit(self, t):
         self.mean = t.x[t.ref].mean(0)
@@ -256,7 +261,7 @@ class Sphering(Correction):
         self.weights = v/np.sqrt(w) @ v.T
     def _apply(self, t): return self._centred(t) @ self.weights
 
-# %% ../nbs/45_correct.ipynb #5c8162fc
+# %% ../nbs/45_correct.ipynb #09920c53
 def _power(c, p):
     "Power of a symmetric positive matrix"
     w, v = np.linalg.eigh(c)
@@ -282,6 +287,9 @@ class TVN(Correction):
         if self.dims is not None and self.dims < 1:
             raise ScreenError(f'dims={self.dims!r} is not possible: keep one principal component or more.')
 
+    def _shapes(self, d):
+        k = self.dims or d
+        return dict(mean=(d,), spread=(d,), weights=(d, k), **(dict(target=(k, k)) if self.by else {}))
     def _cov(self, z): return z.T @ z/(len(z) - 1) + self.ridge*np.eye(z.shape[1])
     def _axes(self, t): return t._replace(x=(t.x - self.mean)/self.spread @ self.weights)
 
@@ -303,7 +311,7 @@ class TVN(Correction):
             z[mine] = z[mine] @ _power(self._cov(z[mine & t.ref]), -.5) @ self.target
         return z
 
-# %% ../nbs/45_correct.ipynb #d6530bc3
+# %% ../nbs/45_correct.ipynb #19f1c2f0
 @dataclass
 class Harmony(Correction):
     "Harmony, by harmonypy"
@@ -323,6 +331,8 @@ class Harmony(Correction):
     ):
         "Refused, see `fit`"
         self.fit(emb)
+
+    def _check_fitted(self): self.fit(None)
 
     def fit_transform(self,
         emb:pd.DataFrame, # Embeddings table of all batches, index and queries
@@ -361,3 +371,68 @@ def correct(
     odd = [o for o in options if o not in known]
     if odd: raise ScreenError(f'The correction {method!r} has no option {first_few(odd)}: it has {", ".join(known)}.')
     return CORRECTIONS[method](**options).fit_transform(emb)
+
+# %% ../nbs/45_correct.ipynb #d081d6dc
+@patch
+def state(self:Correction)->tuple: # (facts that JSON can hold, {name: float64 array})
+    "What was learned, as plain data"
+    self._check_fitted()
+    method = next(k for k, v in CORRECTIONS.items() if type(self) is v)
+    facts = dict(method=method, options=asdict(self), dim=self.dim, seen=sorted(map(str, self.seen)), digest=getattr(self, 'digest', None))
+    return facts, {k: np.ascontiguousarray(getattr(self, k), np.float64) for k in self._shapes(self.dim)}
+
+def _check_state(facts, arrays):
+    "The correction that `facts` describe, not yet fitted; what is odd raises"
+    if not isinstance(facts, dict) or set(facts) != {'method', 'options', 'dim', 'seen', 'digest'}: raise ValueError('its facts are not those of a correction')
+    options, dim, seen = (facts[k] for k in ('options', 'dim', 'seen'))
+    if facts['method'] not in [k for k in CORRECTIONS if k != 'harmony']: raise ValueError(f"there is no method {str(facts['method'])[:40]!r}")
+    kind = CORRECTIONS[facts['method']]
+    if not isinstance(options, dict) or set(options) != {f.name for f in fields(kind)}: raise ValueError('its options are not those of its method')
+    if type(dim) is not int or not 1 <= dim <= 2**14: raise ValueError('it does not say of how many numbers an embedding is')
+    if not isinstance(seen, list) or not all(isinstance(e, str) for e in seen): raise ValueError('it does not say what it was fitted on')
+    if not (facts['digest'] is None if not kind.learns else re.fullmatch('[0-9a-f]{8}', str(facts['digest']))): raise ValueError('its digits are wrong')
+    res = kind(**options)
+    if {k: v.shape for k, v in arrays.items()} != res._shapes(dim): raise ValueError('its arrays are not those of its method')
+    if not all(np.isfinite(v).all() for v in arrays.values()): raise ValueError('its numbers are not all finite')
+    return res
+
+@patch(cls_method=True)
+def from_state(cls:Correction,
+    facts:dict, # From `state`
+    arrays:dict, # From `state`
+    name:str='The correction', # What to call it in an error
+)->Correction: # Fitted
+    "The correction that `state` described"
+    try: res = _check_state(facts, arrays)
+    except (ValueError, TypeError, AttributeError) as e: # ScreenError is a ValueError
+        raise ScreenError(f'{name} cannot be used ({str(e).rstrip(".")}): save it again from the model that it was fitted for.') from None
+    res.dim, res.seen = facts['dim'], set(facts['seen'])
+    if res.learns: res.digest = facts['digest']
+    for k, v in arrays.items(): setattr(res, k, np.asarray(v, np.float64))
+    return res
+
+# %% ../nbs/45_correct.ipynb #891c71af
+def save_correction(
+    correction:Correction, # Fitted
+    path, # File to write, such as correction.safetensors
+)->Path:
+    "A fitted correction as one safetensors file"
+    from safetensors.numpy import save
+    facts, arrays = correction.state()
+    data = save(arrays or {'nothing': np.zeros(1)}, {'correction': json.dumps(facts, sort_keys=True)})
+    write_atomic(path, lambda p: p.write_bytes(data))
+    return Path(path)
+
+def load_correction(
+    path, # File that `save_correction` wrote
+)->Correction: # Fitted
+    "Read a correction; nothing is unpickled"
+    from safetensors import safe_open, SafetensorError
+    if not Path(path).is_file(): raise ScreenError(f'There is no file {path}: write it with save_correction.')
+    try:
+        with safe_open(path, 'np') as f:
+            facts = json.loads((f.metadata() or {}).get('correction', 'null'))
+            arrays = {k: f.get_tensor(k) for k in f.keys() if k != 'nothing'}
+    except (SafetensorError, ValueError, OSError) as e:
+        raise ScreenError(f'{path} is not a saved correction ({str(e).splitlines()[0][:80]}): write it with save_correction.') from None
+    return Correction.from_state(facts, arrays, str(path))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'TensorMeta', 'meta_vocab', 'MetadataCategorize', 'MetadataBlock',
-           'ExperimentSplitter', 'ScreenSpec', 'GroupCategorize', 'screen_block', 'label_order', 'labelled_rows',
-           'check_plates', 'screen_dls', 'spec_dl']
+           'ExperimentSplitter', 'ScreenSpec', 'GroupCategorize', 'statistics_rows', 'screen_block', 'label_order',
+           'labelled_rows', 'check_plates', 'screen_dls', 'spec_dl']
 
 # %% ../nbs/13_data.ipynb #e3d9cf70
 from dataclasses import asdict, dataclass, field, replace
@@ -76,7 +76,7 @@ def ExperimentSplitter(
         return np.flatnonzero(~out).tolist(), np.flatnonzero(out).tolist()
     return _split
 
-# %% ../nbs/13_data.ipynb #a80fe5c5
+# %% ../nbs/13_data.ipynb #ad8d5d01
 @dataclass
 class ScreenSpec:
     "How sites become batches: plain data, stored with the model"
@@ -91,16 +91,40 @@ class ScreenSpec:
     norm_std:list=None # Standard deviation of each channel (0–1), for `norm='global'`
     bits:int=8 # 8 or 16
     clahe:bool=False # Equalise each channel (clip 2, 8×8 tiles)
+    norm_from:str='all' # Wells whose pictures give the statistics of a plate or experiment: all or controls
 
+    def __post_init__(self):
+        if self.norm_from not in ('all', 'controls'):
+            raise ScreenError(f'norm_from={self.norm_from!r} is not known: choose all or controls.')
+        if self.norm_from != 'all' and not self.per_group:
+            raise ScreenError(f'norm_from={self.norm_from!r} goes with statistics of plates or experiments, not with norm={self.norm!r}: '
+                              "say norm='plate' or norm='experiment' too.")
     @property
     def per_group(self): return self.norm in ('plate', 'experiment')
     @property
     def key(self): return 'site_id' if self.sites == 1 else 'well_id'
 
-# %% ../nbs/13_data.ipynb #c26c7013
+# %% ../nbs/13_data.ipynb #90b3ba9a
 class GroupCategorize(MetadataCategorize):
     "Name of a plate or experiment → `TensorGroup`; 0 is unknown"
     def encodes(self, o): return TensorGroup(self.o2i.get(str(o), 0))
+
+def statistics_rows(
+    spec:ScreenSpec, # What a batch is
+    rows:pd.DataFrame, # Site-table rows to normalise
+    among:pd.DataFrame=None, # Rows that may be used; `None`: `rows` themselves
+)->pd.DataFrame: # Some of `among`: all wells of the plates or experiments, or their controls
+    "The rows whose pictures give the statistics that `rows` are normalised with"
+    if not spec.per_group: return rows
+    among = rows if among is None else among
+    mine = set(stat_groups(rows, spec.norm))
+    use = among[stat_groups(among, spec.norm).isin(mine)]
+    if spec.norm_from == 'controls': use = use[use.well_type.isin(['negative_control', 'positive_control'])]
+    lacks = sorted(mine - set(stat_groups(use, spec.norm)))
+    if lacks:
+        what, more = ('control well', ", or train with norm_from='all'") if spec.norm_from == 'controls' else ('site', '')
+        raise ScreenError(f'{first_few(lacks)} has no {what} to take pixel statistics of: add its rows to the table (stat_rows){more}.')
+    return use
 
 def _normalise(spec, source, rows, pos):
     "The normalisation transform of a spec and, for groups, the block of the input that names them"
@@ -109,11 +133,11 @@ def _normalise(spec, source, rows, pos):
     stats = screen_stats(source, rows, spec.norm)
     return normalizer(spec.norm, stats, pos), TransformBlock(type_tfms=GroupCategorize([UNKNOWN, *stats.index]))
 
-# %% ../nbs/13_data.ipynb #20a24979
+# %% ../nbs/13_data.ipynb #61e5321b
 def screen_block(
     spec:ScreenSpec, # What a batch is
     source, # Image source
-    rows:pd.DataFrame, # Rows whose images may be used for plate or experiment statistics (labels are not)
+    rows:pd.DataFrame, # Rows whose images give plate or experiment statistics (labels are not used); see `statistics_rows`
     splitter=None, # Rows → (training, validation) positions
     augs=(), # Batch transforms for training
     labelled:bool=True, # With the target, or without for prediction
@@ -170,7 +194,7 @@ def check_plates(
         raise ScreenError(f'{first_few(names, 4)} has no treatment well: there is no siRNA to name on it; '
                           'check its well_type column, leave the plate out, or choose another target.')
 
-# %% ../nbs/13_data.ipynb #b14f3aca
+# %% ../nbs/13_data.ipynb #7d8fdcda
 def _every_row(rows): return range(len(rows)), range(len(rows))
 def _split_at(rows, n_train): return range(n_train), range(n_train, len(rows))
 
@@ -184,6 +208,7 @@ def screen_dls(
     size:int=None, # Side that the model sees, pixels; `None`: as stored
     bs:int=32, # Batch size
     norm:str='own', # own, plate, experiment, global or none
+    norm_from:str='all', # For plate and experiment: statistics of all wells, or of controls only
     augs='default', # Batch transforms for training; `None` for none
     clahe:bool=False, # Equalise each channel
     seed:int=0, # Order of the training samples
@@ -201,13 +226,13 @@ def screen_dls(
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))
     spec = ScreenSpec(target, label_order(rows, target), list(source.channels),
                       vocabs or {c:meta_vocab(train[c]) for c in META_COLUMNS}, sites, size, norm,
-                      bits=source.dtype.itemsize*8, clahe=clahe)
+                      bits=source.dtype.itemsize*8, clahe=clahe, norm_from=norm_from)
     if norm == 'global':
         stats, columns = screen_stats(source, train), stat_columns(source.channels)
         spec.norm_mean, spec.norm_std = (stats[c].iloc[0].tolist() for c in columns)
     if augs == 'default': augs = site_augs()
     both = pd.concat([train, held], ignore_index=True)
-    block = screen_block(spec, source, table[table.experiment.isin(both.experiment)], partial(_split_at, n_train=len(train)), augs or ())
+    block = screen_block(spec, source, statistics_rows(spec, both, table), partial(_split_at, n_train=len(train)), augs or ())
     bs = min(bs, len(train))
     with no_random(seed): dls = block.dataloaders(both, bs=bs, num_workers=num_workers, device=device, verbose=False,
                                                   group_by=batch_by, groups=batch_groups)
@@ -215,7 +240,7 @@ def screen_dls(
     dls.rebuild = lambda **changes: screen_dls(**{**args, 'vocabs': spec.vocabs, **changes})
     return dls
 
-# %% ../nbs/13_data.ipynb #5cb76c3c
+# %% ../nbs/13_data.ipynb #bfccb76f
 def spec_dl(
     spec:ScreenSpec, # What a batch is
     rows:pd.DataFrame, # Site-table rows; one sample each (each well, when `spec.sites` > 1)
@@ -225,6 +250,7 @@ def spec_dl(
     augs=(), # Random batch transforms, for random views
     num_workers:int=0, # Reader processes
     device=None, # Where batches go
+    stat_rows:pd.DataFrame=None, # Rows that plate or experiment statistics may be taken of, such as the whole screen; `None`: `rows` themselves
 )->ScreenDL: # Batches without target, in the order of `dl.rows`
     "Batches of any rows for a trained model"
     have = list(source.channels)
@@ -237,10 +263,10 @@ def spec_dl(
     if source.dtype.itemsize*8 != spec.bits:
         raise ScreenError(f'The model was trained on {spec.bits}-bit images and the screen has {source.dtype.itemsize*8}-bit ones: '
                           'convert them, or train on this screen.')
-    stats_rows = rows
+    stat_rows = statistics_rows(spec, rows, stat_rows)
     if spec.sites > 1: rows = rows.drop_duplicates('well_id')
     rows = rows.reset_index(drop=True)
-    block = screen_block(spec, source, stats_rows, _every_row, augs, labelled=False, mask=mask)
+    block = screen_block(spec, source, stat_rows, _every_row, augs, labelled=False, mask=mask)
     dsets = block.datasets(rows, verbose=False)
     dl = ScreenDL(dsets.train if augs else dsets.valid, bs=bs, num_workers=num_workers, device=device or default_device(), n_inp=block.n_inp,
                   after_item=Pipeline([*block.item_tfms]), after_batch=Pipeline([*block.batch_tfms]))

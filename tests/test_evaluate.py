@@ -4,7 +4,7 @@ from itertools import product
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from rcic_fastai.metadata import ScreenError
-from rcic_fastai.evaluate import ScreenResult, accuracy_plot, accuracy_table, bootstrap_interval, evaluate, evaluate_screen, right_wrong
+from rcic_fastai.evaluate import ScreenResult, accuracy_plot, bootstrap_interval, evaluate, evaluate_screen, right_wrong
 from rcic_fastai.metrics import batch_predictability, perturbation_magnitude, replicate_consistency, retrieval_map
 from rcic_fastai.profiles import emb_features, emb_metadata, merge_sites, toy_profiles
 
@@ -75,11 +75,9 @@ def test_partial():
     assert evaluate(half, TABLE, partial=True)['n_missing'] == 36
 
 def test_protocols_never_share_a_column():
-    a, b = evaluate(guess(0), TABLE), evaluate(guess(1, .9, 'transductive'), TABLE)
-    t = accuracy_table(a, b)
-    assert list(t.columns) == ['inductive', 'transductive']
-    assert t.loc['all wells'].tolist() == [a['accuracy'], b['accuracy']]
-    with pytest.raises(ScreenError, match='share a column'): accuracy_table(a, evaluate(guess(2), TABLE))
+    res = evaluate_screen([guess(0), guess(1, .9, 'transductive')], TABLE)
+    assert list(res.table().columns) == list(res.columns) == ['inductive', 'transductive']
+    with pytest.raises(ScreenError, match='share a column'): evaluate_screen([guess(0), guess(2)], TABLE)
     with pytest.raises(ScreenError, match='mix the protocols'): evaluate(pd.concat([guess(0)[:9], guess(1, .9, 'adapted')[9:]]), TABLE)
 
 def test_right_wrong_stays_with_its_well():
