@@ -8,7 +8,7 @@ __all__ = ['MORPHOLOGY', 'LOOK', 'STAINS', 'REAL_TEST', 'er_mesh', 'er_body', 's
            'morphology', 'batch_stats', 'cell_type_of', 'culture_shift', 'treated_gaps', 'batch_effects',
            'plate_effects', 'place_on_plate', 'Camera', 'default_field', 'Studio', 'screen_layout', 'simulate_screen']
 
-# %% ../nbs/01_simulate.ipynb #ff7d1716
+# %% ../nbs/01_simulate.ipynb #ff099b21
 import math, os, re, shutil, sys, tempfile, zlib
 import multiprocessing as mp
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from .metadata import (CELL_TYPES, CHANNELS, SITE_COLUMNS, ScreenError, control_wells, package_table,
@@ -518,7 +519,7 @@ def place_on_plate(well):
     row, col = well_to_rowcol(well)
     return np.array([(row-7.5)/6.5, (col-11.5)/10.5]), float(row in (1, 14) or col in (1, 22))
 
-# %% ../nbs/01_simulate.ipynb #bc1e11f4
+# %% ../nbs/01_simulate.ipynb #d7d2c273
 _KEEP = .1      # share of a site's own deviation in mean and contrast that survives
 _PROBES = 8     # whole fields' worth of probes per experiment (16 sites of half a field's side)
 _BRIGHT = 15    # no pixel is brighter than this many times the mean, as in the real sites
@@ -531,7 +532,7 @@ def to_size(light, size, focus=(0,)*6):
     how = cv2.INTER_AREA if size < light.shape[-1] else cv2.INTER_CUBIC
     return np.maximum(np.stack([cv2.resize(im, (size, size), interpolation=how) for im in light]), 0)
 
-def calibrate(x, spread, mean, std, floor):
+def tone_curve(x, spread, mean, std, floor):
     "Tone [6], gain [6], background [6] that give light `x` [6,k] times `spread` [6,k] the wanted `mean` and `std`."
     low, high, want = np.full(6, .6), np.full(6, 1.5), std/(mean*(1-floor))
     for _ in range(12):
@@ -547,7 +548,7 @@ def calibrate(x, spread, mean, std, floor):
         ground += mean - im.mean(1)
     return tone, gain, ground
 
-# %% ../nbs/01_simulate.ipynb #bc407549
+# %% ../nbs/01_simulate.ipynb #155e68fe
 class Camera:
     "One experiment: what its plates and wells do, and a microscope that turns drawn light into 8-bit pictures."
     def __init__(self,
@@ -584,48 +585,53 @@ class Camera:
         light = to_size(light, size, focus*well_rng.uniform(.85, 1.2))
         return np.tensordot(self.batch.mix, light, 1), stain
 
-    def calibrate(self,
-        probes:list, # (light, plate, stain) of some sites, as `see` gives them
-        rng # `np.random.Generator`
-    ):
-        "Find tone, gain and background from the probes."
-        self.ref = np.mean([light.mean((1, 2)) for light, _, _ in probes], 0)
-        self.ref_cv = np.mean([light.std((1, 2))/light.mean((1, 2)) for light, _, _ in probes], 0)
-        x = np.stack([self.own(light) for light, _, _ in probes], 1).reshape(6, len(probes), -1)
-        at = rng.integers(0, x.shape[2], 2000)
-        shade = np.stack([self.shading(p, round(x.shape[2]**.5)).ravel()[at] for p in range(1, len(self.plate.factor)+1)])
-        x, n, k = x[:, :, at], *self.plate.factor.shape
-        spread = np.stack([self.plate.factor[p-1][:, None]*stain[:, None]*shade[p-1] for _, p, stain in probes], 1)
-        self.tone, self.gain, self.ground = calibrate(x.reshape(6, -1), spread.reshape(6, -1), self.mean, self.std, self.batch.floor)
+# %% ../nbs/01_simulate.ipynb #a5f6da58
+@patch
+def own(self:Camera, light):
+    "Light in units of the experiment's mean, at most `_BRIGHT`, a site's own deviation reduced to `_KEEP` of it."
+    mean, std = light.mean((1, 2)) + 1e-6, light.std((1, 2)) + 1e-6
+    want = self.ref_cv*(std/mean/self.ref_cv)**_KEEP
+    light = light/mean.astype(np.float32)[:, None, None]
+    some, bend = light[:, ::3, ::3].reshape(6, -1) + 1e-6, np.ones(6)
+    for _ in range(4):
+        x = some**bend[:, None]
+        bend = np.clip(bend*want*x.mean(1)/(x.std(1) + 1e-6), .5, 2.)
+    light = np.stack([x**b for x, b in zip(light, bend.astype(np.float32))])
+    light *= ((mean/self.ref)**_KEEP/light.mean((1, 2))).astype(np.float32)[:, None, None]
+    return light/np.sqrt(1 + (light/_BRIGHT)**2)
 
-    def own(self, light):
-        "Light in units of the experiment's mean, at most `_BRIGHT`, a site's own deviation reduced to `_KEEP` of it."
-        mean, std = light.mean((1, 2)) + 1e-6, light.std((1, 2)) + 1e-6
-        want = self.ref_cv*(std/mean/self.ref_cv)**_KEEP
-        light = light/mean.astype(np.float32)[:, None, None]
-        some, bend = light[:, ::3, ::3].reshape(6, -1) + 1e-6, np.ones(6)
-        for _ in range(4):
-            x = some**bend[:, None]
-            bend = np.clip(bend*want*x.mean(1)/(x.std(1) + 1e-6), .5, 2.)
-        light = np.stack([x**b for x, b in zip(light, bend.astype(np.float32))])
-        light *= ((mean/self.ref)**_KEEP/light.mean((1, 2))).astype(np.float32)[:, None, None]
-        return light/np.sqrt(1 + (light/_BRIGHT)**2)
+@patch
+def calibrate(self:Camera,
+    probes:list, # (light, plate, stain) of some sites, as `see` gives them
+    rng # `np.random.Generator`
+):
+    "Find tone, gain and background from the probes."
+    self.ref = np.mean([light.mean((1, 2)) for light, _, _ in probes], 0)
+    self.ref_cv = np.mean([light.std((1, 2))/light.mean((1, 2)) for light, _, _ in probes], 0)
+    x = np.stack([self.own(light) for light, _, _ in probes], 1).reshape(6, len(probes), -1)
+    at = rng.integers(0, x.shape[2], 2000)
+    shade = np.stack([self.shading(p, round(x.shape[2]**.5)).ravel()[at] for p in range(1, len(self.plate.factor)+1)])
+    x, n, k = x[:, :, at], *self.plate.factor.shape
+    spread = np.stack([self.plate.factor[p-1][:, None]*stain[:, None]*shade[p-1] for _, p, stain in probes], 1)
+    self.tone, self.gain, self.ground = tone_curve(x.reshape(6, -1), spread.reshape(6, -1), self.mean, self.std, self.batch.floor)
 
-    def __call__(self,
-        light:np.ndarray, # drawn light [6,n,n]
-        plate:int, # 1, 2, …
-        well:str, # e.g. 'B03'
-        size:int, # px
-        well_rng, # generator of the well: stain strength and focus, shared by its sites
-        rng # generator of the site: camera noise
-    ) -> np.ndarray: # uint8 [6,size,size]
-        "The picture of a site."
-        light, stain = self.see(light, plate, well, size, well_rng)
-        gain = (self.gain*self.plate.factor[plate-1]*stain).astype(np.float32)
-        im = np.stack([g*x**t for g, x, t in zip(gain, self.own(light), self.tone)])*self.shading(plate, size)
-        im = np.maximum(im + (self.ground + np.maximum(self.ground, 0)*(self.plate.background[plate-1]-1))[:, None, None], 0)
-        im = im + self.batch.noise*np.sqrt(.03*im + .03)*rng.standard_normal(im.shape, dtype=np.float32)
-        return np.clip(np.round(im), 0, 255).astype(np.uint8)
+# %% ../nbs/01_simulate.ipynb #364f0a45
+@patch
+def __call__(self:Camera,
+    light:np.ndarray, # drawn light [6,n,n]
+    plate:int, # 1, 2, …
+    well:str, # e.g. 'B03'
+    size:int, # px
+    well_rng, # generator of the well: stain strength and focus, shared by its sites
+    rng # generator of the site: camera noise
+) -> np.ndarray: # uint8 [6,size,size]
+    "The picture of a site."
+    light, stain = self.see(light, plate, well, size, well_rng)
+    gain = (self.gain*self.plate.factor[plate-1]*stain).astype(np.float32)
+    im = np.stack([g*x**t for g, x, t in zip(gain, self.own(light), self.tone)])*self.shading(plate, size)
+    im = np.maximum(im + (self.ground + np.maximum(self.ground, 0)*(self.plate.background[plate-1]-1))[:, None, None], 0)
+    im = im + self.batch.noise*np.sqrt(.03*im + .03)*rng.standard_normal(im.shape, dtype=np.float32)
+    return np.clip(np.round(im), 0, 255).astype(np.uint8)
 
 # %% ../nbs/01_simulate.ipynb #16553b6e
 def default_field(
