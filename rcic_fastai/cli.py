@@ -11,7 +11,7 @@ __all__ = ['INDUCTIVE_MASK', 'DEMO', 'run_command', 'simulate', 'rcic_simulate',
 import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../nbs/53_cli.ipynb #b21ae492
+# %% ../nbs/53_cli.ipynb #c329b578
 import json, shutil, sys, time
 from fastai.vision.all import *
 from dataclasses import replace
@@ -23,8 +23,10 @@ from .pack import *
 from .download import *
 from .screens import *
 from .data import *
+from .checkpoints import *
 from .learner import *
 from .recipes import *
+from .distributed import *
 from .profiles import *
 from .embed import *
 from .neighbors import *
@@ -33,7 +35,7 @@ from .evaluate import *
 from .folder import *
 from .report import *
 
-# %% ../nbs/53_cli.ipynb #506aa4b1
+# %% ../nbs/53_cli.ipynb #948912d3
 def run_command(
     func, # A documented function
     argv=None, # Arguments; `None`: those of the process
@@ -45,7 +47,8 @@ def run_command(
     try: func(**args)
     except ScreenError as e: print(f'{prog}: {e}', file=sys.stderr); return 2
     except OSError as e: print(f'{prog}: {e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.', file=sys.stderr); return 2
-    except KeyboardInterrupt: print(f'{prog}: interrupted; nothing half-written was left, and what can be continued continues with the same command.', file=sys.stderr); return 130
+    except KeyboardInterrupt: print(f'{prog}: interrupted; nothing half-written was left, and what can be continued continues with the same command (rcic_train: and --resume).', file=sys.stderr); return 130
+    except SystemExit as e: return e.code
     return 0
 
 def _names(s): return [o.strip() for o in s.split(',') if o.strip()] if isinstance(s, str) else s
@@ -139,7 +142,7 @@ def training_rows(
     if target == 'sirna': check_plates(table[table.dataset != 'test'])
     return labelled_rows(table, target, controls)
 
-# %% ../nbs/53_cli.ipynb #91dd811c
+# %% ../nbs/53_cli.ipynb #17715be2
 def train(
     screen, # A screen: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
@@ -158,9 +161,13 @@ def train(
     pretrained:str='yes', # yes, no, or a file with weights
     tta:int=4, # Dihedral views of each indexed site, 1 to 8
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
+    resume:store_true=False, # Go on from the last finished epoch of the same command, in OUT.checkpoints
 ):
-    "Train on the training experiments of a screen and write a model folder"
+    "Train on the training experiments of a screen and write a model folder; interrupted, it goes on with --resume"
+    given = {k:v for k,v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'workers', 'resume')}
+    if resume and _finished(out): print(f'{out} is finished: there is nothing to go on with.'); return
     out, r = new_folder(out), get_recipe(recipe)
+    if not resume: begin_checkpoints(_checkpoints(out))
     check_tta(tta)
     rows, source = open_screen(screen, only_present, partial(training_rows, target=target, controls=controls or None))
     data = {'bs': 32, 'norm': 'own', **r.data, **{k:v for k,v in dict(sites=sites, size=size, norm=norm, bs=bs).items() if v}}
@@ -170,16 +177,25 @@ def train(
     weights = {'yes': r.model.get('pretrained', True), 'no': None}.get(pretrained, pretrained)
     model = {**r.model, 'pretrained': weights, 'seed': seed, **({'metadata': metadata} if metadata else {})}
     learn = screen_learner(dls, arch or r.arch, **model)
-    reached = learn.fit_recipe(_overruled(r, size, bs), seed=seed)
+    reached = learn.fit_recipe(_overruled(r, size, bs), seed=seed, folder=_checkpoints(out), resume=resume, facts=dict(arguments=given))
     if len(reached): print(reached.to_string(index=False))
     index = build_index(learn, tta)
     save_screen_model(learn, out, index, recipe=r.to_dict(), seed=seed, only_present=only_present, controls=controls, tta=tta,
                       mask=list(INDUCTIVE_MASK), stages=reached.to_dict('records'))
+    shutil.rmtree(_checkpoints(out), ignore_errors=True)
     print(f'{out}: model, index of {len(index.labels)} embeddings, history')
+
+def _checkpoints(out): return Path(out).with_name(Path(out).name + '.checkpoints')
+
+def _finished(out):
+    "Whether the model was written already; checkpoints that there was no time to remove are removed"
+    if not (Path(out)/'config.json').is_file() or not _checkpoints(out).exists(): return False
+    shutil.rmtree(_checkpoints(out), ignore_errors=True)
+    return True
 
 def rcic_train(argv=None): "Console script"; return run_command(train, argv, 'rcic_train')
 
-# %% ../nbs/53_cli.ipynb #f0d41bcb
+# %% ../nbs/53_cli.ipynb #a00a2847
 INDUCTIVE_MASK = ('plate_group', 'experiment')
 
 def _overruled(recipe, size, bs):
@@ -191,14 +207,17 @@ def build_index(
     learn:Learner, # A trained `screen_learner`
     tta:int=4, # Dihedral views a sample
     progress:bool=True, # Show a progress bar
+    folder=None, # Where `embed_parts` keeps what is done, so that the same call goes on; removed at the end
 )->SirnaIndex:
     "Index of the embeddings of the rows trained on"
     rows = learn.dls.train.items
     if learn.dls.spec.sites > 1: rows = learn.dls.table[learn.dls.table.well_id.isin(rows.well_id)]
-    emb = learn.embed(rows, tta=tta, mask=INDUCTIVE_MASK, progress=progress)
+    emb = learn.embed(rows, tta=tta, mask=INDUCTIVE_MASK, progress=progress, folder=folder)
+    wait_for_all()
+    if folder and not rank_world()[0]: shutil.rmtree(folder)
     return SirnaIndex(emb_features(emb), emb_metadata(emb), target=learn.dls.spec.target)
 
-# %% ../nbs/53_cli.ipynb #49bbf0f4
+# %% ../nbs/53_cli.ipynb #05fb5ddc
 def prediction_rows(
     table:pd.DataFrame, # Site table
     wells:str='treatment', # 'treatment', or 'all' for the controls too
@@ -225,23 +244,29 @@ def predict(
     same_cell_type:store_true=False, # Only neighbours of the well's cell type
     adapt:str='auto', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment with --protocol adapted
     neighbors:str='', # Parquet file for the neighbours, cosines and votes of each well
+    embeddings:str='', # Parquet file for the embeddings of the test sites, as rcic_evaluate --embeddings reads them
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
 ):
-    "Name the test wells of a screen"
+    "Name the test wells of a screen; killed, the same command goes on where it was"
     check_protocol(protocol); check_tta(tta)
     if vote not in VOTES: raise ScreenError(f'--vote {vote} is not known: choose from {", ".join(VOTES)}.')
     if Path(out).suffix == '.json': raise ScreenError(f'{out} would be overwritten by its own record: name a .csv file.')
-    m = load_screen_model(model)
+    m = load_screen_model(model, rank_device())
     if protocol == 'inductive' and m.spec.per_group:
         raise ScreenError(f'The model normalises by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
     how = _adaptation(adapt, protocol, m.spec)
     rows, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells=wells))
-    emb = m.embed(rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers, adapt=how)
-    pred, near = predict_wells(emb, m.index, protocol, vote, merge, k, same_cell_type)
-    if neighbors: write_atomic(neighbors, lambda p: near.merge(pred[['id_code', 'votes', 'protocol']], on='id_code').to_parquet(p, index=False))
-    write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type, versions=library_versions()))
+    notes = [] if rank_world()[0] else [*unknown_notes(m.spec, rows, INDUCTIVE_MASK), *m.screen_notes(rows, source)]
+    for n in notes: print(f'note: {n}', file=sys.stderr)
+    parts = embed_parts(f'{out}.part', m.model, m.spec, rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers, adapt=how)
+    if rank_world()[0]: return
+    pred = predict_tables(parts.experiments(), m.index, protocol, vote, merge, k, same_cell_type, neighbors=neighbors)
+    if embeddings: write_tables(embeddings, parts)
+    write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type,
+                                      unknown=unknown_metadata(m.spec, rows, INDUCTIVE_MASK), notes=notes, versions=library_versions()))
+    parts.remove()
     print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
 def _adaptation(adapt, protocol, spec):

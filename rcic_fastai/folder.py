@@ -43,18 +43,19 @@ def model_fingerprint(
     "By what the embeddings of a model are known; classifier and loss make none"
     return _fingerprint(_state(model))
 
-# %% ../nbs/51_folder.ipynb #75a3da4c
+# %% ../nbs/51_folder.ipynb #7899b539
 def data_fingerprint(
     rows:pd.DataFrame, # Site-table rows
     source=None, # Their image source, for the statistics of the channels
     most:int=64, # Sites to measure, when the source does not know its statistics
-)->dict: # rows, sha256, sites of each experiment, mean and std of each channel (share of full scale), sites measured
+)->dict: # rows, sha256, sites of each experiment; of a packed screen its `store` fingerprint; mean and std of each channel (share of full scale), sites measured
     "By what a set of sites is known; the order of rows does not matter"
     cols = [c for c in SITE_COLUMNS if c in rows]
     text = rows.sort_values('site_id')[cols].to_csv(index=False, lineterminator='\n')
     res = dict(rows=len(rows), sha256=hashlib.sha256(text.encode()).hexdigest(),
                sites={str(e): int(n) for e, n in rows.groupby('experiment').size().items()})
     if source is None: return res
+    if store := store_fingerprint(source): res['store'] = store
     ids, stats = rows.site_id, source.stats
     if stats is None or not ids.isin(stats.index).all():
         ids = ids.iloc[np.unique(np.linspace(0, len(ids)-1, min(most, len(ids))).astype(int))]
@@ -453,7 +454,7 @@ def unknown_notes(
     return [f'{sum(n.values())} of {len(rows)} sites have a {c} that the model never saw, {say(n)}: it is passed as unknown.'
             for c, n in unknown_metadata(spec, rows, mask).items()]
 
-# %% ../nbs/51_folder.ipynb #134c9774
+# %% ../nbs/51_folder.ipynb #28669b74
 class TrainedModel:
     "An opened model folder: `.model`, `.spec`, `.index`, `.config`"
     def __init__(self, folder, model, spec, index, config): store_attr()
@@ -470,6 +471,29 @@ class TrainedModel:
         emb = embed_rows(self.model, self.spec, rows, source, **kwargs)
         emb.attrs['model'] = self.fingerprint
         return emb
+
+    def screen_notes(self, rows, source)->list:
+        "What is odd about the pictures of a screen, beside those that the model was trained on"
+        return [*_brightness_notes(self.config['data'], rows, source), *_store_notes(self.config['data'], self.index, source)]
+
+def _brightness_notes(data, rows, source, much=8):
+    "Pictures on another scale: 12 bits in 16, stretched, inverted or normalised before"
+    then, now = data.get('channels'), data_fingerprint(rows, source)['channels']
+    if not then: return []
+    ratio = np.median([(now[c]['std'] + 1e-6)/(then[c]['std'] + 1e-6) for c in now if c in then])
+    if 1/much < ratio < much: return []
+    more = f'{ratio:.0f} times' if ratio > 1 else f'1/{1/ratio:.0f} of'
+    return [f'The pictures have {more} the contrast of those that the model was trained on: check that they are on the '
+            'same scale, neither stretched nor in fewer bits than their files.']
+
+def _store_notes(data, index, source):
+    "The packed screen that holds the training sites is another than the one trained on"
+    key, table = 'site_id' if 'site_id' in index.labels else 'well_id', getattr(source, 'table', None)
+    if not data.get('store') or table is None or data['store'] == store_fingerprint(source): return []
+    n = int(table[key].isin(index.labels[key]).sum())
+    if not n: return []
+    return [f'{source.root} holds {n} sites of the index, but it was packed again or changed since the model was trained: '
+            'if its pictures or labels are others, train again.']
 
 # %% ../nbs/51_folder.ipynb #8e875ed1
 def load_screen_model(

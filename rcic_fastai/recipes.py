@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Stage', 'Recipe', 'recipe_from_dict', 'get_recipe', 'part_lrs', 'StageHistory']
 
-# %% ../nbs/32_recipes.ipynb #867de887
-import json, time
-from dataclasses import asdict, dataclass, field, fields
+# %% ../nbs/32_recipes.ipynb #ed601dd4
+import hashlib, inspect, json, time
+from dataclasses import asdict, dataclass, field, fields, replace
 from fastai.vision.all import *
 from .metadata import *
 from .heads import *
 from .losses import *
 from .model import *
+from .checkpoints import *
 from .cutmix import *
 from .learner import *
 
@@ -148,24 +149,65 @@ class StageHistory(Callback):
         values = list(rec.values[-1]) if rec.values else []
         self.rows.append(dict(stage=self.stage, epoch=self.epoch, **dict(zip(names, values))))
 
-# %% ../nbs/32_recipes.ipynb #d68cffee
+# %% ../nbs/32_recipes.ipynb #356ec4e2
+def _sha256(data): return hashlib.sha256(data).hexdigest()
+
+def _learner_facts(learn):
+    "By what model and data of a stage are known"
+    dls, model = learn.dls, get_model(learn.model)
+    rows = pd.concat([dls.train.items, dls.valid.items], ignore_index=True)
+    some = rows.site_id.iloc[np.unique(np.linspace(0, len(rows) - 1, 3).astype(int))]
+    try: model = model.config
+    except ScreenError: model = {k: list(v.shape) for k, v in model.state_dict().items()}
+    return dict(model=model, spec=asdict(dls.spec), held_out=dls.held_out, bs=dls.train.bs, samples=[dls.train.n, dls.valid.n],
+                table=_sha256(rows[[*SITE_COLUMNS]].to_csv(index=False, lineterminator='\n').encode()),
+                pixels=_sha256(b''.join(np.ascontiguousarray(dls.source[i]).tobytes() for i in some)))
+
+def _callback_facts(cbs):
+    "Names and plain arguments; precision and display may change"
+    def args(cb): return [n for n in inspect.signature(type(cb).__init__).parameters if isinstance(vars(cb).get(n), (bool, int, float, str))]
+    free = ('MixedPrecision', 'NonNativeMixedPrecision', 'ModelToHalf', 'ProgressCallback', 'CSVLogger', 'ShowGraphCallback')
+    return {type(cb).__name__: {n: vars(cb)[n] for n in args(cb)} for cb in cbs if type(cb).__name__ not in free}
+
+# %% ../nbs/32_recipes.ipynb #1af90708
+def _new_rates(found, facts):
+    "Take over learning rates of the stages that are not over, and say so"
+    then, now = (json.loads(json.dumps(f.get('recipe', {}))).get('stages', []) for f in (found.facts, facts))
+    for a, b in list(zip(then, now))[found.stage:]:
+        if a.get('lr') != b['lr']: print(f'Stage {b["name"]!r} goes on with lr {b["lr"]} instead of {a.get("lr")}.'); a['lr'] = b['lr']
+    return {**found.facts, 'recipe': {**found.facts.get('recipe', {}), 'stages': then}}
+
+# %% ../nbs/32_recipes.ipynb #7ffcf8ca
 @patch
 def fit_recipe(self:Learner,
     recipe='demo', # A `Recipe`, its name, or a JSON file
     seed:int=0, # Order, augmentation, CutMix and dropout
     cbs=None, # Further callbacks for every stage
+    folder=None, # Write a checkpoint here after each epoch; the folder stays until you remove it
+    resume:bool=False, # Go on from the last checkpoint in `folder`, with a learner made as the first time
+    facts:dict=None, # Further plain data that must be the same on resuming
 )->pd.DataFrame: # One row a stage: what it was and what it reached
-    "Run a recipe, one 1cycle a stage"
-    recipe, reached, log = get_recipe(recipe), [], StageHistory()
-    for i, stage in enumerate(recipe.stages):
-        _stage_data(self, stage); _stage_model(self, stage)
-        set_seed(seed + i); self.create_opt()
-        log.stage, start = stage.name, time.time()
-        if stage.epochs:
-            self.fit_one_cycle(stage.epochs, part_lrs(stage.lr), wd=stage.wd, pct_start=stage.pct_start,
-                               cbs=[log, *_stage_cbs(stage, seed + i), *L(cbs)])
-        last = {k:v for k,v in log.rows[-1].items() if k not in ('stage', 'epoch')} if stage.epochs and log.rows else {}
-        reached.append(dict(stage=stage.name, epochs=stage.epochs, parts=stage.parts, cutmix=stage.cutmix, **last,
-                            published=stage.published, seconds=round(time.time()-start, 1)))
+    "Run a recipe, one 1cycle a stage; interrupted, it goes on from the last finished epoch"
+    recipe, log, first, reached, spent = get_recipe(recipe), StageHistory(), 0, [], 0.
+    facts = dict(recipe=recipe.to_dict(), seed=seed, callbacks=_callback_facts(L(cbs) + self.cbs), **(facts or {}))
+    if found := begin_checkpoints(folder, resume):
+        found.facts, first, reached, spent = _new_rates(found, facts), found.stage, found.extra['reached'], found.extra['seconds']
+        check_facts({k: v for k, v in found.facts.items() if k in facts}, facts, found.path)
+    with sigterm_noted(bool(folder)) as came:
+        for i, stage in enumerate(recipe.stages):
+            set_seed(seed + i); _stage_data(self, stage); _stage_model(self, stage)
+            if i < first: continue
+            self.create_opt()
+            log.stage, start = stage.name, time.time() - spent
+            if stage.epochs:
+                cp = Checkpoint(folder, {**facts, **_learner_facts(self)} if folder else {}, i, stage.name, sum(s.epochs for s in recipe.stages[:i]),
+                                lambda: dict(reached=reached, seconds=time.time() - start), came)
+                with checkpointed(self, cp, found):
+                    self.fit_one_cycle(stage.epochs, part_lrs(stage.lr), wd=stage.wd, pct_start=stage.pct_start,
+                                       cbs=[log, *_stage_cbs(stage, seed + i), *L(cbs)])
+            last = {k:v for k,v in log.rows[-1].items() if k not in ('stage', 'epoch')} if stage.epochs and log.rows else {}
+            reached.append(dict(stage=stage.name, epochs=stage.epochs, parts=stage.parts, cutmix=stage.cutmix, **last,
+                                published=stage.published, seconds=round(time.time()-start, 1)))
+            found, spent = None, 0.
     self.history = pd.DataFrame(log.rows)
     return pd.DataFrame(reached).dropna(axis=1, how='all')
