@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/54_all.ipynb #dc4430ff
+# %% ../nbs/54_all.ipynb #14e53dac
 from fastai.vision.all import *
 from .metadata import *
 from .simulate import *
@@ -24,9 +24,11 @@ from .heads import *
 from .losses import *
 from .model import *
 from .batchnorm import *
+from .checkpoints import *
 from .cutmix import *
 from .learner import *
 from .recipes import *
+from .distributed import *
 from .domain import *
 from .controls import *
 from .profiles import *

@@ -11,8 +11,8 @@ __all__ = ['INDUCTIVE_MASK', 'DEMO', 'run_command', 'simulate', 'rcic_simulate',
 import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../nbs/53_cli.ipynb #c329b578
-import json, shutil, sys, time
+# %% ../nbs/53_cli.ipynb #9f56738a
+import contextlib, json, shutil, sys, time
 from fastai.vision.all import *
 from dataclasses import replace
 from fastcore.script import anno_parser, store_true
@@ -23,6 +23,7 @@ from .pack import *
 from .download import *
 from .screens import *
 from .data import *
+from .batchnorm import *
 from .checkpoints import *
 from .learner import *
 from .recipes import *
@@ -35,7 +36,7 @@ from .evaluate import *
 from .folder import *
 from .report import *
 
-# %% ../nbs/53_cli.ipynb #948912d3
+# %% ../nbs/53_cli.ipynb #4025aeca
 def run_command(
     func, # A documented function
     argv=None, # Arguments; `None`: those of the process
@@ -44,7 +45,9 @@ def run_command(
     "Run `func` as a command"
     parser = anno_parser(func, prog=prog)
     args = {k:v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}
-    try: func(**args)
+    quiet = contextlib.redirect_stdout(open(os.devnull, 'w')) if rank_world()[0] else contextlib.nullcontext()
+    try:
+        with quiet: func(**args)
     except ScreenError as e: print(f'{prog}: {e}', file=sys.stderr); return 2
     except OSError as e: print(f'{prog}: {e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.', file=sys.stderr); return 2
     except KeyboardInterrupt: print(f'{prog}: interrupted; nothing half-written was left, and what can be continued continues with the same command (rcic_train: and --resume).', file=sys.stderr); return 130
@@ -142,7 +145,7 @@ def training_rows(
     if target == 'sirna': check_plates(table[table.dataset != 'test'])
     return labelled_rows(table, target, controls)
 
-# %% ../nbs/53_cli.ipynb #17715be2
+# %% ../nbs/53_cli.ipynb #f23c1599
 def train(
     screen, # A screen: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
@@ -157,6 +160,7 @@ def train(
     only_present:store_true=False, # Leave out sites whose files are absent
     sites:int=0, # Sites a sample, 1 or 2; 0: 1, or the recipe's
     norm:str='', # own, plate, experiment, global or none; empty: own, or the recipe's
+    norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
     bs:int=0, # Batch size; 0: 32, or the recipe's
     pretrained:str='yes', # yes, no, or a file with weights
     tta:int=4, # Dihedral views of each indexed site, 1 to 8
@@ -167,24 +171,27 @@ def train(
     given = {k:v for k,v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'workers', 'resume')}
     if resume and _finished(out): print(f'{out} is finished: there is nothing to go on with.'); return
     out, r = new_folder(out), get_recipe(recipe)
-    if not resume: begin_checkpoints(_checkpoints(out))
+    if not resume and not rank_world()[0]: begin_checkpoints(_checkpoints(out))
+    wait_for_all(); rank_device()
     check_tta(tta)
     rows, source = open_screen(screen, only_present, partial(training_rows, target=target, controls=controls or None))
-    data = {'bs': 32, 'norm': 'own', **r.data, **{k:v for k,v in dict(sites=sites, size=size, norm=norm, bs=bs).items() if v}}
+    data = {'bs': 32, 'norm': 'own', **r.data, **{k:v for k,v in dict(sites=sites, size=size, norm=norm, norm_from=norm_from, bs=bs).items() if v}}
     dls = screen_dls(rows, source, **{**data, 'valid': valid, 'target': target, 'controls': controls or None, 'seed': seed, 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
           f'{len(dls.spec.labels)} {target} classes, {len(source.channels)} channels')
     weights = {'yes': r.model.get('pretrained', True), 'no': None}.get(pretrained, pretrained)
     model = {**r.model, 'pretrained': weights, 'seed': seed, **({'metadata': metadata} if metadata else {})}
     learn = screen_learner(dls, arch or r.arch, **model)
-    reached = learn.fit_recipe(_overruled(r, size, bs), seed=seed, folder=_checkpoints(out), resume=resume, facts=dict(arguments=given))
+    with learn.sharded(): reached = learn.fit_recipe(_overruled(r, size, bs), seed=seed, folder=_checkpoints(out), resume=resume, facts=dict(arguments=given))
     if len(reached): print(reached.to_string(index=False))
-    index = build_index(learn, tta)
+    index = build_index(learn, tta, folder=Path(out).with_name(Path(out).name + '.index.part') if rank_world()[1] > 1 else None)
+    if rank_world()[0]: return
     save_screen_model(learn, out, index, recipe=r.to_dict(), seed=seed, only_present=only_present, controls=controls, tta=tta,
                       mask=list(INDUCTIVE_MASK), stages=reached.to_dict('records'))
     shutil.rmtree(_checkpoints(out), ignore_errors=True)
     print(f'{out}: model, index of {len(index.labels)} embeddings, history')
 
+# %% ../nbs/53_cli.ipynb #c4ce2456
 def _checkpoints(out): return Path(out).with_name(Path(out).name + '.checkpoints')
 
 def _finished(out):
@@ -195,7 +202,7 @@ def _finished(out):
 
 def rcic_train(argv=None): "Console script"; return run_command(train, argv, 'rcic_train')
 
-# %% ../nbs/53_cli.ipynb #a00a2847
+# %% ../nbs/53_cli.ipynb #aa782668
 INDUCTIVE_MASK = ('plate_group', 'experiment')
 
 def _overruled(recipe, size, bs):
@@ -209,15 +216,17 @@ def build_index(
     progress:bool=True, # Show a progress bar
     folder=None, # Where `embed_parts` keeps what is done, so that the same call goes on; removed at the end
 )->SirnaIndex:
-    "Index of the embeddings of the rows trained on"
+    "Index of the embeddings of the rows trained on, as they are and (with BatchNorm) adapted to their experiments"
     rows = learn.dls.train.items
     if learn.dls.spec.sites > 1: rows = learn.dls.table[learn.dls.table.well_id.isin(rows.well_id)]
-    emb = learn.embed(rows, tta=tta, mask=INDUCTIVE_MASK, progress=progress, folder=folder)
+    make = lambda adapt, sub: learn.embed(rows, tta=tta, mask=INDUCTIVE_MASK, progress=progress, adapt=adapt, folder=folder and Path(folder)/sub)
+    emb = make(None, 'plain')
+    if not learn.dls.spec.per_group and has_batchnorm(get_model(learn.model)): emb = pd.concat([emb, make('experiment', 'adapted')], ignore_index=True)
     wait_for_all()
     if folder and not rank_world()[0]: shutil.rmtree(folder)
     return SirnaIndex(emb_features(emb), emb_metadata(emb), target=learn.dls.spec.target)
 
-# %% ../nbs/53_cli.ipynb #05fb5ddc
+# %% ../nbs/53_cli.ipynb #be363056
 def prediction_rows(
     table:pd.DataFrame, # Site table
     wells:str='treatment', # 'treatment', or 'all' for the controls too
@@ -242,7 +251,8 @@ def predict(
     k:int=5, # Neighbours that are kept, and averaged by --vote mean
     merge:str='best', # Sites into wells: best cosine or mean
     same_cell_type:store_true=False, # Only neighbours of the well's cell type
-    adapt:str='auto', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment with --protocol adapted
+    adapt:str='auto', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive
+    adapt_from:str='all', # Wells that those statistics are taken of: all that are predicted, or controls
     neighbors:str='', # Parquet file for the neighbours, cosines and votes of each well
     embeddings:str='', # Parquet file for the embeddings of the test sites, as rcic_evaluate --embeddings reads them
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
@@ -256,26 +266,35 @@ def predict(
     m = load_screen_model(model, rank_device())
     if protocol == 'inductive' and m.spec.per_group:
         raise ScreenError(f'The model normalises by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
-    how = _adaptation(adapt, protocol, m.spec)
-    rows, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells=wells))
+    how = _adaptation(adapt, adapt_from, protocol, m)
+    controls = adapt_from == 'controls' or m.spec.norm_from == 'controls'
+    every, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells='all' if controls else wells))
+    rows = prediction_rows(every, wells)
     notes = [] if rank_world()[0] else [*unknown_notes(m.spec, rows, INDUCTIVE_MASK), *m.screen_notes(rows, source)]
     for n in notes: print(f'note: {n}', file=sys.stderr)
-    parts = embed_parts(f'{out}.part', m.model, m.spec, rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers, adapt=how)
+    parts = embed_parts(f'{out}.part', m.model, m.spec, rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers,
+                        adapt=how, adapt_rows=every[every.well_type != 'treatment'] if adapt_from == 'controls' else None, stat_rows=every if controls else None)
     if rank_world()[0]: return
-    pred = predict_tables(parts.experiments(), m.index, protocol, vote, merge, k, same_cell_type, neighbors=neighbors)
+    pred = predict_tables(parts.experiments(), m.adapted_index or m.index if how else m.index, protocol, vote, merge, k, same_cell_type, neighbors=neighbors)
     if embeddings: write_tables(embeddings, parts)
-    write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type,
+    write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, adapt_from=adapt_from, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type,
                                       unknown=unknown_metadata(m.spec, rows, INDUCTIVE_MASK), notes=notes, versions=library_versions()))
     parts.remove()
     print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
-def _adaptation(adapt, protocol, spec):
+# %% ../nbs/53_cli.ipynb #ced59b15
+def _adaptation(adapt, wells, protocol, m):
     "'experiment', 'plate' or None"
     if adapt not in ('auto', 'experiment', 'plate', 'none'): raise ScreenError(f'--adapt {adapt} is not known: choose auto, experiment, plate or none.')
-    if adapt == 'auto': return 'experiment' if protocol == 'adapted' and not spec.per_group else None
+    if wells not in ('all', 'controls'): raise ScreenError(f'--adapt-from {wells} is not known: choose all or controls.')
+    if adapt == 'auto':
+        useful = protocol == 'adapted' and not m.spec.per_group or protocol == 'transductive' and m.adapted_index is not None
+        adapt = 'experiment' if useful else 'none'
+    if adapt == 'none' and wells == 'controls':
+        raise ScreenError('--adapt-from controls needs BatchNorm statistics to adapt: ask for --protocol adapted or --adapt experiment.')
     if adapt != 'none' and protocol == 'inductive':
         raise ScreenError(f'--adapt {adapt} uses pictures of the test batch: ask for --protocol adapted or transductive.')
-    if adapt == 'none' and protocol == 'adapted' and not spec.per_group:
+    if adapt == 'none' and protocol == 'adapted' and not m.spec.per_group:
         raise ScreenError('--protocol adapted with --adapt none would adapt nothing: leave --adapt out, or ask for --protocol inductive.')
     return None if adapt == 'none' else adapt
 

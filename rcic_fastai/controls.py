@@ -134,7 +134,7 @@ class MinusControls(nn.Module):
         self.n = n
     def forward(self, x): return torch.cat([x[:, :-self.n], x[:, :self.n] - x[:, -self.n:]], 1)
 
-# %% ../nbs/34_controls.ipynb #bbd5eb96
+# %% ../nbs/34_controls.ipynb #5ad1ec11
 def _controls_of(learn, rows, controls):
     "The control rows of the plates of `rows`; every plate must have one"
     table = learn.dls.table
@@ -162,7 +162,7 @@ def measure_controls(self:Learner,
     try:
         with no_random(), torch.no_grad(), batch_statistics(model) if batch_norm else nullcontext():
             rows = _controls_of(self, rows, controls)
-            dl = spec_dl(spec, rows, self.dls.source, self.dls.bs, device=part.means.device).new(shuffle=True)
+            dl = spec_dl(spec, rows, self.dls.source, self.dls.bs, device=part.means.device, stat_rows=self.dls.table).new(shuffle=True)
             f, plate = zip(*((model.pooled(b[0]).float(), b[at].as_subclass(Tensor)) for b in dl))
     finally: model.train(was)
     f, plate = torch.cat(f), torch.cat(plate)

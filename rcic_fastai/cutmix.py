@@ -71,7 +71,7 @@ def mixed_loss(
         loss = torch.lerp(b, a, lam.to(a.dtype))
     return loss.sum() if loss_func.reduction == 'sum' else loss.mean()
 
-# %% ../nbs/30_cutmix.ipynb #cc5e41e1
+# %% ../nbs/30_cutmix.ipynb #bcaad387
 class BatchMix(MixHandler):
     "What `CutMix` and `MixUp` share; mixes pictures, metadata and labels of a training batch"
     def __init__(self,
@@ -112,12 +112,15 @@ class BatchMix(MixHandler):
         if self.rng is None: self.rng = np.random.default_rng(torch.randint(2**31, ()).item())
         self.lam,(x, *meta) = None,self.xb
         if len(self.yb) == 0 or self.rng.random() >= self.p: return
+        if any(isinstance(o, BatchMix) and o.lam is not None for o in self.learn.cbs): return  # mixed already
         self.partner = torch.from_numpy(self.rng.permutation(len(x))).to(x.device)
         x,lam = self.mix(x, self.partner)
         self.lam = torch.as_tensor(lam, dtype=torch.float32, device=x.device)
         self.learn.xb = (x, *mix_meta(tuple(meta), self.partner, self.lam, self.meta_columns()))
         self.soft = self.yb[0].is_floating_point()
         if self.soft: self.learn.yb = tuple(torch.lerp(y[self.partner], y, _over(self.lam, y)) for y in self.yb)
+
+    def after_batch(self): self.lam = None
 
     def after_loss(self):
         "Weigh the loss with that of the partners' labels"

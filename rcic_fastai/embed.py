@@ -117,7 +117,7 @@ def _adapted(model, spec, rows, source, seed, prior, kw):
             own._pool = None
         yield
 
-# %% ../nbs/41_embed.ipynb #85dc6fe6
+# %% ../nbs/41_embed.ipynb #ea143ee6
 def _some(dl, part):
     "The samples of one part of a loader"
     dl.get_idxs = lambda: list(range(part.start, part.stop))
@@ -133,9 +133,10 @@ def _part_features(model, dl, part, number, tta, views, seed, tick):
     with no_random(seed + number): total = sum(one(1) for _ in range(tta))
     return total/np.linalg.norm(total, axis=1, keepdims=True)
 
-def _features(model, spec, rows, source, plan, todo, tta, views, seed, mask, adapt, adapt_rows, prior, bs, num_workers, progress):
+def _features(model, spec, rows, source, plan, todo, tta, views, seed, mask, adapt, adapt_rows, stat_rows, prior, bs, num_workers, progress):
     "(number of a part, float32 [N,D]) of the parts `todo`, one after the other"
-    kw = dict(bs=bs, mask=mask, num_workers=num_workers, device=next(model.parameters()).device)
+    if stat_rows is None: stat_rows = rows if adapt_rows is None else pd.concat([rows, adapt_rows]).drop_duplicates('site_id')
+    kw = dict(bs=bs, mask=mask, num_workers=num_workers, stat_rows=stat_rows, device=next(model.parameters()).device)
     of = stat_groups(rows, adapt or 'experiment').astype(str)
     own = _adapted_groups(rows, adapt_rows, adapt) if adapt else {}
     total = sum(-(-len(plan[i].at)//bs) for i in todo)*(1 if views == 'dihedral' else tta)
@@ -207,7 +208,7 @@ class EmbeddingParts:
             yield self.table(at[order], np.concatenate([self.features(i) for i in ps])[order])
     def remove(self): shutil.rmtree(self.folder)
 
-# %% ../nbs/41_embed.ipynb #89c14b47
+# %% ../nbs/41_embed.ipynb #c23ba6ea
 def _begin_parts(parts, facts):
     "Refuse a folder that was begun otherwise; a function that names the folder's making, called when there is something to write"
     f = Path(parts.folder)/'parts.json'
@@ -239,6 +240,7 @@ def embed_parts(
     mask=('plate_group', 'experiment'), # Metadata passed as unknown
     adapt:str=None, # AdaBN over each 'experiment' or 'plate'
     adapt_rows:pd.DataFrame=None, # The rows that those statistics are taken from
+    stat_rows:pd.DataFrame=None, # Rows that plate or experiment pixel statistics may be taken of; `None`: `rows` and `adapt_rows`
     prior:int=16, # With `adapt`: how many sites the training statistics count as
     bs:int=32, # Batch size
     num_workers:int=0, # Reader processes, for PNGs
@@ -249,11 +251,11 @@ def embed_parts(
     parts, device = EmbeddingParts(folder, samples, spec, plan, adapt is not None or spec.per_group), next(model.parameters()).device
     begin = _begin_parts(parts, dict(format=1, model=_of_model(model), spec=_digest(asdict(spec)), rows=_of_rows(rows, spec),
         pictures=_of_source(source, rows), tta=tta, views=views, seed=seed, mask=sorted(mask), adapt=adapt,
-        adapt_rows=_of_rows(adapt_rows, spec), prior=prior, bs=bs, part=part, device=device.type, torch=torch.__version__))
+        adapt_rows=_of_rows(adapt_rows, spec), stat_rows=_of_rows(stat_rows, spec), prior=prior, bs=bs, part=part, device=device.type, torch=torch.__version__))
     rank, world = rank_world()
     if progress and not rank and (n := sum(map(parts.done, range(len(plan))))): print(f'{folder}: {n} of {len(plan)} parts are there already')
     todo = [i for i, p in enumerate(plan) if (p.number if adapt else i) % world == rank and not parts.done(i)]
-    for i, x in _features(model, spec, rows, source, plan, todo, tta, views, seed, mask, adapt, adapt_rows, prior, bs, num_workers, progress and not rank):
+    for i, x in _features(model, spec, rows, source, plan, todo, tta, views, seed, mask, adapt, adapt_rows, stat_rows, prior, bs, num_workers, progress and not rank):
         begin(); _write_part(parts, i, x)
     wait_for_all()
     return parts
@@ -264,7 +266,7 @@ def _planned(rows, spec, tta, views, adapt, bs, part):
     samples = _samples(rows, spec)
     return samples, _plan(samples, adapt or 'experiment', bs, part)
 
-# %% ../nbs/41_embed.ipynb #2b49f11d
+# %% ../nbs/41_embed.ipynb #4ed3fcb7
 def embed_rows(
     model, # A `ScreenModel`
     spec:ScreenSpec, # How sites become batches
@@ -276,6 +278,7 @@ def embed_rows(
     mask=('plate_group', 'experiment'), # Metadata passed as unknown
     adapt:str=None, # BatchNorm statistics of each 'experiment' or 'plate' (AdaBN) instead of the training ones
     adapt_rows:pd.DataFrame=None, # The rows that those statistics are taken from; `None`: `rows` themselves
+    stat_rows:pd.DataFrame=None, # Rows that plate or experiment pixel statistics may be taken of; `None`: `rows` and `adapt_rows`
     prior:int=16, # With `adapt`: how many sites the training statistics count as
     bs:int=32, # Batch size
     num_workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
@@ -284,7 +287,7 @@ def embed_rows(
     part:int=2048, # Samples a part
 )->pd.DataFrame: # `Metadata_…` columns and float32 `emb_0000`…, one row a site (or well)
     "Embeddings of any rows, with what is known about them"
-    how = dict(tta=tta, views=views, seed=seed, mask=mask, adapt=adapt, adapt_rows=adapt_rows, prior=prior, bs=bs,
+    how = dict(tta=tta, views=views, seed=seed, mask=mask, adapt=adapt, adapt_rows=adapt_rows, stat_rows=stat_rows, prior=prior, bs=bs,
                num_workers=num_workers, progress=progress)
     if folder is None:
         samples, plan = _planned(rows, spec, tta, views, adapt, bs, part)
@@ -299,7 +302,7 @@ def embed_rows(
         out[parts.plan[i].at] = x
     return parts.table(np.arange(len(out)), out)
 
-# %% ../nbs/41_embed.ipynb #e359955d
+# %% ../nbs/41_embed.ipynb #937e6ad6
 @patch
 @delegates(embed_rows, but=['model', 'spec', 'rows', 'source'])
 def embed(self:Learner,
@@ -312,4 +315,5 @@ def embed(self:Learner,
         feats = embed_dl(self.model, rows, kwargs.get('tta', 8), kwargs.get('progress', True))
         return make_emb_table(_row_table(table, self.dls.spec), feats)
     if rows is None: rows = self.dls.valid.items
+    if self.dls.spec.norm_from == 'controls': kwargs.setdefault('stat_rows', self.dls.table)
     return embed_rows(self.model, self.dls.spec, rows, self.dls.source, **kwargs)

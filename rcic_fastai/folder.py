@@ -283,7 +283,7 @@ def _is_loss(v, depth=0):
     _, ok = _or(_NONE, _BOOL, _REAL, _list(_REAL, 1, 2))
     return all(_is_loss(o, depth+1) if k in ('a', 'b') else ok(o) for k, o in v.items() if k != 'name')
 
-# %% ../nbs/51_folder.ipynb #6157fea3
+# %% ../nbs/51_folder.ipynb #cf231469
 _SHARE = _num(0, 1)
 _NOT_SAVED = ('pretrained', 'stem', 'kwargs')
 _BACKBONE = ('drop_connect_rate', 'drop_path_rate', 'drop_rate', 'proj_drop_rate', 'attn_drop_rate')
@@ -297,7 +297,7 @@ _STATS = _or(_NONE, _list(_num(-1e6, 1e6), 1, 16))
 _SPEC = dict({f.name: _SCALAR for f in fields(ScreenSpec)},
     target=_WORD, labels=_list(_LABEL, 1, 2**20), channels=_list(_WORD, 1, 16), vocabs=_dict(_list(_LABEL, 1, 2**20), 100),
     sites=_int(1, 64), size=_or(_NONE, _int(8, 2**14)), norm=_one(*NORMALIZERS), norm_mean=_STATS, norm_std=_STATS,
-    bits=_one(8, 16), clahe=_BOOL)
+    bits=_one(8, 16), clahe=_BOOL, norm_from=_one('all', 'controls'))
 _TOP = dict(model=_TABLE, spec=_TABLE, held_out=_list(_LABEL, 0, 2**16), versions=_dict(_VERSION, 100),
             fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
@@ -454,10 +454,10 @@ def unknown_notes(
     return [f'{sum(n.values())} of {len(rows)} sites have a {c} that the model never saw, {say(n)}: it is passed as unknown.'
             for c, n in unknown_metadata(spec, rows, mask).items()]
 
-# %% ../nbs/51_folder.ipynb #28669b74
+# %% ../nbs/51_folder.ipynb #6007e155
 class TrainedModel:
-    "An opened model folder: `.model`, `.spec`, `.index`, `.config`"
-    def __init__(self, folder, model, spec, index, config): store_attr()
+    "An opened model folder: `.model`, `.spec`, `.index`, `.adapted_index` (or None), `.config`"
+    def __init__(self, folder, model, spec, index, config, adapted_index=None): store_attr()
     def __repr__(self):
         s = self.spec
         return f'{self.config["model"]["arch"]}, {len(s.channels)} channels → {len(s.labels)} {s.target} classes'
@@ -475,6 +475,14 @@ class TrainedModel:
     def screen_notes(self, rows, source)->list:
         "What is odd about the pictures of a screen, beside those that the model was trained on"
         return [*_brightness_notes(self.config['data'], rows, source), *_store_notes(self.config['data'], self.index, source)]
+
+def _by_adaptation(index):
+    "The index of embeddings as the model makes them, and that of embeddings with AdaBN, if both are there"
+    how = index.labels.get('protocol', pd.Series(None, index.labels.index))
+    adapted = (how == 'adapted').to_numpy(bool)
+    if adapted.all() or not adapted.any(): return index, None
+    part = lambda keep, *drop: SirnaIndex(index.features[keep], index.labels[keep].drop(columns=[*drop]), index.target, index.kind, index.model)
+    return part(~adapted, 'protocol'), part(adapted)
 
 def _brightness_notes(data, rows, source, much=8):
     "Pictures on another scale: 12 bits in 16, stretched, inverted or normalised before"
@@ -495,7 +503,7 @@ def _store_notes(data, index, source):
     return [f'{source.root} holds {n} sites of the index, but it was packed again or changed since the model was trained: '
             'if its pictures or labels are others, train again.']
 
-# %% ../nbs/51_folder.ipynb #8e875ed1
+# %% ../nbs/51_folder.ipynb #5cc4d03e
 def load_screen_model(
     folder, # What `save_screen_model` or `rcic_train` wrote
     device='cpu', # Where to put the model, whatever trained it
@@ -512,4 +520,5 @@ def load_screen_model(
     index, model = SirnaIndex.load(folder, key), _built(config, weights, state)
     dim, rows = model.classifier.weight.shape[1], index.features.shape[1]
     if rows != dim: raise _again(f'{folder/"index.json"} is of rows of {rows} numbers and the model embeds into {dim}')
-    return TrainedModel(folder, model.to(device).eval(), ScreenSpec(**config['spec']), index, config)
+    plain, adapted = _by_adaptation(index)
+    return TrainedModel(folder, model.to(device).eval(), ScreenSpec(**config['spec']), plain, config, adapted)

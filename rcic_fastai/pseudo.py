@@ -98,7 +98,7 @@ def pseudo_schedule(
                           'smaller first.')
     return [float(s) for s in np.linspace(first, last, rounds)]
 
-# %% ../nbs/47_pseudo.ipynb #6e5725c4
+# %% ../nbs/47_pseudo.ipynb #9528ce70
 def well_scores(
     model, # A `ScreenModel`
     spec:ScreenSpec, # How sites become batches
@@ -109,11 +109,12 @@ def well_scores(
     bs:int=32, # Batch size
     num_workers:int=0, # Reader processes, for PNGs
     progress:bool=True, # Show a progress bar
+    stat_rows:pd.DataFrame=None, # Rows that plate or experiment statistics may be taken of; `None`: `rows`
 )->tuple: # (float32 [W,K] in the order of `spec.labels`; one row a well)
     "Cosine of every well with every class, by the classifier"
     check_tta(tta)
     device, out = next(model.parameters()).device, []
-    dl = spec_dl(spec, rows, source, bs=bs, mask=mask, num_workers=num_workers, device=device)
+    dl = spec_dl(spec, rows, source, bs=bs, mask=mask, num_workers=num_workers, device=device, stat_rows=stat_rows)
     with eval_mode(model):
         for b in progress_bar(dl) if progress else dl:
             x, *meta = b[:1 + len(model.inputs)]
