@@ -2,10 +2,12 @@
 # Each builds .venv first when it is missing or when what it is installed from has changed.
 
 PYTHON ?= python3
+# Every package at one version, with the checksums of its files; `make LOCK= …` takes the newest that settings.ini allows.
+LOCK ?= requirements.lock
 BIN := .venv/bin
 # The stamp carries a checksum of the files that name the requirements, and is written last: a changed requirement or
 # an interrupted installation is installed again, a new clone or a mere `touch` is not.
-STAMP := .venv/installed-$(shell cat settings.ini setup.py pyproject.toml | cksum | cut -d ' ' -f 1)
+STAMP := .venv/installed-$(shell cat settings.ini setup.py pyproject.toml $(LOCK) | cksum | cut -d ' ' -f 1)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLBACKEND := Agg
@@ -16,7 +18,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # two notebooks run at a time, so one thread each
 LIMITS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help venv demo test test-notebooks test-pytest test-sync docs lib store bench clean
+.PHONY: help venv lock demo test test-notebooks test-pytest test-sync docs lib store bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +28,7 @@ help:
 	@echo "make lib     write rcic_fastai/ from the notebooks"
 	@echo "make store   run every notebook and store its outputs"
 	@echo "make bench   measure, and store the figures in bench/results/"
+	@echo "make lock    resolve requirements.lock anew, with checksums"
 	@echo "make clean   remove .venv, demo/ and caches"
 	@echo "PYTHON=...   which Python (3.11 or newer) makes .venv; now $(PYTHON)"
 
@@ -39,11 +42,23 @@ $(STAMP):
 		{ echo "$(PYTHON) cannot make environments: install its venv module (on Debian and Ubuntu, the package python3-venv)."; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making .venv (some minutes, about 6 GB)."; $(PYTHON) -m venv --clear .venv; }
 	@rm -f .venv/installed-*
+ifeq ($(LOCK),)
 	$(BIN)/python -m pip install -q -e '.[dev]'
+else
+	$(BIN)/python -m pip install -q --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+endif
 	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/rcic_demo demo --force
+
+# uv resolves for all systems and Pythons that are supported; a hidden environment, so that .venv stays as it is.
+lock:
+	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/python -m pip install -q uv
+	$(BIN)/python tools/lock.py > .venv/lock/requirements.in
+	.venv/lock/bin/uv pip compile .venv/lock/requirements.in --universal --generate-hashes --python-version 3.11.7 \
+		--no-header --no-annotate -q -o requirements.lock
 
 # All three parts run, whatever the first ones say.
 test: $(STAMP)

@@ -256,3 +256,12 @@ def test_the_page_of_figures_is_current():
     text = (NBS/'91_measured.ipynb').read_text(encoding='utf-8')
     for f in sorted((ROOT/'bench/results').glob('*.json')):
         assert f'{f.name} {hashlib.sha256(f.read_bytes()).hexdigest()[:16]}' in text, f'run nbs/91_measured.ipynb again: {f.name} has changed'
+
+
+def test_the_lock_file_pins_what_is_required_with_checksums():
+    wanted = subprocess.run([sys.executable, ROOT/'tools/lock.py'], capture_output=True, text=True, check=True).stdout.split('\n')
+    plain = lambda s: re.sub(r'[-_.]+', '-', re.match(r'[A-Za-z0-9._-]+', s)[0]).lower()
+    entries = re.split(r'\n(?=\S)', (ROOT/'requirements.lock').read_text())
+    locked = {plain(e): e for e in entries if e.strip()}
+    assert not {plain(o) for o in wanted if o} - set(locked)
+    for name, e in locked.items(): assert '==' in e.split('\n')[0] and '--hash=sha256:' in e, name
