@@ -158,6 +158,7 @@ def difficulty(experiments=None, sirnas=24, size=96, seed=0):
 
 
 def main():
+    cv2.setNumThreads(1)  # OpenCV's threads do not survive the forks below
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--parts', default='brightness,looks,difficulty', help='with commas')
     parts = p.parse_args().parts.split(',')
@@ -173,7 +174,7 @@ def main():
         keep(looks=looks(out.get('looks', {})))
     if 'difficulty' in parts:
         found = []
-        for o in (dict(experiments=DEMO['experiments'].split(','), sirnas=48), {}):
+        for o in (dict(experiments=DEMO['experiments'].split(','), sirnas=48), dict(sirnas=48)):
             found.append(difficulty(**o)); print(found[-1])
             keep(difficulty=found, difficulty_asked=dict(experiment_accuracy=.95, sirna_times_chance=3))
 

@@ -263,7 +263,7 @@ def _sites(learn):
     bad = [i for i, o in zip(ids, x) if o.is_floating_point() and not o.isfinite().all()] if len(ids) == len(x) else []
     return f' (sites {first_few(bad or ids, 3)}' + (', whose pictures hold numbers that are not finite)' if bad else ')')
 
-# %% ../nbs/25_checkpoints.ipynb #60579e5e
+# %% ../nbs/25_checkpoints.ipynb #a5d75300
 @contextmanager
 def checkpointed(
     learn:Learner, # Any learner
@@ -273,6 +273,7 @@ def checkpointed(
     "Inside, a fit writes checkpoints, and goes on from `found`"
     def _do_fit():
         start = _go_on(learn, cp, found) if found else 0
+        if start and getattr(learn, 'progress', None) and getattr(learn.progress, 'mbar', None): learn.progress.mbar.update(0)
         cp.remember()
         for learn.epoch in range(start, learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
     learn._do_fit = _do_fit

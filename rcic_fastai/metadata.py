@@ -8,8 +8,8 @@ __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'SITE_COLUMNS', 'PLATE_SHAPE'
            'check_table', 'sirna_groups', 'add_plate_groups', 'read_metadata', 'write_atomic', 'write_metadata',
            'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
 
-# %% ../nbs/00_metadata.ipynb #04463efe
-import os
+# %% ../nbs/00_metadata.ipynb #fb6258f4
+import glob, os
 from importlib.resources import files
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -83,7 +83,7 @@ def treatment_wells()->list: # 277 names
     taken = {w for ws in control_wells().values() for w in ws}
     return [w for w in inner_wells() if w not in taken]
 
-# %% ../nbs/00_metadata.ipynb #0714f05e
+# %% ../nbs/00_metadata.ipynb #db23d34d
 def _text(s): return s.astype('string').astype(object).where(s.notna(), None)
 
 def _integers(s, column, where):
@@ -91,17 +91,19 @@ def _integers(s, column, where):
     n = pd.to_numeric(s, errors='coerce')
     bad = (s.notna() & n.isna()) | (n.notna() & (n % 1 != 0))
     if bad.any():
-        i = bad.idxmax()
-        raise ScreenError(f'{where}, row {i+2}: {column} is {s[i]!r}, which is not a whole number; correct that cell.')
+        i = int(bad.to_numpy().argmax())
+        raise ScreenError(f'{where}, row {i+2}: {column} is {s.iloc[i]!r}, which is not a whole number; correct that cell.')
     return n.astype('Int64')
 
-# %% ../nbs/00_metadata.ipynb #b91e9d76
+# %% ../nbs/00_metadata.ipynb #aafac42c
 def _read_csv(path, needed=()):
     "Read a CSV with text kept as text; every complaint names the file"
     try: df = pd.read_csv(path, dtype=str, keep_default_na=True)
     except pd.errors.EmptyDataError: df = pd.DataFrame()
     except (UnicodeDecodeError, pd.errors.ParserError) as e:
-        raise ScreenError(f'{path} is not a readable CSV ({e}): save it again as comma-separated UTF-8 text.') from None
+        raise ScreenError(f'{path} is not a readable CSV ({" ".join(str(e).split()).rstrip(".")}): save it again as comma-separated UTF-8 text.') from None
+    if not isinstance(df.index, pd.RangeIndex):
+        raise ScreenError(f'{path} has rows with more cells than its header: give every column a name, and quote cells that hold commas.')
     if not len(df): raise ScreenError(f'{path} has no rows: point to the table that lists the screen.')
     missing = [c for c in needed if c not in df]
     if missing: raise ScreenError(f'{path} has no column {first_few(missing)}: it needs {", ".join(needed)}.')
@@ -260,7 +262,19 @@ def read_metadata(
     if plate_groups is not None or 'plate_group' not in t: t = add_plate_groups(t, plate_groups)
     return t[SITE_COLUMNS + [c for c in t if c not in SITE_COLUMNS]].reset_index(drop=True)
 
-# %% ../nbs/00_metadata.ipynb #8e3aab5a
+# %% ../nbs/00_metadata.ipynb #4399748e
+def _remove_stale(path):
+    "What a killed process left of `path`"
+    for old in path.parent.glob(f'.*.{glob.escape(path.name)}') if os.name == 'posix' else ():
+        pid = old.name[1:-len(path.name)-1]
+        if pid.isdigit() and not _alive(int(pid)): old.unlink(missing_ok=True)
+
+def _alive(pid):
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except (PermissionError, OverflowError): return True
+    return True
+
 def write_atomic(
     path,   # file to write; its folder is made when missing
     write,  # called with the temporary path (a `Path` with the same ending); it writes the file
@@ -268,6 +282,7 @@ def write_atomic(
     "Write a file under a temporary name and move it into place once it is complete."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
     tmp = path.with_name(f'.{os.getpid()}.{path.name}')
     try:
         write(tmp)
