@@ -89,7 +89,7 @@ def _text(s): return s.astype('string').astype(object).where(s.notna(), None)
 def _integers(s, column, where):
     "Series to nullable Int64; says which row is not a whole number"
     n = pd.to_numeric(s, errors='coerce')
-    bad = (s.notna() & n.isna()) | (n.notna() & (n % 1 != 0))
+    bad = (s.notna() & n.isna()) | (n.notna() & ((n % 1 != 0) | (n.abs() >= 2**63)))
     if bad.any():
         i = int(bad.to_numpy().argmax())
         raise ScreenError(f'{where}, row {i+2}: {column} is {s.iloc[i]!r}, which is not a whole number; correct that cell.')
