@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'TensorMeta', 'meta_vocab', 'MetadataCategorize', 'MetadataBlock',
            'ExperimentSplitter', 'ScreenSpec', 'GroupCategorize', 'statistics_rows', 'screen_block', 'label_order',
-           'labelled_rows', 'check_plates', 'screen_dls', 'spec_dl']
+           'labelled_rows', 'check_plates', 'check_id_test', 'screen_dls', 'spec_dl']
 
 # %% ../nbs/13_data.ipynb #e3d9cf70
 from dataclasses import asdict, dataclass, field, replace
@@ -160,7 +160,7 @@ def _unknowns(rows): return [None]*len(rows)
 def _labels_of(rows, target): return rows[target].astype(str).tolist()
 def _groups_of(rows, norm): return stat_groups(rows, norm).tolist()
 
-# %% ../nbs/13_data.ipynb #6d4b0831
+# %% ../nbs/13_data.ipynb #86408b2c
 def label_order(
     rows:pd.DataFrame, # Labelled rows
     target:str, # Column
@@ -174,11 +174,11 @@ def labelled_rows(
     table:pd.DataFrame, # Site table
     target:str='sirna', # Column to predict
     controls:bool=None, # With control wells (1139 classes) or without (1108); `None`: with, unless the target is `sirna`
-)->pd.DataFrame: # Rows to train on: not test, and with a label
+)->pd.DataFrame: # Rows to train on or to hold out: of `dataset` train or val, and with a label
     "The rows that can be trained on"
     if target not in table: raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(table.columns)}.')
     if controls is None: controls = target != 'sirna'
-    rows = table[(table.dataset != 'test') & table[target].notna() & (controls | (table.well_type == 'treatment'))]
+    rows = table[table.dataset.isin(('train', 'val')) & table[target].notna() & (controls | (table.well_type == 'treatment'))]
     if not len(rows): raise ScreenError(f'No training row has a {target}{"" if controls else " and is a treatment well"}: '
                                         f'label some, set their dataset to train{"" if controls else ", or include the controls"}.')
     return rows
@@ -194,7 +194,17 @@ def check_plates(
         raise ScreenError(f'{first_few(names, 4)} has no treatment well: there is no siRNA to name on it; '
                           'check its well_type column, leave the plate out, or choose another target.')
 
-# %% ../nbs/13_data.ipynb #7d8fdcda
+# %% ../nbs/13_data.ipynb #5ff4fd86
+def check_id_test(
+    table:pd.DataFrame, # Site table
+    rows:pd.DataFrame, # Rows to train on
+    sites:int, # Sites a sample
+):
+    "Raise a `ScreenError` when samples of whole wells would take in sites of `dataset` 'id_test', which nothing is trained on"
+    if sites > 1 and table.well_id[table.dataset == 'id_test'].isin(rows.well_id).any():
+        raise ScreenError(f'sites={sites} would read the id_test sites of the training wells: take sites=1, or set their dataset to train.')
+
+# %% ../nbs/13_data.ipynb #28c93395
 def _every_row(rows): return range(len(rows)), range(len(rows))
 def _split_at(rows, n_train): return range(n_train), range(n_train, len(rows))
 
@@ -221,8 +231,9 @@ def screen_dls(
     "Training and validation batches of a screen, split by experiment"
     args = {k:v for k,v in locals().items()}
     rows = labelled_rows(table, target, controls)
-    if target == 'sirna': check_plates(table[table.dataset != 'test'])
+    if target == 'sirna': check_plates(table[table.dataset.isin(('train', 'val'))])
     train, held = split_experiments(rows, valid)
+    check_id_test(table, rows, sites)
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))
     spec = ScreenSpec(target, label_order(rows, target), list(source.channels),
                       vocabs or {c:meta_vocab(train[c]) for c in META_COLUMNS}, sites, size, norm,

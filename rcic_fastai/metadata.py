@@ -8,8 +8,8 @@ __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'SITE_COLUMNS', 'PLATE_SHAPE'
            'check_table', 'sirna_groups', 'add_plate_groups', 'read_metadata', 'write_atomic', 'write_metadata',
            'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
 
-# %% ../nbs/00_metadata.ipynb #fb6258f4
-import glob, os
+# %% ../nbs/00_metadata.ipynb #f9df0a46
+import glob, os, platform, zlib
 from importlib.resources import files
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -83,7 +83,7 @@ def treatment_wells()->list: # 277 names
     taken = {w for ws in control_wells().values() for w in ws}
     return [w for w in inner_wells() if w not in taken]
 
-# %% ../nbs/00_metadata.ipynb #db23d34d
+# %% ../nbs/00_metadata.ipynb #e32d9110
 def _text(s): return s.astype('string').astype(object).where(s.notna(), None)
 
 def _integers(s, column, where):
@@ -262,11 +262,14 @@ def read_metadata(
     if plate_groups is not None or 'plate_group' not in t: t = add_plate_groups(t, plate_groups)
     return t[SITE_COLUMNS + [c for c in t if c not in SITE_COLUMNS]].reset_index(drop=True)
 
-# %% ../nbs/00_metadata.ipynb #4399748e
+# %% ../nbs/00_metadata.ipynb #b24c0991
+def _tmp_prefix(): return f'.{zlib.crc32(platform.node().encode()):08x}-'   # of this machine: a folder may be shared with others
+
 def _remove_stale(path):
-    "What a killed process left of `path`"
-    for old in path.parent.glob(f'.*.{glob.escape(path.name)}') if os.name == 'posix' else ():
-        pid = old.name[1:-len(path.name)-1]
+    "What a killed process of this machine left of `path`"
+    prefix = _tmp_prefix()
+    for old in path.parent.glob(f'{prefix}*.{glob.escape(path.name)}') if os.name == 'posix' else ():
+        pid = old.name[len(prefix):-len(path.name)-1]
         if pid.isdigit() and not _alive(int(pid)): old.unlink(missing_ok=True)
 
 def _alive(pid):
@@ -283,7 +286,7 @@ def write_atomic(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path)
-    tmp = path.with_name(f'.{os.getpid()}.{path.name}')
+    tmp = path.with_name(f'{_tmp_prefix()}{os.getpid()}.{path.name}')
     try:
         write(tmp)
         os.replace(tmp, path)
@@ -298,32 +301,36 @@ def write_metadata(
     "Write a site table in the official columns (`plate_group` is left out: it is derived on reading)"
     write_atomic(path, lambda p: table[[c for c in table if c != 'plate_group']].to_csv(p, index=False))
 
-# %% ../nbs/00_metadata.ipynb #edcbda5c
+# %% ../nbs/00_metadata.ipynb #f9ab3680
 def split_experiments(
-    table:pd.DataFrame, # A site table; rows with `dataset` 'test' are on neither side
-    valid='auto', # Names of the held-out experiments (list or 'A,B'), 'auto' (the last one of each cell type that has at least two) or 'none'
-)->tuple: # (train rows, valid rows): two site tables that share no experiment
+    table:pd.DataFrame, # A site table; rows with `dataset` 'test' or 'id_test' are on neither side
+    valid='auto', # Held-out experiments (list or 'A,B'), 'none', or 'auto': those of `dataset` 'val', else the last of each cell type with two or more
+)->tuple: # (train rows, all of `dataset` 'train', and valid rows): two site tables that share no experiment
     "Training and validation rows by held-out experiments"
-    t = table[table.dataset != 'test']
-    if not len(t): raise ScreenError('The table has only test rows: there is nothing to train on; set dataset to train for some experiments.')
-    have = t.groupby('cell_type')['experiment'].unique()
+    t = table[table.dataset.isin(('train', 'val'))]
+    val = sorted(t.experiment[t.dataset == 'val'].unique())
+    names = set(t.experiment[t.dataset == 'train'])
+    if not names: raise ScreenError('The table has no row whose dataset is train: there is nothing to train on; set dataset to train for some experiments.')
+    both = [v for v in val if v in names]
+    if both: raise ScreenError(f'{first_few(both)} has rows of train and of val: experiments are held out whole; change the dataset column.')
     if isinstance(valid, str):
-        if valid == 'auto': valid = [sorted(e)[-1] for e in have if len(e) >= 2]
+        have = t.groupby('cell_type')['experiment'].unique()
+        if valid == 'auto': valid = val or [sorted(e)[-1] for e in have if len(e) >= 2]
         else: valid = [] if valid == 'none' else [v.strip() for v in valid.split(',') if v.strip()]
     strange = [v for v in valid if v not in set(t['experiment'])]
     if strange: raise ScreenError(f'{first_few(strange)} cannot be held out: the training experiments are {first_few(sorted(t.experiment.unique()), 60)}.')
+    if names <= set(valid): raise ScreenError('All training experiments are held out: leave at least one to train on.')
     out = t['experiment'].isin(list(valid))
-    if out.all(): raise ScreenError('All training experiments are held out: leave at least one to train on.')
-    return t[~out], t[out]
+    return t[~out & (t.dataset == 'train')], t[out]
 
-# %% ../nbs/00_metadata.ipynb #420b0e8d
+# %% ../nbs/00_metadata.ipynb #1901a9e7
 def experiment_folds(
     table:pd.DataFrame, # A site table; test rows get no fold
     k:int=5, # Number of folds
     seed:int=0, # Which experiments go together
 )->pd.Series: # Fold 0…k−1 of each training experiment, by name
     "`k` folds of whole experiments, each cell type spread evenly over the folds"
-    t = table[table.dataset != 'test']
+    t = table[table.dataset.isin(('train', 'val'))]
     n = t['experiment'].nunique()
     if not 2 <= k <= n: raise ScreenError(f'k={k} folds cannot be made of {n} training experiments: choose 2 to {n}.')
     rng, fold, start = np.random.default_rng(seed), {}, 0
