@@ -46,43 +46,56 @@ def assign_plate(
                           'allow more.')
     return cols
 
-# %% ../nbs/43_assign.ipynb #e204baac
+# %% ../nbs/43_assign.ipynb #a436f596
 EXTEND = ('seen', 'rotations', 'all')
 
+def _plates(plates):
+    "Plates as whole numbers if all of them are, else as text"
+    p = pd.Series(np.asarray(plates, dtype=object))
+    if p.isna().any(): raise ScreenError(f'Well {p.isna().argmax()} has no plate: fill it in.')
+    n = pd.to_numeric(p, errors='coerce')
+    return (n.astype('int64') if (n % 1 == 0).all() else p.astype(str)).to_numpy()
+
 def _seen_patterns(rows):
-    "Groups of the plates of each labelled experiment: experiments × plates, without gaps"
+    "Groups of the plates of each labelled experiment (experiments × plates, without gaps); have the plates names?"
     absent = [c for c in ('experiment', 'plate', 'plate_group') if c not in rows]
     if absent:
         raise ScreenError(f'The training rows have no column {first_few(absent)}: '
                           'plate patterns are read from experiment, plate and plate_group.')
     treated = rows['well_type'] == 'treatment' if 'well_type' in rows else True
-    d = rows[rows['plate_group'].notna() & treated].drop_duplicates(['experiment', 'plate', 'plate_group'])
+    d = rows[rows['plate_group'].notna() & treated]
+    d = d.assign(plate=_plates(d.plate)).drop_duplicates(['experiment', 'plate', 'plate_group'], ignore_index=True)
     twice = d.duplicated(['experiment', 'plate'])
     if twice.any():
         raise ScreenError(f'Plate {d.plate[twice].iloc[0]} of {d.experiment[twice].iloc[0]} holds siRNAs of two '
                           'groups: correct its plate_group.')
+    names = d.plate.dtype.kind != 'i' or d.experiment.nunique() > 1 and not d.duplicated('plate').any()
+    if names: d = d.assign(plate=d.sort_values('plate').groupby('experiment').cumcount() + 1)
     whole = d.pivot(index='experiment', columns='plate', values='plate_group').dropna()
     if not len(whole):
         raise ScreenError('No training experiment has a known group on every plate, so there is no pattern to learn: '
                           'give a table with plate_group for all plates of an experiment.')
-    return whole.astype(int)
+    return whole.astype(int), names
 
 def group_patterns(
     rows:pd.DataFrame=None, # Training rows with `experiment`, `plate` and `plate_group`; `None`: none are known
     n_groups:int=4, # Without rows, the number of groups and plates; the pattern is then 0, 1, 2, …
-    extend:str='rotations', # 'seen': no others; 'rotations': seen ones turned round the plates; 'all': every order
-)->pd.DataFrame: # One row a pattern, one column a plate: the group (int) that the plate holds
+    extend:str='rotations', # 'seen': no others; 'rotations': turned round the plates; 'all' (barcodes: always): every order
+)->pd.DataFrame: # One row a pattern, one column a plate: the group (int) that it holds
     "The ways in which groups of siRNAs can lie on the plates of an experiment"
     if extend not in EXTEND: raise ScreenError(f'extend={extend!r} is not known: choose from {", ".join(EXTEND)}.')
-    seen = pd.DataFrame([range(n_groups)], columns=range(1, n_groups+1)) if rows is None else _seen_patterns(rows)
+    seen, names = pd.DataFrame([range(n_groups)], columns=range(1, n_groups+1)), False
+    if rows is not None: seen, names = _seen_patterns(rows)
     n = seen.shape[1]
+    if names and n > 7: return pd.DataFrame()                    # too many to try: `infer_groups` goes plate by plate
+    if names: extend = 'all'
     if extend == 'all' and n > 7: raise ScreenError(f'{n} plates have too many orders to try them all: use rotations.')
     rotations = lambda p: [np.roll(p, -i) for i in range(n)]
     turned = {'seen': lambda p: [p], 'rotations': rotations, 'all': permutations}[extend]
     every = pd.DataFrame([q for p in np.unique(seen.to_numpy(), axis=0) for q in turned(p)], columns=seen.columns)
     return every.drop_duplicates().sort_values(list(every), ignore_index=True)
 
-# %% ../nbs/43_assign.ipynb #74fc23c2
+# %% ../nbs/43_assign.ipynb #2aca9a9d
 def group_scores(
     scores, # [W,K] class scores of wells
     class_groups, # [K] group of each class; missing for classes in none
@@ -100,7 +113,7 @@ def group_evidence(
     plates, # [W] plate of each well
 )->np.ndarray: # [W,G] score in the best one-to-one assignment of the plate to the group; −∞: the group is too small
     "What each well says for each group, every siRNA being used once a plate"
-    g, plates = pd.array(class_groups, dtype='Int64').to_numpy(float, na_value=np.nan), np.asarray(plates)
+    g, plates = pd.array(class_groups, dtype='Int64').to_numpy(float, na_value=np.nan), _plates(plates)
     out = np.full((len(scores), n_groups), -np.inf)
     for p in np.unique(plates):
         at = np.flatnonzero(plates == p)
@@ -111,7 +124,7 @@ def group_evidence(
                 out[at, i] = s[np.arange(len(at)), assign_plate(s, p)]
     return out
 
-# %% ../nbs/43_assign.ipynb #539ca2e5
+# %% ../nbs/43_assign.ipynb #cc018ee8
 def _behind(fit):
     "By how many standard errors each column is behind the one with the highest mean"
     possible = np.isfinite(fit).all(0)
@@ -126,16 +139,21 @@ def _crowded(fit, plates): return plates[np.isneginf(fit).sum(1).argmax()]
 
 def pattern_fit(
     best, # [W,G] from `group_evidence` or `group_scores`, wells of one experiment
-    plates, # [W] plate number of each well
+    plates, # [W] plate of each well
     patterns:pd.DataFrame=None, # From `group_patterns`, numbered as the columns of `best`; `None`: 0, 1, … rotated
 )->pd.DataFrame: # Patterns, best first: the group of each plate, fit, z (standard errors behind the best), posterior
     "How well each pattern fits the wells of an experiment"
-    best, plates = np.asarray(best, dtype=float), np.asarray(plates, dtype=int)
+    best, plates = np.asarray(best, dtype=float), _plates(plates)
     G = best.shape[1]
     pats = group_patterns(n_groups=G) if patterns is None else patterns
+    if pats.empty:
+        raise ScreenError('There is no pattern that could fit: give some (group_patterns), or match every plate on its '
+                          'own (infer_groups).')
     if pats.to_numpy().max() >= G:
         raise ScreenError(f'The patterns name group {pats.to_numpy().max()}, but the scores are for groups 0 to {G-1}: '
                           'number the groups as the columns of the scores.')
+    odd = [c for c in ('fit', 'z', 'posterior') if c in pats]
+    if odd: raise ScreenError(f'A plate cannot be called {odd[0]}: give it another name.')
     strange = sorted(set(plates) - set(pats.columns))
     if strange:
         raise ScreenError(f'Plate {strange[0]} cannot be matched with {G} groups of siRNAs: '
@@ -150,16 +168,43 @@ def pattern_fit(
     out = pats.assign(fit=fit.mean(0), z=z, posterior=likely/likely.sum())
     return out.sort_values(['z', 'fit'], ascending=[True, False], kind='stable', ignore_index=True)
 
-# %% ../nbs/43_assign.ipynb #d23095f3
+# %% ../nbs/43_assign.ipynb #3e535d41
 def infer_rotation(
     best, # [W,G] from `group_evidence` or `group_scores`, wells of one experiment
-    plates, # [W] plate number of each well
+    plates, # [W] plate of each well
     patterns:pd.DataFrame=None, # See `pattern_fit`
 )->tuple: # ({plate: group}, confidence: standard errors to the runner-up)
     "Which pattern of the groups fits the plates of an experiment best"
     fit = pattern_fit(best, plates, patterns)
-    return {int(p): int(fit.loc[0, p]) for p in np.unique(plates)}, float(fit['z'].iloc[1]) if len(fit) > 1 else np.inf
+    groups = {p: int(fit.loc[0, p]) for p in np.unique(_plates(plates)).tolist()}
+    return groups, float(fit['z'].iloc[1]) if len(fit) > 1 else np.inf
 
+def _by_pattern(best, plates, patterns):
+    "Groups of the plates of an experiment by the best pattern: one row of `infer_groups`"
+    fit = pattern_fit(best, plates, patterns)
+    ways = [{p: int(r[p]) for p in np.unique(plates).tolist()} for _, r in fit.iterrows()]
+    other = next((i for i, w in enumerate(ways) if w != ways[0]), None)
+    return dict(groups=ways[0], posterior=float(fit['posterior'][[w == ways[0] for w in ways]].sum()),
+                confidence=np.inf if other is None else float(fit['z'][other]),
+                runner_up=None if other is None else ways[other])
+
+def _any_order(patterns, plates):
+    "The patterns of `plates` that nobody numbered; none if these are more plates than a pattern has, or too many"
+    n, plates = patterns.shape[1], np.unique(plates)
+    if not len(plates) <= n <= 7: return None
+    kinds = {tuple(sorted(p)) for p in patterns.to_numpy().tolist()}
+    return pd.DataFrame(sorted({q for p in kinds for q in permutations(p, len(plates))}), columns=plates)
+
+def _plate_by_plate(best, plates):
+    "What `_by_pattern` gives, every plate on its own"
+    one = pd.DataFrame({1: range(best.shape[1])})
+    each = {p: _by_pattern(best[plates == p], np.ones((plates == p).sum()), one) for p in np.unique(plates).tolist()}
+    groups, least = {p: f['groups'][1] for p, f in each.items()}, min(each, key=lambda p: each[p]['confidence'])
+    second = each[least]['runner_up']
+    return dict(groups=groups, posterior=float(np.prod([f['posterior'] for f in each.values()])),
+                confidence=each[least]['confidence'], runner_up=second and {**groups, least: second[1]})
+
+# %% ../nbs/43_assign.ipynb #4a6e72ac
 def infer_groups(
     scores, # [W,K] class scores of treatment wells
     wells:pd.DataFrame, # W rows: `experiment` and `plate`
@@ -169,7 +214,8 @@ def infer_groups(
     "Plate groups of unlabelled experiments, and how sure they are"
     groups = pd.Series(pd.array(class_groups, dtype='Int64'))
     levels = sorted({int(g) for g in groups.dropna()})
-    if patterns is not None:
+    if patterns is None: patterns = group_patterns(n_groups=len(levels))
+    elif not patterns.empty:
         lost = sorted(set(np.unique(patterns.to_numpy())) - set(levels))
         if lost:
             raise ScreenError(f'The patterns name group {lost[0]}, which holds no class: '
@@ -177,14 +223,13 @@ def infer_groups(
         patterns = patterns.apply(lambda c: np.searchsorted(levels, c))
     codes, out, rows = groups.map({g: i for i, g in enumerate(levels)}), pd.array([pd.NA]*len(wells), dtype='Int64'), {}
     for e, idx in wells.groupby('experiment', sort=True).indices.items():
-        plates = wells['plate'].to_numpy(int)[idx]
-        fit = pattern_fit(group_evidence(scores[idx], codes, len(levels), plates), plates, patterns)
-        ways = [{int(p): levels[int(r[p])] for p in np.unique(plates)} for _, r in fit.iterrows()]
-        out[idx] = pd.array([ways[0][p] for p in plates], dtype='Int64')
-        other = next((i for i, w in enumerate(ways) if w != ways[0]), None)
-        rows[e] = dict(groups=ways[0], posterior=float(fit['posterior'][[w == ways[0] for w in ways]].sum()),
-                       confidence=np.inf if other is None else float(fit['z'][other]),
-                       runner_up=None if other is None else ways[other])
+        plates = _plates(wells['plate'].to_numpy(object)[idx])
+        best = group_evidence(scores[idx], codes, len(levels), plates)
+        ways = patterns if set(plates.tolist()) & set(patterns.columns) else _any_order(patterns, plates)
+        found = _plate_by_plate(best, plates) if ways is None else _by_pattern(best, plates, ways)
+        for k in ('groups', 'runner_up'): found[k] = found[k] and {p: levels[g] for p, g in found[k].items()}
+        out[idx] = pd.array([found['groups'][p] for p in plates], dtype='Int64')
+        rows[e] = found
     return out, pd.DataFrame.from_dict(rows, orient='index').rename_axis('experiment')
 
 # %% ../nbs/43_assign.ipynb #1208a1af

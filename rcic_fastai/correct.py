@@ -18,11 +18,15 @@ from .metadata import *
 from .profiles import *
 from .predict import PROTOCOLS, check_protocol
 
-# %% ../nbs/45_correct.ipynb #a7790e0f
+# %% ../nbs/45_correct.ipynb #b9d5f436
 CONTROLS = dict(negative=('negative_control',), positive=('positive_control',),
                 all=('negative_control', 'positive_control'))
 
 _Rows = namedtuple('_Rows', 'x meta batch names ref')   # features, facts, batch numbers and names, reference rows
+
+def _names(experiments):
+    "Experiments as text, however the column holds them: 3 and 3.0 are '3'"
+    return experiments.astype(object).map(lambda e: str(int(e)) if isinstance(e, (float, np.floating)) and e == e//1 else str(e))
 
 def _named(meta, i):
     "Row `i` in words"
@@ -44,7 +48,7 @@ def _read(emb, by, controls):
                                     'embed it again or leave it out.')
     batch, names = np.zeros(len(m), int), np.array(['the table'])
     if by:
-        name = m.experiment.astype(str)
+        name = _names(m.experiment)
         batch, names = pd.factorize(name + ' plate ' + m.plate.astype(str) if by == 'plate' else name)
     ref = np.ones(len(m), bool) if controls is None else m.well_type.isin(CONTROLS[controls]).to_numpy()
     return _Rows(x, m, batch, np.asarray(names), ref)
@@ -68,7 +72,7 @@ def _digest(x):
     for row in sorted(r.tobytes() for r in x.astype(np.float32)): h.update(row)
     return h.hexdigest()[:8]
 
-# %% ../nbs/45_correct.ipynb #59aefa38
+# %% ../nbs/45_correct.ipynb #0ff027f6
 @dataclass
 class Correction:
     "What all corrections share: reading, fitting, and the mark on what comes out"
@@ -99,7 +103,7 @@ class Correction:
         "Learn from an embeddings table"
         t = self._read(emb, self.controls)
         self._fit(t)
-        self.dim, self.seen = t.x.shape[1], set(t.meta.experiment)
+        self.dim, self.seen = t.x.shape[1], set(_names(t.meta.experiment))
         if self.learns: self.digest = _digest(t.x[t.ref])
         return self
 
@@ -120,20 +124,20 @@ class Correction:
         "Learn from an embeddings table, and correct it"
         return self.fit(emb).transform(emb)
 
-# %% ../nbs/45_correct.ipynb #2628391a
+# %% ../nbs/45_correct.ipynb #ba117bc4
 @patch
 def _mark(self:Correction, t, z):
     "Embeddings table of `z`, with what was done and the protocol it belongs to"
     m = t.meta
     tag = f'{self} #{self.digest}' if self.learns else f'{self}'
-    own = np.ones(len(m), bool) if self.by else m.experiment.isin(self.seen).to_numpy()
+    own = np.ones(len(m), bool) if self.by else _names(m.experiment).isin(self.seen).to_numpy()
     rank = np.where(own, PROTOCOLS.index('adapted'), PROTOCOLS.index('inductive'))
-    if 'correction' in m:
+    if 'correction' in m and m.correction.notna().any():
         if m.correction.nunique(dropna=False) > 1:
             raise ScreenError('The rows of the embeddings were corrected in different ways before: '
                               'correct them together from the start.')
         tag = f'{m.correction.iloc[0]} + {tag}'
-    if 'protocol' in m: rank = np.maximum(rank, [PROTOCOLS.index(check_protocol(p)) for p in m.protocol])
+    if 'protocol' in m: rank = np.maximum(rank, [PROTOCOLS.index(check_protocol(p)) for p in m.protocol.astype(object).fillna('inductive')])
     return make_emb_table(m.assign(protocol=np.array(PROTOCOLS, object)[rank], correction=tag), z)
 
 # %% ../nbs/45_correct.ipynb #da68f9d2
@@ -311,7 +315,7 @@ class TVN(Correction):
             z[mine] = z[mine] @ _power(self._cov(z[mine & t.ref]), -.5) @ self.target
         return z
 
-# %% ../nbs/45_correct.ipynb #19f1c2f0
+# %% ../nbs/45_correct.ipynb #5eba84d8
 @dataclass
 class Harmony(Correction):
     "Harmony, by harmonypy"
@@ -352,7 +356,7 @@ class Harmony(Correction):
         z = run_harmony(x[order].T, facts, 'batch', theta=self.theta, nclust=k, random_state=self.seed,
                         verbose=False).Z_corr
         if z.shape != x.shape: raise ScreenError('The installed harmonypy is too old: pip install -U "harmonypy>=2".')
-        self.seen, self.digest = set(t.meta.experiment), _digest(t.x)
+        self.seen, self.digest = set(_names(t.meta.experiment)), _digest(t.x)
         out = np.empty_like(x); out[order] = z
         return self._mark(t, out)
 
@@ -372,13 +376,13 @@ def correct(
     if odd: raise ScreenError(f'The correction {method!r} has no option {first_few(odd)}: it has {", ".join(known)}.')
     return CORRECTIONS[method](**options).fit_transform(emb)
 
-# %% ../nbs/45_correct.ipynb #d081d6dc
+# %% ../nbs/45_correct.ipynb #ea546485
 @patch
 def state(self:Correction)->tuple: # (facts that JSON can hold, {name: float64 array})
     "What was learned, as plain data"
     self._check_fitted()
     method = next(k for k, v in CORRECTIONS.items() if type(self) is v)
-    facts = dict(method=method, options=asdict(self), dim=self.dim, seen=sorted(map(str, self.seen)), digest=getattr(self, 'digest', None))
+    facts = dict(method=method, options=asdict(self), dim=self.dim, seen=sorted(self.seen), digest=getattr(self, 'digest', None))
     return facts, {k: np.ascontiguousarray(getattr(self, k), np.float64) for k in self._shapes(self.dim)}
 
 def _check_state(facts, arrays):
@@ -393,6 +397,7 @@ def _check_state(facts, arrays):
     if not (facts['digest'] is None if not kind.learns else re.fullmatch('[0-9a-f]{8}', str(facts['digest']))): raise ValueError('its digits are wrong')
     res = kind(**options)
     if {k: v.shape for k, v in arrays.items()} != res._shapes(dim): raise ValueError('its arrays are not those of its method')
+    if not all(v.dtype.kind == 'f' for v in arrays.values()): raise ValueError('its arrays do not hold real numbers')
     if not all(np.isfinite(v).all() for v in arrays.values()): raise ValueError('its numbers are not all finite')
     return res
 
@@ -411,7 +416,7 @@ def from_state(cls:Correction,
     for k, v in arrays.items(): setattr(res, k, np.asarray(v, np.float64))
     return res
 
-# %% ../nbs/45_correct.ipynb #891c71af
+# %% ../nbs/45_correct.ipynb #f6babba5
 def save_correction(
     correction:Correction, # Fitted
     path, # File to write, such as correction.safetensors
@@ -433,6 +438,7 @@ def load_correction(
         with safe_open(path, 'np') as f:
             facts = json.loads((f.metadata() or {}).get('correction', 'null'))
             arrays = {k: f.get_tensor(k) for k in f.keys() if k != 'nothing'}
-    except (SafetensorError, ValueError, OSError) as e:
-        raise ScreenError(f'{path} is not a saved correction ({str(e).splitlines()[0][:80]}): write it with save_correction.') from None
+    except (SafetensorError, ValueError, TypeError, AttributeError, KeyError, RecursionError, OSError) as e:
+        why = next(iter(str(e).splitlines()), type(e).__name__)[:80]
+        raise ScreenError(f'{path} is not a saved correction ({why}): write it with save_correction.') from None
     return Correction.from_state(facts, arrays, str(path))

@@ -6,8 +6,8 @@
 __all__ = ['PROTOCOLS', 'check_protocol', 'plate_groups_of', 'best_class', 'top_candidates', 'predict_wells', 'write_tables',
            'predict_tables', 'info_path', 'top_path', 'write_predictions', 'read_predictions']
 
-# %% ../nbs/44_predict.ipynb #9b12dd69
-import json
+# %% ../nbs/44_predict.ipynb #96f858f2
+import hashlib, json
 from pathlib import Path
 import numpy as np, pandas as pd
 from .metadata import *
@@ -62,12 +62,11 @@ def plate_groups_of(
             how[e] = 'inferred', float(found.confidence.iloc[0])
     return out, how
 
-# %% ../nbs/44_predict.ipynb #455b37d2
+# %% ../nbs/44_predict.ipynb #bf54a697
 def _transduce(wells, scores, index):
     "Column of each well after group restriction and assignment (untreated wells: their best), and the groups"
     choice, class_groups = best_class(scores), _class_groups(index)
     treated = np.flatnonzero((wells['well_type'] == 'treatment').to_numpy())
-    if not len(treated): raise ScreenError('There is no treatment well to assign: use the inductive protocol for controls.')
     w = wells.iloc[treated].reset_index(drop=True)
     groups, how = plate_groups_of(w, scores[treated], class_groups, index.labels)
     of_class, of_well = (pd.array(g, dtype='Int64').to_numpy('float64', na_value=np.nan) for g in (class_groups, groups))
@@ -128,17 +127,19 @@ def _treatments_only(wells, scores, index):
     if control.all() or not control.any(): return scores
     return np.where((wells['well_type'] == 'treatment').to_numpy()[:, None] & control, -np.inf, scores)
 
-# %% ../nbs/44_predict.ipynb #7479e703
+# %% ../nbs/44_predict.ipynb #58829040
 def _check_correction(known, index, protocol):
     "Queries and index were corrected alike, and not with more than the protocol allows"
-    done = [set(t['correction'].fillna('nothing')) if 'correction' in t else {'nothing'} for t in (index.labels, known)]
+    said = lambda t, column, default: t[column].astype(object).fillna(default) if column in t else pd.Series([default])
+    done = [set(said(t, 'correction', 'nothing')) for t in (index.labels, known)]
     if len(done[0] | done[1]) > 1:
         raise ScreenError(f'The index was corrected by {first_few(sorted(done[0]))} and the embeddings to name by '
                           f'{first_few(sorted(done[1]))}: correct both in one table, or with one fitted correction.')
-    used = max((PROTOCOLS.index(check_protocol(p)) for p in known['protocol']), default=0) if 'protocol' in known else 0
-    if used > PROTOCOLS.index(protocol):
-        raise ScreenError(f'The embeddings were made with wells of their own experiment, so the result is not {protocol}: '
-                          f'ask for protocol {PROTOCOLS[used]}.')
+    used = said(known, 'protocol', 'inductive').map(lambda p: PROTOCOLS.index(check_protocol(p)))
+    if used.max() > PROTOCOLS.index(protocol):
+        most = PROTOCOLS[used.max()]
+        raise ScreenError(f'Embeddings to name are marked {most} in {META}protocol ({(used == used.max()).sum()} of {len(used)}), so the result '
+                          f'is not {protocol}: ask for protocol {most}, or make them anew without wells of their own experiment.')
 
 # %% ../nbs/44_predict.ipynb #048d00ee
 def predict_wells(
@@ -230,9 +231,10 @@ def predict_tables(
     pred.attrs['target'] = index.target
     return pred
 
-# %% ../nbs/44_predict.ipynb #0cc5bb5c
+# %% ../nbs/44_predict.ipynb #8e866f4f
 def info_path(path): return Path(path).with_suffix('.json')
 def top_path(path): return Path(path).with_suffix('.top.csv')
+def _sha(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def write_predictions(
     pred:pd.DataFrame, # From `predict_wells`
@@ -249,26 +251,35 @@ def write_predictions(
         g = pred.dropna(subset=['group_source']).groupby('experiment')[['group_source', 'group_confidence']].first()
         groups = dict(plate_groups={e: dict(source=r.group_source, confidence=round(r.group_confidence, 2) if np.isfinite(r.group_confidence) else None) for e, r in g.iterrows()})
     record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **(info or {}))
-    tops = [c for c in pred if c.startswith('top_')]
-    if tops: write_atomic(top_path(path), lambda p: pred[['id_code', *tops]].to_csv(p, index=False))
-    else: top_path(path).unlink(missing_ok=True)
-    write_atomic(path, lambda p: pred[['id_code', target]].to_csv(p, index=False))
+    def answers(p):
+        pred[['id_code', target]].to_csv(p, index=False)
+        info_path(path).unlink(missing_ok=True)                  # the record of other answers
+    tops, top = [c for c in pred if c.startswith('top_')], top_path(path)
+    if tops: write_atomic(top, lambda p: pred[['id_code', *tops]].to_csv(p, index=False))
+    else: top.unlink(missing_ok=True)
+    write_atomic(path, answers)
+    record['sha256'] = {k: _sha(f) for k, f in dict(csv=path, top=top).items() if f.is_file()}
     write_atomic(info_path(path), lambda p: p.write_text(json.dumps(record, indent=1, default=str)))
     return path
 
-# %% ../nbs/44_predict.ipynb #3caec480
+# %% ../nbs/44_predict.ipynb #b606ce82
 def _record(path):
-    "The record beside predictions, empty when there is none"
-    if not path.is_file(): return {}
+    "The record of the answers in `path` (empty when there is none, or it is of other answers), and whether it vouches for the top 5"
+    info, top = info_path(path), top_path(path)
+    if not info.is_file(): return {}, False
     try:
-        record = json.loads(path.read_text())
-        record.get('protocol')
-    except (ValueError, AttributeError): raise ScreenError(f'{path} is damaged, so the protocol of the predictions beside it is not known: predict again.') from None
-    return record
+        record = json.loads(info.read_text())
+        protocol, sha = record.get('protocol', 'unknown'), record.get('sha256', {})
+        fine = 'sha256' not in record or sha.get('csv') == _sha(path)
+        if not isinstance(record.get('target', ''), str): raise TypeError
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise ScreenError(f'{info} is damaged, so the protocol of the predictions beside it is not known: predict again.') from None
+    if protocol not in (*PROTOCOLS, 'unknown'): raise ScreenError(f'{info} says protocol {protocol!r}: it can be {", ".join(PROTOCOLS)}.')
+    return record if fine else {}, fine and top.is_file() and sha.get('top') == _sha(top)
 
 def read_predictions(
     path, # CSV with id_code and one label column
-)->pd.DataFrame: # id_code, target and protocol ('unknown' when there is no JSON beside it); `.attrs['target']`
+)->pd.DataFrame: # id_code, target and protocol ('unknown' when no JSON beside it is about these answers); `.attrs['target']`
     "Read predictions back"
     path = Path(path)
     if not path.is_file(): raise ScreenError(f'There is no file {path}: write predictions with rcic_predict first.')
@@ -276,10 +287,10 @@ def read_predictions(
     except (ValueError, UnicodeDecodeError) as e: raise ScreenError(f'{path} is not a readable CSV ({str(e).splitlines()[0]}): write it with rcic_predict.') from None
     if 'id_code' not in pred or pred.shape[1] < 2: raise ScreenError(f'{path} has the columns {first_few(pred.columns)}: it needs id_code and the predicted label.')
     if pred.iloc[:, :2].isna().any().any(): raise ScreenError(f'{path} has an empty cell in row {int(pred.isna().any(axis=1).idxmax())+2}: predict again.')
-    record = _record(info_path(path))
+    record, tops = _record(path)
     target = record.get('target', next(c for c in pred if c != 'id_code'))
     if target not in pred: raise ScreenError(f'{info_path(path)} says that {target} was predicted, but {path} has no such column: keep the two files together.')
-    if top_path(path).is_file(): pred = pred.merge(pd.read_csv(top_path(path), dtype=str), on='id_code', how='left')
+    if tops: pred = pred.merge(pd.read_csv(top_path(path), dtype=str), on='id_code', how='left')
     pred['protocol'] = record.get('protocol', 'unknown')
     pred.attrs['target'] = target
     return pred

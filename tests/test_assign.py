@@ -173,10 +173,22 @@ def test_controls_and_unlabelled_rows_say_nothing_about_patterns():
                    rows({'B': {1: pd.NA, 2: 0}}, well_type='treatment')])
     assert group_patterns(t, extend='seen').values.tolist() == [[0, 1]]
 
-@pytest.mark.parametrize('t, says', [(rows({'A': {1: 0}, 'B': {2: 1}}), 'no pattern to learn'), (rows({'A': {1: 0}}).drop(columns='plate'), 'no column plate'),
+@pytest.mark.parametrize('t, says', [(rows({'A': {1: 0, 2: 1}, 'B': {2: 1, 3: 0}}), 'no pattern to learn'), (rows({'A': {1: 0}}).drop(columns='plate'), 'no column plate'),
                                      (pd.concat([rows({'A': {1: 0, 2: 1}}), rows({'A': {2: 0}})]), 'Plate 2 of A holds siRNAs of two groups')])
 def test_patterns_that_cannot_be_read(t, says):
     with pytest.raises(ScreenError, match=says): group_patterns(t)
+
+def test_plates_with_names_may_lie_in_any_order():
+    every = sorted(map(list, permutations([0, 1, 2])))
+    for t in (rows({'A': {'BC1': 2, 'BC7': 0, 'X': 1}}), rows({'A': {10071: 2, 10072: 0, 10073: 1}, 'B': {10099: 0, 10091: 2, 10090: 1}}),
+              rows({'A': {'P1': 0, 'P2': 1, 'P10': 2}, 'B': {'P1': 0, 'P2': 1, 'P10': 2}})):
+        for e in ('seen', 'rotations'):
+            got = group_patterns(pd.concat([t, t]), extend=e)                    # rows may have any index
+            assert got.values.tolist() == every and got.columns.tolist() == [1, 2, 3]
+    assert group_patterns(rows({'A': {f'BC{i}': i for i in range(8)}})).empty
+    text = rows({'A': {'1': 2, '2': 0, '3': 1}, 'B': {'1': 0, '2': 1, '3': 2}})     # numbers, written as text
+    pd.testing.assert_frame_equal(group_patterns(text), group_patterns(text.assign(plate=text.plate.astype(int))))
+    with pytest.raises(ScreenError, match='no plate'): group_patterns(text.assign(plate=['1', None, '3', '1', '2', '3']))
 
 def test_too_many_orders():
     with pytest.raises(ScreenError, match='too many orders'): group_patterns(n_groups=9, extend='all')
@@ -267,6 +279,49 @@ def test_what_cannot_be_inferred():
     full = wells[:32].assign(plate=np.repeat([1, 2], 16))
     with pytest.raises(ScreenError, match='No pattern leaves plate'): infer_groups(s[:32], full, uneven, group_patterns(n_groups=2))
     with pytest.raises(ScreenError, match='holds no class'): infer_groups(s, wells, classes, pats + 1)
+
+def coded(wells, code=lambda e, p: f'BC{e}{"cadb"[p-1]}'): return wells.assign(plate=[code(e, p) for e, p in zip(wells.experiment, wells.plate)])
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31))
+def test_groups_of_plates_with_names(seed):
+    s, wells, classes, pats = screen(seed, gain=5.)
+    named = rows({'T': {'x': 2, 'y': 0, 'z9': 3, 'w': 1}})
+    want = wells.group.tolist()
+    for code in (lambda e, p: f'BC{e}{"cadb"[p-1]}', lambda e, p: 10000*(e == 'A') + 7000 - 13*p):
+        w = coded(wells, code)
+        for patterns in (pats, group_patterns(named), None):
+            groups, how = infer_groups(s, w, classes, patterns)
+            assert groups.tolist() == want and (how.confidence > 2).all() and (how.posterior > .7).all()
+            assert how.groups['A'] == w[w.experiment == 'A'].groupby('plate').group.first().to_dict()
+            assert set(how.runner_up['B']) == set(how.groups['B']) and how.runner_up['B'] != how.groups['B']
+    order = np.random.default_rng(seed).permutation(len(s))
+    assert infer_groups(s[order], coded(wells).iloc[order], classes, group_patterns(named))[0].tolist() == wells.group.iloc[order].tolist()
+    mixed = coded(wells, lambda e, p: f'BC{p}' if e == 'A' else str(p))             # barcodes in one experiment, numbers in the other
+    groups, how = infer_groups(s, mixed, classes, pats)
+    assert groups.tolist() == want and how.groups['B'] == infer_groups(s, wells, classes, pats)[1].groups['B']
+    assert infer_groups(s, wells, classes, group_patterns(named))[0].tolist() == want   # named in training only
+
+def test_more_plates_with_names_than_in_training_are_matched_one_by_one():
+    s, wells, classes, _ = screen()
+    one = wells.assign(experiment='E', plate=[f'{e}{p}' for e, p in zip(wells.experiment, wells.plate)])      # eight plates
+    for patterns in (None, group_patterns(rows({'T': {'x': 2, 'y': 0, 'z': 3, 'w': 1}})), pd.DataFrame()):
+        groups, how = infer_groups(s, one, classes, patterns)
+        assert groups.tolist() == wells.group.tolist()
+    best = group_evidence(s, classes, 4, one.plate)
+    alone = {p: pattern_fit(best[(one.plate == p).to_numpy()], np.ones(8), pd.DataFrame({1: range(4)})) for p in one.plate.unique()}
+    assert how.confidence.iloc[0] == pytest.approx(min(f.z[1] for f in alone.values()))
+    assert how.posterior.iloc[0] == pytest.approx(np.prod([f.posterior[0] for f in alone.values()]))
+    assert [p for p, g in how.runner_up.iloc[0].items() if g != how.groups.iloc[0][p]] == [min(alone, key=lambda p: alone[p].z[1])]
+
+def test_bad_plates_with_names():
+    s, wells, classes, pats = screen()
+    w = coded(wells)
+    with pytest.raises(ScreenError, match='Plate BC: 32 wells cannot be given 8'): infer_groups(s, w.assign(plate='BC'), classes, pats)
+    with pytest.raises(ScreenError, match='Plate BC1 cannot be matched with 4 groups'): infer_rotation(np.zeros((2, 4)), ['BC1', 'BC2'])
+    with pytest.raises(ScreenError, match='There is no pattern'): infer_rotation(np.zeros((2, 4)), ['BC1', 'BC2'], pd.DataFrame())
+    with pytest.raises(ScreenError, match='cannot be called z'): infer_groups(s, coded(wells, lambda e, p: 'wxyz'[p-1]), classes, pats)
+    with pytest.raises(ScreenError, match='Well 0 has no plate'): infer_groups(s, w.assign(plate=None), classes, pats)
 
 REAL = real_data()
 

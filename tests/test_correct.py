@@ -1,5 +1,5 @@
 "Corrections of embeddings: against plain references, what must not matter, the protocol on every row, bad input."
-import sys, types
+import json, struct, sys, types
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from scipy.linalg import fractional_matrix_power, sqrtm
@@ -165,6 +165,45 @@ def test_a_fit_without_batches_is_inductive(kind):
     assert both.Metadata_protocol.tolist() == np.where(IS_TRAIN, 'adapted', 'inductive').tolist()
     assert set(kind().fit(TOY[IS_TRAIN]).transform(TOY[~IS_TRAIN]).Metadata_protocol) == {'adapted'}
     assert set(correct(TOY, 'tvn', by=None).Metadata_protocol) == {'adapted'}
+
+@pytest.mark.parametrize('kind', [lambda n: n, lambda n: n.astype(float), lambda n: n.astype('category'), lambda n: n.astype(str), lambda n: n.astype('Int64')])
+@pytest.mark.parametrize('then', [lambda n: n, lambda n: n.astype(float), lambda n: n.astype(str), lambda n: n.astype('category')])
+def test_what_it_was_fitted_on_is_known_however_experiments_are_written(kind, then, tmp_path):
+    number = pd.Series(pd.factorize(M.experiment)[0])
+    fitted = Sphering(by=None, shrink='auto').fit(TOY.assign(Metadata_experiment=kind(number))[IS_TRAIN])
+    again = load_correction(save_correction(fitted, tmp_path/'c.safetensors'))
+    assert again.seen == fitted.seen == set('0123')
+    want = np.where(IS_TRAIN, 'adapted', 'inductive').tolist()
+    for c in (fitted, again): assert c.transform(TOY.assign(Metadata_experiment=then(number))).Metadata_protocol.tolist() == want
+
+def test_rows_without_a_mark_are_inductive():
+    "As from pd.concat of embeddings with and without the column"
+    some = TOY.assign(Metadata_protocol=np.where(IS_TRAIN, None, 'adapted'))
+    assert TVN(by=None).fit(TOY.assign(Metadata_experiment='other')).transform(some).Metadata_protocol.tolist() == np.where(IS_TRAIN, 'inductive', 'adapted').tolist()
+    fresh = correct(TOY.assign(Metadata_correction=None), 'centre')
+    assert set(fresh.Metadata_correction) == set(correct(TOY, 'centre').Metadata_correction)
+
+def written(path, meta, dtype='F64', size=8):
+    head = json.dumps({'__metadata__': {'correction': meta}, 'mean': dict(dtype=dtype, shape=[8], data_offsets=[0, 8*size])}).encode()
+    path.write_bytes(struct.pack('<Q', len(head)) + head + bytes(8*size))
+    return path
+
+@pytest.mark.parametrize('dtype, size', [('BF16', 2), ('F8_E4M3', 1), ('F8_E5M2', 1), ('BOOL', 1), ('C64', 8), ('I8', 1), ('odd', 1)])
+def test_corrections_of_odd_numbers(dtype, size, tmp_path):
+    with pytest.raises(ScreenError, match=r'c\.safetensors (is not a saved correction|cannot be used) \(') as e:
+        load_correction(written(tmp_path/'c.safetensors', json.dumps(CentreScale().fit(TOY).state()[0]), dtype, size))
+    assert len(str(e.value).splitlines()) == 1
+
+@pytest.mark.parametrize('meta', ['['*100_000, '{"a":'*100_000, '9'*5000, 'NaN', '', '{'])
+def test_corrections_of_odd_facts(meta, tmp_path):
+    with pytest.raises(ScreenError, match=r'c\.safetensors (is not a saved correction|cannot be used) \(') as e: load_correction(written(tmp_path/'c.safetensors', meta))
+    assert len(str(e.value).splitlines()) == 1 and len(str(e.value)) < 300
+
+@pytest.mark.parametrize('kind', ['i4', 'c16', 'b1', 'U1'])
+def test_arrays_that_are_no_real_numbers(kind):
+    facts, arrays = Sphering(None).fit(TOY).state()
+    arrays = {k: np.zeros(v.shape, kind) for k, v in arrays.items()}
+    with pytest.raises(ScreenError, match='do not hold real numbers'): Correction.from_state(facts, arrays)
 
 def test_fitted_on_train_is_what_was_learned_there():
     fitted = TVN().fit(TOY[IS_TRAIN])

@@ -1,10 +1,12 @@
 "Naming wells: against a plain loop, what must not matter, no label of a query is ever used, files."
 import json
+from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
+from rcic_fastai import predict
 from rcic_fastai.metadata import ScreenError
 from rcic_fastai.neighbors import SirnaIndex
-from rcic_fastai.predict import predict_wells, read_predictions, write_predictions
+from rcic_fastai.predict import predict_tables, predict_wells, read_predictions, write_predictions
 from rcic_fastai.profiles import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
 
 TOY = toy_profiles(n_sirnas=24, dim=32, signal=.8, seed=1)
@@ -104,6 +106,41 @@ def test_controls_do_not_change_treatments():
     assert len(both) == blank.Metadata_well_id.nunique()
     same(both[both.well_type == 'treatment'], alone)
 
+def test_controls_alone_keep_their_own_answer():
+    controls = ALL_TEST[ALL_TEST.Metadata_well_type != 'treatment']
+    pred, near = predict_wells(controls, INDEX, 'transductive')
+    plain, _ = predict_wells(controls, INDEX)
+    assert pred.sirna.tolist() == plain.sirna.tolist() and pred.plate_group.isna().all() and pred.group_source.isna().all()
+    some = ALL_TEST[((ALL_TEST.Metadata_experiment == 'HUVEC-17') | (ALL_TEST.Metadata_well_type != 'treatment')).to_numpy()]
+    tables = predict_tables((t for _, t in some.groupby('Metadata_experiment')), INDEX, 'transductive')          # RPE-08 has controls only
+    same(tables, predict_wells(some, INDEX, 'transductive')[0], check_dtype=False)
+    assert tables[tables.experiment == 'RPE-08'].sirna.tolist() == pred[pred.experiment == 'RPE-08'].sirna.tolist()
+
+def barcodes(emb, code=lambda e, p: f'BC{e[-2:]}{"cadb"[p-1]}'):
+    return emb.assign(Metadata_plate=[code(e, p) for e, p in zip(emb.Metadata_experiment, emb.Metadata_plate)])
+
+@pytest.mark.parametrize('code', [lambda e, p: f'BC{e[-2:]}{"cadb"[p-1]}', lambda e, p: 1086289686 + 100*int(e[-2:]) + 1000*(e[0] == 'R') - p])
+def test_plates_with_barcodes(code):
+    index = index_of('sirna', barcodes(TRAIN, code))
+    want, _ = predict_wells(UNKNOWN, INDEX, 'transductive')
+    for known in (index, INDEX):
+        pred, _ = predict_wells(barcodes(UNKNOWN, code), known, 'transductive')
+        assert pred.sirna.tolist() == want.sirna.tolist() and pred.plate_group.tolist() == want.plate_group.tolist()
+        assert set(pred.group_source) == {'inferred'} and (pred.group_confidence > 0).all()
+    assert set(predict_wells(barcodes(TEST, code), index, 'transductive')[0].group_source) == {'given'}
+
+def marked(*protocols): return TEST.assign(Metadata_protocol=[*protocols, *['inductive']*(len(TEST) - len(protocols))])
+
+@pytest.mark.parametrize('mark, refused', [('adapted', PROTOCOLS[:1]), ('transductive', PROTOCOLS[:2]), (None, []), ('inductive', [])])
+def test_one_row_that_used_more_than_the_protocol_allows(mark, refused):
+    for queries in (marked(mark), marked('inductive', mark)[::-1], marked(mark).astype({'Metadata_protocol': 'category'}), *([marked(mark, 'adapted')] if 'adapted' in refused else [])):
+        for protocol in PROTOCOLS:
+            if protocol in refused:
+                with pytest.raises(ScreenError, match=f'marked {mark} .*the result is not {protocol}: ask for protocol {mark}, or') as e: predict_wells(queries, INDEX, protocol)
+                assert len(str(e.value).splitlines()) == 1
+            else: same(predict_wells(queries, INDEX, protocol)[0], predict_wells(queries.assign(Metadata_protocol='inductive'), INDEX, protocol)[0])
+    with pytest.raises(ScreenError, match="protocol='odd' is not known"): predict_wells(marked('odd'), INDEX, 'transductive')
+
 def test_missing_wells_and_single_sites():
     wells = UNKNOWN.Metadata_well_id.unique()
     fewer = UNKNOWN[~UNKNOWN.Metadata_well_id.isin(wells[::5]) & ~((UNKNOWN.Metadata_site == 2) & UNKNOWN.Metadata_well_id.isin(wells[1::5]))]
@@ -149,6 +186,44 @@ def test_files(tmp_path):
     assert back.sirna.tolist() == pred.sirna.tolist() and set(back.protocol) == {'transductive'} and back.attrs['target'] == 'sirna'
     assert sorted(p.name for p in f.parent.iterdir()) == ['out.csv', 'out.json', 'out.top.csv']
 
+@pytest.mark.parametrize('stop', ['.top.csv', '.csv', '.json'])
+@pytest.mark.parametrize('hashed', [True, False])
+def test_an_interrupted_run_leaves_no_record_of_other_answers(tmp_path, monkeypatch, stop, hashed):
+    old, new = predict_wells(TEST, INDEX)[0], predict_wells(TEST, INDEX, 'transductive')[0]
+    assert old.sirna.tolist() != new.sirna.tolist()
+    f = write_predictions(old, tmp_path/'w.csv')
+    if not hashed:                                                                  # as older versions wrote it
+        record = json.loads(f.with_suffix('.json').read_text())
+        del record['sha256']; f.with_suffix('.json').write_text(json.dumps(record))
+    def broken(path, write, real=predict.write_atomic):
+        if Path(path).name == f'w{stop}': raise KeyboardInterrupt
+        return real(path, write)
+    with monkeypatch.context() as m:
+        m.setattr(predict, 'write_atomic', broken)
+        with pytest.raises(KeyboardInterrupt): write_predictions(new, f)
+    back = read_predictions(f)
+    if stop == '.json': assert back.sirna.tolist() == new.sirna.tolist() and set(back.protocol) == {'unknown'}
+    else: assert back.sirna.tolist() == old.sirna.tolist() and set(back.protocol) == {'inductive'}
+    assert 'top_1' not in back or back.top_1.tolist() == back.sirna.tolist()
+    write_predictions(new, f)
+    assert set(read_predictions(f).protocol) == {'transductive'} and read_predictions(f).top_1.tolist() == new.sirna.tolist()
+
+def test_the_record_is_of_its_own_answers_only(tmp_path):
+    pred, _ = predict_wells(TEST, INDEX)
+    f = write_predictions(pred, tmp_path/'w.csv')
+    moved = tmp_path/'v.csv'
+    for s in ('.csv', '.json', '.top.csv'): moved.with_suffix(s).write_bytes(f.with_suffix(s).read_bytes())
+    assert set(read_predictions(moved).protocol) == {'inductive'} and 'top_1' in read_predictions(moved)
+    f.write_text(f.read_text().replace(f',{pred.sirna[0]}\n', ',sirna_x\n'))
+    back = read_predictions(f)
+    assert set(back.protocol) == {'unknown'} and 'top_1' not in back and back.sirna[0] == 'sirna_x'
+    f.with_suffix('.json').write_text('{"protocol": "adapted"}')                    # said by hand
+    assert set(read_predictions(f).protocol) == {'adapted'} and 'top_1' not in read_predictions(f)
+    moved.with_suffix('.top.csv').write_text('id_code,top_1\n')
+    assert set(read_predictions(moved).protocol) == {'inductive'} and 'top_1' not in read_predictions(moved)
+    moved.with_suffix('.json').unlink()
+    assert set(read_predictions(moved).protocol) == {'unknown'}
+
 def test_csv_of_someone_else_has_no_protocol(tmp_path):
     (tmp_path/'x.csv').write_text('id_code,sirna\nHUVEC-17_1_B03,250\n')
     back = read_predictions(tmp_path/'x.csv')
@@ -159,11 +234,14 @@ def test_bad_csv(tmp_path, text, says):
     (tmp_path/'x.csv').write_text(text)
     with pytest.raises(ScreenError, match=says): read_predictions(tmp_path/'x.csv')
 
-@pytest.mark.parametrize('text', ['{torn', '[]', '"inductive"'])
+@pytest.mark.parametrize('text', ['{torn', '[]', '"inductive"', '['*100_000, '{"protocol": "inductive", "target": ["sirna"]}', '{"sha256": "ab"}'])
 def test_damaged_record(tmp_path, text):
     f = write_predictions(predict_wells(TEST, INDEX)[0], tmp_path/'x.csv')
     f.with_suffix('.json').write_text(text)
     with pytest.raises(ScreenError, match='x.json is damaged'): read_predictions(f)
+    for odd in ('"Inductive"', 'null', '["adapted"]'):
+        f.with_suffix('.json').write_text(f'{{"protocol": {odd}}}')
+        with pytest.raises(ScreenError, match='x.json says protocol .* it can be inductive, adapted, transductive'): read_predictions(f)
 
 @pytest.mark.parametrize('make, says', [
     (lambda: predict_wells(TEST, INDEX, 'leaky'), 'choose from inductive'),
@@ -176,7 +254,6 @@ def test_damaged_record(tmp_path, text):
     (lambda: predict_wells(TEST, index_of('cell_type'), 'transductive'), 'several groups'),
     (lambda: predict_wells(TEST, index_of('sirna', TRAIN.drop(columns='Metadata_plate_group')), 'transductive'), 'no plate groups'),
     (lambda: predict_wells(UNKNOWN.assign(Metadata_plate=UNKNOWN.Metadata_plate + 1), INDEX, 'transductive'), 'Plate 5'),
-    (lambda: predict_wells(ALL_TEST[ALL_TEST.Metadata_well_type != 'treatment'], INDEX, 'transductive'), 'no treatment well'),
     (lambda: predict_wells(UNKNOWN.assign(Metadata_plate=1), INDEX, 'transductive'), '24 wells cannot be given 6'),
     (lambda: write_predictions(predict_wells(TEST, INDEX)[0], 'x.json'), 'x.json'),
     (lambda: read_predictions('nowhere.csv'), 'nowhere.csv')])
