@@ -304,7 +304,7 @@ def _load_net(net, state, convs):
         if w is not None and w.ndim == 4: adapt_stem(c, w.shape[1], 'tile')
     return net.load_state_dict(state, strict=False).missing_keys
 
-# %% ../nbs/20_backbones.ipynb #f3eb1f87
+# %% ../nbs/20_backbones.ipynb #761a5201
 def _hub_state(arch):
     "The published weights of an architecture of efficientnet_pytorch"
     from efficientnet_pytorch.utils import url_map
@@ -313,7 +313,7 @@ def _hub_state(arch):
 
 def _no_hub(arch, e):
     return ScreenError(f'The pretrained weights of {arch} could not be fetched ({type(e).__name__}): connect to the '
-                       'network, or give a local .safetensors or .pth file as pretrained.')
+                       'network, or give a local .safetensors or .pth file as pretrained, or none (--pretrained no).')
 
 def _offline_if_unreachable():
     "A context in which Hugging Face's client does not look for a hub that has no address here"

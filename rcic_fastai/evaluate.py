@@ -214,7 +214,7 @@ def _group_chance(r, table, target):
     mine = t.drop_duplicates('well_id').set_index('well_id').plate_group.reindex(r.id_code)
     return np.nan if mine.isna().any() else float((1/mine.map(per).astype(float)).mean())
 
-# %% ../nbs/50_evaluate.ipynb #133075db
+# %% ../nbs/50_evaluate.ipynb #1b3350ad
 def _named(given, what, names=None):
     "{column: frame} of one frame, a list, or a dict; columns are named by protocol when `names` does not name them"
     if given is None: return {}
@@ -229,7 +229,7 @@ def _named(given, what, names=None):
         twice = next((n for n in names if names.count(n) > 1), None)
         if twice:
             raise ScreenError(f'{names.count(twice)} predictions have the protocol {twice} and would share a column: '
-                              f'name them, as in evaluate_screen({{"first": a, "second": b}}, …).')
+                              f'name them, as first=A.csv,second=B.csv (in Python {{"first": a, "second": b}}).')
     if listed and len(given) != len(names):
         raise ScreenError(f'There are {len(given)} {what} for {len(names)} predictions: '
                           f'give one each, or a dict by column ({first_few(names)}).')
@@ -246,7 +246,7 @@ def _protocol(pred, name):
         raise ScreenError(f'The predictions mix the protocols {first_few(p)} ({name}): evaluate each on its own.')
     if not p or p[0] not in PROTOCOLS:
         raise ScreenError(f'It is not known how {name} was made: say so in its column protocol '
-                          f'({", ".join(PROTOCOLS)}), or keep the JSON beside its CSV.')
+                          f'({", ".join(PROTOCOLS)}), or keep beside its CSV the JSON that was written with it (an edited CSV needs one that says {{"protocol": …}}).')
     return p[0]
 
 # %% ../nbs/50_evaluate.ipynb #a76712cd

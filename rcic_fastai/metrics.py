@@ -92,7 +92,7 @@ def _ap_copairs(m, x, target, across, other):
            neg_diffby=[target, across] if other else [target], progress_bar=False)
     return d[['average_precision', 'n_pos_pairs', 'n_total_pairs']].to_numpy(float)
 
-# %% ../nbs/46_metrics.ipynb #57c825c9
+# %% ../nbs/46_metrics.ipynb #66632a62
 def retrieval_map(
     emb:pd.DataFrame, # Embeddings table, treatment wells (or sites) with labels; other rows are left out
     target:str='sirna', # What should be alike
@@ -120,7 +120,7 @@ def retrieval_map(
     ok = (table.n_positive > 0) & (table.n_positive < table.n_ranked)
     if not ok.any():
         raise ScreenError(f'No {target} has wells in two of {m[across].nunique()} {across}s with others to be told '
-                          f'from: retrieval needs at least two {across}s and two {target}s.')
+                          f'from{f" within one {within}" if within else ""}: retrieval needs at least two {across}s and two {target}s.')
     table.loc[~ok, 'ap'] = np.nan
     table['chance'] = np.where(ok, chance_precision(table.n_positive, table.n_ranked), np.nan)
     per = table[ok].groupby(target)[['ap', 'chance']].mean()

@@ -70,9 +70,12 @@ def test_wrong_input_exits_with_2_and_one_line(here):
     assert run('rcic_train').returncode == 2
 
 def test_all_wells(here):
-    ok(f'rcic_predict {here}/model {here}/screen {here}/all.csv --tta 1 --wells all')
+    "Controls are embedded; they are named only by a model that learnt controls"
+    out = ok(f'rcic_predict {here}/model {here}/screen {here}/all.csv --tta 1 --wells all --embeddings {here}/all.parquet')
     t = read_metadata(here/'screen')
-    assert set(pd.read_csv(here/'all.csv').id_code) == set(t[t.dataset == 'test'].well_id)
+    t = t[t.dataset == 'test']
+    assert set(pd.read_csv(here/'all.csv').id_code) == set(t.well_id[t.well_type == 'treatment'])
+    assert set(pd.read_parquet(here/'all.parquet').Metadata_well_id) == set(t.well_id)
 
 @pytest.mark.parametrize('protocol', ['inductive', 'transductive'])
 def test_blank_test_labels_give_the_same_answer(here, protocol):
@@ -204,3 +207,50 @@ def test_real_sites_by_command(tmp_path):
     ok(f'rcic_predict {tmp_path}/m {REAL} {tmp_path}/p.csv --wells all --only-present')
     pred = pd.read_csv(tmp_path/'p.csv')
     assert pred.id_code.tolist() == ['HEPG2-08_1_B02', 'HEPG2-08_2_B02'] and set(pred.cell_type) == {'HEPG2'}
+
+def test_statistics_of_controls_and_the_tables_own_validation(here):
+    "Pixel statistics of control wells need their rows; `dataset` val is held out, id_test is not learnt"
+    d = here/'wilds'
+    d.mkdir(); os.symlink(here/'screen/images', d/'images')
+    t = pd.read_csv(here/'screen/metadata.csv')
+    t.loc[t.experiment == 'HUVEC-01', 'dataset'] = 'val'
+    t.loc[(t.experiment == 'RPE-01') & (t.site == 2), 'dataset'] = 'id_test'
+    t.to_csv(d/'metadata.csv', index=False)
+    n = t[t.well_type == 'treatment'].dataset.value_counts()
+    out = ok(f'rcic_train {d} {d}/model --recipe {here}/tiny.json --norm plate --norm-from controls {TINY}')
+    assert f'{n["train"]} training and {n["val"]} held-out samples (HUVEC-01)' in out
+    index = pd.read_parquet(d/'model/index.parquet')
+    assert set(index.experiment) == {'HUVEC-02', 'RPE-01'} and len(index) == n['train']
+    r = run(f'rcic_train {d} {d}/pairs --recipe {here}/tiny.json --sites 2 {TINY}')
+    assert r.returncode == 2 and 'id_test' in r.stderr
+
+def test_columns_with_one_name(here, capsys):
+    (here/'more').mkdir(); shutil.copy(here/'inductive.csv', here/'more/inductive.csv')
+    refused(f'rcic_evaluate inductive={here}/more/inductive.csv,{here}/inductive.csv {here}/screen', 'names two columns alike', capsys)
+
+@pytest.mark.parametrize('command, says', [
+    ('rcic_predict {d}/model {d}/screen {d}/tiny.csv', 'tiny.json would be overwritten and is not a record'),
+    ('rcic_predict {d}/model {d}/screen {d}/o.csv --neighbors {d}/o.csv', 'would be written twice'),
+    ('rcic_predict {d}/model {d}/screen {d}/o.csv --neighbors {d}/o.json', 'would be written twice'),
+    ('rcic_predict {d}/model {d}/screen {d}/o.csv --neighbors {d}/o.parquet --embeddings {d}/folder.csv/../o.parquet', 'would be written twice'),
+    ('rcic_predict {d}/model {d}/screen {d}/o', 'not the name of a CSV'),
+    ('rcic_predict {d}/model {d}/screen {d}/folder.csv', 'is a folder'),
+    ('rcic_predict {d}/model {d}/screen {d}/o.csv --merge max', '--merge max is not known'),
+    ('rcic_predict {d}/model {d}/screen {d}/o.csv --bs 0', '--bs 0 is not possible'),
+    ('rcic_predict {d}/model {d}/screen {d}/o.csv --k 0', '--k 0 is not possible'),
+    ('rcic_predict {d}/model {d}/screen {d}/o.csv --workers -1', '--workers -1 is not possible'),
+    ('rcic_train {d}/screen {d}/o --bs 1', '--bs 1 is not possible'),
+    ('rcic_train {d}/screen {d}/o --bs -3', '--bs -3 is not possible'),
+    ('rcic_train {d}/screen {d}/o --size -5', '--size -5 is not possible'),
+    ('rcic_train {d}/screen {d}/o --sites 3', '--sites 3 is not possible'),
+    ('rcic_train {d}/screen {d}/o --seed 99999999999999999999999', '--seed 9+ is not possible'),
+    ('rcic_train {d}/screen {d}/tiny.json/o', 'could not be read or written')])
+def test_refused_before_any_work(here, command, says, capsys):
+    (here/'folder.csv').mkdir(exist_ok=True)
+    before = (here/'tiny.json').read_bytes()
+    refused(command.format(d=here), says, capsys)
+    assert (here/'tiny.json').read_bytes() == before and not list(here.glob('o*'))
+
+def test_resumed_when_finished(here, capsys):
+    assert cli.rcic_train(f'{here}/screen {here}/model --recipe {here}/tiny.json --resume'.split()) == 0
+    assert 'is finished' in capsys.readouterr().out
