@@ -299,7 +299,7 @@ def _is_record(path):
     except (OSError, ValueError): return False
     return isinstance(d, dict) and 'protocol' in d
 
-# %% ../nbs/53_cli.ipynb #769cc4fc
+# %% ../nbs/53_cli.ipynb #1482d03d
 def predict(
     model, # Model folder, from rcic_train
     screen, # A screen with test experiments: packed, or a folder
@@ -329,9 +329,12 @@ def predict(
     if protocol == 'inductive' and m.spec.per_group:
         raise ScreenError(f'The model normalises by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
     how = _adaptation(adapt, adapt_from, protocol, m)
-    controls = adapt_from == 'controls' or m.spec.norm_from == 'controls'
+    controls = adapt_from == 'controls' or m.spec.per_group
     every, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells='all' if controls else wells))
     rows = prediction_rows(every, wells)
+    used = highest_protocol(m.protocols(rows, how, INDUCTIVE_MASK))
+    if PROTOCOLS.index(used) > PROTOCOLS.index(protocol):
+        raise ScreenError(f'The embeddings of these wells would be {used} (pseudo-labels or statistics of their own batch): ask for --protocol {used}.')
     notes = [] if rank_world()[0] else [*unknown_notes(m.spec, rows, INDUCTIVE_MASK), *m.screen_notes(rows, source)]
     for n in notes: print(f'note: {n}', file=sys.stderr)
     parts = embed_parts(f'{out}.part', m.model, m.spec, rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers,

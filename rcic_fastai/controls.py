@@ -100,11 +100,12 @@ def pretrain_on_controls(self:Learner,
     try: return self.fit_recipe(recipe, seed, cbs)
     finally: self.change_classes(dls, seed)
 
-# %% ../nbs/34_controls.ipynb #e01ab969
+# %% ../nbs/34_controls.ipynb #f0817ab4
 _PLATE = 'plate_name'
 
 class PlateControls(MetadataEncoder):
     "The metadata part of a model, and beside it the mean pooled features of the control wells of the plate"
+    column = _PLATE
     def __init__(self,
         inner, # `MetadataEncoder` of the other columns, or None
         plates:int, # Entries of the plate vocabulary, the unknown one at 0 included

@@ -122,7 +122,7 @@ def well_scores(
     scores, ids = merge_wells(torch.cat(out).numpy(), dl.rows.well_id, 'mean')
     return scores, dl.rows.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index()
 
-# %% ../nbs/47_pseudo.ipynb #0b76ea3f
+# %% ../nbs/47_pseudo.ipynb #cc84d179
 def _unlabelled(dls, rows):
     "The treatment wells to name, without labels"
     if dls.spec.target != 'sirna':
@@ -139,18 +139,24 @@ def _unlabelled(dls, rows):
                                     'give rows of other experiments, such as the test rows.')
     return rows.assign(dataset='test', sirna=None, sirna_id=pd.array([pd.NA]*len(rows), dtype='Int64'))
 
+def _with_rows(table, rows):
+    "A table, and as test rows those that it has not yet"
+    new = table[:0] if rows is None else rows[~rows.site_id.isin(table.site_id)]
+    return pd.concat([table, new.assign(dataset='test')], ignore_index=True) if len(new) else table
+
 def pseudo_table(
-    table:pd.DataFrame, # Site table; its test rows are left out
+    table:pd.DataFrame, # Site table; test rows that are not named (controls, perhaps) stay, without labels
     rows:pd.DataFrame, # Site-table rows of the wells to name; their labels are not looked at
     chosen:pd.DataFrame, # From `pseudo_labels`
 )->pd.DataFrame: # Site table: chosen wells are training rows with a pseudo-label, the others test rows with none
     "A training table with pseudo-labelled wells"
-    table = table[table.dataset != 'test']
-    ids = table.dropna(subset=['sirna']).drop_duplicates('sirna').set_index('sirna').sirna_id
+    others, test = table[~table.site_id.isin(rows.site_id)], lambda t: t.dataset == 'test'
+    ids = table[~test(table)].dropna(subset=['sirna']).drop_duplicates('sirna').set_index('sirna').sirna_id
+    others = others.assign(sirna=others.sirna.astype(object).where(~test(others), None), sirna_id=others.sirna_id.mask(test(others)))
     label = rows.well_id.map(chosen.set_index('well_id').label)
     named = rows.assign(dataset=np.where(label.notna(), 'train', 'test'),
                         sirna=label.astype(object).where(label.notna(), None), sirna_id=pd.array(label.map(ids), dtype='Int64'))
-    return pd.concat([table, named], ignore_index=True)
+    return pd.concat([others, named], ignore_index=True)
 
 # %% ../nbs/47_pseudo.ipynb #eb9fcaa5
 def _class_groups(table, labels):
@@ -176,7 +182,7 @@ def _well_groups(wells, scores, class_groups, table):
         sure = how.confidence.min()
     return groups, sure
 
-# %% ../nbs/47_pseudo.ipynb #f8364a35
+# %% ../nbs/47_pseudo.ipynb #8677cc9d
 PSEUDO = Recipe('pseudo', [Stage('pseudo-labels', 1, 6e-5, cutmix=1.)],
                 about='One round of pseudo-labels, as the 1st place did after epoch 90')
 
@@ -186,18 +192,23 @@ def _changed(old, new):
     return float((both.label_x != both.label_y).mean()) if len(both) else np.nan
 
 @patch
-def _pseudo_round(self:Learner, test, base, share, recipe, seed, cbs, **kwargs):
+def _pseudo_round(self:Learner, test, base, table, share, recipe, seed, cbs, **kwargs):
     "Choose wells and train: (chosen wells, confidence in their groups, table of the stages)"
-    spec, table = self.dls.spec, base.table
-    scores, wells = well_scores(get_model(self.model), spec, test, base.source, **kwargs)
+    spec, model = self.dls.spec, get_model(self.model)
+    scores, wells = well_scores(model, spec, test, base.source, stat_rows=table, **kwargs)
     groups = _class_groups(table, spec.labels)
     wells['plate_group'], sure = _well_groups(wells, scores, groups, table)
     chosen = pseudo_labels(wells, scores, spec.labels, groups, share)
     self.change_classes(self.dls.rebuild(table=pseudo_table(table, test, chosen), valid=base.held_out or 'none'))
-    self.protocol = 'transductive'
+    model.pseudo_experiments = tuple(sorted({*getattr(model, 'pseudo_experiments', ()), *chosen.experiment.astype(str)}))
     return chosen, sure, self.fit_recipe(recipe, seed, cbs)
 
-# %% ../nbs/47_pseudo.ipynb #3273f5bd
+@patch(as_prop=True)
+def protocol(self:Learner)->str:
+    "'transductive' once the model was trained on pseudo-labels: what it says of `model.pseudo_experiments` is"
+    return 'transductive' if getattr(get_model(self.model), 'pseudo_experiments', ()) else 'inductive'
+
+# %% ../nbs/47_pseudo.ipynb #4a765f9a
 @patch
 def fit_pseudo(self:Learner,
     rows:pd.DataFrame=None, # Rows to label, of the screen that is trained on; `None`: the test rows of its table
@@ -214,11 +225,12 @@ def fit_pseudo(self:Learner,
     "Go on training with test wells under the model's own labels; the last ones are in `.pseudo` (transductive)"
     base, shares, recipe = self.dls, pseudo_schedule(rounds, first, last), get_recipe(recipe)
     test, logs, res, old = _unlabelled(base, rows), [getattr(self, 'history', None)], [], None
+    table = _with_rows(base.table, rows)
     how = dict(tta=tta, progress=progress, bs=base.bs, num_workers=base.train.num_workers)
     try:
         for i in range(start, rounds):
             round_seed = seed + i*len(recipe.stages)
-            chosen, sure, reached = self._pseudo_round(test, base, shares[i], recipe, round_seed, cbs, **how)
+            chosen, sure, reached = self._pseudo_round(test, base, table, shares[i], recipe, round_seed, cbs, **how)
             logs.append(self.history.assign(stage=self.history.stage + f' {i+1}') if len(self.history) else None)
             self.history = pd.concat([l for l in logs if l is not None], ignore_index=True)
             last = {c: reached[c].iloc[-1] for c in ('train_loss', 'valid_loss', 'accuracy') if c in reached}

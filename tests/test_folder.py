@@ -101,7 +101,7 @@ def test_the_same_model_comes_back(made):
     m = load_screen_model(made.folder)
     emb = m.embed(made.learn.dls.train.items, made.source, tta=1, progress=False)
     np.testing.assert_array_equal(emb_features(emb), emb_features(made.emb))
-    assert emb.attrs['model'] == m.fingerprint == F.model_fingerprint(made.learn.model) == m.index.model
+    assert emb.attrs['model'] == m.fingerprint == F.model_fingerprint(made.learn.model, made.learn.dls.spec) == m.index.model
     np.testing.assert_array_equal(m.index.features, made.index.features)
     assert m.spec == made.learn.dls.spec and m.model.config == made.learn.model.config and not m.model.training
     c = m.config
@@ -255,9 +255,11 @@ def test_architectures(hostile, arch):
     ('model', []), ('model', None), ('spec', 'x'), ('spec__labels', ['a']*8), ('spec__labels', list('abcdefg')), ('spec__labels', [1]*8), ('spec__labels', {}),
     ('spec__channels', ['a']*6), ('spec__channels', ['\x1b]0;evil\x07', *'bcdef']), ('spec__vocabs', {'cell_type': []}), ('spec__vocabs', {'cell_type': ['HUVEC']}), ('spec__sites', 10**6),
     ('spec__size', 10**9), ('spec__norm', '__import__'), ('spec__norm', 'global'), ('spec__bits', 7), ('spec__bits', 10**18), ('spec__clahe', 'yes'), ('spec__evil', 1), ('spec__target', ''),
-    ('format', 3), ('format', 1), ('format', '2'), ('format', None), ('format', True), ('format', 10**18), ('versions', {'torch': '\x1b[2J'}), ('versions', []), ('held_out', 'x'), ('fingerprint', 'x'),
+    ('format', 4), ('format', 1), ('format', '2'), ('format', None), ('format', True), ('format', 10**18), ('versions', {'torch': '\x1b[2J'}), ('versions', []), ('held_out', 'x'), ('fingerprint', 'x'),
     ('fingerprint', '0'*64), ('files', {}), ('files', []), ('files__weights.safetensors', None), ('files__weights.safetensors', {'size': 10**18, 'sha256': '0'*64}),
-    ('files', {'a': {'size': -1, 'sha256': '0'*64}})])
+    ('files', {'a': {'size': -1, 'sha256': '0'*64}}), ('spec__size', 2**14), ('pseudo_experiments', 'x'), ('pseudo_experiments', [3]), ('data', None), ('data', {}), ('data', []),
+    ('data__channels', {'nucleus': {}}), ('data__channels', {}), ('data__channels', {c: dict(mean=.1, std=.1) for c in 'abcdef'}), ('data__sites', {'a': 'x'}), ('data__sites', []),
+    ('data__store', 'x'), ('data__rows', '9'), ('data__evil', 1)])
 def test_entries(hostile, path, value):
     if path.startswith('files'):
         c = json.loads((hostile/'config.json').read_text())
@@ -288,7 +290,7 @@ def test_entries_that_are_absent(hostile, quick):
             o[k] = kept
             for g, w in (('config.json', c), ('index.json', i)): (hostile/g).write_text(json.dumps(w))
             seal(hostile)
-    assert opened <= {'data', 'metrics', 'licence', 'seed', 'note', 'bn_momentum', 'use_metadata', 'meta_dropout', 'dropout', 'sites', 'size', 'norm', 'norm_mean', 'norm_std', 'bits', 'clahe', 'norm_from'}
+    assert opened <= {'metrics', 'licence', 'seed', 'note', 'bn_momentum', 'use_metadata', 'meta_dropout', 'dropout', 'sites', 'size', 'norm', 'norm_mean', 'norm_std', 'bits', 'clahe', 'norm_from'}
 
 @pytest.mark.parametrize('name', ['/etc/passwd', '../../secret', '..', '.', '', 'sub/weights.safetensors', 'con\x00fig', 'README.md', 'evil.pkl'])
 def test_manifest_paths(hostile, name):

@@ -5,6 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback
 from hypothesis import given, settings, strategies as st
 from rcic_fastai.augment import dihedral
+from rcic_fastai.controls import difference_learner
 from rcic_fastai.data import screen_dls
 from rcic_fastai.learner import screen_learner
 from rcic_fastai.metadata import ScreenError
@@ -140,14 +141,24 @@ def test_pseudo_table_holds_pseudo_labels_only():
     rows, ids = m[(m.dataset == 'test') & (m.well_type == 'treatment')], m.drop_duplicates('sirna').set_index('sirna').sirna_id
     chosen = pd.DataFrame(dict(well_id=wells.well_id[:5], label=classes[:5]))
     t = pseudo_table(m, rows, chosen)
-    new = t[t.experiment.isin(rows.experiment)]
-    assert len(new) == len(rows) and len(t) == (m.dataset != 'test').sum() + len(rows)
+    assert len(t) == len(m) and set(t.site_id) == set(m.site_id)
+    others, new = (t[t.experiment.isin(rows.experiment) & (t.well_type == 'treatment').eq(treated)] for treated in (False, True))
+    assert len(new) == len(rows) and len(others) and (others.dataset == 'test').all() and others.sirna.isna().all() and others.sirna_id.isna().all()
     mine = new.well_id.isin(chosen.well_id)
     assert (new.dataset == np.where(mine, 'train', 'test')).all() and new.sirna[~mine].isna().all() and new.sirna_id[~mine].isna().all()
     label = new.well_id[mine].map(chosen.set_index('well_id').label)
     assert new.sirna[mine].tolist() == label.tolist() and new.sirna_id[mine].tolist() == ids[label].tolist()
     pd.testing.assert_frame_equal(t[~t.experiment.isin(rows.experiment)].reset_index(drop=True), m[m.dataset != 'test'].reset_index(drop=True), check_dtype=False)
     assert len(pseudo_table(m, rows, chosen[:0])) == len(t)
+
+def test_wells_that_are_not_named_stay_without_a_label():
+    "Controls and other test wells are there to take statistics of"
+    m, wells, _, classes = toy()
+    rows = m[(m.dataset == 'test') & (m.well_type == 'treatment') & (m.experiment == 'RPE-08')]
+    t = pseudo_table(m, rows, pd.DataFrame(dict(well_id=rows.well_id[:1], label=classes[:1])))
+    named = t.well_id == rows.well_id.iloc[0]
+    test = t.experiment.isin(m.experiment[m.dataset == 'test'])
+    assert len(t) == len(m) and not t.site_id.duplicated().any() and t.sirna[test & ~named].isna().all() and (t.dataset[named] == 'train').all()
 
 # ---- training
 
@@ -207,6 +218,33 @@ def test_it_says_what_it_is(screen):
 def test_two_sites_and_a_stage_that_changes_the_size(screen):
     learn, history = fit(screen, rounds=1, recipe=Recipe('r', [Stage('a', 1, 1e-3, size=24, bs=4), Stage('b', 1, 1e-3, cutmix=1.)]), data=dict(sites=2), tta=2)
     assert history.wells.tolist() == [round(.41*8)] and learn.dls.spec.size == 24 and learn.history.stage.tolist() == ['a 1', 'b 1']
+
+@pytest.mark.parametrize('norm, norm_from', [('plate', 'controls'), ('experiment', 'controls'), ('plate', 'all')])
+def test_statistics_of_plates_and_experiments(screen, norm, norm_from, monkeypatch):
+    "The pixel statistics of named wells are taken of the same wells when they are named, when they are trained on and when they are embedded"
+    from rcic_fastai import data
+    t, seen, was = screen[0], [], data.statistics_rows
+    def noted(spec, rows, among=None):
+        use = was(spec, rows, among)
+        if 'HUVEC-17' in set(rows.experiment): seen.append(frozenset(use.site_id[use.experiment == 'HUVEC-17']))
+        return use
+    monkeypatch.setattr(data, 'statistics_rows', noted)
+    want = frozenset(t.site_id[(t.experiment == 'HUVEC-17') & ((t.well_type != 'treatment') | (norm_from == 'all'))])
+    for kw in ({}, dict(table=t[t.dataset != 'test'], rows=t[t.dataset == 'test'])):
+        seen.clear()
+        learn, history = fit(screen, rounds=1, last=1., first=1., data=dict(norm=norm, norm_from=norm_from), **kw)
+        assert len(history) == 1 and len(seen) >= 2 and set(seen) == {want}
+    seen.clear()
+    learn, _ = fit(screen, rounds=1, data=dict(norm=norm, norm_from=norm_from))
+    learn.embed(t[(t.experiment == 'HUVEC-17') & (t.well_type == 'treatment')].head(4), tta=1, progress=False)
+    assert len(seen) >= 2 and all(s <= want for s in seen) and (norm != 'experiment' or set(seen) == {want})
+
+def test_a_difference_learner_compares_named_wells_with_their_controls(screen):
+    dls = screen_dls(screen[0], screen[1], valid='HUVEC-03', bs=8, device='cpu')
+    learn = difference_learner(dls, ARCH, pretrained=None, emb_dim=16, controls='all')
+    learn.remove_cb(learn.progress)
+    with learn.no_logging(): learn.fit_pseudo(rounds=1, recipe=ONE, first=1., last=1., progress=False)
+    assert learn.model.metadata.measured[1:].all()
 
 def test_interrupted_between_rounds(screen):
     class Stop(Callback):
