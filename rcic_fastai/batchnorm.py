@@ -40,11 +40,11 @@ def kept_batchnorm(
             m.running_mean.copy_(mean); m.running_var.copy_(var); m.num_batches_tracked.copy_(n); m.momentum = momentum
         for m, mode in modes.items(): m.training = mode
 
-# %% ../nbs/24_batchnorm.ipynb #14987eae
+# %% ../nbs/24_batchnorm.ipynb #98e5cd7c
 @contextmanager
 def adapted_batchnorm(
     model:nn.Module, # A model with BatchNorm; in evaluation mode inside
-    batches, # Inputs of the group, in random order: tuples as the model takes them
+    batches, # Inputs of the group, in random order: tuples as the model takes them, sites first (or wells, [B,S,C,H,W])
     forward=None, # Function (model, batch); `None`: `model(*batch)`
     prior:int=16, # Sites' worth of the remembered statistics; 0: only the new ones
 ):
@@ -55,9 +55,10 @@ def adapted_batchnorm(
         for m in bns: m.reset_running_stats(); m.training = True
         n = 0
         for b in batches:
-            if len(b[0]) < 2: continue       # one sample has no variance
-            n += len(b[0])
-            for m in bns: m.momentum = len(b[0])/n       # the mean over sites: a small last batch counts as little as it is
+            sites = b[0].shape[:2].numel() if b[0].ndim == 5 else len(b[0])
+            if sites < 2: continue       # one sample has no variance
+            n += sites
+            for m in bns: m.momentum = sites/n       # the mean over sites: a small last batch counts as little as it is
             forward(model, b) if forward else model(*b)
         if not n: raise ScreenError('There are no two samples to take BatchNorm statistics of: adapt larger groups.')
         w = n/(n + prior)

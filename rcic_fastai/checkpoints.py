@@ -6,16 +6,22 @@
 __all__ = ['pack_state', 'unpack_state', 'learner_state', 'load_learner_state', 'write_checkpoint', 'read_checkpoint',
            'Checkpoint', 'checkpointed', 'check_facts', 'begin_checkpoints', 'sigterm_noted']
 
-# %% ../nbs/25_checkpoints.ipynb #d2c3fc31
-import hashlib, json, random, shutil, signal, sys, threading
+# %% ../nbs/25_checkpoints.ipynb #457a721c
+import hashlib, inspect, json, random, shutil, signal, sys, threading
+from collections import Counter, OrderedDict, defaultdict, deque
 from contextlib import contextmanager
 from types import SimpleNamespace
+from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import *
 from .metadata import *
 
-# %% ../nbs/25_checkpoints.ipynb #0f6d3e8f
+# %% ../nbs/25_checkpoints.ipynb #f1b8e79e
 class _NoState: "What is made again, not kept"
-_SEQUENCES = dict(list=list, tuple=tuple, L=L)
+_SEQUENCES = dict(list=list, tuple=tuple, L=L, set=set, frozenset=frozenset, deque=deque)
+_MAPS = dict(OrderedDict=OrderedDict, Counter=Counter,
+             **{f'defaultdict {o.__name__}': partial(defaultdict, o) for o in (int, float, list, dict, set)})
+_MADE_AGAIN = set('''builtins re io _io os logging threading _thread _threading_local concurrent multiprocessing subprocess
+    socket weakref functools contextlib operator matplotlib fastprogress tqdm torch fastai fastcore rcic_fastai'''.split())
 
 def _as_one(o):
     "A long list of numbers, or of tensors of one number, as one tensor; None for other lists"
@@ -23,35 +29,57 @@ def _as_one(o):
     if len(o) < 8 or len(kinds) > 1: return None
     if kinds == {int} and all(abs(v) < 2**63 for v in o): return torch.tensor(o)
     if kinds == {float}: return torch.tensor(o, dtype=torch.float64)
-    if issubclass(*kinds, Tensor) and {(v.shape, v.dtype) for v in o} == {(torch.Size([]), o[0].dtype)}: return torch.stack(list(o))
+    if issubclass(*kinds, Tensor) and {(v.shape, v.dtype) for v in o} == {(torch.Size([]), o[0].dtype)}: return torch.stack(o)
 
+def _is_key(o):
+    "Whether a key of a dict can be kept: text, a number, None, or a tuple of such"
+    return o is None or isinstance(o, (bool, int, float, str, np.generic)) or type(o) in (tuple, frozenset) and all(map(_is_key, o))
+
+def _may_be_state(o):
+    "Whether an object of no known form may be more than a tool"
+    if isinstance(o, (complex, bytearray)): return True
+    return type(o).__module__.split('.')[0] not in _MADE_AGAIN and not (isinstance(o, (type, Callback, Learner)) or inspect.isroutine(o))
+
+# %% ../nbs/25_checkpoints.ipynb #63e80c2d
 def pack_state(
     o, # Any object
     tensors:dict, # Filled: name → tensor, on the CPU
     name:str='state', # Of the object; begins the names of its tensors
+    lost:list=None, # Filled: (name, type) of what cannot be kept and may be state
 ): # JSON-able; `_NoState` for what holds none
     "What `o` holds, as plain data"
-    def put(t): tensors[name] = t.detach().as_subclass(Tensor).cpu().clone(memory_format=torch.contiguous_format); return name
+    def put(t):
+        new = name
+        while new in tensors: new += "'"
+        tensors[new] = t.detach().as_subclass(Tensor).cpu().clone(memory_format=torch.contiguous_format)
+        return new
+    def gone(name, o): lost is not None and _may_be_state(o) and lost.append((name, type(o).__name__)); return _NoState
     def parts(items):
-        packed = [(k, pack_state(v, tensors, f'{name}/{k}')) for k, v in items]
-        return [[k] if v is _NoState else [k, v] for k, v in packed]
+        key = lambda k: pack_state(k, tensors, f'{name}/key') if _is_key(k) else gone(f'{name}/{k}', k)
+        packed = [(key(k), pack_state(v, tensors, f'{name}/{k}', lost)) for k, v in items]
+        return [[k] if v is _NoState else [k, v] for k, v in packed if k is not _NoState]
     if isinstance(o, np.generic): o = o.item()
     if o is None or isinstance(o, (bool, int, float, str)): return o
+    if isinstance(o, bytes): return dict(bytes=o.hex())
+    if isinstance(o, Path): return dict(path=str(o))
     if isinstance(o, Tensor): return dict(tensor=[put(o), o.device.type])
     if isinstance(o, np.ndarray) and o.dtype.kind in 'biuf': return dict(array=put(torch.from_numpy(np.array(o))))
-    if isinstance(o, (list, tuple, L)):
-        one = _as_one(o)
-        content = dict(packed=[put(one), isinstance(o[0], Tensor)]) if one is not None else dict(items=parts(enumerate(o)))
-        return dict(sequence=[next(k for k, c in _SEQUENCES.items() if isinstance(o, c)), content])
-    if isinstance(o, dict): return dict(dict=parts((k, v) for k, v in o.items() if isinstance(k, (str, int))))
+    if isinstance(o, tuple(_SEQUENCES.values())):
+        items, one = list(o), _as_one(list(o))
+        content = dict(packed=[put(one), isinstance(items[0], Tensor)]) if one is not None else dict(items=parts(enumerate(items)))
+        if isinstance(o, (set, frozenset)) and any(len(i) < 2 for i in content.get('items', ())): return _NoState
+        return dict(sequence=[next(k for k, c in _SEQUENCES.items() if isinstance(o, c)), content, *([o.maxlen] if isinstance(o, deque) else [])])
+    if isinstance(o, dict):
+        kind = ' '.join([type(o).__name__, *([getattr(o.default_factory, '__name__', '')] if isinstance(o, defaultdict) else [])])
+        return dict(dict=parts(o.items())) if type(o) is dict else dict(map=[kind, parts(o.items())])
     if isinstance(o, random.Random): return dict(random=pack_state(o.getstate(), tensors, name))
     if isinstance(o, np.random.Generator): return dict(generator=o.bit_generator.state)
     if isinstance(o, torch.Generator): return dict(torch=[put(o.get_state()), o.device.type])
     if hasattr(o, 'state_dict') and hasattr(o, 'load_state_dict'): return dict(loads=pack_state(o.state_dict(), tensors, name))
     if isinstance(o, Metric): return dict(vars=parts(vars(o).items()))
-    return _NoState
+    return gone(name, o)
 
-# %% ../nbs/25_checkpoints.ipynb #e42937e7
+# %% ../nbs/25_checkpoints.ipynb #21ace80c
 def unpack_state(
     state, # From `pack_state`
     tensors:dict, # Name → tensor
@@ -62,16 +90,23 @@ def unpack_state(
     if not isinstance(state, dict): return state
     (kind, v), = state.items()
     again = lambda s, now=None: unpack_state(s, tensors, now, device)
-    each = lambda pairs: {k: again(s[0], at(k)) if s else at(k) for k, *s in pairs}
-    at = lambda k: now.get(k) if isinstance(now, dict) else now[k] if isinstance(now, (list, tuple, L)) and k < len(now) else None
+    each = lambda pairs: {k: again(s[0], at(k)) if s else at(k) for k, *s in ((again(k), *s) for k, *s in pairs)}
+    at = lambda k: now.get(k) if isinstance(now, dict) else now[k] if isinstance(now, (list, tuple, L, deque)) and k < len(now) else None
     if kind == 'tensor': return tensors[v[0]] if v[1] == 'cpu' else tensors[v[0]].to(device)
     if kind == 'array': return tensors[v].numpy()
     if kind == 'sequence':
-        cls, content = v
+        cls, content, *most = v
         if 'packed' in content: key, whole = content['packed']; items = list(tensors[key]) if whole else tensors[key].tolist()
         else: items = list(each(content['items']).values())
-        return _SEQUENCES[cls](items)
+        if hasattr(now, '_fields') and cls == 'tuple': return type(now)(*items)
+        return _SEQUENCES[cls](items, *most)
     if kind == 'dict': return each(v)
+    if kind == 'map':
+        like, items = isinstance(now, dict) and type(now).__name__ == v[0].split()[0], each(v[1])
+        if like: now = copy(now); now.clear(); now.update(items)
+        return now if like else _MAPS.get(v[0], dict)(items)
+    if kind == 'bytes': return bytes.fromhex(v)
+    if kind == 'path': return Path(v)
     if kind == 'random': now = now or random.Random(); now.setstate(again(v)); return now
     if kind == 'generator':
         now = np.random.Generator(dict(PCG64=np.random.PCG64, MT19937=np.random.MT19937)[v['bit_generator']]())
@@ -82,11 +117,13 @@ def unpack_state(
     if kind == 'vars': vars(now).update(unpack_state(dict(dict=v), tensors, vars(now), device)); return now
     raise KeyError(kind)
 
-# %% ../nbs/25_checkpoints.ipynb #28603f5a
+# %% ../nbs/25_checkpoints.ipynb #bf3a15a0
 def _own(cb, learn):
     "What a callback holds itself; not what it borrows from the learner"
-    lent = [learn, learn.model, learn.opt, learn.dls]
+    lent = [learn, learn.model, get_model(learn.model), learn.opt, learn.dls]
     return {k: v for k, v in vars(cb).items() if k not in ('learn', '__stored_args__') and not any(v is o for o in lent)}
+
+def _sha256(data): return hashlib.sha256(data).hexdigest()
 
 def _named(learn):
     "Callbacks with names of their own"
@@ -100,34 +137,71 @@ def _randomness():
 
 def _parts_of(learn):
     "All that decides what the next epoch does, as live objects"
-    grads = {n: p.grad if p.grad.any() else True for n, p in learn.model.named_parameters() if p.grad is not None}
-    return dict(model=learn.model, optimizer=learn.opt, grads=grads, scaler=getattr(learn, 'scaler', None), train_iter=learn.train_iter,
+    model = get_model(learn.model)
+    grads = {n: p.grad if p.grad.any() else True for n, p in model.named_parameters() if p.grad is not None}
+    return dict(model=model, optimizer=learn.opt, grads=grads, scaler=getattr(learn, 'scaler', None), train_iter=learn.train_iter,
                 callbacks={name: _own(cb, learn) for name, cb in _named(learn)},
                 loaders=[dl.rng for dl in learn.dls.loaders], random=_randomness())
 
 def learner_state(
     learn:Learner, # Between two epochs of a fit
+    lost:list=None, # Filled: (name, type) of what cannot be kept of its callbacks
 )->tuple: # (JSON-able, {name: tensor})
-    "The state of a training as plain data"
+    "The state of a training as plain data; in a sharded fit all processes ask for it together"
     tensors = {}
-    state = {k: pack_state(v, tensors, k) for k, v in _parts_of(learn).items()}
+    state = {k: pack_state(v, tensors, k, lost if k == 'callbacks' else None) for k, v in _parts_of(learn).items()}
+    return _with_others(learn, state, tensors) if _together(learn) else (state, tensors)
+
+# %% ../nbs/25_checkpoints.ipynb #dc8928e8
+_EACH = ('callbacks', 'loaders', 'random') # What a process of a sharded fit has of its own
+
+def _together(learn): return isinstance(learn.model, DistributedDataParallel)
+
+def _everybody(learn, o):
+    "What each process of a sharded fit says, in order"
+    if not _together(learn): return [o]
+    said = [None]*torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, o)
+    return said
+
+def _with_others(learn, state, tensors):
+    "Add what the other processes have of their own and process 0 has not"
+    digest = lambda t: (str(t.dtype), _sha256(t.reshape(-1).view(torch.uint8).numpy().tobytes()))
+    sums = {k: digest(t) for k, t in tensors.items() if k.split('/')[0] in _EACH}
+    first = _everybody(learn, sums)[0]
+    others = _everybody(learn, ({k: state[k] for k in _EACH}, {k: tensors[k] for k in sums if first.get(k) != sums[k]}))[1:]
+    for i, (_, own) in enumerate(others, 1): tensors.update({f'process{i}/{k}': t for k, t in own.items()})
+    return {**state, 'others': [o for o, _ in others]}, tensors
+
+def _mine(learn, state, tensors):
+    "What this process is to go on with"
+    state, tensors = dict(state), dict(tensors)
+    others, i, n = state.pop('others', []), *((rank_distrib(), torch.distributed.get_world_size()) if _together(learn) else (0, 1))
+    if n != 1 + len(others) and not i:
+        print(f'The checkpoint was written by {1 + len(others)} processes and {n} will go on, so augmentation and dropout draw other numbers, '
+              'and the weights will not be quite those of a training without a break.')
+    if i > len(others): state['random'] = pack_state(_randomness(), tensors, f'process{i}')
+    elif i:
+        state.update(others[i - 1])
+        tensors.update({k.partition('/')[2]: t for k, t in tensors.items() if k.startswith(f'process{i}/')})
     return state, tensors
 
-# %% ../nbs/25_checkpoints.ipynb #abf1a230
+# %% ../nbs/25_checkpoints.ipynb #34955384
 def load_learner_state(
     learn:Learner, # As at the beginning of the same fit
     state:dict, # From `learner_state`
     tensors:dict, # From `learner_state`
 ):
     "Put a learner where it was"
+    state, tensors = _mine(learn, state, tensors)
     live, device = _parts_of(learn), getattr(learn.dls, 'device', 'cpu')
     s = {k: unpack_state(v, tensors, live.get(k), device) for k, v in state.items()}
-    filled = [s['model'] is learn.model, s['optimizer'] is learn.opt, *(a is b for a, b in zip(s['loaders'], live['loaders'], strict=True))]
+    filled = [s['model'] is live['model'], s['optimizer'] is learn.opt, *(a is b for a, b in zip(s['loaders'], live['loaders'], strict=True))]
     if not all(filled): raise ValueError('its model, optimizer or loaders are none')
     learn.train_iter = s['train_iter']
     for p, kept in learn.opt.state.items():
         if isinstance(p, Tensor): kept.update({k: v.to(p.device) for k, v in kept.items() if isinstance(v, Tensor)})
-    for n, p in learn.model.named_parameters():
+    for n, p in live['model'].named_parameters():
         g = s['grads'].get(n)
         p.grad = None if g is None else torch.zeros_like(p) if g is True else g.to(p.device)
     for name, cb in _named(learn): vars(cb).update(s['callbacks'].get(name, {}))
@@ -141,9 +215,7 @@ def _torch_rng(state): torch.set_rng_state(state.cpu())
 def _gpu_rng(state, i): torch.cuda.set_rng_state(state, i)
 def _n_gpus(): return torch.cuda.device_count()
 
-# %% ../nbs/25_checkpoints.ipynb #b31b343c
-def _sha256(data): return hashlib.sha256(data).hexdigest()
-
+# %% ../nbs/25_checkpoints.ipynb #8cc42455
 def _write_through(path, data):
     "Write a file and wait until the disk has it"
     with open(path, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
@@ -154,7 +226,9 @@ def _sync_folder(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-def _generations(folder): return sorted(p for p in Path(folder).glob('epoch_*') if re.fullmatch(r'epoch_\d{4,}', p.name))
+def _generations(folder):
+    "The checkpoints in a folder, oldest first"
+    return sorted((p for p in Path(folder).glob('epoch_*') if re.fullmatch(r'epoch_\d{4,}', p.name)), key=lambda p: int(p.name[6:]))
 
 def write_checkpoint(
     folder, # Where the checkpoints are; made when missing
@@ -207,7 +281,7 @@ def read_checkpoint(
             print(f'{p} cannot be used ({why}): ' + ('the one before it is tried.' if p != found[0] else 'there is none before it.'))
     if found: raise ScreenError(f'No checkpoint in {folder} can be used: copy the folder again, or remove it to start anew.')
 
-# %% ../nbs/25_checkpoints.ipynb #5eae3b77
+# %% ../nbs/25_checkpoints.ipynb #6612424e
 class Checkpoint(Callback):
     "Keeps the last good epoch, in memory and in `folder`; stops at a loss that is no number, and when SIGTERM came"
     order = 1000
@@ -221,7 +295,7 @@ class Checkpoint(Callback):
         sigterm=None, # `threading.Event`, set when SIGTERM came
     ):
         store_attr(but='folder')
-        self.folder, self.problem, self.good = folder and Path(folder), None, None
+        self.folder, self.problem, self.good, self.writes, self.told = folder and Path(folder), None, None, bool(folder), set()
 
     def where(self):
         "Epoch and stage, for messages"
@@ -232,28 +306,55 @@ class Checkpoint(Callback):
         last = _generations(self.folder)
         return f'go on from {last[-1]} with resume=True (--resume)' if last else 'no epoch is finished yet, so start anew'
     def remember(self):
-        self.good = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        self.watched = [o.detach() for o in (*self.model.parameters(), *self.model.buffers()) if o.is_floating_point()]
+        model = get_model(self.model)
+        self.good = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.watched = [o.detach() for o in (*model.parameters(), *model.buffers()) if o.is_floating_point()]
     def before_backward(self):
         loss = self.learn.loss.detach().mean().item()
-        if not math.isfinite(loss): self._stop(f'the loss is {loss} in')
+        if not math.isfinite(_total(self.learn, loss)[0]): self._stop(loss, f'the loss is {loss} in')
     def after_batch(self):
-        if self.training and not math.isfinite(sum(o.sum() for o in self.watched).item()): self._stop('weights or statistics of the model are not finite after')
-        if self.sigterm is not None and self.sigterm.is_set():
-            print(f'SIGTERM came, so training stopped in {self.where()}: {self.kept()}.', file=sys.stderr)
+        own = sum(o.sum() for o in self.watched).item() if self.training else 0.
+        total, came = _total(self.learn, own, self.sigterm is not None and self.sigterm.is_set())
+        if not math.isfinite(total): self._stop(own, 'weights or statistics of the model are not finite after')
+        if came:
+            if not rank_distrib(): print(f'SIGTERM came, so training stopped in {self.where()}: {self.kept()}.', file=sys.stderr)
             raise SystemExit(143)
     def after_epoch(self):
         self.remember()
-        if not self.folder or rank_distrib(): return
-        state, tensors = learner_state(self.learn)
+        if not self.writes or rank_distrib() and not _together(self.learn): return
+        lost = []
+        state, tensors = learner_state(self.learn, lost)
+        if rank_distrib() or not self.folder: return
+        self._tell(lost)
         write_checkpoint(self.folder, self.before + self.epoch + 1, dict(stage=self.stage, epoch=self.epoch + 1, facts=self.facts or {},
                          extra=self.extra(), state=state), tensors)
-    def _stop(self, why):
-        sites = _sites(self.learn)
-        self.problem = (f'Training stopped, as {why} batch {self.iter + 1} of {self.n_iter}, {self.where()}{sites}: the weights of the last good '
-                        f'epoch are back; choose a lower learning rate{", look at those sites" if sites else ""} or train in full precision'
-                        + (f', then {self.kept()}.' if self.folder else '.'))
-        raise CancelFitException
+
+# %% ../nbs/25_checkpoints.ipynb #e359a122
+@patch
+def _tell(self:Checkpoint, lost):
+    "One line for each attribute of a callback that cannot be kept"
+    for name, kind in lost:
+        what = '.'.join(name.split('/')[1:3])
+        if what in self.told: continue
+        print(f'{what} (with a {kind}) cannot be kept in a checkpoint, so a resumed training has it as at the beginning: let the callback '
+              'hold numbers, text, tensors, lists, dicts or sets, or what has state_dict and load_state_dict.')
+        self.told.add(what)
+
+@patch
+def _stop(self:Checkpoint, number, why):
+    told = _everybody(self.learn, (math.isfinite(number), why, _sites(self.learn)))
+    _, why, sites = min(told, key=lambda o: (o[0], 'whose pictures' not in o[2]))
+    self.problem = (f'Training stopped, as {why} batch {self.iter + 1} of {self.n_iter}, {self.where()}{sites}: the weights of the last good '
+                    f'epoch are back; choose a lower learning rate{", look at those sites" if sites else ""} or train in full precision'
+                    + (f', then {self.kept()}.' if self.folder else '.'))
+    raise CancelFitException
+
+def _total(learn, *numbers):
+    "Sums over the processes of a sharded fit, so that all of them decide alike"
+    if not _together(learn): return numbers
+    t = torch.tensor(numbers, dtype=torch.float32, device=next(learn.model.parameters()).device)
+    torch.distributed.all_reduce(t)
+    return t.tolist()
 
 def _sites(learn):
     "' (sites …)' of the batch; if some pictures are no numbers, only those"
@@ -263,7 +364,7 @@ def _sites(learn):
     bad = [i for i, o in zip(ids, x) if o.is_floating_point() and not o.isfinite().all()] if len(ids) == len(x) else []
     return f' (sites {first_few(bad or ids, 3)}' + (', whose pictures hold numbers that are not finite)' if bad else ')')
 
-# %% ../nbs/25_checkpoints.ipynb #a5d75300
+# %% ../nbs/25_checkpoints.ipynb #3e99cbe9
 @contextmanager
 def checkpointed(
     learn:Learner, # Any learner
@@ -272,6 +373,10 @@ def checkpointed(
 ):
     "Inside, a fit writes checkpoints, and goes on from `found`"
     def _do_fit():
+        seen = _everybody(learn, (found and found.path.name, bool(cp.folder)))
+        if len({name for name, _ in seen}) > 1:
+            raise ScreenError(f'The processes of this training see different checkpoints in {cp.folder}: put it where all of them can read it.')
+        cp.writes = any(folder for _, folder in seen)
         start = _go_on(learn, cp, found) if found else 0
         if start and getattr(learn, 'progress', None) and getattr(learn.progress, 'mbar', None): learn.progress.mbar.update(0)
         cp.remember()
@@ -280,7 +385,7 @@ def checkpointed(
     try:
         with learn.added_cbs(cp): yield
     finally: del learn._do_fit
-    if cp.problem: learn.model.load_state_dict(cp.good); raise ScreenError(cp.problem)
+    if cp.problem: get_model(learn.model).load_state_dict(cp.good); raise ScreenError(cp.problem)
 
 def _go_on(learn, cp, found):
     check_facts(found.facts, cp.facts, found.path)
@@ -288,7 +393,7 @@ def _go_on(learn, cp, found):
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError) as e:
         raise ScreenError(f'{found.path} does not fit this training ({str(e).splitlines()[0][:100]}): make the learner as it was made '
                           'the first time, or remove the folder to start anew.') from e
-    print(f'Going on from {found.path}.')
+    if not rank_distrib(): print(f'Going on from {found.path}.')
     return found.epoch
 
 # %% ../nbs/25_checkpoints.ipynb #48d59a25

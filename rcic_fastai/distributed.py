@@ -35,12 +35,12 @@ def wait_for_all():
     "Go on when every process of the run is here"
     if rank_world()[1] > 1: torch.distributed.barrier(group=_meeting())
 
-# %% ../nbs/36_distributed.ipynb #13ea0e42
+# %% ../nbs/36_distributed.ipynb #eb599921
 class ShardedDL(ScreenDL):
     "A training loader that gives one process its share of every batch; `.bs` is the share"
     def get_idxs(self):
         idxs, n = super().get_idxs(), self.bs*self.world
-        return [i for k in range(0, len(idxs)//n*n, n) for i in idxs[k+self.rank*self.bs:k+(self.rank+1)*self.bs]]
+        return [i for k in range(0, len(idxs)//n*n, n) for i in idxs[k+self.rank:k+n:self.world]]
     def __len__(self): return len(self._by_group) if self._by_group else self.n//(self.bs*self.world)
 
 def shard_dl(
@@ -57,13 +57,18 @@ def shard_dl(
     def back(): dl.__class__, dl.bs = kind, bs
     return back
 
-# %% ../nbs/36_distributed.ipynb #bc69ea2d
+# %% ../nbs/36_distributed.ipynb #0411c163
 def _sync_bn(model):
     "Whole-batch BatchNorm on GPUs; returns the model and a function that puts the old layers back"
+    from timm.layers import convert_sync_batchnorm  # PyTorch's own drops the activation in timm's layers
     old = [(m, n, c) for m in model.modules() for n, c in m.named_children() if isinstance(c, nn.modules.batchnorm._BatchNorm)]
     def back():
         for m, n, c in old: c.train(getattr(m, n).training); setattr(m, n, c)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model), back
+    return convert_sync_batchnorm(model), back
+
+def _share_buffers(model):
+    "Buffers (statistics of BatchNorm, scale of AdaCos) as process 0 has them"
+    for b in model.buffers(): torch.distributed.broadcast(b.detach(), 0)
 
 class _Sharded(Callback):
     "Share of each batch, averaged gradients"
@@ -81,6 +86,7 @@ class _Sharded(Callback):
         whole, self.learn.model = model, torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if cuda else None)
         self.undo.append(lambda: setattr(self.learn, 'model', whole))
         if rank: self.learn.logger = noop
+    def after_train(self): _share_buffers(get_model(self.model))     # PyTorch does not after a validation
     def after_fit(self):
         while getattr(self, 'undo', None): self.undo.pop()()
 
@@ -92,5 +98,7 @@ def sharded(self:Learner):
     if world == 1: yield self; return
     cb, progress = _Sharded(), [c for c in self.cbs if isinstance(c, ProgressCallback)] if rank else []
     self.add_cb(cb); self.remove_cbs(progress)
-    try: yield self
+    try:
+        yield self
+        if torch.distributed.is_initialized(): _share_buffers(self.model)
     finally: cb.after_fit(); self.remove_cb(cb); self.add_cbs(progress)

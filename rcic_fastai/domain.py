@@ -6,15 +6,19 @@
 __all__ = ['coral', 'sliced_wasserstein', 'reverse_gradient', 'DomainLoss', 'CORAL', 'SlicedWasserstein', 'GradientReversal',
            'EMA', 'MeanTeacher']
 
-# %% ../nbs/33_domain.ipynb #d7e4bdda
+# %% ../nbs/33_domain.ipynb #5ba1a6ce
 from fastai.vision.all import *
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .metadata import *
 from .augment import *
 from .model import *
 from .cutmix import *
 
-# %% ../nbs/33_domain.ipynb #e8b7c912
+# %% ../nbs/33_domain.ipynb #f893b8de
+def _full(x): "Inside, no mixed precision where `x` is"; return torch.autocast(x.device.type, enabled=False)
+def _at_least_single(*xs): return [x if x.dtype == torch.float64 else x.float() for x in xs]
+
 def coral(
     a, # Embeddings [n,D], n ≥ 2
     b, # Embeddings [m,D], m ≥ 2
@@ -22,7 +26,8 @@ def coral(
     "Mean squared difference of means, plus that of covariances"
     centre = lambda x: x - x.mean(0, keepdim=True)
     cov = lambda x: centre(x).T @ centre(x)/(len(x) - 1)
-    return (a.mean(0) - b.mean(0)).square().mean() + (cov(a) - cov(b)).square().mean()
+    a, b = _at_least_single(a, b)
+    with _full(a): return (a.mean(0) - b.mean(0)).square().mean() + (cov(a) - cov(b)).square().mean()
 
 def sliced_wasserstein(
     a, # Embeddings [n,D]
@@ -31,9 +36,10 @@ def sliced_wasserstein(
     generator=None, # `torch.Generator` of the directions
 )->torch.Tensor: # One number
     "Mean squared difference of the quantiles along random directions"
+    a, b = _at_least_single(a, b)
     d = F.normalize(torch.randn(a.shape[1], directions, generator=generator).to(a), dim=0)
     q = torch.linspace(0, 1, max(len(a), len(b)), device=a.device, dtype=a.dtype)
-    return (torch.quantile(a @ d, q, dim=0) - torch.quantile(b @ d, q, dim=0)).square().mean()
+    with _full(a): return (torch.quantile(a @ d, q, dim=0) - torch.quantile(b @ d, q, dim=0)).square().mean()
 
 # %% ../nbs/33_domain.ipynb #ad44d513
 class _Reverse(torch.autograd.Function):
@@ -49,7 +55,7 @@ def reverse_gradient(
     "The same value forwards, the negative gradient backwards"
     return _Reverse.apply(x, weight)
 
-# %% ../nbs/33_domain.ipynb #d4521faf
+# %% ../nbs/33_domain.ipynb #47db0855
 class DomainLoss(Callback):
     "A term of the loss that compares the embeddings of the groups in a batch; `term(groups)` is the comparison"
     run_valid = False
@@ -57,13 +63,18 @@ class DomainLoss(Callback):
         weight:float=1., # Of the term, beside the loss
         by:str='experiment', # Metadata column that names the group
     ):
-        self.weight, self.by, self.terms = weight, by, []
+        self.weight, self.by, self.terms, self.seen, self.alone = weight, by, [], 0, 0
     def before_fit(self):
         vocabs = list(self.learn.dls.spec.vocabs)
         if self.by not in vocabs: raise ScreenError(f'{self.by} is not a metadata column: choose from {", ".join(vocabs)}.')
-        self.at, self.terms = 1 + vocabs.index(self.by), []
+        self.at, self.terms, self.seen, self.alone = 1 + vocabs.index(self.by), [], 0, 0
+    def before_train(self):
+        "Refuse batches that never hold two groups of two"
+        dl = self.dls.train
+        single = getattr(dl, '_by_group', None) and dl.group_by == self.by and dl.groups < 2
+        if dl.n and (single or dl.bs < 4 or any(isinstance(cb, BatchMix) and cb.p == 1 for cb in self.learn.cbs)): self._never()
     def before_batch(self):
-        model = getattr(self.model, 'module', self.model)
+        model = get_model(self.model)
         self.hook = model.neck.register_forward_hook(lambda m, i, o: setattr(self, 'emb', o))
     def after_pred(self): self.hook.remove()
     def groups(self): # [(index, embeddings [n,D]), …]
@@ -72,17 +83,22 @@ class DomainLoss(Callback):
         emb = F.normalize(self.emb.float(), dim=1)
         return [(i, emb[g == i]) for i in g.unique().tolist() if i > 0 and (g == i).sum() > 1]
     def after_loss(self):
+        self.seen += 1
         if any(isinstance(cb, BatchMix) and cb.lam is not None for cb in self.learn.cbs): return
         groups = self.groups()
-        if len(groups) < 2: return
-        term = self.term(groups)
+        if len(groups) < 2:
+            self.alone += 1
+            if self.alone == 100 and not self.terms: self._never()
+            return
+        with _full(self.emb): term = self.term(groups)
         self.terms.append(term.item())
         self.learn.loss_grad = self.learn.loss_grad + self.weight*term
         self.learn.loss = self.learn.loss_grad.clone()
-    def after_fit(self):
-        if not self.terms and self.learn.dls.train.n:
-            raise ScreenError(f'no batch held two groups of {self.by} to compare: make batches with '
-                              f"screen_dls(…, batch_by='{self.by}', batch_groups=2) and leave some without CutMix.")
+    def after_epoch(self):
+        if self.epoch == self.n_epoch - 1 and self.seen and not self.terms: self._never()
+    def _never(self):
+        raise ScreenError(f'no batch held two groups of {self.by} with two samples each to compare: make batches of 4 or more for each '
+                          f"process with screen_dls(…, batch_by='{self.by}', batch_groups=2) and leave some without CutMix.")
 
 class CORAL(DomainLoss):
     "Make means and covariances of the embeddings alike (arXiv 1607.01719)"
@@ -99,7 +115,7 @@ class SlicedWasserstein(DomainLoss):
         pairs = [sliced_wasserstein(a, b, self.directions)*a.shape[1] for (_, a), (_, b) in itertools.combinations(groups, 2)]
         return sum(pairs)/len(pairs)
 
-# %% ../nbs/33_domain.ipynb #dae3c7a7
+# %% ../nbs/33_domain.ipynb #a85dc943
 class GradientReversal(DomainLoss):
     "Train the embedding so that a classifier cannot name the experiment (arXiv 1505.07818)"
     def __init__(self, weight:float=1., by:str='experiment', hidden:int=256, lr:float=1e-3):
@@ -107,7 +123,7 @@ class GradientReversal(DomainLoss):
         self.hidden, self.lr = hidden, lr
     def before_fit(self):
         super().before_fit()
-        model = getattr(self.model, 'module', self.model)
+        model = get_model(self.model)
         n, d = len(self.learn.dls.spec.vocabs[self.by]), model.classifier.weight.shape[1]
         self.head = nn.Sequential(nn.Linear(d, self.hidden), nn.ReLU(), nn.Linear(self.hidden, n)).to(self.dls.device)
         self.head_opt, self.right = torch.optim.Adam(self.head.parameters(), self.lr), []
@@ -118,26 +134,38 @@ class GradientReversal(DomainLoss):
         scores = self.head(x*x.shape[1]**.5)
         self.right.append((scores.argmax(1) == y).float().mean().item())
         return F.cross_entropy(scores, y)
-    def after_step(self): self.head_opt.step(); self.head_opt.zero_grad()
+    def after_step(self):
+        scale = getattr(getattr(self.learn, 'scaler', None), 'get_scale', lambda: 1.)()
+        ps = list(self.head.parameters())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad/scale for p in ps]
+        g = torch.cat([o.flatten() for o in (*grads, grads[0].new_tensor([ps[0].grad is not None]))])
+        if isinstance(self.model, DistributedDataParallel): torch.distributed.all_reduce(g); g /= torch.distributed.get_world_size()
+        if g[-1] and g.isfinite().all():
+            for p, o in zip(ps, g.split([p.numel() for p in ps] + [1])): p.grad = o.view_as(p)
+            self.head_opt.step()
+        self.head_opt.zero_grad()
 
-# %% ../nbs/33_domain.ipynb #4af81fc4
+# %% ../nbs/33_domain.ipynb #286c0514
 class EMA(Callback):
     "Exponential moving average of the weights, used for validation and at the end"
     order = 60
     def __init__(self, decay:float=.99):
         if not 0 <= decay < 1: raise ScreenError(f'decay={decay} is not possible: choose 0 to below 1, such as .99.')
-        self.decay = decay
+        self.decay, self.own, self.fitting = decay, None, False
     def before_fit(self):
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
-        self.own = None
-    def after_step(self): self.average.update_parameters(self.model)
+        self.average = AveragedModel(get_model(self.model), multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
+        self.own, self.fitting = None, True
+    def after_step(self): self.average.update_parameters(get_model(self.model))
     def before_validate(self):
-        self.own = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.average.module.state_dict())
+        self.own = {k: v.clone() for k, v in get_model(self.model).state_dict().items()}
+        self._show()
+    def _show(self): get_model(self.model).load_state_dict(self.average.module.state_dict())
     def after_validate(self):
-        if self.own is not None: self.model.load_state_dict(self.own)
+        if self.own is not None: get_model(self.model).load_state_dict(self.own)
         self.own = None
-    def after_fit(self): self.model.load_state_dict(self.average.module.state_dict())
+    def after_fit(self):
+        if self.fitting: self._show() # otherwise another callback refused to begin
+        self.fitting = False
 
 class MeanTeacher(EMA):
     "`EMA`, and a term of the loss that pulls the embedding towards that of the average for another view"
@@ -147,8 +175,7 @@ class MeanTeacher(EMA):
     def after_loss(self):
         if not self.training or any(isinstance(cb, BatchMix) and cb.lam is not None for cb in self.learn.cbs): return
         x, *meta = self.xb
-        model = getattr(self.model, 'module', self.model)
-        teacher = getattr(self.average.module, 'module', self.average.module).eval()
+        model, teacher = get_model(self.model), self.average.module.eval()
         with torch.no_grad(): target = teacher.embed(dihedral(x, random.randrange(8)), *meta)
         term = (1 - (model.embed(x, *meta)*target).sum(1)).mean()
         self.learn.loss_grad = self.learn.loss_grad + self.weight*term

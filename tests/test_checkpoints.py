@@ -1,5 +1,6 @@
 "Training that is killed, at any moment and by any means, ends with the weights of one that was not."
-import errno, hashlib, json, os, pickle, random, re, resource, shutil, signal, subprocess, sys, time
+import datetime, errno, hashlib, json, os, pickle, random, re, resource, shutil, signal, subprocess, sys, time
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.vision.all import Callback, EarlyStoppingCallback, GradientAccumulation, partial
@@ -116,10 +117,49 @@ CARRIED = dict(
     wells=dict(sites=2, bs=4), plate=dict(norm='plate'), workers=dict(num_workers=1))
 
 @pytest.mark.parametrize('what', CARRIED)
-def test_state_of(screen, tmp_path, what):
+def test_state_of(screen, tmp_path, capsys, what):
     a, b = broken_off(screen, tmp_path/'run', 1, **CARRIED[what])
     same(weights(a), weights(b))
-    assert str(a.history) == str(b.history)
+    assert str(a.history) == str(b.history) and 'cannot be kept' not in capsys.readouterr().out
+
+Pair = namedtuple('Pair', 'a b')
+
+class Keeper(Callback):
+    "Holds something of each form; it changes with every batch"
+    order = 3
+    def before_fit(self):
+        self.seen, self.last, self.by_plate, self.none, self.count, self.pair = set(), deque(maxlen=3), {}, {}, Counter(), Pair(0, None)
+        self.lists, self.sorted, self.frozen, self.best, self.code, self.alike = defaultdict(list), OrderedDict(), frozenset(), None, b'', {}
+    def after_batch(self):
+        if not self.training: return
+        n, loss = self.train_iter, self.loss.item()
+        self.seen.add(n % 5); self.last.append(loss); self.by_plate[('HUVEC-01', n % 3)] = {'n': {n}}; self.none[None] = n; self.count['abc'[n % 3]] += 1
+        self.lists[n % 2].append((n, loss)); self.sorted[f'{n}'] = n; self.frozen |= {('a', n)}; self.best = Path(f'epoch/{n}'); self.code = bytes([n])
+        self.pair, self.alike = Pair(n, [n]), {1: torch.tensor(n), '1': torch.tensor(-n)}
+    def all(self): return {k: v for k, v in vars(self).items() if k != 'learn'}
+
+def test_state_of_every_form(screen, tmp_path, capsys):
+    a, b = broken_off(screen, tmp_path/'run', 1, cbs=lambda: [Keeper()])
+    x, y = a.keeper.all(), b.keeper.all()
+    assert x == y and {k: type(v) for k, v in x.items()} == {k: type(v) for k, v in y.items()}
+    assert (y['last'].maxlen, y['lists'].default_factory, len(y['by_plate']), y['pair'].a) == (3, list, 3, 6) and len(y['seen']) == 5
+    assert 'cannot be kept' not in capsys.readouterr().out
+
+class Unkept(Callback):
+    "Two attributes that may be state and cannot be kept, and many that are tools"
+    def before_fit(self):
+        self.began, self.deep = datetime.datetime(2026, 1, 1), {'in': [{1, datetime.date(2026, 1, 1)}], frozenset([print]): 3}
+        self.tools = [print, len, np.mean, partial(print, 1), open(os.devnull), torch.device('cpu'), torch.float16, Callback, self.learn, self.learn.model,
+                      self.recorder, range(3), re.compile('a'), self.learn.dls, (i for i in range(3)), random.random, signal, None]
+
+def test_what_cannot_be_kept_is_said_once(screen, tmp_path, capsys):
+    fit(make(screen, Unkept()), SHORT, folder=tmp_path/'run')
+    said = [l for l in capsys.readouterr().out.splitlines() if 'cannot be kept' in l]
+    assert [l.split()[0] for l in said] == ['unkept.began', 'unkept.deep'] and 'datetime' in said[0] and 'at the beginning' in said[0]
+
+def test_generations_are_numbers(tmp_path):
+    for n in range(9997, 10003): assert write_checkpoint(tmp_path, n, dict(stage=0, epoch=n, facts={}, extra={}, state={}), {})
+    assert {p.name for p in tmp_path.iterdir()} == {'epoch_10001', 'epoch_10002'} and read_checkpoint(tmp_path).epoch == 10002
 
 def test_two_callbacks_of_a_kind(screen, tmp_path):
     a, b = broken_off(screen, tmp_path/'run', 1, cbs=lambda: [EMA(.5), EMA(.99)])
@@ -349,7 +389,7 @@ def test_resumed_command_writes_the_same_model(screen, interrupted, tmp_path, ca
     (d/'m.checkpoints').mkdir()
     code, out, _ = train(f'{screen} {d}/m --recipe {d}/r.json {TINY} --resume', capsys)
     assert code == 0 and 'is finished' in out and not (d/'m.checkpoints').exists()
-    assert train(f'{screen} {d}/m --recipe {d}/r.json {TINY} --resume', capsys)[0] == 2
+    assert train(f"{screen} {d}/m --recipe {d}/r.json {TINY} --resume", capsys)[0] == 0
 
 def test_nan_ends_with_2_and_goes_on_slower(screen, tmp_path, capsys):
     def recipe(lr): (tmp_path/'r.json').write_text(json.dumps(Recipe('wild', [Stage('calm', 1, 1e-3), Stage('wild', 1, lr)]).to_dict()))

@@ -3,6 +3,7 @@ import json, os, subprocess, sys, time
 from importlib.util import find_spec
 import numpy as np, pandas as pd, pytest, torch
 from rcic_fastai import cli
+from rcic_fastai.checkpoints import read_checkpoint
 from rcic_fastai.metadata import ScreenError, read_metadata
 from rcic_fastai.profiles import read_embeddings
 from rcic_fastai.simulate import simulate_screen
@@ -75,7 +76,114 @@ def test_training_is_that_of_one_process(made, tmp_path, by):
     assert max((a['state'][k].float() - b['state'][k].float()).abs().max().item() for k in a['state']) < 1e-4
     assert np.allclose(a['history'], b['history'], atol=1e-4, equal_nan=True)
 
-def test_a_batch_that_cannot_be_shared_is_refused(made, tmp_path):
-    (tmp_path/'fit.py').write_text(FIT)
-    r = launched(TORCHRUN, tmp_path/'fit.py', made/'screen', tmp_path/'x.pt', 7)
-    assert r.returncode and 'A batch of 7 cannot be shared evenly by 2 processes' in r.stdout + r.stderr
+SCENES = '''
+import contextlib, io, json, os, sys, threading, torch
+from pathlib import Path
+from fastai.vision.all import Callback, noop, patch
+from rcic_fastai.checkpoints import *
+from rcic_fastai.cutmix import *
+from rcic_fastai.data import screen_dls
+from rcic_fastai.distributed import *
+from rcic_fastai.domain import *
+from rcic_fastai.learner import screen_learner
+from rcic_fastai.recipes import *
+from rcic_fastai.screens import open_screen
+screen, folder = Path(sys.argv[1]), Path(sys.argv[2])
+rank, world = rank_world()
+table, source = open_screen(screen)
+
+class Odd(Callback):
+    "Stops, spoils a loss or gets SIGTERM, in one process or in all; draws a number in each batch"
+    order, what = 2000, None
+    def __init__(self): self.drawn = set()
+    def after_loss(self):
+        if self.training: self.drawn.add((self.train_iter, torch.randint(10**6, ()).item()))
+        if self.what == 'nan' and self.training and self.epoch == 1 and rank == 1: self.learn.loss_grad = self.learn.loss_grad*float('nan'); self.learn.loss = self.learn.loss_grad.clone()
+    def after_epoch(self):
+        if self.what == 'break' and self.epoch == 1: raise KeyboardInterrupt
+
+def fit(name, what=None, cbs=(), bs=8, folder=None, epochs=4, **kwargs):
+    dls = screen_dls(table, source, valid='HUVEC-02', bs=bs, device='cpu', seed=5, batch_by='experiment', batch_groups=2 if bs == 8 else 1)
+    learn = screen_learner(dls, 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0)
+    Odd.what, odd, error, out = what, Odd(), '', io.StringIO()
+    with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            with learn.sharded(): learn.fit_recipe(Recipe('r', [Stage('all', epochs, 1e-2)]), seed=1, cbs=[odd, *cbs], folder=folder, **kwargs)
+        except (Exception, KeyboardInterrupt, SystemExit) as e: error = f'{type(e).__name__}: {e}'
+    state = torch.cat([v.float().flatten() for v in learn.model.state_dict().values()]).double()
+    return dict(name=name, rank=rank, sum=state.sum().item(), square=state.square().sum().item(), drawn=sorted(odd.drawn), error=error,
+                said=out.getvalue(), terms=[len(cb.terms) for cb in cbs if hasattr(cb, 'terms')], finite=bool(state.isfinite().all()))
+
+averaged = lambda: [MeanTeacher(.8), CutMix(p=.5), GradientReversal(hidden=4)]
+# scenes
+say = lambda **kw: (Path(sys.argv[3])/f"{kw['name']}-{rank}.json").write_text(json.dumps(kw))
+say(**fit('refused', bs=7))
+say(**fit('whole', cbs=averaged(), folder=folder/'whole'))
+fit('broken', 'break', averaged(), folder=folder/'run'); wait_for_all()
+say(**fit('resumed', None, averaged(), folder=folder/'run', resume=True))
+fit('for one', 'break', [EMA(.8)], folder=folder/'one'); wait_for_all()
+say(**fit('nan', 'nan', folder=folder/'nan'))
+came = threading.Event()
+@patch
+def before_fit(self:Odd):
+    if rank == 1: self.checkpoint.sigterm.set()
+say(**fit('sigterm', folder=folder/'sigterm'))
+Odd.before_fit = noop
+say(**fit('apart', folder=folder/('nowhere' if rank else 'nan'), resume=True))
+'''
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory):
+    "What two processes said in each scene: {name: [process 0, process 1]}"
+    d = tmp_path_factory.mktemp('scenes')
+    (d/'scenes.py').write_text(SCENES); (d/'said').mkdir()
+    simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=0, progress=False)
+    r = launched(TORCHRUN, d/'scenes.py', d/'screen', d, d/'said')
+    assert not r.returncode, (r.stdout + r.stderr)[-3000:]
+    res = {}
+    for p in sorted((d/'said').iterdir()): res.setdefault(p.name[:-7], []).append(json.loads(p.read_text()))
+    return d, res
+
+def same_model(*scenes): assert len({(o['sum'], o['square']) for o in scenes}) == 1, scenes
+
+def test_a_batch_that_cannot_be_shared_is_refused(scenes):
+    for o in scenes[1]['refused']: assert 'A batch of 7 cannot be shared evenly by 2 processes' in o['error']
+
+def test_interrupted_processes_end_with_the_same_weights(scenes):
+    whole, resumed = scenes[1]['whole'], scenes[1]['resumed']
+    assert not any(o['error'] for o in whole + resumed), (whole, resumed)
+    same_model(*whole, *resumed)
+    for a, b in zip(whole, resumed): assert a['drawn'] == b['drawn']
+    assert whole[0]['drawn'] != whole[1]['drawn'] and [o['said'].count('Going on from') for o in resumed] == [1, 0]
+    assert not any('cannot be kept' in o['said'] for o in whole + resumed)
+
+def test_each_share_holds_both_experiments(scenes):
+    "CutMix left some batches alone, and in each process all of those had something to compare"
+    for o in scenes[1]['whole']: assert o['terms'][0] > 0 and not o['error']
+
+def test_a_nan_in_one_process_stops_all_and_brings_good_weights_back(scenes):
+    d, res = scenes
+    same_model(*res['nan'])
+    for o in res['nan']: assert o['finite'] and 'the loss is nan in batch 1' in o['error'] and 'epoch_0001' in o['error']
+    assert len({o['error'] for o in res['nan']}) == 1
+    good = torch.cat([v.float().flatten() for k, v in read_checkpoint(d/'nan').tensors.items() if k.startswith('model/')]).double()
+    assert good.square().sum().item() == pytest.approx(res['nan'][0]['square'], rel=1e-9)
+
+def test_sigterm_in_one_process_stops_all(scenes):
+    a, b = scenes[1]['sigterm']
+    assert a['error'] == b['error'] == 'SystemExit: 143' and a['said'].count('SIGTERM came') == 1 and 'SIGTERM' not in b['said']
+
+def test_processes_with_folders_of_their_own_are_refused(scenes):
+    for o in scenes[1]['apart']: assert 'see different checkpoints' in o['error']
+
+def test_one_process_goes_on_with_what_two_began(scenes):
+    d, _ = scenes
+    ns, argv = {}, sys.argv
+    try: sys.argv = ['', d/'screen', d]; exec(SCENES.split('# scenes')[0], ns)
+    finally: sys.argv = argv
+    found = read_checkpoint(d/'one')
+    assert not any('model/module.' in k for k in found.tensors) and len(found.state['others']) == 1
+    own = [k for k in found.tensors if k.startswith('process1/')]
+    assert own and sum(found.tensors[k].numel() for k in own) < sum(v.numel() for k, v in found.tensors.items() if k.startswith('model/'))
+    o = ns['fit']('one', None, [ns['EMA'](.8)], folder=d/'one', resume=True)
+    assert not o['error'] and o['finite'] and 'written by 2 processes and 1 will go on' in o['said'] and 'cannot be kept' not in o['said']
