@@ -231,6 +231,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rcic_fastai.cli._examples': ('cli.html#_examples', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._finished': ('cli.html#_finished', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._how': ('cli.html#_how', 'rcic_fastai/cli.py'),
+                                 'rcic_fastai.cli._index_parts': ('cli.html#_index_parts', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._is_record': ('cli.html#_is_record', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._json': ('cli.html#_json', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._mapping': ('cli.html#_mapping', 'rcic_fastai/cli.py'),

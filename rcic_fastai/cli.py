@@ -168,7 +168,7 @@ def training_rows(
     check_id_test(table, rows, sites)
     return able if norm in ('plate', 'experiment') else rows
 
-# %% ../nbs/53_cli.ipynb #50fe5104
+# %% ../nbs/53_cli.ipynb #a446abaa
 def train(
     screen, # A screen: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
@@ -210,14 +210,14 @@ def train(
     learn = screen_learner(dls, arch or r.arch, **model)
     with learn.sharded(): reached = learn.fit_recipe(_overruled(r, size, bs), seed=seed, folder=_checkpoints(out), resume=resume, facts=dict(arguments=given))
     if len(reached): print(reached.to_string(index=False))
-    index = build_index(learn, tta, folder=Path(out).with_name(Path(out).name + '.index.part') if rank_world()[1] > 1 else None)
+    index = build_index(learn, tta, folder=_index_parts(out, learn, tta) if rank_world()[1] > 1 else None)
     if rank_world()[0]: return
     save_screen_model(learn, out, index, recipe=r.to_dict(), seed=seed, only_present=only_present, controls=controls, tta=tta,
                       mask=list(INDUCTIVE_MASK), stages=reached.to_dict('records'))
     shutil.rmtree(_checkpoints(out), ignore_errors=True)
     print(f'{out}: model, index of {len(index.labels)} embeddings, history')
 
-# %% ../nbs/53_cli.ipynb #f1ad953c
+# %% ../nbs/53_cli.ipynb #591e2af1
 def _writable(out):
     "The folder, once its place was tried, so that nothing is learnt that cannot be kept"
     probe = Path(out).with_name(f'.{os.getpid()}.{Path(out).name}')
@@ -232,6 +232,18 @@ def _finished(out):
     if not (Path(out)/'config.json').is_file(): return False
     shutil.rmtree(_checkpoints(out), ignore_errors=True)
     return True
+
+def _index_parts(out, learn, tta):
+    "Where several processes keep parts of the index; what another model or other views left there is removed"
+    folder = Path(out).with_name(Path(out).name + '.index.part')
+    now = [model_fingerprint(get_model(learn.model), learn.dls.spec), tta]
+    if not rank_world()[0]:
+        for f in folder.glob('*/parts.json'):
+            try: was = json.loads(f.read_text())
+            except ValueError: was = {}
+            if [was.get('model'), was.get('tta')] != now: shutil.rmtree(folder, ignore_errors=True); break
+    wait_for_all()
+    return folder
 
 def rcic_train(argv=None): "Console script"; return run_command(train, argv, 'rcic_train')
 

@@ -274,7 +274,7 @@ class EmbeddingParts:
             yield self.table(at[order], np.concatenate([self.features(i) for i in ps])[order])
     def remove(self): shutil.rmtree(self.folder)
 
-# %% ../nbs/41_embed.ipynb #f4db8591
+# %% ../nbs/41_embed.ipynb #a53095b1
 def _begin_parts(parts, facts):
     "Refuse a folder that was begun otherwise; a function that names the folder's making, called when there is something to write"
     f = Path(parts.folder)/'parts.json'
@@ -293,6 +293,7 @@ def _write_part(parts, i, x):
     d = make_emb_table(pd.DataFrame({parts.spec.key: parts.keys(i)}), x)
     write_atomic(parts.file(i), lambda p: d.to_parquet(p, index=False))
 
+# %% ../nbs/41_embed.ipynb #ffcdebc8
 def embed_parts(
     folder, # Where the parts are written; what is there already is kept
     model, # A `ScreenModel`
