@@ -734,6 +734,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'rcic_fastai.folder._seen_under_its_own_labels': ( 'folder.html#_seen_under_its_own_labels',
                                                                                        'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._shapes': ('folder.html#_shapes', 'rcic_fastai/folder.py'),
+                                    'rcic_fastai.folder._size_notes': ('folder.html#_size_notes', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._state': ('folder.html#_state', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._store_notes': ('folder.html#_store_notes', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._table': ('folder.html#_table', 'rcic_fastai/folder.py'),

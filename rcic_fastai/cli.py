@@ -360,7 +360,7 @@ def predict(
     parts.remove()
     print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
-# %% ../nbs/53_cli.ipynb #ced59b15
+# %% ../nbs/53_cli.ipynb #ac5e8da4
 def _adaptation(adapt, wells, protocol, m):
     "'experiment', 'plate' or None"
     if adapt not in ('auto', 'experiment', 'plate', 'none'): raise ScreenError(f'--adapt {adapt} is not known: choose auto, experiment, plate or none.')
@@ -369,7 +369,7 @@ def _adaptation(adapt, wells, protocol, m):
         useful = protocol == 'adapted' and not m.spec.per_group or protocol == 'transductive' and m.adapted_index is not None
         adapt = 'experiment' if useful else 'none'
     if adapt == 'none' and wells == 'controls':
-        raise ScreenError('--adapt-from controls needs BatchNorm statistics to adapt: ask for --protocol adapted or --adapt experiment.')
+        raise ScreenError('--adapt-from controls needs BatchNorm statistics to adapt: leave --adapt none out, and ask for --protocol adapted or --adapt experiment.')
     if adapt != 'none' and protocol == 'inductive':
         raise ScreenError(f'--adapt {adapt} uses pictures of the test batch: ask for --protocol adapted or transductive.')
     if adapt == 'none' and protocol == 'adapted' and not m.spec.per_group:

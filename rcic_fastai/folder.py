@@ -29,18 +29,19 @@ def _state(model):
     plain = lambda v: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous().clone()
     return {k: plain(v) for k, v in get_model(model).state_dict().items()}
 
-# %% ../nbs/51_folder.ipynb #7899b539
+# %% ../nbs/51_folder.ipynb #392c90f1
 def data_fingerprint(
     rows:pd.DataFrame, # Site-table rows
     source=None, # Their image source, for the statistics of the channels
     most:int=64, # Sites to measure, when the source does not know its statistics
-)->dict: # rows, sha256, sites of each experiment; of a packed screen its `store` fingerprint; mean and std of each channel (share of full scale), sites measured
+)->dict: # rows, sha256, sites of each experiment; side of a picture (pixels); of a packed screen its `store` fingerprint; mean and std of each channel (share of full scale), sites measured
     "By what a set of sites is known; the order of rows does not matter"
     cols = [c for c in SITE_COLUMNS if c in rows]
     text = rows.sort_values('site_id')[cols].to_csv(index=False, lineterminator='\n')
     res = dict(rows=len(rows), sha256=hashlib.sha256(text.encode()).hexdigest(),
                sites={str(e): int(n) for e, n in rows.groupby('experiment').size().items()})
     if source is None: return res
+    res['side'] = int(source.shape[-1])
     if store := store_fingerprint(source): res['store'] = store
     ids, stats = rows.site_id, source.stats
     if stats is None or not ids.isin(stats.index).all():
@@ -275,7 +276,7 @@ def _is_loss(v, depth=0):
     _, ok = _or(_NONE, _BOOL, _REAL, _list(_REAL, 1, 2))
     return all(_is_loss(o, depth+1) if k in ('a', 'b') else ok(o) for k, o in v.items() if k != 'name')
 
-# %% ../nbs/51_folder.ipynb #71ee6bf5
+# %% ../nbs/51_folder.ipynb #43bc57d3
 _SHARE = _num(0, 1)
 _NOT_SAVED = ('pretrained', 'stem', 'kwargs')
 _BACKBONE = ('drop_connect_rate', 'drop_path_rate', 'drop_rate', 'proj_drop_rate', 'attn_drop_rate')
@@ -297,7 +298,7 @@ _TOP = dict(model=_TABLE, spec=_TABLE, held_out=_NAMES, pseudo_experiments=_NAME
 _COUNT = _int(0, 2**40)
 _MEASURED = 'the mean and std of a channel, from 0 to 1', lambda v: isinstance(v, dict) and set(v) == {'mean', 'std'} and all(map(_SHARE[1], v.values()))
 _DATA = dict(rows=_COUNT, sha256=_HASH, sites=_dict(_COUNT, 2**16, _LABEL), store=_text('32 hexadecimal digits', '[0-9a-f]{32}'),
-             channels=_dict(_MEASURED, 16), sites_measured=_COUNT)
+             channels=_dict(_MEASURED, 16), sites_measured=_COUNT, side=_int(1, 2**20))
 
 def _quote(o): return re.sub('[\x00-\x1f\x7f-\x9f]', ' ', repr(o)[:80])
 
@@ -309,7 +310,7 @@ def _check_entries(d, kinds, need, where):
         what, ok = kinds.get(k, ('left out', lambda v: False))
         if not ok(v): raise _again(f'{where} says that {_quote(k)} is {_quote(v)}, which must be {what}')
 
-# %% ../nbs/51_folder.ipynb #a4bcb3cb
+# %% ../nbs/51_folder.ipynb #9947ce64
 def _check_agreement(m, s, d, where):
     "Model, spec and data say the same"
     names, vocabs, stats = list(s['vocabs']), s['vocabs'], [s.get(k) for k in ('norm_mean', 'norm_std')]
@@ -341,7 +342,7 @@ def _checked_config(folder):
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
     _check_entries(c['spec'], _SPEC, ('target', 'labels', 'channels', 'vocabs'), f)
-    _check_entries(c['data'], _DATA, [k for k in _DATA if k != 'store'], f)
+    _check_entries(c['data'], _DATA, [k for k in _DATA if k not in ('store', 'side')], f)
     _check_agreement(c['model'], c['spec'], c['data'], f)
     return c
 
@@ -454,7 +455,7 @@ def unknown_notes(
     return [f'{sum(n.values())} of {len(rows)} sites have a {c} that the model never saw, {say(n)}: it is passed as unknown.'
             for c, n in unknown_metadata(spec, rows, mask).items()]
 
-# %% ../nbs/51_folder.ipynb #37bb5125
+# %% ../nbs/51_folder.ipynb #544189c0
 class TrainedModel:
     "An opened model folder: `.model`, `.spec`, `.index`, `.adapted_index` (or None), `.config`"
     def __init__(self, folder, model, spec, index, config, adapted_index=None): store_attr()
@@ -480,8 +481,9 @@ class TrainedModel:
 
     def screen_notes(self, rows, source)->list:
         "What is odd about the pictures of a screen, beside those that the model was trained on"
-        return [*_brightness_notes(self.config['data'], rows, source), *_store_notes(self.config['data'], self.index, source)]
+        return [*_size_notes(self.config['data'], self.spec, source), *_brightness_notes(self.config['data'], rows, source), *_store_notes(self.config['data'], self.index, source)]
 
+# %% ../nbs/51_folder.ipynb #0143a6dc
 def _by_adaptation(index):
     "The index of embeddings as the model makes them, and that of embeddings with AdaBN, if both are there"
     how = index.labels.get('protocol', pd.Series(None, index.labels.index))
@@ -489,6 +491,13 @@ def _by_adaptation(index):
     if adapted.all() or not adapted.any(): return index, None
     part = lambda keep, *drop: SirnaIndex(index.features[keep], index.labels[keep].drop(columns=[*drop]), index.target, index.kind, index.model)
     return part(~adapted, 'protocol'), part(adapted)
+
+def _size_notes(data, spec, source):
+    "Pictures of another side, which the model sees as they are"
+    now, then = source.shape[-1], data.get('side')
+    if spec.size or not then or now == then: return []
+    return [f'The pictures are {now} px wide and the model was trained on {then}: if they are of the same field, cells look '
+            f'{now/then:.2g} times as large to it; scale them to {then} px, or train with --size.']
 
 def _brightness_notes(data, rows, source, much=8):
     "Pictures on another scale: 12 bits in 16, stretched, inverted or normalised before"

@@ -122,6 +122,16 @@ def test_loading_draws_no_random_number(made):
     torch.manual_seed(0); np.random.seed(0); random.seed(0)
     assert got == (torch.rand(1).item(), np.random.rand(), random.random())
 
+def test_pictures_of_another_size(made):
+    "A model that takes pictures as they are says when they are of another side"
+    from dataclasses import replace
+    from types import SimpleNamespace
+    data, spec = F.data_fingerprint(made.learn.dls.train.items, made.source), made.learn.dls.spec
+    side, wide = made.source.shape[-1], SimpleNamespace(shape=(6, 128, 128))
+    assert data['side'] == side and F._size_notes(data, spec, made.source) == []
+    assert f'are 128 px wide and the model was trained on {side}' in F._size_notes(data, replace(spec, size=None), wide)[0]
+    assert F._size_notes(data, replace(spec, size=64), wide) == [] and F._size_notes({}, spec, wide) == []
+
 def test_data_fingerprint(made):
     rows = made.learn.dls.train.items
     one = F.data_fingerprint(rows)
