@@ -15,7 +15,7 @@ export MPLBACKEND := Agg
 export PYTHONWARNINGS := ignore::FutureWarning,ignore::SyntaxWarning,ignore::DeprecationWarning
 # idle threads sleep instead of spinning: on cores shared with others, spinning makes training ten times slower
 export OMP_WAIT_POLICY := PASSIVE
-# two notebooks run at a time, so one thread each
+# two notebooks, or two files of tests, run at a time: one thread each
 LIMITS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .PHONY: help venv lock demo test test-notebooks test-pytest test-sync docs lib store bench clean
@@ -70,7 +70,7 @@ test-notebooks: $(STAMP)
 	$(LIMITS) $(BIN)/python tools/notebooks.py
 
 test-pytest: $(STAMP)
-	$(LIMITS) $(BIN)/python -m pytest -q -ra --durations=10 tests
+	$(LIMITS) $(BIN)/python -m pytest -q -ra --durations=10 -n 2 --dist loadfile tests
 
 test-sync: $(STAMP)
 	$(LIMITS) $(BIN)/python tools/sync.py check

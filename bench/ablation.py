@@ -6,7 +6,8 @@ Every model is trained on the training experiments of one screen, once a seed, a
 What a run gave is kept in FOLDER (default: bench/runs), so that an interrupted benchmark goes on where it was. Prints one table
 with the three protocols in columns of their own, and stores bench/results/ablation.json.
 
-`--scale demo` draws its screen (64 px, 48 siRNAs) and takes about an hour on two cores. `--scale full` wants a packed RxRx1
+`--scale demo` draws its screen (64 px, 48 siRNAs) and takes about an hour on two cores. `--scale long` trains four times as long on
+the same screen: what regularises has to be judged where a model can overfit (`--only adacos,cutmix,wells`: 70 minutes). `--scale full` wants a packed RxRx1
 (`--screen`), EfficientNet-B3 at 300 px, 1,108 siRNAs, and a GPU.
 """
 import argparse, json, os, time
@@ -19,6 +20,7 @@ from rcic_fastai.all import *
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-05,HUVEC-17,HUVEC-18,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-04'.split(','),
             sirnas=48, size=64, controls=4, sites=2, seed=0)
 SCALES = dict(demo=dict(arch='efficientnet-lite0', size=None, epochs=12, lr=4e-3, bs=32, tta=4),
+              long=dict(arch='efficientnet-lite0', size=None, epochs=48, lr=4e-3, bs=32, tta=4),
               full=dict(arch='efficientnet-b3', size=300, epochs=90, lr=1e-3, bs=64, tta=8))
 MODELS = dict( # name: what the model is trained with; each adds to the one above, the last two to cutmix
     plain=dict(norm='global', loss='softmax'),

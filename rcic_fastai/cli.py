@@ -11,8 +11,8 @@ __all__ = ['INDUCTIVE_MASK', 'DEMO', 'check_numbers', 'run_command', 'simulate',
 import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../nbs/53_cli.ipynb #9d68ded7
-import contextlib, json, os, shutil, sys, time
+# %% ../nbs/53_cli.ipynb #c3f97e89
+import contextlib, json, os, re, shutil, sys, time
 from fastai.vision.all import *
 from dataclasses import replace
 from fastcore.script import anno_parser, store_true
@@ -32,6 +32,7 @@ from .profiles import *
 from .embed import *
 from .neighbors import *
 from .predict import *
+from .correct import CORRECTIONS, corrected_index
 from .evaluate import *
 from .folder import *
 from .report import *
@@ -45,7 +46,7 @@ def check_numbers(**given):
         if isinstance(given.get(name), int) and not low <= given[name] <= high:
             raise ScreenError(f'--{name} {given[name]} is not possible: give {low} to {high}.')
 
-# %% ../nbs/53_cli.ipynb #c7a8768e
+# %% ../nbs/53_cli.ipynb #c397d43c
 def run_command(
     func, # A documented function
     argv=None, # Arguments; `None`: those of the process
@@ -57,11 +58,15 @@ def run_command(
     quiet = contextlib.redirect_stdout(open(os.devnull, 'w')) if rank_world()[0] else contextlib.nullcontext()
     try:
         with quiet: check_numbers(**args); func(**args)
-    except ScreenError as e: print(f'{prog}: {e}', file=sys.stderr); return 2
+    except ScreenError as e: print(f'{prog}: {_sentence(e)}', file=sys.stderr); return 2
     except OSError as e: print(f'{prog}: {e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.', file=sys.stderr); return 2
     except KeyboardInterrupt: print(f'{prog}: interrupted; nothing half-written was left, and what can be continued continues with the same command (rcic_train: and --resume).', file=sys.stderr); return 130
     except SystemExit as e: return e.code
     return 0
+
+def _sentence(e):
+    "What was said, without fastai's words about the callback that it was said in"
+    return re.sub(r'\A(Exception occured in `\w+` when calling event `\w+`:\s*)+', '', str(e))
 
 def _names(s): return [o.strip() for o in s.split(',') if o.strip()] if isinstance(s, str) else s
 
@@ -311,7 +316,7 @@ def _is_record(path):
     except (OSError, ValueError): return False
     return isinstance(d, dict) and 'protocol' in d
 
-# %% ../nbs/53_cli.ipynb #1482d03d
+# %% ../nbs/53_cli.ipynb #80d6c263
 def predict(
     model, # Model folder, from rcic_train
     screen, # A screen with test experiments: packed, or a folder
@@ -325,22 +330,21 @@ def predict(
     same_cell_type:store_true=False, # Only neighbours of the well's cell type
     adapt:str='auto', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive
     adapt_from:str='all', # Wells that those statistics are taken of: all that are predicted, or controls
+    correct:str='none', # Take batch effects out of embeddings and index, experiment by experiment: standardise; or from control wells centre, sphere, tvn
     neighbors:str='', # Parquet file for the neighbours, cosines and votes of each well
-    embeddings:str='', # Parquet file for the embeddings of the test sites; for rcic_evaluate --embeddings, which needs controls, add --wells all
+    embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
 ):
     "Name the test wells of a screen; killed, the same command goes on where it was"
-    check_protocol(protocol); check_tta(tta)
-    if vote not in VOTES: raise ScreenError(f'--vote {vote} is not known: choose from {", ".join(VOTES)}.')
-    if merge not in ('best', 'mean'): raise ScreenError(f'--merge {merge} is not known: choose best or mean.')
-    if not bs: raise ScreenError('--bs 0 is not possible: give 1 or more.')
+    _check_choices(protocol, tta, vote, merge, bs)
     _check_outputs(out, neighbors=neighbors, embeddings=embeddings)
     m = load_screen_model(model, rank_device())
     if protocol == 'inductive' and m.spec.per_group:
         raise ScreenError(f'The model normalises by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
-    how = _adaptation(adapt, adapt_from, protocol, m)
+    how = _adaptation(adapt, adapt_from, protocol, m, correct)
+    index, fix = _index_for(m, how, protocol, correct, wells)
     controls = adapt_from == 'controls' or m.spec.per_group
     every, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells='all' if controls else wells))
     rows = prediction_rows(every, wells)
@@ -352,16 +356,35 @@ def predict(
     parts = embed_parts(f'{out}.part', m.model, m.spec, rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers,
                         adapt=how, adapt_rows=every[every.well_type != 'treatment'] if adapt_from == 'controls' else None, stat_rows=every if controls else None)
     if rank_world()[0]: return
-    index = m.adapted_index or m.index if how else m.index
-    pred = predict_tables(_nameable(parts.experiments(), index), index, protocol, vote, merge, k, same_cell_type, neighbors=neighbors)
-    if embeddings: write_tables(embeddings, parts)
-    write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, adapt_from=adapt_from, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type,
+    tables = lambda: (fix.transform(t) for t in parts.experiments()) if fix else parts.experiments()
+    pred = predict_tables(_nameable(tables(), index), index, protocol, vote, merge, k, same_cell_type, neighbors=neighbors)
+    if embeddings: write_tables(embeddings, tables() if fix else parts)
+    write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, adapt_from=adapt_from, correct=correct, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type,
                                       unknown=unknown_metadata(m.spec, rows, INDUCTIVE_MASK), notes=notes, versions=library_versions()))
     parts.remove()
     print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
-# %% ../nbs/53_cli.ipynb #ac5e8da4
-def _adaptation(adapt, wells, protocol, m):
+# %% ../nbs/53_cli.ipynb #183b1c27
+def _check_choices(protocol, tta, vote, merge, bs):
+    check_protocol(protocol); check_tta(tta)
+    if vote not in VOTES: raise ScreenError(f'--vote {vote} is not known: choose from {", ".join(VOTES)}.')
+    if merge not in ('best', 'mean'): raise ScreenError(f'--merge {merge} is not known: choose best or mean.')
+    if not bs: raise ScreenError('--bs 0 is not possible: give 1 or more.')
+
+def _index_for(m, how, protocol, correct, wells):
+    "The index to search, and the correction of what is searched for (or None); what is impossible is refused before embedding"
+    index, names = m.adapted_index or m.index if how else m.index, [c for c in CORRECTIONS if c != 'harmony']
+    if protocol == 'transductive': groups_of_classes(index)
+    if correct == 'none': return index, None
+    if correct not in names: raise ScreenError(f'--correct {correct} is not known: choose none, {", ".join(names)}.')
+    if protocol == 'inductive': raise ScreenError(f'--correct {correct} uses the wells of the test batch: ask for --protocol adapted or transductive.')
+    if correct != 'standardise':
+        if wells != 'all': raise ScreenError(f'--correct {correct} measures control wells: add --wells all, or take --correct standardise.')
+        if not (index.labels.get('well_type', pd.Series(dtype=object)) != 'treatment').any():
+            raise ScreenError(f'--correct {correct} needs control wells in the index: train with --controls, or take --correct standardise.')
+    return corrected_index(index, correct, **(dict(shrink='auto') if correct in ('sphere', 'tvn') else {}))
+
+def _adaptation(adapt, wells, protocol, m, correct='none'):
     "'experiment', 'plate' or None"
     if adapt not in ('auto', 'experiment', 'plate', 'none'): raise ScreenError(f'--adapt {adapt} is not known: choose auto, experiment, plate or none.')
     if wells not in ('all', 'controls'): raise ScreenError(f'--adapt-from {wells} is not known: choose all or controls.')
@@ -372,7 +395,7 @@ def _adaptation(adapt, wells, protocol, m):
         raise ScreenError('--adapt-from controls needs BatchNorm statistics to adapt: leave --adapt none out, and ask for --protocol adapted or --adapt experiment.')
     if adapt != 'none' and protocol == 'inductive':
         raise ScreenError(f'--adapt {adapt} uses pictures of the test batch: ask for --protocol adapted or transductive.')
-    if adapt == 'none' and protocol == 'adapted' and not m.spec.per_group:
+    if adapt == 'none' and protocol == 'adapted' and not m.spec.per_group and correct == 'none':
         raise ScreenError('--protocol adapted with --adapt none would adapt nothing: leave --adapt out, or ask for --protocol inductive.')
     return None if adapt == 'none' else adapt
 

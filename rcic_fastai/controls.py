@@ -135,7 +135,7 @@ class MinusControls(nn.Module):
         self.n = n
     def forward(self, x): return torch.cat([x[:, :-self.n], x[:, :self.n] - x[:, -self.n:]], 1)
 
-# %% ../nbs/34_controls.ipynb #5ad1ec11
+# %% ../nbs/34_controls.ipynb #40dfba3c
 def _controls_of(learn, rows, controls):
     "The control rows of the plates of `rows`; every plate must have one"
     table = learn.dls.table
@@ -151,12 +151,14 @@ def measure_controls(self:Learner,
     rows:pd.DataFrame, # Rows of `learn.dls.table`: the plates to measure
     controls:str='negative', # 'negative', 'positive' or 'all'
     batch_norm:bool=False, # BatchNorm by the statistics of the batch, as in training
-    average:bool=False, # Their mean is that of unknown plates
+    average:bool=False, # Their mean is that of unknown plates; only of training plates, so that what is unknown stays inductive
 ):
     "Write the mean features of the control wells of some plates into the model of a `difference_learner`"
     model, spec = get_model(self.model), self.dls.spec
     if not isinstance(model.metadata, PlateControls):
         raise ScreenError('The model compares nothing with control wells: make it with difference_learner.')
+    if average and (odd := sorted(set(rows.experiment) - set(self.dls.train.items.experiment))):
+        raise ScreenError(f'average=True would let unknown plates know of {first_few(odd)}, not trained on: measure their controls without it.')
     part, was, at = model.metadata, model.training, 1 + list(spec.vocabs).index(_PLATE)
     batch_norm = batch_norm and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     model.eval()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'CORRECTIONS', 'Correction', 'show_correction', 'CentreScale', 'Standardise', 'Sphering', 'TVN', 'Harmony',
-           'correct', 'save_correction', 'load_correction']
+           'correct', 'corrected_index', 'save_correction', 'load_correction']
 
-# %% ../nbs/45_correct.ipynb #a9a7f8c9
+# %% ../nbs/45_correct.ipynb #c8137d9e
 import hashlib, json, re
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from fastcore.all import patch
 from .metadata import *
 from .profiles import *
+from .neighbors import SirnaIndex
 from .predict import PROTOCOLS, check_protocol
 
 # %% ../nbs/45_correct.ipynb #b9d5f436
@@ -360,8 +361,17 @@ class Harmony(Correction):
         out = np.empty_like(x); out[order] = z
         return self._mark(t, out)
 
-# %% ../nbs/45_correct.ipynb #85a9d3ce
+# %% ../nbs/45_correct.ipynb #7ed6997f
 CORRECTIONS = dict(centre=CentreScale, standardise=Standardise, sphere=Sphering, tvn=TVN, harmony=Harmony)
+
+def _correction(method, options):
+    "The correction of that name, not yet fitted"
+    if method not in CORRECTIONS:
+        raise ScreenError(f'method={method!r} is not a correction: choose from {", ".join(CORRECTIONS)}.')
+    known = [f.name for f in fields(CORRECTIONS[method])]
+    odd = [o for o in options if o not in known]
+    if odd: raise ScreenError(f'The correction {method!r} has no option {first_few(odd)}: it has {", ".join(known)}.')
+    return CORRECTIONS[method](**options)
 
 def correct(
     emb:pd.DataFrame, # Embeddings table of all batches, index and queries, with their control wells
@@ -369,12 +379,18 @@ def correct(
     **options # by, controls, …: the fields of the method's class in `CORRECTIONS`
 )->pd.DataFrame: # The rows of `emb` in their order, corrected, with `Metadata_protocol` and `Metadata_correction`
     "Take batch effects out of embeddings"
-    if method not in CORRECTIONS:
-        raise ScreenError(f'method={method!r} is not a correction: choose from {", ".join(CORRECTIONS)}.')
-    known = [f.name for f in fields(CORRECTIONS[method])]
-    odd = [o for o in options if o not in known]
-    if odd: raise ScreenError(f'The correction {method!r} has no option {first_few(odd)}: it has {", ".join(known)}.')
-    return CORRECTIONS[method](**options).fit_transform(emb)
+    return _correction(method, options).fit_transform(emb)
+
+# %% ../nbs/45_correct.ipynb #1ae04896
+def corrected_index(
+    index:SirnaIndex, # Over embeddings of whole training experiments (with their control wells, for the methods that need them)
+    method:str, # centre, standardise, sphere or tvn
+    **options # by, controls, …: the fields of the method's class in `CORRECTIONS`
+)->tuple: # (`SirnaIndex` of the corrected embeddings, fitted `Correction` for the embeddings to name)
+    "The index without its batch effects, and what takes them out of the embeddings to name"
+    fix = _correction(method, options)
+    emb = fix.fit_transform(make_emb_table(index.labels, index.features)) if method != 'harmony' else fix.fit(None)
+    return SirnaIndex(emb_features(emb), emb_metadata(emb), index.target, index.kind, index.model), fix
 
 # %% ../nbs/45_correct.ipynb #ea546485
 @patch

@@ -139,6 +139,46 @@ def test_wells_and_controls(here):
     treated = t.index[(t.dataset == 'test') & (t.well_type == 'treatment')]
     assert set(pred.sirna[treated]) <= set(t.sirna[t.well_type == 'treatment']) and len(pred) == (t.dataset == 'test').sum()
 
+@pytest.mark.parametrize('method, more', [('standardise', '--adapt none'), ('standardise', '--wells all --neighbors {d}/c.near.parquet'), ('centre', '--wells all'),
+                                          ('sphere', '--wells all --adapt none'), ('tvn', '--wells all --protocol transductive')])
+def test_corrected_embeddings(here, method, more):
+    "The answers are those of correcting index and queries in Python"
+    model = here/('wc' if method != 'standardise' else 'model')
+    if not model.exists(): test_wells_and_controls(here)
+    more = more.format(d=here)
+    assert cli.rcic_predict(f'{model} {here}/screen {here}/c.csv --tta 1 --protocol adapted --correct {method} --embeddings {here}/c.parquet {more}'.split()) == 0
+    record = json.loads((here/'c.json').read_text())
+    assert record['correct'] == method and record['protocol'] == ('transductive' if 'transductive' in more else 'adapted')
+    emb = cli.read_embeddings(here/'c.parquet')
+    assert emb.Metadata_correction.nunique() == 1 and set(emb.Metadata_protocol) == {'adapted'}
+    m = cli.load_screen_model(model)
+    index, _ = cli.corrected_index(m.index if record['adapt'] is None else m.adapted_index, method, **(dict(shrink='auto') if method in ('sphere', 'tvn') else {}))
+    if model.name == 'model': emb = emb[(emb.Metadata_well_type == 'treatment').to_numpy()]
+    want = cli.predict_wells(emb, index, record['protocol'])[0].set_index('id_code').sirna
+    got = pd.read_csv(here/'c.csv').set_index('id_code').sirna
+    assert got.equals(want.loc[got.index].astype(got.dtype))
+
+def test_errors_inside_callbacks_read_like_others(capsys):
+    "fastai puts its own words before what a callback raises"
+    class Refuses(cli.Callback):
+        def before_fit(self): raise cli.ScreenError('The plate is cracked: take another one.')
+    def job(): cli.Learner(cli.DataLoaders([], []), cli.nn.Linear(1, 1), loss_func=cli.nn.MSELoss(), cbs=Refuses()).fit(1)
+    assert cli.run_command(job, [], 'rcic_job') == 2
+    assert capsys.readouterr().err == 'rcic_job: The plate is cracked: take another one.\n'
+
+@pytest.mark.parametrize('command, says', [
+    ('--correct standardise', 'ask for --protocol adapted or transductive'), ('--protocol adapted --correct combat', '--correct combat is not known'),
+    ('--protocol adapted --correct harmony', '--correct harmony is not known'), ('--protocol adapted --correct tvn', 'add --wells all'),
+    ('--protocol adapted --correct tvn --wells all', 'train with --controls')])
+def test_correction_refused_before_any_work(here, command, says, capsys):
+    refused(f'rcic_predict {here}/model {here}/screen {here}/o.csv {command}', says, capsys)
+    assert not list(here.glob('o.*'))
+
+def test_transductive_without_groups_is_refused_before_any_work(here, capsys):
+    assert cli.rcic_train(f'{here}/screen {here}/types --recipe {here}/tiny.json --valid HUVEC-02 --pretrained no --tta 1 --target cell_type'.split()) == 0
+    refused(f'rcic_predict {here}/types {here}/screen {here}/o.csv --protocol transductive', 'several groups', capsys)
+    assert not list(here.glob('o.*'))
+
 @pytest.mark.parametrize('name', ['simulate', 'train', 'predict', 'evaluate', 'demo'])
 def test_help(name):
     text = ok(f'rcic_{name} --help')

@@ -169,6 +169,9 @@ def test_means_are_those_of_the_controls(screen, controls):
     i = names.index('HUVEC-17_1')
     assert torch.equal(part.encode('plate_name', torch.tensor([i])), part.means[:1])
     test = learn.dls.table[learn.dls.table.experiment == 'HUVEC-17']
+    before = part.means.clone()
+    with pytest.raises(ScreenError, match='HUVEC-17, not trained on'): learn.measure_controls(test, controls, average=True)
+    assert torch.equal(part.means, before)
     learn.measure_controls(test, controls)
     torch.testing.assert_close(part.encode('plate_name', torch.tensor([i]))[0], measured(learn, test, controls)['HUVEC-17_1'], rtol=1e-3, atol=1e-4)
 
