@@ -453,6 +453,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'rcic_fastai/distributed.py'),
                                          'rcic_fastai.distributed._Sharded.before_fit': ( 'distributed.html#_sharded.before_fit',
                                                                                           'rcic_fastai/distributed.py'),
+                                         'rcic_fastai.distributed._from_all': ('distributed.html#_from_all', 'rcic_fastai/distributed.py'),
                                          'rcic_fastai.distributed._meeting': ('distributed.html#_meeting', 'rcic_fastai/distributed.py'),
                                          'rcic_fastai.distributed._share_buffers': ( 'distributed.html#_share_buffers',
                                                                                      'rcic_fastai/distributed.py'),

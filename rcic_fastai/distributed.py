@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['rank_world', 'rank_device', 'wait_for_all', 'ShardedDL', 'shard_dl']
 
-# %% ../nbs/36_distributed.ipynb #6e7cc70f
+# %% ../nbs/36_distributed.ipynb #57dc4d00
 import os
 from datetime import timedelta
 from functools import lru_cache
 from fastai.vision.all import *
 from .metadata import *
 from .loader import *
+from .losses import AdaCos
 
 # %% ../nbs/36_distributed.ipynb #8580c79c
 def rank_world()->tuple: # (number of this process, from 0; how many there are)
@@ -57,7 +58,7 @@ def shard_dl(
     def back(): dl.__class__, dl.bs = kind, bs
     return back
 
-# %% ../nbs/36_distributed.ipynb #0411c163
+# %% ../nbs/36_distributed.ipynb #d84c60f6
 def _sync_bn(model):
     "Whole-batch BatchNorm on GPUs; returns the model and a function that puts the old layers back"
     from timm.layers import convert_sync_batchnorm  # PyTorch's own drops the activation in timm's layers
@@ -69,6 +70,12 @@ def _sync_bn(model):
 def _share_buffers(model):
     "Buffers (statistics of BatchNorm, scale of AdaCos) as process 0 has them"
     for b in model.buffers(): torch.distributed.broadcast(b.detach(), 0)
+
+def _from_all(x):
+    "Rows of all processes, as many from each"
+    rows = [torch.empty_like(x) for _ in range(rank_world()[1])]
+    torch.distributed.all_gather(rows, x.contiguous())
+    return torch.cat(rows)
 
 class _Sharded(Callback):
     "Share of each batch, averaged gradients"
@@ -82,6 +89,10 @@ class _Sharded(Callback):
         if cuda:
             model, back = _sync_bn(model)
             self.undo.append(back)
+        for m in model.modules():
+            if isinstance(m, AdaCos):
+                m.from_all = _from_all
+                self.undo.append(partial(setattr, m, 'from_all', None))
         torch.manual_seed(torch.initial_seed() + rank)     # augmentation and dropout differ between the shares
         whole, self.learn.model = model, torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if cuda else None)
         self.undo.append(lambda: setattr(self.learn, 'model', whole))

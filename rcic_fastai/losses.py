@@ -132,7 +132,7 @@ def adacos_scale(
     theta = cos[right].clamp(-1, 1).acos().median()
     return log_b / theta.clamp(max=math.pi/4).cos()
 
-# %% ../nbs/22_losses.ipynb #06222f45
+# %% ../nbs/22_losses.ipynb #ad5c71f3
 class AdaCos(CosineLoss):
     "Cross-entropy of s·cos with a scale that needs no tuning (arXiv 1905.00292)"
     def __init__(self,
@@ -145,16 +145,18 @@ class AdaCos(CosineLoss):
         s = math.sqrt(2)*math.log(max(n_classes-1, 1))
         super().__init__(min(max(s, s_min), s_max), reduction)
         self.n_classes,self.dynamic,self.s_min,self.s_max,self._seen = n_classes,dynamic,s_min,s_max,None
+        self.from_all = None  # function: rows of this process → those of all processes that share the batch (see 36_distributed)
 
     def update(self, cos, y):
         if not self.dynamic or not len(cos) or (self._seen is not None and self._seen() is cos): return
         self._seen = weakref.ref(cos)
         with torch.no_grad():
             c,y = self._plain(cos, y)
+            if self.from_all: c,y = self.from_all(c),self.from_all(y)
             s = adacos_scale(c, y, self._scale(c)).to(self.s.dtype)
             self.s.copy_(torch.where(s.isfinite(), s.clamp(self.s_min, self.s_max), self.s))
 
-    def __getstate__(self): return {**self.__dict__, '_seen': None}      # a weak reference cannot be copied
+    def __getstate__(self): return {**self.__dict__, '_seen': None, 'from_all': None}      # neither can be copied
 
 # %% ../nbs/22_losses.ipynb #416ca040
 class MixLoss(CosineLoss):

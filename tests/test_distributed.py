@@ -51,7 +51,7 @@ table, source = open_screen(sys.argv[1])
 out, bs, by = sys.argv[2], int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else None
 dls = screen_dls(table, source, valid='HUVEC-02', bs=bs, augs=None, device='cpu', seed=5, batch_by=by)
 learn = screen_learner(dls, 'test_efficientnet_gn', pretrained=None, neck='identity', loss='softmax')
-recipe = Recipe('two', [Stage('head', 1, 1e-2, 'head'), Stage('all', 2, 1e-2, bs=bs//2)])
+recipe = Recipe('two', [Stage('head', 1, 1e-2, 'head', loss='adacos'), Stage('all', 2, 1e-2, bs=bs//2)])
 try:
     with learn.sharded(): reached = learn.fit_recipe(recipe, seed=1)
 except Exception as e: print(type(e).__name__, e); sys.exit(2)
