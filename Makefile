@@ -69,8 +69,10 @@ test: $(STAMP)
 test-notebooks: $(STAMP)
 	$(LIMITS) $(BIN)/python tools/notebooks.py
 
+# The long ones first, so that the two workers end together.
+LONG := $(patsubst %,tests/test_%.py,cli distributed checkpoints network stream soak)
 test-pytest: $(STAMP)
-	$(LIMITS) $(BIN)/python -m pytest -q -ra --durations=10 -n 2 --dist loadfile tests
+	$(LIMITS) $(BIN)/python -m pytest -q -ra --durations=10 -n 2 --dist loadfile --no-loadscope-reorder $(LONG) tests
 
 test-sync: $(STAMP)
 	$(LIMITS) $(BIN)/python tools/sync.py check

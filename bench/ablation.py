@@ -1,10 +1,10 @@
 """What each part of the method is worth on experiments never seen: a ladder from the plainest baseline to the full method.
 
-    python bench/ablation.py [--scale demo|full] [--seeds 0,1,2] [--runs FOLDER] [--only MODEL,MODEL]
+    python bench/ablation.py [--scale demo|long|full] [--seeds 0,1,2] [--runs FOLDER] [--only MODEL,MODEL]
 
 Every model is trained on the training experiments of one screen, once a seed, and judged on the wells of the test experiments.
 What a run gave is kept in FOLDER (default: bench/runs), so that an interrupted benchmark goes on where it was. Prints one table
-with the three protocols in columns of their own, and stores bench/results/ablation.json.
+with the three protocols in columns of their own, and stores bench/results/ablation.json (ablation_long.json, ablation_full.json).
 
 `--scale demo` draws its screen (64 px, 48 siRNAs) and takes about an hour on two cores. `--scale long` trains four times as long on
 the same screen: what regularises has to be judged where a model can overfit (`--only adacos,cutmix,wells`: 70 minutes). `--scale full` wants a packed RxRx1
@@ -175,11 +175,12 @@ def table_of(args):
     "One row a model and way of predicting, mean ± sd over the seeds, one column a protocol"
     rows, seeds = {}, sorted({int(p.stem.split('-')[-1]) for p in args.runs.glob(f'{args.scale}-*.json')})
     for name in MODELS:
-        found = [json.loads(p.read_text())['result'] for s in seeds if (p := args.runs/f'{args.scale}-{name}-{s}.json').exists()]
+        runs = {s: json.loads(p.read_text())['result'] for s in seeds if (p := args.runs/f'{args.scale}-{name}-{s}.json').exists()}
+        found = list(runs.values())
         for way in found[0] if found else ():
             a = np.array([f[way]['accuracy'] for f in found])
             worst = [f[way]['worst'] for f in found if 'worst' in f[way]]
-            rows[name, way] = dict(protocol=found[0][way]['protocol'], values=a.tolist(), mean=float(a.mean()), sd=float(a.std(ddof=1)) if len(a) > 1 else None,
+            rows[name, way] = dict(protocol=found[0][way]['protocol'], values=dict(zip(runs, a.tolist())), mean=float(a.mean()), sd=float(a.std(ddof=1)) if len(a) > 1 else None,
                                    worst=float(np.mean(worst)) if worst else None, seeds=len(a))
     return rows, seeds
 
@@ -203,12 +204,15 @@ CHOSEN = 'full: after the first seed; best: after all seeds; both on the experim
 
 
 def claims_of(rows):
-    "Each claim with the accuracies of both sides, the mean gain, and in how many seeds it held"
+    "Each claim with the accuracies of both sides, the mean gain, and in how many seeds it held; over the seeds that both sides have"
     res = []
     for what, yes, no in CLAIMS:
         if yes not in rows or no not in rows: continue
-        gain = np.subtract(rows[yes]['values'], rows[no]['values'])
-        res.append(dict(claim=what, without=round(rows[no]['mean'], 4), with_it=round(rows[yes]['mean'], 4), gain=round(float(gain.mean()), 4),
+        both = [s for s in rows[yes]['values'] if s in rows[no]['values']]
+        if not both: continue
+        a, b = (np.array([rows[k]['values'][s] for s in both]) for k in (no, yes))
+        gain = b - a
+        res.append(dict(claim=what, without=round(float(a.mean()), 4), with_it=round(float(b.mean()), 4), gain=round(float(gain.mean()), 4),
                         held_in=f'{int((gain > 0).sum())} of {len(gain)} seeds'))
     return res
 
@@ -224,7 +228,7 @@ def report(args, table):
     done = {p: json.loads(p.read_text()) for p in sorted(args.runs.glob(f'{args.scale}-*.json'))}
     leaks = [d['result'] for p, d in done.items() if p.stem.startswith(f'{args.scale}-leak-')]
     figures = dict(scale=args.scale, chance=round(chance, 4), seeds=seeds, minutes=round(sum(d['seconds'] for d in done.values())/60/max(args.at_once, 1), 1),
-                   minutes_asked=60, chosen=CHOSEN, best={k: v and [round(v[0], 4), v[1]] for k, v in best.items()}, full=' / '.join(FULL),
+                   **(dict(minutes_asked=60, chosen=CHOSEN) if args.scale == 'demo' else {}), best={k: v and [round(v[0], 4), v[1]] for k, v in best.items()}, full=' / '.join(FULL),
                    plain_error_reduction=gain(('plain', 'one site')), full_error_reduction=gain(FULL), times_plain_asked=2, claims=claims_of(rows),
                    leak=leaks_of(leaks) if leaks else None,
                    rows=[dict(model=m, prediction=w, **{k: v for k, v in r.items() if k != 'values'}) for (m, w), r in rows.items()])

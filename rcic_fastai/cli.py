@@ -11,7 +11,7 @@ __all__ = ['INDUCTIVE_MASK', 'DEMO', 'check_numbers', 'run_command', 'simulate',
 import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../nbs/53_cli.ipynb #c3f97e89
+# %% ../nbs/53_cli.ipynb #f4863b1e
 import contextlib, json, os, re, shutil, sys, time
 from fastai.vision.all import *
 from dataclasses import replace
@@ -32,7 +32,7 @@ from .profiles import *
 from .embed import *
 from .neighbors import *
 from .predict import *
-from .correct import CORRECTIONS, corrected_index
+from .correct import corrected_index
 from .evaluate import *
 from .folder import *
 from .report import *
@@ -316,13 +316,13 @@ def _is_record(path):
     except (OSError, ValueError): return False
     return isinstance(d, dict) and 'protocol' in d
 
-# %% ../nbs/53_cli.ipynb #80d6c263
+# %% ../nbs/53_cli.ipynb #c4b7e462
 def predict(
     model, # Model folder, from rcic_train
     screen, # A screen with test experiments: packed, or a folder
     out, # CSV to write, such as test.csv: id_code and the predicted label; test.json beside it records how, test.top.csv has the five best
     tta:int=8, # Dihedral views a site, 1 to 8
-    protocol:str='inductive', # inductive: nothing of the test batch is used; adapted: its unlabelled pictures (AdaBN, plate statistics); transductive: plate groups and one-to-one assignment
+    protocol:str='inductive', # inductive: nothing of the test batch is used; adapted: its unlabelled pictures (AdaBN, plate statistics, --correct); transductive: plate groups and one-to-one assignment
     wells:str='treatment', # Wells to embed: treatment, or all for the controls too (named only if the model learnt them)
     vote:str='nearest', # nearest neighbour, mean of the k nearest of a class, or class prototype
     k:int=5, # Neighbours that are kept, and averaged by --vote mean
@@ -330,7 +330,7 @@ def predict(
     same_cell_type:store_true=False, # Only neighbours of the well's cell type
     adapt:str='auto', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive
     adapt_from:str='all', # Wells that those statistics are taken of: all that are predicted, or controls
-    correct:str='none', # Take batch effects out of embeddings and index, experiment by experiment: standardise; or from control wells centre, sphere, tvn
+    correct:str='none', # Take batch effects out of embeddings and index, experiment by experiment: standardise (measured from treatment wells); centre, sphere or tvn (from controls: --wells all, and a model trained with --controls)
     neighbors:str='', # Parquet file for the neighbours, cosines and votes of each well
     embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
@@ -348,6 +348,7 @@ def predict(
     controls = adapt_from == 'controls' or m.spec.per_group
     every, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells='all' if controls else wells))
     rows = prediction_rows(every, wells)
+    _check_correctable(rows, correct)
     used = highest_protocol(m.protocols(rows, how, INDUCTIVE_MASK))
     if PROTOCOLS.index(used) > PROTOCOLS.index(protocol):
         raise ScreenError(f'The embeddings of these wells would be {used} (pseudo-labels or statistics of their own batch): ask for --protocol {used}.')
@@ -356,15 +357,15 @@ def predict(
     parts = embed_parts(f'{out}.part', m.model, m.spec, rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers,
                         adapt=how, adapt_rows=every[every.well_type != 'treatment'] if adapt_from == 'controls' else None, stat_rows=every if controls else None)
     if rank_world()[0]: return
-    tables = lambda: (fix.transform(t) for t in parts.experiments()) if fix else parts.experiments()
+    tables = lambda: (fix(t) for t in parts.experiments()) if fix else parts.experiments()
     pred = predict_tables(_nameable(tables(), index), index, protocol, vote, merge, k, same_cell_type, neighbors=neighbors)
     if embeddings: write_tables(embeddings, tables() if fix else parts)
-    write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, adapt_from=adapt_from, correct=correct, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type,
+    write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, adapt_from=adapt_from, correct=index.labels.correction.iloc[0] if fix else None, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type,
                                       unknown=unknown_metadata(m.spec, rows, INDUCTIVE_MASK), notes=notes, versions=library_versions()))
     parts.remove()
     print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
-# %% ../nbs/53_cli.ipynb #183b1c27
+# %% ../nbs/53_cli.ipynb #61ccc1bc
 def _check_choices(protocol, tta, vote, merge, bs):
     check_protocol(protocol); check_tta(tta)
     if vote not in VOTES: raise ScreenError(f'--vote {vote} is not known: choose from {", ".join(VOTES)}.')
@@ -373,7 +374,7 @@ def _check_choices(protocol, tta, vote, merge, bs):
 
 def _index_for(m, how, protocol, correct, wells):
     "The index to search, and the correction of what is searched for (or None); what is impossible is refused before embedding"
-    index, names = m.adapted_index or m.index if how else m.index, [c for c in CORRECTIONS if c != 'harmony']
+    index, names = m.adapted_index or m.index if how else m.index, list(_CORRECT)
     if protocol == 'transductive': groups_of_classes(index)
     if correct == 'none': return index, None
     if correct not in names: raise ScreenError(f'--correct {correct} is not known: choose none, {", ".join(names)}.')
@@ -382,21 +383,30 @@ def _index_for(m, how, protocol, correct, wells):
         if wells != 'all': raise ScreenError(f'--correct {correct} measures control wells: add --wells all, or take --correct standardise.')
         if not (index.labels.get('well_type', pd.Series(dtype=object)) != 'treatment').any():
             raise ScreenError(f'--correct {correct} needs control wells in the index: train with --controls, or take --correct standardise.')
-    return corrected_index(index, correct, **(dict(shrink='auto') if correct in ('sphere', 'tvn') else {}))
+    return corrected_index(index, correct, **_CORRECT[correct])
+
+_CORRECT = dict(standardise=dict(wells='treatment'), centre={}, sphere=dict(shrink='auto'), tvn=dict(shrink='auto'))
+
+def _check_correctable(rows, correct):
+    "Every experiment to predict has the wells that it is measured from"
+    if correct == 'none': return
+    what, which = ('treatment', rows.well_type == 'treatment') if correct == 'standardise' else ('control', rows.well_type != 'treatment')
+    n = rows[which].groupby('experiment').well_id.nunique().reindex(rows.experiment.unique(), fill_value=0)
+    if (n < 2).any(): raise ScreenError(f'--correct {correct} needs two {what} wells in each experiment, and {first_few(n[n < 2].index)} has {n.min()}: choose another correction, or leave it out.')
 
 def _adaptation(adapt, wells, protocol, m, correct='none'):
     "'experiment', 'plate' or None"
     if adapt not in ('auto', 'experiment', 'plate', 'none'): raise ScreenError(f'--adapt {adapt} is not known: choose auto, experiment, plate or none.')
     if wells not in ('all', 'controls'): raise ScreenError(f'--adapt-from {wells} is not known: choose all or controls.')
     if adapt == 'auto':
-        useful = protocol == 'adapted' and not m.spec.per_group or protocol == 'transductive' and m.adapted_index is not None
+        useful = protocol == 'adapted' and not m.spec.per_group and (correct == 'none' or has_batchnorm(m.model)) or protocol == 'transductive' and m.adapted_index is not None
         adapt = 'experiment' if useful else 'none'
     if adapt == 'none' and wells == 'controls':
         raise ScreenError('--adapt-from controls needs BatchNorm statistics to adapt: leave --adapt none out, and ask for --protocol adapted or --adapt experiment.')
     if adapt != 'none' and protocol == 'inductive':
         raise ScreenError(f'--adapt {adapt} uses pictures of the test batch: ask for --protocol adapted or transductive.')
     if adapt == 'none' and protocol == 'adapted' and not m.spec.per_group and correct == 'none':
-        raise ScreenError('--protocol adapted with --adapt none would adapt nothing: leave --adapt out, or ask for --protocol inductive.')
+        raise ScreenError('--protocol adapted with --adapt none would adapt nothing: leave --adapt out, add --correct standardise, or ask for --protocol inductive.')
     return None if adapt == 'none' else adapt
 
 def rcic_predict(argv=None): "Console script"; return run_command(predict, argv, 'rcic_predict')

@@ -19,9 +19,10 @@ from .profiles import *
 from .neighbors import SirnaIndex
 from .predict import PROTOCOLS, check_protocol
 
-# %% ../nbs/45_correct.ipynb #b9d5f436
+# %% ../nbs/45_correct.ipynb #88e9c88d
 CONTROLS = dict(negative=('negative_control',), positive=('positive_control',),
                 all=('negative_control', 'positive_control'))
+_REFERENCES = {**CONTROLS, 'treatment': ('treatment',)}
 
 _Rows = namedtuple('_Rows', 'x meta batch names ref')   # features, facts, batch numbers and names, reference rows
 
@@ -51,18 +52,18 @@ def _read(emb, by, controls):
     if by:
         name = _names(m.experiment)
         batch, names = pd.factorize(name + ' plate ' + m.plate.astype(str) if by == 'plate' else name)
-    ref = np.ones(len(m), bool) if controls is None else m.well_type.isin(CONTROLS[controls]).to_numpy()
+    ref = np.ones(len(m), bool) if controls is None else m.well_type.isin(_REFERENCES[controls]).to_numpy()
     return _Rows(x, m, batch, np.asarray(names), ref)
 
-# %% ../nbs/45_correct.ipynb #4b8b2d12
+# %% ../nbs/45_correct.ipynb #bb782756
 def _check_wells(t, controls, least, less):
     "Every batch has at least `least` reference wells"
     well = t.meta.well_id if 'well_id' in t.meta else pd.Series(range(len(t.meta)))
     n = well[t.ref].groupby(t.batch[t.ref]).nunique().reindex(range(len(t.names)), fill_value=0).to_numpy()
-    what = {None: 'well', 'all': 'control well'}.get(controls, f'{controls} control well')
+    what = {None: 'well', 'all': 'control well', 'treatment': 'treatment well'}.get(controls, f'{controls} control well')
     if (n == 0).any():
-        raise ScreenError(f'There is no {what} in {first_few(t.names[n == 0], 4)}: keep the control wells in the '
-                          "table, choose other controls, or take the method 'standardise', which needs none.")
+        raise ScreenError(f'There is no {what} in {first_few(t.names[n == 0], 4)}: ' + ("take wells='all'." if controls == 'treatment' else
+                          "keep the control wells in the table, choose other controls, or take the method 'standardise', which needs none."))
     if (n < least).any():
         raise ScreenError(f'There is only one {what} in {first_few(t.names[n < least], 4)}, '
                           f'and a spread needs two: {less}.')
@@ -200,14 +201,19 @@ class CentreScale(Correction):
         self.least = 1 + bool(self.scale)
     def _apply(self, t): return _centre(t, self.scale, self.robust)
 
-# %% ../nbs/45_correct.ipynb #7d758999
+# %% ../nbs/45_correct.ipynb #803e3af3
 @dataclass
 class Standardise(Correction):
-    "Each batch measured from all its wells"
+    "Each batch measured from all its wells, or from its treatment wells"
     scale:bool=True # Divide by the spread, too
     robust:bool=False # Median and MAD instead of mean and standard deviation
+    wells:str='all' # 'all', or 'treatment': the same with and without control wells in the table
 
     least = 2
+    def __post_init__(self):
+        super().__post_init__()
+        if self.wells not in ('all', 'treatment'): raise ScreenError(f"wells={self.wells!r} is not known: choose 'all' or 'treatment'.")
+        self.controls = 'treatment' if self.wells == 'treatment' else None
     def _apply(self, t): return _centre(t, self.scale, self.robust)
 
 # %% ../nbs/45_correct.ipynb #24d5f9d3
@@ -381,16 +387,20 @@ def correct(
     "Take batch effects out of embeddings"
     return _correction(method, options).fit_transform(emb)
 
-# %% ../nbs/45_correct.ipynb #1ae04896
+# %% ../nbs/45_correct.ipynb #9523a027
 def corrected_index(
-    index:SirnaIndex, # Over embeddings of whole training experiments (with their control wells, for the methods that need them)
+    index:SirnaIndex, # Over embeddings of whole training experiments (with their control wells, for the methods that need them), not corrected yet
     method:str, # centre, standardise, sphere or tvn
     **options # by, controls, …: the fields of the method's class in `CORRECTIONS`
-)->tuple: # (`SirnaIndex` of the corrected embeddings, fitted `Correction` for the embeddings to name)
+)->tuple: # (`SirnaIndex` of the corrected embeddings; function: embeddings table of whole batches → the same, corrected)
     "The index without its batch effects, and what takes them out of the embeddings to name"
     fix = _correction(method, options)
-    emb = fix.fit_transform(make_emb_table(index.labels, index.features)) if method != 'harmony' else fix.fit(None)
-    return SirnaIndex(emb_features(emb), emb_metadata(emb), index.target, index.kind, index.model), fix
+    if method == 'harmony': fix.fit(None)                            # says why not
+    if 'correction' in index.labels and index.labels.correction.notna().any():
+        raise ScreenError(f'The index was corrected before, by {first_few(index.labels.correction.dropna().unique())}: give the one that it was made of.')
+    emb = fix.fit_transform(make_emb_table(index.labels, index.features))
+    unit = lambda t: make_emb_table(emb_metadata(t), unit_rows(emb_features(t)))
+    return SirnaIndex(emb_features(emb), emb_metadata(emb), index.target, index.kind, index.model), lambda t: fix.transform(unit(t))
 
 # %% ../nbs/45_correct.ipynb #ea546485
 @patch

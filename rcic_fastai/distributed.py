@@ -58,7 +58,7 @@ def shard_dl(
     def back(): dl.__class__, dl.bs = kind, bs
     return back
 
-# %% ../nbs/36_distributed.ipynb #d84c60f6
+# %% ../nbs/36_distributed.ipynb #86a3a496
 def _sync_bn(model):
     "Whole-batch BatchNorm on GPUs; returns the model and a function that puts the old layers back"
     from timm.layers import convert_sync_batchnorm  # PyTorch's own drops the activation in timm's layers
@@ -89,7 +89,7 @@ class _Sharded(Callback):
         if cuda:
             model, back = _sync_bn(model)
             self.undo.append(back)
-        for m in model.modules():
+        for m in nn.ModuleList([model, *(o for o in [self.loss_func] if isinstance(o, nn.Module))]).modules():
             if isinstance(m, AdaCos):
                 m.from_all = _from_all
                 self.undo.append(partial(setattr, m, 'from_all', None))

@@ -132,9 +132,10 @@ def adacos_scale(
     theta = cos[right].clamp(-1, 1).acos().median()
     return log_b / theta.clamp(max=math.pi/4).cos()
 
-# %% ../nbs/22_losses.ipynb #ad5c71f3
+# %% ../nbs/22_losses.ipynb #e1b8f71d
 class AdaCos(CosineLoss):
     "Cross-entropy of s·cos with a scale that needs no tuning (arXiv 1905.00292)"
+    from_all = None  # function: rows of this process → those of all processes that share the batch (see 36_distributed)
     def __init__(self,
         n_classes:int, # C
         dynamic:bool=True, # Let the scale follow training? If not it stays √2·ln(C−1)
@@ -145,7 +146,6 @@ class AdaCos(CosineLoss):
         s = math.sqrt(2)*math.log(max(n_classes-1, 1))
         super().__init__(min(max(s, s_min), s_max), reduction)
         self.n_classes,self.dynamic,self.s_min,self.s_max,self._seen = n_classes,dynamic,s_min,s_max,None
-        self.from_all = None  # function: rows of this process → those of all processes that share the batch (see 36_distributed)
 
     def update(self, cos, y):
         if not self.dynamic or not len(cos) or (self._seen is not None and self._seen() is cos): return

@@ -32,15 +32,16 @@ def _wells_of(queries, target):
     if missing: raise ScreenError(f'The embeddings to name have no column {META}{first_few(missing)}: embed rows of a site table.')
     return m.drop(columns=['sirna', 'sirna_id', target], errors='ignore')
 
-# %% ../nbs/44_predict.ipynb #c7a2fe45
+# %% ../nbs/44_predict.ipynb #5ce59f21
 def groups_of_classes(
     index:SirnaIndex, # Over labelled embeddings
 )->pd.Series: # Int64 [K], in the order of `index.classes`
     "Plate group of each class, from the labelled treatment rows of the index; refused if there is none, or more than one"
-    if 'plate_group' not in index.labels or index.labels['plate_group'].isna().all():
+    l = index.labels
+    known = l[(l.get('well_type', 'treatment') == 'treatment') & l.plate_group.notna()] if 'plate_group' in l else l[:0]
+    if not len(known):
         raise ScreenError(f'The index knows no plate groups, so {index.target} cannot be predicted transductively: '
                           'index siRNAs of labelled treatment plates, or use the inductive protocol.')
-    known = index.labels[(index.labels.get('well_type', 'treatment') == 'treatment') & index.labels.plate_group.notna()]
     per = known.groupby(known[index.target].astype(str)).plate_group
     if (per.nunique() > 1).any():
         raise ScreenError(f'{index.target} {first_few(per.nunique()[lambda n: n > 1].index, 3)} is on plates of several groups: '

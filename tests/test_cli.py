@@ -3,6 +3,7 @@ import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli
+from rcic_fastai.correct import CORRECTIONS
 from rcic_fastai.metadata import read_metadata, real_data, write_metadata
 
 BIN = Path(sys.executable).parent
@@ -147,16 +148,54 @@ def test_corrected_embeddings(here, method, more):
     if not model.exists(): test_wells_and_controls(here)
     more = more.format(d=here)
     assert cli.rcic_predict(f'{model} {here}/screen {here}/c.csv --tta 1 --protocol adapted --correct {method} --embeddings {here}/c.parquet {more}'.split()) == 0
-    record = json.loads((here/'c.json').read_text())
-    assert record['correct'] == method and record['protocol'] == ('transductive' if 'transductive' in more else 'adapted')
-    emb = cli.read_embeddings(here/'c.parquet')
-    assert emb.Metadata_correction.nunique() == 1 and set(emb.Metadata_protocol) == {'adapted'}
-    m = cli.load_screen_model(model)
-    index, _ = cli.corrected_index(m.index if record['adapt'] is None else m.adapted_index, method, **(dict(shrink='auto') if method in ('sphere', 'tvn') else {}))
-    if model.name == 'model': emb = emb[(emb.Metadata_well_type == 'treatment').to_numpy()]
-    want = cli.predict_wells(emb, index, record['protocol'])[0].set_index('id_code').sirna
-    got = pd.read_csv(here/'c.csv').set_index('id_code').sirna
-    assert got.equals(want.loc[got.index].astype(got.dtype))
+    record, m = json.loads((here/'c.json').read_text()), cli.load_screen_model(model)
+    protocol = 'transductive' if 'transductive' in more else 'adapted'
+    assert record['protocol'] == protocol and record['adapt'] == (None if '--adapt none' in more else 'experiment')
+    options = dict(shrink='auto') if method in ('sphere', 'tvn') else dict(wells='treatment') if method == 'standardise' else {}
+    index = m.adapted_index if record['adapt'] else m.index
+    assert record['correct'].startswith(str(CORRECTIONS[method](**options)))
+    table = cli.prediction_rows(read_metadata(here/'screen'), 'all' if '--wells all' in more else 'treatment')
+    plain = m.embed(table, cli.PngTree(here/'screen', table), tta=1, mask=cli.INDUCTIVE_MASK, progress=False, adapt=record['adapt'])
+    both = pd.concat([cli.make_emb_table(index.labels, index.features), plain], ignore_index=True)
+    known = np.arange(len(both)) < len(index)
+    fit = CORRECTIONS[method](**options).fit(both[known])
+    want, labels = fit.transform(both[~known]), fit.transform(both[known])
+    np.testing.assert_allclose(cli.emb_features(cli.read_embeddings(here/'c.parquet')), cli.emb_features(want), rtol=1e-3, atol=1e-3)
+    if model.name == 'model': want = want[(want.Metadata_well_type == 'treatment').to_numpy()]
+    want, near = cli.predict_wells(want, cli.SirnaIndex(cli.emb_features(labels), cli.emb_metadata(labels)), protocol)
+    got = pd.read_csv(here/'c.csv')
+    assert got.id_code.tolist() == want.id_code.tolist() and got.sirna.tolist() == want.sirna.tolist()
+    if '--neighbors' in more: assert (pd.read_parquet(here/'c.near.parquet').cosine.to_numpy() == pytest.approx(near.cosine.to_numpy(), abs=1e-4))
+
+@pytest.mark.parametrize('model', ['model', 'wc'])
+def test_standardised_answers_are_the_same_with_and_without_controls(here, model):
+    if not (here/model).exists(): test_wells_and_controls(here)
+    for wells in ('treatment', 'all'):
+        assert cli.rcic_predict(f'{here/model} {here}/screen {here}/w_{wells}.csv --tta 1 --protocol adapted --adapt none --correct standardise --wells {wells}'.split()) == 0
+    some, every = (pd.read_csv(here/f'w_{w}.csv').set_index('id_code').sirna for w in ('treatment', 'all'))
+    assert every[some.index].equals(some) and (len(every) > len(some)) == (model == 'wc')
+
+def test_correcting_needs_wells_in_every_experiment(here, tmp_path, capsys):
+    t = read_metadata(here/'screen')
+    keep = {'no': (t.dataset != 'test') | (t.well_type == 'treatment')}
+    keep['one'] = keep['no'] | (t.well_id == t.well_id[~keep['no']].iloc[0])
+    if not (here/'wc').exists(): test_wells_and_controls(here)
+    for name, k in keep.items():
+        (tmp_path/name).mkdir(); os.symlink(here/'screen/images', tmp_path/name/'images'); write_metadata(t[k], tmp_path/name/'metadata.csv')
+        refused(f'rcic_predict {here}/wc {tmp_path}/{name} {tmp_path}/x.csv --protocol adapted --correct centre --wells all',
+                f"two control wells in each experiment, and HUVEC-17 has {dict(no=0, one=1)[name]}", capsys)
+    one = t[(t.dataset != 'test') | (t.well_id == t.well_id[(t.dataset == 'test') & (t.well_type == 'treatment')].iloc[0])]
+    (tmp_path/'t').mkdir(); os.symlink(here/'screen/images', tmp_path/'t/images'); write_metadata(one, tmp_path/'t/metadata.csv')
+    refused(f'rcic_predict {here}/model {tmp_path}/t {tmp_path}/x.csv --protocol adapted --correct standardise', 'two treatment wells', capsys)
+    assert not list(tmp_path.glob('x*'))
+
+def test_a_model_without_batchnorm_can_be_corrected(here):
+    recipe = dict(name='gn', arch='test_efficientnet_gn', model=dict(neck='identity'), stages=[])
+    (here/'gn_recipe.json').write_text(json.dumps(recipe))
+    assert cli.rcic_train(f'{here}/screen {here}/gn --recipe {here}/gn_recipe.json --valid HUVEC-02 --pretrained no --tta 1'.split()) == 0
+    assert cli.rcic_predict(f'{here}/gn {here}/screen {here}/gn.csv --tta 1 --protocol adapted --correct standardise'.split()) == 0
+    record = json.loads((here/'gn.json').read_text())
+    assert record['protocol'] == 'adapted' and record['adapt'] is None
 
 def test_errors_inside_callbacks_read_like_others(capsys):
     "fastai puts its own words before what a callback raises"
