@@ -430,7 +430,7 @@ def _built(config, path, state):
         raise _again(f'{path.parent/"config.json"} describes a model that cannot be built ({_quote(str(e))})') from None
     return model
 
-# %% ../nbs/51_folder.ipynb #33b27fc8
+# %% ../nbs/51_folder.ipynb #d15af451
 def unknown_metadata(
     spec:ScreenSpec, # What the model knows
     rows:pd.DataFrame, # Site-table rows
@@ -452,7 +452,7 @@ def unknown_notes(
 )->list: # Sentences to show, and to keep with the answers
     "What `unknown_metadata` finds, said"
     say = lambda n: first_few([f'{k} ({o})' for k, o in n.items()], 5)
-    return [f'{sum(n.values())} of {len(rows)} sites have a {c} that the model never saw, {say(n)}: it is passed as unknown.'
+    return [f'{sum(n.values())} of {len(rows)} sites have a{"n"*(c[0] in "aeiou")} {c} that the model never saw, {say(n)}: it is passed as unknown.'
             for c, n in unknown_metadata(spec, rows, mask).items()]
 
 # %% ../nbs/51_folder.ipynb #544189c0

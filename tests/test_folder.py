@@ -83,7 +83,7 @@ def quick(monkeypatch):
     kept = lru_cache(None)(lambda text, meta: build(**json.loads(text)))
     monkeypatch.setattr(F, 'create_screen_model', lambda **kw: kept(json.dumps(kw), torch.get_default_device().type == 'meta'))
 
-def refused(d, says=''):
+def refused(d, says=None):
     "One sentence, nothing run, no network, little memory, at once"
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     WATCHED[0] = True
