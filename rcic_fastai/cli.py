@@ -46,7 +46,7 @@ def check_numbers(**given):
         if isinstance(given.get(name), int) and not low <= given[name] <= high:
             raise ScreenError(f'--{name} {given[name]} is not possible: give {low} to {high}.')
 
-# %% ../nbs/53_cli.ipynb #c397d43c
+# %% ../nbs/53_cli.ipynb #8190d847
 def run_command(
     func, # A documented function
     argv=None, # Arguments; `None`: those of the process
@@ -55,14 +55,27 @@ def run_command(
     "Run `func` as a command"
     parser = anno_parser(func, prog=prog)
     args = {k:v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}
-    quiet = contextlib.redirect_stdout(open(os.devnull, 'w')) if rank_world()[0] else contextlib.nullcontext()
+    out = _OwnLines(open(os.devnull, 'w') if rank_world()[0] else sys.stdout)
     try:
-        with quiet: check_numbers(**args); func(**args)
+        try:
+            with contextlib.redirect_stdout(out): check_numbers(**args); func(**args)
+        finally: out.end()
     except ScreenError as e: print(f'{prog}: {_sentence(e)}', file=sys.stderr); return 2
     except OSError as e: print(f'{prog}: {e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.', file=sys.stderr); return 2
     except KeyboardInterrupt: print(f'{prog}: interrupted; nothing half-written was left, and what can be continued continues with the same command (rcic_train: and --resume).', file=sys.stderr); return 130
     except SystemExit as e: return e.code
     return 0
+
+class _OwnLines:
+    "Standard output on which nothing begins behind a progress bar"
+    def __init__(self, f): self.f, self.bar = f, False
+    def __getattr__(self, k): return getattr(self.f, k)
+    def end(self):
+        if self.bar: self.f.write('\n'); self.bar = False
+    def write(self, s):
+        if s[:1] not in ('', '\r', '\n'): self.end()
+        if s: self.bar = s[0] == '\r' and s.strip() != ''
+        return self.f.write(s)
 
 def _sentence(e):
     "What was said, without fastai's words about the callback that it was said in"
@@ -103,7 +116,7 @@ def download(
 
 def rcic_download(argv=None): "Console script"; return run_command(download, argv, 'rcic_download')
 
-# %% ../nbs/53_cli.ipynb #164d0427
+# %% ../nbs/53_cli.ipynb #4846adc5
 def _mapping(s, what):
     "'a=b,c=d' → {'a': 'b', 'c': 'd'}"
     pairs = [o.partition('=') for o in _names(s)]
@@ -148,7 +161,8 @@ def _summary(table):
     count = lambda c: ', '.join(f'{n} {k}' for k, n in wells[c].value_counts(sort=False).items())
     said = f'{len(wells)} wells: {count("well_type")}; {count("cell_type")}; {count("dataset")}; {wells.sirna.nunique()} perturbations'
     none = '' if (wells.well_type != 'treatment').any() else '\nno well is a control; in a table of files, --controls DMSO=negative_control names perturbations that are'
-    return said + none
+    lone = '' if (wells.dataset == 'test').any() else '\nno experiment is a test: rcic_predict needs some; --test EXP,EXP marks them'
+    return said + none + lone
 
 def _roles(s):
     "'DMSO=negative_control' → {'negative_control': ['DMSO']}"
@@ -316,7 +330,7 @@ def _is_record(path):
     except (OSError, ValueError): return False
     return isinstance(d, dict) and 'protocol' in d
 
-# %% ../nbs/53_cli.ipynb #c4b7e462
+# %% ../nbs/53_cli.ipynb #12db43d5
 def predict(
     model, # Model folder, from rcic_train
     screen, # A screen with test experiments: packed, or a folder
@@ -329,7 +343,7 @@ def predict(
     merge:str='best', # Sites into wells: best cosine or mean
     same_cell_type:store_true=False, # Only neighbours of the well's cell type
     adapt:str='auto', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive
-    adapt_from:str='all', # Wells that those statistics are taken of: all that are predicted, or controls
+    adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index (treatments; with --controls in training, controls too), or controls
     correct:str='none', # Take batch effects out of embeddings and index, experiment by experiment: standardise (measured from treatment wells); centre, sphere or tvn (from controls: --wells all, and a model trained with --controls)
     neighbors:str='', # Parquet file for the neighbours, cosines and votes of each well
     embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
@@ -345,7 +359,9 @@ def predict(
         raise ScreenError(f'The model normalises by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
     how = _adaptation(adapt, adapt_from, protocol, m, correct)
     index, fix = _index_for(m, how, protocol, correct, wells)
-    controls = adapt_from == 'controls' or m.spec.per_group
+    if how and bs < 2: raise ScreenError('--bs 1 gives no BatchNorm statistics: give --bs 2 or more.')
+    kinds = set(index.labels.get('well_type', ['treatment'])) if adapt_from == 'all' else {'negative_control', 'positive_control'}
+    controls = m.spec.per_group or how and kinds != {'treatment'}
     every, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells='all' if controls else wells))
     rows = prediction_rows(every, wells)
     _check_correctable(rows, correct)
@@ -353,9 +369,10 @@ def predict(
     if PROTOCOLS.index(used) > PROTOCOLS.index(protocol):
         raise ScreenError(f'The embeddings of these wells would be {used} (pseudo-labels or statistics of their own batch): ask for --protocol {used}.')
     notes = [] if rank_world()[0] else [*unknown_notes(m.spec, rows, INDUCTIVE_MASK), *m.screen_notes(rows, source)]
+    if how and adapt_from == 'controls' and not rank_world()[0]: notes.append(_FROM_CONTROLS)
     for n in notes: print(f'note: {n}', file=sys.stderr)
     parts = embed_parts(f'{out}.part', m.model, m.spec, rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers,
-                        adapt=how, adapt_rows=every[every.well_type != 'treatment'] if adapt_from == 'controls' else None, stat_rows=every if controls else None)
+                        adapt=how, adapt_rows=every[every.well_type.isin(kinds)] if how else None, stat_rows=every if controls else None)
     if rank_world()[0]: return
     tables = lambda: (fix(t) for t in parts.experiments()) if fix else parts.experiments()
     pred = predict_tables(_nameable(tables(), index), index, protocol, vote, merge, k, same_cell_type, neighbors=neighbors)
@@ -365,7 +382,7 @@ def predict(
     parts.remove()
     print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
-# %% ../nbs/53_cli.ipynb #61ccc1bc
+# %% ../nbs/53_cli.ipynb #c7577e1d
 def _check_choices(protocol, tta, vote, merge, bs):
     check_protocol(protocol); check_tta(tta)
     if vote not in VOTES: raise ScreenError(f'--vote {vote} is not known: choose from {", ".join(VOTES)}.')
@@ -385,7 +402,8 @@ def _index_for(m, how, protocol, correct, wells):
             raise ScreenError(f'--correct {correct} needs control wells in the index: train with --controls, or take --correct standardise.')
     return corrected_index(index, correct, **_CORRECT[correct])
 
-_CORRECT = dict(standardise=dict(wells='treatment'), centre={}, sphere=dict(shrink='auto'), tvn=dict(shrink='auto'))
+_FROM_CONTROLS = 'BatchNorm statistics are of control wells here and of the wells that were trained on in the index: compare with --adapt-from all.'
+_CORRECT = dict(standardise={}, centre={}, sphere=dict(shrink='auto'), tvn=dict(shrink='auto'))
 
 def _check_correctable(rows, correct):
     "Every experiment to predict has the wells that it is measured from"
@@ -398,6 +416,8 @@ def _adaptation(adapt, wells, protocol, m, correct='none'):
     "'experiment', 'plate' or None"
     if adapt not in ('auto', 'experiment', 'plate', 'none'): raise ScreenError(f'--adapt {adapt} is not known: choose auto, experiment, plate or none.')
     if wells not in ('all', 'controls'): raise ScreenError(f'--adapt-from {wells} is not known: choose all or controls.')
+    if wells == 'controls' and protocol == 'inductive':
+        raise ScreenError('--adapt-from controls uses pictures of the test batch: ask for --protocol adapted or transductive.')
     if adapt == 'auto':
         useful = protocol == 'adapted' and not m.spec.per_group and (correct == 'none' or has_batchnorm(m.model)) or protocol == 'transductive' and m.adapted_index is not None
         adapt = 'experiment' if useful else 'none'
@@ -411,7 +431,7 @@ def _adaptation(adapt, wells, protocol, m, correct='none'):
 
 def rcic_predict(argv=None): "Console script"; return run_command(predict, argv, 'rcic_predict')
 
-# %% ../nbs/53_cli.ipynb #b4fbcbc1
+# %% ../nbs/53_cli.ipynb #b2a7a830
 def _tables(spec, read):
     "Tables of 'a.csv,b.csv' as a list, of 'first=a.csv,second=b.csv' as a dict; nothing of ''"
     parts = [('', o) if Path(o).exists() or '=' not in o else o.split('=', 1) for o in _names(spec)]
@@ -431,6 +451,7 @@ def evaluate_csv(
     partial:store_true=False, # Allow test wells without a prediction, such as those left out with --only-present
 ):
     "Accuracy of predicted wells by protocol, with intervals, and the quality of embeddings"
+    if screen_kind(screen) in ('files', 'plates'): raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: name the screen that rcic_pack made of it.')
     res = evaluate_screen(_tables(out, read_predictions), read_metadata(screen), embeddings=_tables(embeddings, read_embeddings),
                           sites=_tables(sites, read_predictions), partial=partial, seed=seed)
     print(res.to_json() if json else res.to_text(full))

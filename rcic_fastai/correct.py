@@ -74,7 +74,7 @@ def _digest(x):
     for row in sorted(r.tobytes() for r in x.astype(np.float32)): h.update(row)
     return h.hexdigest()[:8]
 
-# %% ../nbs/45_correct.ipynb #0ff027f6
+# %% ../nbs/45_correct.ipynb #6e1cbc84
 @dataclass
 class Correction:
     "What all corrections share: reading, fitting, and the mark on what comes out"
@@ -86,7 +86,7 @@ class Correction:
     def __post_init__(self):
         if self.by not in self.batches:
             raise ScreenError(f'by={self.by!r} is not known: choose from {", ".join(map(repr, self.batches))}.')
-        if self.controls is not None and self.controls not in CONTROLS:
+        if self.controls is not None and (not isinstance(self.controls, str) or self.controls not in CONTROLS):
             raise ScreenError(f'controls={self.controls!r} is not known: choose from {", ".join(CONTROLS)}.')
         self.dim = None
 
@@ -387,13 +387,15 @@ def correct(
     "Take batch effects out of embeddings"
     return _correction(method, options).fit_transform(emb)
 
-# %% ../nbs/45_correct.ipynb #9523a027
+# %% ../nbs/45_correct.ipynb #ef7e72bc
 def corrected_index(
     index:SirnaIndex, # Over embeddings of whole training experiments (with their control wells, for the methods that need them), not corrected yet
     method:str, # centre, standardise, sphere or tvn
-    **options # by, controls, …: the fields of the method's class in `CORRECTIONS`
+    **options # by, controls, …: the fields of the method's class in `CORRECTIONS`; standardise: wells='treatment'
 )->tuple: # (`SirnaIndex` of the corrected embeddings; function: embeddings table of whole batches → the same, corrected)
     "The index without its batch effects, and what takes them out of the embeddings to name"
+    if not isinstance(index, SirnaIndex): raise ScreenError(f'A {type(index).__name__} is not a SirnaIndex: make one of the training embeddings.')
+    if method == 'standardise' and 'well_type' in index.labels: options.setdefault('wells', 'treatment')
     fix = _correction(method, options)
     if method == 'harmony': fix.fit(None)                            # says why not
     if 'correction' in index.labels and index.labels.correction.notna().any():

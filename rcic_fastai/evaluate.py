@@ -76,20 +76,25 @@ def right_wrong(
         out['rank'] = out['rank'].mask(out['rank'] == 0)
     return out.join(w[['experiment', 'cell_type', 'plate', 'well', 'well_type']].reset_index(drop=True))
 
-# %% ../nbs/50_evaluate.ipynb #ce8c2a5d
+# %% ../nbs/50_evaluate.ipynb #06c3e9f8
 def _expected(table, pred_wells, target):
     "Labelled test wells of the predicted kinds that are not predicted"
     t = table[(table.dataset == 'test') & table[target].notna()].drop_duplicates('well_id')
     done = t.well_id.isin(pred_wells)
     return t.well_id[~done & t.well_type.isin(t.well_type[done].unique())].tolist()
 
+def _asked(r, target):
+    "Without the named control wells beside treatments, which are counted on their own"
+    treated = (r.well_type == 'treatment').to_numpy()
+    return r[treated].reset_index(drop=True) if target in ('sirna', 'sirna_id') and treated.any() else r
+
 def evaluate(
     pred:pd.DataFrame, # Predictions of wells: id_code, the target and protocol
     table:pd.DataFrame, # Site table with labels
     target:str=None, # Column; `None`: as recorded in the predictions
     partial:bool=False, # Allow test wells of the screen to be missing from the predictions
-)->dict: # accuracy, by_cell_type, by_experiment, worst_experiment, n_wells, n_classes, chance, protocol, target
-    "Accuracy of wells under one protocol"
+)->dict: # accuracy, by_cell_type, by_experiment, worst_experiment, n_wells, n_classes, chance, protocol, target; n_controls, control_accuracy
+    "Accuracy of wells under one protocol: of treatment wells, and beside it that of control wells when they were named too"
     protocols = pred['protocol'].unique() if 'protocol' in pred else ['unknown']
     if len(protocols) > 1:
         raise ScreenError(f'The predictions mix the protocols {first_few(protocols)}: evaluate each on its own.')
@@ -99,13 +104,15 @@ def evaluate(
     if absent and not partial:
         raise ScreenError(f'{len(absent)} test wells are not predicted ({first_few(absent)}): '
                           'predict them, or allow a partial evaluation.')
+    every, r = r, _asked(r, target)
+    named = dict(n_controls=len(every) - len(r), control_accuracy=float(every.right[every.well_type != 'treatment'].mean())) if len(every) > len(r) else {}
     by_exp = r.groupby('experiment').right.mean()
     n = table.loc[table.well_type.isin(r.well_type.unique()), target].nunique()
     return dict(protocol=str(protocols[0]), target=target, accuracy=float(r.right.mean()), n_wells=len(r),
                 n_classes=int(n), chance=1/n, n_missing=len(absent),
                 by_cell_type=r.groupby('cell_type').right.mean().to_dict(), by_experiment=by_exp.to_dict(),
                 wells_by_experiment=r.groupby('experiment').size().to_dict(),
-                worst_experiment=dict(experiment=by_exp.idxmin(), accuracy=float(by_exp.min())))
+                worst_experiment=dict(experiment=by_exp.idxmin(), accuracy=float(by_exp.min())), **named)
 
 # %% ../nbs/50_evaluate.ipynb #6843b04b
 def bootstrap_interval(
@@ -125,7 +132,7 @@ def bootstrap_interval(
     acc = right[drawn].sum(1)/wells[drawn].sum(1)
     return tuple(float(q) for q in np.quantile(acc, [(1-level)/2, (1+level)/2]))
 
-# %% ../nbs/50_evaluate.ipynb #aa55036b
+# %% ../nbs/50_evaluate.ipynb #97c552fd
 class ScreenResult:
     "Results of `evaluate_screen`: `.rows` (one number a row), `.table()` and `.to_text()` for people, `.to_json()`"
     def __init__(self,
@@ -175,13 +182,13 @@ def _label(r):
 def _text(r):
     if r.measure in _COUNTS: return str(int(r.value))
     text = f'{r.value:.3f}' + (f' ({r.low:.3f}–{r.high:.3f})' if pd.notna(r.low) else '')
-    of = [f'chance {r.chance:.3f}'] if _place(r._asdict()) == _ORDER.index('embedding') and pd.notna(r.chance) else []
+    of = [f'chance {r.chance:.3f}'] if r.group == 'all' and _ORDER[_place(r._asdict())] in ('embedding', 'top') and pd.notna(r.chance) else []
     if pd.notna(r.p): of.append(f'p={r.p:.2g}')
     return text + (f' {r.name}' if r.group == 'worst' else '') + (f' [{", ".join(of)}]' if of else '')
 
-# %% ../nbs/50_evaluate.ipynb #f640bb3b
-_COUNTS = ('wells', 'experiments')
-_ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'chance', 'chance inside the plate group', 'embedding',
+# %% ../nbs/50_evaluate.ipynb #2c2a2acf
+_COUNTS = ('wells', 'experiments', 'control wells')
+_ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'control accuracy', 'chance', 'chance inside the plate group', 'embedding',
           'cell_type', 'worst', 'experiment']
 _ROW = dict(measure='', group='all', name='', cell_type='', value=np.nan, low=np.nan, high=np.nan, n=0, n_experiments=0,
             chance=np.nan, p=np.nan)
@@ -210,8 +217,9 @@ def _group_chance(r, table, target):
     "Chance of a right name when the group of each plate is known; NaN where it is not"
     if target != 'sirna' or 'plate_group' not in table or (r.well_type != 'treatment').any(): return np.nan
     t = table[(table.well_type == 'treatment') & table[target].notna()]
-    per = t.groupby('plate_group')[target].nunique()
-    mine = t.drop_duplicates('well_id').set_index('well_id').plate_group.reindex(r.id_code)
+    per, of = t.groupby('plate_group')[target].nunique(), t.dropna(subset='plate_group').groupby(target).plate_group.agg(['first', 'nunique'])
+    mine = t.drop_duplicates('well_id').set_index('well_id').plate_group.reindex(r.id_code).reset_index(drop=True)
+    mine = mine.fillna(r.truth.reset_index(drop=True).map(of['first'].where(of['nunique'] == 1)))       # RxRx1 does not say the groups of test plates
     return np.nan if mine.isna().any() else float((1/mine.map(per).astype(float)).mean())
 
 # %% ../nbs/50_evaluate.ipynb #1b3350ad
@@ -249,7 +257,7 @@ def _protocol(pred, name):
                           f'({", ".join(PROTOCOLS)}), or keep beside its CSV the JSON that was written with it (an edited CSV needs one that says {{"protocol": …}}).')
     return p[0]
 
-# %% ../nbs/50_evaluate.ipynb #a76712cd
+# %% ../nbs/50_evaluate.ipynb #6dd6eaa7
 def _labelled_wells(emb, table, target, experiments):
     "Well embeddings of some experiments, facts and labels from the table"
     m = emb_metadata(emb)
@@ -266,6 +274,15 @@ def _labelled_wells(emb, table, target, experiments):
     f = facts.loc[e[f'{META}well_id'], columns].reset_index()
     e = make_emb_table(f, emb_features(e))
     return e[e[f'{META}experiment'].isin(experiments)].reset_index(drop=True)
+
+def _check_embeddings(emb, name, protocol):
+    "Embeddings that used more of their batch than the column says are not the column's"
+    m = emb_metadata(emb)
+    used = m['protocol'].dropna().unique() if 'protocol' in m else ['inductive']
+    most = max(used, key=lambda p: PROTOCOLS.index(check_protocol(p)), default='inductive')
+    if PROTOCOLS.index(most) > PROTOCOLS.index(protocol):
+        raise ScreenError(f'The embeddings of {name!r} are {most} (their column {META}protocol), and its predictions are {protocol}: '
+                          'give the embeddings that these predictions were made of.')
 
 _MEASURES = { # → what is shown: name, value, number, what chance gives, p
     'retrieval': [('retrieval mAP', 'map', 'n_wells', 'chance', None)],
@@ -292,12 +309,13 @@ def _embedding_rows(e, target, within, n_null, seed):
             else: rows.append(_row(m, s[v], s[n], n_experiments=n_exp, chance=s.get(c, c), p=s.get(p)))
     return rows, list(dict.fromkeys(notes))
 
-# %% ../nbs/50_evaluate.ipynb #c93e61e5
+# %% ../nbs/50_evaluate.ipynb #16c5a25e
 def _column_rows(r, s, res, table, k, n_top, how):
     "Rows of one prediction: counts, well, top-k and site accuracy, chance; and what could not be measured"
     n_exp, enough = r.experiment.nunique(), n_top >= min(k, res['n_classes'])
     within = _group_chance(r, table, res['target']) if res['protocol'] == 'transductive' else np.nan
     rows = [_row('wells', len(r), len(r)), _row('experiments', n_exp, len(r))]
+    if n := res.get('n_controls'): rows += [_row('control wells', n, n), _row('control accuracy', res['control_accuracy'], n)]
     rows += _accuracies(r, 'well accuracy', res['chance'], how)
     if enough:
         top = r.assign(top=r['rank'].le(k).fillna(False).astype(bool))
@@ -324,7 +342,7 @@ def _site_rows(pred, r, table, target, protocol, name, partial):
                           f'({first_few(sorted(lost), 3)}): predict their sites, or allow a partial evaluation.')
     return s
 
-# %% ../nbs/50_evaluate.ipynb #6402e273
+# %% ../nbs/50_evaluate.ipynb #fdefcdad
 def evaluate_screen(
     preds, # Predictions of wells (from `predict_wells` or `read_predictions`): one, a list, or a dict by name
     table:pd.DataFrame, # Site table with labels
@@ -340,6 +358,9 @@ def evaluate_screen(
     seed:int=0, # Of draws, shuffles and folds
 )->ScreenResult:
     "Accuracy and embedding quality of a screen, every prediction in a column under its protocol"
+    if not isinstance(table, pd.DataFrame): raise ScreenError(f'table is a {type(table).__name__}, not a site table: read it with read_metadata or open_screen.')
+    if isinstance(preds, tuple) and len(preds) == 2 and 'cosine' in getattr(preds[1], 'columns', ()):
+        raise ScreenError('predict_wells gives predictions and neighbours: give only the first of the two.')
     named = _named(preds, 'predictions')
     if not named: raise ScreenError('There are no predictions to evaluate: give at least one.')
     heads = {}
@@ -349,21 +370,23 @@ def evaluate_screen(
             raise ScreenError(f'The column {n!r} holds {protocol} predictions: name it otherwise.')
         heads[n] = protocol if n == protocol else f'{n} ({protocol})'
     emb, site = _named(embeddings, 'embeddings', list(named)), _named(sites, 'site predictions', list(named))
-    rows, notes, columns, draws = [], [], {}, dict(n_boot=n_boot, level=level, seed=seed)
+    rows, notes, columns, draws = [], {}, {}, dict(n_boot=n_boot, level=level, seed=seed)
     for n, p in named.items():
         res = evaluate(p, table, target, partial)
         r = right_wrong(p, table, res['target'])
         s = _site_rows(site[n], r, table, res['target'], res['protocol'], n, partial) if n in site else None
-        mine, said = _column_rows(r, s, res, table, k, len(_candidates(p, res['target'])), draws)
+        if s is not None: s = _asked(s, res['target'])
+        mine, said = _column_rows(_asked(r, res['target']), s, res, table, k, len(_candidates(p, res['target'])), draws)
         if n in emb:
+            _check_embeddings(emb[n], n, res['protocol'])
             e = _labelled_wells(emb[n], table, res['target'], r.experiment.unique())
             more, why = _embedding_rows(e, res['target'], within, n_null, seed)
             mine, said = mine + more, said + why
         rows += [{'column': heads[n], 'protocol': res['protocol'], **o} for o in mine]
-        notes += [f'{heads[n]}: {o}' for o in said]
+        for o in said: notes.setdefault(o, []).append(heads[n])
         columns[heads[n]] = res
     rows.sort(key=_place)
-    return ScreenResult(pd.DataFrame(rows), columns, notes, dict(**draws, n_null=n_null, k=k, within=within))
+    return ScreenResult(pd.DataFrame(rows), columns, [f'{", ".join(heads_)}: {o}' for o, heads_ in notes.items()], dict(**draws, n_null=n_null, k=k, within=within))
 
 # %% ../nbs/50_evaluate.ipynb #1445eaf1
 def accuracy_plot(

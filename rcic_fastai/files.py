@@ -310,27 +310,28 @@ def _read(self:FileSource, site_id, out):
             raise ScreenError(f'site {site_id} lacks {first_few(self.channels[c] for c in cs)} ({path}): restore the '
                               'file, or leave incomplete sites out with only_present.') from None
 
-# %% ../nbs/04_files.ipynb #40cad290
+# %% ../nbs/04_files.ipynb #1a29374e
 def _listing(folder)->set:
     "Names in a folder, as bytes; empty when there is no such folder"
     try: return {o.name for o in os.scandir(os.fsencode(folder))}
     except OSError: return set()
 
 @patch
-def _absent(self:FileSource)->np.ndarray: # bool, one a file in the table
-    flat, names = self._folder.ravel(), self._names.ravel()
+def _absent(self:FileSource)->np.ndarray: # bool, one row a site that the source knows, one column a file
+    rows = list(self._rows.values())
+    flat, names = self._folder[rows].ravel(), self._names[rows].ravel()
     gone, order = np.zeros(len(flat), bool), np.argsort(flat, kind='stable')
     for k, at in enumerate(np.split(order, np.searchsorted(flat[order], np.arange(1, len(self._folders))))):
-        have = _listing(self._folders[k])
+        have = _listing(self._folders[k]) if len(at) else ()
         gone[at] = [o not in have for o in names[at].tolist()]
-    return gone.reshape(self._folder.shape)
+    return gone.reshape(len(rows), -1)
 
 @patch
 def missing(self:FileSource)->pd.DataFrame: # site_id, missing (names of absent channels), file (the first absent one)
     "The sites with absent files, in one listing of the folders"
-    gone, ids = self._absent(), self.site_ids
-    rows = [(ids[i], self.channels if gone.shape[1] == 1 else tuple(c for c, g in zip(self.channels, gone[i]) if g),
-             self._path(i, gone[i].argmax())) for i in np.flatnonzero(gone.any(1))]
+    gone, known = self._absent(), list(self._rows.items())
+    rows = [(known[i][0], self.channels if gone.shape[1] == 1 else tuple(c for c, g in zip(self.channels, gone[i]) if g),
+             self._path(known[i][1], gone[i].argmax())) for i in np.flatnonzero(gone.any(1))]
     return pd.DataFrame(rows, columns=['site_id', 'missing', 'file'])
 
 def check_files(
@@ -339,8 +340,9 @@ def check_files(
     "Raise a `ScreenError` that counts the absent files and names the first ten"
     gone = source._absent()
     if not gone.any(): return source
-    absent = list(dict.fromkeys(source._path(i, j) for i, j in zip(*np.nonzero(gone))))
-    total = gone.size if source._pages is None else len(set(zip(source._folder.flat, source._names.flat)))
+    rows = list(source._rows.values())
+    absent = list(dict.fromkeys(source._path(rows[i], j) for i, j in zip(*np.nonzero(gone))))
+    total = gone.size if source._pages is None else len(set(zip(source._folder[rows].flat, source._names[rows].flat)))
     raise ScreenError(f'{len(absent)} of {total} files in {source.name} are not there ({first_few(absent)}): restore '
                       'them, check root, or leave incomplete sites out with only_present.')
 

@@ -45,17 +45,18 @@ def checked_rows(
     length2 = np.concatenate([(x[i:i+4096].astype(float)**2).sum(1) for i in range(0, len(x), 4096)])
     return x if (np.abs(length2 - 1) < 1e-6).all() else unit_rows(x)      # unit rows stay what they are, bit for bit
 
-# %% ../nbs/42_neighbors.ipynb #265f851a
+# %% ../nbs/42_neighbors.ipynb #f648d538
 class SirnaIndex:
     "Training embeddings with their labels, searched by cosine"
     def __init__(self,
-        features, # [N,D] embeddings, any scale
+        features, # [N,D] embeddings, any scale; or an embeddings table
         labels:pd.DataFrame, # N rows of a site table: what each embedding is
         target:str='sirna', # Column with the labels
         kind:str='exact', # exact, ivf or hnsw
         model:str=None, # Fingerprint of the model that made the embeddings, when it is known
     ):
         if kind not in KINDS: raise ScreenError(f'kind={kind!r} is not an index: choose from {", ".join(KINDS)}.')
+        if isinstance(features, pd.DataFrame): features = emb_features(features)
         self.labels = labels.reset_index(drop=True)
         if len(self.labels) != len(features): raise ScreenError(f'{len(features)} embeddings came with {len(self.labels)} labels: give one row each.')
         if target not in self.labels: raise ScreenError(f'The labels have no column {target!r}: choose from {", ".join(self.labels.columns)}.')

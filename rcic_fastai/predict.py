@@ -6,8 +6,8 @@
 __all__ = ['PROTOCOLS', 'check_protocol', 'groups_of_classes', 'plate_groups_of', 'best_class', 'top_candidates', 'predict_wells',
            'write_tables', 'predict_tables', 'info_path', 'top_path', 'write_predictions', 'read_predictions']
 
-# %% ../nbs/44_predict.ipynb #96f858f2
-import hashlib, json
+# %% ../nbs/44_predict.ipynb #8c231e14
+import hashlib, json, warnings
 from pathlib import Path
 import numpy as np, pandas as pd
 from .metadata import *
@@ -144,7 +144,23 @@ def _check_correction(known, index, protocol):
         raise ScreenError(f'Embeddings to name are marked {most} in {META}protocol ({(used == used.max()).sum()} of {len(used)}), so the result '
                           f'is not {protocol}: ask for protocol {most}, or make them anew without wells of their own experiment.')
 
-# %% ../nbs/44_predict.ipynb #048d00ee
+# %% ../nbs/44_predict.ipynb #301b7f3b
+def _check_model(queries, index):
+    "Embeddings of two models are not comparable"
+    made = queries.attrs.get('model')
+    if made and index.model and made != index.model:
+        raise ScreenError(f'The embeddings to name are of model {str(made)[:8]} and the index of model {str(index.model)[:8]}: '
+                          'their cosines mean nothing, embed both with one model.')
+
+def _say_shared(known, index):
+    "A result for experiments that the index has seen says nothing of new ones"
+    if 'experiment' not in index.labels: return
+    same = known.experiment.isin(index.labels.experiment.unique()) & known.experiment.notna()
+    if same.any():
+        warnings.warn(f'{same.sum()} of {len(known)} embeddings to name are of experiments that the index holds too ({first_few(sorted(known.experiment[same].unique()), 3)}): '
+                      'how often they are named rightly says nothing of experiments never seen.', stacklevel=3)
+
+# %% ../nbs/44_predict.ipynb #c70732d5
 def predict_wells(
     queries:pd.DataFrame, # Embedding table of the sites (or wells) to name
     index:SirnaIndex, # Over labelled embeddings of other experiments
@@ -157,6 +173,8 @@ def predict_wells(
     "Name the wells, and say who their neighbours are"
     check_protocol(protocol)
     known = _wells_of(queries, index.target)
+    _check_model(queries, index)
+    _say_shared(known, index)
     _check_correction(known, index, protocol)
     if restrict_cell_type and 'cell_type' not in known:
         raise ScreenError('The cell type is what is predicted, so the search cannot be restricted to it: search all cell types.')

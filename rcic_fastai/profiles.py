@@ -28,11 +28,16 @@ def make_emb_table(
     cols = [f'{EMB}{i:04d}' for i in range(x.shape[1])]
     return pd.concat([meta, pd.DataFrame(x, columns=cols)], axis=1)
 
-# %% ../nbs/40_profiles.ipynb #066310ef
+# %% ../nbs/40_profiles.ipynb #61c82e48
+def _check_frame(df):
+    if not isinstance(df, pd.DataFrame):
+        raise ScreenError(f'A {type(df).__name__} is not an embeddings table: make one with make_emb_table, or with embed.')
+
 def emb_features(
     df:pd.DataFrame,  # embeddings table
 )->np.ndarray:        # float32 [N, D], C-contiguous
     "The numbers of an embeddings table, one row a site or a well."
+    _check_frame(df)
     cols = [c for c in df.columns if str(c).startswith(EMB)]
     if not cols: raise ScreenError(f'The table has no {EMB}0000 column: give an embeddings table, not a site table.')
     return np.ascontiguousarray(df[cols].to_numpy(dtype=np.float32))
@@ -41,6 +46,7 @@ def emb_metadata(
     df:pd.DataFrame,  # embeddings table (or any table: columns without the prefix are kept as they are)
 )->pd.DataFrame:      # the facts, `Metadata_` taken off the names; RangeIndex
     "The facts of an embeddings table, under the names of the site table."
+    _check_frame(df)
     keep = [c for c in df.columns if not str(c).startswith(EMB)]
     return df[keep].rename(columns=lambda c: str(c).removeprefix(META)).reset_index(drop=True)
 

@@ -155,7 +155,8 @@ def test_corrected_embeddings(here, method, more):
     index = m.adapted_index if record['adapt'] else m.index
     assert record['correct'].startswith(str(CORRECTIONS[method](**options)))
     table = cli.prediction_rows(read_metadata(here/'screen'), 'all' if '--wells all' in more else 'treatment')
-    plain = m.embed(table, cli.PngTree(here/'screen', table), tta=1, mask=cli.INDUCTIVE_MASK, progress=False, adapt=record['adapt'])
+    plain = m.embed(table, cli.PngTree(here/'screen', table), tta=1, mask=cli.INDUCTIVE_MASK, progress=False, adapt=record['adapt'],
+                    adapt_rows=table[table.well_type.isin(index.labels.well_type)] if record['adapt'] else None)
     both = pd.concat([cli.make_emb_table(index.labels, index.features), plain], ignore_index=True)
     known = np.arange(len(both)) < len(index)
     fit = CORRECTIONS[method](**options).fit(both[known])
@@ -168,10 +169,14 @@ def test_corrected_embeddings(here, method, more):
     if '--neighbors' in more: assert (pd.read_parquet(here/'c.near.parquet').cosine.to_numpy() == pytest.approx(near.cosine.to_numpy(), abs=1e-4))
 
 @pytest.mark.parametrize('model', ['model', 'wc'])
-def test_standardised_answers_are_the_same_with_and_without_controls(here, model):
+@pytest.mark.parametrize('how', ['--adapt none --correct standardise', '', '--adapt-from controls'])
+def test_adapted_answers_are_the_same_with_and_without_controls(here, model, how):
+    "A test experiment is measured from the kinds of wells that the index was, whichever are to be named"
     if not (here/model).exists(): test_wells_and_controls(here)
     for wells in ('treatment', 'all'):
-        assert cli.rcic_predict(f'{here/model} {here}/screen {here}/w_{wells}.csv --tta 1 --protocol adapted --adapt none --correct standardise --wells {wells}'.split()) == 0
+        assert cli.rcic_predict(f'{here/model} {here}/screen {here}/w_{wells}.csv --tta 1 --protocol adapted {how} --wells {wells}'.split()) == 0
+        said = json.loads((here/f'w_{wells}.json').read_text())['notes']
+        assert any('are of control wells here' in o for o in said) == ('controls' in how)
     some, every = (pd.read_csv(here/f'w_{w}.csv').set_index('id_code').sirna for w in ('treatment', 'all'))
     assert every[some.index].equals(some) and (len(every) > len(some)) == (model == 'wc')
 
@@ -188,6 +193,14 @@ def test_correcting_needs_wells_in_every_experiment(here, tmp_path, capsys):
     (tmp_path/'t').mkdir(); os.symlink(here/'screen/images', tmp_path/'t/images'); write_metadata(one, tmp_path/'t/metadata.csv')
     refused(f'rcic_predict {here}/model {tmp_path}/t {tmp_path}/x.csv --protocol adapted --correct standardise', 'two treatment wells', capsys)
     assert not list(tmp_path.glob('x*'))
+
+def test_text_does_not_begin_behind_a_progress_bar(here, capsys):
+    assert cli.rcic_predict(f'{here}/model {here}/screen {here}/bar.csv --tta 1'.split()) == 0
+    out = capsys.readouterr().out
+    assert '100.00%' in out and out.splitlines()[-1].startswith(f'{here}/bar.csv: ')
+    bar = lambda: (print('█', end='\r'), print('\r |██| 100.00% [1/1]', end=''))
+    def job(): bar(); raise cli.ScreenError('No.')
+    assert cli.run_command(job, [], 'rcic_job') == 2 and capsys.readouterr().out.endswith(']\n')
 
 def test_a_model_without_batchnorm_can_be_corrected(here):
     recipe = dict(name='gn', arch='test_efficientnet_gn', model=dict(neck='identity'), stages=[])
@@ -206,6 +219,7 @@ def test_errors_inside_callbacks_read_like_others(capsys):
     assert capsys.readouterr().err == 'rcic_job: The plate is cracked: take another one.\n'
 
 @pytest.mark.parametrize('command, says', [
+    ('--adapt-from controls', '--adapt-from controls uses pictures of the test batch'), ('--protocol adapted --bs 1', 'give --bs 2'),
     ('--correct standardise', 'ask for --protocol adapted or transductive'), ('--protocol adapted --correct combat', '--correct combat is not known'),
     ('--protocol adapted --correct harmony', '--correct harmony is not known'), ('--protocol adapted --correct tvn', 'add --wells all'),
     ('--protocol adapted --correct tvn --wells all', 'train with --controls')])

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from rcic_fastai.metadata import ScreenError
 from rcic_fastai.evaluate import ScreenResult, accuracy_plot, bootstrap_interval, evaluate, evaluate_screen, right_wrong
 from rcic_fastai.metrics import batch_predictability, perturbation_magnitude, replicate_consistency, retrieval_map
-from rcic_fastai.profiles import emb_features, emb_metadata, merge_sites, toy_profiles
+from rcic_fastai.profiles import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
 
 EMB = toy_profiles(n_sirnas=24, dim=8, test=('HUVEC-17', 'RPE-08', 'RPE-09'))
 TABLE = emb_metadata(EMB)
@@ -60,12 +60,21 @@ def test_json_and_any_target():
     assert json.loads(json.dumps(res))['by_cell_type'] == {'HUVEC': 1., 'RPE': 0.}
     assert res['accuracy'] == pytest.approx(1/3) and res['n_classes'] == 2
 
-def test_controls_count_only_when_predicted():
+def test_named_controls_are_counted_on_their_own():
     everything = TABLE[TABLE.dataset == 'test'].drop_duplicates('well_id')
-    pred = pd.DataFrame(dict(id_code=everything.well_id, sirna=everything.sirna, protocol='inductive'))
-    res = evaluate(pred, TABLE)
-    assert (res['n_wells'], res['n_classes']) == (len(everything), 27)
-    assert evaluate(guess(), TABLE)['n_wells'] == 72
+    control = everything.well_type != 'treatment'
+    some = everything.sirna.where(~control | (np.arange(len(everything)) % 2 == 0), everything.sirna[control].iloc[0])
+    pred = pd.DataFrame(dict(id_code=everything.well_id, sirna=some, protocol='inductive'))
+    res, only = evaluate(pred, TABLE), evaluate(pred[~control.to_numpy()], TABLE)
+    assert {k: v for k, v in res.items() if k not in ('n_controls', 'control_accuracy')} == only
+    assert (res['n_wells'], res['n_classes'], res['n_controls'], res['accuracy']) == (72, 24, control.sum(), 1)
+    assert res['control_accuracy'] == pytest.approx((some == everything.sirna)[control].mean()) and .3 < res['control_accuracy'] < 1
+    shown = evaluate_screen(pred, TABLE)
+    assert number(shown, 'control wells').value == control.sum() and number(shown, 'control accuracy').value == res['control_accuracy']
+    assert number(shown, 'wells').value == 72 and 'control wells' not in evaluate_screen(guess(), TABLE).rows.measure.tolist()
+    alone = evaluate(pred[control.to_numpy()], TABLE, partial=True)
+    assert alone['n_wells'] == control.sum() and 'n_controls' not in alone
+    with pytest.raises(ScreenError, match='are not predicted'): evaluate(pred[:-1], TABLE)
 
 def test_partial():
     half = guess(share=1.)[::2]
@@ -244,7 +253,7 @@ def test_text_html_and_json(tmp_path):
 def test_controls_and_other_targets():
     w = TABLE[TABLE.dataset == 'test'].drop_duplicates('well_id')
     controls = evaluate_screen(pd.DataFrame(dict(id_code=w.well_id, sirna=w.sirna, protocol='transductive')), TABLE)
-    assert number(controls, 'wells', 'transductive').value == len(w) and 'chance inside the plate group' not in controls.rows.measure.tolist()
+    assert number(controls, 'wells', 'transductive').value == 72 and number(controls, 'control wells', 'transductive').value == len(w) - 72
     cells = evaluate_screen(pd.DataFrame(dict(id_code=WELLS.well_id, cell_type='HUVEC', protocol='adapted')), TABLE, target='cell_type')
     assert number(cells, 'well accuracy', 'adapted').value == pytest.approx(1/3)
 
@@ -289,3 +298,33 @@ G = guess()
 def test_what_evaluate_screen_refuses(call, says):
     with pytest.raises(ScreenError, match=says) as e: call()
     assert '\n' not in str(e.value) and str(e.value).endswith('.')
+
+def test_chance_inside_the_group_needs_no_group_of_the_test_plates():
+    "RxRx1 says the plate groups of the training experiments only"
+    pred = guess(1, .9, 'transductive')
+    bare = TABLE.assign(plate_group=TABLE.plate_group.mask(TABLE.dataset == 'test'))
+    given, derived = (number(evaluate_screen(pred, t), 'chance inside the plate group', 'transductive').value for t in (TABLE, bare))
+    assert given == derived == pytest.approx(1/6, abs=.1)
+    none = TABLE.assign(plate_group=pd.array([pd.NA]*len(TABLE), 'Int64'))
+    assert 'chance inside the plate group' not in evaluate_screen(pred, none).rows.measure.tolist()
+
+@pytest.mark.parametrize('column, marks, fine', [('inductive', 'adapted', False), ('inductive', 'transductive', False), ('adapted', 'transductive', False),
+                                                 ('inductive', 'inductive', True), ('adapted', 'adapted', True), ('transductive', 'adapted', True), ('inductive', None, True)])
+def test_embeddings_used_no_more_than_their_column(column, marks, fine):
+    w = TABLE[(TABLE.dataset == 'test') & (TABLE.site == 1)].reset_index(drop=True)
+    emb = make_emb_table(w.assign(protocol='inductive'), np.random.default_rng(0).normal(size=(len(w), 8)))
+    if marks is None: emb = emb.drop(columns='Metadata_protocol')
+    else: emb.loc[3, 'Metadata_protocol'] = marks
+    call = lambda: evaluate_screen(guess(1, .9, column), TABLE, embeddings=emb, n_boot=9, n_null=9)
+    if fine: assert column in call().columns
+    else:
+        with pytest.raises(ScreenError, match=f"embeddings of '{column}' are {marks}"): call()
+
+def test_a_note_of_several_columns_is_said_once():
+    short = {n: candidates(guess())[[c for c in candidates(guess()) if c not in ('top_4', 'top_5')]] for n in 'ab'}
+    assert evaluate_screen(short, TABLE).notes == ['a (inductive), b (inductive): top-5 accuracy needs the candidates top_1 … top_5, and the predictions have 3.']
+
+def test_wrong_kinds_of_input():
+    near = pd.DataFrame(dict(query=['a'], cosine=[.1]))
+    with pytest.raises(ScreenError, match='give only the first'): evaluate_screen((guess(), near), TABLE)
+    with pytest.raises(ScreenError, match='table is a str'): evaluate_screen(guess(), 'screen')

@@ -6,6 +6,7 @@ from multiprocessing import get_context
 from PIL import Image
 from rcic_fastai.files import *
 from rcic_fastai.images import only_present, screen_stats
+from rcic_fastai.screens import open_screen
 from rcic_fastai.metadata import SITE_COLUMNS, ScreenError, check_table, rowcol_to_well, split_experiments
 
 NAMES = ['DNA', 'ER', 'RNA', 'AGP', 'Mito']
@@ -386,6 +387,24 @@ def test_missing_files_are_counted_and_ten_named(tmp_path):
     refused(lambda: read_files(tmp_path/'load_data.csv')[1].shape, 'None of the files in load_data.csv is there',
             'A01_1_DNA.tif', 'root')
 
+
+@pytest.mark.parametrize('at', [0, 3, -1])
+def test_missing_files_of_some_rows(screen, at):
+    "A source that was narrowed down speaks of its own rows only, whatever row the file is missing in"
+    root, *_ = screen
+    t, s = read_files(root/'load_data.csv')
+    victim = t.site_id.iloc[at]
+    os.unlink(s._paths(victim)[2])
+    for rows in (t, t[::-1], t[t.site_id == victim], t[t.well_id == t.well_id.iloc[at]], t[t.plate == t.plate.iloc[at]]):
+        some = s.restrict(rows)
+        assert some.missing().site_id.tolist() == [victim] and some.missing().missing.tolist() == [(s.channels[2],)]
+        assert some.missing().file.tolist() == [s._paths(victim)[2]]
+        with pytest.raises(ScreenError, match='^1 of '): check_files(some)
+        if len(rows) > 1: assert sorted(only_present(rows, some)[0].site_id) == sorted(set(rows.site_id) - {victim})
+    others = s.restrict(t[t.site_id != victim])
+    assert not len(others.missing()) and check_files(others) is others and len(only_present(t[t.site_id != victim], others)[0]) == len(t) - 1
+    rows, left = open_screen(root/'load_data.csv', keep=lambda t: t[t.site_id != victim])
+    assert len(rows) == len(t) - 1 == len(left.site_ids)
 
 def test_threads_pickle_and_processes(screen):
     root, df, got = screen

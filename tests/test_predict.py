@@ -1,5 +1,5 @@
 "Naming wells: against a plain loop, what must not matter, no label of a query is ever used, files."
-import json
+import json, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
@@ -259,3 +259,28 @@ def test_damaged_record(tmp_path, text):
     (lambda: read_predictions('nowhere.csv'), 'nowhere.csv')])
 def test_bad_input(make, says):
     with pytest.raises(ScreenError, match=says): make()
+
+def test_the_index_of_another_model_is_refused():
+    emb = toy_profiles(n_sirnas=8, seed=3)
+    known = (emb.Metadata_dataset == 'train').to_numpy() & (emb.Metadata_well_type == 'treatment').to_numpy()
+    index = SirnaIndex(emb[known], emb_metadata(emb[known]), model='a'*64)
+    queries = emb[(emb.Metadata_dataset == 'test').to_numpy()].reset_index(drop=True)
+    for made, fine in ((None, True), ('a'*64, True), ('b'*64, False)):
+        if made: queries.attrs['model'] = made
+        if fine: predict_wells(queries, index)
+        else:
+            with pytest.raises(ScreenError, match='are of model bbbbbbbb and the index of model aaaaaaaa'): predict_wells(queries, index)
+
+def test_what_is_no_table_is_refused():
+    emb = toy_profiles(n_sirnas=8, seed=3)
+    known = (emb.Metadata_dataset == 'train').to_numpy() & (emb.Metadata_well_type == 'treatment').to_numpy()
+    index = SirnaIndex(emb[known], emb_metadata(emb[known]))
+    with pytest.raises(ScreenError, match='ndarray is not an embeddings table'): predict_wells(emb_features(emb), index)
+
+def test_experiments_that_the_index_holds_are_said():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        predict_wells(TEST, INDEX)
+    some = pd.concat([TRAIN[:6], TEST], ignore_index=True)
+    with pytest.warns(UserWarning, match=f'^6 of {len(some)} embeddings to name are of experiments that the index holds too \\({TRAIN.Metadata_experiment.iloc[0]}\\)'):
+        predict_wells(some, INDEX)
