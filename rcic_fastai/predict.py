@@ -144,7 +144,7 @@ def _check_correction(known, index, protocol):
         raise ScreenError(f'Embeddings to name are marked {most} in {META}protocol ({(used == used.max()).sum()} of {len(used)}), so the result '
                           f'is not {protocol}: ask for protocol {most}, or make them anew without wells of their own experiment.')
 
-# %% ../nbs/44_predict.ipynb #301b7f3b
+# %% ../nbs/44_predict.ipynb #da586b2b
 def _check_model(queries, index):
     "Embeddings of two models are not comparable"
     made = queries.attrs.get('model')
@@ -154,7 +154,7 @@ def _check_model(queries, index):
 
 def _say_shared(known, index):
     "A result for experiments that the index has seen says nothing of new ones"
-    if 'experiment' not in index.labels: return
+    if 'experiment' not in index.labels or 'experiment' not in known: return
     same = known.experiment.isin(index.labels.experiment.unique()) & known.experiment.notna()
     if same.any():
         warnings.warn(f'{same.sum()} of {len(known)} embeddings to name are of experiments that the index holds too ({first_few(sorted(known.experiment[same].unique()), 3)}): '

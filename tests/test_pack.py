@@ -347,7 +347,7 @@ def interrupt(folder):
     "Ctrl-C in the middle"
     folder, table = Path(folder), site_table()
     source = Counted(folder/'screen', table)
-    source.pause = .15
+    source.pause = 1.                                                 # the signal comes in time on a busy machine, too
     part = folder/'a.zarr.part'
     code = in_child(lambda: put(source, table, folder/'a.zarr', workers=1), lambda: journalled(part) > 1, signal.SIGINT)
     there, done = (folder/'a.zarr').exists(), journalled(part)
