@@ -95,6 +95,7 @@ def in_child(do, when=None, sig=signal.SIGKILL):
     pid = os.fork()
     if not pid:
         code = 2
+        signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell ignores it for what runs in the background
         try: do(); code = 0
         except KeyboardInterrupt: code = 4
         except ScreenError as e: print(e, file=sys.stderr); code = 3
@@ -347,7 +348,7 @@ def interrupt(folder):
     "Ctrl-C in the middle"
     folder, table = Path(folder), site_table()
     source = Counted(folder/'screen', table)
-    source.pause = 1.                                                 # the signal comes in time on a busy machine, too
+    source.pause = .5                                                 # the signal comes in time on a busy machine, too
     part = folder/'a.zarr.part'
     code = in_child(lambda: put(source, table, folder/'a.zarr', workers=1), lambda: journalled(part) > 1, signal.SIGINT)
     there, done = (folder/'a.zarr').exists(), journalled(part)
