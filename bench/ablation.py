@@ -7,7 +7,7 @@ What a run gave is kept in FOLDER (default: bench/runs), so that an interrupted 
 with the three protocols in columns of their own, and stores bench/results/ablation.json (ablation_long.json, ablation_full.json).
 
 `--scale demo` draws its screen (64 px, 48 siRNAs) and takes about an hour on two cores. `--scale long` trains four times as long on
-the same screen: what regularises has to be judged where a model can overfit (`--only adacos,cutmix,wells`: 70 minutes). `--scale full` wants a packed RxRx1
+the same screen: what regularises has to be judged where a model can overfit (`--only adacos,cutmix,wells,metadata`; two processes took 77 minutes). `--scale full` wants a packed RxRx1
 (`--screen`), EfficientNet-B3 at 300 px, 1,108 siRNAs, and a GPU.
 """
 import argparse, json, os, time

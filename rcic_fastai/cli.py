@@ -330,7 +330,7 @@ def _is_record(path):
     except (OSError, ValueError): return False
     return isinstance(d, dict) and 'protocol' in d
 
-# %% ../nbs/53_cli.ipynb #12db43d5
+# %% ../nbs/53_cli.ipynb #7d9d1f4b
 def predict(
     model, # Model folder, from rcic_train
     screen, # A screen with test experiments: packed, or a folder
@@ -366,7 +366,7 @@ def predict(
     rows = prediction_rows(every, wells)
     _check_correctable(rows, correct)
     used = highest_protocol(m.protocols(rows, how, INDUCTIVE_MASK))
-    if PROTOCOLS.index(used) > PROTOCOLS.index(protocol):
+    if highest_protocol([used, protocol]) != protocol:
         raise ScreenError(f'The embeddings of these wells would be {used} (pseudo-labels or statistics of their own batch): ask for --protocol {used}.')
     notes = [] if rank_world()[0] else [*unknown_notes(m.spec, rows, INDUCTIVE_MASK), *m.screen_notes(rows, source)]
     if how and adapt_from == 'controls' and not rank_world()[0]: notes.append(_FROM_CONTROLS)

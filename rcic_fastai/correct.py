@@ -6,7 +6,7 @@
 __all__ = ['CONTROLS', 'CORRECTIONS', 'Correction', 'show_correction', 'CentreScale', 'Standardise', 'Sphering', 'TVN', 'Harmony',
            'correct', 'corrected_index', 'save_correction', 'load_correction']
 
-# %% ../nbs/45_correct.ipynb #c8137d9e
+# %% ../nbs/45_correct.ipynb #f32a151f
 import hashlib, json, re
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +17,6 @@ from fastcore.all import patch
 from .metadata import *
 from .profiles import *
 from .neighbors import SirnaIndex
-from .predict import PROTOCOLS, check_protocol
 
 # %% ../nbs/45_correct.ipynb #88e9c88d
 CONTROLS = dict(negative=('negative_control',), positive=('positive_control',),

@@ -257,7 +257,7 @@ def _protocol(pred, name):
                           f'({", ".join(PROTOCOLS)}), or keep beside its CSV the JSON that was written with it (an edited CSV needs one that says {{"protocol": …}}).')
     return p[0]
 
-# %% ../nbs/50_evaluate.ipynb #6dd6eaa7
+# %% ../nbs/50_evaluate.ipynb #a4a4000f
 def _labelled_wells(emb, table, target, experiments):
     "Well embeddings of some experiments, facts and labels from the table"
     m = emb_metadata(emb)
@@ -278,9 +278,8 @@ def _labelled_wells(emb, table, target, experiments):
 def _check_embeddings(emb, name, protocol):
     "Embeddings that used more of their batch than the column says are not the column's"
     m = emb_metadata(emb)
-    used = m['protocol'].dropna().unique() if 'protocol' in m else ['inductive']
-    most = max(used, key=lambda p: PROTOCOLS.index(check_protocol(p)), default='inductive')
-    if PROTOCOLS.index(most) > PROTOCOLS.index(protocol):
+    most = highest_protocol(m['protocol'].dropna().unique() if 'protocol' in m else [])
+    if highest_protocol([most, protocol]) != protocol:
         raise ScreenError(f'The embeddings of {name!r} are {most} (their column {META}protocol), and its predictions are {protocol}: '
                           'give the embeddings that these predictions were made of.')
 
