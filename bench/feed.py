@@ -29,14 +29,14 @@ from PIL import Image
 from fastai.vision.all import (Callback, CategoryBlock, ColReader, DataBlock, PILImageBW, TfmdDL, ToTensor,
                                TransformBlock)
 from machine import RESULTS, cores, save
-from rcic_fastai.data import META_COLUMNS, MetadataBlock, screen_dls
-from rcic_fastai.images import PngTree, only_present
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.loader import ScreenDL, SiteReader
-from rcic_fastai.metadata import read_metadata, real_data
-from rcic_fastai.pack import CODECS, PackedScreen, pack_screen
-from rcic_fastai.recipes import Recipe, get_recipe
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.batch.data import META_COLUMNS, MetadataBlock, screen_dls
+from rcic_fastai.screen.images import PngTree, only_present
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.batch.loader import ScreenDL, SiteReader
+from rcic_fastai.screen.tables import read_metadata, real_data
+from rcic_fastai.screen.pack import CODECS, PackedScreen, pack_screen
+from rcic_fastai.train.recipes import Recipe, get_recipe
+from rcic_fastai.screen.simulate import simulate_screen
 
 BATCH, WORKERS = 16, 2  # sites a batch; processes or threads of every contender that has any
 SLACK = 6               # batches before and after those that are timed: workers start, queues fill and run dry

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from machine import save
 from rcic_fastai import cli
-from rcic_fastai.images import ImageSource
-from rcic_fastai.pack import PackedScreen, pack_screen
+from rcic_fastai.screen.images import ImageSource
+from rcic_fastai.screen.pack import PackedScreen, pack_screen
 
 TIMES, LIMIT = (1, 4, 16), 1.2
 CHILD = '''

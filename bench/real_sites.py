@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from machine import save
-from rcic_fastai.metadata import real_data
+from rcic_fastai.screen.tables import real_data
 
 
 def main():

@@ -25,9 +25,9 @@ import pandas as pd
 import torch
 from machine import save
 from rcic_fastai import cli, folder as F
-from rcic_fastai.images import decode_png
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.screens import open_screen
+from rcic_fastai.screen.images import decode_png
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.open import open_screen
 
 HERE, SECONDS = Path(__file__).resolve().parent, 5
 torch.set_num_threads(1)

@@ -2,13 +2,13 @@
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy.sparse.csgraph import connected_components
-from rcic_fastai.augment import dihedral
-from rcic_fastai.metadata import (add_plate_groups, experiment_folds, rowcol_to_well, sirna_groups, split_experiments,
-                                  well_to_rowcol)
-from rcic_fastai.neighbors import SirnaIndex
-from rcic_fastai.predict import predict_wells
-from rcic_fastai.profiles import emb_features, emb_metadata, toy_profiles
-from rcic_fastai.simulate import screen_layout
+from rcic_fastai.batch.augment import dihedral
+from rcic_fastai.screen.tables import (add_plate_groups, experiment_folds, rowcol_to_well,
+                                       sirna_groups, split_experiments, well_to_rowcol)
+from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.predict.predict import predict_wells
+from rcic_fastai.embed.table import emb_features, emb_metadata, toy_profiles
+from rcic_fastai.screen.simulate import screen_layout
 
 TOY = toy_profiles(n_sirnas=24, dim=32, signal=.8, seed=3)
 TREATED = TOY[(TOY.Metadata_well_type == 'treatment').to_numpy()]

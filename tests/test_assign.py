@@ -2,8 +2,9 @@
 from itertools import permutations
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from rcic_fastai.metadata import ScreenError, read_metadata, real_data
-from rcic_fastai.assign import (assign_plate, balance_plate, group_evidence, group_patterns, group_scores, infer_groups,
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import read_metadata, real_data
+from rcic_fastai.predict.assign import (assign_plate, balance_plate, group_evidence, group_patterns, group_scores, infer_groups,
                                 infer_rotation, pattern_fit)
 
 @settings(max_examples=60, deadline=None)

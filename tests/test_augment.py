@@ -5,10 +5,11 @@ from functools import partial
 import cv2, numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import (Pipeline, TensorCategory, Rotate, Zoom, Warp, nn, Learner, DataBlock,
     TransformBlock, CategoryBlock, ColReader, RandomSplitter, CrossEntropyLossFlat)
-from rcic_fastai.augment import *
-from rcic_fastai.images import stat_columns
-from rcic_fastai.metadata import CHANNELS, ScreenError
-from rcic_fastai.site import TensorSite, TensorWell
+from rcic_fastai.batch.augment import *
+from rcic_fastai.screen.images import stat_columns
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import CHANNELS
+from rcic_fastai.batch.site import TensorSite, TensorWell
 
 CS = [1, 2, 3, 4, 6, 9, 16]
 

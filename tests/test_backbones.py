@@ -2,9 +2,9 @@
 import subprocess, sys, urllib.error
 import pytest, timm, torch
 from safetensors.torch import save_file
-from rcic_fastai.backbones import (EFFNETS, STEMS, adapt_filters, backbone_family, body_blocks, body_groups,
+from rcic_fastai.model.backbones import (EFFNETS, STEMS, adapt_filters, backbone_family, body_blocks, body_groups,
                                    create_backbone, feature_map, read_weights)
-from rcic_fastai.metadata import ScreenError
+from rcic_fastai.core import ScreenError
 
 TINY = ('test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet', 'test_mambaout', 'test_byobnet', 'resnet10t')
 
@@ -215,7 +215,7 @@ def test_lite0():
     assert torch.equal(a.stem.weight, b.stem.weight)
     from efficientnet_lite_pytorch import EfficientNet
     ref = EfficientNet.from_name('efficientnet-lite0', image_size=64).eval()
-    from rcic_fastai.backbones import lite0_weights
+    from rcic_fastai.model.backbones import lite0_weights
     ref.load_state_dict(torch.load(lite0_weights(), weights_only=True))
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -266,5 +266,5 @@ def test_feature_map_layouts():
 
 def test_import_is_light():
     heavy = 'timm', 'efficientnet_pytorch', 'safetensors', 'faiss', 'sklearn'
-    code = f'import sys, rcic_fastai.backbones; print([m for m in {heavy} if m in sys.modules])'
+    code = f'import sys, rcic_fastai.model.backbones; print([m for m in {heavy} if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'

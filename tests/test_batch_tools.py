@@ -3,18 +3,18 @@ import json
 from dataclasses import asdict, replace
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
-from rcic_fastai.batchnorm import adapted_batchnorm
-from rcic_fastai.correct import *
-from rcic_fastai.data import ScreenSpec, screen_dls, spec_dl, statistics_rows
-from rcic_fastai.embed import *
-from rcic_fastai.images import PngTree
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.neighbors import SirnaIndex
-from rcic_fastai.pack import PackedScreen, pack_screen
-from rcic_fastai.predict import predict_wells
-from rcic_fastai.profiles import *
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.model.batchnorm import adapted_batchnorm
+from rcic_fastai.embed.correct import *
+from rcic_fastai.batch.data import ScreenSpec, screen_dls, spec_dl, statistics_rows
+from rcic_fastai.embed.embed import *
+from rcic_fastai.screen.images import PngTree
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.core import ScreenError
+from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.screen.pack import PackedScreen, pack_screen
+from rcic_fastai.predict.predict import predict_wells
+from rcic_fastai.embed.table import *
+from rcic_fastai.screen.simulate import simulate_screen
 
 @pytest.fixture(scope='module')
 def screen(tmp_path_factory):

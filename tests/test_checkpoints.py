@@ -5,16 +5,18 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.vision.all import Callback, EarlyStoppingCallback, GradientAccumulation, partial
 from fastai.callback.fp16 import MixedPrecision
-from rcic_fastai import checkpoints, cli
-from rcic_fastai.checkpoints import *
-from rcic_fastai.cutmix import *
-from rcic_fastai.data import *
-from rcic_fastai.domain import *
-from rcic_fastai.images import PngTree
-from rcic_fastai.learner import *
-from rcic_fastai.metadata import ScreenError, read_metadata
-from rcic_fastai.recipes import *
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai import cli
+from rcic_fastai.train import checkpoints
+from rcic_fastai.train.checkpoints import *
+from rcic_fastai.train.cutmix import *
+from rcic_fastai.batch.data import *
+from rcic_fastai.train.domain import *
+from rcic_fastai.screen.images import PngTree
+from rcic_fastai.train.learner import *
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import read_metadata
+from rcic_fastai.train.recipes import *
+from rcic_fastai.screen.simulate import simulate_screen
 
 BIN, ARCH = Path(sys.executable).parent, 'mobilenetv3_small_050'
 RECIPE = Recipe('three', [Stage('head', 2, 1e-2, 'stem,head', loss='adacos', metadata=False),

@@ -3,8 +3,8 @@ import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli
-from rcic_fastai.correct import CORRECTIONS
-from rcic_fastai.metadata import read_metadata, real_data, write_metadata
+from rcic_fastai.embed.correct import CORRECTIONS
+from rcic_fastai.screen.tables import read_metadata, real_data, write_metadata
 
 BIN = Path(sys.executable).parent
 EXPS = 'HUVEC-01,HUVEC-02,RPE-01,HUVEC-17'

@@ -4,18 +4,18 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, CancelFitException, Learner
 from hypothesis import given, settings, strategies as st
-from rcic_fastai.controls import *
-from rcic_fastai.cutmix import CutMix
-from rcic_fastai.data import screen_dls
-from rcic_fastai.heads import MixedMeta
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.neighbors import SirnaIndex
-from rcic_fastai.predict import predict_wells
-from rcic_fastai.profiles import *
-from rcic_fastai.recipes import Recipe, Stage
-from rcic_fastai.screens import open_screen
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.train.controls import *
+from rcic_fastai.train.cutmix import CutMix
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.model.heads import MixedMeta
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.core import ScreenError
+from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.predict.predict import predict_wells
+from rcic_fastai.embed.table import *
+from rcic_fastai.train.recipes import Recipe, Stage
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.simulate import simulate_screen
 
 ARCH = 'mobilenetv3_small_050'
 ONE = Recipe('one', [Stage('one', 1, 3e-3)])

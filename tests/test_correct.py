@@ -6,9 +6,9 @@ from scipy.linalg import fractional_matrix_power, sqrtm
 from scipy.stats import median_abs_deviation
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
-from rcic_fastai.correct import *
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.profiles import *
+from rcic_fastai.embed.correct import *
+from rcic_fastai.core import ScreenError
+from rcic_fastai.embed.table import *
 
 D = 12
 TOY = toy_profiles(n_sirnas=24, dim=D, batch=2., seed=3)

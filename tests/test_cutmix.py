@@ -9,11 +9,11 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
 from torch import nn
-from rcic_fastai.cutmix import CutMix, MixUp, cutmix_box, mix_meta, mixed_loss, paste_box
-from rcic_fastai.heads import MixedMeta
-from rcic_fastai.losses import AdaCos, ArcFace
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.model import create_screen_model
+from rcic_fastai.train.cutmix import CutMix, MixUp, cutmix_box, mix_meta, mixed_loss, paste_box
+from rcic_fastai.model.heads import MixedMeta
+from rcic_fastai.model.losses import AdaCos, ArcFace
+from rcic_fastai.core import ScreenError
+from rcic_fastai.model.model import create_screen_model
 
 B = 8
 

@@ -3,10 +3,11 @@ import json, os, subprocess, sys, time
 from importlib.util import find_spec
 import numpy as np, pandas as pd, pytest, torch
 from rcic_fastai import cli
-from rcic_fastai.checkpoints import read_checkpoint
-from rcic_fastai.metadata import ScreenError, read_metadata
-from rcic_fastai.profiles import read_embeddings
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.train.checkpoints import read_checkpoint
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import read_metadata
+from rcic_fastai.embed.table import read_embeddings
+from rcic_fastai.screen.simulate import simulate_screen
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTHONWARNINGS='ignore', MPLBACKEND='Agg', GLOO_SOCKET_IFNAME='lo')
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
@@ -41,12 +42,12 @@ def test_prediction_is_that_of_one_process(made, tmp_path, launcher):
 
 FIT = '''
 import sys, torch, fastai.vision.all as f
-from rcic_fastai.screens import open_screen
-from rcic_fastai.data import screen_dls
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.distributed import *
-from rcic_fastai.recipes import *
-from rcic_fastai.embed import embed_rows
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.train.distributed import *
+from rcic_fastai.train.recipes import *
+from rcic_fastai.embed.embed import embed_rows
 table, source = open_screen(sys.argv[1])
 out, bs, by = sys.argv[2], int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else None
 dls = screen_dls(table, source, valid='HUVEC-02', bs=bs, augs=None, device='cpu', seed=5, batch_by=by)
@@ -80,14 +81,14 @@ SCENES = '''
 import contextlib, io, json, os, sys, threading, torch
 from pathlib import Path
 from fastai.vision.all import Callback, noop, patch
-from rcic_fastai.checkpoints import *
-from rcic_fastai.cutmix import *
-from rcic_fastai.data import screen_dls
-from rcic_fastai.distributed import *
-from rcic_fastai.domain import *
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.recipes import *
-from rcic_fastai.screens import open_screen
+from rcic_fastai.train.checkpoints import *
+from rcic_fastai.train.cutmix import *
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.train.distributed import *
+from rcic_fastai.train.domain import *
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.train.recipes import *
+from rcic_fastai.screen.open import open_screen
 screen, folder = Path(sys.argv[1]), Path(sys.argv[2])
 rank, world = rank_world()
 table, source = open_screen(screen)

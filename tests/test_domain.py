@@ -2,13 +2,13 @@
 import pytest, torch
 from fastai.vision.all import Callback, CancelFitException, L, MixedPrecision
 from torch.amp import GradScaler, autocast
-from rcic_fastai.cutmix import CutMix
-from rcic_fastai.data import screen_dls
-from rcic_fastai.domain import *
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.screens import open_screen
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.train.cutmix import CutMix
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.train.domain import *
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.simulate import simulate_screen
 
 @pytest.fixture(scope='module')
 def screen(tmp_path_factory):

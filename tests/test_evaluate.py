@@ -3,10 +3,10 @@ import json
 from itertools import product
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.evaluate import ScreenResult, accuracy_plot, bootstrap_interval, evaluate, evaluate_screen, right_wrong
-from rcic_fastai.metrics import batch_predictability, perturbation_magnitude, replicate_consistency, retrieval_map
-from rcic_fastai.profiles import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
+from rcic_fastai.core import ScreenError
+from rcic_fastai.results.evaluate import ScreenResult, accuracy_plot, bootstrap_interval, evaluate, evaluate_screen, right_wrong
+from rcic_fastai.embed.metrics import batch_predictability, perturbation_magnitude, replicate_consistency, retrieval_map
+from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
 
 EMB = toy_profiles(n_sirnas=24, dim=8, test=('HUVEC-17', 'RPE-08', 'RPE-09'))
 TABLE = emb_metadata(EMB)

@@ -4,10 +4,11 @@ import cv2, numpy as np, pandas as pd, pytest, tifffile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from PIL import Image
-from rcic_fastai.files import *
-from rcic_fastai.images import only_present, screen_stats
-from rcic_fastai.screens import open_screen
-from rcic_fastai.metadata import SITE_COLUMNS, ScreenError, check_table, rowcol_to_well, split_experiments
+from rcic_fastai.screen.files import *
+from rcic_fastai.screen.images import only_present, screen_stats
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import SITE_COLUMNS, check_table, rowcol_to_well, split_experiments
 
 NAMES = ['DNA', 'ER', 'RNA', 'AGP', 'Mito']
 
@@ -623,7 +624,7 @@ def test_damaged_files(tmp_path, kind, which):
 
 def test_tifffile_is_imported_when_it_is_needed():
     import subprocess, sys
-    code = 'import sys, rcic_fastai.files; assert not {"tifffile", "imagecodecs"} & set(sys.modules)'
+    code = 'import sys, rcic_fastai.screen.files; assert not {"tifffile", "imagecodecs"} & set(sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 

@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 from rcic_fastai import folder as F
-from rcic_fastai.data import screen_dls
+from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.folder import MODEL_FILES, load_screen_model, save_screen_model
-from rcic_fastai.images import PngTree
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.metadata import ScreenError, read_metadata
-from rcic_fastai.neighbors import INDEX_FILES, SirnaIndex, file_facts, json_hash
-from rcic_fastai.profiles import emb_features, emb_metadata
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.screen.images import PngTree
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import read_metadata
+from rcic_fastai.core import file_facts, json_hash
+from rcic_fastai.embed.index import INDEX_FILES, SirnaIndex
+from rcic_fastai.embed.table import emb_features, emb_metadata
+from rcic_fastai.screen.simulate import simulate_screen
 
 CASES = int(os.environ.get('FUZZ', 500))     # a soak: FUZZ=10000
 ALL = (*MODEL_FILES, 'config.json', 'README.md')
@@ -352,7 +354,7 @@ def test_sparse_files(hostile, name, size):
 def test_sparse_vectors_of_the_right_size(hostile):
     "Rows and dimensions, header and sizes agree: the first rows of zeros are the end of it"
     n, d = 2**28, 512
-    from rcic_fastai.neighbors import _head
+    from rcic_fastai.embed.index import _head
     with open(hostile/'index.faiss', 'wb') as f: f.write(_head(n, d)); f.truncate(45 + 4*n*d)
     i = json.loads((hostile/'index.json').read_text())
     i.update(rows=n, dim=d); i['files']['index.faiss']['size'] = 45 + 4*n*d

@@ -11,9 +11,10 @@ from numcodecs import LZ4, Blosc, GZip, Zlib, Zstd
 from ome_zarr.format import FormatV04, FormatV05
 from ome_zarr.writer import write_image, write_multiscales_metadata, write_plate_metadata, write_well_metadata
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
-from rcic_fastai.hcs import *
-from rcic_fastai.images import only_present
-from rcic_fastai.metadata import SITE_COLUMNS, ScreenError
+from rcic_fastai.screen.plates import *
+from rcic_fastai.screen.images import only_present
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import SITE_COLUMNS
 
 V4, V5 = FormatV04(), FormatV05()
 both = pytest.mark.parametrize('fmt', [V4, V5], ids=['0.4', '0.5'])
@@ -697,7 +698,7 @@ def test_one_plate_name_in_two_experiments(tmp_path):
 def test_packages_are_loaded_when_asked_and_their_absence_is_said(tmp_path):
     code = '''
 import sys
-import rcic_fastai.hcs as h
+import rcic_fastai.screen.plates as h
 assert not {'zarr', 'ome_zarr', 'ome_zarr_models', 'pydantic_zarr'} & set(sys.modules), 'heavy import'
 sys.modules['ome_zarr_models'] = None
 try: h.read_plates(sys.argv[1])

@@ -2,8 +2,9 @@
 import io, os, pickle, shutil
 import cv2, numpy as np, pandas as pd, pytest
 from PIL import Image
-from rcic_fastai.images import *
-from rcic_fastai.metadata import CHANNELS, ScreenError, read_metadata, real_data
+from rcic_fastai.screen.images import *
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import CHANNELS, read_metadata, real_data
 
 real = pytest.mark.skipif(real_data() is None or not (real_data()/'images').is_dir(),
                           reason='no real RxRx1 images on this machine')

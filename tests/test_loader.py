@@ -6,17 +6,18 @@ from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DisplayedTra
                                Pipeline, RandomSplitter, RegressionBlock, TfmdDL, ToTensor, TransformBlock, first, load_learner, no_random, noop, plt, tensor)
 from fastai.data.core import test_set as rows_for_testing
 from hypothesis import Phase, given, settings, strategies as st
-from rcic_fastai import loader
-from rcic_fastai.augment import CLAHE, IntToFloat, SiteDihedral
-from rcic_fastai.data import SiteBlock, screen_dls, spec_dl
-from rcic_fastai.embed import embed_dl
-from rcic_fastai.images import ImageSource, PngTree
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.loader import *
-from rcic_fastai.metadata import SITE_COLUMNS, ScreenError, read_metadata
-from rcic_fastai.pack import PackedScreen, pack_screen
-from rcic_fastai.simulate import simulate_screen
-from rcic_fastai.site import TensorSite
+from rcic_fastai.batch import loader
+from rcic_fastai.batch.augment import CLAHE, IntToFloat, SiteDihedral
+from rcic_fastai.batch.data import SiteBlock, screen_dls, spec_dl
+from rcic_fastai.embed.embed import embed_dl
+from rcic_fastai.screen.images import ImageSource, PngTree
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.batch.loader import *
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import SITE_COLUMNS, read_metadata
+from rcic_fastai.screen.pack import PackedScreen, pack_screen
+from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.batch.site import TensorSite
 
 CPU = torch.device('cpu')
 quick = dict(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])   # a failure is told at once, not made small first

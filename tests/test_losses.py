@@ -7,8 +7,8 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import NoneReduce
 from fastai.learner import Learner
-from rcic_fastai.losses import (LOSSES, AdaCos, ArcFace, CosFace, MixLoss, SoftmaxLoss, loss_from_config)
-from rcic_fastai.metadata import ScreenError
+from rcic_fastai.model.losses import (LOSSES, AdaCos, ArcFace, CosFace, MixLoss, SoftmaxLoss, loss_from_config)
+from rcic_fastai.core import ScreenError
 
 
 # --- references: plain Python, one item and one class at a time -------------------------------------------------

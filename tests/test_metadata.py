@@ -1,7 +1,8 @@
 "The real RxRx1 tables against the published figures, and every malformed table against its sentence."
 import numpy as np, pandas as pd, pytest
-from rcic_fastai.metadata import *
-from rcic_fastai.metadata import SITE_COLUMNS, WILDS_VAL
+from rcic_fastai.core import *
+from rcic_fastai.screen.tables import *
+from rcic_fastai.screen.tables import SITE_COLUMNS, WILDS_VAL
 
 REAL = real_data()
 real = pytest.mark.skipif(REAL is None, reason='real RxRx1 tables are not on this machine (set RCIC_REAL)')

@@ -2,9 +2,9 @@
 from itertools import permutations, product
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.profiles import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles, unit_rows
-from rcic_fastai.metrics import (average_precision, batch_predictability, chance_precision, energy_distance, perturbation_magnitude,
+from rcic_fastai.core import ScreenError
+from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles, unit_rows
+from rcic_fastai.embed.metrics import (average_precision, batch_predictability, chance_precision, energy_distance, perturbation_magnitude,
                                  replicate_consistency, retrieval_map)
 
 EXPS = ['HUVEC-01', 'HUVEC-02', 'HUVEC-03', 'RPE-01', 'RPE-02']

@@ -7,11 +7,11 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import TensorCategory, TensorImage
 from torch import nn
-from rcic_fastai.heads import (NECKS, ConcatPool, CosineClassifier, MetadataEmbedding, MetadataOneHot, MixedMeta,
+from rcic_fastai.model.heads import (NECKS, ConcatPool, CosineClassifier, MetadataEmbedding, MetadataOneHot, MixedMeta,
                                create_neck, mlp_neck, unit_length)
-from rcic_fastai.losses import AdaCos
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.model import PARTS, create_screen_model, model_parts, parts_table
+from rcic_fastai.model.losses import AdaCos
+from rcic_fastai.core import ScreenError
+from rcic_fastai.model.model import PARTS, create_screen_model, model_parts, parts_table
 
 VOCAB = dict(cell_type=5, plate_group=5, experiment=9)
 

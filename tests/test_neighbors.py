@@ -3,9 +3,10 @@ import json, os, random, shutil
 import faiss
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.neighbors import INDEX_FILES, SirnaIndex, check_file, file_facts, is_facts, json_hash, merge_wells, parse_json, plain_file, read_json
-from rcic_fastai.profiles import emb_features, emb_metadata, toy_profiles
+from rcic_fastai.core import ScreenError
+from rcic_fastai.core import check_file, file_facts, is_facts, json_hash, parse_json, plain_file, read_json
+from rcic_fastai.embed.index import INDEX_FILES, SirnaIndex, merge_wells
+from rcic_fastai.embed.table import emb_features, emb_metadata, toy_profiles
 
 TOY = toy_profiles(n_sirnas=24, dim=16)
 TRAIN, TEST = (TOY[TOY.Metadata_dataset == d] for d in ('train', 'test'))

@@ -3,10 +3,11 @@ import errno, faulthandler, json, os, pickle, shutil, signal, struct, subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import cv2, numpy as np, pandas as pd, pytest, zarr
-from rcic_fastai import pack
-from rcic_fastai.images import PngTree, only_present, screen_stats
-from rcic_fastai.metadata import CHANNELS, SITE_COLUMNS, ScreenError, read_metadata, real_data
-from rcic_fastai.pack import *
+from rcic_fastai.screen import pack
+from rcic_fastai.screen.images import PngTree, only_present, screen_stats
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import CHANNELS, SITE_COLUMNS, read_metadata, real_data
+from rcic_fastai.screen.pack import *
 
 real = pytest.mark.skipif(real_data() is None or not (real_data()/'images').is_dir(),
                           reason='no real RxRx1 images on this machine (set RCIC_REAL)')

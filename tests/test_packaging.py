@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LIB, NBS, DOCS = ROOT/'rcic_fastai', ROOT/'nbs', ROOT/'docs'
 NOTEBOOKS = [ROOT/'index.ipynb'] + sorted(p for p in NBS.glob('*.ipynb') if not p.is_symlink())
-MODULES = sorted(LIB.glob('*.py'))
+MODULES = sorted(LIB.rglob('*.py'))
 MACHINE_PATH = re.compile(r'''(?<![\w.:/~-])/(?:tmp|work|root|home|Users|private/var|var/folders)/[\w.-]''')
 
 sys.path.insert(0, str(ROOT/'tools'))
@@ -96,7 +96,7 @@ def test_wheel_holds_every_module_and_table(tmp_path):
     assert done.returncode == 0, done.stderr
     wheel, = (tmp_path/'out').glob('*.whl')
     inside = set(zipfile.ZipFile(wheel).namelist())
-    assert {f'rcic_fastai/{p.name}' for p in MODULES} <= inside
+    assert {p.relative_to(ROOT).as_posix() for p in MODULES} <= inside
     tables = {f'rcic_fastai/tables/{p.name}' for p in (LIB/'tables').glob('*.csv')}
     assert tables and tables <= inside
 
@@ -145,7 +145,7 @@ def test_notebook_imports_only_lower_numbers(nb):
         for node in ast.walk(ast.parse(source)):
             names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else \
                     [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            for module in (x.split('.')[1] for x in names if x.startswith('rcic_fastai.')):
+            for module in (x.split('.', 1)[1] for x in names if x.startswith('rcic_fastai.')):
                 if module == 'all': assert 'export' not in option and mine >= 20, f'cell {n} imports everything'
                 elif module != exports.get('default_exp'): assert number[module] < mine, f'cell {n} imports {module}'
 

@@ -3,11 +3,11 @@ import json, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from rcic_fastai import predict
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.neighbors import SirnaIndex
-from rcic_fastai.predict import predict_tables, predict_wells, read_predictions, write_predictions
-from rcic_fastai.profiles import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
+from rcic_fastai.predict import predict
+from rcic_fastai.core import ScreenError
+from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.predict.predict import predict_tables, predict_wells, read_predictions, write_predictions
+from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
 
 TOY = toy_profiles(n_sirnas=24, dim=32, signal=.8, seed=1)
 TREATED = (TOY.Metadata_well_type == 'treatment').to_numpy()

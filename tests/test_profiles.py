@@ -2,8 +2,8 @@
 import sys
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from rcic_fastai.metadata import ScreenError, write_atomic
-from rcic_fastai.profiles import *
+from rcic_fastai.core import ScreenError, write_atomic
+from rcic_fastai.embed.table import *
 
 TOY = toy_profiles(train=('HUVEC-01', 'RPE-01'), test=('HUVEC-17',), n_sirnas=8, dim=8)
 

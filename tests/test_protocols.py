@@ -3,19 +3,21 @@ import json
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest
 from fastai.vision.all import Callback
-from rcic_fastai.controls import difference_learner
-from rcic_fastai.data import screen_dls, spec_dl
-from rcic_fastai.embed import embed_parts, embed_rows, highest_protocol, model_fingerprint, row_protocols, weights_fingerprint
+from rcic_fastai.train.controls import difference_learner
+from rcic_fastai.batch.data import screen_dls, spec_dl
+from rcic_fastai.embed.embed import embed_parts, embed_rows, highest_protocol, model_fingerprint, row_protocols, weights_fingerprint
 from rcic_fastai.folder import load_screen_model, save_screen_model
-from rcic_fastai.images import PngTree
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.metadata import ScreenError, read_metadata
-from rcic_fastai.neighbors import SirnaIndex, file_facts, json_hash
-from rcic_fastai.predict import PROTOCOLS, predict_wells
-from rcic_fastai.profiles import emb_features, emb_metadata
-from rcic_fastai.pseudo import *
-from rcic_fastai.recipes import Recipe, Stage
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.screen.images import PngTree
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import read_metadata
+from rcic_fastai.core import file_facts, json_hash
+from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.predict.predict import PROTOCOLS, predict_wells
+from rcic_fastai.embed.table import emb_features, emb_metadata
+from rcic_fastai.predict.pseudo import *
+from rcic_fastai.train.recipes import Recipe, Stage
+from rcic_fastai.screen.simulate import simulate_screen
 
 ARCH, ONE = 'mobilenetv3_small_050', Recipe('one', [Stage('one', 1, 3e-3)])
 HOW = dict(tta=1, progress=False)

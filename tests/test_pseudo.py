@@ -4,18 +4,18 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback
 from hypothesis import given, settings, strategies as st
-from rcic_fastai.augment import dihedral
-from rcic_fastai.controls import difference_learner
-from rcic_fastai.data import screen_dls
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.metadata import ScreenError
-from rcic_fastai.neighbors import SirnaIndex, merge_wells
-from rcic_fastai.profiles import *
-from rcic_fastai.pseudo import *
-from rcic_fastai.pseudo import _class_groups, _well_groups
-from rcic_fastai.recipes import Recipe, Stage
-from rcic_fastai.screens import open_screen
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.batch.augment import dihedral
+from rcic_fastai.train.controls import difference_learner
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.core import ScreenError
+from rcic_fastai.embed.index import SirnaIndex, merge_wells
+from rcic_fastai.embed.table import *
+from rcic_fastai.predict.pseudo import *
+from rcic_fastai.predict.pseudo import _class_groups, _well_groups
+from rcic_fastai.train.recipes import Recipe, Stage
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.simulate import simulate_screen
 
 ARCH = 'mobilenetv3_small_050'
 ONE = Recipe('one', [Stage('one', 1, 3e-3)])
@@ -222,7 +222,7 @@ def test_two_sites_and_a_stage_that_changes_the_size(screen):
 @pytest.mark.parametrize('norm, norm_from', [('plate', 'controls'), ('experiment', 'controls'), ('plate', 'all')])
 def test_statistics_of_plates_and_experiments(screen, norm, norm_from, monkeypatch):
     "The pixel statistics of named wells are taken of the same wells when they are named, when they are trained on and when they are embedded"
-    from rcic_fastai import data
+    from rcic_fastai.batch import data
     t, seen, was = screen[0], [], data.statistics_rows
     def noted(spec, rows, among=None):
         use = was(spec, rows, among)

@@ -1,11 +1,11 @@
 "The 18 real sites: ImageNet features, own-image normalisation and the FAISS index find the cell type across plates and batches."
 import numpy as np, pandas as pd, pytest, torch
-from rcic_fastai.metadata import real_data, read_metadata
-from rcic_fastai.images import PngTree, only_present
-from rcic_fastai.data import ScreenSpec, META_COLUMNS, meta_vocab, spec_dl
-from rcic_fastai.model import create_screen_model
-from rcic_fastai.embed import embed_dl
-from rcic_fastai.neighbors import SirnaIndex
+from rcic_fastai.screen.tables import real_data, read_metadata
+from rcic_fastai.screen.images import PngTree, only_present
+from rcic_fastai.batch.data import ScreenSpec, META_COLUMNS, meta_vocab, spec_dl
+from rcic_fastai.model.model import create_screen_model
+from rcic_fastai.embed.embed import embed_dl
+from rcic_fastai.embed.index import SirnaIndex
 
 REAL = real_data()
 real = pytest.mark.skipif(REAL is None or not (REAL/'images').is_dir(), reason='real RxRx1 images are not on this machine (set RCIC_REAL)')

@@ -3,11 +3,11 @@ import json, re, shutil
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli
 from rcic_fastai.folder import load_screen_model
-from rcic_fastai.images import ImageSource, PngTree
-from rcic_fastai.metadata import read_metadata
-from rcic_fastai.neighbors import SirnaIndex
-from rcic_fastai.pack import PackedScreen, pack_screen
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.screen.images import ImageSource, PngTree
+from rcic_fastai.screen.tables import read_metadata
+from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.screen.pack import PackedScreen, pack_screen
+from rcic_fastai.screen.simulate import simulate_screen
 
 class View(ImageSource):
     "A source of which every picture goes through a function"

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai import simulate
-from rcic_fastai.metadata import (CELL_TYPES, SITE_COLUMNS, ScreenError, control_wells, real_data, read_metadata,
-                                  treatment_wells)
-from rcic_fastai.simulate import (MORPHOLOGY, REAL_TEST, Studio, batch_stats, default_field, draw_site, morphology,
+from rcic_fastai.screen import simulate
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import (CELL_TYPES, SITE_COLUMNS, control_wells,
+                                       real_data, read_metadata, treatment_wells)
+from rcic_fastai.screen.simulate import (MORPHOLOGY, REAL_TEST, Studio, batch_stats, default_field, draw_site, morphology,
                                   phenotype, screen_layout, simulate_screen)
 
 WELLS = treatment_wells()[5::7]

@@ -5,8 +5,9 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import (nn, L, plt, tensor, TensorBase, TensorImage, TensorCategory, TensorMultiCategory,
     DataBlock, TransformBlock, CategoryBlock, ColReader, RandomSplitter, IntToFloatTensor, Learner,
     CrossEntropyLossFlat, Interpretation, show_batch, show_results, plot_top_losses)
-from rcic_fastai.site import *
-from rcic_fastai.metadata import CHANNELS, ScreenError, read_metadata, real_data
+from rcic_fastai.batch.site import *
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import CHANNELS, read_metadata, real_data
 
 real = pytest.mark.skipif(real_data() is None or not (real_data()/'images').is_dir(),
                           reason='no real RxRx1 images on this machine')
@@ -184,11 +185,11 @@ def test_other_batches_keep_their_own_functions():
     for x in ((i, tensor(1)), (tensor(1), s), i, tensor(1)):
         assert mod(show_batch, x, tensor(1), []).startswith('fastai')
     for x in ((s, tensor(1)), (s,), s, TensorWell(s[None])):
-        assert mod(show_batch, x, tensor(1), []) == 'rcic_fastai.site'
+        assert mod(show_batch, x, tensor(1), []) == 'rcic_fastai.batch.site'
     for y in (TensorCategory(0), tensor(1), TensorMultiCategory([0]), (tensor(1), tensor(2))):
-        assert mod(show_results, s, y, [], []) == 'rcic_fastai.site'
-        assert mod(show_results, (s, tensor(1)), y, [], []) == 'rcic_fastai.site'
-        assert mod(plot_top_losses, s, y, [], [], [], []) == 'rcic_fastai.site'
+        assert mod(show_results, s, y, [], []) == 'rcic_fastai.batch.site'
+        assert mod(show_results, (s, tensor(1)), y, [], []) == 'rcic_fastai.batch.site'
+        assert mod(plot_top_losses, s, y, [], [], [], []) == 'rcic_fastai.batch.site'
     assert mod(show_results, i, TensorCategory(0), [], []).startswith('fastai')
 
 
@@ -237,7 +238,7 @@ def test_plate_map_numbers_and_booleans():
 
 @real
 def test_real_sites_have_pictures():
-    from rcic_fastai.images import PngTree, only_present
+    from rcic_fastai.screen.images import PngTree, only_present
     table = read_metadata(real_data())
     keep, _ = only_present(table, PngTree(real_data(), table))
     src = PngTree(real_data(), keep)

@@ -2,14 +2,15 @@
 import json, os, signal, subprocess, sys
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli
-from rcic_fastai.data import screen_dls
-from rcic_fastai.embed import embed_parts, embed_rows
-from rcic_fastai.images import PngTree
-from rcic_fastai.learner import screen_learner
-from rcic_fastai.metadata import ScreenError, read_metadata
-from rcic_fastai.predict import write_tables
-from rcic_fastai.profiles import emb_features
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.embed.embed import embed_parts, embed_rows
+from rcic_fastai.screen.images import PngTree
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.tables import read_metadata
+from rcic_fastai.predict.predict import write_tables
+from rcic_fastai.embed.table import emb_features
+from rcic_fastai.screen.simulate import simulate_screen
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTHONWARNINGS='ignore', MPLBACKEND='Agg')
 HOW = dict(part=16, bs=8, tta=1, progress=False)
@@ -100,7 +101,8 @@ def test_columns_without_a_value_at_first(tmp_path):
 
 SLOW = '''
 import sys, time
-from rcic_fastai import cli, embed
+from rcic_fastai import cli
+from rcic_fastai.embed import embed
 was = embed._write_part
 def slow(*args): was(*args); print('\\npart', flush=True); time.sleep(.3)
 embed._write_part = slow

@@ -15,8 +15,9 @@ TOOLS = ['nbdev', 'fastcore', 'execnb', 'smalldocs', 'Pygments', 'markdown-it-py
 NOT_READ = 'output-file is not read'   # nbdev writes that option for Quarto; the pages get their names below
 NUMBER = re.compile(r'^\d+[a-z]?_')
 SECTIONS = [('The screen', range(0, 10)), ('Batches', range(10, 20)), ('The model', range(20, 30)),
-            ('Training', range(30, 40)), ('Embeddings and predictions', range(40, 50)),
-            ('Results and commands', range(50, 60)), ('Tutorials', range(60, 90)), ('Behind these pages', range(90, 100))]
+            ('Training', range(30, 40)), ('Embeddings', range(40, 50)), ('Predictions', range(50, 60)),
+            ('Results', range(60, 70)), ('Folder and commands', range(70, 80)), ('Tutorials', range(80, 90)),
+            ('Behind these pages', range(90, 100))]
 
 # A browser refuses fetch() on a page opened from the file system, and smalldocs fetches its search index (its only
 # fetch). The index comes from a script instead, hosted or not.
@@ -162,7 +163,7 @@ def readme(index):
         if 'hide' in option or 'default_exp' in option: continue
         source = re.sub(r'^#\|.*\n?', '', source, flags=re.MULTILINE).strip('\n')
         if cell['cell_type'] == 'markdown':
-            parts.append(re.sub(r'\]\((?:nbs/)?(\d\w*\.ipynb)', r'](nbs/\1', source))
+            parts.append(re.sub(r'\]\((?:nbs/)?(\d[\w.]*\.ipynb)', r'](nbs/\1', source))
             continue
         if source and option.get('echo') != 'false': parts.append(f'```python\n{source}\n```')
         for output in cell.get('outputs', []):

@@ -121,6 +121,7 @@ def write_lib():
         made, here = files(project/LIB, '*.py'), files(ROOT/LIB, '*.py')
         for f in here.keys() - made.keys(): here[f].unlink()
         for f in made:
+            (ROOT/LIB/f).parent.mkdir(exist_ok=True)
             if f not in here or made[f].read_bytes() != here[f].read_bytes(): shutil.copyfile(made[f], ROOT/LIB/f)
     print(f'lib: {LIB}/ has {len(made)} modules')
 
