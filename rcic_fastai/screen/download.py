@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, write_atomic
+from ..core import ScreenError, read_plain, write_atomic
 
 # %% ../../nbs/07_screen.download.ipynb #5679654c
 RXRX1_URL = 'https://storage.googleapis.com/rxrx/rxrx1'
@@ -29,7 +29,7 @@ def _forget(path):
 
 def _read_note(path):
     "What the part of `path` is a part of; {} when that is not known"
-    try: d = json.loads(_note(path).read_text())
+    try: d = json.loads(read_plain(_note(path), 2**20))
     except (OSError, ValueError): return {}
     types = dict(url=str, version=str, size=int, sums=dict)
     return d if isinstance(d, dict) and all(isinstance(d.get(k), t) for k, t in types.items()) else {}

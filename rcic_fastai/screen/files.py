@@ -6,10 +6,9 @@
 __all__ = ['PLATE_FORMATS', 'USUAL_NAMES', 'plate_format', 'read_planes', 'FileSource', 'check_files', 'read_files']
 
 # %% ../../nbs/05_screen.files.ipynb #9713aac1
-import logging, os, re, struct, zlib
+import io, logging, os, re, struct, zlib
 from collections import Counter
 from functools import lru_cache
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote
@@ -19,10 +18,10 @@ import pandas as pd
 from fastcore.basics import patch
 from PIL.TiffImagePlugin import TiffImageFile
 
-from ..core import ScreenError, first_few
+from ..core import ScreenError, first_few, open_plain
 from .tables import (SITE_COLUMNS, WELL_TYPES, check_table,
-                                       rowcol_to_well, well_to_rowcol, _integers, _read_csv)
-from .images import PNG_SIGNATURE, ImageSource, decode_png, _check_kind, _png_header
+                                       read_parquet, rowcol_to_well, well_to_rowcol, _integers, _read_csv)
+from .images import MOST_PIXELS, PNG_SIGNATURE, ImageSource, decode_png, _check_kind, _most_packed, _png_header
 
 # %% ../../nbs/05_screen.files.ipynb #03a598c6
 PLATE_FORMATS = {6:(2,3), 12:(3,4), 24:(4,6), 48:(6,8), 96:(8,12), 384:(16,24), 1536:(32,48)}
@@ -62,7 +61,7 @@ def _bytes_tiff(compression, parts, n):
 def _by_pillow(compression, parts, n):
     "Unpack strips of `n` bytes each"
     try:
-        with TiffImageFile(BytesIO(_bytes_tiff(compression, parts, n))) as im: return np.asarray(im).tobytes()
+        with TiffImageFile(io.BytesIO(_bytes_tiff(compression, parts, n))) as im: return np.asarray(im).tobytes()
     except OSError: raise ValueError('a strip cannot be unpacked') from None
 
 def _inflate(part, n):
@@ -94,10 +93,12 @@ def _tiff_page(f, page, order):
     ny, nx, row = -(-h//th), -(-w//tw), tw*s*item
     counts = {planes*ny*nx, len(page.dataoffsets), len(page.databytecounts)}
     if len(counts) > 1: raise ValueError(f'it has {len(page.dataoffsets)} strips or tiles of {planes*ny*nx}')
+    if ny*th*nx*tw > 2*MOST_PIXELS: raise ValueError(f'its tiles of {th}×{tw} px are too large for {h}×{w} px')
     sizes = [(th if page.is_tiled else min(th, h - y*th))*row for y in range(ny) for _ in range(nx)]*planes
     end, parts = f.seek(0, 2), []
     for start, n in zip(page.dataoffsets, page.databytecounts):
         if n <= 0 or start <= 0 or start + n > end: raise ValueError('it is truncated')
+        if n > 2*th*row + 2**16: raise ValueError('a strip is longer than its pixels can need')
         f.seek(start); parts.append(f.read(n))
     raw = _unpack(int(page.compression), parts, sizes, th*row)
     x = np.frombuffer(raw, f'{order}u{item}').reshape(planes, ny, nx, th, tw, s)
@@ -148,7 +149,7 @@ def _pick(tif, n, pages, name):
                                                'page(s): save it again as a plain TIFF with a page for each picture.')
     if len(full) == n and (first.samplesperpixel == 1 or n == 1): return full, 'pages'
     if len(full) == 1 and first.samplesperpixel == n: return full, 'samples'
-    if n > 1 and first.samplesperpixel == 1 and first.imagewidth == n: return list(tif.pages), 'rows'
+    if n > 1 and first.samplesperpixel == 1 and first.imagewidth == n: return list(islice(tif.pages, MOST_PIXELS//n)), 'rows'
     what = f'more than {n}' if len(full) > n else f'{len(full)}'
     raise ScreenError(f'{name} has {what} page(s) of {first.samplesperpixel} sample(s), where the table names {n} '
                       'channel(s): name what the file holds with channels=, or the page of each channel in a Frame_ '
@@ -162,8 +163,21 @@ def _tifffile():
     logging.getLogger('tifffile').addHandler(logging.NullHandler()) # what it logs, we say
     return tifffile
 
+class _Frugal(io.RawIOBase):
+    "What is read to find the pages of a TIFF: tables of at most 16 MB, at most 64 MB of them"
+    def __init__(self, file, name): self.file, self.name, self.left, self.size = file, name, 2**26, os.fstat(file.fileno()).st_size
+    def readable(self): return True
+    def seekable(self): return True
+    def seek(self, *at): return self.file.seek(*at)
+    def tell(self): return self.file.tell()
+    def read(self, n=-1):
+        self.left -= min(n, self.size) if n >= 0 else self.left + 1
+        if n > 2**24 or self.left < 0: raise ScreenError(f'{self.name} has more than 16 MB of tables or text about its pixels: '
+                                                         'save it again as a plain TIFF.')
+        return self.file.read(n)
+
 def _tiff_planes(f, name, n, pages, expect, header):
-    with _tifffile().TiffFile(f) as tif:
+    with _tifffile().TiffFile(_Frugal(f, name)) as tif:
         picked, how = _pick(tif, n, pages, name)
         for p in picked: _check_page(p, name, n)
         first, kinds = picked[0], {(p.imagelength, p.imagewidth, p.bitspersample) for p in picked}
@@ -182,10 +196,12 @@ def _png_planes(f, name, n, pages, expect, header):
     if n > 1 or pages not in (None, [0]):
         raise ScreenError(f'{name} is a PNG, which holds one channel: give a file for each of the {n} channels, or '
                           'TIFF stacks.')
-    if not header: return decode_png(f.read(), name, expect)[None]
     w, h, bits, colour = _png_header(f.read(33), name)
     _check_kind(name, h, w, bits, colour, expect)
-    return h, w, bits
+    if header: return h, w, bits
+    if f.seek(0, 2) > _most_packed(w, h, bits) + 2**24: raise ValueError('it is longer than its pixels can need')
+    f.seek(0)
+    return decode_png(f.read(), name, expect)[None]
 
 # %% ../../nbs/05_screen.files.ipynb #8d20dfbe
 def read_planes(
@@ -198,7 +214,7 @@ def read_planes(
     "The channels in one file, read strictly: exactly these pixels, or a `ScreenError`"
     name = str(path)
     try:
-        with open(path, 'rb') as f:
+        with open_plain(path, do='copy it again, or take its site out of the table') as f:
             head = f.read(8); f.seek(0)
             if head == PNG_SIGNATURE: return _png_planes(f, name, n, pages, expect, header)
             if head[:4] in _TIFF_SIGNATURES: return _tiff_planes(f, name, n, pages, expect, header)
@@ -380,7 +396,7 @@ def _load(table):
     else:
         path = Path(table)
         where, folder = path.name, path.parent
-        try: df = pd.read_parquet(path) if path.suffix == '.parquet' else _read_csv(path)
+        try: df = read_parquet(path) if path.suffix == '.parquet' else _read_csv(path)
         except ScreenError: raise
         except Exception as e:
             why = getattr(e, 'strerror', None) or (str(e) or type(e).__name__).split('\n')[0]

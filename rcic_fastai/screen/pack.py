@@ -10,6 +10,7 @@ __all__ = ['STORE_FORMAT', 'CODECS', 'PERCENTILES', 'site_measures', 'measure_co
 import json, os, shutil, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
+from math import prod
 from pathlib import Path
 
 import cv2
@@ -18,9 +19,9 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, first_few, write_atomic
-from .tables import check_table, read_metadata
-from .images import ImageSource, channel_stats, stat_columns
+from ..core import ScreenError, first_few, open_plain, parse_json, read_plain, write_atomic
+from .tables import check_table, read_metadata, read_parquet
+from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns
 
 # %% ../../nbs/04_screen.pack.ipynb #a1a01c36
 STORE_FORMAT = 1
@@ -71,13 +72,17 @@ def _as_parquet(table):
     except Exception as e:
         raise ScreenError(f'the site table cannot be written ({str(e.args[-1]).splitlines()[0]}): give every column one kind of value.') from None
 
+_AGAIN = 'pack the screen again'
+
+def _json(path): return parse_json(read_plain(path, 2**20, _AGAIN), path)
+
 def _begin(part, table, source, codec, force):
     "The unfinished folder: new, or found as it was left by the same call"
     facts = dict(format=STORE_FORMAT, channels=list(source.channels), codec=codec, shape=[len(table), *source.shape],
                  dtype=source.dtype.name)
     if force: shutil.rmtree(part, ignore_errors=True)
     if (part/'pack.json').exists():
-        try: same = json.loads((part/'pack.json').read_text()) == facts and (part/'sites.parquet').read_bytes() == _as_parquet(table)
+        try: same = _json(part/'pack.json') == facts and read_plain(part/'sites.parquet') == _as_parquet(table)
         except (ValueError, OSError): same = False
         if not same:
             raise ScreenError(f'{part} was begun with another table, other channels or another codec: finish it as it '
@@ -106,7 +111,7 @@ class _Journal:
     def read(self):
         lines = {}
         if self.path.exists():
-            for line in self.path.read_bytes().split(b'\n'):
+            for line in read_plain(self.path).split(b'\n'):
                 try: row = json.loads(line); lines[row['row']] = row
                 except (ValueError, KeyError, TypeError): continue
         return lines
@@ -159,8 +164,8 @@ def _timed_bar(items, total, progress, what):
 
 def _still_good(source, part, line, site_id):
     "Whether a journalled chunk is whole on disk and its source has not changed"
-    try: data = Path(_chunk(part, line['row'])).read_bytes()
-    except OSError: return False
+    try: data = read_plain(_chunk(part, line['row']))
+    except (OSError, ScreenError): return False
     return line['site_id'] == site_id and _checked(data, line['crc32c']) and line['stamp'] == source.stamp(site_id)
 
 def _checked(data, crc):
@@ -235,8 +240,15 @@ _SUMMED = ('pack.json', 'zarr.json', 'images/zarr.json', 'sites.parquet', 'stats
 
 def _sums(path):
     "Checksums of everything but the chunks"
-    from google_crc32c import value as crc32c
-    return {f: crc32c((path/f).read_bytes()) for f in _SUMMED}
+    return {f: _crc32c(path/f) for f in _SUMMED}
+
+def _crc32c(path):
+    "CRC-32C of a file, read piece by piece"
+    from google_crc32c import Checksum
+    total = Checksum()
+    with open_plain(path, 2**31, _AGAIN) as f:
+        while piece := f.read(2**20): total.update(piece)
+    return int.from_bytes(total.digest(), 'big')
 
 # %% ../../nbs/04_screen.pack.ipynb #46458f24
 def is_store(
@@ -252,13 +264,13 @@ def _store_facts(path):
         part = path if (path/'pack.json').exists() else path.with_name(path.name + '.part')
         why = f'{part} is not finished: run rcic_pack again to go on' if part.exists() else 'make one with rcic_pack'
         raise ScreenError(f'{path} is not a packed screen: {why}.')
-    try: facts = dict(json.loads((path/'zarr.json').read_text())['attributes']['rcic_fastai'])
+    try: facts = dict(_json(path/'zarr.json')['attributes']['rcic_fastai'])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ScreenError(f'{path/"zarr.json"} does not describe a packed screen: pack the screen again.') from None
     if facts.get('format') != STORE_FORMAT:
         raise ScreenError(f'{path} has layout version {facts.get("format")}, this rcic_fastai reads version {STORE_FORMAT}: '
                           'install a newer rcic_fastai, or pack the screen again.')
-    try: sums, found = json.loads((path/'sums.json').read_text()), _sums(path)
+    try: sums, found = _json(path/'sums.json'), _sums(path)
     except (ValueError, OSError) as e: raise ScreenError(f'{path} is damaged ({e.strerror if isinstance(e, OSError) else "sums.json"}): pack the screen again.') from None
     bad = [f for f in _SUMMED if not isinstance(sums, dict) or sums.get(f) != found[f]]
     if bad: raise ScreenError(f'{path/bad[0]} is damaged or was changed (its checksum is wrong): pack the screen again.')
@@ -266,7 +278,8 @@ def _store_facts(path):
 
 def _parquet(path):
     "A table of the store, or which file is damaged"
-    try: return pd.read_parquet(path)
+    try: return read_parquet(path)
+    except ScreenError: raise
     except Exception as e:
         why = 'is not there' if not path.exists() else f'cannot be read ({str(e).splitlines()[0][:100] or type(e).__name__})'
         raise ScreenError(f'{path} {why}: pack the screen again.') from None
@@ -283,6 +296,8 @@ class PackedScreen(ImageSource):
         super().__init__(path, self.table if table is None else table, facts['channels'])
         self.stats, self._folder = _parquet(path/'stats.parquet'), os.path.join(str(path), 'images', 'c')
         self._shape, self._dtype = _array_facts(path, len(self.channels))
+        nbytes = prod(self._shape)*self._dtype.itemsize
+        self._most = nbytes + nbytes//8 + 2**12      # of a chunk: Blosc never makes a site much longer
         self._at = dict(zip(self.table.site_id.tolist(), zip(range(len(self.table)), chunks.crc32c.tolist())))
         if not len(self.table) == len(chunks) == len(self.stats) or list(chunks.index) != self.table.site_id.tolist():
             raise ScreenError(f'the tables of {path} do not belong together: pack the screen again.')
@@ -294,11 +309,13 @@ class PackedScreen(ImageSource):
 def _array_facts(path, n_channels):
     "Shape of a site and type of a pixel, from the array's metadata"
     try:
-        meta = json.loads((path/'images'/'zarr.json').read_text())
-        shape, dtype = tuple(meta['shape'][1:]), np.dtype(meta['data_type'])
-        if len(shape) == 3 and shape[0] == n_channels and dtype in (np.uint8, np.uint16): return shape, dtype
+        meta = _json(path/'images'/'zarr.json')
+        shape, dtype = tuple(meta['shape'][1:]), dict(uint8=np.dtype('u1'), uint16=np.dtype('u2'))[meta['data_type']]
+        is_site = len(shape) == 3 and shape[0] == n_channels and all(type(n) is int and n > 0 for n in shape)
+        is_packed_here = [c['name'] for c in meta['codecs']] == ['bytes', 'blosc', 'crc32c']
+        if is_site and is_packed_here and shape[1]*shape[2] <= MOST_PIXELS: return shape, dtype
     except (OSError, ValueError, KeyError, TypeError): pass
-    raise ScreenError(f'{path/"images"/"zarr.json"} does not describe an array of {n_channels} channels of 8 or 16 bits: '
+    raise ScreenError(f'{path/"images"/"zarr.json"} does not describe an array of {n_channels} channels of 8 or 16 bits, packed by Blosc: '
                       'pack the screen again.')
 
 # %% ../../nbs/04_screen.pack.ipynb #6711a4ff
@@ -311,7 +328,7 @@ def _read(self:PackedScreen, site_id, out):
     row, crc = self._at[site_id]
     path = f'{self._folder}{os.sep}{row}{os.sep}0{os.sep}0{os.sep}0'
     try:
-        with open(path, 'rb', buffering=0) as f: data = f.readall()
+        data = read_plain(path, self._most, 'pack the screen again from its source')
     except OSError as e: raise self._damaged(site_id, path, e.strerror) from None
     if not _checked(data, crc): raise self._damaged(site_id, path, 'its checksum is wrong')
     sizes = int.from_bytes(data[4:8], 'little'), int.from_bytes(data[12:16], 'little')

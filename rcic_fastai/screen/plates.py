@@ -6,12 +6,14 @@
 __all__ = ['PlateSource', 'read_plates']
 
 # %% ../../nbs/06_screen.plates.ipynb #d46d895b
-import json, os
+import json, os, re, zlib
+from bz2 import BZ2Decompressor
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +21,18 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, first_few
-from .tables import SITE_COLUMNS, check_table, rowcol_to_well, well_to_rowcol
-from .images import ImageSource
+from ..core import ScreenError, first_few, open_plain, read_plain
+from .tables import SITE_COLUMNS, check_table, read_csv, rowcol_to_well, well_to_rowcol
+from .images import MOST_PIXELS, ImageSource
 
 # %% ../../nbs/06_screen.plates.ipynb #777de2a3
 @lru_cache
 def _models()->dict: # {zarr format: {kind of group: model}}
     "The metadata models of OME-Zarr 0.4 (zarr format 2) and 0.5 (zarr format 3)"
     try:
-        import zarr
         from ome_zarr_models import v04, v05
     except ImportError as e:
-        raise ScreenError(f'OME-Zarr plates are read with ome-zarr-models and zarr, but {e.name or e} is not here: '
+        raise ScreenError(f'OME-Zarr plates are read with ome-zarr-models, but {e.name or e} is not here: '
                           'pip install "rcic_fastai[hcs]".') from None
     return {f: dict(plate=v.hcs.HCSAttrs, well=v.well.WellAttrs, image=v.image.ImageAttrs)
             for f, v in ((2, v04), (3, v05))}
@@ -52,23 +53,60 @@ def _sentence(what, do):
     except Exception as e: raise ScreenError(f'{what} ({_why(e)}): {do}.') from None
 
 # %% ../../nbs/06_screen.plates.ipynb #bdf0506b
+_MOST_JSON = 2**26   # bytes; zarr 3 may repeat the metadata of a whole plate in its first file
+
 def _zarr_format(folder):
     return next((f for f, n in ((3, 'zarr.json'), (2, '.zgroup')) if (Path(folder)/n).is_file()), None)
 
-def _metadata(folder, kind):
-    "The metadata of a 'plate', 'well' or 'image', validated; what `omero` says of channels apart"
-    import zarr
-    fmt = _zarr_format(folder)
+def _text(path):
+    "Return the bytes of a metadata file, or None where there is none"
+    try: return read_plain(path, _MOST_JSON, 'copy the plate again')
+    except (FileNotFoundError, NotADirectoryError): return None
+    except (OSError, ValueError) as e:
+        if isinstance(e, ScreenError): raise
+        raise ScreenError(f'{path} cannot be read ({_why(e)}): check the disk and the permissions.') from None
+
+def _object(text):
+    "Parse JSON that must be an object"
+    if not isinstance(doc := json.loads(text), dict): raise ValueError('it holds no JSON object')
+    return doc
+
+def _group(folder):
+    "Return (zarr format, text of the attributes) of a group, or (None, None) where there is no group"
+    text = _text(os.path.join(folder, 'zarr.json'))
+    if text is not None: return 3, text
+    group = _text(os.path.join(folder, '.zgroup'))
+    if group is None: return None, None
+    with _sentence(f'{folder} cannot be used', 'copy the plate again'):
+        if _object(group).get('zarr_format') != 2: raise ValueError('its .zgroup is not of zarr format 2')
+    return 2, _text(os.path.join(folder, '.zattrs')) or b'{}'
+
+# %% ../../nbs/06_screen.plates.ipynb #7170b2a2
+def _attributes(folder, kind, fmt, text):
+    "Return (the attributes of OME-Zarr in a group's metadata, what `omero` says of channels)"
     with _sentence(f'the {kind} metadata of {folder} cannot be used', 'correct it, or copy the plate again'):
-        attrs = zarr.open_group(folder, mode='r', zarr_format=fmt, use_consolidated=False).attrs.asdict()
-        if fmt == 3: attrs = dict(attrs.get('ome', {}))
-        omero = attrs.pop('omero', None)
-        return _models()[fmt][kind].model_validate(attrs), omero
+        if fmt is None: raise ValueError('there is neither zarr.json nor .zgroup')
+        doc = _object(text)
+        if fmt == 3:
+            if (doc.get('zarr_format'), doc.get('node_type')) != (3, 'group'): raise ValueError('it is no group of zarr format 3')
+            doc = dict(dict(doc.get('attributes') or {}).get('ome') or {})
+        omero = doc.pop('omero', None)
+        return doc, omero
+
+def _validated(folder, kind, fmt, attrs):
+    "Return the attributes of a 'plate', 'well' or 'image' as the object of their model"
+    with _sentence(f'the {kind} metadata of {folder} cannot be used', 'correct it, or copy the plate again'):
+        return _models()[fmt][kind].model_validate(attrs)
+
+def _metadata(folder, kind):
+    "Read the attributes of a 'plate', 'well' or 'image'"
+    fmt, text = _group(folder)
+    return _validated(folder, kind, fmt, _attributes(folder, kind, fmt, text)[0])
 
 # %% ../../nbs/06_screen.plates.ipynb #1f75e909
 def _plate_wells(folder):
     "The name that a plate's metadata gives, or None, and its wells: {well name: path}"
-    plate = _metadata(folder, 'plate')[0].plate
+    plate = _metadata(folder, 'plate').plate
     if _zarr_format(folder) == 2 and plate.version not in (None, '0.4'):
         raise ScreenError(f'{folder} is OME-Zarr {plate.version:.20}, but 0.4 and 0.5 are read: convert the plate.')
     rows, cols, wells = [r.name for r in plate.rows], [c.name for c in plate.columns], {}
@@ -85,12 +123,27 @@ def _plate_wells(folder):
     return plate.name, wells
 
 # %% ../../nbs/06_screen.plates.ipynb #3c921b2b
+_READERS = 8   # threads that read metadata: on a network disk most of the time is waiting
+
+def _in_threads(func, items, progress):
+    "Return `func(item)` for each item, in their order"
+    items, pool = list(items), ThreadPoolExecutor(_READERS, 'rcic-metadata')
+    try:
+        done = pool.map(func, items)
+        return list(progress_bar(done, total=len(items)) if progress else done)
+    finally: pool.shutdown(cancel_futures=True)
+
+def _well_images(folder):
+    "Return what a well lists as its images; nothing where there is no well"
+    fmt, text = _group(folder)
+    return _validated(folder, 'well', fmt, _attributes(folder, 'well', fmt, text)[0]).well.images if fmt else []
+
 def _plate_fields(folder, progress):
     "Name of a plate, its fields [(well, site, path, acquisition)], and the wells that are listed without a field"
     name, wells = _plate_wells(folder)
     fields, bare = [], []
-    for well, path in progress_bar(wells.items()) if progress else wells.items():
-        images = _metadata(folder/path, 'well')[0].well.images if _zarr_format(folder/path) else []
+    images_of = _in_threads(lambda path: _well_images(folder/path), wells.values(), progress)
+    for (well, path), images in zip(wells.items(), images_of):
         twice = [p for p, n in Counter(i.path for i in images).items() if n > 1]
         if twice: raise ScreenError(f'{folder/path} lists field {twice[0]} twice: remove one from the well metadata.')
         if not images: bare.append(well)
@@ -132,39 +185,196 @@ def _channel_names(omero, n, folder):
         if len(set(names)) < n: raise ValueError(f'two channels have one name: {", ".join(names)}')
     return names
 
-# %% ../../nbs/06_screen.plates.ipynb #8345e217
-def _is_blosc(meta):
-    "Is every chunk one Blosc block?"
-    if getattr(meta, 'zarr_format', 3) == 2: return getattr(meta.compressor, 'codec_id', '') == 'blosc'
-    return meta.codecs[-1].to_dict()['name'].endswith('blosc')
+# %% ../../nbs/06_screen.plates.ipynb #d3919bba
+def _bounded(d, data, n):
+    "Unpack with a decompressor of Python's library, at most `n` bytes"
+    out = d.decompress(data, n + 1)
+    if not d.eof: raise ValueError('it is truncated, or longer than its pixels')
+    return out
 
-def _inner(meta):
-    "The codec of the shards of an array or of a shard; None without"
-    return next((c for c in getattr(meta, 'codecs', ()) if hasattr(c, 'chunk_shape')), None)
+def _unpack_zstd(data, n):
+    import pyarrow as pa
+    with pa.input_stream(pa.py_buffer(data), compression='zstd') as f: return f.read(n + 1)
 
-def _grain(meta):
-    "Shape of the inner chunks of a sharded array, 1s where shards are nested or turned; None without shards"
-    inner = _inner(meta)
-    if inner is None: return None
-    return inner.chunk_shape if len(meta.codecs) == 1 and not _inner(inner) else (1,)*len(meta.shape)
+def _number(data, at): return int.from_bytes(data[at:at+4], 'little')
+
+def _unpack_blosc(data, n):
+    from numcodecs import blosc
+    if len(data) < 16 or _number(data, 12) != len(data): raise ValueError('it is truncated')
+    if _number(data, 4) > n: raise ValueError('it is longer than its pixels')
+    return blosc.decompress(data)
+
+def _unpack_lz4(data, n):
+    from numcodecs import lz4
+    if len(data) < 5 or not 0 < _number(data, 0) <= n: raise ValueError('it is truncated, or longer than its pixels')
+    return lz4.decompress(data)
+
+def _unpack_crc32c(data, n):
+    from google_crc32c import value as crc32c
+    if len(data) < 4 or crc32c(data[:-4]) != _number(data, len(data) - 4): raise ValueError('its checksum is wrong')
+    return data[:-4]
+
+def _unpack_delta(data, n, dtype):
+    x = np.frombuffer(data, dtype)
+    return np.cumsum(x, dtype=x.dtype).astype(x.dtype).tobytes()
+
+# %% ../../nbs/06_screen.plates.ipynb #fb80e376
+_UNPACK = dict(
+    blosc=_unpack_blosc, lz4=_unpack_lz4, zstd=_unpack_zstd, crc32c=_unpack_crc32c, delta=_unpack_delta,
+    gzip=lambda data, n: _bounded(zlib.decompressobj(31), data, n), bz2=lambda data, n: _bounded(BZ2Decompressor(), data, n),
+    zlib=lambda data, n: _bounded(zlib.decompressobj(), data, n))
+
+def _unpack(packs, data, n):
+    "Return the `n` bytes that went through the codecs `packs`: [(name, what else it needs), …]"
+    if len(data) > 2*n + 2**16: raise ValueError('it is longer than its pixels can need')
+    data = bytes(data[0:len(data)])
+    for i, (name, *how) in reversed(list(enumerate(packs))): data = _UNPACK[name](data, n if i == 0 else 2*n + 2**16, *how)
+    if len(data) != n: raise ValueError(f'it is truncated: it holds {len(data)} bytes instead of {n}')
+    return data
+
+# %% ../../nbs/06_screen.plates.ipynb #9aa2995f
+_MOST_CHUNK, _MOST_SITE, _MOST_FILES = 2**30, 2**32, 2**20   # bytes, bytes, and chunks in a shard or a site
+_WRITE = 'write the plate again, uncompressed or with blosc, zstd or gzip'
+
+def _named(o):
+    "Return (name, configuration) of a codec of zarr format 3"
+    name, how = (o, {}) if isinstance(o, str) else (o['name'], o.get('configuration') or {})
+    if not (isinstance(name, str) and isinstance(how, dict)): raise ValueError('a codec without a name')
+    return name.removeprefix('numcodecs.'), how
+
+def _lengths(o, n=None):
+    "Check a list of `n` lengths"
+    good = isinstance(o, list) and (n is None or len(o) == n) and all(type(i) is int and 0 < i < 2**40 for i in o)
+    if not good: raise ValueError(f'{str(o)[:40]} where there should be {n or "some"} lengths')
+    return tuple(o)
+
+def _endian(how, item):
+    if item > 1 and how.get('endian') not in ('little', 'big'): raise ValueError('no byte order')
+    return '>' if how.get('endian') == 'big' else '<'
+
+# %% ../../nbs/06_screen.plates.ipynb #f3ec3b59
+def _read_codecs(codecs, shape, item, file, depth=0):
+    "Read the codecs of chunks of `shape` as tuples: ('transpose', order), …, 'bytes' or 'shard', and what packs these"
+    if not isinstance(codecs, list) or len(codecs) > 8: raise ValueError('no list of codecs')
+    out = []
+    for o in codecs:
+        (name, how), packing = _named(o), bool(out) and out[-1][0] != 'transpose'
+        if name == 'transpose' and not packing: out.append(_read_transpose(how, len(shape)))
+        elif name == 'bytes' and not packing: out.append((name, _endian(how, item)))
+        elif name == 'sharding_indexed' and not packing and depth < 3:
+            turned = _turned(shape, out)
+            out.append(_read_shard(how, turned, item, file, depth))
+        elif name in _UNPACK and name != 'delta' and packing: out.append((name,))
+        else: raise ScreenError(f'{file} asks for the codec {name[:40]!r}, which is not read there: {_WRITE}.')
+    at = next((i for i, o in enumerate(out) if o[0] in ('bytes', 'shard')), None)
+    if at is None: raise ValueError('no codec that makes bytes')
+    at_once = out[at][0] == 'bytes' or at + 1 < len(out)
+    if at_once and prod(shape)*item > _MOST_CHUNK:
+        raise ScreenError(f'{file} has chunks of {list(shape)} pixels, more than are read at once: write it again with '
+                          'smaller ones.')
+    return tuple(out)
+
+def _turned(shape, codecs):
+    for _, order in codecs: shape = tuple(shape[i] for i in order)
+    return shape
+
+def _read_transpose(how, n):
+    order = how.get('order')
+    if not isinstance(order, list) or sorted(map(str, order)) != sorted(map(str, range(n))) or any(type(i) is not int for i in order):
+        raise ValueError(f'the order of axes is {str(order)[:40]}')
+    return 'transpose', tuple(order)
+
+# %% ../../nbs/06_screen.plates.ipynb #bba3c761
+def _read_shard(how, shape, item, file, depth):
+    "Read ('shard', shape of inner chunks, their codecs, byte order of the index, has it a checksum, is it at the end)"
+    inner, at = _lengths(how.get('chunk_shape'), len(shape)), how.get('index_location', 'end')
+    if any(n % i for n, i in zip(shape, inner)) or at not in ('start', 'end'): raise ValueError('shards that do not fit')
+    if prod(n//i for n, i in zip(shape, inner)) > _MOST_FILES: raise ValueError('more inner chunks than are read')
+    index = [_named(o) for o in how['index_codecs']]
+    names = [name for name, _ in index]
+    if names not in (['bytes'], ['bytes', 'crc32c']):
+        raise ScreenError(f'{file} packs the index of its shards with {first_few(names)[:60]}, which is not read: {_WRITE}.')
+    codecs = _read_codecs(how.get('codecs', ['bytes']), inner, item, file, depth + 1)
+    return 'shard', inner, codecs, _endian(index[0][1], 8), len(index) == 2, at == 'end'
+
+# %% ../../nbs/06_screen.plates.ipynb #76c6225f
+def _codec_of_2(o, item, file):
+    "Return a filter or compressor of zarr format 2 as a tuple"
+    name = o.get('id')
+    kinds = {str(o.get(k, o.get('dtype')))[1:] for k in ('dtype', 'astype')}
+    if name not in _UNPACK or (name == 'delta' and kinds != {f'u{item}'}):
+        raise ScreenError(f'{file} asks for the codec {str(name)[:40]!r}, which is not read: {_WRITE}.')
+    return (name, str(o['dtype'])) if name == 'delta' else (name,)
+
+def _codecs_of_2(doc, shape, item, file):
+    "Read the codecs of an array of zarr format 2 as those of format 3"
+    filters, last, order = doc.get('filters') or [], doc.get('compressor'), doc.get('order', 'C')
+    if order not in ('C', 'F') or not isinstance(filters, list) or len(filters) > 4: raise ValueError('its order or its filters')
+    turn = [dict(name='transpose', configuration=dict(order=list(range(len(shape)))[::-1]))]*(order == 'F')
+    endian = dict(endian='big' if doc['dtype'][0] == '>' else 'little')
+    plain = _read_codecs([*turn, dict(name='bytes', configuration=endian)], shape, item, file)
+    return plain + tuple(_codec_of_2(o, item, file) for o in [*filters, *([last] if last else [])])
+
+# %% ../../nbs/06_screen.plates.ipynb #802b8728
+def _pixel_type(said, folder):
+    "Return the type of a pixel: numpy's name of it in zarr format 3, such as '<u2' in format 2"
+    if isinstance(said, str) and re.fullmatch('[<>|][biufc][0-9]{1,2}', said): said = np.dtype(said).name
+    if said in ('uint8', 'uint16'): return np.dtype(said)
+    raise ScreenError(f'{folder} has pixels of {str(said)[:40]}: convert the plate to uint8 or uint16.')
+
+def _keys(doc, fmt):
+    "Return (first part of the names of chunks, what separates the others)"
+    name, how = ('v2', dict(separator=doc.get('dimension_separator', '.'))) if fmt == 2 else _named(doc['chunk_key_encoding'])
+    sep = how.get('separator', '/' if name == 'default' else '.')
+    if name not in ('default', 'v2') or sep not in ('/', '.'): raise ValueError('names of chunks that are not understood')
+    return 'c' + sep if name == 'default' else '', sep
+
+_KNOWN = set('zarr_format node_type shape data_type chunk_grid chunk_key_encoding codecs fill_value attributes '
+             'dimension_names storage_transformers'.split())
+
+def _check_3(doc):
+    "Raise for what an array of zarr format 3 must not have"
+    if (doc.get('zarr_format'), doc.get('node_type')) != (3, 'array'): raise ValueError('it is no array of zarr format 3')
+    if doc.get('storage_transformers'): raise ValueError('it has storage transformers')
+    must = [k for k, v in doc.items() if k not in _KNOWN and not (isinstance(v, dict) and v.get('must_understand') is False)]
+    if must: raise ValueError(f'{first_few(must)[:60]} is not understood')
+
+# %% ../../nbs/06_screen.plates.ipynb #dc3dedee
+def _read_array(fmt, text, file, folder):
+    "Read an array's metadata: dict(shape, dtype, chunk, codecs, keys, fill)"
+    doc = _object(text)
+    if fmt == 3: _check_3(doc)
+    elif doc.get('zarr_format') != 2: raise ValueError('it is not of zarr format 2')
+    dtype, shape = _pixel_type(doc['data_type' if fmt == 3 else 'dtype'], folder), _lengths(doc['shape'])
+    name, grid = _named(doc['chunk_grid']) if fmt == 3 else ('regular', dict(chunk_shape=doc['chunks']))
+    if name != 'regular': raise ValueError('its chunks are not all alike')
+    chunk, args = _lengths(grid['chunk_shape'], len(shape)), (dtype.itemsize, file)
+    codecs = _read_codecs(doc['codecs'], chunk, *args) if fmt == 3 else _codecs_of_2(doc, chunk, *args)
+    fill = doc['fill_value'] or 0
+    if isinstance(fill, str) or not 0 <= fill <= np.iinfo(dtype).max or fill % 1: raise ValueError('an odd fill value')
+    return dict(shape=shape, dtype=dtype, chunk=chunk, codecs=codecs, keys=_keys(doc, fmt), fill=int(fill))
 
 # %% ../../nbs/06_screen.plates.ipynb #c330f9d1
 class _Layout:
     "How a field is stored: the array's metadata, its axes, the region that is read"
     def __init__(self, array, axes, region):
-        self.meta, self.axes, self.region = array.metadata, axes, region
-        self.dtype, size = array.dtype.newbyteorder('='), dict(zip(axes, array.shape))
+        self.array, self.axes, self.region, self.dtype = array, axes, region, array['dtype']
+        size = dict(zip(axes, array['shape']))
         self.shape = size.get('c', 1), size['y'], size['x']
-        self.grain, self.outer = _grain(self.meta), array.shards or array.chunks
-        self.blosc = _is_blosc(self.meta)
+
+    def chunks(self):
+        "The files that the region is in: (name, index of the chunk)"
+        first, sep = self.array['keys']
+        for at in product(*(range(r.start//n, (r.stop-1)//n + 1) for r, n in zip(self.region, self.array['chunk']))):
+            yield first + sep.join(map(str, at)), at
 
     def keys(self):
-        "The files that the region is in: (name, range of channels)"
-        spans = [range(r.start//n, (r.stop-1)//n + 1) for r, n in zip(self.region, self.outer)]
+        "The same files: (name, range of channels)"
         c = self.axes.find('c')
-        for at in product(*spans):
-            first, step = (at[c]*self.outer[c], self.outer[c]) if c >= 0 else (0, 1)
-            yield self.meta.encode_chunk_key(at), range(first, min(first + step, self.shape[0]))
+        step = self.array['chunk'][c] if c >= 0 else 1
+        for key, at in self.chunks():
+            first = at[c]*step if c >= 0 else 0
+            yield key, range(first, min(first + step, self.shape[0]))
 
     def arrange(self, x):
         "The region as [C,H,W]"
@@ -176,78 +386,152 @@ class _Layout:
         return x.transpose([axes.index(a) for a in 'cyx'])
 
 # %% ../../nbs/06_screen.plates.ipynb #130477e1
-def _open_field(folder, t, z, named):
-    "Folder of the full-resolution array of a field, its layout and channel names; None where there is no array"
-    import zarr
-    fmt = _zarr_format(folder)
-    if fmt is None: return None
-    attrs, omero = _metadata(folder, 'image')
-    multiscale = attrs.multiscales[0]
-    axes, path = _axes(multiscale, folder), multiscale.datasets[0].path
+def _check_size(array, region, axes, folder):
+    "Raise for pictures larger than are read"
+    size = dict(zip(axes, array['shape']))
+    if size['y']*size['x'] > MOST_PIXELS:
+        raise ScreenError(f'{folder} has pictures of {size["y"]}×{size["x"]} px, but at most {MOST_PIXELS:,} pixels are '
+                          'read: cut them, or write them at a lower resolution.')
+    part = [r.stop - r.start for r in region]
+    files = prod((r.stop-1)//n - r.start//n + 1 for r, n in zip(region, array['chunk']))
+    if prod(part)*array['dtype'].itemsize > _MOST_SITE or files > _MOST_FILES:
+        raise ScreenError(f'{folder} is an array of {list(array["shape"])} in {files:,} chunks, more than is read for one '
+                          'site: choose a plane or time point, or write it again in larger chunks.')
+
+def _image(folder, fmt, attrs):
+    "Return the axes of an image and the path of its array at full resolution"
+    image = _validated(folder, 'image', fmt, attrs).multiscales[0]
+    axes, path = _axes(image, folder), image.datasets[0].path
+    if any(o in ('', '.', '..') for o in path.split('/')) or '\\' in path or '\0' in path:
+        raise ScreenError(f'{folder} has its array at {path[:60]!r}, outside of it: correct its metadata.')
+    return axes, path
+
+def _layout(folder, path, fmt, text, axes, t, z):
+    "Return the layout of a field"
+    file = os.path.join(folder, path, 'zarr.json' if fmt == 3 else '.zarray')
     with _sentence(f'the array {path} of {folder} cannot be opened', 'copy the plate again'):
-        try: array = zarr.open_array(folder, path=path, mode='r', zarr_format=fmt)
-        except FileNotFoundError: return None
-        if len(axes) != array.ndim: raise ValueError(f'it has {array.ndim} axes, the metadata {len(axes)}')
-        if not array.size: raise ValueError(f'its shape is {list(array.shape)}')
-    if array.dtype.kind != 'u' or array.dtype.itemsize > 2:
-        raise ScreenError(f'{folder} has pixels of {array.dtype}: convert the plate to uint8 or uint16.')
-    inner = _inner(array.metadata)
-    if inner and inner.index_location.value == 'start' and _is_blosc(inner):
-        raise ScreenError(f'{folder} keeps Blosc chunks in shards with their index in front, where a cut file can go '
-                          'unnoticed: write it again with the index at the end.')
+        array = _read_array(fmt, text, file, folder)
+        if len(axes) != len(array['shape']): raise ValueError(f'it has {len(array["shape"])} axes, the metadata {len(axes)}')
     want = dict(t=t, z=z)
-    region = tuple(_choose(a, n, want[a], folder) if a in want else slice(0, n) for a, n in zip(axes, array.shape))
-    layout = _Layout(array, axes, region)
-    return os.path.join(folder, array.path), layout, named or _channel_names(omero, layout.shape[0], folder)
+    region = tuple(_choose(a, n, want[a], folder) if a in want else slice(0, n) for a, n in zip(axes, array['shape']))
+    _check_size(array, region, axes, folder)
+    return _Layout(array, axes, region)
+
+# %% ../../nbs/06_screen.plates.ipynb #39dfb307
+def _alike(o, key=None):
+    "Copy attributes without what differs from field to field and cannot be wrong: where it was on the plate, and its name"
+    if isinstance(o, dict): return {k: _alike(v, k) for k, v in o.items() if not (key == 'multiscales' and k == 'name' and isinstance(v, str))}
+    if not isinstance(o, list): return o
+    if key == 'translation' and all(type(v) in (int, float) for v in o): return [0.]*len(o)
+    return [_alike(v, key) for v in o]
+
+def _once(known, key, make):
+    "Return what was made of a key, or make it; of keys that all differ not all are kept"
+    if key in known: return known[key]
+    made = make()
+    return known.setdefault(key, made) if len(known) < 5000 else made
+
+def _open_field(folder, t, z, named, known):
+    "Return folder of the full-resolution array of a field, its layout and channel names; None where there is no array"
+    fmt, text = _group(folder)
+    if fmt is None: return None
+    attrs, omero = _attributes(folder, 'image', fmt, text)
+    attrs = _alike(attrs)
+    axes, path = _once(known, (fmt, json.dumps(attrs)), lambda: _image(folder, fmt, attrs))
+    array = _text(os.path.join(folder, path, 'zarr.json' if fmt == 3 else '.zarray'))
+    if array is None: return None
+    layout = _once(known, (fmt, axes, array), lambda: _layout(folder, path, fmt, array, axes, t, z))
+    n = layout.shape[0]
+    names = named or _once(known, (n, json.dumps(omero)), lambda: _channel_names(omero, n, folder))
+    return os.path.join(folder, path), layout, names
 
 # %% ../../nbs/06_screen.plates.ipynb #ee45e71b
 class _Absent(Exception): "A chunk that is not there"
 
-@lru_cache
-def _strict_store():
-    "A zarr store over another that refuses absent chunks, and Blosc files of the wrong length"
-    from zarr.storage import WrapperStore
-    class Strict(WrapperStore):
-        def __init__(self, store, blosc=False, fill=False):
-            super().__init__(store)
-            self.blosc, self.fill = blosc, fill
-        async def get(self, key, prototype, byte_range=None):
-            data = await self._store.get(key, prototype, byte_range)
-            if data is None and not self.fill: raise _Absent(key)
-            if data is not None and self.blosc:
-                said = int.from_bytes(data[12:16].to_bytes(), 'little')   # where Blosc's header has its whole length
-                if said != len(data): raise ValueError(f'{key} is truncated')
-            return data
-    return Strict
+class _File:
+    "An open file, sliced like bytes; only what is asked for is read"
+    def __init__(self, file): self.file, self.size = file, os.fstat(file.fileno()).st_size
+    def __len__(self): return self.size
+    def __getitem__(self, part):
+        self.file.seek(part.start)
+        return self.file.read(part.stop - part.start)
+
+class _Window:
+    "A part of bytes or of a file, sliced like bytes"
+    def __init__(self, data, start, size): self.data, self.start, self.size = data, start, size
+    def __len__(self): return self.size
+    def __getitem__(self, part): return self.data[self.start + part.start:self.start + part.stop]
+
+def _shard_index(data, counts, endian, has_sum, at_end):
+    "Return where the inner chunks of a shard are: [*counts, 2], start and length"
+    size, start = 16*prod(counts), 0
+    if at_end: start = len(data) - size - 4*has_sum
+    if start < 0 or len(data) < size: raise ValueError('it is truncated')
+    raw = bytes(data[start:start + size + 4*has_sum])
+    return np.frombuffer(_unpack_crc32c(raw, size) if has_sum else raw, f'{endian}u8').reshape(*counts, 2)
 
 # %% ../../nbs/06_screen.plates.ipynb #9542c8f1
-def _full(x, grain, value):
-    "Which pieces of `x`, each of shape `grain`, hold nothing but `value`"
-    res = x == value
-    for axis, n in enumerate(grain): res = np.logical_and.reduceat(res, range(0, x.shape[axis], n), axis)
-    return res
+def _overlap(wanted, at, shape):
+    "Where chunk `at` of `shape` and the slices `wanted` meet: (slices in the chunk, slices in what is wanted)"
+    first = [i*n for i, n in zip(at, shape)]
+    ends = [(max(w.start, f), min(w.stop, f + n)) for w, f, n in zip(wanted, first, shape)]
+    return (tuple(slice(a - f, b - f) for (a, b), f in zip(ends, first)),
+            tuple(slice(a - w.start, b - w.start) for (a, b), w in zip(ends, wanted)))
 
+def _part(codecs, data, shape, wanted, dtype, fill):
+    "Decode the slices `wanted` of a chunk of `shape`; `fill`: in the place of absent inner chunks, None if they are errors"
+    (name, *how), *rest = codecs
+    if name == 'transpose':
+        turned, part = ([o[i] for i in how[0]] for o in (shape, wanted))
+        return _part(rest, data, turned, part, dtype, fill).transpose(np.argsort(how[0]))
+    if name == 'bytes': return np.frombuffer(_unpack(rest, data, prod(shape)*dtype.itemsize),
+                                             dtype.newbyteorder(how[0])).reshape(shape)[tuple(wanted)]
+    if rest: data = _unpack_shard(rest, data, prod(shape)*dtype.itemsize)
+    return _shard_part(data, shape, wanted, dtype, fill, *how)
+
+def _unpack_shard(packs, data, n):
+    "Unpack a whole shard; how long it is without `packs` is not known, but not more than twice its pixels and their places"
+    most = 20*n + 2**16
+    for name, in reversed(packs): data = _UNPACK[name](bytes(data[0:min(len(data), most)]), most)
+    return data
+
+def _shard_part(data, shape, wanted, dtype, fill, inner, codecs, *index):
+    "Decode the slices `wanted` of a shard"
+    places = _shard_index(data, [n//i for n, i in zip(shape, inner)], *index)
+    out = np.empty([w.stop - w.start for w in wanted], dtype)
+    for at in product(*(range(w.start//n, (w.stop-1)//n + 1) for w, n in zip(wanted, inner))):
+        part, target = _overlap(wanted, at, inner)
+        start, n = map(int, places[at])
+        if start == n == 2**64 - 1:
+            if fill is None: raise _Absent()
+            out[target] = fill
+        elif start + n > len(data): raise ValueError('it is truncated')
+        else: out[target] = _part(codecs, _Window(data, start, n), inner, part, dtype, fill)
+    return out
+
+# %% ../../nbs/06_screen.plates.ipynb #fe1946d8
 @patch
-def read(self:_Layout, folder, fill=False, value=None):
-    "The region, read strictly unless `fill`; absent inner chunks are `value`"
-    import zarr
-    from zarr.storage import LocalStore, StorePath
-    meta = self.meta if value is None else replace(self.meta, fill_value=self.dtype.type(value))
-    store = _strict_store()(LocalStore(folder, read_only=True), self.blosc, fill)
-    return zarr.Array(zarr.AsyncArray(metadata=meta, store_path=StorePath(store)))[self.region]
+def read(self:_Layout, folder, fill=False):
+    "The region, read strictly unless `fill`"
+    array, value = self.array, self.array['fill'] if fill else None
+    out = np.empty([r.stop - r.start for r in self.region], self.dtype)
+    for key, at in self.chunks():
+        part, target = _overlap(self.region, at, array['chunk'])
+        try:
+            with open_plain(os.path.join(folder, key), do='copy that field again from the original plate') as f:
+                out[target] = _part(array['codecs'], _File(f), array['chunk'], part, self.dtype, value)
+        except _Absent: raise _Absent(f'part of {key}') from None
+        except (FileNotFoundError, NotADirectoryError):
+            if not fill: raise _Absent(key) from None
+            out[target] = array['fill']
+        except ScreenError: raise
+        except Exception as e: raise ValueError(f'{key}: {_why(e)}') from None
+    return out
 
 @patch
 def pixels(self:_Layout, folder, fill=False): # [C,H,W]
     "One field, with nothing made up"
-    if fill or self.grain is None: return self.arrange(self.read(folder, fill))
-    a, b = np.iinfo(self.dtype).max - np.array([4, 5])
-    x = self.read(folder, value=a)
-    if (x[tuple(slice(None, None, n) for n in self.grain)] == a).any():
-        lost = _full(x, self.grain, a) & _full(self.read(folder, value=b), self.grain, b)
-        if lost.any():
-            at = [(i*g + r.start)//n for i, g, r, n in zip(np.argwhere(lost)[0], self.grain, self.region, self.outer)]
-            raise _Absent(f'part of {self.meta.encode_chunk_key(tuple(map(int, at)))}')
-    return self.arrange(x)
+    return self.arrange(self.read(folder, fill))
 
 # %% ../../nbs/06_screen.plates.ipynb #f8eeeaf2
 class PlateSource(ImageSource):
@@ -266,13 +550,10 @@ class PlateSource(ImageSource):
         super().__init__(root, table, 'c' if channels is None else channels)
         named, known, fields = None if channels is None else self.channels, {}, table.field.tolist()
         self.empty, self._where, names = empty, {}, {}
-        for i, f in zip(table.site_id, progress_bar(fields) if progress else fields):
-            found = _open_field(os.path.join(root, f), t, z, named)
+        opened = _in_threads(lambda f: _open_field(os.path.join(root, f), t, z, named, known), fields, progress)
+        for i, f, found in zip(table.site_id, fields, opened):
             if found is None: self._where[i] = os.path.join(root, f), None
-            else:
-                path, layout, names[f] = found
-                key = json.dumps([layout.meta.to_dict(), layout.axes, [str(r) for r in layout.region]], default=str)
-                self._where[i] = path, known.setdefault(key, layout)
+            else: *self._where[i], names[f] = found
         self.shape, self.dtype = _agree(root, fields, [o[1] for o in self._where.values()])
         self.channels = named or _agree_names(root, names)
         if len(self.channels) != self.shape[0]:
@@ -403,7 +684,7 @@ def _read_wells(wells):
     "A table of wells, checked, and what to call it; wells are written B02"
     where = 'the table of wells' if isinstance(wells, pd.DataFrame) else str(wells)
     with _sentence(f'{where} is not a readable table', 'save it as comma-separated UTF-8 text'):
-        w = wells.copy() if isinstance(wells, pd.DataFrame) else pd.read_csv(wells, dtype=str)
+        w = wells.copy() if isinstance(wells, pd.DataFrame) else read_csv(wells)
     lacks = [c for c in ('plate', 'well') if c not in w]
     if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs plate and well.')
     if not len(w): raise ScreenError(f'{where} has no rows: list the wells, one a row.')

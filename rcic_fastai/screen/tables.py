@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'SITE_COLUMNS', 'PLATE_SHAPE', 'WILDS_VAL', 'package_table', 'well_to_rowcol',
-           'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'check_table', 'sirna_groups',
-           'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments', 'experiment_folds',
-           'wilds_split', 'real_data']
+           'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'read_csv', 'write_csv', 'read_parquet',
+           'check_table', 'sirna_groups', 'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments',
+           'experiment_folds', 'wilds_split', 'real_data']
 
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
 from importlib.resources import files
 from pathlib import Path
-import os
+import bz2, gzip, io, os
 import numpy as np, pandas as pd
 from ..core import *
 
@@ -29,7 +29,7 @@ def package_table(
     "A small RxRx1 table that is installed with the package"
     f = files('rcic_fastai')/'tables'/f'{name}.csv'
     if not f.is_file(): raise ScreenError(f'There is no package table {name!r}: ask for experiment_pixel_stats or sirna_int_to_name.')
-    with f.open() as o: return pd.read_csv(o)
+    with f.open() as o: return pd.read_csv(o, keep_default_na=False, na_values=[''])
 
 # %% ../../nbs/01_screen.tables.ipynb #2f19872c
 PLATE_SHAPE = (16, 24)
@@ -84,11 +84,67 @@ def _integers(s, column, where):
     return n.astype('Int64')
 
 # %% ../../nbs/01_screen.tables.ipynb #aafac42c
+_MOST_TABLE = 2**31   # bytes of a table, unpacked, and of the text in it
+
+class _Bounded(io.RawIOBase):
+    "A file of which at most `_MOST_TABLE` bytes are read, however small it is packed"
+    def __init__(self, file, name): self.file, self.name, self.left = file, name, _MOST_TABLE
+    def readable(self): return True
+    def readinto(self, buffer):
+        n = self.file.readinto(buffer)
+        self.left -= n
+        if self.left < 0: raise ScreenError(f'{self.name} holds more than {_MOST_TABLE:,} bytes of text: split it.')
+        return n
+
+def read_csv(
+    path, # CSV, also .csv.gz or .csv.bz2
+)->pd.DataFrame: # Every cell as text
+    "Read a CSV file in which only an empty cell is missing: None, NA and null are names like any other"
+    unpack = {'.gz': gzip.open, '.bz2': bz2.open}.get(Path(path).suffix, lambda f: f)
+    with open_plain(path, _MOST_TABLE) as f, unpack(f) as text:
+        return pd.read_csv(io.BufferedReader(_Bounded(text, path)), dtype=str, keep_default_na=False, na_values=[''])
+
+def write_csv(
+    table:pd.DataFrame, # Any table; what is missing becomes an empty cell
+    path, # Where to write it
+)->Path: # `path`
+    "Write a table as CSV that `read_csv` reads back"
+    return write_atomic(path, lambda p: table.to_csv(p, index=False, na_rep=''))
+
+# %% ../../nbs/01_screen.tables.ipynb #f4c45a77
+def _most_text(table):
+    "How many bytes the text of an Arrow table takes, of columns that are read as dictionaries"
+    import pyarrow as pa, pyarrow.compute as pc
+    total = 0
+    for c in (c for column in table.columns if pa.types.is_dictionary(column.type) for c in column.chunks):
+        total += pc.sum(pc.take(pc.binary_length(c.dictionary), c.indices)).as_py() or 0
+    return total
+
+def read_parquet(
+    path, # Parquet file
+    columns=None, # Columns to read; `None`: all
+)->pd.DataFrame:
+    "Read a parquet file, unless it holds more than it could without tricks: a few bytes can stand for a billion rows"
+    import pyarrow as pa, pyarrow.parquet as pq
+    with open_plain(path, _MOST_TABLE) as f:
+        file = pq.ParquetFile(f)
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        cells = file.metadata.num_rows*max(file.metadata.num_columns, 1)
+        if max(size, 8*cells) > _MOST_TABLE: raise ScreenError(f'{path} holds {cells:,} cells, more than are read: split it.')
+        text = [c.name for c in file.schema_arrow if pa.types.is_string(c.type) or pa.types.is_large_string(c.type)]
+        if _most_text(pq.ParquetFile(f, read_dictionary=text).read(text)) > _MOST_TABLE:
+            raise ScreenError(f'{path} holds more text than is read ({_MOST_TABLE:,} bytes): split it.')
+        f.seek(0)
+        return pd.read_parquet(f, columns=columns)
+
+# %% ../../nbs/01_screen.tables.ipynb #d0fcbe95
 def _read_csv(path, needed=()):
     "Read a CSV with text kept as text; every complaint names the file"
-    try: df = pd.read_csv(path, dtype=str, keep_default_na=True)
+    try: df = read_csv(path)
+    except ScreenError: raise
     except pd.errors.EmptyDataError: df = pd.DataFrame()
-    except (UnicodeDecodeError, pd.errors.ParserError) as e:
+    except Exception as e:
+        if getattr(e, 'strerror', None): raise ScreenError(f'{path} cannot be read ({e.strerror}): check the path and the permissions.') from None
         raise ScreenError(f'{path} is not a readable CSV ({" ".join(str(e).split()).rstrip(".")}): save it again as comma-separated UTF-8 text.') from None
     if not isinstance(df.index, pd.RangeIndex):
         raise ScreenError(f'{path} has rows with more cells than its header: give every column a name, and quote cells that hold commas.')
@@ -100,7 +156,7 @@ def _read_csv(path, needed=()):
 # %% ../../nbs/01_screen.tables.ipynb #d8d4e758
 def _sirna_names(s, names, where):
     "A column of integers or names → (names, Int64 ids)"
-    by_id = dict(zip(names['sirna_int'].astype(int), names['sirna_name']))
+    by_id = dict(zip(_integers(names['sirna_int'], 'sirna_int', 'sirna_int_to_name').astype(int), names['sirna_name']))
     ids = pd.to_numeric(s, errors='coerce')
     if s.isna().all() or ids[s.notna()].notna().all():
         ids = _integers(s, 'sirna', where)
@@ -113,7 +169,7 @@ def _sirna_names(s, names, where):
 def _read_kaggle(folder, sites):
     "Kaggle's train.csv, test.csv and controls → one row a site"
     mapping = folder/'sirna_int_to_name.csv'
-    names = pd.read_csv(mapping) if mapping.exists() else package_table('sirna_int_to_name')
+    names = _read_csv(mapping, ['sirna_int', 'sirna_name']) if mapping.exists() else package_table('sirna_int_to_name')
     parts = []
     for dataset in ('train', 'test'):
         for f in (folder/f'{dataset}.csv', folder/f'{dataset}_controls.csv'):
@@ -213,7 +269,8 @@ def add_plate_groups(
 # %% ../../nbs/01_screen.tables.ipynb #32080ba4
 def _read_packed(f):
     "The site table of a packed screen; its cell types were checked when it was packed"
-    try: t = pd.read_parquet(f)
+    try: t = read_parquet(f)
+    except ScreenError: raise
     except Exception as e:
         raise ScreenError(f'{f} cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}): pack the screen again.') from None
     return check_table(t.assign(sirna=_text(t['sirna'])) if 'sirna' in t else t, f)
@@ -256,7 +313,7 @@ def write_metadata(
     path, # Where to write the CSV
 ):
     "Write a site table in the official columns (`plate_group` is left out: it is derived on reading)"
-    write_atomic(path, lambda p: table[[c for c in table if c != 'plate_group']].to_csv(p, index=False))
+    write_csv(table[[c for c in table if c != 'plate_group']], path)
 
 # %% ../../nbs/01_screen.tables.ipynb #f9ab3680
 def split_experiments(
