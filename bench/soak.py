@@ -259,7 +259,7 @@ class Inputs:
 
     def __init__(self, home):
         self.home, self.tests = home, by_path(HERE.parent/'tests/test_folder.py')
-        t = pd.read_csv(home/'screen/metadata.csv')
+        t = pd.read_csv(home/'screen/metadata.csv', keep_default_na=False, na_values=[''])
         kaggle = t[t.site == 1].rename(columns=dict(well_id='id_code'))[['id_code', 'experiment', 'plate', 'well', 'well_type', 'sirna']]
         self.tables = {'metadata.csv': (home/'screen/metadata.csv').read_bytes(),
                        **{f'{n}.csv': kaggle[t.dataset[t.site == 1] == n].to_csv(index=False).encode() for n in ('train', 'test')}}

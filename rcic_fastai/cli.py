@@ -508,7 +508,7 @@ def demo_report(
     out = Path(out)
     meta, source = open_screen(out/'screen.zarr')
     m, pred, near = load_screen_model(out/'model'), read_predictions(out/'inductive.csv'), pd.read_parquet(out/'neighbors.parquet')
-    history = pd.read_csv(out/'model/history.csv')
+    history = pd.read_csv(out/'model/history.csv', keep_default_na=False, na_values=[''])
     test = m.embed(prediction_rows(meta), source, tta=1, mask=INDUCTIVE_MASK, progress=False)
     both = pd.concat([make_emb_table(m.index.labels, m.index.features), test], ignore_index=True)
     right = right_wrong(pred, meta)

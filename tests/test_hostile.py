@@ -184,3 +184,239 @@ def test_paths_in_a_plate_stay_in_it(tmp_path):
         doc['multiscales'][0]['datasets'][0]['path'] = path
         (field/'.zattrs').write_text(json.dumps(doc))
         sentence(lambda: read_plates(tmp_path/'p.zarr', progress=False), 'B/2/0')
+
+# ---- pictures
+
+def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+def png(h, w, bits=8, data=None, extra=b''):
+    from rcic_fastai.screen.images import PNG_SIGNATURE
+    data = zlib.compress(bytes(h*(w*bits//8 + 1))) if data is None else data
+    return PNG_SIGNATURE + chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, bits, 0, 0, 0, 0)) + extra + chunk(b'IDAT', data) + chunk(b'IEND', b'')
+
+def tiff(h, w, data, compression=8, bits=8, samples=1, tile=None, **tags):
+    "A TIFF of one page whose pixels are `data`, whatever else it says"
+    entries = {256: w, 257: h, 258: bits, 259: compression, 262: 1, 277: samples}
+    entries |= {322: tile[1], 323: tile[0], 324: 8, 325: len(data)} if tile else {273: 8, 278: h, 279: len(data)}
+    entries |= {int(k[1:]): v for k, v in tags.items()}
+    at = 8 + len(data) + len(data) % 2
+    out = struct.pack('<2sHI', b'II', 42, at) + data + b'\0'*(len(data) % 2) + struct.pack('<H', len(entries))
+    for k, v in sorted(entries.items()): out += struct.pack('<HHII', k, *((4, 1, v) if isinstance(v, int) else v))
+    return out + bytes(4)
+
+def pictures():
+    "{name: file}: small, and each promises or holds more than 200 MB"
+    zeros = bytes(2*10**8)
+    packed = zlib.compress(zeros, 9)
+    yield 'held.png', png(16, 16, data=packed)
+    yield 'promised.png', png(30_000, 30_000, data=packed)
+    yield 'promised16.png', png(2**31 - 1, 2**31 - 1, 16, data=packed)
+    yield 'wide.png', png(1, 2**31 - 1, data=packed)
+    for kind, start in ((b'iCCP', b'x\0\0'), (b'zTXt', b'x\0\0'), (b'iTXt', b'x\0\1\0\0\0')):
+        yield f'fine {kind.decode()}.png', png(16, 16, extra=chunk(kind, start + packed))
+    yield 'held.tif', tiff(16, 16, packed)
+    yield 'promised.tif', tiff(30_000, 30_000, packed)
+    yield 'tiles.tif', tiff(16, 16, packed, tile=(2**15, 2**15))
+    yield 'tiles of nothing.tif', tiff(16, 16, b'12345678', 1, tile=(2**20, 2**20))
+    yield 'samples.tif', tiff(2**13, 2**13, packed, samples=60_000)
+    yield 'a row a page.tif', tiff(2**31, 1, packed)
+    for code, data in ((5, b'\x80\x00\x00' + bytes(10**5)), (32773, b'\x81\x00'*10**5), (34925, lzma_zeros()), (50000, zstd_zeros())):
+        yield f'{"fine " if code > 34000 else ""}held {code}.tif', tiff(16, 16, data, code)    # only the first strip is unpacked
+        yield f'promised {code}.tif', tiff(2**15, 2**15, data, code)
+    yield 'fine text.tif', tiff(16, 16, bytes(256), 1, t270=(2, 2**31, 8))
+    yield 'offsets.tif', tiff(16, 16, bytes(256), 1, t273=(4, 2**29, 8), t279=(4, 2**29, 8))
+
+def lzma_zeros():
+    import lzma
+    return lzma.compress(bytes(10**8))
+
+def zstd_zeros():
+    from numcodecs import Zstd
+    return Zstd().encode(np.zeros(10**8, np.uint8))
+
+@POSIX
+def test_a_small_picture_stays_small(tmp_path):
+    "PNG and TIFF, read by this thread and by another, with room for less than what is packed; sparse files too"
+    names = []
+    for name, data in pictures():
+        (tmp_path/name).write_bytes(data)
+        names.append(name)
+        if name in ('fine text.tif', 'offsets.tif', 'held.png', 'held.tif'):
+            names.append(sparse := 'sparse ' + name.removeprefix('fine '))
+            (tmp_path/sparse).write_bytes(data)
+            os.truncate(tmp_path/sparse, 2**33)
+    code = '''
+        from rcic_fastai.screen.files import read_planes
+        from concurrent.futures import ThreadPoolExecutor
+        import tifffile, time
+        from PIL import Image
+        folder, names = Path(sys.argv[1]), sys.argv[2:]
+        def read(p):
+            x = read_planes(p)
+            if 'fine' in p.name and x.shape == (1, 16, 16): raise ScreenError('fine')
+        with ThreadPoolExecutor(1) as pool:
+            for p in [folder/n for n in names if 'fine' in n]: pool.submit(read_planes, p).result(); read_planes(p)
+            limit(ROOM)
+            for n in names:
+                start = time.monotonic()
+                refused(n, lambda: read(folder/n))
+                refused(n, lambda: pool.submit(read, folder/n).result())
+                assert time.monotonic() - start < 10, n
+        '''
+    assert len(limited(code, tmp_path, *names, room=150)) == 2*len(names)
+
+# ---- tables
+
+@POSIX
+def test_a_small_table_stays_small(tmp_path, monkeypatch):
+    "Text packed a thousandfold; a million rows in a kilobyte of parquet; a megabyte of text that a million rows point to"
+    from rcic_fastai.screen import tables
+    from rcic_fastai.screen.files import read_files
+    monkeypatch.setattr(tables, '_MOST_TABLE', 10**6)
+    text = b'Metadata_Plate,Metadata_Well,FileName_DNA\n' + b'P,A01,x\n'*2*10**5
+    for name, pack in {'t.csv': bytes, 't.csv.gz': gzip.compress, 't.csv.bz2': bz2.compress}.items():
+        (tmp_path/name).write_bytes(pack(text))
+        sentence(lambda: read_files(tmp_path/name), name, '1,000,000')
+    n = 2*10**5
+    pd.DataFrame(dict(a=np.zeros(n, np.int8))).to_parquet(tmp_path/'rows.parquet')
+    pd.DataFrame(dict(a=['x'*10**5]*100)).to_parquet(tmp_path/'text.parquet')
+    assert all((tmp_path/f).stat().st_size < 2*10**5 for f in ('rows.parquet', 'text.parquet'))
+    for f in ('rows.parquet', 'text.parquet'): sentence(lambda: read_files(tmp_path/f), f, 'more')
+
+# ---- packed screens
+
+@pytest.fixture
+def packed(tmp_path):
+    from rcic_fastai.screen.images import PngTree
+    from rcic_fastai.screen.pack import pack_screen
+    from rcic_fastai.screen.simulate import simulate_screen
+    t = simulate_screen(tmp_path/'png', ['HUVEC-01'], sirnas=2, plates=1, size=32, controls=0, progress=False, n_workers=0)
+    return pack_screen(PngTree(tmp_path/'png', t), t, tmp_path/'packed', progress=False), t
+
+def reseal(store):
+    "Make the sums of a store right again"
+    from rcic_fastai.screen.pack import _sums
+    (store/'sums.json').write_text(json.dumps(_sums(store)))
+
+@pytest.mark.parametrize('change', [lambda m: m['codecs'].insert(1, dict(name='numcodecs.pickle')), lambda m: m['codecs'].pop(),
+                                    lambda m: m.update(codecs=[dict(name='vlen-utf8')]), lambda m: m.update(data_type='float32'),
+                                    lambda m: m.update(data_type='object'), lambda m: m.update(shape=[1, 6, 2**20, 2**20]),
+                                    lambda m: m.update(shape=[1, 6, -32, 32]), lambda m: m.update(shape=[1, 6, '32', 32])])
+def test_metadata_of_packed_screens(packed, change):
+    from rcic_fastai.screen.pack import PackedScreen
+    file = packed[0]/'images/zarr.json'
+    meta = json.loads(file.read_text())
+    change(meta)
+    file.write_text(json.dumps(meta))
+    reseal(packed[0])
+    sentence(lambda: PackedScreen(packed[0]), 'images/zarr.json', 'does not describe')
+
+@POSIX
+def test_chunks_of_packed_screens_are_bounded(packed):
+    "A chunk of a terabyte, and one that would become 200 MB: refused by reader and by verification"
+    from numcodecs import blosc
+    from google_crc32c import value as crc32c
+    store, t = packed
+    file = store/'images/c/0/0/0/0'
+    bomb = blosc.compress(np.zeros(2*10**8, np.uint8), b'zstd', 5, 0)
+    file.write_bytes(bomb + crc32c(bomb).to_bytes(4, 'little'))
+    chunks = pd.read_parquet(store/'chunks.parquet')
+    chunks.iloc[0, chunks.columns.get_loc('crc32c')] = crc32c(bomb)
+    chunks.to_parquet(store/'chunks.parquet')
+    reseal(store)
+    os.truncate(store/'images/c/1/0/0/0', 2**40)
+    code = '''
+        from rcic_fastai.screen.pack import PackedScreen, verify_store
+        s = PackedScreen(sys.argv[1])
+        s[s.site_ids[2]]
+        limit(ROOM)
+        for i in s.site_ids[:2]: refused(i, lambda: s[i])
+        refused('verify', lambda: verify_store(sys.argv[1], workers=1, progress=False))
+        '''
+    assert len(limited(code, store, room=150)) == 3
+
+# ---- pipes, devices and folders in the place of files
+
+ODD = dict(pipe=os.mkfifo if hasattr(os, 'mkfifo') else None, device=lambda p: os.symlink('/dev/zero', p), folder=os.mkdir,
+           terabyte=lambda p: (open(p, 'w').close(), os.truncate(p, 2**40)))
+
+def readers(d):
+    "{what: (file to replace, what reads it)}; each reads once while it is whole"
+    from rcic_fastai.model.backbones import read_weights
+    from rcic_fastai.embed.correct import load_correction
+    from rcic_fastai.embed.table import read_embeddings, write_embeddings
+    from rcic_fastai.predict.predict import read_predictions, write_predictions
+    from rcic_fastai.screen.files import read_files
+    from rcic_fastai.screen.images import PngTree, only_present
+    from rcic_fastai.screen.pack import PackedScreen, pack_screen, verify_store
+    from rcic_fastai.screen.simulate import simulate_screen
+    from rcic_fastai.screen.tables import read_metadata
+    from rcic_fastai.train.recipes import RECIPES, get_recipe
+    import tifffile, torch
+    t = simulate_screen(d/'png', ['HUVEC-01'], sirnas=2, plates=1, size=32, controls=0, progress=False, n_workers=0)
+    site, first = t.site_id[0], d/f'png/images/train/HUVEC-01/Plate1/{t.well[0]}_s1_w1.png'
+    store = pack_screen(PngTree(d/'png', t), t, d/'packed', progress=False)
+    yield 'png', first, lambda: PngTree(d/'png', t)[site]
+    yield 'png, other first', first, lambda: PngTree(d/'png', t, size=32)[site]
+    yield 'metadata.csv', d/'png/metadata.csv', lambda: read_metadata(d/'png')
+    yield 'chunk', store/'images/c/0/0/0/0', lambda: PackedScreen(store)[site]
+    yield 'verified chunk', store/'images/c/0/0/0/0', lambda: verify_store(store, progress=False)
+    for f in ('zarr.json', 'images/zarr.json', 'sums.json', 'pack.json', 'sites.parquet', 'stats.parquet', 'chunks.parquet'):
+        yield f, store/f, lambda: PackedScreen(store)
+    files = pd.DataFrame(dict(plate='P', well=['A01', 'A02'], file=['a.tif', 'b.png'], channel='DNA'))
+    tifffile.imwrite(d/'a.tif', np.ones((8, 8), np.uint8)); (d/'b.png').write_bytes(png(8, 8))
+    files.to_csv(d/'files.csv', index=False); files.to_parquet(d/'files.parquet')
+    sites_of = lambda f: (lambda s: [s[1][i] for i in s[0].site_id])(read_files(d/f))
+    for f in ('a.tif', 'b.png', 'files.csv'): yield f, d/f, lambda: sites_of('files.csv')
+    yield 'files.parquet', d/'files.parquet', lambda: sites_of('files.parquet')
+    kaggle = t.drop_duplicates('well_id').rename(columns=dict(well_id='id_code'))[['id_code', 'experiment', 'plate', 'well', 'sirna']]
+    (d/'kaggle').mkdir(); kaggle.to_csv(d/'kaggle/train.csv', index=False)
+    pd.DataFrame(dict(sirna_int=[1], sirna_name=['x'])).to_csv(d/'kaggle/sirna_int_to_name.csv', index=False)
+    pd.DataFrame(dict(experiment=['HUVEC-01'], group_plate1=[0])).to_csv(d/'kaggle/groups.csv', index=False)
+    for f in ('train.csv', 'sirna_int_to_name.csv', 'groups.csv'):
+        yield f, d/'kaggle'/f, lambda: read_metadata(d/'kaggle', plate_groups=d/'kaggle/groups.csv')
+    pred = pd.DataFrame(dict(id_code=['a'], sirna=['x'], top_1=['x'], protocol='inductive'))
+    write_predictions(pred, d/'pred.csv')
+    for f in ('pred.csv', 'pred.json', 'pred.top.csv'): yield f, d/f, lambda: read_predictions(d/'pred.csv').top_1[0]
+    (d/'recipe.json').write_text(json.dumps(next(iter(RECIPES.values())).to_dict()))
+    yield 'recipe', d/'recipe.json', lambda: get_recipe(str(d/'recipe.json'))
+    torch.save({'a': torch.ones(1)}, d/'w.pth')
+    yield 'weights', d/'w.pth', lambda: read_weights(d/'w.pth')
+    e = pd.DataFrame(dict(Metadata_site_id=['a'], emb_0000=np.ones(1, np.float32)))
+    write_embeddings(e, d/'e.parquet')
+    yield 'embeddings', d/'e.parquet', lambda: read_embeddings(d/'e.parquet')
+    try: import ome_zarr_models
+    except ImportError: return
+    from rcic_fastai.screen.plates import read_plates
+    sources = lambda p, **kw: (lambda s: [s[1][i] for i in s[0].site_id])(read_plates(p, progress=False, **kw))
+    pd.DataFrame(dict(plate=['3'], well=['B2'], sirna=['x'])).to_csv(d/'wells.csv', index=False)
+    v2_array(plate(d/'2.zarr', 2), bytes(128)); v3_array(plate(d/'3.zarr', 3), bytes(128), codecs=[BYTES])
+    for f in ('.zattrs', '.zgroup', 'B/2/.zattrs', 'B/2/0/.zattrs', 'B/2/0/.zgroup', 'B/2/0/0/.zarray', 'B/2/0/0/0.0.0'):
+        yield f'2.zarr/{f}', d/'2.zarr'/f, lambda: sources(d/'2.zarr')
+    for f in ('zarr.json', 'B/2/zarr.json', 'B/2/0/zarr.json', 'B/2/0/0/zarr.json', 'B/2/0/0/0.0.0'):
+        yield f'3.zarr/{f}', d/'3.zarr'/f, lambda: sources(d/'3.zarr', wells=d/'wells.csv')
+    yield 'wells.csv', d/'wells.csv', lambda: sources(d/'3.zarr', wells=d/'wells.csv')
+
+@POSIX
+@pytest.mark.parametrize('how', ODD)
+def test_what_is_no_file_is_refused_at_once(tmp_path, how):
+    "In the place of every file that is read of a screen: one sentence, within 5 seconds; a link to the file is read"
+    import shutil, signal, time
+    def late(*_): raise TimeoutError
+    signal.signal(signal.SIGALRM, late)
+    for what, file, read in readers(tmp_path):
+        kept = file.with_name(file.name + '.kept')
+        read()
+        file.rename(kept)
+        if how == 'pipe':
+            file.symlink_to(kept.name)
+            read()
+            file.unlink()
+        ODD[how](file)
+        signal.alarm(5)
+        try: sentence(read)
+        except TimeoutError: pytest.fail(f'{what}: waits for a {how}')
+        except BaseException as e: raise AssertionError(f'{what}: {how}') from e
+        finally: signal.alarm(0)
+        file.rmdir() if how == 'folder' else file.unlink()
+        kept.rename(file)

@@ -82,7 +82,7 @@ def read_embeddings(
 )->pd.DataFrame:    # embeddings table
     "Load an embeddings table."
     path = Path(path)
-    if not path.exists(): raise ScreenError(f'There is no embeddings file {path}: make one with `write_embeddings`.')
+    if not path.is_file(): raise ScreenError(f'There is no embeddings file {path}: make one with `write_embeddings`.')
     try: df = pd.read_parquet(path)
     except Exception as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__

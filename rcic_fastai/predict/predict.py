@@ -247,7 +247,8 @@ def predict_tables(
 # %% ../../nbs/51_predict.predict.ipynb #8e866f4f
 def info_path(path): return Path(path).with_suffix('.json')
 def top_path(path): return Path(path).with_suffix('.top.csv')
-def _sha(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _sha(path):
+    with open_plain(path, 2**31) as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def write_predictions(
     pred:pd.DataFrame, # From `predict_wells`
@@ -279,16 +280,17 @@ def write_predictions(
 def _record(path):
     "The record of the answers in `path` (empty when there is none, or it is of other answers), and whether it vouches for the top 5"
     info, top = info_path(path), top_path(path)
-    if not info.is_file(): return {}, False
+    if not info.exists(): return {}, False
     try:
-        record = json.loads(info.read_text())
+        record = json.loads(read_plain(info, 2**24))
         protocol, sha = record.get('protocol', 'unknown'), record.get('sha256', {})
         fine = 'sha256' not in record or sha.get('csv') == _sha(path)
         if not isinstance(record.get('target', ''), str): raise TypeError
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, RecursionError) as e:
+        if isinstance(e, ScreenError): raise
         raise ScreenError(f'{info} is damaged, so the protocol of the predictions beside it is not known: predict again.') from None
     if protocol not in (*PROTOCOLS, 'unknown'): raise ScreenError(f'{info} says protocol {protocol!r}: it can be {", ".join(PROTOCOLS)}.')
-    return record if fine else {}, fine and top.is_file() and sha.get('top') == _sha(top)
+    return record if fine else {}, fine and top.exists() and sha.get('top') == _sha(top)
 
 def read_predictions(
     path, # CSV with id_code and one label column
@@ -296,14 +298,15 @@ def read_predictions(
     "Read predictions back"
     path = Path(path)
     if not path.is_file(): raise ScreenError(f'There is no file {path}: write predictions with rcic_predict first.')
-    try: pred = pd.read_csv(path, dtype=str)
-    except (ValueError, UnicodeDecodeError) as e: raise ScreenError(f'{path} is not a readable CSV ({str(e).splitlines()[0]}): write it with rcic_predict.') from None
+    try: pred = read_csv(path)
+    except ScreenError: raise
+    except ValueError as e: raise ScreenError(f'{path} is not a readable CSV ({str(e).splitlines()[0]}): write it with rcic_predict.') from None
     if 'id_code' not in pred or pred.shape[1] < 2: raise ScreenError(f'{path} has the columns {first_few(pred.columns)}: it needs id_code and the predicted label.')
     if pred.iloc[:, :2].isna().any().any(): raise ScreenError(f'{path} has an empty cell in row {int(pred.isna().any(axis=1).idxmax())+2}: predict again.')
     record, tops = _record(path)
     target = record.get('target', next(c for c in pred if c != 'id_code'))
     if target not in pred: raise ScreenError(f'{info_path(path)} says that {target} was predicted, but {path} has no such column: keep the two files together.')
-    if tops: pred = pred.merge(pd.read_csv(top_path(path), dtype=str), on='id_code', how='left')
+    if tops: pred = pred.merge(read_csv(top_path(path)), on='id_code', how='left')
     pred['protocol'] = record.get('protocol', 'unknown')
     pred.attrs['target'] = target
     return pred

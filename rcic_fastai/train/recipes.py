@@ -102,7 +102,7 @@ def get_recipe(
     if recipe in RECIPES: return RECIPES[recipe]
     p = Path(str(recipe))
     if not p.is_file(): raise ScreenError(f'There is no recipe {str(recipe)!r}: choose from {", ".join(RECIPES)}, or name a JSON file.')
-    try: return recipe_from_dict(json.loads(p.read_text()))
+    try: return recipe_from_dict(json.loads(read_plain(p, 2**20)))
     except ValueError as e:
         if isinstance(e, ScreenError): raise
         raise ScreenError(f'{p} is not JSON ({e}): write a recipe as Recipe.to_dict gives it.') from None
