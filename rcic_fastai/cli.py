@@ -18,7 +18,7 @@ from dataclasses import replace
 from fastcore.script import anno_parser, store_true
 from .core import *
 from .screen.tables import *
-from .screen.simulate import *
+from .screen.simulate.layout import *
 from .screen.images import *
 from .screen.pack import *
 from .screen.download import *

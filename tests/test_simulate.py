@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.screen import simulate
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import (CELL_TYPES, SITE_COLUMNS, control_wells,
                                        real_data, read_metadata, treatment_wells)
-from rcic_fastai.screen.simulate import (MORPHOLOGY, REAL_TEST, Studio, batch_stats, default_field, draw_site, morphology,
-                                  phenotype, screen_layout, simulate_screen)
+from rcic_fastai.screen.simulate import layout
+from rcic_fastai.screen.simulate.batches import Studio, batch_effects, batch_stats, default_field, plate_effects
+from rcic_fastai.screen.simulate.cells import MORPHOLOGY, draw_site, morphology, phenotype
+from rcic_fastai.screen.simulate.layout import REAL_TEST, screen_layout, simulate_screen
 
 WELLS = treatment_wells()[5::7]
 SMALL = dict(experiments='HUVEC-01,RPE-08', sirnas=4, size=64, plates=2, controls=2, progress=False)
@@ -93,7 +94,7 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch, workers):
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(simulate.cv2, 'imwrite', lambda *a: False)
+    monkeypatch.setattr(layout.cv2, 'imwrite', lambda *a: False)
     with pytest.raises(ScreenError, match='w1.png could not be written'): simulate_screen(tmp_path/'s', n_workers=1, **SMALL)
     assert os.listdir(tmp_path) == []
 
@@ -315,7 +316,7 @@ def test_brightness_follows_the_real_table():
 
 
 def test_difficulty_scales_the_batch_and_not_the_phenotype():
-    easy, real = (simulate.batch_effects('RPE-02', 0, d) for d in (0., 1.))
+    easy, real = (batch_effects('RPE-02', 0, d) for d in (0., 1.))
     assert set(easy.shift.values()) == {0.} and easy.potency == 1 and (easy.mix == np.eye(6)).all()
     assert max(map(abs, real.shift.values())) > .1 and real.potency < 1 and (real.mix - np.eye(6)).max() > .02
     np.testing.assert_allclose(real.mix.sum(1), 1, atol=1e-6)
@@ -354,7 +355,7 @@ def test_an_experiment_the_table_lacks_borrows_from_its_cell_type():
 
 
 def test_plates_differ_by_up_to_two(studio):
-    factors = np.concatenate([simulate.plate_effects(f'HUVEC-{i:02}', 4, 0).factor for i in range(1, 25)])
+    factors = np.concatenate([plate_effects(f'HUVEC-{i:02}', 4, 0).factor for i in range(1, 25)])
     assert .5 <= factors.min() < .85 and 1.15 < factors.max() <= 2
     by_experiment = factors.reshape(24, 4, 6)
     assert (by_experiment.max(1)/by_experiment.min(1)).max() <= 2
