@@ -248,7 +248,7 @@ def nuclei(light):
 
 def energy(im, sigma): return (im - cv2.GaussianBlur(im, (0, 0), sigma)).std()
 
-MEASURES = dict(cell_count=lambda s: nuclei(s)[0], nucleus_size=lambda s: nuclei(s)[1], actin_fibres=lambda s: energy(s[2], 3),
+MEASURES = dict(cell_count=lambda s: nuclei(s)[0], nucleus_size=lambda s: nuclei(s)[1], actin_fibers=lambda s: energy(s[2], 3),
                 nucleolus_size=lambda s: energy(s[3], 3), er_contrast=lambda s: energy(s[1], 3), mito_count=lambda s: s[4].mean(),
                 golgi_count=lambda s: energy(s[5], 3), gaps=lambda s: (s[2] < .12).mean(), chromatin_grain=lambda s: energy(s[0], 2),
                 round_cells=lambda s: (s/s.mean((1, 2), keepdims=True)).min(0).max())
