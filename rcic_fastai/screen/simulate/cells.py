@@ -10,7 +10,7 @@ __all__ = ['MORPHOLOGY', 'LOOK', 'SENSITIVITY', 'REAL_SIZE', 'PAD', 'STAINS', 'n
            'edge_distance', 'CellMaps', 'cell_maps', 'draw_lines', 'draw_spots', 'some_per_cell', 'fiber_bundles',
            'fan_out', 'draw_fibers', 'hatching', 'er_mesh', 'er_body', 'draw_granules', 'choose_mitotic', 'Scene',
            'make_scene', 'draw_mitoses', 'stain_nucleus', 'stain_er', 'actin_spots', 'stain_actin', 'draw_nucleoli',
-           'stain_nucleoli', 'mito_threads', 'stain_mito', 'golgi_pieces', 'stain_golgi', 'pile_up', 'draw_round_cell',
+           'stain_nucleoli', 'mito_threads', 'stain_mito', 'golgi_pieces', 'stain_golgi', 'pile_up', 'add_round_cell',
            'add_round_cells', 'add_haze', 'draw_site']
 
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #e79759c0
@@ -195,7 +195,7 @@ def blur(
     "Return a picture after a Gaussian blur."
     return cv2.GaussianBlur(im, (0, 0), sigma)
 
-# %% ../../../nbs/02a_screen.simulate.cells.ipynb #f8e24f8d
+# %% ../../../nbs/02a_screen.simulate.cells.ipynb #71bf300e
 REAL_SIZE = 512 # px, side of a real site; all lengths of `MORPHOLOGY` are in these pixels
 PAD = 48        # px drawn around the field, so that cells come in over its edge
 
@@ -218,6 +218,9 @@ class Cells:
     gain:np.ndarray # brightness per stain [6,k]
 
     def __len__(self): return len(self.x)
+
+    @property
+    def radius(self): return np.sqrt(self.a*self.b) # of a disc as large as the nucleus [k]
 
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #4188f72d
 def jittered_grid(
@@ -383,12 +386,13 @@ def from_cell(
     x, y, cos, sin = (p[i].reshape(shape) for p in places)
     return np.stack([x + u*cos - v*sin, y + u*sin + v*cos], -1)
 
-# %% ../../../nbs/02a_screen.simulate.cells.ipynb #9bb3b023
+# %% ../../../nbs/02a_screen.simulate.cells.ipynb #e39ff3bf
 def nucleus_distance(
     cells:Cells,
     owner:np.ndarray, # int32 [n,n]
     u:np.ndarray, # px along the cell, float32 [n,n]
     v:np.ndarray, # px across the cell
+    radius:np.ndarray, # of the nucleus, px
     lobes:float # how far the outline leaves an ellipse
 ) -> tuple: # distance to the nucleus, px, negative inside; angle seen from its center; float32 [n,n] each
     "Return how far outside the nucleus, and in which direction, every pixel lies."
@@ -396,7 +400,7 @@ def nucleus_distance(
     turn = cv2.phase(un, vn)
     two, three = (np.cos(k*turn + per_pixel(phase, owner)) for k, phase in zip((2, 3), cells.lobes))
     r = np.hypot(un, vn)/(1 + lobes*two + lobes*three)
-    return (r-1)*per_pixel(np.sqrt(cells.a*cells.b), owner), turn
+    return (r-1)*radius, turn
 
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #015b756b
 def nucleus_mask(
@@ -408,15 +412,16 @@ def nucleus_mask(
     t = np.clip(.5 - d/per_pixel(cells.soft, owner), 0, 1)
     return t*t*(3-2*t)
 
-# %% ../../../nbs/02a_screen.simulate.cells.ipynb #afd96923
+# %% ../../../nbs/02a_screen.simulate.cells.ipynb #e01ae17f
 def cell_mask(
     cells:Cells,
     owner:np.ndarray, # int32 [n,n]
     u:np.ndarray, # px along the cell, float32 [n,n]
-    v:np.ndarray # px across the cell
+    v:np.ndarray, # px across the cell
+    radius:np.ndarray # of the nucleus, px
 ) -> np.ndarray: # float32 [n,n], 0 to 1
     "Return how far every pixel lies in a cell."
-    stretch, radius = per_pixel(cells.stretch, owner), per_pixel(np.sqrt(cells.a*cells.b), owner)
+    stretch = per_pixel(cells.stretch, owner)
     margin = 1.3*per_pixel(cells.reach, owner) + radius - np.hypot(u/stretch, v*stretch)
     return np.clip(margin/per_pixel(cells.fade, owner) + .5, 0, 1)
 
@@ -450,7 +455,7 @@ class CellMaps:
     rough:np.ndarray # uneven thickness, about 1
     gain:list # brightness of the cell, by stain
 
-# %% ../../../nbs/02a_screen.simulate.cells.ipynb #3a32ad0f
+# %% ../../../nbs/02a_screen.simulate.cells.ipynb #5476c24a
 def cell_maps(
     cells:Cells,
     m:dict, # parameters, as `morphology` gives them
@@ -461,11 +466,12 @@ def cell_maps(
     x, y = bent_grid(n, rng)
     owner = owner_map(cells, x, y, rng)
     u, v = along_across(cells, owner, x, y)
-    d, turn = nucleus_distance(cells, owner, u, v, m['nucleus_lobes'])
-    nucleus, inside = nucleus_mask(cells, owner, d), cell_mask(cells, owner, u, v)
+    radius = per_pixel(cells.radius, owner)
+    d, turn = nucleus_distance(cells, owner, u, v, radius, m['nucleus_lobes'])
+    nucleus, inside = nucleus_mask(cells, owner, d), cell_mask(cells, owner, u, v, radius)
     return CellMaps(
         owner, u, v, tx=x + per_pixel(cells.texture[0], owner), ty=y + per_pixel(cells.texture[1], owner),
-        d=d, out=np.maximum(d, 0), radius=per_pixel(np.sqrt(cells.a*cells.b), owner), nucleus=nucleus, inside=inside,
+        d=d, out=np.maximum(d, 0), radius=radius, nucleus=nucleus, inside=inside,
         body=inside*(1-.93*nucleus), edge=edge_distance(owner), toward=np.cos(turn-per_pixel(cells.side, owner)),
         rough=np.exp(.22*slow_noise(n, 7, rng) + .25*slow_noise(n, 18, rng)),
         gain=[blur(per_pixel(gain, owner), 4) for gain in cells.gain])
@@ -718,14 +724,14 @@ def stain_nucleoli(s:Scene) -> np.ndarray: # float32 [n,n]
     nucleus = g.nucleus*(look['nuc_rna']*(.6 + .4*s.mesh) + 1.1*spots)
     return (.75*s.cytoplasm + .6*even + nucleus)*g.gain[3] + .8*look['gran_er']*s.granules
 
-# %% ../../../nbs/02a_screen.simulate.cells.ipynb #d31d5f81
+# %% ../../../nbs/02a_screen.simulate.cells.ipynb #0ef9790f
 def mito_threads(s:Scene) -> np.ndarray: # float32 [n,n]
     "Draw mitochondria: winding threads that wrap the nucleus, more of them on one side."
     cells, m, rng = s.cells, s.m, s.rng
     i = some_per_cell(cells, m['mito_count']*np.minimum(cells.clump, 4), rng)
     k = len(i)
     turn = rng.vonmises(0, 1.6*s.look['crescent'], k) + cells.side[i]
-    r = 1.03 + rng.gamma(1.3, .75*m['mito_spread'], k)/np.sqrt(cells.a*cells.b)[i]
+    r = 1.03 + rng.gamma(1.3, .75*m['mito_spread'], k)/cells.radius[i]
     start = turn + np.pi/2*rng.choice((-1, 1), k) + .5*rng.standard_normal(k)  # along the nucleus, either way
     heading = start[:, None] + np.cumsum(.4*rng.standard_normal((k, 5)), 1)
     step = (m['mito_length']/5*np.exp(.4*rng.standard_normal(k)))[:, None]
@@ -780,21 +786,21 @@ def pile_up(
     over = np.stack([blur(im, 2.2) for im in light[:, ::-1, ::-1]])
     return light*(1 - .25*np.minimum(patch, 1)) + patch*over
 
-# %% ../../../nbs/02a_screen.simulate.cells.ipynb #102fc4f3
-def draw_round_cell(
-    n:int, # side of the field, px
+# %% ../../../nbs/02a_screen.simulate.cells.ipynb #eafb77e0
+def add_round_cell(
+    light:np.ndarray, # float32 [6,n,n], changed in place
     rng:np.random.Generator
-) -> np.ndarray: # float32 [6,n,n], how much brighter it makes each stain; may be below 0
-    "Draw one rounded cell, whole or fallen apart, somewhere in the field."
-    k = int(rng.choice((1, 1, 1, 2, 4))) # pieces
+):
+    "Add one rounded cell, whole or fallen apart, somewhere in the field."
+    n, k = light.shape[-1], int(rng.choice((1, 1, 1, 2, 4))) # k pieces
     xy = rng.uniform(0, n, (1, 2)) + (k > 1)*rng.normal(0, 7, (k, 2))
     blob = draw_spots(n, xy, rng.uniform(3, 7, k)/math.sqrt(k), rng.uniform(.5, 1, k))
     sharp, soft = blur(blob*np.exp(.5*slow_noise(n, 4, rng)), .9), blur(blob, 2.5)
-    level = rng.uniform(.6, 2., (6, 1, 1)).astype(np.float32)
-    glow = rng.uniform(-.3, .5, (6, 1, 1)).astype(np.float32)
-    return level*(.6*sharp + .6*soft + glow*(soft-sharp))
+    both, ring = .6*sharp + .6*soft, soft-sharp
+    level, glow = rng.uniform(.6, 2., 6).astype(np.float32), rng.uniform(-.3, .5, 6).astype(np.float32)
+    for im, k, g in zip(light, level, glow): im += k*(both + g*ring)
 
-# %% ../../../nbs/02a_screen.simulate.cells.ipynb #15bc9ad6
+# %% ../../../nbs/02a_screen.simulate.cells.ipynb #18d83345
 def add_round_cells(
     light:np.ndarray, # float32 [6,n,n], changed in place
     mean:float, # rounded cells in a whole 512 px field
@@ -802,7 +808,7 @@ def add_round_cells(
 ):
     "Add a random number of rounded cells."
     n = light.shape[-1]
-    for _ in range(rng.poisson(mean*(n/REAL_SIZE)**2)): light += draw_round_cell(n, rng)
+    for _ in range(rng.poisson(mean*(n/REAL_SIZE)**2)): add_round_cell(light, rng)
     np.maximum(light, 0, out=light)
 
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #88f22ea5
