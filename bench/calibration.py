@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 from machine import RESULTS, cores, save
 from rcic_fastai.cli import DEMO
 from rcic_fastai.screen.tables import CELL_TYPES, package_table, real_data, treatment_wells
-from rcic_fastai.screen.simulate import Studio, batch_stats
+from rcic_fastai.screen.simulate.batches import Studio, batch_stats
 
 BANDS = (2, 4, 8, 16, 32, 64, 128)  # px, wavelengths between which power is summed
 

@@ -36,7 +36,7 @@ from rcic_fastai.batch.loader import ScreenDL, SiteReader
 from rcic_fastai.screen.tables import read_metadata, real_data
 from rcic_fastai.screen.pack import CODECS, PackedScreen, pack_screen
 from rcic_fastai.train.recipes import Recipe, get_recipe
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 BATCH, WORKERS = 16, 2  # sites a batch; processes or threads of every contender that has any
 SLACK = 6               # batches before and after those that are timed: workers start, queues fill and run dry

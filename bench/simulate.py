@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas
 from machine import save
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 
 ASKED = {128: 40, 512: 5} # sites/s on 2 cores

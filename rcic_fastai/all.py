@@ -9,7 +9,9 @@ __all__ = []
 from fastai.vision.all import *
 from .core import *
 from .screen.tables import *
-from .screen.simulate import *
+from .screen.simulate.cells import *
+from .screen.simulate.batches import *
+from .screen.simulate.layout import *
 from .screen.images import *
 from .screen.pack import *
 from .screen.files import *

@@ -8,7 +8,7 @@ from rcic_fastai.screen.tables import (add_plate_groups, experiment_folds, rowco
 from rcic_fastai.embed.index import SirnaIndex
 from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.embed.table import emb_features, emb_metadata, toy_profiles
-from rcic_fastai.screen.simulate import screen_layout
+from rcic_fastai.screen.simulate.layout import screen_layout
 
 TOY = toy_profiles(n_sirnas=24, dim=32, signal=.8, seed=3)
 TREATED = TOY[(TOY.Metadata_well_type == 'treatment').to_numpy()]

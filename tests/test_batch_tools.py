@@ -14,7 +14,7 @@ from rcic_fastai.embed.index import SirnaIndex
 from rcic_fastai.screen.pack import PackedScreen, pack_screen
 from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.embed.table import *
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 @pytest.fixture(scope='module')
 def screen(tmp_path_factory):

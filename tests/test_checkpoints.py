@@ -16,7 +16,7 @@ from rcic_fastai.train.learner import *
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.recipes import *
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 BIN, ARCH = Path(sys.executable).parent, 'mobilenetv3_small_050'
 RECIPE = Recipe('three', [Stage('head', 2, 1e-2, 'stem,head', loss='adacos', metadata=False),

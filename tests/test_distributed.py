@@ -7,7 +7,7 @@ from rcic_fastai.train.checkpoints import read_checkpoint
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.embed.table import read_embeddings
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTHONWARNINGS='ignore', MPLBACKEND='Agg', GLOO_SOCKET_IFNAME='lo')
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']

@@ -8,7 +8,7 @@ from rcic_fastai.train.domain import *
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 @pytest.fixture(scope='module')
 def screen(tmp_path_factory):

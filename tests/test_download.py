@@ -9,7 +9,7 @@ from rcic_fastai.screen.download import *
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 BLOB = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 MD5 = base64.b64encode(hashlib.md5(BLOB).digest()).decode()

@@ -14,7 +14,7 @@ from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.core import file_facts, json_hash
 from rcic_fastai.embed.index import INDEX_FILES, SirnaIndex
 from rcic_fastai.embed.table import emb_features, emb_metadata
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 CASES = int(os.environ.get('FUZZ', 500))     # a soak: FUZZ=10000
 ALL = (*MODEL_FILES, 'config.json', 'README.md')

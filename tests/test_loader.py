@@ -16,7 +16,7 @@ from rcic_fastai.batch.loader import *
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import SITE_COLUMNS, read_metadata
 from rcic_fastai.screen.pack import PackedScreen, pack_screen
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.batch.site import TensorSite
 
 CPU = torch.device('cpu')

@@ -17,7 +17,7 @@ from rcic_fastai.predict.predict import PROTOCOLS, predict_wells
 from rcic_fastai.embed.table import emb_features, emb_metadata
 from rcic_fastai.predict.pseudo import *
 from rcic_fastai.train.recipes import Recipe, Stage
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 ARCH, ONE = 'mobilenetv3_small_050', Recipe('one', [Stage('one', 1, 3e-3)])
 HOW = dict(tta=1, progress=False)

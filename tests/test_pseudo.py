@@ -15,7 +15,7 @@ from rcic_fastai.predict.pseudo import *
 from rcic_fastai.predict.pseudo import _class_groups, _well_groups
 from rcic_fastai.train.recipes import Recipe, Stage
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 ARCH = 'mobilenetv3_small_050'
 ONE = Recipe('one', [Stage('one', 1, 3e-3)])

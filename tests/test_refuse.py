@@ -7,7 +7,7 @@ from rcic_fastai.screen.images import ImageSource, PngTree
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.embed.index import SirnaIndex
 from rcic_fastai.screen.pack import PackedScreen, pack_screen
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 class View(ImageSource):
     "A source of which every picture goes through a function"

@@ -1,17 +1,18 @@
 "The simulated screen: layout, bad input, honesty of the pixels, brightness, what real images say."
-import os
+import hashlib, os
 
 import cv2
 import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.screen import simulate
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import (CELL_TYPES, SITE_COLUMNS, control_wells,
                                        real_data, read_metadata, treatment_wells)
-from rcic_fastai.screen.simulate import (MORPHOLOGY, REAL_TEST, Studio, batch_stats, default_field, draw_site, morphology,
-                                  phenotype, screen_layout, simulate_screen)
+from rcic_fastai.screen.simulate import layout
+from rcic_fastai.screen.simulate.batches import Studio, batch_effects, batch_stats, default_field, plate_effects
+from rcic_fastai.screen.simulate.cells import MORPHOLOGY, draw_site, morphology, phenotype
+from rcic_fastai.screen.simulate.layout import REAL_TEST, screen_layout, simulate_screen
 
 WELLS = treatment_wells()[5::7]
 SMALL = dict(experiments='HUVEC-01,RPE-08', sirnas=4, size=64, plates=2, controls=2, progress=False)
@@ -93,7 +94,7 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch, workers):
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(simulate.cv2, 'imwrite', lambda *a: False)
+    monkeypatch.setattr(layout.cv2, 'imwrite', lambda *a: False)
     with pytest.raises(ScreenError, match='w1.png could not be written'): simulate_screen(tmp_path/'s', n_workers=1, **SMALL)
     assert os.listdir(tmp_path) == []
 
@@ -105,6 +106,52 @@ def test_empty_folder_is_used_and_a_full_one_is_not(tmp_path):
     for name in ('empty', 'file'):
         with pytest.raises(ScreenError, match='remove it or give another'): simulate_screen(tmp_path/name, **SMALL)
     assert (tmp_path/'file').read_text() == 'x'
+
+
+# ---- the bytes drawn, pinned: code may change, a drawn screen may not
+
+PINNED = [  # arguments, checksum of names and files, mean of all pixels by channel
+    (SMALL, 'a1c580a956885292', (3.493, 17.447, 11.352, 10.061, 1.87, 9.899)),
+    (dict(experiments='HEPG2-08,U2OS-04', sirnas=3, size=48, sites=1, plates=1, controls=1, seed=5, difficulty=2.,
+          field=.3, progress=False), 'dee0dd3b182bd01e', (7.605, 38.645, 16.164, 19.812, 20.835, 17.046)),
+    (dict(experiments='HUVEC-30', sirnas=2, size=160, sites=1, plates=2, controls=0, seed=1, difficulty=0,
+          test='HUVEC-30', progress=False), '78ae04a4c16d117a', (3.652, 17.6, 7.58, 9.344, 1.957, 5.933))]
+PRIMITIVES = '51740d0d5922996a'  # checksum of `primitives` on the machine where the checksums above were taken
+
+
+def primitives():
+    "What OpenCV, numpy and the PNG writer make of fixed noise; other processors and versions may round otherwise."
+    noise = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    y, x = np.mgrid[:64, :64].astype(np.float32)*.7
+    lines = np.zeros((64, 64), np.uint8)
+    cv2.polylines(lines, [np.array([[30, 50], [700, 300], [100, 900]], np.int32)], False, 255, 1, cv2.LINE_AA, 4)
+    made = [cv2.GaussianBlur(noise, (0, 0), s) for s in (.7, 1.8, 2.5, 4)] + [lines, np.exp(noise), np.abs(noise)**.77]
+    made += [cv2.resize(noise, (k, k), interpolation=how) for k, how in ((20, cv2.INTER_AREA), (150, cv2.INTER_CUBIC))]
+    made += [cv2.remap(noise, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP), cv2.phase(noise, noise[::-1])]
+    made += [cv2.imencode('.png', lines, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1], noise.mean(1), noise.std(1)]
+    return hashlib.sha256(b''.join(a.tobytes() for a in made)).hexdigest()[:16]
+
+
+@pytest.fixture(scope='module', params=range(len(PINNED)))
+def pinned(request, tmp_path_factory):
+    kwargs, checksum, means = PINNED[request.param]
+    dest = tmp_path_factory.mktemp('pinned')/'screen'
+    simulate_screen(dest, n_workers=1, **kwargs)
+    return contents(dest), checksum, means
+
+
+def test_the_bytes_drawn_have_not_changed(pinned):
+    files, checksum, _ = pinned
+    if primitives() != PRIMITIVES: pytest.skip('OpenCV or numpy round otherwise on this machine')
+    assert hashlib.sha256(b''.join(n.encode() + data for n, data in files.items())).hexdigest()[:16] == checksum
+
+
+def test_the_brightness_drawn_has_not_changed(pinned):
+    "The same on every machine, to a fiftieth of a gray level."
+    files, _, means = pinned
+    def read(data): return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    drawn = [np.mean([read(data) for name, data in files.items() if name.endswith(f'w{w}.png')]) for w in range(1, 7)]
+    np.testing.assert_allclose(drawn, means, atol=.02)
 
 
 # ---- layout
@@ -201,7 +248,7 @@ def nuclei(light):
 
 def energy(im, sigma): return (im - cv2.GaussianBlur(im, (0, 0), sigma)).std()
 
-MEASURES = dict(cell_count=lambda s: nuclei(s)[0], nucleus_size=lambda s: nuclei(s)[1], actin_fibres=lambda s: energy(s[2], 3),
+MEASURES = dict(cell_count=lambda s: nuclei(s)[0], nucleus_size=lambda s: nuclei(s)[1], actin_fibers=lambda s: energy(s[2], 3),
                 nucleolus_size=lambda s: energy(s[3], 3), er_contrast=lambda s: energy(s[1], 3), mito_count=lambda s: s[4].mean(),
                 golgi_count=lambda s: energy(s[5], 3), gaps=lambda s: (s[2] < .12).mean(), chromatin_grain=lambda s: energy(s[0], 2),
                 round_cells=lambda s: (s/s.mean((1, 2), keepdims=True)).min(0).max())
@@ -269,7 +316,7 @@ def test_brightness_follows_the_real_table():
 
 
 def test_difficulty_scales_the_batch_and_not_the_phenotype():
-    easy, real = (simulate.batch_effects('RPE-02', 0, d) for d in (0., 1.))
+    easy, real = (batch_effects('RPE-02', 0, d) for d in (0., 1.))
     assert set(easy.shift.values()) == {0.} and easy.potency == 1 and (easy.mix == np.eye(6)).all()
     assert max(map(abs, real.shift.values())) > .1 and real.potency < 1 and (real.mix - np.eye(6)).max() > .02
     np.testing.assert_allclose(real.mix.sum(1), 1, atol=1e-6)
@@ -308,7 +355,7 @@ def test_an_experiment_the_table_lacks_borrows_from_its_cell_type():
 
 
 def test_plates_differ_by_up_to_two(studio):
-    factors = np.concatenate([simulate.plate_effects(f'HUVEC-{i:02}', 4, 0).factor for i in range(1, 25)])
+    factors = np.concatenate([plate_effects(f'HUVEC-{i:02}', 4, 0).factor for i in range(1, 25)])
     assert .5 <= factors.min() < .85 and 1.15 < factors.max() <= 2
     by_experiment = factors.reshape(24, 4, 6)
     assert (by_experiment.max(1)/by_experiment.min(1)).max() <= 2

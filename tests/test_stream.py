@@ -10,7 +10,7 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.predict.predict import write_tables
 from rcic_fastai.embed.table import emb_features
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTHONWARNINGS='ignore', MPLBACKEND='Agg')
 HOW = dict(part=16, bs=8, tta=1, progress=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'smalldocs', 'Pygments', 'markdown-it-py', 'mdit-py-plugins',
          'latex2mathml', 'fastai', 'torch']
 NOT_READ = 'output-file is not read'   # nbdev writes that option for Quarto; the pages get their names below
-NUMBER = re.compile(r'^\d+[a-z]?_')
+NUMBER = re.compile(r'^(\d+)([a-z]?)_')
 SECTIONS = [('The screen', range(0, 10)), ('Batches', range(10, 20)), ('The model', range(20, 30)),
             ('Training', range(30, 40)), ('Embeddings', range(40, 50)), ('Predictions', range(50, 60)),
             ('Results', range(60, 70)), ('Folder and commands', range(70, 80)), ('Tutorials', range(80, 90)),
@@ -41,16 +41,21 @@ def notebooks(project):
 def page_name(nb): return NUMBER.sub('', nb.stem)
 
 
+def number(nb):
+    "Return what orders the notebooks: the number, and the letter of those that share one."
+    digits, letter = NUMBER.match(nb.name).groups()
+    return int(digits), letter
+
+
 def text_of(value): return value if isinstance(value, str) else ''.join(value)
 
 
 def sidebar(nbs):
     "The sidebar, in the form that Quarto and smalldocs read."
-    number = {nb: int(nb.name.split('_')[0]) for nb in nbs[1:]}
     lines = ['# Made by `make docs` from the names of the notebooks.', 'website:', '  sidebar:', '    contents:',
              '      - section: Start', '        contents:', '          - {text: Overview, href: index.ipynb}']
     for title, numbers in SECTIONS:
-        if inside := [nb for nb in nbs[1:] if number[nb] in numbers]:
+        if inside := [nb for nb in nbs[1:] if number(nb)[0] in numbers]:
             lines += [f'      - section: {title}', '        contents:'] + [f'          - {nb.name}' for nb in inside]
     return '\n'.join(lines) + '\n'
 
