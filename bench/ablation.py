@@ -85,7 +85,7 @@ def judge(learn, table, test, tta, name):
     "Every way of predicting with one trained model"
     quiet, rows = dict(progress=False), learn.dls.train.items
     if learn.dls.spec.sites > 1: rows = table[table.well_id.isin(rows.well_id)]
-    as_index = lambda emb: SirnaIndex(emb_features(emb), emb_metadata(emb))
+    as_index = lambda emb: EmbeddingIndex(emb)
     one, query = learn.embed(rows, tta=1, **quiet), learn.embed(test, tta=1, **quiet)
     res, adapted_norm = {}, learn.dls.spec.per_group
     if learn.dls.spec.sites == 1:

@@ -23,6 +23,7 @@ from .train.learner import *
 from .embed.table import *
 from .embed.embed import *
 from .embed.index import *
+from .embed.index import _written_before
 
 # %% ../nbs/70_folder.ipynb #e420b6bd
 def _state(model):
@@ -170,7 +171,7 @@ cell types it never saw, expect less. It was made for research, not for decision
 '''
 
 # %% ../nbs/70_folder.ipynb #0bdd563a
-FORMAT = 3
+FORMAT = 4
 MODEL_FILES = ('weights.safetensors', 'history.csv', 'index.json', *INDEX_FILES)
 _OWN = ('format', 'model', 'spec', 'held_out', 'pseudo_experiments', 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
 
@@ -225,7 +226,7 @@ def _check_finite(state, where):
 def save_screen_model(
     learn:Learner, # A trained `screen_learner`
     folder, # Where to write; must not exist, or be empty
-    index:SirnaIndex, # Over the training embeddings
+    index:EmbeddingIndex, # Over the training embeddings
     **info # Further JSON-able entries of `config.json`; `licence` replaces the usual note
 )->Path: # The folder
     "Write a model folder, whole or not at all"
@@ -233,7 +234,7 @@ def save_screen_model(
     _check_finite(state, 'the model')
     config, dim = _config(learn, info), model.classifier.weight.shape[1]
     index.check_model(config['fingerprint'])
-    if (d := index.features.shape[1]) != dim:
+    if (d := index.dim) != dim:
         raise ScreenError(f'The index has rows of {d} numbers and the model embeds into {dim}: build it with this model.')
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = folder.with_name(folder.name + '.part')
@@ -336,9 +337,8 @@ def _checked_config(folder):
         raise ScreenError(f'{f} is not the configuration of a model folder: {point}')
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
-    if c['format'] < 2:
-        raise ScreenError(f'{folder} is of format {c["format"]}, from before hashes were kept: train the model again.')
-    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k != 'pseudo_experiments' or c['format'] > 2], f)
+    if c['format'] < FORMAT: raise _written_before(folder, c['format'])
+    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, _TOP, f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
@@ -490,7 +490,7 @@ def _by_adaptation(index):
     how = index.labels.get('protocol', pd.Series(None, index.labels.index))
     adapted = (how == 'adapted').to_numpy(bool)
     if adapted.all() or not adapted.any(): return index, None
-    part = lambda keep, *drop: SirnaIndex(index.features[keep], index.labels[keep].drop(columns=[*drop]), index.target, index.kind, index.model)
+    part = lambda keep, *drop: EmbeddingIndex(make_emb_table(index.labels[keep].drop(columns=[*drop]), index.features[keep]), index.target, index.kind, index.model)
     return part(~adapted, 'protocol'), part(adapted)
 
 def _size_notes(data, spec, source):
@@ -532,10 +532,9 @@ def load_screen_model(
     if changes:
         warnings.warn(f'{folder} was saved with {", ".join(changes)}: answers may differ in the last digits.', stacklevel=2)
     model, spec = _built(config, weights, _read_weights(weights, config)), ScreenSpec(**config['spec'])
-    same = weights_fingerprint(model) if config['format'] == 2 else model_fingerprint(model, spec)
-    if same != key: raise _again(f'{folder/"config.json"} has the fingerprint of another model')
-    index, model.pseudo_experiments = SirnaIndex.load(folder, key), tuple(config.get('pseudo_experiments', ()))
-    dim, rows = model.classifier.weight.shape[1], index.features.shape[1]
+    if model_fingerprint(model, spec) != key: raise _again(f'{folder/"config.json"} has the fingerprint of another model')
+    index, model.pseudo_experiments = EmbeddingIndex.load(folder, key), tuple(config['pseudo_experiments'])
+    dim, rows = model.classifier.weight.shape[1], index.dim
     if rows != dim: raise _again(f'{folder/"index.json"} is of rows of {rows} numbers and the model embeds into {dim}')
     plain, adapted = _by_adaptation(index)
     return TrainedModel(folder, model.to(device).eval(), spec, plain, config, adapted)

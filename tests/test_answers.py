@@ -5,16 +5,16 @@ from scipy.sparse.csgraph import connected_components
 from rcic_fastai.batch.augment import dihedral
 from rcic_fastai.screen.tables import (add_plate_groups, experiment_folds, rowcol_to_well,
                                        sirna_groups, split_experiments, well_to_rowcol)
-from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.predict.predict import predict_wells
-from rcic_fastai.embed.table import emb_features, emb_metadata, toy_profiles
+from rcic_fastai.embed.table import toy_profiles
 from rcic_fastai.screen.simulate.layout import screen_layout
 
 TOY = toy_profiles(n_sirnas=24, dim=32, signal=.8, seed=3)
 TREATED = TOY[(TOY.Metadata_well_type == 'treatment').to_numpy()]
 TRAIN, TEST = (TREATED[(TREATED.Metadata_dataset == d).to_numpy()].reset_index(drop=True) for d in ('train', 'test'))
 TEST = TEST.assign(Metadata_plate_group=pd.array([pd.NA]*len(TEST), dtype='Int64'))
-INDEX = SirnaIndex(emb_features(TRAIN), emb_metadata(TRAIN))
+INDEX = EmbeddingIndex(TRAIN)
 PROTOCOLS = ['inductive', 'transductive']
 
 def named(test, index, protocol): return predict_wells(test, index, protocol)[0].set_index('id_code').sirna
@@ -36,7 +36,7 @@ def test_names_of_experiments_do_not_matter(protocol, seed):
     rng, all_ = np.random.default_rng(seed), sorted(set(TOY.Metadata_experiment))
     names = {e: f'X{i}-{e.split("-")[1]}' for e, i in zip(all_, rng.permutation(len(all_)))}
     train = moved(TRAIN, names)
-    there = named(moved(TEST, names), SirnaIndex(emb_features(train), emb_metadata(train)), protocol)
+    there = named(moved(TEST, names), EmbeddingIndex(train), protocol)
     here = named(TEST, INDEX, protocol)
     here.index = [names[i.rsplit('_', 2)[0]] + i[len(i.rsplit('_', 2)[0]):] for i in here.index]
     assert there.sort_index().to_dict() == here.sort_index().to_dict()
@@ -66,7 +66,7 @@ def test_labels_of_the_test_wells_are_never_read(protocol, labels):
 
 def test_the_same_training_wells_twice_change_no_nearest_neighbour():
     twice = pd.concat([TRAIN, TRAIN], ignore_index=True)
-    assert named(TEST, SirnaIndex(emb_features(twice), emb_metadata(twice)), 'inductive').equals(named(TEST, INDEX, 'inductive'))
+    assert named(TEST, EmbeddingIndex(twice), 'inductive').equals(named(TEST, INDEX, 'inductive'))
 
 
 # ---- properties

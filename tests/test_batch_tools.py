@@ -10,7 +10,7 @@ from rcic_fastai.embed.embed import *
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
-from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.screen.pack import PackedScreen, pack_screen
 from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.embed.table import *
@@ -130,7 +130,7 @@ def test_an_index_adapted_by_its_own_experiments(screen, learn):
     both = learn.embed(train, **how)
     for e, rows in train.groupby('experiment'):                                            # nothing of the other experiments
         np.testing.assert_allclose(emb_features(learn.embed(rows, **how)), emb_features(both[(both.Metadata_experiment == e).to_numpy()]), atol=1e-5)
-    index, queries = SirnaIndex(emb_features(both), emb_metadata(both)), learn.embed(test, **how)
+    index, queries = EmbeddingIndex(both), learn.embed(test, **how)
     for protocol in ('adapted', 'transductive'):
         pred, near = predict_wells(queries, index, protocol)
         assert len(pred) == test.well_id.nunique() and set(pred.protocol) == {protocol} and len(near)
@@ -173,7 +173,7 @@ def test_the_mark_of_a_kept_correction_goes_into_the_prediction(tmp_path):
     treated = (META_.well_type == 'treatment').to_numpy()
     fitted = load_correction(save_correction(TVN(None, shrink='auto').fit(TOY[TRAIN]), tmp_path/'c.safetensors'))
     done = fitted.transform(TOY[TRAIN & treated])
-    index, queries = SirnaIndex(emb_features(done), emb_metadata(done)), TOY[~TRAIN & treated]
+    index, queries = EmbeddingIndex(done), TOY[~TRAIN & treated]
     pred, _ = predict_wells(fitted.transform(queries), index, 'inductive')
     assert set(pred.protocol) == {'inductive'}
     with pytest.raises(ScreenError, match='corrected by'): predict_wells(queries, index, 'inductive')

@@ -387,7 +387,7 @@ def test_resumed_command_writes_the_same_model(screen, interrupted, tmp_path, ca
     assert not (d/'m.checkpoints').exists()
     code, out, _ = train(f'{screen} {tmp_path}/m --recipe {d}/r.json {TINY} --resume', capsys)
     assert code == 0 and 'starting anew' in out
-    for f in ('weights.safetensors', 'history.csv', 'index.parquet'): assert (d/'m'/f).read_bytes() == (tmp_path/'m'/f).read_bytes(), f
+    for f in ('weights.safetensors', 'history.csv', 'index.rows.json'): assert (d/'m'/f).read_bytes() == (tmp_path/'m'/f).read_bytes(), f
     (d/'m.checkpoints').mkdir()
     code, out, _ = train(f'{screen} {d}/m --recipe {d}/r.json {TINY} --resume', capsys)
     assert code == 0 and 'is finished' in out and not (d/'m.checkpoints').exists()

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli
 from rcic_fastai.embed.correct import CORRECTIONS
+from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.screen.tables import read_metadata, real_data, write_metadata
 
 BIN = Path(sys.executable).parent
@@ -49,7 +50,7 @@ def test_simulated_layout(here):
     assert len(list((here/'screen/images').rglob('*.png'))) == 6*len(t)
 
 def test_model_folder(here):
-    assert {p.name for p in (here/'model').iterdir()} >= {'weights.safetensors', 'config.json', 'index.faiss', 'index.parquet', 'history.csv'}
+    assert {p.name for p in (here/'model').iterdir()} >= {'weights.safetensors', 'config.json', 'index.safetensors', 'index.rows.json', 'history.csv'}
     assert not [p for p in (here/'model').iterdir() if p.suffix in ('.pkl', '.pt', '.pth')]
     assert list(pd.read_csv(here/'model/history.csv').stage) == ['head', 'all']
 
@@ -157,13 +158,13 @@ def test_corrected_embeddings(here, method, more):
     table = cli.prediction_rows(read_metadata(here/'screen'), 'all' if '--wells all' in more else 'treatment')
     plain = m.embed(table, cli.PngTree(here/'screen', table), tta=1, mask=cli.INDUCTIVE_MASK, progress=False, adapt=record['adapt'],
                     adapt_rows=table[table.well_type.isin(index.labels.well_type)] if record['adapt'] else None)
-    both = pd.concat([cli.make_emb_table(index.labels, index.features), plain], ignore_index=True)
+    both = pd.concat([index.table(), plain], ignore_index=True)
     known = np.arange(len(both)) < len(index)
     fit = CORRECTIONS[method](**options).fit(both[known])
     want, labels = fit.transform(both[~known]), fit.transform(both[known])
     np.testing.assert_allclose(cli.emb_features(cli.read_embeddings(here/'c.parquet')), cli.emb_features(want), rtol=1e-3, atol=1e-3)
     if model.name == 'model': want = want[(want.Metadata_well_type == 'treatment').to_numpy()]
-    want, near = cli.predict_wells(want, cli.SirnaIndex(cli.emb_features(labels), cli.emb_metadata(labels)), protocol)
+    want, near = cli.predict_wells(want, cli.EmbeddingIndex(labels), protocol)
     got = pd.read_csv(here/'c.csv')
     assert got.id_code.tolist() == want.id_code.tolist() and got.sirna.tolist() == want.sirna.tolist()
     if '--neighbors' in more: assert (pd.read_parquet(here/'c.near.parquet').cosine.to_numpy() == pytest.approx(near.cosine.to_numpy(), abs=1e-4))
@@ -312,7 +313,7 @@ def test_statistics_of_controls_and_the_tables_own_validation(here):
     n = t[t.well_type == 'treatment'].dataset.value_counts()
     out = ok(f'rcic_train {d} {d}/model --recipe {here}/tiny.json --norm plate --norm-from controls {TINY}')
     assert f'{n["train"]} training and {n["val"]} held-out samples (HUVEC-01)' in out
-    index = pd.read_parquet(d/'model/index.parquet')
+    index = EmbeddingIndex.load(d/'model').labels
     assert set(index.experiment) == {'HUVEC-02', 'RPE-01'} and len(index) == n['train']
     r = run(f'rcic_train {d} {d}/pairs --recipe {here}/tiny.json --sites 2 {TINY}')
     assert r.returncode == 2 and 'id_test' in r.stderr

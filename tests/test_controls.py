@@ -10,7 +10,7 @@ from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.model.heads import MixedMeta
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
-from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.embed.table import *
 from rcic_fastai.train.recipes import Recipe, Stage
@@ -270,7 +270,7 @@ def test_similarities_are_searched_like_embeddings():
     m = emb_metadata(toy)
     treated, train = (m.well_type == 'treatment').to_numpy(), (m.dataset == 'train').to_numpy()
     z = control_similarity(toy)
-    index = SirnaIndex(emb_features(z[treated & train]), emb_metadata(z[treated & train]))
+    index = EmbeddingIndex(z[treated & train])
     pred, _ = predict_wells(z[treated & ~train], index, 'adapted')
     truth = m.drop_duplicates('well_id').set_index('well_id').sirna
     assert (pred.sirna.to_numpy() == truth[pred.id_code].to_numpy()).mean() > 3/8

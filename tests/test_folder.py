@@ -12,8 +12,8 @@ from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.core import file_facts, json_hash
-from rcic_fastai.embed.index import INDEX_FILES, SirnaIndex
-from rcic_fastai.embed.table import emb_features, emb_metadata
+from rcic_fastai.embed.index import INDEX_FILES, EmbeddingIndex
+from rcic_fastai.embed.table import emb_features, make_emb_table
 from rcic_fastai.screen.simulate.layout import simulate_screen
 
 CASES = int(os.environ.get('FUZZ', 500))     # a soak: FUZZ=10000
@@ -36,7 +36,7 @@ def made(tmp_path_factory):
                            metadata='cell_type', emb_dim=16, pretrained=None)
     learn.history = pd.DataFrame(dict(stage=['a', 'a'], epoch=[0, 1], valid_loss=[2., 1.], accuracy=[.25, .5]))
     emb = learn.embed(learn.dls.train.items, tta=1, progress=False)
-    index = SirnaIndex(emb_features(emb), emb_metadata(emb))
+    index = EmbeddingIndex(emb)
     save_screen_model(learn, d/'model', index, seed=3, licence='Mine.', note=dict(path=d, nan=np.float32('nan'), n=np.int64(3)))
     class made: pass
     made.dir, made.table, made.source, made.learn, made.index, made.folder, made.emb = d, table, source, learn, index, d/'model', emb
@@ -115,7 +115,7 @@ def test_the_same_model_comes_back(made):
 def test_saved_again_it_is_the_same_folder(made, tmp_path):
     for n in ('a', 'b'): save_screen_model(made.learn, tmp_path/n, load_screen_model(made.folder).index)
     assert all((tmp_path/'a'/f).read_bytes() == (tmp_path/'b'/f).read_bytes() for f in ALL)
-    assert (tmp_path/'a/index.faiss').read_bytes() == (made.folder/'index.faiss').read_bytes()
+    assert all((tmp_path/'a'/f).read_bytes() == (made.folder/f).read_bytes() for f in INDEX_FILES)
 
 def test_loading_draws_no_random_number(made):
     torch.manual_seed(0); np.random.seed(0); random.seed(0)
@@ -246,7 +246,7 @@ def test_a_pickle_of_another_name(hostile, name, how):
         with open(hostile/name, 'wb') as f: np.save(f, np.array([Evil(ran)], dtype=object), allow_pickle=True)
     refused(hostile)
     seal(hostile)
-    if name in ('history.csv', 'index.parquet'): load_screen_model(hostile)          # for people: compared and not read
+    if name == 'history.csv': load_screen_model(hostile)          # for people: compared and not read
     else: refused(hostile)
     assert not ran.exists()
 
@@ -267,7 +267,7 @@ def test_architectures(hostile, arch):
     ('model', []), ('model', None), ('spec', 'x'), ('spec__labels', ['a']*8), ('spec__labels', list('abcdefg')), ('spec__labels', [1]*8), ('spec__labels', {}),
     ('spec__channels', ['a']*6), ('spec__channels', ['\x1b]0;evil\x07', *'bcdef']), ('spec__vocabs', {'cell_type': []}), ('spec__vocabs', {'cell_type': ['HUVEC']}), ('spec__sites', 10**6),
     ('spec__size', 10**9), ('spec__norm', '__import__'), ('spec__norm', 'global'), ('spec__bits', 7), ('spec__bits', 10**18), ('spec__clahe', 'yes'), ('spec__evil', 1), ('spec__target', ''),
-    ('format', 4), ('format', 1), ('format', '2'), ('format', None), ('format', True), ('format', 10**18), ('versions', {'torch': '\x1b[2J'}), ('versions', []), ('held_out', 'x'), ('fingerprint', 'x'),
+    ('format', F.FORMAT + 1), ('format', 1), ('format', '2'), ('format', None), ('format', True), ('format', 10**18), ('versions', {'torch': '\x1b[2J'}), ('versions', []), ('held_out', 'x'), ('fingerprint', 'x'),
     ('fingerprint', '0'*64), ('files', {}), ('files', []), ('files__weights.safetensors', None), ('files__weights.safetensors', {'size': 10**18, 'sha256': '0'*64}),
     ('files', {'a': {'size': -1, 'sha256': '0'*64}}), ('spec__size', 2**14), ('pseudo_experiments', 'x'), ('pseudo_experiments', [3]), ('data', None), ('data', {}), ('data', []),
     ('data__channels', {'nucleus': {}}), ('data__channels', {}), ('data__channels', {c: dict(mean=.1, std=.1) for c in 'abcdef'}), ('data__sites', {'a': 'x'}), ('data__sites', []),
@@ -354,13 +354,14 @@ def test_sparse_files(hostile, name, size):
 def test_sparse_vectors_of_the_right_size(hostile):
     "Rows and dimensions, header and sizes agree: the first rows of zeros are the end of it"
     n, d = 2**28, 512
-    from rcic_fastai.embed.index import _head
-    with open(hostile/'index.faiss', 'wb') as f: f.write(_head(n, d)); f.truncate(45 + 4*n*d)
+    header = json.dumps(dict(features=dict(dtype='F32', shape=[n, d], data_offsets=[0, 4*n*d]))).encode()
+    size = 8 + len(header) + 4*n*d
+    with open(hostile/'index.safetensors', 'wb') as f: f.write(len(header).to_bytes(8, 'little') + header); f.truncate(size)
     i = json.loads((hostile/'index.json').read_text())
-    i.update(rows=n, dim=d); i['files']['index.faiss']['size'] = 45 + 4*n*d
+    i.update(rows=n, dim=d); i['files']['index.safetensors']['size'] = size
     (hostile/'index.json').write_text(json.dumps({**i, 'sha256': json_hash(i)}))
     c = json.loads((hostile/'config.json').read_text())
-    c['files'].update({'index.json': file_facts(hostile/'index.json'), 'index.faiss': i['files']['index.faiss']})
+    c['files'].update({'index.json': file_facts(hostile/'index.json'), 'index.safetensors': i['files']['index.safetensors']})
     (hostile/'config.json').write_text(json.dumps({**c, 'sha256': json_hash(c)}))
     refused(hostile, 'not of length 1|memory')
 
@@ -401,30 +402,30 @@ def test_safetensors_header(hostile, how):
     refused(hostile, 'weights.safetensors')
 
 @pytest.mark.parametrize('entries, says', [
-    (dict(dim=8), 'index.faiss'), (dict(rows=10**12), 'index.json'), (dict(rows=3), 'index.faiss'), (dict(dim=10**9), 'index.json'), (dict(kind='os.system'), 'index.json'), (dict(target='nothing'), 'index.json'),
+    (dict(dim=8), 'index.safetensors'), (dict(rows=10**12), 'index.json'), (dict(rows=3), 'index.safetensors'), (dict(dim=10**9), 'index.json'), (dict(kind='os.system'), 'index.json'), (dict(target='nothing'), 'index.json'),
     (dict(model='0'*64), 'another model'), (dict(model=None), 'which is not named'), (dict(model='\x1b'), 'index.json'), (dict(columns=[]), 'index.json'), (dict(columns=['sirna']), 'index.rows.json'), (dict(columns=[['sirna']]), 'index.json'),
-    (dict(format=9), 'newer'), (dict(format=1), 'index.json'), (dict(files={'/etc/passwd': {'size': 1, 'sha256': '0'*64}}), 'index.json')])
+    (dict(format=9), 'newer'), (dict(format=1), 'rcic_fastai==0.1.0'), (dict(files={'/etc/passwd': {'size': 1, 'sha256': '0'*64}}), 'index.json')])
 def test_index_entries(hostile, entries, says):
     change(hostile, 'index.json', **entries)
     refused(hostile, says)
 
 @pytest.mark.parametrize('dim', [8, 17])
 def test_index_of_another_dimension(made, hostile, dim):
-    SirnaIndex(np.random.default_rng(0).normal(size=(len(made.index), dim)), made.index.labels).save(hostile, made.learn and load_screen_model(made.folder).fingerprint)
+    EmbeddingIndex(make_emb_table(made.index.labels, np.random.default_rng(0).normal(size=(len(made.index), dim)))).save(hostile, made.learn and load_screen_model(made.folder).fingerprint)
     seal(hostile)
     refused(hostile, f'rows of {dim} numbers and the model embeds into 16')
 
 def test_index_of_another_model(made, hostile):
-    other = SirnaIndex(made.index.features, made.index.labels, model='a'*64)
+    other = EmbeddingIndex(made.index.table(), model='a'*64)
     other.save(hostile); seal(hostile)
     refused(hostile, r'another model \(aaaaaaaa\)')
     with pytest.raises(ScreenError, match='another model'): save_screen_model(made.learn, hostile.parent/'x', other)
 
 @pytest.mark.parametrize('sirna', [
-    None, [], 'x', {}, dict(kind='text'), dict(kind='object', values=['a']*16), dict(kind='text', names='ab', codes=[0]*16), dict(kind='text', names=[1], codes=[0]*16),
-    dict(kind='text', names=[['a']], codes=[0]*16), dict(kind='text', names=['a'], codes=[1]*16), dict(kind='text', names=['a'], codes=[-2]*16), dict(kind='text', names=['a'], codes=[0]*15),
-    dict(kind='text', names=['a'], codes=[0.]*16), dict(kind='text', names=['a'], codes=[True]*16), dict(kind='text', names=['a'], codes=[[0]]*16), dict(kind='text', names=['a'], codes=[10**19]*16),
-    dict(kind='text', names=['a'], codes=[-1]*16), dict(kind='text', names=['a'], codes={}), dict(kind='int64', values=['os.system']*16), dict(kind='int64', values=[None]*16),
+    None, [], 'x', {}, dict(kind='text'), dict(kind='object', values=['a']*16), dict(kind='text', names='ab', values=[0]*16), dict(kind='text', names=[1], values=[0]*16),
+    dict(kind='text', names=[['a']], values=[0]*16), dict(kind='text', names=['a'], values=[1]*16), dict(kind='text', names=['a'], values=[-2]*16), dict(kind='text', names=['a'], values=[0]*15),
+    dict(kind='text', names=['a'], values=[0.]*16), dict(kind='text', names=['a'], values=[True]*16), dict(kind='text', names=['a'], values=[[0]]*16), dict(kind='text', names=['a'], values=[10**19]*16),
+    dict(kind='text', names=['a'], values=[-1]*16), dict(kind='text', names=['a'], values={}), dict(kind='int64', values=['os.system']*16), dict(kind='int64', values=[None]*16),
     dict(kind='int8', values=[1000]*16), dict(kind='Int64', values=[[1]]*16), dict(kind='float64', values=['x']*16), dict(kind='float64', values=[{}]*16), dict(kind='datetime64[ns]', values=[0]*16),
     dict(kind=['text'], values=[0]*16), dict(kind={}, values=[0]*16)])
 def test_rows(hostile, sirna):
@@ -433,13 +434,44 @@ def test_rows(hostile, sirna):
     seal(hostile)
     refused(hostile, 'index.rows.json|no sirna')
 
-def test_parquet_is_for_people(hostile, made):
-    "It is checked and not opened: a damaged one could end the process inside pyarrow"
-    assert pd.read_parquet(hostile/'index.parquet').sirna.tolist() == made.index.labels.sirna.tolist()
-    (hostile/'index.parquet').write_bytes(b'PAR1 is what it begins with')
-    refused(hostile, 'index.parquet is not the file')
+@pytest.mark.parametrize('tensors', [
+    {}, dict(evil=[16, 16]), dict(features=[16, 15]), dict(features=[15, 16]), dict(features=[256]), dict(features=[16, 16], evil=[1]), dict(features=[16, 16, 1])])
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'int32'])
+def test_vectors_of_another_shape(hostile, tensors, dtype):
+    from safetensors.numpy import save_file as save_numpy
+    if dtype == 'float32' and not tensors: tensors = dict(features=[16, 17])
+    rows = lambda shape: np.ones(shape, dtype)
+    save_numpy({k: rows(shape) for k, shape in tensors.items()}, hostile/'index.safetensors')
     seal(hostile)
-    assert same(answer(load_screen_model(hostile)), made.answer)
+    refused(hostile, 'index.safetensors')
+
+def vectors_header(d, text=None, n=None, **entries):
+    "The vectors with another header, in a file of the size that is claimed"
+    b = (d/'index.safetensors').read_bytes()
+    size = int.from_bytes(b[:8], 'little')
+    h = {**json.loads(b[8:8+size]), **entries}
+    h = json.dumps({k: v for k, v in h.items() if v is not None}).encode() if text is None else text
+    (d/'index.safetensors').write_bytes((len(h) if n is None else n).to_bytes(8, 'little') + h + b[8+size:])
+    seal(d)
+
+ROWS = dict(dtype='F32', shape=[16, 16], data_offsets=[0, 1024])
+@pytest.mark.parametrize('how', [
+    dict(n=2**63), dict(n=2**64-1), dict(n=0), dict(n=10), dict(text=b'{}'), dict(text=b'['*500), dict(text=b'{"a": ' + b'9'*500 + b'}'), dict(text=b'\xff'*100), dict(text=b'[]'),
+    dict(features=None), dict(features=dict(ROWS, dtype='F64')), dict(features=dict(ROWS, dtype='I32')), dict(features=dict(ROWS, shape=[8, 16])), dict(features=dict(ROWS, shape=[2**62, 16])),
+    dict(features=dict(ROWS, shape=[-16, -16])), dict(features=dict(ROWS, data_offsets=[4, 1028])), dict(features=dict(ROWS, data_offsets=[0, 10**18])), dict(features=dict(ROWS, data_offsets='x')),
+    dict(features=[]), dict(features=dict(dtype='F32', shape=[16, 16])), dict(evil=dict(dtype='F32', shape=[1], data_offsets=[0, 4])), dict(evil=dict(dtype='F32', shape=[0], data_offsets=[1024, 1024]), features=None)])
+def test_vectors_header(hostile, how):
+    vectors_header(hostile, **how)
+    refused(hostile, 'index.safetensors')
+
+@pytest.mark.parametrize('form', [1, 2, 3])
+def test_folders_of_before(hostile, form):
+    "Which version opens them is said, whatever else is in the folder"
+    (hostile/'index.safetensors').rename(hostile/'index.faiss')
+    c = json.loads((hostile/'config.json').read_text())
+    for config in ({**c, 'format': form}, dict(format=form, model={}, spec={})):
+        (hostile/'config.json').write_text(json.dumps(config))
+        refused(hostile, rf"written by rcic_fastai 0.1 \(format {form}\): open it with that version, pip install 'rcic_fastai==0.1.0'")
 
 # hostile, by the hundred
 

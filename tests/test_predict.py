@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from rcic_fastai.predict import predict
 from rcic_fastai.core import ScreenError
-from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.predict.predict import predict_tables, predict_wells, read_predictions, write_predictions
 from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
 
@@ -14,11 +14,11 @@ TREATED = (TOY.Metadata_well_type == 'treatment').to_numpy()
 IS_TRAIN = (TOY.Metadata_dataset == 'train').to_numpy()
 TRAIN, TEST, ALL_TEST = TOY[IS_TRAIN & TREATED], TOY[~IS_TRAIN & TREATED], TOY[~IS_TRAIN]
 UNKNOWN = TEST.assign(Metadata_plate_group=pd.array([pd.NA]*len(TEST), dtype='Int64'))
-INDEX = SirnaIndex(emb_features(TRAIN), emb_metadata(TRAIN))
+INDEX = EmbeddingIndex(TRAIN)
 TRUTH = emb_metadata(TEST).drop_duplicates('well_id').set_index('well_id')
 PROTOCOLS = ['inductive', 'adapted', 'transductive']
 
-def index_of(target, rows=TRAIN): return SirnaIndex(emb_features(rows), emb_metadata(rows), target=target)
+def index_of(target, rows=TRAIN): return EmbeddingIndex(rows, target=target)
 
 def same(a, b, **kw): pd.testing.assert_frame_equal(a.reset_index(drop=True), b.reset_index(drop=True), rtol=0, atol=1e-5, **kw)
 
@@ -36,6 +36,107 @@ def test_inductive_is_the_loop():
         found = np.concatenate([names[np.argsort(-row)[:3]] for row in mine])
         assert p.votes == pytest.approx((found == first).mean())
     assert len(near) == 3*len(TEST) and (near.groupby('query')['rank'].max() == 3).all()
+
+# ---- against products and loops
+
+def unit(x): return x/np.linalg.norm(x, axis=-1, keepdims=True)
+
+class Products:
+    "An index that answers from all products, in float64, query by query and class by class"
+    kind, target, model = 'exact', 'sirna', None
+    def __init__(self, emb):
+        self.labels, self.x = emb_metadata(emb), unit(emb_features(emb).astype(float))
+        self.y, self.classes = self.labels.sirna.to_numpy(), sorted(self.labels.sirna.unique())
+    def allowed(self, cell): return np.ones(len(self.y), bool) if cell is None else (self.labels.cell_type == cell).to_numpy()
+    def search(self, q, k, cell_type=None):
+        found = []
+        for i, v in enumerate(unit(q.astype(float))):
+            s = np.where(self.allowed(None if cell_type is None else cell_type[i]), self.x @ v, -np.inf)
+            rows = np.argsort(-s, kind='stable')[:k]
+            found.append((s[rows], rows))
+        return tuple(map(np.array, zip(*found)))
+    def score(self, v, mine, vote, k):
+        if vote == 'prototype': return unit(self.x[mine].mean(0)) @ v
+        return np.sort(self.x[mine] @ v)[::-1][:1 if vote == 'nearest' else k].mean()
+    def class_scores(self, q, vote, k, classes=None, cell_type=None, top=None):
+        out = np.full((len(q), len(self.classes)), -np.inf)
+        for i, v in enumerate(unit(q.astype(float))):
+            allowed = self.allowed(None if cell_type is None else cell_type[i])
+            for c, name in enumerate(self.classes):
+                mine = allowed & (self.y == name)
+                if mine.any() and (classes is None or classes[c]): out[i, c] = self.score(v, mine, vote, k)
+        return out.astype(np.float32)
+
+SMALL = toy_profiles(['HUVEC-01', 'RPE-01', 'RPE-02'], ['HUVEC-17'], n_sirnas=8, dim=24, signal=.8, plates=2, seed=2)
+SMALL_TRAIN, SMALL_TEST = (SMALL[SMALL.Metadata_dataset == d].reset_index(drop=True) for d in ('train', 'test'))
+
+def cases(controls):
+    "Queries and index rows; plate groups given and to be inferred"
+    train, test = (t if controls else t[t.Metadata_well_type == 'treatment'] for t in (SMALL_TRAIN, SMALL_TEST))
+    for queries in (test, test.assign(Metadata_plate_group=pd.array([pd.NA]*len(test), dtype='Int64'))): yield queries, train
+
+@pytest.mark.parametrize('vote', ['nearest', 'mean', 'prototype'])
+@pytest.mark.parametrize('merge', ['best', 'mean'])
+@pytest.mark.parametrize('controls', [False, True])
+def test_answers_are_those_of_all_products(vote, merge, controls):
+    for queries, train in cases(controls):
+        index, reference = EmbeddingIndex(train), Products(train)
+        for protocol in ('inductive', 'transductive'):
+            for cell in (False, True):
+                got, want = (predict_wells(queries, i, protocol, vote, merge, 3, cell) for i in (index, reference))
+                pd.testing.assert_frame_equal(got[0], want[0], rtol=1e-5, atol=1e-6)
+                pd.testing.assert_frame_equal(got[1], want[1], rtol=0, atol=1e-6, check_dtype=False)
+
+@pytest.mark.parametrize('vote', ['nearest', 'mean', 'prototype'])
+@pytest.mark.parametrize('merge', ['best', 'mean'])
+def test_ties_are_those_of_all_products(vote, merge):
+    "Every siRNA has a twin with the same pictures: which of two twins is named first is decided by their names"
+    for queries, train in cases(controls=True):
+        is_treated = train.Metadata_well_type == 'treatment'
+        train = pd.concat([train, train.assign(Metadata_sirna=np.where(is_treated, 'A_' + train.Metadata_sirna, train.Metadata_sirna))[is_treated]])
+        index, reference = EmbeddingIndex(train), Products(train)
+        for cell in (False, True):
+            (got, _), (want, _) = (predict_wells(queries, i, 'inductive', vote, merge, 3, cell) for i in (index, reference))
+            treated = (got.well_type == 'treatment').to_numpy()
+            assert got.sirna[treated].str.startswith('A_').all() and (got.margin[treated].abs() < 1e-6).all()
+            assert got[['id_code', 'sirna', 'runner_up']].equals(want[['id_code', 'sirna', 'runner_up']])
+            np.testing.assert_allclose(got[['score', 'margin']], want[['score', 'margin']], atol=1e-6)
+            pairs = [[f.str.removeprefix('A_').tolist() for f in (p.top_1, p.top_2)] for p in (got, want)]
+            assert pairs[0] == pairs[1] and got.top_1.equals(got.sirna)
+
+class OwnSearch(Products):
+    "Answers from what an approximate index finds, by loops"
+    kind = 'ivf'
+    def __init__(self, index):
+        self.index, self.labels, self.classes, self.y = index, index.labels, index.classes, index.labels.sirna.to_numpy()
+        self.search, self.x = index.search, index.features.astype(float)
+    def class_scores(self, q, vote, k, classes=None, cell_type=None, top=None):
+        out = np.full((len(q), len(self.classes)), -np.inf)
+        for i, v in enumerate(self.index._queries(q)):
+            allowed = self.index.allowed(classes, cell_type=None if cell_type is None else cell_type[i])
+            present = np.unique(self.index.codes[allowed])
+            for depth in (64, 256, 1024) if top and vote == 'nearest' else (1024,):
+                cos, rows = (o[0] for o in self.index._search_rows(v[None], min(depth, len(allowed)), allowed))
+                for c in present:
+                    mine, n = cos[self.index.codes[rows] == c][:1 if vote == 'nearest' else k], (self.index.codes[allowed] == c).sum()
+                    n = min(1 if vote == 'nearest' else k, n)
+                    out[i, c] = (mine.sum() + (n - len(mine))*cos[-1])/n
+                if (out[i, present] > out[i, present].min() + 1e-6).sum() >= min(top or 0, len(present)): break
+        return out.astype(np.float32)
+
+CROWD = toy_profiles([f'{c}-{i:02}' for c in ('HUVEC', 'RPE') for i in range(1, 6)], ['HUVEC-31', 'RPE-31'], n_sirnas=188, signal=.5, noise=1.5, plates=2, seed=5)
+
+@pytest.mark.parametrize('kind', ['ivf', 'hnsw'])
+def test_answers_of_an_approximate_index_are_those_of_its_search(kind):
+    train, test = (CROWD[CROWD.Metadata_dataset == d] for d in ('train', 'test'))
+    index, some = EmbeddingIndex(train, kind=kind), test.groupby('Metadata_plate').head(20)
+    for protocol, vote, merge, cell in (('inductive', 'nearest', 'best', False), ('inductive', 'nearest', 'best', True), ('inductive', 'mean', 'mean', False),
+                                        ('transductive', 'nearest', 'best', False), ('transductive', 'mean', 'best', True)):
+        (got, _), (want, _) = (predict_wells(some, i, protocol, vote, merge, 3, cell) for i in (index, OwnSearch(index)))
+        pd.testing.assert_frame_equal(got, want, rtol=1e-5, atol=1e-6)
+    test = test.groupby('Metadata_plate').head(100)
+    got, exact = (predict_wells(test, i)[0].sirna for i in (index, EmbeddingIndex(train)))
+    assert .5 < (got == exact).mean() < 1
 
 def test_transductive_is_one_sirna_a_plate_from_the_right_group():
     pred, _ = predict_wells(UNKNOWN, INDEX, 'transductive')
@@ -263,7 +364,7 @@ def test_bad_input(make, says):
 def test_the_index_of_another_model_is_refused():
     emb = toy_profiles(n_sirnas=8, seed=3)
     known = (emb.Metadata_dataset == 'train').to_numpy() & (emb.Metadata_well_type == 'treatment').to_numpy()
-    index = SirnaIndex(emb[known], emb_metadata(emb[known]), model='a'*64)
+    index = EmbeddingIndex(emb[known], model='a'*64)
     queries = emb[(emb.Metadata_dataset == 'test').to_numpy()].reset_index(drop=True)
     for made, fine in ((None, True), ('a'*64, True), ('b'*64, False)):
         if made: queries.attrs['model'] = made
@@ -274,7 +375,7 @@ def test_the_index_of_another_model_is_refused():
 def test_what_is_no_table_is_refused():
     emb = toy_profiles(n_sirnas=8, seed=3)
     known = (emb.Metadata_dataset == 'train').to_numpy() & (emb.Metadata_well_type == 'treatment').to_numpy()
-    index = SirnaIndex(emb[known], emb_metadata(emb[known]))
+    index = EmbeddingIndex(emb[known])
     with pytest.raises(ScreenError, match='ndarray is not an embeddings table'): predict_wells(emb_features(emb), index)
 
 def test_experiments_that_the_index_holds_are_said():

@@ -5,16 +5,15 @@ import numpy as np, pandas as pd, pytest
 from fastai.vision.all import Callback
 from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.batch.data import screen_dls, spec_dl
-from rcic_fastai.embed.embed import embed_parts, embed_rows, highest_protocol, model_fingerprint, row_protocols, weights_fingerprint
+from rcic_fastai.embed.embed import embed_parts, embed_rows, highest_protocol, model_fingerprint, row_protocols
 from rcic_fastai.folder import load_screen_model, save_screen_model
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
-from rcic_fastai.core import file_facts, json_hash
-from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.predict.predict import PROTOCOLS, predict_wells
-from rcic_fastai.embed.table import emb_features, emb_metadata
+from rcic_fastai.embed.table import emb_features
 from rcic_fastai.predict.pseudo import *
 from rcic_fastai.train.recipes import Recipe, Stage
 from rcic_fastai.screen.simulate.layout import simulate_screen
@@ -47,7 +46,7 @@ def protocols(emb):
 
 def index_of(learn):
     emb = learn.embed(learn.dls.train.items, **HOW)
-    return SirnaIndex(emb_features(emb), emb_metadata(emb))
+    return EmbeddingIndex(emb)
 
 def refused(emb, index, protocol='inductive', needs='transductive'):
     with pytest.raises(ScreenError, match=f'ask for protocol {needs}'): predict_wells(emb, index, protocol)
@@ -90,20 +89,6 @@ def test_a_round_that_was_interrupted_counts(screen):
     learn = learner(dls_of(screen))
     with pytest.raises(KeyboardInterrupt): quiet(learn, lambda: learn.fit_pseudo(rounds=1, first=1., last=1., recipe=ONE, cbs=Stop(), progress=False))
     assert learn.protocol == 'transductive' and learn.model.pseudo_experiments == ('HUVEC-17', 'HUVEC-18')
-
-def test_folders_of_before_are_read(screen, tmp_path):
-    learn = learner(dls_of(screen))
-    emb = learn.embed(learn.dls.train.items, **HOW)
-    folder = save_screen_model(learn, tmp_path/'m', SirnaIndex(emb_features(emb), emb_metadata(emb)))
-    old, files = weights_fingerprint(learn.model), {}
-    for f in ('index.json', 'config.json'):
-        o = json.loads((folder/f).read_text())
-        if f == 'index.json': o['model'] = old
-        else: o |= dict(format=2, fingerprint=old); o['files']['index.json'] = files['index.json']; del o['pseudo_experiments']
-        (folder/f).write_text(json.dumps({**o, 'sha256': json_hash(o)}))
-        files[f] = file_facts(folder/f)
-    m = load_screen_model(folder)
-    assert m.fingerprint == old == m.index.model and m.model.pseudo_experiments == ()
 
 # ---- loaders and rows
 

@@ -9,7 +9,7 @@ from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
-from rcic_fastai.embed.index import SirnaIndex, merge_wells
+from rcic_fastai.embed.index import EmbeddingIndex, merge_wells
 from rcic_fastai.embed.table import *
 from rcic_fastai.predict.pseudo import *
 from rcic_fastai.predict.pseudo import _class_groups, _well_groups
@@ -105,7 +105,7 @@ def toy(signal=1.5, **kw):
     emb = toy_profiles(n_sirnas=24, signal=signal, seed=2, **kw)
     m = emb_metadata(emb)
     treated, train = (m.well_type == 'treatment').to_numpy(), (m.dataset == 'train').to_numpy()
-    index = SirnaIndex(emb_features(emb[treated & train]), m[treated & train])
+    index = EmbeddingIndex(emb[treated & train])
     scores, ids = merge_wells(index.class_scores(emb_features(emb[treated & ~train])), m.well_id[treated & ~train])
     return m, m.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index(), scores, index.classes
 

@@ -5,7 +5,8 @@ from rcic_fastai.screen.images import PngTree, only_present
 from rcic_fastai.batch.data import ScreenSpec, META_COLUMNS, meta_vocab, spec_dl
 from rcic_fastai.model.model import create_screen_model
 from rcic_fastai.embed.embed import embed_dl
-from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.embed.index import EmbeddingIndex
+from rcic_fastai.embed.table import make_emb_table
 
 REAL = real_data()
 real = pytest.mark.skipif(REAL is None or not (REAL/'images').is_dir(), reason='real RxRx1 images are not on this machine (set RCIC_REAL)')
@@ -24,7 +25,7 @@ def features_of_real_sites(root, size=320):
 def nearest_outside_plate(meta, x):
     "One row a site: its nearest neighbour that is not on its own plate"
     meta = meta.reset_index(drop=True)
-    index = SirnaIndex(x, meta, target='cell_type')
+    index = EmbeddingIndex(make_emb_table(meta, x), target='cell_type')
     cos, rows = index.search(x, k=len(x))
     plate = (meta.experiment + '_' + meta.plate.astype(str)).to_numpy()
     first = (plate[rows] != plate[:, None]).argmax(1)
@@ -42,6 +43,6 @@ def test_nearest_neighbour_has_the_right_cell_type():
 def test_hepg2_08_finds_hepg2_01_across_batches():
     meta, x = features_of_real_sites(REAL)
     new = (meta.experiment == 'HEPG2-08').to_numpy()
-    index = SirnaIndex(x[~new], meta[~new], target='experiment')
+    index = EmbeddingIndex(make_emb_table(meta[~new], x[~new]), target='experiment')
     _, rows = index.search(x[new], k=1)
     assert index.labels.experiment.to_numpy()[rows[:, 0]].tolist() == ['HEPG2-01']*2

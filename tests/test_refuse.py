@@ -5,7 +5,7 @@ from rcic_fastai import cli
 from rcic_fastai.folder import load_screen_model
 from rcic_fastai.screen.images import ImageSource, PngTree
 from rcic_fastai.screen.tables import read_metadata
-from rcic_fastai.embed.index import SirnaIndex
+from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.screen.pack import PackedScreen, pack_screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
 
@@ -112,9 +112,9 @@ def test_a_store_that_was_changed_is_refused(made, capsys, tmp_path):
 
 def test_the_index_of_another_model_is_refused(made, capsys, tmp_path):
     assert cli.rcic_train(f'{made.dir}/screen {tmp_path}/m --recipe {made.dir}/tiny.json --valid none --pretrained no --tta 1 --seed 7'.split()) == 0
-    for f in ('index.json', 'index.faiss', 'index.rows.json', 'index.parquet'): shutil.copy(made.dir/'model'/f, tmp_path/'m'/f)
+    for f in ('index.json', 'index.safetensors', 'index.rows.json'): shutil.copy(made.dir/'model'/f, tmp_path/'m'/f)
     capsys.readouterr()
     refused(made, capsys, tmp_path, made.dir/'screen', 'index.* is not the file that was saved|built by another model', model=str(tmp_path/'m'))
     mine = load_screen_model(made.dir/'model')
-    with pytest.raises(ValueError, match='built by another model'): SirnaIndex.load(made.dir/'model', 'f'*64)
+    with pytest.raises(ValueError, match='built by another model'): EmbeddingIndex.load(made.dir/'model', 'f'*64)
     with pytest.raises(ValueError, match='built by another model'): mine.index.check_model('f'*64)

@@ -17,7 +17,7 @@ from fastcore.all import patch
 from ..core import *
 from ..screen.tables import *
 from .table import *
-from .index import SirnaIndex
+from .index import EmbeddingIndex
 
 # %% ../../nbs/43_embed.correct.ipynb #88e9c88d
 CONTROLS = dict(negative=('negative_control',), positive=('positive_control',),
@@ -389,20 +389,20 @@ def correct(
 
 # %% ../../nbs/43_embed.correct.ipynb #ef7e72bc
 def corrected_index(
-    index:SirnaIndex, # Over embeddings of whole training experiments (with their control wells, for the methods that need them), not corrected yet
+    index:EmbeddingIndex, # Over embeddings of whole training experiments (with their control wells, for the methods that need them), not corrected yet
     method:str, # centre, standardise, sphere or tvn
     **options # by, controls, …: the fields of the method's class in `CORRECTIONS`; standardise: wells='treatment'
-)->tuple: # (`SirnaIndex` of the corrected embeddings; function: embeddings table of whole batches → the same, corrected)
+)->tuple: # (`EmbeddingIndex` of the corrected embeddings; function: embeddings table of whole batches → the same, corrected)
     "The index without its batch effects, and what takes them out of the embeddings to name"
-    if not isinstance(index, SirnaIndex): raise ScreenError(f'A {type(index).__name__} is not a SirnaIndex: make one of the training embeddings.')
+    if not isinstance(index, EmbeddingIndex): raise ScreenError(f'A {type(index).__name__} is not a EmbeddingIndex: make one of the training embeddings.')
     if method == 'standardise' and 'well_type' in index.labels: options.setdefault('wells', 'treatment')
     fix = _correction(method, options)
     if method == 'harmony': fix.fit(None)                            # says why not
     if 'correction' in index.labels and index.labels.correction.notna().any():
         raise ScreenError(f'The index was corrected before, by {first_few(index.labels.correction.dropna().unique())}: give the one that it was made of.')
-    emb = fix.fit_transform(make_emb_table(index.labels, index.features))
+    emb = fix.fit_transform(index.table())
     unit = lambda t: make_emb_table(emb_metadata(t), unit_rows(emb_features(t)))
-    return SirnaIndex(emb_features(emb), emb_metadata(emb), index.target, index.kind, index.model), lambda t: fix.transform(unit(t))
+    return EmbeddingIndex(emb, index.target, index.kind, index.model), lambda t: fix.transform(unit(t))
 
 # %% ../../nbs/43_embed.correct.ipynb #ea546485
 @patch

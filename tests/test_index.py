@@ -1,16 +1,16 @@
-"SirnaIndex against plain products and loops; restrictions, approximate kinds, folders, bad input."
-import json, os, random, shutil
-import faiss
+"EmbeddingIndex against plain products and loops; restrictions, approximate kinds, folders, bad input."
+import gc, json, os, random, shutil
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from rcic_fastai.core import ScreenError
 from rcic_fastai.core import check_file, file_facts, is_facts, json_hash, parse_json, plain_file, read_json
-from rcic_fastai.embed.index import INDEX_FILES, SirnaIndex, merge_wells
-from rcic_fastai.embed.table import emb_features, emb_metadata, toy_profiles
+from rcic_fastai.embed import index as index_module
+from rcic_fastai.embed.index import INDEX_FILES, EmbeddingIndex, checked_rows, merge_wells
+from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, toy_profiles
 
 TOY = toy_profiles(n_sirnas=24, dim=16)
 TRAIN, TEST = (TOY[TOY.Metadata_dataset == d] for d in ('train', 'test'))
-INDEX, Q, META = SirnaIndex(emb_features(TRAIN), emb_metadata(TRAIN)), emb_features(TEST), emb_metadata(TEST)
+INDEX, Q, META = EmbeddingIndex(TRAIN), emb_features(TEST), emb_metadata(TEST)
 LABELS = emb_metadata(TRAIN)
 
 def unit(x): return np.asarray(x, float)/np.linalg.norm(np.asarray(x, float), axis=1, keepdims=True)
@@ -23,7 +23,7 @@ def numbers(seed, n=60, d=6, classes=5):
 @given(st.integers(0, 2**31), st.integers(1, 60))
 def test_search_is_the_product(seed, k):
     x, labels, q = numbers(seed)
-    cos, rows = SirnaIndex(x, labels).search(q, k)
+    cos, rows = EmbeddingIndex(make_emb_table(labels, x)).search(q, k)
     product = unit(q) @ unit(x).T
     np.testing.assert_allclose(cos, -np.sort(-product, 1)[:, :k], atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(product, rows, 1), cos, atol=1e-5)
@@ -34,13 +34,13 @@ def test_search_is_the_product(seed, k):
 def test_length_of_a_vector_does_not_matter(seed):
     x, labels, q = numbers(seed)
     scale = np.random.default_rng(seed).uniform(1e-3, 1e3, (len(x), 1))
-    np.testing.assert_allclose(SirnaIndex(x, labels).class_scores(q), SirnaIndex(x*scale, labels).class_scores(q*7), atol=1e-5)
+    np.testing.assert_allclose(EmbeddingIndex(make_emb_table(labels, x)).class_scores(q), EmbeddingIndex(make_emb_table(labels, x*scale)).class_scores(q*7), atol=1e-5)
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from(['nearest', 'mean', 'prototype']), st.integers(1, 20))
 def test_class_scores_are_the_loop(seed, vote, k):
     x, labels, q = numbers(seed)
-    index, product = SirnaIndex(x, labels), unit(q) @ unit(x).T
+    index, product = EmbeddingIndex(make_emb_table(labels, x)), unit(q) @ unit(x).T
     for c, name in enumerate(index.classes):
         mine = (labels.sirna == name).to_numpy()
         if vote == 'prototype': want = unit(q) @ unit(unit(x)[mine].mean(0)[None])[0]
@@ -51,7 +51,7 @@ def test_class_scores_are_the_loop(seed, vote, k):
 @given(st.integers(0, 2**31))
 def test_order_of_index_rows_does_not_matter(seed):
     order = np.random.default_rng(seed).permutation(len(LABELS))
-    other = SirnaIndex(emb_features(TRAIN)[order], LABELS.iloc[order])
+    other = EmbeddingIndex(TRAIN.iloc[order])
     for vote in ('nearest', 'mean', 'prototype'): np.testing.assert_allclose(INDEX.class_scores(Q[:20], vote), other.class_scores(Q[:20], vote), atol=1e-5)
     np.testing.assert_array_equal(INDEX.labels.site_id.to_numpy()[INDEX.search(Q[:20], 3)[1]], other.labels.site_id.to_numpy()[other.search(Q[:20], 3)[1]])
 
@@ -76,19 +76,122 @@ GROUP = np.array([None if i % 4 == 0 else i % 4 for i in range(len(Q))], dtype=o
 @pytest.mark.parametrize('kind', ['exact', 'ivf', 'hnsw'])
 @pytest.mark.parametrize('cell, group', [(CELL, None), (SOME, None), (None, GROUP), (SOME, GROUP), (CELL, META.plate_group)])
 def test_restrictions(kind, cell, group):
-    index = INDEX if kind == 'exact' else SirnaIndex(emb_features(TRAIN), LABELS, kind=kind)
+    index = INDEX if kind == 'exact' else EmbeddingIndex(TRAIN, kind=kind)
     allowed = masks(cell, None if group is None else list(group))
     product = np.where(allowed, unit(Q) @ unit(emb_features(TRAIN)).T, -np.inf)
     cos, rows = index.search(Q, 4, cell_type=cell, plate_group=group)
-    assert (rows >= 0).all() and np.take_along_axis(allowed, rows, 1).all()
+    assert rows.shape == (len(Q), 4) and (rows >= 0).all() and np.take_along_axis(allowed, rows, 1).all()
     if kind == 'exact': np.testing.assert_allclose(cos, -np.sort(-product, 1)[:, :4], atol=1e-5)
     s = index.class_scores(Q, cell_type=cell, plate_group=group)
     for c, name in enumerate(index.classes):
         np.testing.assert_allclose(s[:, c], product[:, (LABELS.sirna == name).to_numpy()].max(1), atol=1e-5)
 
+# the approximate kinds: other answers, and those of their own search
+
+HARD = toy_profiles(train=[f'HUVEC-{i:02}' for i in range(1, 9)], test=['HUVEC-31'], n_sirnas=188, signal=.6, noise=1.5, seed=4)
+ASKED = emb_features(HARD[HARD.Metadata_dataset == 'test'])[::3]
+KEPT = {}
+
+def hard(kind):
+    if kind not in KEPT: KEPT[kind] = EmbeddingIndex(HARD[HARD.Metadata_dataset == 'train'], kind=kind)
+    return KEPT[kind]
+
+def voted(index, cos, rows, k, classes):
+    "Scores of one query from the rows that a search found, by a loop over classes: rows that it did not find are as far as the farthest"
+    out = np.full(len(index.classes), -np.inf)
+    for c in np.flatnonzero(classes):
+        mine, n = cos[index.codes[rows] == c][:k], min(k, (index.codes == c).sum())
+        out[c] = (mine.sum() + (n - len(mine))*cos[-1])/n
+    return out
+
+def wanted(index, q, vote, k, classes, top, depth):
+    "What the searches of an approximate index say, query by query"
+    allowed, k, res = np.flatnonzero(classes[index.codes]), 1 if vote == 'nearest' else k, []
+    for v in index._queries(q):
+        for deep in (depth//16, depth//4, depth) if top else (depth,):
+            cos, rows = (o[0] for o in index._search_rows(v[None], min(deep, len(allowed)), allowed))
+            s = voted(index, cos, rows, k, classes)
+            if not top or deep >= len(allowed) or (s[classes] > s[classes].min() + 1e-6).sum() >= min(top, classes.sum()): break
+        else:
+            s = np.full(len(classes), -np.inf)
+            for c in np.flatnonzero(classes): s[c] = (index.features[index.codes == c] @ v).max()
+        res.append(s)
+    return np.array(res)
+
+@pytest.mark.parametrize('kind', ['ivf', 'hnsw'])
+def test_an_approximate_search_changes_answers(kind):
+    index, exact = hard(kind), hard('exact')
+    s, complete = index.class_scores(ASKED, top=6), exact.class_scores(ASKED)
+    differ = s.argmax(1) != complete.argmax(1)
+    assert 0 < differ.mean() < .3
+    found = (index.search(ASKED, 1)[1] == exact.search(ASKED, 1)[1])[:, 0]
+    assert differ[~found].any() and not differ[found].any()           # wherever the nearest row was found, the answer is its class
+    np.testing.assert_array_equal(s.argmax(1), index.codes[index.search(ASKED, 1)[1][:, 0]])
+    group = HARD[HARD.Metadata_dataset == 'test'].Metadata_plate_group.to_numpy()[::3]
+    within, full = (i.class_scores(ASKED, plate_group=group, depth=20) for i in (index, exact))
+    assert ((within.argmax(1) != full.argmax(1)).any() or kind == 'hnsw') and (np.isfinite(within) == np.isfinite(full)).all()
+
+@pytest.mark.parametrize('kind', ['ivf', 'hnsw'])
+@pytest.mark.parametrize('vote, k, top, depth', [('nearest', 5, 6, 1024), ('nearest', 5, 6, 64), ('nearest', 5, None, 100), ('mean', 3, None, 200), ('mean', 40, 6, 300)])
+@pytest.mark.parametrize('part', [1, 3])
+def test_approximate_scores_are_those_of_their_own_search(kind, vote, k, top, depth, part):
+    index, q = hard(kind), ASKED[:20]
+    classes = np.arange(len(index.classes)) % part == 0
+    want = wanted(index, q, vote, k, classes, top if vote == 'nearest' else None, depth)
+    np.testing.assert_allclose(index.class_scores(q, vote, k, classes, top=top, depth=depth), want, atol=1e-6)
+
+@pytest.mark.parametrize('kind', ['ivf', 'hnsw'])
+def test_few_classes_are_answered_exactly(kind):
+    "Four plates with a thousand rows each: the nearest rows show one of them, and still all four have their own score"
+    index = EmbeddingIndex(HARD[HARD.Metadata_dataset == 'train'], 'plate', kind)
+    np.testing.assert_allclose(index.class_scores(ASKED, top=6), EmbeddingIndex(HARD[HARD.Metadata_dataset == 'train'], 'plate').class_scores(ASKED), atol=1e-5)
+
+@pytest.mark.parametrize('kind', ['exact', 'ivf', 'hnsw'])
+def test_prototypes_are_searched_exactly(kind):
+    np.testing.assert_allclose(hard(kind).class_scores(ASKED, 'prototype'), hard('exact').class_scores(ASKED, 'prototype'), atol=1e-6)
+
+@pytest.mark.parametrize('kind', ['exact', 'ivf', 'hnsw'])
+def test_built_again_it_is_the_same(kind):
+    again = EmbeddingIndex(HARD[HARD.Metadata_dataset == 'train'], kind=kind)
+    for got, want in zip(again.search(ASKED, 9), hard(kind).search(ASKED, 9)): np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(again.class_scores(ASKED, top=6), hard(kind).class_scores(ASKED, top=6))
+
+@pytest.mark.parametrize('kind', ['exact', 'ivf', 'hnsw'])
+def test_pieces_do_not_matter(kind, monkeypatch):
+    "Rows that are read and searched a hundred at a time"
+    monkeypatch.setattr(index_module, 'PIECE', 100)
+    rows = HARD[HARD.Metadata_dataset == 'train'][:1500]
+    small = EmbeddingIndex(rows, kind=kind)
+    np.testing.assert_array_equal(small.features, checked_rows(emb_features(rows)))
+    if kind == 'hnsw': return                                          # a graph that grows in other steps is another graph
+    monkeypatch.undo()
+    whole = EmbeddingIndex(rows, kind=kind)
+    for vote in ('nearest', 'mean', 'prototype'): np.testing.assert_allclose(small.class_scores(ASKED, vote, depth=200), whole.class_scores(ASKED, vote, depth=200), atol=1e-6)
+    np.testing.assert_allclose(small.search(ASKED, 7)[0], whole.search(ASKED, 7)[0], atol=1e-6)
+    monkeypatch.setattr(index_module, 'PIECE', 100)
+    cell = ['HUVEC']*len(ASKED)
+    np.testing.assert_allclose(small.search(ASKED, 300, cell_type=cell)[0], whole.search(ASKED, 300)[0], atol=1e-6)
+    np.testing.assert_allclose(small._nearest(small._queries(ASKED), 300, np.arange(1500))[0], -np.sort(-(small._queries(ASKED) @ small.features.T), 1)[:, :300], atol=1e-6)
+
+def test_vectors_are_kept_once():
+    "The features are FAISS's own memory, outlive the index, and cannot be changed"
+    for kind in ('exact', 'hnsw'):
+        index = EmbeddingIndex(TRAIN, kind=kind)
+        x, copy = index.features, index.features.copy()
+        assert np.shares_memory(x, index.features) and not x.flags.owndata and not x.flags.writeable
+        del index
+        gc.collect()
+        np.testing.assert_array_equal(x, copy)
+
+def test_the_model_is_known_from_the_table():
+    emb = TRAIN.copy()
+    emb.attrs['model'] = 'c'*64
+    assert EmbeddingIndex(emb).model == 'c'*64 and EmbeddingIndex(emb, model='d'*64).model == 'd'*64 and INDEX.model is None
+    assert EmbeddingIndex(emb).table().attrs['model'] == 'c'*64
+
 def test_no_neighbour_is_made_up():
     few = LABELS.assign(cell_type=['rare']*3 + ['other']*(len(LABELS) - 3))
-    cos, rows = SirnaIndex(emb_features(TRAIN), few).search(Q[:9], 5, cell_type=['rare']*9)
+    cos, rows = EmbeddingIndex(make_emb_table(few, emb_features(TRAIN))).search(Q[:9], 5, cell_type=['rare']*9)
     assert (np.sort(rows[:, :3], 1) == [0, 1, 2]).all() and (rows[:, 3:] == -1).all()
     assert not np.isfinite(cos[:, 3:]).any() and np.isfinite(cos[:, :3]).all()
     cos, rows = INDEX.search(Q[:2], len(INDEX) + 7)
@@ -99,11 +202,11 @@ def test_approximate_kinds_are_never_short(kind):
     r = np.random.default_rng(0)
     x = r.normal(size=(3000, 16))
     labels = pd.DataFrame(dict(sirna=np.arange(3000) % 30, cell_type=['common']*2990 + ['rare']*10))
-    _, rows = SirnaIndex(x, labels, kind=kind).search(r.normal(size=(50, 16)), 10, cell_type=['rare']*50)
+    _, rows = EmbeddingIndex(make_emb_table(labels, x), kind=kind).search(r.normal(size=(50, 16)), 10, cell_type=['rare']*50)
     assert (np.sort(rows, 1) == np.arange(2990, 3000)).all()
 
 def test_numeric_targets_and_numeric_groups():
-    index = SirnaIndex(emb_features(TRAIN), LABELS, target='plate')
+    index = EmbeddingIndex(TRAIN, target='plate')
     assert index.classes == ['1', '2', '3', '4']
     assert index.class_scores(Q[:3]).shape == (3, 4)
 
@@ -118,13 +221,13 @@ def test_merge_wells_is_the_loop(seed, how):
 
 @pytest.mark.parametrize('kind', ['exact', 'ivf', 'hnsw'])
 def test_folder(tmp_path, kind):
-    index = SirnaIndex(emb_features(TRAIN), LABELS, kind=kind)
+    index = EmbeddingIndex(TRAIN, kind=kind)
     index.save(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['index.faiss', 'index.json', 'index.parquet', 'index.rows.json']
-    back = SirnaIndex.load(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['index.json', 'index.rows.json', 'index.safetensors']
+    back = EmbeddingIndex.load(tmp_path)
     assert (back.kind, back.target, back.classes, len(back)) == (kind, 'sirna', index.classes, len(index))
     np.testing.assert_array_equal(back.features, index.features)
-    if kind != 'hnsw': np.testing.assert_array_equal(back.search(Q, 4), index.search(Q, 4))      # threads order HNSW's graph
+    np.testing.assert_array_equal(back.search(Q, 4), index.search(Q, 4))
     np.testing.assert_array_equal(back.class_scores(Q), index.class_scores(Q))
     assert back.labels.site_id.tolist() == LABELS.site_id.tolist()
     back.save(tmp_path/'again')
@@ -132,19 +235,23 @@ def test_folder(tmp_path, kind):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 40))
-def test_vectors_are_an_exact_faiss_index(tmp_path_factory, seed, n, d):
-    "Byte for byte what FAISS writes, so that anybody's FAISS can read it; ours never does"
+def test_vectors_are_one_safetensors_tensor(tmp_path_factory, seed, n, d):
+    "Anybody's safetensors can read them"
+    from safetensors.numpy import load_file
     folder = tmp_path_factory.mktemp('flat')
-    index = SirnaIndex(np.random.default_rng(seed).normal(size=(n, d)), pd.DataFrame(dict(sirna=['a']*n)))
+    index = EmbeddingIndex(make_emb_table(pd.DataFrame(dict(sirna=['a']*n)), np.random.default_rng(seed).normal(size=(n, d))))
     index.save(folder)
-    faiss.write_index(index.index, str(folder/'theirs'))
-    assert (folder/'theirs').read_bytes() == (folder/'index.faiss').read_bytes()
-    np.testing.assert_array_equal(SirnaIndex.load(folder).features, index.features)
+    theirs = load_file(folder/'index.safetensors')
+    assert list(theirs) == ['features'] and theirs['features'].dtype == np.float32
+    np.testing.assert_array_equal(theirs['features'], index.features)
+    np.testing.assert_array_equal(EmbeddingIndex.load(folder).features, index.features)
 
 def test_unit_rows_stay_what_they_are():
     x = INDEX.features
-    assert SirnaIndex(x, LABELS).features is x
-    np.testing.assert_allclose(np.linalg.norm(SirnaIndex(x*1.0001, LABELS).features, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(EmbeddingIndex(make_emb_table(LABELS, x)).features, x)
+    some = np.where(np.arange(len(x))[:, None] % 2, x, x*3)
+    np.testing.assert_array_equal(EmbeddingIndex(make_emb_table(LABELS, some)).features[1::2], x[1::2])
+    np.testing.assert_allclose(np.linalg.norm(EmbeddingIndex(make_emb_table(LABELS, x*1.0001)).features, axis=1), 1, atol=1e-6)
 
 def test_labels_of_every_kind(tmp_path):
     n = 6
@@ -153,20 +260,19 @@ def test_labels_of_every_kind(tmp_path):
                           real=[1.5, np.nan, np.inf, 0, 1, 2], truth=[True, False]*3, maybe_true=pd.array([True, None]*3, 'boolean'), kind=pd.Categorical(list('uvuvuv')), day=pd.date_range('2020', periods=n),
                           text=pd.array(['a', None]*3, 'string'), long=['x'*1000]*n, empty=['']*n))
     t[7] = range(n)
-    SirnaIndex(np.eye(n), t).save(tmp_path)
-    back = SirnaIndex.load(tmp_path).labels
+    EmbeddingIndex(make_emb_table(t, np.eye(n))).save(tmp_path)
+    back = EmbeddingIndex.load(tmp_path).labels
     assert list(back) == [str(c) for c in t]
     for c in ('whole', 'small', 'maybe', 'big', 'real', 'third', 'maybe_real', 'truth', 'maybe_true'): pd.testing.assert_series_equal(back[c], t[c])
     assert back.mixed.tolist() == ['1', 'x', None, '2.5', 'True', 'µ'] and back.none.tolist() == [None]*n and back.text.tolist() == ['a', None]*3
     assert back.kind.tolist() == list('uvuvuv') and back.day[0].startswith('2020-01-01') and back['7'].tolist() == list(range(n)) and back['empty'].tolist() == ['']*n
-    assert pd.read_parquet(tmp_path/'index.parquet').sirna.tolist() == list('abcabc')
 
 @pytest.mark.parametrize('index, asked, says', [(None, 'a'*64, 'not named'), ('b'*64, 'a'*64, r'\(bbbbbbbb\) than the one it is used with \(aaaaaaaa\)')])
 def test_index_of_another_model(tmp_path, index, asked, says):
-    made = SirnaIndex(emb_features(TRAIN), LABELS, model=index)
+    made = EmbeddingIndex(TRAIN, model=index)
     made.save(tmp_path)
-    assert SirnaIndex.load(tmp_path).model == index and SirnaIndex.load(tmp_path, index).model == index
-    with pytest.raises(ScreenError, match=says): SirnaIndex.load(tmp_path, asked)
+    assert EmbeddingIndex.load(tmp_path).model == index and EmbeddingIndex.load(tmp_path, index).model == index
+    with pytest.raises(ScreenError, match=says): EmbeddingIndex.load(tmp_path, asked)
     if index:
         with pytest.raises(ScreenError, match=says): made.check_model(asked)
         with pytest.raises(ScreenError, match=says): made.save(tmp_path/'x', asked)
@@ -176,7 +282,7 @@ def test_index_of_another_model(tmp_path, index, asked, says):
 def test_changed_description(tmp_path):
     INDEX.save(tmp_path)
     (tmp_path/'index.json').write_text((tmp_path/'index.json').read_text().replace('"exact"', '"hnsw"'))
-    with pytest.raises(ScreenError, match='was changed after'): SirnaIndex.load(tmp_path)
+    with pytest.raises(ScreenError, match='was changed after'): EmbeddingIndex.load(tmp_path)
 
 def test_damaged_indexes(tmp_path):
     "One byte anywhere: the same index or a sentence"
@@ -189,10 +295,10 @@ def test_damaged_indexes(tmp_path):
         b = bytearray(f.read_bytes())
         b[r.randrange(len(b))] = r.randrange(256)
         f.write_bytes(b)
-        try: back = SirnaIndex.load(tmp_path/'m')
+        try: back = EmbeddingIndex.load(tmp_path/'m')
         except ScreenError: continue
         np.testing.assert_array_equal(back.features, INDEX.features)
-        assert back.labels.to_csv() == SirnaIndex.load(tmp_path/'whole').labels.to_csv() and (back.kind, back.target) == ('exact', 'sirna')
+        assert back.labels.to_csv() == EmbeddingIndex.load(tmp_path/'whole').labels.to_csv() and (back.kind, back.target) == ('exact', 'sirna')
         same += 1
     assert same < 30
 
@@ -234,20 +340,20 @@ def test_plain_files(tmp_path):
 def test_folder_with_an_absent_file(tmp_path, name):
     INDEX.save(tmp_path)
     (tmp_path/name).unlink()
-    with pytest.raises(ScreenError, match=name): SirnaIndex.load(tmp_path)
+    with pytest.raises(ScreenError, match=name): EmbeddingIndex.load(tmp_path)
 
 @pytest.mark.parametrize('name', INDEX_FILES)
 def test_folder_with_a_file_of_another_index(tmp_path, name):
     INDEX.save(tmp_path/'a')
-    SirnaIndex(emb_features(TRAIN)[::-1], LABELS[::-1]).save(tmp_path/'b')
+    EmbeddingIndex(TRAIN[::-1]).save(tmp_path/'b')
     (tmp_path/'a'/name).write_bytes((tmp_path/'b'/name).read_bytes())
-    with pytest.raises(ScreenError, match=name): SirnaIndex.load(tmp_path/'a')
+    with pytest.raises(ScreenError, match=name): EmbeddingIndex.load(tmp_path/'a')
 
 @pytest.mark.parametrize('text', ['{torn', '[]', '{}', json.dumps(dict(target='sirna', kind='exact'))])
 def test_folder_with_a_damaged_description(tmp_path, text):
     INDEX.save(tmp_path)
     (tmp_path/'index.json').write_text(text)
-    with pytest.raises(ScreenError, match='index.json is damaged'): SirnaIndex.load(tmp_path)
+    with pytest.raises(ScreenError, match='index.json is damaged'): EmbeddingIndex.load(tmp_path)
 
 def spoiled(value):
     x = emb_features(TRAIN).copy()
@@ -255,23 +361,25 @@ def spoiled(value):
     return x
 
 @pytest.mark.parametrize('make, says', [
-    (lambda: SirnaIndex(spoiled(0), LABELS), LABELS.site_id[5]),
-    (lambda: SirnaIndex(spoiled(np.nan), LABELS), LABELS.site_id[5]),
-    (lambda: SirnaIndex(spoiled(np.inf), LABELS), LABELS.site_id[5]),
-    (lambda: SirnaIndex(emb_features(TRAIN), LABELS[:7]), '7 labels'),
-    (lambda: SirnaIndex(emb_features(TRAIN), LABELS, target='drug'), "'drug'"),
-    (lambda: SirnaIndex(emb_features(TRAIN), LABELS.assign(sirna=None)), 'no sirna'),
-    (lambda: SirnaIndex(emb_features(TRAIN), LABELS, kind='fast'), "'fast'"),
-    (lambda: SirnaIndex(np.zeros((0, 4)), LABELS[:0]), 'shape'),
+    (lambda: EmbeddingIndex(make_emb_table(LABELS, spoiled(0))), LABELS.site_id[5]),
+    (lambda: EmbeddingIndex(make_emb_table(LABELS, spoiled(np.nan))), LABELS.site_id[5]),
+    (lambda: EmbeddingIndex(make_emb_table(LABELS, spoiled(np.inf))), LABELS.site_id[5]),
+    (lambda: EmbeddingIndex(emb_features(TRAIN)), 'make one with make_emb_table'),
+    (lambda: EmbeddingIndex(LABELS), 'not a site table'),
+    (lambda: EmbeddingIndex(TRAIN, target='drug'), "'drug'"),
+    (lambda: EmbeddingIndex(TRAIN.assign(Metadata_sirna=None)), 'no sirna'),
+    (lambda: EmbeddingIndex(TRAIN, kind='fast'), "'fast'"),
+    (lambda: EmbeddingIndex(TRAIN[:0]), 'shape'),
     (lambda: INDEX.search(Q[:, :5]), 'same model'),
     (lambda: INDEX.class_scores(Q[:, :5]), 'same model'),
     (lambda: INDEX.search(Q, 0), 'k=0'),
     (lambda: INDEX.class_scores(Q, 'loudest'), "'loudest'"),
     (lambda: INDEX.class_scores(Q, 'mean', 0), 'k=0'),
+    (lambda: INDEX.class_scores(Q, depth=0), 'depth=0'),
     (lambda: INDEX.search(Q, cell_type=['RPE']), '1 entries'),
-    (lambda: SirnaIndex(emb_features(TRAIN), LABELS.drop(columns='plate_group')).search(Q, plate_group=[0]*len(Q)), 'plate_group'),
+    (lambda: EmbeddingIndex(TRAIN.drop(columns='Metadata_plate_group')).search(Q, plate_group=[0]*len(Q)), 'plate_group'),
     (lambda: INDEX.search(Q*np.nan), 'Row 0'),
-    (lambda: SirnaIndex(emb_features(TRAIN), LABELS.assign(note=[f'{i}'*10**5 for i in range(len(LABELS))])).save(os.devnull + '/x'), 'letters a cell'),
+    (lambda: EmbeddingIndex(make_emb_table(LABELS.assign(note=[f'{i}'*10**5 for i in range(len(LABELS))]), emb_features(TRAIN))).save(os.devnull + '/x'), 'letters a cell'),
     (lambda: merge_wells(np.zeros((2, 2)), ['a', None]), 'Row 1'),
     (lambda: merge_wells(np.zeros((2, 2)), ['a', 'b'], 'loudest'), "'loudest'")])
 def test_bad_input(make, says):
