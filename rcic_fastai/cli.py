@@ -18,7 +18,7 @@ from dataclasses import replace
 from fastcore.script import anno_parser, store_true
 from .core import *
 from .screen.tables import *
-from .screen.simulate import *
+from .screen.simulate.layout import *
 from .screen.images import *
 from .screen.pack import *
 from .screen.download import *
@@ -280,7 +280,7 @@ def build_index(
     tta:int=4, # Dihedral views a sample
     progress:bool=True, # Show a progress bar
     folder=None, # Where `embed_parts` keeps what is done, so that the same call goes on; removed at the end
-)->SirnaIndex:
+)->EmbeddingIndex:
     "Index of the embeddings of the rows trained on, as they are and (with BatchNorm) adapted to their experiments"
     rows = learn.dls.train.items
     if learn.dls.spec.sites > 1: rows = learn.dls.table[learn.dls.table.well_id.isin(rows.well_id)]
@@ -289,7 +289,7 @@ def build_index(
     if not learn.dls.spec.per_group and has_batchnorm(get_model(learn.model)): emb = pd.concat([emb, make('experiment', 'adapted')], ignore_index=True)
     wait_for_all()
     if folder and not rank_world()[0]: shutil.rmtree(folder)
-    return SirnaIndex(emb_features(emb), emb_metadata(emb), target=learn.dls.spec.target)
+    return EmbeddingIndex(emb, target=learn.dls.spec.target)
 
 # %% ../nbs/71_cli.ipynb #8c28f547
 def prediction_rows(
@@ -510,7 +510,7 @@ def demo_report(
     m, pred, near = load_screen_model(out/'model'), read_predictions(out/'inductive.csv'), pd.read_parquet(out/'neighbors.parquet')
     history = pd.read_csv(out/'model/history.csv', keep_default_na=False, na_values=[''])
     test = m.embed(prediction_rows(meta), source, tta=1, mask=INDUCTIVE_MASK, progress=False)
-    both = pd.concat([make_emb_table(m.index.labels, m.index.features), test], ignore_index=True)
+    both = pd.concat([m.index.table(), test], ignore_index=True)
     right = right_wrong(pred, meta)
     strips = [_strip(near, w, meta, source) for w in _examples(right)]
     first = right[right.experiment == right.experiment.iloc[0]]

@@ -7,7 +7,7 @@ from rcic_fastai.predict.predict import read_predictions, write_predictions
 from rcic_fastai.screen.files import read_files
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.screen.pack import pack_screen
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import *
 
 WORDS = sorted(STR_NA_VALUES - {''})                    # what pandas takes for missing unless told otherwise

@@ -8,6 +8,7 @@ __all__ = ['groups_of_classes', 'plate_groups_of', 'best_class', 'top_candidates
 
 # %% ../../nbs/51_predict.predict.ipynb #8c231e14
 import hashlib, json, warnings
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import *
@@ -26,7 +27,7 @@ def _wells_of(queries, target):
 
 # %% ../../nbs/51_predict.predict.ipynb #5ce59f21
 def groups_of_classes(
-    index:SirnaIndex, # Over labelled embeddings
+    index:EmbeddingIndex, # Over labelled embeddings
 )->pd.Series: # Int64 [K], in the order of `index.classes`
     "Plate group of each class, from the labelled treatment rows of the index; refused if there is none, or more than one"
     l = index.labels
@@ -58,12 +59,22 @@ def plate_groups_of(
     return out, how
 
 # %% ../../nbs/51_predict.predict.ipynb #8dbae91b
-def _transduce(wells, scores, index):
-    "Column of each well after group restriction and assignment (untreated wells: their best), and the groups"
+def _search_groups(wells, scores, groups, class_groups, search):
+    "Scores in which the classes of each well's plate group come from a search among their rows only"
+    scores = scores.copy()
+    for g in groups.dropna().unique():
+        at = np.flatnonzero(wells['well_id'].isin(groups.index[(groups == g).fillna(False)]))
+        s, ids = search(wells=wells['well_id'].iloc[at], classes=(class_groups == g).fillna(False).to_numpy(bool))
+        scores[at] = np.where(np.isneginf(s), scores[at], s)
+    return scores
+
+def _transduce(wells, scores, index, search):
+    "Column of each well after group restriction and assignment (untreated wells: their best), the groups, and the scores"
     choice, class_groups = best_class(scores), groups_of_classes(index)
     treated = np.flatnonzero((wells['well_type'] == 'treatment').to_numpy())
     w = wells.iloc[treated].reset_index(drop=True)
     groups, how = plate_groups_of(w, scores[treated], class_groups, index.labels)
+    if index.kind != 'exact': scores = _search_groups(wells, scores, pd.Series(groups, w['well_id']), class_groups, search)
     of_class, of_well = (pd.array(g, dtype='Int64').to_numpy('float64', na_value=np.nan) for g in (class_groups, groups))
     allowed = of_class[None] == of_well[:, None]                 # a class without a group is in none
     s = np.where(allowed, scores[treated], -np.inf)
@@ -72,7 +83,7 @@ def _transduce(wells, scores, index):
         choice[treated[idx]] = assign_plate(s[idx], f'{e}_{p}')
         ranked[treated[idx]] = balance_plate(s[idx], plate=f'{e}_{p}')
     full = pd.array([pd.NA]*len(wells), dtype='Int64'); full[treated] = groups
-    return choice, full, how, np.where(ranked == 0, -np.inf, ranked)
+    return choice, full, how, np.where(ranked == 0, -np.inf, ranked), scores
 
 # %% ../../nbs/51_predict.predict.ipynb #2f1a6192
 def best_class(
@@ -114,13 +125,26 @@ def _vote_share(near, wells, labels):
     return (near['label'] == mine).groupby(near['id_code']).mean().reindex(wells).fillna(0.).to_numpy()
 
 # %% ../../nbs/51_predict.predict.ipynb #57671352
-def _treatments_only(wells, scores, index):
-    "Scores in which treatment wells cannot be named after controls"
-    if index.target not in ('sirna', 'sirna_id') or 'well_type' not in index.labels: return scores
+def _treatment_classes(index):
+    "bool [K]: what a treatment well can be named after; None: anything"
+    if index.target not in ('sirna', 'sirna_id') or 'well_type' not in index.labels: return None
     treated = index.labels.loc[index.labels.well_type == 'treatment', index.target].astype(str).unique()
-    control = ~np.isin(index.classes, treated)
-    if control.all() or not control.any(): return scores
-    return np.where((wells['well_type'] == 'treatment').to_numpy()[:, None] & control, -np.inf, scores)
+    is_treatment = np.isin(index.classes, treated)
+    return is_treatment if is_treatment.any() and not is_treatment.all() else None
+
+def _search_wells(queries, known, index, how, merge, cell, wells=None, classes=None):
+    "Class scores of the wells, or of some `wells` among some `classes`, and their ids"
+    at = np.arange(len(known)) if wells is None else np.flatnonzero(known['well_id'].isin(wells))
+    q, ids = emb_features(queries)[at], known['well_id'].iloc[at]
+    cell = None if cell is None else cell[at]
+    treatments = _treatment_classes(index) if classes is None else None
+    if treatments is None: return merge_wells(index.class_scores(q, classes=classes, cell_type=cell, **how), ids, merge)
+    kind = known.drop_duplicates('well_id').set_index('well_id')['well_type']
+    is_treated = (ids.map(kind) == 'treatment').to_numpy()
+    scores = np.empty((len(at), len(index.classes)), np.float32)
+    for rows, mask in ((is_treated, treatments), (~is_treated, None)):
+        if rows.any(): scores[rows] = index.class_scores(q[rows], classes=mask, cell_type=None if cell is None else cell[rows], **how)
+    return merge_wells(scores, ids, merge)
 
 # %% ../../nbs/51_predict.predict.ipynb #6ab64810
 def _check_correction(known, index, protocol):
@@ -155,7 +179,7 @@ def _say_shared(known, index):
 # %% ../../nbs/51_predict.predict.ipynb #c70732d5
 def predict_wells(
     queries:pd.DataFrame, # Embedding table of the sites (or wells) to name
-    index:SirnaIndex, # Over labelled embeddings of other experiments
+    index:EmbeddingIndex, # Over labelled embeddings of other experiments
     protocol:str='inductive', # inductive, adapted (the embeddings were) or transductive
     vote:str='nearest', # nearest, mean or prototype
     merge:str='best', # Sites into wells: best or mean
@@ -171,12 +195,14 @@ def predict_wells(
     if restrict_cell_type and 'cell_type' not in known:
         raise ScreenError('The cell type is what is predicted, so the search cannot be restricted to it: search all cell types.')
     cell = known['cell_type'].to_numpy(object) if restrict_cell_type else None
-    scores, ids = merge_wells(index.class_scores(emb_features(queries), vote, k, cell_type=cell), known['well_id'], merge)
+    needs_best = protocol != 'transductive' and merge == 'best'
+    search = partial(_search_wells, queries, known, index, dict(vote=vote, k=k, top=6 if needs_best else None), merge, cell)
+    scores, ids = search()
     wells = known.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index()
-    scores = _treatments_only(wells, scores, index)
     if np.isneginf(scores.max(1)).any():
         raise ScreenError(f'The index has no row of cell type {wells.cell_type[np.isneginf(scores.max(1))].iloc[0]}: search all cell types.')
-    choice, groups, how, ranked = _transduce(wells, scores, index) if protocol == 'transductive' else (best_class(scores), None, {}, scores)
+    if protocol == 'transductive': choice, groups, how, ranked, scores = _transduce(wells, scores, index, search)
+    else: choice, groups, how, ranked = best_class(scores), None, {}, scores
     names, rows = np.array(index.classes, object), np.arange(len(ids))
     others = scores.copy(); others[rows, choice] = -np.inf
     pred = pd.DataFrame({'id_code': ids, index.target: names[choice], 'score': scores[rows, choice],
@@ -223,7 +249,7 @@ def write_tables(
 
 def predict_tables(
     tables, # Embedding tables, each of whole experiments
-    index:SirnaIndex, # Over labelled embeddings of other experiments
+    index:EmbeddingIndex, # Over labelled embeddings of other experiments
     *args, # To `predict_wells`
     neighbors=None, # Parquet file for the neighbours, cosines and votes of each well
     **kwargs # To `predict_wells`
