@@ -58,8 +58,15 @@ def plate_groups_of(
     return out, how
 
 # %% ../../nbs/51_predict.predict.ipynb #8dbae91b
+def _ranking(scores, plate):
+    "How the siRNAs of a plate rank for each well: balanced, or each well alone where that fails; and a note on the latter"
+    try: return balance_plate(scores, plate=plate), []
+    except ScreenError as e:
+        return scores, [f'{str(e).partition(":")[0]}: its candidates after the first are ranked by the softmax of each '
+                        'well alone.']
+
 def _transduce(wells, scores, index):
-    "Column of each well after group restriction and assignment (untreated wells: their best), and the groups"
+    "Column of each well after group restriction and assignment (untreated wells: their best), the groups, notes"
     choice, class_groups = best_class(scores), groups_of_classes(index)
     treated = np.flatnonzero((wells['well_type'] == 'treatment').to_numpy())
     w = wells.iloc[treated].reset_index(drop=True)
@@ -67,12 +74,17 @@ def _transduce(wells, scores, index):
     of_class, of_well = (pd.array(g, dtype='Int64').to_numpy('float64', na_value=np.nan) for g in (class_groups, groups))
     allowed = of_class[None] == of_well[:, None]                 # a class without a group is in none
     s = np.where(allowed, scores[treated], -np.inf)
-    ranked = scores.astype(np.float64)
+    ranked, notes = scores.astype(np.float64), []
     for (e, p), idx in w.groupby(['experiment', 'plate']).indices.items():
-        choice[treated[idx]] = assign_plate(s[idx], f'{e}_{p}')
-        ranked[treated[idx]] = balance_plate(s[idx], plate=f'{e}_{p}')
+        at, usable = treated[idx], np.isfinite(s[idx]).any(0)
+        mine, plate = s[idx][:, usable], f'{e}_{p}'
+        choice[at] = np.flatnonzero(usable)[assign_plate(mine, plate)]
+        soft, note = _ranking(mine, plate)
+        ranked[at] = -np.inf
+        ranked[np.ix_(at, usable)] = soft
+        notes += note
     full = pd.array([pd.NA]*len(wells), dtype='Int64'); full[treated] = groups
-    return choice, full, how, np.where(ranked == 0, -np.inf, ranked)
+    return choice, full, how, np.where(ranked == 0, -np.inf, ranked), notes
 
 # %% ../../nbs/51_predict.predict.ipynb #2f1a6192
 def best_class(
@@ -176,7 +188,9 @@ def predict_wells(
     scores = _treatments_only(wells, scores, index)
     if np.isneginf(scores.max(1)).any():
         raise ScreenError(f'The index has no row of cell type {wells.cell_type[np.isneginf(scores.max(1))].iloc[0]}: search all cell types.')
-    choice, groups, how, ranked = _transduce(wells, scores, index) if protocol == 'transductive' else (best_class(scores), None, {}, scores)
+    alone = best_class(scores), None, {}, scores, []
+    choice, groups, how, ranked, notes = _transduce(wells, scores, index) if protocol == 'transductive' else alone
+    for n in notes: warnings.warn(n, stacklevel=2)
     names, rows = np.array(index.classes, object), np.arange(len(ids))
     others = scores.copy(); others[rows, choice] = -np.inf
     pred = pd.DataFrame({'id_code': ids, index.target: names[choice], 'score': scores[rows, choice],
@@ -192,7 +206,7 @@ def predict_wells(
         pred['group_confidence'] = pred.experiment.map({e: c for e, (_, c) in how.items()}).astype(float)
     order = np.argsort(pred.id_code.to_numpy(str), kind='stable')
     pred = pred.iloc[order].reset_index(drop=True)
-    pred.attrs['target'] = index.target
+    pred.attrs.update(target=index.target, notes=notes)
     return pred, near.sort_values(['id_code', 'query', 'rank'], kind='stable').reset_index(drop=True)
 
 # %% ../../nbs/51_predict.predict.ipynb #646d61d8
@@ -239,9 +253,10 @@ def predict_tables(
     else:
         for _ in near(): pass
     if not preds: raise ScreenError('There is no table to name the wells of: give one or more.')
+    notes = [n for p in preds for n in p.attrs['notes']]
     pred = pd.concat(preds, ignore_index=True)
     pred = pred.iloc[np.argsort(pred.id_code.to_numpy(str), kind='stable')].reset_index(drop=True)
-    pred.attrs['target'] = index.target
+    pred.attrs.update(target=index.target, notes=notes)
     return pred
 
 # %% ../../nbs/51_predict.predict.ipynb #8e866f4f
@@ -264,6 +279,7 @@ def write_predictions(
         g = pred.dropna(subset=['group_source']).groupby('experiment')[['group_source', 'group_confidence']].first()
         groups = dict(plate_groups={e: dict(source=r.group_source, confidence=round(r.group_confidence, 2) if np.isfinite(r.group_confidence) else None) for e, r in g.iterrows()})
     record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **(info or {}))
+    if notes := pred.attrs.get('notes'): record['notes'] = [*record.get('notes', ()), *notes]
     def answers(p):
         pred[['id_code', target]].to_csv(p, index=False)
         info_path(path).unlink(missing_ok=True)                  # the record of other answers
