@@ -28,7 +28,7 @@ from .embed.index import *
 def _state(model):
     "Weights and buffers as they are saved: 32-bit, on the CPU"
     plain = lambda v: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous().clone()
-    return {k: plain(v) for k, v in get_model(model).state_dict().items()}
+    return {k: plain(v) for k, v in get_model(model).state_dict().items() if k != EXTRA}
 
 # %% ../nbs/70_folder.ipynb #392c90f1
 def data_fingerprint(
@@ -89,18 +89,26 @@ def _metrics(learn):
 
 _USES = dict(inductive='nothing of the held-out batches was used',
              adapted='pixel statistics of the held-out batches were used',
-             transductive='the plate groups or names of the held-out batches were used')
+             transductive='labels, pseudo-labels, plate groups or names of the held-out batches were used')
 
 def _seen_under_its_own_labels(config):
     names = config.get('pseudo_experiments')
     return (f'\n\nIt also learned from wells of {", ".join(map(_md, names))} under its own labels. What it says of '
             f'{"that experiment" if len(names) == 1 else "those experiments"} is transductive.') if names else ''
 
+def _earlier(config): return sorted({*config.get('trained_experiments', ())} - {*config['data']['sites']})
+
+def _learned_before(config):
+    names = _earlier(config)
+    return (f'\n\nIts weights learned the labels of {", ".join(map(_md, names))} before, in an earlier training or in the model that '
+            f'they began from. Of {"that experiment" if len(names) == 1 else "those experiments"} it says nothing inductive.') if names else ''
+
 def _how_good(config):
     m, k = config['metrics'], len(config['spec']['labels'])
     if not m: return 'No experiment was held out, so nothing is known of its accuracy.'
-    return (f'Accuracy of the classifier on {m["samples"]} of {", ".join(m["held_out"])}, '
-            f'which it was not trained on: **{m["accuracy"]:.3f}** '
+    before = 'not trained on' if not {*m['held_out']} & {*_earlier(config)} else 'not trained on last, but before'
+    return (f'Accuracy of the classifier on {m["samples"]} of {", ".join(map(_md, m["held_out"]))}, '
+            f'which it was {before}: **{m["accuracy"]:.3f}** '
             f'(protocol {m["protocol"]}: {_USES[m["protocol"]]}; {k} classes, chance {1/k:.4f}).')
 
 # %% ../nbs/70_folder.ipynb #be546089
@@ -142,7 +150,7 @@ cosines with {k} classes and embeddings of {m["emb_dim"]} numbers out.
 {_table(('experiment', 'sites'), d["sites"].items())}
 
 ## How good it is
-{_how_good(config)}{_seen_under_its_own_labels(config)}
+{_how_good(config)}{_seen_under_its_own_labels(config)}{_learned_before(config)}
 
 ## What it reads
 {_reads(s, m, d)}
@@ -172,7 +180,7 @@ cell types it never saw, expect less. It was made for research, not for decision
 # %% ../nbs/70_folder.ipynb #0bdd563a
 FORMAT = 3
 MODEL_FILES = ('weights.safetensors', 'history.csv', 'index.json', *INDEX_FILES)
-_OWN = ('format', 'model', 'spec', 'held_out', 'pseudo_experiments', 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
+_OWN = ('format', 'model', 'spec', 'held_out', *PROVENANCE, 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
 
 def _again(what): return ScreenError(f'{what}: copy or train the model again.')
 
@@ -191,13 +199,14 @@ def _config(learn, info):
     dls, rows, model = learn.dls, learn.dls.train.items, get_model(learn.model)
     if dls.spec.sites > 1: rows = dls.table[dls.table.well_id.isin(rows.well_id)]
     return _plain(dict(format=FORMAT, model=model.config, spec=asdict(dls.spec), held_out=dls.held_out,
-                       pseudo_experiments=getattr(model, 'pseudo_experiments', ()), data=data_fingerprint(rows, dls.source),
+                       **provenance(model), data=data_fingerprint(rows, dls.source),
                        metrics=_metrics(learn), versions=library_versions(), fingerprint=model_fingerprint(model, dls.spec),
                        **{'licence': MODEL_LICENCE, **info}))
 
 def _write_files(folder, learn, state, index, config):
     from safetensors.torch import save_file
-    save_file(state, folder/'weights.safetensors')
+    known = dict(provenance=json.dumps(provenance(get_model(learn.model))))
+    save_file(state, folder/'weights.safetensors', known)
     getattr(learn, 'history', pd.DataFrame(columns=['stage', 'epoch'])).to_csv(folder/'history.csv', index=False)
     index.save(folder, config['fingerprint'])
     config = {**config, 'files': {f: file_facts(folder/f) for f in MODEL_FILES}}
@@ -293,7 +302,7 @@ _SPEC = dict({f.name: _SCALAR for f in fields(ScreenSpec)},
     sites=_int(1, 64), size=_or(_NONE, _int(8, 2**12)), norm=_one(*NORMALIZERS), norm_mean=_STATS, norm_std=_STATS,
     bits=_one(8, 16), clahe=_BOOL, norm_from=_one('all', 'controls'))
 _NAMES = _list(_LABEL, 0, 2**16)
-_TOP = dict(model=_TABLE, spec=_TABLE, held_out=_NAMES, pseudo_experiments=_NAMES, data=_TABLE, versions=_dict(_VERSION, 100),
+_TOP = dict(model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES, data=_TABLE, versions=_dict(_VERSION, 100),
             fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
 _COUNT = _int(0, 2**40)
@@ -338,7 +347,7 @@ def _checked_config(folder):
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
     if c['format'] < 2:
         raise ScreenError(f'{folder} is of format {c["format"]}, from before hashes were kept: train the model again.')
-    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k != 'pseudo_experiments' or c['format'] > 2], f)
+    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in PROVENANCE or k == 'pseudo_experiments' and c['format'] > 2], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
@@ -389,7 +398,7 @@ def _header(path):
     if total != size - 8 - n: raise _no_weights(path, f'its tensors need {total:,} bytes and there are {size-8-n:,}')
     return shapes
 
-def _shapes(state): return {k: (tuple(v.shape), v.dtype) for k, v in state.items()}
+def _shapes(state): return {k: (tuple(v.shape), v.dtype) for k, v in state.items() if k != EXTRA}
 
 @lru_cache(16)
 def _expected(text):
@@ -481,8 +490,8 @@ class TrainedModel:
         return emb
 
     def screen_notes(self, rows, source)->list:
-        "What is odd about the pictures of a screen, beside those that the model was trained on"
-        return [*_size_notes(self.config['data'], self.spec, source), *_brightness_notes(self.config['data'], rows, source), *_store_notes(self.config['data'], self.index, source)]
+        "What is odd about the rows and pictures of a screen, beside those that the model was trained on"
+        return [*_earlier_notes(self.model, self.trained, rows), *_size_notes(self.config['data'], self.spec, source), *_brightness_notes(self.config['data'], rows, source), *_store_notes(self.config['data'], self.index, source)]
 
 # %% ../nbs/70_folder.ipynb #0143a6dc
 def _by_adaptation(index):
@@ -492,6 +501,13 @@ def _by_adaptation(index):
     if adapted.all() or not adapted.any(): return index, None
     part = lambda keep, *drop: SirnaIndex(index.features[keep], index.labels[keep].drop(columns=[*drop]), index.target, index.kind, index.model)
     return part(~adapted, 'protocol'), part(adapted)
+
+def _earlier_notes(model, trained, rows):
+    "Experiments whose labels the weights learned before the last training"
+    names = sorted({*earlier_experiments(model, trained)} & {*rows.experiment.astype(str)})
+    if not names: return []
+    return [f'The weights learned the labels of {first_few(names, 3)} before the model was trained on other experiments, so what it says '
+            'of them does not tell how it does on experiments never seen.']
 
 def _size_notes(data, spec, source):
     "Pictures of another side, which the model sees as they are"
@@ -534,7 +550,8 @@ def load_screen_model(
     model, spec = _built(config, weights, _read_weights(weights, config)), ScreenSpec(**config['spec'])
     same = weights_fingerprint(model) if config['format'] == 2 else model_fingerprint(model, spec)
     if same != key: raise _again(f'{folder/"config.json"} has the fingerprint of another model')
-    index, model.pseudo_experiments = SirnaIndex.load(folder, key), tuple(config.get('pseudo_experiments', ()))
+    index = SirnaIndex.load(folder, key)
+    set_provenance(model, {'trained_experiments': list(config['data']['sites']), **config})
     dim, rows = model.classifier.weight.shape[1], index.features.shape[1]
     if rows != dim: raise _again(f'{folder/"index.json"} is of rows of {rows} numbers and the model embeds into {dim}')
     plain, adapted = _by_adaptation(index)
