@@ -93,29 +93,27 @@ _USES = dict(inductive='nothing of the held-out batches was used',
 
 def _seen_under_its_own_labels(config):
     names = config.get('pseudo_experiments')
-    return (f'\n\nIt also learned from wells of {", ".join(map(_md, names))} under its own labels. What it says of '
+    return (f'\n\nIt also learned from wells of {", ".join(map(markdown_text, names))} under its own labels. What it says of '
             f'{"that experiment" if len(names) == 1 else "those experiments"} is transductive.') if names else ''
 
 def _earlier(config): return sorted({*config.get('trained_experiments', ())} - {*config['data']['sites']})
 
 def _learned_before(config):
     names = _earlier(config)
-    return (f'\n\nIts weights learned the labels of {", ".join(map(_md, names))} before, in an earlier training or in the model that '
+    return (f'\n\nIts weights learned the labels of {", ".join(map(markdown_text, names))} before, in an earlier training or in the model that '
             f'they began from. Of {"that experiment" if len(names) == 1 else "those experiments"} it says nothing inductive.') if names else ''
 
 def _how_good(config):
     m, k = config['metrics'], len(config['spec']['labels'])
     if not m: return 'No experiment was held out, so nothing is known of its accuracy.'
     before = 'not trained on' if not {*m['held_out']} & {*_earlier(config)} else 'not trained on last, but before'
-    return (f'Accuracy of the classifier on {m["samples"]} of {", ".join(map(_md, m["held_out"]))}, '
+    return (f'Accuracy of the classifier on {m["samples"]} of {", ".join(map(markdown_text, m["held_out"]))}, '
             f'which it was {before}: **{m["accuracy"]:.3f}** '
             f'(protocol {m["protocol"]}: {_USES[m["protocol"]]}; {k} classes, chance {1/k:.4f}).')
 
 # %% ../nbs/70_folder.ipynb #be546089
-def _md(s): return re.sub(r'([\\`*_|<>\[\]])', r'\\\1', ' '.join(str(s).split()))
-
 def _table(head, rows):
-    line = lambda r: '| ' + ' | '.join(map(_md, r)) + ' |'
+    line = lambda r: '| ' + ' | '.join(map(markdown_text, r)) + ' |'
     return '\n'.join([line(head), '|' + '---|'*len(head), *map(line, rows)])
 
 # %% ../nbs/70_folder.ipynb #7e5fc351
@@ -123,7 +121,7 @@ def _reads(s, m, d):
     size = f' scaled to {s["size"]} pixels' if s['size'] else ''
     sample = 'one site' if s['sites'] == 1 else f'{s["sites"]} sites of a well'
     return (f'{s["bits"]}-bit pictures{size}, normalisation `{s["norm"]}`, {sample} at a time; metadata: '
-            f'{_md(", ".join(m["metadata"]) or "none")}. The channels, in this order (mean and standard deviation as '
+            f'{markdown_text(", ".join(m["metadata"]) or "none")}. The channels, in this order (mean and standard deviation as '
             f'shares of full scale, of {d["sites_measured"]} training sites):')
 
 def model_card(
@@ -139,13 +137,13 @@ library_name: rcic_fastai
 license: other
 tags: [microscopy, high-content-screening, cell-painting, batch-effects]
 ---
-# {_md(m["arch"])}: {len(s["channels"])} channels to {k} classes of {_md(s["target"])}
+# {markdown_text(m["arch"])}: {len(s["channels"])} channels to {k} classes of {markdown_text(s["target"])}
 
 A model of [rcic_fastai](https://github.com/rcic-fastai/rcic_fastai): fluorescence pictures in;
 cosines with {k} classes and embeddings of {m["emb_dim"]} numbers out.
 
 ## Trained on
-{d["rows"]} sites{" of " + _md(first_few(cells)) if cells else ""}, by experiment:
+{d["rows"]} sites{" of " + markdown_text(first_few(cells)) if cells else ""}, by experiment:
 
 {_table(('experiment', 'sites'), d["sites"].items())}
 
@@ -174,7 +172,7 @@ cell types it never saw, expect less. It was made for research, not for decision
 {config["licence"]}
 
 ## Made with
-{_md(", ".join(f"{n} {v}" for n, v in config["versions"].items() if v))}
+{markdown_text(", ".join(f"{n} {v}" for n, v in config["versions"].items() if v))}
 '''
 
 # %% ../nbs/70_folder.ipynb #0bdd563a
@@ -207,7 +205,7 @@ def _write_files(folder, learn, state, index, config):
     from safetensors.torch import save_file
     known = dict(provenance=json.dumps(provenance(get_model(learn.model))))
     save_file(state, folder/'weights.safetensors', known)
-    getattr(learn, 'history', pd.DataFrame(columns=['stage', 'epoch'])).to_csv(folder/'history.csv', index=False)
+    getattr(learn, 'history', pd.DataFrame(columns=['stage', 'epoch'])).map(csv_text).to_csv(folder/'history.csv', index=False)
     index.save(folder, config['fingerprint'])
     config = {**config, 'files': {f: file_facts(folder/f) for f in MODEL_FILES}}
     (folder/'config.json').write_text(json.dumps({**config, 'sha256': json_hash(config)}, indent=1, allow_nan=False))

@@ -281,10 +281,10 @@ def write_predictions(
     record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **(info or {}))
     if notes := pred.attrs.get('notes'): record['notes'] = [*record.get('notes', ()), *notes]
     def answers(p):
-        pred[['id_code', target]].to_csv(p, index=False)
+        pred[['id_code', target]].rename(columns=csv_text).map(csv_text).to_csv(p, index=False)
         info_path(path).unlink(missing_ok=True)                  # the record of other answers
     tops, top = [c for c in pred if c.startswith('top_')], top_path(path)
-    if tops: write_atomic(top, lambda p: pred[['id_code', *tops]].to_csv(p, index=False))
+    if tops: write_atomic(top, lambda p: pred[['id_code', *tops]].map(csv_text).to_csv(p, index=False))
     else: top.unlink(missing_ok=True)
     write_atomic(path, answers)
     record['sha256'] = {k: _sha(f) for k, f in dict(csv=path, top=top).items() if f.is_file()}
@@ -312,14 +312,14 @@ def read_predictions(
     "Read predictions back"
     path = Path(path)
     if not path.is_file(): raise ScreenError(f'There is no file {path}: write predictions with rcic_predict first.')
-    try: pred = pd.read_csv(path, dtype=str)
+    try: pred = pd.read_csv(path, dtype=str).rename(columns=csv_name).map(csv_name)
     except (ValueError, UnicodeDecodeError) as e: raise ScreenError(f'{path} is not a readable CSV ({str(e).splitlines()[0]}): write it with rcic_predict.') from None
     if 'id_code' not in pred or pred.shape[1] < 2: raise ScreenError(f'{path} has the columns {first_few(pred.columns)}: it needs id_code and the predicted label.')
     if pred.iloc[:, :2].isna().any().any(): raise ScreenError(f'{path} has an empty cell in row {int(pred.isna().any(axis=1).idxmax())+2}: predict again.')
     record, tops = _record(path)
     target = record.get('target', next(c for c in pred if c != 'id_code'))
     if target not in pred: raise ScreenError(f'{info_path(path)} says that {target} was predicted, but {path} has no such column: keep the two files together.')
-    if tops: pred = pred.merge(pd.read_csv(top_path(path), dtype=str), on='id_code', how='left')
+    if tops: pred = pred.merge(pd.read_csv(top_path(path), dtype=str).map(csv_name), on='id_code', how='left')
     pred['protocol'] = record.get('protocol', 'unknown')
     pred.attrs['target'] = target
     return pred
