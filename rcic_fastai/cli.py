@@ -56,16 +56,21 @@ def run_command(
     "Run `func` as a command"
     parser = anno_parser(func, prog=prog)
     args = {k:v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}
-    out = _OwnLines(open(os.devnull, 'w') if rank_world()[0] else sys.stdout)
+    out, err = _OwnLines(open(os.devnull, 'w') if rank_world()[0] else sys.stdout), _OwnLines(sys.stderr)
     try:
         try:
-            with contextlib.redirect_stdout(out): check_numbers(**args); func(**args)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): check_numbers(**args); func(**args)
         finally: out.end()
-    except ScreenError as e: print(f'{prog}: {_sentence(e)}', file=sys.stderr); return 2
-    except OSError as e: print(f'{prog}: {e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.', file=sys.stderr); return 2
-    except KeyboardInterrupt: print(f'{prog}: interrupted; nothing half-written was left, and what can be continued continues with the same command (rcic_train: and --resume).', file=sys.stderr); return 130
+    except ScreenError as e: print(f'{prog}: {_sentence(e)}', file=err); return 2
+    except OSError as e: print(f'{prog}: {e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.', file=err); return 2
+    except KeyboardInterrupt: print(f'{prog}: interrupted; nothing half-written was left, and what can be continued continues with the same command (rcic_train: and --resume).', file=err); return 130
     except SystemExit as e: return e.code
     return 0
+
+def _shown(s):
+    "Text without what a terminal obeys, but for line ends and the returns around a progress bar"
+    first, last = s[:1] == '\r', s[1:].endswith('\r')
+    return '\r'*first + terminal_text(s[first:len(s) - last], lines=True) + '\r'*last
 
 class _OwnLines:
     "Standard output on which nothing begins behind a progress bar"
@@ -74,6 +79,7 @@ class _OwnLines:
     def end(self):
         if self.bar: self.f.write('\n'); self.bar = False
     def write(self, s):
+        s = _shown(s)
         if s[:1] not in ('', '\r', '\n'): self.end()
         if s: self.bar = s[0] == '\r' and s.strip() != ''
         return self.f.write(s)
@@ -205,7 +211,7 @@ def train(
     norm:str='', # own, plate, experiment, global or none; empty: own, or the recipe's
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
     bs:int=0, # Batch size; 0: 32, or the recipe's
-    pretrained:str='yes', # yes, no, or a file with weights
+    pretrained:str='yes', # yes, no, a file with weights, or a model folder
     tta:int=4, # Dihedral views of each indexed site, 1 to 8
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:store_true=False, # Go on from the last finished epoch of the same command, in OUT.checkpoints
@@ -368,7 +374,7 @@ def predict(
     _check_correctable(rows, correct)
     used = highest_protocol(m.protocols(rows, how, INDUCTIVE_MASK))
     if highest_protocol([used, protocol]) != protocol:
-        raise ScreenError(f'The embeddings of these wells would be {used} (pseudo-labels or statistics of their own batch): ask for --protocol {used}.')
+        raise ScreenError(f'The embeddings of these wells would be {used} (labels, pseudo-labels or statistics of their own batch): ask for --protocol {used}.')
     notes = [] if rank_world()[0] else [*unknown_notes(m.spec, rows, INDUCTIVE_MASK), *m.screen_notes(rows, source)]
     if how and adapt_from == 'controls' and not rank_world()[0]: notes.append(_FROM_CONTROLS)
     for n in notes: print(f'note: {n}', file=sys.stderr)

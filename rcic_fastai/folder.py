@@ -29,7 +29,7 @@ from .embed.index import _written_before
 def _state(model):
     "Weights and buffers as they are saved: 32-bit, on the CPU"
     plain = lambda v: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous().clone()
-    return {k: plain(v) for k, v in get_model(model).state_dict().items()}
+    return {k: plain(v) for k, v in get_model(model).state_dict().items() if k != EXTRA}
 
 # %% ../nbs/70_folder.ipynb #392c90f1
 def data_fingerprint(
@@ -90,25 +90,31 @@ def _metrics(learn):
 
 _USES = dict(inductive='nothing of the held-out batches was used',
              adapted='pixel statistics of the held-out batches were used',
-             transductive='the plate groups or names of the held-out batches were used')
+             transductive='labels, pseudo-labels, plate groups or names of the held-out batches were used')
 
 def _seen_under_its_own_labels(config):
     names = config.get('pseudo_experiments')
-    return (f'\n\nIt also learned from wells of {", ".join(map(_md, names))} under its own labels. What it says of '
+    return (f'\n\nIt also learned from wells of {", ".join(map(markdown_text, names))} under its own labels. What it says of '
             f'{"that experiment" if len(names) == 1 else "those experiments"} is transductive.') if names else ''
+
+def _earlier(config): return sorted({*config.get('trained_experiments', ())} - {*config['data']['sites']})
+
+def _learned_before(config):
+    names = _earlier(config)
+    return (f'\n\nIts weights learned the labels of {", ".join(map(markdown_text, names))} before, in an earlier training or in the model that '
+            f'they began from. Of {"that experiment" if len(names) == 1 else "those experiments"} it says nothing inductive.') if names else ''
 
 def _how_good(config):
     m, k = config['metrics'], len(config['spec']['labels'])
     if not m: return 'No experiment was held out, so nothing is known of its accuracy.'
-    return (f'Accuracy of the classifier on {m["samples"]} of {", ".join(m["held_out"])}, '
-            f'which it was not trained on: **{m["accuracy"]:.3f}** '
+    before = 'not trained on' if not {*m['held_out']} & {*_earlier(config)} else 'not trained on last, but before'
+    return (f'Accuracy of the classifier on {m["samples"]} of {", ".join(map(markdown_text, m["held_out"]))}, '
+            f'which it was {before}: **{m["accuracy"]:.3f}** '
             f'(protocol {m["protocol"]}: {_USES[m["protocol"]]}; {k} classes, chance {1/k:.4f}).')
 
 # %% ../nbs/70_folder.ipynb #be546089
-def _md(s): return re.sub(r'([\\`*_|<>\[\]])', r'\\\1', ' '.join(str(s).split()))
-
 def _table(head, rows):
-    line = lambda r: '| ' + ' | '.join(map(_md, r)) + ' |'
+    line = lambda r: '| ' + ' | '.join(map(markdown_text, r)) + ' |'
     return '\n'.join([line(head), '|' + '---|'*len(head), *map(line, rows)])
 
 # %% ../nbs/70_folder.ipynb #7e5fc351
@@ -116,7 +122,7 @@ def _reads(s, m, d):
     size = f' scaled to {s["size"]} pixels' if s['size'] else ''
     sample = 'one site' if s['sites'] == 1 else f'{s["sites"]} sites of a well'
     return (f'{s["bits"]}-bit pictures{size}, normalisation `{s["norm"]}`, {sample} at a time; metadata: '
-            f'{_md(", ".join(m["metadata"]) or "none")}. The channels, in this order (mean and standard deviation as '
+            f'{markdown_text(", ".join(m["metadata"]) or "none")}. The channels, in this order (mean and standard deviation as '
             f'shares of full scale, of {d["sites_measured"]} training sites):')
 
 def model_card(
@@ -132,18 +138,18 @@ library_name: rcic_fastai
 license: other
 tags: [microscopy, high-content-screening, cell-painting, batch-effects]
 ---
-# {_md(m["arch"])}: {len(s["channels"])} channels to {k} classes of {_md(s["target"])}
+# {markdown_text(m["arch"])}: {len(s["channels"])} channels to {k} classes of {markdown_text(s["target"])}
 
 A model of [rcic_fastai](https://github.com/rcic-fastai/rcic_fastai): fluorescence pictures in;
 cosines with {k} classes and embeddings of {m["emb_dim"]} numbers out.
 
 ## Trained on
-{d["rows"]} sites{" of " + _md(first_few(cells)) if cells else ""}, by experiment:
+{d["rows"]} sites{" of " + markdown_text(first_few(cells)) if cells else ""}, by experiment:
 
 {_table(('experiment', 'sites'), d["sites"].items())}
 
 ## How good it is
-{_how_good(config)}{_seen_under_its_own_labels(config)}
+{_how_good(config)}{_seen_under_its_own_labels(config)}{_learned_before(config)}
 
 ## What it reads
 {_reads(s, m, d)}
@@ -167,13 +173,13 @@ cell types it never saw, expect less. It was made for research, not for decision
 {config["licence"]}
 
 ## Made with
-{_md(", ".join(f"{n} {v}" for n, v in config["versions"].items() if v))}
+{markdown_text(", ".join(f"{n} {v}" for n, v in config["versions"].items() if v))}
 '''
 
 # %% ../nbs/70_folder.ipynb #0bdd563a
 FORMAT = 4
 MODEL_FILES = ('weights.safetensors', 'history.csv', 'index.json', *INDEX_FILES)
-_OWN = ('format', 'model', 'spec', 'held_out', 'pseudo_experiments', 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
+_OWN = ('format', 'model', 'spec', 'held_out', *PROVENANCE, 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
 
 def _again(what): return ScreenError(f'{what}: copy or train the model again.')
 
@@ -192,14 +198,15 @@ def _config(learn, info):
     dls, rows, model = learn.dls, learn.dls.train.items, get_model(learn.model)
     if dls.spec.sites > 1: rows = dls.table[dls.table.well_id.isin(rows.well_id)]
     return _plain(dict(format=FORMAT, model=model.config, spec=asdict(dls.spec), held_out=dls.held_out,
-                       pseudo_experiments=getattr(model, 'pseudo_experiments', ()), data=data_fingerprint(rows, dls.source),
+                       **provenance(model), data=data_fingerprint(rows, dls.source),
                        metrics=_metrics(learn), versions=library_versions(), fingerprint=model_fingerprint(model, dls.spec),
                        **{'licence': MODEL_LICENCE, **info}))
 
 def _write_files(folder, learn, state, index, config):
     from safetensors.torch import save_file
-    save_file(state, folder/'weights.safetensors')
-    getattr(learn, 'history', pd.DataFrame(columns=['stage', 'epoch'])).to_csv(folder/'history.csv', index=False)
+    known = dict(provenance=json.dumps(provenance(get_model(learn.model))))
+    save_file(state, folder/'weights.safetensors', known)
+    getattr(learn, 'history', pd.DataFrame(columns=['stage', 'epoch'])).map(csv_text).to_csv(folder/'history.csv', index=False)
     index.save(folder, config['fingerprint'])
     config = {**config, 'files': {f: file_facts(folder/f) for f in MODEL_FILES}}
     (folder/'config.json').write_text(json.dumps({**config, 'sha256': json_hash(config)}, indent=1, allow_nan=False))
@@ -294,7 +301,7 @@ _SPEC = dict({f.name: _SCALAR for f in fields(ScreenSpec)},
     sites=_int(1, 64), size=_or(_NONE, _int(8, 2**12)), norm=_one(*NORMALIZERS), norm_mean=_STATS, norm_std=_STATS,
     bits=_one(8, 16), clahe=_BOOL, norm_from=_one('all', 'controls'))
 _NAMES = _list(_LABEL, 0, 2**16)
-_TOP = dict(model=_TABLE, spec=_TABLE, held_out=_NAMES, pseudo_experiments=_NAMES, data=_TABLE, versions=_dict(_VERSION, 100),
+_TOP = dict(model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES, data=_TABLE, versions=_dict(_VERSION, 100),
             fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
 _COUNT = _int(0, 2**40)
@@ -389,7 +396,7 @@ def _header(path):
     if total != size - 8 - n: raise _no_weights(path, f'its tensors need {total:,} bytes and there are {size-8-n:,}')
     return shapes
 
-def _shapes(state): return {k: (tuple(v.shape), v.dtype) for k, v in state.items()}
+def _shapes(state): return {k: (tuple(v.shape), v.dtype) for k, v in state.items() if k != EXTRA}
 
 @lru_cache(16)
 def _expected(text):
@@ -481,8 +488,8 @@ class TrainedModel:
         return emb
 
     def screen_notes(self, rows, source)->list:
-        "What is odd about the pictures of a screen, beside those that the model was trained on"
-        return [*_size_notes(self.config['data'], self.spec, source), *_brightness_notes(self.config['data'], rows, source), *_store_notes(self.config['data'], self.index, source)]
+        "What is odd about the rows and pictures of a screen, beside those that the model was trained on"
+        return [*_earlier_notes(self.model, self.trained, rows), *_size_notes(self.config['data'], self.spec, source), *_brightness_notes(self.config['data'], rows, source), *_store_notes(self.config['data'], self.index, source)]
 
 # %% ../nbs/70_folder.ipynb #0143a6dc
 def _by_adaptation(index):
@@ -492,6 +499,13 @@ def _by_adaptation(index):
     if adapted.all() or not adapted.any(): return index, None
     part = lambda keep, *drop: EmbeddingIndex(make_emb_table(index.labels[keep].drop(columns=[*drop]), index.features[keep]), index.target, index.kind, index.model)
     return part(~adapted, 'protocol'), part(adapted)
+
+def _earlier_notes(model, trained, rows):
+    "Experiments whose labels the weights learned before the last training"
+    names = sorted({*earlier_experiments(model, trained)} & {*rows.experiment.astype(str)})
+    if not names: return []
+    return [f'The weights learned the labels of {first_few(names, 3)} before the model was trained on other experiments, so what it says '
+            'of them does not tell how it does on experiments never seen.']
 
 def _size_notes(data, spec, source):
     "Pictures of another side, which the model sees as they are"
@@ -533,7 +547,8 @@ def load_screen_model(
         warnings.warn(f'{folder} was saved with {", ".join(changes)}: answers may differ in the last digits.', stacklevel=2)
     model, spec = _built(config, weights, _read_weights(weights, config)), ScreenSpec(**config['spec'])
     if model_fingerprint(model, spec) != key: raise _again(f'{folder/"config.json"} has the fingerprint of another model')
-    index, model.pseudo_experiments = EmbeddingIndex.load(folder, key), tuple(config['pseudo_experiments'])
+    index = EmbeddingIndex.load(folder, key)
+    set_provenance(model, config)
     dim, rows = model.classifier.weight.shape[1], index.dim
     if rows != dim: raise _again(f'{folder/"index.json"} is of rows of {rows} numbers and the model embeds into {dim}')
     plain, adapted = _by_adaptation(index)

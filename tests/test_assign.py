@@ -4,6 +4,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata, real_data
+from rcic_fastai.predict import assign
 from rcic_fastai.predict.assign import (assign_plate, balance_plate, group_evidence, group_patterns, group_scores, infer_groups,
                                 infer_rotation, pattern_fit)
 
@@ -148,6 +149,36 @@ def test_balance_of_a_real_plate_and_its_limit():
     with pytest.raises(ScreenError, match='not balanced after 3 rounds'): balance_plate(s, 1e-3, max_rounds=3)
     for bad in (0, -1, np.nan):
         with pytest.raises(ScreenError, match='temperature'): balance_plate(s, bad)
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 2), st.integers(1, 9))
+def test_balance_is_that_of_the_allowed_classes(seed, spare, forbidden):
+    r = np.random.default_rng(seed)
+    s = r.normal(size=(5, 5 + spare))
+    all_, at = np.full((5, 5 + spare + forbidden), -np.inf), np.sort(r.permutation(5 + spare + forbidden)[:5 + spare])
+    all_[:, at] = s
+    np.testing.assert_allclose(balance_plate(all_)[:, at], balance_plate(s), atol=1e-12)
+    assert balance_plate(all_).sum() == pytest.approx(5)
+    np.testing.assert_allclose(balance_plate(all_, .7, tol=1e-12, max_rounds=10**6)[:, at], sinkhorn(s, .7, 20_000), atol=1e-9)
+
+def rxrx1_plate(seed=0, wells=277, classes=1108, groups=4):
+    "Cosines of a plate of RxRx1's size with all its classes, and which of these are of the plate's group"
+    r, of = np.random.default_rng(seed), np.arange(classes) % groups
+    unit = lambda x: x/np.linalg.norm(x, axis=1, keepdims=True)
+    center = unit(r.normal(size=(classes, 64)))
+    own = r.permutation(np.flatnonzero(of == 0))[:wells]
+    return unit(.3*center[own] + r.normal(size=(wells, 64))/8) @ center.T, of == 0
+
+def test_balance_of_a_plate_takes_as_many_rounds_as_its_own_group(monkeypatch):
+    s, mine = rxrx1_plate()
+    rounds, real = [], assign._logsumexp
+    monkeypatch.setattr(assign, '_logsumexp', lambda x, axis: rounds.append(x.size) or real(x, axis))
+    whole = balance_plate(np.where(mine, s, -np.inf))
+    cost = sum(rounds)
+    rounds.clear()
+    part = balance_plate(s[:, mine])
+    np.testing.assert_array_equal(whole[:, mine], part)
+    assert cost == sum(rounds)
 
 # ---- patterns
 

@@ -1,5 +1,5 @@
 "Naming wells: against a plain loop, what must not matter, no label of a query is ever used, files."
-import json, warnings
+import json, re, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
@@ -385,3 +385,25 @@ def test_experiments_that_the_index_holds_are_said():
     some = pd.concat([TRAIN[:6], TEST], ignore_index=True)
     with pytest.warns(UserWarning, match=f'^6 of {len(some)} embeddings to name are of experiments that the index holds too \\({TRAIN.Metadata_experiment.iloc[0]}\\)'):
         predict_wells(some, INDEX)
+
+# ---- a plate that cannot be balanced
+
+def unbalanced(*args, plate='', **kwargs): raise ScreenError(f'Plate {plate} is not balanced after 5000 rounds: raise the temperature.')
+
+def test_a_finished_assignment_outlives_a_balancing_that_fails(monkeypatch, tmp_path):
+    want, _ = predict_wells(TEST, INDEX, 'transductive')
+    plates = want.groupby(['experiment', 'plate']).ngroups
+    monkeypatch.setattr(predict, 'balance_plate', unbalanced)
+    with pytest.warns(UserWarning, match='is not balanced'): got, _ = predict_wells(TEST, INDEX, 'transductive')
+    tops = [c for c in want if re.fullmatch(r'top_[2-9]', c)]
+    pd.testing.assert_frame_equal(got.drop(columns=tops), want.drop(columns=tops))
+    group_of = TRAIN.drop_duplicates('Metadata_sirna').set_index('Metadata_sirna').Metadata_plate_group
+    for c in tops: assert (group_of[got[c]].to_numpy() == TRUTH.plate_group[got.id_code].to_numpy()).all()
+    assert len(got.attrs['notes']) == plates
+    with pytest.warns(UserWarning, match='is not balanced'):
+        every = predict_tables((t for _, t in TEST.groupby('Metadata_experiment')), INDEX, 'transductive')
+    write_predictions(every, tmp_path/'p.csv', dict(notes=['of the command']))
+    said = json.loads((tmp_path/'p.json').read_text())['notes']
+    assert said[0] == 'of the command' and len(said) == 1 + plates and 'softmax' in said[-1]
+    write_predictions(want, tmp_path/'p.csv')
+    assert 'notes' not in json.loads((tmp_path/'p.json').read_text())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'TensorMeta', 'meta_vocab', 'MetadataCategorize', 'MetadataBlock',
            'ExperimentSplitter', 'ScreenSpec', 'GroupCategorize', 'statistics_rows', 'screen_block', 'label_order',
-           'labelled_rows', 'check_plates', 'check_id_test', 'screen_dls', 'spec_dl']
+           'labelled_rows', 'check_plates', 'check_id_test', 'ScreenLoaders', 'screen_dls', 'spec_dl']
 
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
 from dataclasses import asdict, dataclass, field, replace
@@ -107,8 +107,18 @@ class ScreenSpec:
 
 # %% ../../nbs/13_batch.data.ipynb #90b3ba9a
 class GroupCategorize(MetadataCategorize):
-    "Name of a plate or experiment → `TensorGroup`; 0 is unknown"
-    def encodes(self, o): return TensorGroup(self.o2i.get(str(o), 0))
+    "Name of a plate or experiment → `TensorGroup`; raises where its pixel statistics are not known"
+    def encodes(self, o):
+        if str(o) in self.o2i: return TensorGroup(self.o2i[str(o)])
+        raise ScreenError(f'The pixel statistics of {o} are not known to these batches: make them with '
+                          'learn.dls.test_dl(rows), with all rows of the plate or experiment, or use learn.embed(rows).')
+
+def _statistics_of(spec, rows, among):
+    "The rows of `among` that give the statistics of `rows`, and the plates or experiments that have none"
+    mine = set(stat_groups(rows, spec.norm))
+    use = among[stat_groups(among, spec.norm).isin(mine)]
+    if spec.norm_from == 'controls': use = use[use.well_type.isin(['negative_control', 'positive_control'])]
+    return use, sorted(mine - set(stat_groups(use, spec.norm)))
 
 def statistics_rows(
     spec:ScreenSpec, # What a batch is
@@ -117,11 +127,7 @@ def statistics_rows(
 )->pd.DataFrame: # Some of `among`: all wells of the plates or experiments, or their controls
     "The rows whose pictures give the statistics that `rows` are normalised with"
     if not spec.per_group: return rows
-    among = rows if among is None else among
-    mine = set(stat_groups(rows, spec.norm))
-    use = among[stat_groups(among, spec.norm).isin(mine)]
-    if spec.norm_from == 'controls': use = use[use.well_type.isin(['negative_control', 'positive_control'])]
-    lacks = sorted(mine - set(stat_groups(use, spec.norm)))
+    use, lacks = _statistics_of(spec, rows, rows if among is None else among)
     if lacks:
         what, more = ('control well', ", or train with norm_from='all'") if spec.norm_from == 'controls' else ('site', '')
         raise ScreenError(f'{first_few(lacks)} has no {what} to take pixel statistics of: add its rows to the table (stat_rows){more}.')
@@ -205,6 +211,61 @@ def check_id_test(
     if sites > 1 and table.well_id[table.dataset == 'id_test'].isin(rows.well_id).any():
         raise ScreenError(f'sites={sites} would read the id_test sites of the training wells: take sites=1, or set their dataset to train.')
 
+# %% ../../nbs/13_batch.data.ipynb #5e50871a
+def _group_norm(dl):
+    "The transform that normalizes batches by plate or experiment, or None"
+    return next((f for f in dl.after_batch.fs if isinstance(f, NormalizeGroup)), None)
+
+def _with_statistics(dl, norm, stats):
+    "A loader whose groups have these statistics"
+    name, fresh = GroupCategorize([UNKNOWN, *stats.index]), NormalizeGroup(stats, norm.pos, norm.by, norm.eps)
+    names = dl.dataset.tls[norm.pos].tfms
+    names.fs = L(name if isinstance(f, GroupCategorize) else f for f in names.fs)
+    dl.after_batch.fs = L(fresh if f is norm else f for f in dl.after_batch.fs)
+    return dl
+
+class ScreenLoaders(DataLoaders):
+    "Training and held-out batches of a screen, and what they are of: `.spec`, `.table`, `.source`, `.held_out`"
+    def new_empty(self):
+        "The same without rows, as `learn.export` stores it; statistics of the groups that were seen are kept"
+        res = super().new_empty()
+        res.spec, res.source, res.held_out, res.table = self.spec, self.source, self.held_out, self.table[:0]
+        return res
+
+    def test_dl(self,
+        test_items, # Site-table rows, one sample each; or a list of one row, as `learn.predict` gives
+        rm_type_tfms=None, # See fastai
+        with_labels:bool=False, # Whether the rows have labels of the target
+        **kwargs
+    )->ScreenDL: # Batches in the order of the rows
+        "Batches of any rows, normalized as `spec_dl` does: by the whole table's plates, others by the rows given"
+        dl = super().test_dl(test_items, rm_type_tfms, with_labels, **kwargs)
+        norm = _group_norm(dl)
+        return dl if norm is None else _with_statistics(dl, norm, self._statistics(norm, test_items))
+
+# %% ../../nbs/13_batch.data.ipynb #750ac0f4
+def _every_site(rows, source):
+    "Rows of wells, one or more each, as one row a site"
+    rows = rows.drop_duplicates('well_id')
+    ids = [source.sites_of(w) for w in rows.well_id]
+    return rows.iloc[np.repeat(np.arange(len(rows)), [len(o) for o in ids])].assign(site_id=[i for o in ids for i in o])
+
+@patch
+def _statistics(self:ScreenLoaders, norm, items):
+    "Statistics of the groups that were seen, and of those of `items`"
+    whole = isinstance(items, pd.DataFrame)
+    rows = items if whole else pd.DataFrame(list(items))
+    rows = rows[~stat_groups(rows, norm.by).isin(norm.stats.index)]
+    if not len(rows): return norm.stats
+    given = rows if self.spec.sites == 1 else _every_site(rows, self.source)
+    among = pd.concat([self.table, given[~given.site_id.isin(self.table.site_id)]]) if whole else self.table
+    use, lacks = _statistics_of(self.spec, rows, among)
+    if lacks:
+        kind = 'control ' if self.spec.norm_from == 'controls' else ''
+        raise ScreenError(f'The pixel statistics of {first_few(lacks)} are not known, and one site does not tell them: give all rows of '
+                          f'the {norm.by} at once, its {kind}wells included, to learn.embed(rows) or to learn.dls.test_dl(rows).')
+    return pd.concat([norm.stats, screen_stats(self.source, use, norm.by)])
+
 # %% ../../nbs/13_batch.data.ipynb #28c93395
 def _every_row(rows): return range(len(rows)), range(len(rows))
 def _split_at(rows, n_train): return range(n_train), range(n_train, len(rows))
@@ -228,7 +289,7 @@ def screen_dls(
     batch_by:str=None, # Training batches from one 'experiment' or 'plate' each
     batch_groups:int=1, # Experiments or plates in a batch, with `batch_by`
     vocabs:dict=None, # Metadata vocabularies; `None`: from the training rows
-)->DataLoaders: # with `.spec` (a `ScreenSpec`) and `.rebuild(**changes)`
+)->ScreenLoaders: # with `.spec` (a `ScreenSpec`) and `.rebuild(**changes)`
     "Training and validation batches of a screen, split by experiment"
     args = {k:v for k,v in locals().items()}
     rows = labelled_rows(table, target, controls)
@@ -248,6 +309,7 @@ def screen_dls(
     bs = min(bs, len(train))
     with no_random(seed): dls = block.dataloaders(both, bs=bs, num_workers=num_workers, device=device, verbose=False,
                                                   group_by=batch_by, groups=batch_groups)
+    dls = ScreenLoaders(*dls.loaders, path=dls.path, device=dls.device)
     dls.spec, dls.table, dls.source, dls.held_out = spec, table, source, sorted(held.experiment.unique())
     dls.rebuild = lambda **changes: screen_dls(**{**args, 'vocabs': spec.vocabs, **changes})
     return dls

@@ -11,7 +11,7 @@ __all__ = ['STAIN_COLOURS', 'PICTURES', 'small_figures', 'TensorSite', 'TensorWe
 import colorsys, io, math
 from PIL import Image
 from fastai.vision.all import *
-from ..core import ScreenError
+from ..core import ScreenError, picture_text
 from ..screen.tables import CHANNELS, rowcol_to_well, well_to_rowcol
 
 # %% ../../nbs/10_batch.site.ipynb #b1b88885
@@ -196,7 +196,7 @@ def show(self:TensorSite,
     if ctx is None: _, ctx = plt.subplots(figsize=figsize or _fig_size(im))
     ctx.imshow(im, **kwargs)
     if how == 'panels' and self.ndim == 3: _name_panels(ctx, self, channels)
-    if title is not None: ctx.set_title(title)
+    if title is not None: ctx.set_title(picture_text(title))
     ctx.axis('off')
     return ctx
 
@@ -210,7 +210,7 @@ def _name_panels(ax, x, channels=None):
     c, h, w = x.shape
     n, gap = _panel_columns(c), _gap(w)
     for i, name in enumerate(channel_names(c, channels)):
-        ax.text((i % n)*(w+gap) + .03*w, (i//n)*(h+gap) + .03*h, name, color='w', fontsize=7, va='top',
+        ax.text((i % n)*(w+gap) + .03*w, (i//n)*(h+gap) + .03*h, picture_text(name), color='w', fontsize=7, va='top',
                 bbox=dict(facecolor='k', alpha=.55, pad=1, linewidth=0))
 
 # %% ../../nbs/10_batch.site.ipynb #7d50916e
@@ -227,7 +227,7 @@ def plot_channels(
     axs = get_grid(len(s), ncols=ncols, figsize=(width*ncols, height*math.ceil(len(s)/ncols)))
     for ax, im, name, (lo, hi) in zip(axs, s, channel_names(len(s), channels), lim.T):
         ax.imshow(im, cmap='gray', vmin=0, vmax=1)
-        ax.set_title(f'{name}\n{lo:.3g} … {hi:.3g}', fontsize=8)
+        ax.set_title(f'{picture_text(name)}\n{lo:.3g} … {hi:.3g}', fontsize=8)
         ax.axis('off')
     return axs
 
@@ -253,7 +253,7 @@ def _n_inputs(x): return len(x) if isinstance(x, tuple) else 1
 
 def _meta_line(sample, n_inp): return ' · '.join(_words(sample[1:n_inp]))
 
-def _lines(*parts): return '\n'.join(p for p in parts if p)
+def _lines(*parts): return picture_text('\n'.join(p for p in parts if p))
 
 def _site_axes(samples, n, ctxs, how, nrows, ncols, figsize, width, **kwargs):
     "Axes for `n` sites, as wide as their pictures are"
@@ -385,7 +385,7 @@ def plate_map(
     (_draw_numbers if a.dtype == float else _draw_labels)(ctx, a, cmap, vmin, vmax, colours)
     if text: _write_wells(ctx, a)
     _plate_axes(ctx, shape)
-    if title is not None: ctx.set_title(title)
+    if title is not None: ctx.set_title(picture_text(title))
     return ctx
 
 # %% ../../nbs/10_batch.site.ipynb #1f2fd263
@@ -401,12 +401,12 @@ def _draw_labels(ax, a, cmap, vmin, vmax, colours):
     pick = {n: matplotlib.colors.to_rgb((colours or {}).get(n, hue)) for n, hue in zip(names, hues)}
     ax.imshow([[(.93,)*3 if v is None else pick[str(v)] for v in row] for row in a])
     if len(names) <= 12:
-        ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], names, fontsize=7, loc='upper left',
+        ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], [*map(picture_text, names)], fontsize=7, loc='upper left',
                   bbox_to_anchor=(1, 1), frameon=False)
 
 def _write_wells(ax, a):
     for (r, c), v in np.ndenumerate(a):
-        if v is not None and v == v: ax.text(c, r, _word(v), ha='center', va='center', fontsize=5)
+        if v is not None and v == v: ax.text(c, r, picture_text(_word(v)), ha='center', va='center', fontsize=5)
 
 def _plate_axes(ax, shape):
     "Row letters, column numbers, thin lines between wells"

@@ -165,7 +165,7 @@ def show_correction(
         if 'site_id' in m: emb = merge_sites(emb)
         codes, names = pd.factorize(emb[f'{META}{color}'], sort=True)
         xy = _plane(emb)
-        for i, n in enumerate(names): ax.scatter(*xy[codes == i].T, s=7, color=plt.cm.tab10(i % 10), label=n)
+        for i, n in enumerate(names): ax.scatter(*xy[codes == i].T, s=7, color=plt.cm.tab10(i % 10), label=picture_text(n))
         ax.set(title=title, xticks=[], yticks=[])
     if len(names) <= 10: ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
     fig.tight_layout()

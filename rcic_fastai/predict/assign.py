@@ -239,6 +239,11 @@ def _logsumexp(x, axis):
     m = np.where(np.isfinite(m), m, 0)
     with np.errstate(divide='ignore'): return np.log(np.exp(x-m).sum(axis, keepdims=True)) + m
 
+def _temperature(s):
+    "Three tenths of the spread of a well's scores"
+    sd = np.nanmean(np.nanstd(np.where(np.isfinite(s), s, np.nan), 1))
+    return .3*sd if sd > 0 else 1.
+
 def balance_plate(
     scores, # [W,K] score of each well with each class; −∞ where a class is not allowed
     temperature:float=None, # In units of the scores, low is near an assignment; `None`: .3 of a well's deviation
@@ -248,10 +253,10 @@ def balance_plate(
 )->np.ndarray: # float64 [W,K] probabilities: rows sum to 1, columns to 1 or less
     "Softmax of the wells of a plate in which every class is used about once"
     s = _plate_scores(scores, plate)
+    usable = np.isfinite(s).any(0)
+    out, s = np.zeros(s.shape), s[:, usable]          # a class of no well would only slow the scaling down
     if (~np.isfinite(s)).any(): assign_plate(s, plate)
-    if temperature is None:
-        sd = np.nanmean(np.nanstd(np.where(np.isfinite(s), s, np.nan), 1))
-        temperature = .3*sd if sd > 0 else 1.
+    if temperature is None: temperature = _temperature(s)
     if not temperature > 0:
         raise ScreenError(f'temperature={temperature} cannot divide the scores: give a number above 0.')
     W, K = s.shape
@@ -265,4 +270,5 @@ def balance_plate(
     else:
         raise ScreenError(f'{_called(plate)} is not balanced after {max_rounds} rounds: '
                           f'raise the temperature ({temperature:.2g}), or use assign_plate.')
-    return np.exp(logp[:W])
+    out[:, usable] = np.exp(logp[:W])
+    return out

@@ -59,6 +59,13 @@ def plate_groups_of(
     return out, how
 
 # %% ../../nbs/51_predict.predict.ipynb #8dbae91b
+def _ranking(scores, plate):
+    "How the siRNAs of a plate rank for each well: balanced, or each well alone where that fails; and a note on the latter"
+    try: return balance_plate(scores, plate=plate), []
+    except ScreenError as e:
+        return scores, [f'{str(e).partition(":")[0]}: its candidates after the first are ranked by the softmax of each '
+                        'well alone.']
+
 def _search_groups(wells, scores, groups, class_groups, search):
     "Scores in which the classes of each well's plate group come from a search among their rows only"
     scores = scores.copy()
@@ -69,7 +76,7 @@ def _search_groups(wells, scores, groups, class_groups, search):
     return scores
 
 def _transduce(wells, scores, index, search):
-    "Column of each well after group restriction and assignment (untreated wells: their best), the groups, and the scores"
+    "Column of each well after group restriction and assignment (untreated wells: their best), the groups, the scores, and notes"
     choice, class_groups = best_class(scores), groups_of_classes(index)
     treated = np.flatnonzero((wells['well_type'] == 'treatment').to_numpy())
     w = wells.iloc[treated].reset_index(drop=True)
@@ -78,12 +85,17 @@ def _transduce(wells, scores, index, search):
     of_class, of_well = (pd.array(g, dtype='Int64').to_numpy('float64', na_value=np.nan) for g in (class_groups, groups))
     allowed = of_class[None] == of_well[:, None]                 # a class without a group is in none
     s = np.where(allowed, scores[treated], -np.inf)
-    ranked = scores.astype(np.float64)
+    ranked, notes = scores.astype(np.float64), []
     for (e, p), idx in w.groupby(['experiment', 'plate']).indices.items():
-        choice[treated[idx]] = assign_plate(s[idx], f'{e}_{p}')
-        ranked[treated[idx]] = balance_plate(s[idx], plate=f'{e}_{p}')
+        at, usable = treated[idx], np.isfinite(s[idx]).any(0)
+        mine, plate = s[idx][:, usable], f'{e}_{p}'
+        choice[at] = np.flatnonzero(usable)[assign_plate(mine, plate)]
+        soft, note = _ranking(mine, plate)
+        ranked[at] = -np.inf
+        ranked[np.ix_(at, usable)] = soft
+        notes += note
     full = pd.array([pd.NA]*len(wells), dtype='Int64'); full[treated] = groups
-    return choice, full, how, np.where(ranked == 0, -np.inf, ranked), scores
+    return choice, full, how, np.where(ranked == 0, -np.inf, ranked), scores, notes
 
 # %% ../../nbs/51_predict.predict.ipynb #2f1a6192
 def best_class(
@@ -201,8 +213,9 @@ def predict_wells(
     wells = known.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index()
     if np.isneginf(scores.max(1)).any():
         raise ScreenError(f'The index has no row of cell type {wells.cell_type[np.isneginf(scores.max(1))].iloc[0]}: search all cell types.')
-    if protocol == 'transductive': choice, groups, how, ranked, scores = _transduce(wells, scores, index, search)
-    else: choice, groups, how, ranked = best_class(scores), None, {}, scores
+    choice, groups, how, ranked, notes = best_class(scores), None, {}, scores, []
+    if protocol == 'transductive': choice, groups, how, ranked, scores, notes = _transduce(wells, scores, index, search)
+    for n in notes: warnings.warn(n, stacklevel=2)
     names, rows = np.array(index.classes, object), np.arange(len(ids))
     others = scores.copy(); others[rows, choice] = -np.inf
     pred = pd.DataFrame({'id_code': ids, index.target: names[choice], 'score': scores[rows, choice],
@@ -218,7 +231,7 @@ def predict_wells(
         pred['group_confidence'] = pred.experiment.map({e: c for e, (_, c) in how.items()}).astype(float)
     order = np.argsort(pred.id_code.to_numpy(str), kind='stable')
     pred = pred.iloc[order].reset_index(drop=True)
-    pred.attrs['target'] = index.target
+    pred.attrs.update(target=index.target, notes=notes)
     return pred, near.sort_values(['id_code', 'query', 'rank'], kind='stable').reset_index(drop=True)
 
 # %% ../../nbs/51_predict.predict.ipynb #646d61d8
@@ -265,9 +278,10 @@ def predict_tables(
     else:
         for _ in near(): pass
     if not preds: raise ScreenError('There is no table to name the wells of: give one or more.')
+    notes = [n for p in preds for n in p.attrs['notes']]
     pred = pd.concat(preds, ignore_index=True)
     pred = pred.iloc[np.argsort(pred.id_code.to_numpy(str), kind='stable')].reset_index(drop=True)
-    pred.attrs['target'] = index.target
+    pred.attrs.update(target=index.target, notes=notes)
     return pred
 
 # %% ../../nbs/51_predict.predict.ipynb #8e866f4f
@@ -291,11 +305,12 @@ def write_predictions(
         g = pred.dropna(subset=['group_source']).groupby('experiment')[['group_source', 'group_confidence']].first()
         groups = dict(plate_groups={e: dict(source=r.group_source, confidence=round(r.group_confidence, 2) if np.isfinite(r.group_confidence) else None) for e, r in g.iterrows()})
     record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **(info or {}))
+    if notes := pred.attrs.get('notes'): record['notes'] = [*record.get('notes', ()), *notes]
     def answers(p):
-        pred[['id_code', target]].to_csv(p, index=False)
+        pred[['id_code', target]].rename(columns=csv_text).map(csv_text).to_csv(p, index=False)
         info_path(path).unlink(missing_ok=True)                  # the record of other answers
     tops, top = [c for c in pred if c.startswith('top_')], top_path(path)
-    if tops: write_atomic(top, lambda p: pred[['id_code', *tops]].to_csv(p, index=False))
+    if tops: write_atomic(top, lambda p: pred[['id_code', *tops]].map(csv_text).to_csv(p, index=False))
     else: top.unlink(missing_ok=True)
     write_atomic(path, answers)
     record['sha256'] = {k: _sha(f) for k, f in dict(csv=path, top=top).items() if f.is_file()}
@@ -324,7 +339,7 @@ def read_predictions(
     "Read predictions back"
     path = Path(path)
     if not path.is_file(): raise ScreenError(f'There is no file {path}: write predictions with rcic_predict first.')
-    try: pred = read_csv(path)
+    try: pred = read_csv(path).rename(columns=csv_name).map(csv_name)
     except ScreenError: raise
     except ValueError as e: raise ScreenError(f'{path} is not a readable CSV ({str(e).splitlines()[0]}): write it with rcic_predict.') from None
     if 'id_code' not in pred or pred.shape[1] < 2: raise ScreenError(f'{path} has the columns {first_few(pred.columns)}: it needs id_code and the predicted label.')
@@ -332,7 +347,7 @@ def read_predictions(
     record, tops = _record(path)
     target = record.get('target', next(c for c in pred if c != 'id_code'))
     if target not in pred: raise ScreenError(f'{info_path(path)} says that {target} was predicted, but {path} has no such column: keep the two files together.')
-    if tops: pred = pred.merge(read_csv(top_path(path)), on='id_code', how='left')
+    if tops: pred = pred.merge(read_csv(top_path(path)).map(csv_name), on='id_code', how='left')
     pred['protocol'] = record.get('protocol', 'unknown')
     pred.attrs['target'] = target
     return pred

@@ -201,13 +201,13 @@ def _pseudo_round(self:Learner, test, base, table, share, recipe, seed, cbs, **k
     wells['plate_group'], sure = _well_groups(wells, scores, groups, table)
     chosen = pseudo_labels(wells, scores, spec.labels, groups, share)
     self.change_classes(self.dls.rebuild(table=pseudo_table(table, test, chosen), valid=base.held_out or 'none'))
-    model.pseudo_experiments = tuple(sorted({*getattr(model, 'pseudo_experiments', ()), *chosen.experiment.astype(str)}))
+    model.pseudo_experiments = tuple(sorted({*model.pseudo_experiments, *chosen.experiment.astype(str)}))
     return chosen, sure, self.fit_recipe(recipe, seed, cbs)
 
 @patch(as_prop=True)
 def protocol(self:Learner)->str:
     "'transductive' once the model was trained on pseudo-labels: what it says of `model.pseudo_experiments` is"
-    return 'transductive' if getattr(get_model(self.model), 'pseudo_experiments', ()) else 'inductive'
+    return 'transductive' if get_model(self.model).pseudo_experiments else 'inductive'
 
 # %% ../../nbs/52_predict.pseudo.ipynb #4a765f9a
 @patch

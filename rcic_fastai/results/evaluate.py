@@ -156,9 +156,9 @@ class ScreenResult:
         said = 'Intervals: {level:.0%}, percentile bootstrap over experiments, {n_boot} draws, seed {seed}.'
         return [said.format(**self.how), *self.notes]
 
-    def to_text(self, full:bool=False): return '\n'.join([self.table(full).to_string(), *self._foot()])
+    def to_text(self, full:bool=False): return terminal_text('\n'.join([self.table(full).to_string(), *self._foot()]), lines=True)
     def __repr__(self): return self.to_text()
-    def _repr_html_(self): return self.table().to_html() + ''.join(f'<p>{o}</p>' for o in self._foot())
+    def _repr_html_(self): return self.table().to_html() + ''.join(f'<p>{html_text(o)}</p>' for o in self._foot())
 
     def to_dict(self)->dict: # columns (name → evaluate's dict), rows, notes, how; no NaN
         "All of it as plain data"
@@ -401,11 +401,11 @@ def accuracy_plot(
             y, mine = j*(len(result.columns)+.8) + i, d[(d.column == c) & ((d.cell_type == name) | (name == ''))]
             row = mine[mine.group == ('cell_type' if name else 'all')].iloc[0]
             ax.plot([row.low, row.high], [y, y], c=f'C{i}', lw=6, alpha=.35, solid_capstyle='butt')
-            ax.plot(row.value, y, '|', c=f'C{i}', ms=11, mew=2, label=None if j else c)
+            ax.plot(row.value, y, '|', c=f'C{i}', ms=11, mew=2, label=None if j else picture_text(c))
             dots = mine[mine.group == 'experiment']
             ax.plot(dots.value, [y]*len(dots), 'o', c=f'C{i}', ms=3)
     middle = [j*(len(result.columns)+.8) + (len(result.columns)-1)/2 for j in range(len(kinds))]
-    ax.set_yticks(middle, ['all wells', *kinds[1:]]); ax.invert_yaxis()
+    ax.set_yticks(middle, ['all wells', *map(picture_text, kinds[1:])]); ax.invert_yaxis()
     ax.set(xlim=(0, 1.03), xlabel='accuracy of wells')
     ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5)); fig.tight_layout(); return fig
 

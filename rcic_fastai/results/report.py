@@ -6,7 +6,7 @@
 __all__ = ['site_gallery', 'training_curve', 'embedding_map', 'neighbour_strip', 'fig_html', 'write_report']
 
 # %% ../../nbs/61_results.report.ipynb #3aa13e0e
-import base64, html, io
+import base64, io
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
@@ -56,10 +56,10 @@ def _draw_map(ax, xy, meta, colour):
     names, test = sorted(meta[colour].dropna().unique()), (meta['dataset'] == 'test').to_numpy()
     for i, name in enumerate(names):
         of = (meta[colour] == name).fillna(False).to_numpy(bool)
-        ax.scatter(*xy[of & ~test].T, s=10, color=f'C{i%10}', label=str(name), lw=0)
+        ax.scatter(*xy[of & ~test].T, s=10, color=f'C{i%10}', label=picture_text(name), lw=0)
         ax.scatter(*xy[of & test].T, s=14, facecolors='none', edgecolors=f'C{i%10}', lw=.8)
     if len(names) <= 15: ax.legend(fontsize=6, loc='upper left', bbox_to_anchor=(1, 1))
-    ax.set_xticks([]); ax.set_yticks([]); ax.set_title(f'by {colour} (hollow: test)', fontsize=9)
+    ax.set_xticks([]); ax.set_yticks([]); ax.set_title(f'by {picture_text(colour)} (hollow: test)', fontsize=9)
 
 # %% ../../nbs/61_results.report.ipynb #80f25bd0
 def embedding_map(
@@ -98,7 +98,7 @@ def fig_html(
 )->str: # An `<img>` element
     "A figure as an embedded PNG"
     b = io.BytesIO(); fig.savefig(b, format='png', metadata={'Software': None}); plt.close(fig)
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">'
+    return f'<img alt="{html_text(alt)}" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">'
 
 _CSS = '''body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.7rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid #ddd}img{max-width:100%;display:block;margin:.6rem 0}
@@ -112,9 +112,9 @@ def write_report(
 )->Path:
     "Write a report, whole or not at all"
     path, out = Path(path), [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-                             f'<title>{html.escape(title)}</title><style>{_CSS}</style><h1>{html.escape(title)}</h1>']
+                             f'<title>{html_text(title)}</title><style>{_CSS}</style><h1>{html_text(title)}</h1>']
     for head, text, contents in sections:
-        out.append(f'<h2>{html.escape(head)}</h2><p class="note">{html.escape(text)}</p>')
+        out.append(f'<h2>{html_text(head)}</h2><p class="note">{html_text(text)}</p>')
         for c in contents:
             if isinstance(c, plt.Figure): c = fig_html(c, head)
             elif isinstance(c, pd.DataFrame): c = c.to_html(border=0, float_format=lambda v: f'{v:.3f}' if v <= 1 else f'{v:g}', na_rep='')

@@ -159,7 +159,7 @@ def _learner_facts(learn):
     rows = pd.concat([dls.train.items, dls.valid.items], ignore_index=True)
     some = rows.site_id.iloc[np.unique(np.linspace(0, len(rows) - 1, 3).astype(int))]
     try: model = model.config
-    except ScreenError: model = {k: list(v.shape) for k, v in model.state_dict().items()}
+    except ScreenError: model = {k: list(v.shape) for k, v in model.state_dict().items() if k != EXTRA}
     return dict(model=model, spec=asdict(dls.spec), held_out=dls.held_out, bs=dls.train.bs, samples=[dls.train.n, dls.valid.n],
                 table=_sha256(rows[[*SITE_COLUMNS]].to_csv(index=False, lineterminator='\n').encode()),
                 pixels=_sha256(b''.join(np.ascontiguousarray(dls.source[i]).tobytes() for i in some)))
