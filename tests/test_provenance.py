@@ -101,7 +101,7 @@ def from_safetensors(learn, tmp):
 
 SAME = dict(save=lambda l, s, f, tmp: loaded(l, s), save_without_opt=lambda l, s, f, tmp: loaded(l, s, with_opt=False),
             export=lambda l, s, f, tmp: exported(l), checkpoint=lambda l, s, f, tmp: resumed(l, s, tmp),
-            folder=lambda l, s, f, tmp: load_screen_model(f).model, old_folder=lambda l, s, f, tmp: load_screen_model(old_folder(f, tmp/'old')).model,
+            folder=lambda l, s, f, tmp: load_screen_model(f).model,
             state_dict=lambda l, s, f, tmp: with_state(l, l.model.state_dict()), not_strict=lambda l, s, f, tmp: with_state(l, l.model.state_dict(), strict=False),
             clones=lambda l, s, f, tmp: with_state(l, {k: v.detach().clone() for k, v in l.model.state_dict().items()}),
             pth=lambda l, s, f, tmp: from_file(l, tmp), safetensors=lambda l, s, f, tmp: from_safetensors(l, tmp),
