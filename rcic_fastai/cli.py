@@ -13,7 +13,8 @@ import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/71_cli.ipynb #f4863b1e
-import contextlib, json, os, re, sys, time
+import contextlib, io, json, os, re, sys, tempfile, time
+from contextlib import ExitStack, nullcontext
 from fastai.vision.all import *
 from dataclasses import replace
 from fastcore.script import anno_parser, store_true
@@ -215,36 +216,43 @@ def train(
     given = {k:v for k,v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'workers', 'resume')}
     if bs == 1: raise ScreenError("--bs 1 is not possible, as BatchNorm needs two samples: give 2 or more, or 0 for the recipe's.")
     if size and not 16 <= size <= 4096: raise ScreenError(f"--size {size} is not possible: give 16 to 4096 pixels, or 0 for the screen's own.")
-    if resume and _finished(out): print(f'{out} is finished: there is nothing to go on with.'); return
-    out, r = _writable(new_folder(out)), get_recipe(recipe)
-    if not resume and not rank_world()[0]: begin_checkpoints(_checkpoints(out))
-    wait_for_all(); rank_device()
     check_tta(tta)
-    data = {'bs': 32, 'norm': 'own', **r.data, **{k:v for k,v in dict(sites=sites, size=size, norm=norm, norm_from=norm_from, bs=bs).items() if v}}
-    rows, source = open_screen(screen, only_present, partial(training_rows, target=target, controls=controls or None,
-                                                            norm=data['norm'], sites=data.get('sites', 1)))
-    dls = screen_dls(rows, source, **{**data, 'valid': valid, 'target': target, 'controls': controls or None, 'seed': seed, 'num_workers': workers})
-    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
-          f'{len(dls.spec.labels)} {target} classes, {len(source.channels)} channels')
-    weights = {'yes': r.model.get('pretrained', True), 'no': None}.get(pretrained, pretrained)
-    model = {**r.model, 'pretrained': weights, 'seed': seed, **({'metadata': metadata} if metadata else {})}
-    learn = screen_learner(dls, arch or r.arch, **model)
-    with learn.sharded(): reached = learn.fit_recipe(_overruled(r, size, bs), seed=seed, folder=_checkpoints(out), resume=resume, facts=dict(arguments=given))
-    if len(reached): print(reached.to_string(index=False))
-    index = build_index(learn, tta, folder=_index_parts(out, learn, tta) if rank_world()[1] > 1 else None)
-    if rank_world()[0]: return
-    save_screen_model(learn, out, index, recipe=r.to_dict(), seed=seed, only_present=only_present, controls=controls, tta=tta,
-                      mask=list(INDUCTIVE_MASK), stages=reached.to_dict('records'))
-    _remove_unfinished(out)
-    print(f'{out}: model, index of {len(index.labels)} embeddings, history')
+    info = dict(seed=seed, only_present=only_present, controls=controls, tta=tta, mask=list(INDUCTIVE_MASK))
+    with ExitStack() as run:
+        with all_agree():
+            if not rank_world()[0]: run.enter_context(only_one(out))
+            if resume and _finished(out): print(f'{out} is finished: there is nothing to go on with.'); return
+            out, r = new_folder(out), get_recipe(recipe)
+            if not resume and not rank_world()[0]: begin_checkpoints(_checkpoints(out))
+            rank_device()
+            data = {'bs': 32, 'norm': 'own', **r.data, **{k:v for k,v in dict(sites=sites, size=size, norm=norm, norm_from=norm_from, bs=bs).items() if v}}
+            rows, source = open_screen(screen, only_present, partial(training_rows, target=target, controls=controls or None,
+                                                                    norm=data['norm'], sites=data.get('sites', 1)))
+            dls = screen_dls(rows, source, **{**data, 'valid': valid, 'target': target, 'controls': controls or None, 'seed': seed, 'num_workers': workers})
+            print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
+                  f'{len(dls.spec.labels)} {target} classes, {len(source.channels)} channels')
+            weights = {'yes': r.model.get('pretrained', True), 'no': None}.get(pretrained, pretrained)
+            model = {**r.model, 'pretrained': weights, 'seed': seed, **({'metadata': metadata} if metadata else {})}
+            learn = screen_learner(dls, arch or r.arch, **model)
+            if not rank_world()[0]: _try_all(learn, out, dict(recipe=r.to_dict(), **info))
+        with learn.sharded(): reached = learn.fit_recipe(_overruled(r, size, bs), seed=seed, folder=_checkpoints(out), resume=resume, facts=dict(arguments=given))
+        if len(reached): print(reached.to_string(index=False))
+        index = build_index(learn, tta, folder=_index_parts(out, learn, tta) if rank_world()[1] > 1 else None)
+        if rank_world()[0]: return
+        save_screen_model(learn, out, index, recipe=r.to_dict(), **info, stages=reached.to_dict('records'))
+        _remove_unfinished(out)
+        print(f'{out}: model, index of {len(index.labels)} embeddings, history')
 
 # %% ../nbs/71_cli.ipynb #591e2af1
-def _writable(out):
-    "The folder, once its place was tried, so that nothing is learnt that cannot be kept"
-    probe = Path(out).with_name(f'.{os.getpid()}.{Path(out).name}')
-    probe.mkdir(parents=True)
-    probe.rmdir()
-    return out
+def _try_all(learn, out, info):
+    "What comes after the training, with a few rows: their embeddings and index, the names of all rows, and the model folder"
+    spec, rows = learn.dls.spec, _indexed_rows(learn)
+    names, size = rows.drop_duplicates(spec.key), rows.groupby('experiment')[spec.key].nunique()
+    few = names[names.experiment.isin([size.idxmin(), size.idxmax()])].groupby('experiment').head(2)
+    with no_random(), contextlib.redirect_stderr(io.StringIO()):
+        index = build_index(learn, info['tta'], progress=False, rows=rows[rows[spec.key].isin(few[spec.key])])
+    with tempfile.TemporaryDirectory() as d: SirnaIndex(np.ones((len(names), 1), np.float32), names.reset_index(drop=True), spec.target).save(d)
+    try_saving(learn, out, index, **info)
 
 def _checkpoints(out): return Path(out).with_name(Path(out).name + '.checkpoints')
 
@@ -269,13 +277,13 @@ def _index_parts(out, learn, tta):
     "Where several processes keep parts of the index; what another model or other views left there is removed"
     folder = _index_folder(out)
     now = [model_fingerprint(get_model(learn.model), learn.dls.spec), tta]
-    if not rank_world()[0]:
+    with all_agree():
+        if rank_world()[0]: return folder
         for f in folder.glob('*/parts.json'):
             try: was = json.loads(f.read_text())
             except ValueError: was = {}
             if [was.get('model'), was.get('tta')] != now: _remove_index_parts(folder); break
-    wait_for_all()
-    return folder
+        return folder
 
 def rcic_train(argv=None): "Console script"; return run_command(train, argv, 'rcic_train')
 
@@ -287,19 +295,25 @@ def _overruled(recipe, size, bs):
     gone = {k:None for k,v in dict(size=size, bs=bs).items() if v}
     return replace(recipe, stages=[replace(s, **gone) for s in recipe.stages])
 
+def _indexed_rows(learn):
+    "The rows trained on; all sites of their wells, when the samples are wells"
+    rows, table = learn.dls.train.items, learn.dls.table
+    return rows if learn.dls.spec.sites == 1 else table[table.well_id.isin(rows.well_id)]
+
 def build_index(
     learn:Learner, # A trained `screen_learner`
     tta:int=4, # Dihedral views a sample
     progress:bool=True, # Show a progress bar
+    rows=None, # Site-table rows to index; `None`: those trained on
     folder=None, # Where `embed_parts` keeps what is done, so that the same call goes on; removed at the end
 )->SirnaIndex:
     "Index of the embeddings of the rows trained on, as they are and (with BatchNorm) adapted to their experiments"
-    rows = learn.dls.train.items
-    if learn.dls.spec.sites > 1: rows = learn.dls.table[learn.dls.table.well_id.isin(rows.well_id)]
+    if rows is None: rows = _indexed_rows(learn)
     make = lambda adapt, sub: learn.embed(rows, tta=tta, mask=INDUCTIVE_MASK, progress=progress, adapt=adapt, folder=folder and Path(folder)/sub)
-    emb = make(None, 'plain')
-    if not learn.dls.spec.per_group and has_batchnorm(get_model(learn.model)): emb = pd.concat([emb, make('experiment', 'adapted')], ignore_index=True)
-    wait_for_all()
+    adapts = not learn.dls.spec.per_group and has_batchnorm(get_model(learn.model))
+    with all_agree() if folder else nullcontext():
+        emb = make(None, 'plain')
+        if adapts: emb = pd.concat([emb, make('experiment', 'adapted')], ignore_index=True)
     if folder and not rank_world()[0]: _remove_index_parts(folder)
     return SirnaIndex(emb_features(emb), emb_metadata(emb), target=learn.dls.spec.target)
 
@@ -361,33 +375,39 @@ def predict(
     "Name the test wells of a screen; killed, the same command goes on where it was"
     _check_choices(protocol, tta, vote, merge, bs)
     _check_outputs(out, neighbors=neighbors, embeddings=embeddings)
-    m = load_screen_model(model, rank_device())
-    if protocol == 'inductive' and m.spec.per_group:
-        raise ScreenError(f'The model normalises by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
-    how = _adaptation(adapt, adapt_from, protocol, m, correct)
-    index, fix = _index_for(m, how, protocol, correct, wells)
-    if how and bs < 2: raise ScreenError('--bs 1 gives no BatchNorm statistics: give --bs 2 or more.')
-    kinds = set(index.labels.get('well_type', ['treatment'])) if adapt_from == 'all' else {'negative_control', 'positive_control'}
-    controls = m.spec.per_group or how and kinds != {'treatment'}
-    every, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells='all' if controls else wells))
-    rows = prediction_rows(every, wells)
-    _check_correctable(rows, correct)
-    used = highest_protocol(m.protocols(rows, how, INDUCTIVE_MASK))
-    if highest_protocol([used, protocol]) != protocol:
-        raise ScreenError(f'The embeddings of these wells would be {used} (pseudo-labels or statistics of their own batch): ask for --protocol {used}.')
-    notes = [] if rank_world()[0] else [*unknown_notes(m.spec, rows, INDUCTIVE_MASK), *m.screen_notes(rows, source)]
-    if how and adapt_from == 'controls' and not rank_world()[0]: notes.append(_FROM_CONTROLS)
-    for n in notes: print(f'note: {n}', file=sys.stderr)
-    parts = embed_parts(f'{out}.part', m.model, m.spec, rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers,
-                        adapt=how, adapt_rows=every[every.well_type.isin(kinds)] if how else None, stat_rows=every if controls else None)
-    if rank_world()[0]: return
-    tables = lambda: (fix(t) for t in parts.experiments()) if fix else parts.experiments()
-    pred = predict_tables(_nameable(tables(), index), index, protocol, vote, merge, k, same_cell_type, neighbors=neighbors)
-    if embeddings: write_tables(embeddings, tables() if fix else parts)
-    write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, adapt_from=adapt_from, correct=index.labels.correction.iloc[0] if fix else None, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type,
-                                      unknown=unknown_metadata(m.spec, rows, INDUCTIVE_MASK), notes=notes, versions=library_versions()))
-    parts.remove()
-    print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
+    with ExitStack() as run:
+        with all_agree():
+            if not rank_world()[0]: run.enter_context(only_one(out))
+            m = load_screen_model(model, rank_device())
+            if protocol == 'inductive' and m.spec.per_group:
+                raise ScreenError(f'The model normalises by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
+            how = _adaptation(adapt, adapt_from, protocol, m, correct)
+            index, fix = _index_for(m, how, protocol, correct, wells)
+            if how and bs < 2: raise ScreenError('--bs 1 gives no BatchNorm statistics: give --bs 2 or more.')
+            kinds = set(index.labels.get('well_type', ['treatment'])) if adapt_from == 'all' else {'negative_control', 'positive_control'}
+            controls = m.spec.per_group or how and kinds != {'treatment'}
+            every, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells='all' if controls else wells))
+            rows = prediction_rows(every, wells)
+            _check_correctable(rows, correct)
+            used = highest_protocol(m.protocols(rows, how, INDUCTIVE_MASK))
+            if highest_protocol([used, protocol]) != protocol:
+                raise ScreenError(f'The embeddings of these wells would be {used} (pseudo-labels or statistics of their own batch): ask for --protocol {used}.')
+            adapt_rows = every[every.well_type.isin(kinds)] if how else None
+            notes = [] if rank_world()[0] else [*unknown_notes(m.spec, rows, INDUCTIVE_MASK), *m.screen_notes(rows, source)]
+            if how and adapt_from == 'controls' and not rank_world()[0]: notes.append(_FROM_CONTROLS)
+            for n in notes: print(f'note: {n}', file=sys.stderr)
+        parts = embed_parts(f'{out}.part', m.model, m.spec, rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers,
+                            adapt=how, adapt_rows=adapt_rows, stat_rows=every if controls else None)
+        if rank_world()[0]: return
+        tables = lambda: (fix(t) for t in parts.experiments()) if fix else parts.experiments()
+        pred = predict_tables(_nameable(tables(), index), index, protocol, vote, merge, k, same_cell_type, neighbors=neighbors)
+        if embeddings: write_tables(embeddings, tables() if fix else parts)
+        write_predictions(pred, out, dict(model=str(model), screen=str(screen), adapt=how, adapt_from=adapt_from, correct=index.labels.correction.iloc[0] if fix else None, tta=tta, vote=vote, merge=merge, k=k, wells=wells, same_cell_type=same_cell_type,
+                                          unknown=unknown_metadata(m.spec, rows, INDUCTIVE_MASK), notes=notes + adaptation_notes(m.spec, rows, how, adapt_rows), versions=library_versions()))
+        for f in (out, info_path(out), top_path(out), neighbors, embeddings):
+            if f and Path(f).is_file(): sync_path(f)
+        parts.remove()
+        print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
 # %% ../nbs/71_cli.ipynb #c7577e1d
 def _check_choices(protocol, tta, vote, merge, bs):

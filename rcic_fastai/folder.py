@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_LICENCE', 'FORMAT', 'MODEL_FILES', 'MODEL_FOLDER', 'data_fingerprint', 'library_versions', 'model_card',
-           'new_folder', 'save_screen_model', 'unknown_metadata', 'unknown_notes', 'TrainedModel', 'load_screen_model']
+           'new_folder', 'try_saving', 'save_screen_model', 'unknown_metadata', 'unknown_notes', 'TrainedModel',
+           'load_screen_model']
 
 # %% ../nbs/70_folder.ipynb #2263aa73
 import hashlib, inspect, json, platform, warnings
@@ -225,31 +226,49 @@ def _check_finite(state, where):
 
 MODEL_FOLDER = OwnFolder('unfinished model', *MODEL_FILES, 'config.json', 'README.md')
 
+def _write_part(learn, folder, index, info):
+    "Write the model folder beside its place, and check it"
+    model, state = get_model(learn.model), _state(learn.model)
+    _check_finite(state, 'the model')
+    config, dim = _config(learn, info), model.classifier.weight.shape[1]
+    index.check_model(config['fingerprint'])
+    if (d := index.features.shape[1]) != dim:
+        raise ScreenError(f'The index has rows of {d} numbers and the model embeds into {dim}: build it with this model.')
+    part = MODEL_FOLDER.check(folder.with_name(folder.name + '.part'))
+    MODEL_FOLDER.remove(part)
+    MODEL_FOLDER.make(part)
+    try:
+        _write_files(part, learn, state, index, config)
+        _checked_config(part)
+    except BaseException:
+        MODEL_FOLDER.remove(part)
+        raise
+    return part
+
+def try_saving(
+    learn:Learner, # A `screen_learner`, trained or not
+    folder, # Where the model will be written
+    index:SirnaIndex, # Over some embeddings of this model
+    **info # As for `save_screen_model`
+):
+    "Write a model folder and remove it again, so that what is in the way is known before a training of hours"
+    MODEL_FOLDER.remove(_write_part(learn, new_folder(folder), index, info))
+
 def save_screen_model(
     learn:Learner, # A trained `screen_learner`
     folder, # Where to write; must not exist, or be empty
     index:SirnaIndex, # Over the training embeddings
     **info # Further JSON-able entries of `config.json`; `licence` replaces the usual note
 )->Path: # The folder
-    "Write a model folder, whole or not at all"
-    folder, model, state = new_folder(folder), get_model(learn.model), _state(learn.model)
-    _check_finite(state, 'the model')
-    config, dim = _config(learn, info), model.classifier.weight.shape[1]
-    index.check_model(config['fingerprint'])
-    if (d := index.features.shape[1]) != dim:
-        raise ScreenError(f'The index has rows of {d} numbers and the model embeds into {dim}: build it with this model.')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = MODEL_FOLDER.check(folder.with_name(folder.name + '.part'))
-    MODEL_FOLDER.remove(tmp)
-    MODEL_FOLDER.make(tmp)
+    "Write a model folder, whole or not at all; when this returns, the disk has it"
+    folder = new_folder(folder)
+    part = _write_part(learn, folder, index, info)
     try:
-        _write_files(tmp, learn, state, index, config)
-        _checked_config(tmp)
-        sync_tree(tmp)
+        sync_tree(part)
         if folder.exists(): folder.rmdir()
-        MODEL_FOLDER.hand_over(tmp, folder)
+        MODEL_FOLDER.hand_over(part, folder)
         sync_path(folder.parent)
-    finally: MODEL_FOLDER.remove(tmp)
+    finally: MODEL_FOLDER.remove(part)
     return folder
 
 # %% ../nbs/70_folder.ipynb #ae9ba6aa

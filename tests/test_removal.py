@@ -229,7 +229,7 @@ def test_files_beside_a_report(tmp_path):
 
 REMOVERS = {'core.py': {'_remove', 'remove_empty', '_hand_over', 'write_atomic', '_remove_stale', '_put_lock', 'release'},
             'screen/download.py': {'_forget', '_receive', '_remove_fetched'}, 'screen/pack.py': {'_finish', '_name'},
-            'predict/predict.py': {'answers', 'write_predictions'}, 'cli.py': {'_writable'}, 'folder.py': {'save_screen_model'}}
+            'predict/predict.py': {'answers', 'write_predictions'}, 'folder.py': {'save_screen_model'}}
 
 def removals(path):
     "(function, what it calls) of each call that removes something"

@@ -344,6 +344,10 @@ def embed_parts(
     trained=None, # Experiments that were trained on; `None`: those in the vocabulary of `spec`
 )->EmbeddingParts:
     "Embed rows into a folder, part after part; stopped, the same call goes on"
+    with all_agree(): return _embed_parts(folder, model, spec, rows, source, part, tta, views, seed, mask, adapt, adapt_rows, stat_rows,
+                                          prior, bs, num_workers, progress, trained)
+
+def _embed_parts(folder, model, spec, rows, source, part, tta, views, seed, mask, adapt, adapt_rows, stat_rows, prior, bs, num_workers, progress, trained):
     samples, plan = _planned(model, spec, rows, tta, views, mask, adapt, bs, part, trained)
     parts, device = EmbeddingParts(folder, samples, spec, plan), next(model.parameters()).device
     begin = _begin_parts(parts, dict(format=1, model=model_fingerprint(model, spec), spec=_digest(asdict(spec)), rows=_of_rows(rows, spec),
@@ -354,7 +358,6 @@ def embed_parts(
     todo = [i for i, p in enumerate(plan) if (p.number if adapt else i) % world == rank and not parts.done(i)]
     for i, x in _features(model, spec, rows, source, plan, todo, tta, views, seed, mask, adapt, adapt_rows, stat_rows, prior, bs, num_workers, progress and not rank):
         begin(); _write_part(parts, i, x)
-    wait_for_all()
     return parts
 
 def _planned(model, spec, rows, tta, views, mask, adapt, bs, part, trained):
