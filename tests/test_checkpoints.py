@@ -75,7 +75,7 @@ def test_killed_at_random_moments(screen, whole, tmp_path):
 
 @pytest.mark.parametrize('epoch,at', [(1, 'tensors'), (3, 'json'), (2, 'before the name'), (6, 'after the name')])
 def test_killed_while_writing(screen, whole, tmp_path, monkeypatch, epoch, at):
-    die, real, replace, name = lambda: os.kill(os.getpid(), signal.SIGKILL), checkpoints._write_through, os.replace, f'epoch_{epoch:04d}'
+    die, real, replace, name = lambda: os.kill(os.getpid(), signal.SIGKILL), checkpoints.write_through, os.replace, f'epoch_{epoch:04d}'
     def write(path, data):
         if path.parent.name == name + '.part' and path.name == dict(tensors='state.safetensors', json='state.json').get(at):
             path.write_bytes(data[:len(data)//2]); die()
@@ -84,7 +84,7 @@ def test_killed_while_writing(screen, whole, tmp_path, monkeypatch, epoch, at):
         if Path(b).name == name and at == 'before the name': die()
         replace(a, b)
         if Path(b).name == name and at == 'after the name': die()
-    monkeypatch.setattr(checkpoints, '_write_through', write); monkeypatch.setattr(os, 'replace', named)
+    monkeypatch.setattr(checkpoints, 'write_through', write); monkeypatch.setattr(os, 'replace', named)
     pid = forked(training(screen, tmp_path/'run'))
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     monkeypatch.undo()
@@ -253,11 +253,11 @@ def test_no_pickle_in_the_source():
 # A full disk
 
 def test_full_disk_keeps_the_checkpoint_before(screen, run, tmp_path, monkeypatch, capsys):
-    real = checkpoints._write_through
+    real = checkpoints.write_through
     def full(path, data):
         if 'epoch_0001' in str(path): return real(path, data)
         path.write_bytes(data[:100]); raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(checkpoints, '_write_through', full)
+    monkeypatch.setattr(checkpoints, 'write_through', full)
     learn = fit(make(screen, BreakOff()), SHORT, folder=tmp_path/'run')
     same(weights(learn), run[1])
     said = [l for l in capsys.readouterr().out.splitlines() if 'cannot be written' in l]

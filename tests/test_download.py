@@ -211,10 +211,6 @@ def stopped(server, tmp_path, at=150_000):
 
 @pytest.mark.parametrize('spoil, goes_on', [
     (lambda part, note: None, True),
-    (lambda part, note: note.unlink(), False),
-    (lambda part, note: note.write_text(note.read_text()[:20]), False),
-    (lambda part, note: note.write_text('[1]'), False),
-    (lambda part, note: note.write_text(note.read_text().replace('300000', '"300000"')), False),
     (lambda part, note: note.write_text(note.read_text().replace('/f.bin', '/g.bin')), False),
     (lambda part, note: part.unlink(), False),
     (lambda part, note: part.write_bytes(BLOB + b'more'), False)])
@@ -222,6 +218,17 @@ def test_only_a_known_part_is_continued(server, tmp_path, spoil, goes_on):
     spoil(*stopped(server, tmp_path))
     fetch_file(server.url, tmp_path/'f.bin', **FAST)
     assert server.log == [(150_000 if goes_on else 0, len(BLOB))]
+    whole(tmp_path)
+
+@pytest.mark.parametrize('spoil', [lambda note: note.unlink(), lambda note: note.write_text(note.read_text()[:20]), lambda note: note.write_text('[1]'),
+                                   lambda note: note.write_text(note.read_text().replace('300000', '"300000"'))])
+def test_a_part_that_nobody_knows_is_kept(server, tmp_path, spoil):
+    part, note = stopped(server, tmp_path)
+    spoil(note)
+    with pytest.raises(ScreenError, match='move both elsewhere'): fetch_file(server.url, tmp_path/'f.bin', **FAST)
+    assert part.stat().st_size == 150_000 and not server.log
+    part.unlink(); note.unlink(missing_ok=True)
+    fetch_file(server.url, tmp_path/'f.bin', **FAST)
     whole(tmp_path)
 
 def test_a_whole_part_is_only_checked(server, tmp_path):
@@ -534,7 +541,7 @@ def test_a_bad_archive_stays_for_inspection(server, tmp_path):
     server.files['/rxrx1-metadata.zip'], server.sums = b'<html>sign in</html>', []
     for _ in range(2):
         with pytest.raises(ScreenError, match='rxrx1-metadata.zip is damaged .*delete it'): download_rxrx1(tmp_path/'rx', 'metadata', server.root, **FAST)
-    assert len(server.log) == 1 and names(tmp_path/'rx') == ['archives/rxrx1-metadata.zip']
+    assert len(server.log) == 1 and names(tmp_path/'rx') == ['archives/rxrx1-metadata.zip', 'archives/rxrx1-metadata.zip.json']
 
 @pytest.mark.parametrize('what', ['', None, 'pictures', 'images;metadata', [], ['images', 'all'], 'metadata,'])
 def test_unknown_what(what, tmp_path):

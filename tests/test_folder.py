@@ -182,7 +182,7 @@ def test_killed_while_writing(made, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt): save_screen_model(made.learn, tmp_path/'m', made.index)
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
-    (tmp_path/'m.part').mkdir(); (tmp_path/'m.part/weights.safetensors').write_text('of a run that was killed')
+    F.MODEL_FOLDER.make(tmp_path/'m.part'); (tmp_path/'m.part/weights.safetensors').write_text('of a run that was killed')
     (tmp_path/'m').mkdir()
     assert same(answer(load_screen_model(save_screen_model(made.learn, tmp_path/'m', made.index))), made.answer)
     assert [p.name for p in tmp_path.iterdir()] == ['m']

@@ -449,7 +449,7 @@ def test_begun_with_this_table(tmp_path, screen):
     assert not again.exists()
 
 
-@pytest.mark.parametrize('name,data', [('json', b''), ('json', b'[]'), ('sites.parquet', b'PAR1'), ('sites.parquet', None)])
+@pytest.mark.parametrize('name,data', [('pack.json', b''), ('pack.json', b'[]'), ('sites.parquet', b'PAR1'), ('sites.parquet', None)])
 def test_damaged_beginning(tmp_path, screen, store, name, data):
     "Refused in a sentence that tells of `force`, or begun anew"
     table, source, _ = screen

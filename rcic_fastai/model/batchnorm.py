@@ -54,15 +54,17 @@ def adapted_batchnorm(
         old = [(m.running_mean.clone(), m.running_var.clone()) for m in bns]
         model.eval()
         for m in bns: m.reset_running_stats(); m.training = True
-        n = 0
+        n, samples = 0, 0
         for b in batches:
             sites = b[0].shape[:2].numel() if b[0].ndim == 5 else len(b[0])
-            if sites < 2: continue       # one sample has no variance
+            samples += len(b[0])
+            if len(b[0]) < 2: continue       # of one sample the layers behind the pooling, which see samples, have no variance
             n += sites
             for m in bns: m.momentum = sites/n       # the mean over sites: a small last batch counts as little as it is
             forward(model, b) if forward else model(*b)
-        if not n: raise ScreenError('There are no two samples to take BatchNorm statistics of: adapt larger groups.')
-        w = n/(n + prior)
+        if not n and samples > 1:
+            raise ScreenError('Batches of one sample give no BatchNorm statistics: give batches of two or more.')
+        w = n/(n + prior) if n else 0.       # a group of one sample keeps what is remembered
         for m, (mean, var) in zip(bns, old):
             m.running_mean.lerp_(mean, 1 - w); m.running_var.lerp_(var, 1 - w)
             m.training = False
