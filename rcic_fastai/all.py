@@ -9,9 +9,9 @@ __all__ = []
 from fastai.vision.all import *
 from .core import *
 from .screen.tables import *
-from .screen.simulate.cells import *
-from .screen.simulate.batches import *
-from .screen.simulate.layout import *
+from .screen.simulate.cells import MORPHOLOGY, draw_site, morphology, phenotype
+from .screen.simulate.batches import Studio, batch_stats
+from .screen.simulate.layout import screen_layout, simulate_screen
 from .screen.images import *
 from .screen.pack import *
 from .screen.files import *
