@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['ScreenError', 'first_few', 'html_text', 'markdown_text', 'terminal_text', 'picture_text', 'csv_text', 'csv_name',
            'write_atomic', 'plain_file', 'open_plain', 'read_plain', 'parse_json', 'read_json', 'file_facts',
-           'json_hash', 'is_facts', 'not_the_file', 'check_file']
+           'json_hash', 'is_facts', 'not_the_file', 'check_file', 'sync_path', 'sync_tree', 'write_through',
+           'OwnFolder', 'remove_empty', 'OwnLock', 'only_one']
 
 # %% ../nbs/00_core.ipynb #c0re0003
-import hashlib, json, os, platform, re, stat, time, zlib
+import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 
@@ -242,3 +244,259 @@ def check_file(
 ):
     "Refuse a file that is not the one that was saved"
     if plain_file(path, most) != facts['size'] or file_facts(path) != facts: raise not_the_file(path)
+
+# %% ../nbs/00_core.ipynb #d15c0002
+def sync_path(
+    path, # A file or a folder
+):
+    "Wait until the disk has a file, or the names in a folder"
+    if os.name != 'posix' and Path(path).is_dir(): return
+    fd = os.open(path, os.O_RDONLY if os.name == 'posix' else os.O_RDWR)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def sync_tree(
+    folder, # A folder; links in it are not followed
+):
+    "Wait until the disk has a folder and everything in it"
+    for path, _, files in os.walk(folder):
+        for f in files:
+            if not os.path.islink(os.path.join(path, f)): sync_path(os.path.join(path, f))
+        sync_path(path)
+
+def write_through(
+    path, # File to write
+    data:bytes, # What it will hold
+):
+    "Write a file and wait until the disk has it"
+    Path(path).write_bytes(data)
+    sync_path(path)
+
+# %% ../nbs/00_core.ipynb #0c9f0002
+_MARKER, _TEMPORARY = '.rcic_fastai.json', r'\.[0-9a-f]{8}-\d+\.(?=.)'
+
+def _as_regex(pattern): return re.compile('[^/]+'.join(map(re.escape, pattern.split('*'))))
+
+class OwnFolder:
+    "A kind of folder that the library makes and may remove: those with its marker, and of them only the files listed here"
+    kinds = {}
+    def __init__(self,
+        kind:str, # Its name, as the marker has it
+        *files:str, # The files that the library writes there, such as 'images/*.png'; `*` is part of one name
+    ):
+        self.kind, self.files = kind, files
+        folders = {f.rsplit('/', n)[0] for f in files for n in range(1, f.count('/') + 1)}
+        self._files, self._folders = ([*map(_as_regex, o)] for o in (files, folders))
+        OwnFolder.kinds[kind] = self
+    def __repr__(self): return f'OwnFolder({self.kind!r})'
+    def _facts(self): return dict(written_by='rcic_fastai', kind=self.kind, format=1)
+
+# %% ../nbs/00_core.ipynb #0c9f0003
+def _within(self, folder, name=''):
+    "(path, name, whether the library wrote it) of all that is in a folder; links and folders of others are not entered"
+    for e in sorted(os.scandir(folder), key=lambda e: e.name):
+        at = name + e.name
+        if e.is_dir(follow_symlinks=False):
+            own = any(r.fullmatch(at) for r in self._folders)
+            if own: yield from self._within(e.path, at + '/')
+            yield e.path, at + '/', own
+        else: yield e.path, at, e.is_file(follow_symlinks=False) and self._is_file(at)
+
+def _is_file(self, name):
+    "Whether the library writes a file of this name, or had begun to (`write_atomic`)"
+    folder, slash, file = name.rpartition('/')
+    name = folder + slash + re.sub(rf'\A{_TEMPORARY}', '', file)
+    return name == _MARKER or any(r.fullmatch(name) for r in self._files)
+
+def _is_temporary(self,
+    path, # A file directly in a folder of this kind
+)->bool:
+    "Whether it is a file of this kind that `write_atomic` had begun and a killed process left"
+    name = Path(path).name
+    return bool(re.match(_TEMPORARY, name)) and self._is_file(name) and not os.path.islink(path)
+
+OwnFolder._within, OwnFolder._is_file, OwnFolder.is_temporary = _within, _is_file, _is_temporary
+
+# %% ../nbs/00_core.ipynb #0c9f0004
+def _owns(self,
+    folder, # Any path
+)->bool:
+    "Whether the folder has the marker of this kind; a link has none"
+    if os.path.islink(folder): return False
+    try: return read_json(Path(folder)/_MARKER, 4096) == self._facts()
+    except (ScreenError, OSError): return False
+
+def _check(self,
+    folder, # Any path
+)->Path: # The path
+    "Raise a `ScreenError` when something else is there than a folder of this kind, an empty one, or nothing"
+    folder = Path(folder)
+    new = not os.path.lexists(folder) or folder.is_dir() and self._is_new(folder) and not os.path.islink(folder)
+    if new or self.owns(folder): return folder
+    raise ScreenError(f'{folder} was not written by rcic_fastai, or is damaged: move it elsewhere, or choose another name.')
+
+def _make(self,
+    folder, # New, or made by this function before
+)->Path: # The folder
+    "Make a folder with the marker; a `ScreenError` when something else is there"
+    folder = self.check(folder)
+    if not self.owns(folder): write_atomic(folder/_MARKER, lambda p: p.write_text(json.dumps(self._facts())))
+    return folder
+
+def _is_new(self, folder):
+    "Whether a folder is empty, but for a marker that was never finished"
+    return all(re.fullmatch(_TEMPORARY + re.escape(_MARKER), name) for name in os.listdir(folder))
+
+OwnFolder.owns, OwnFolder.check, OwnFolder.make, OwnFolder._is_new = _owns, _check, _make, _is_new
+
+# %% ../nbs/00_core.ipynb #0c9f0006
+def _strangers(self,
+    folder, # A folder of this kind
+)->list: # Names, folders with a / at the end
+    "What is in the folder that the library did not write"
+    return [name for _, name, own in self._within(folder) if not own]
+
+def _remove(self,
+    folder, # A folder of this kind; one that is absent is fine
+)->bool: # Whether it is gone
+    "Remove what the library wrote there; what stays is named in a sentence"
+    if not os.path.lexists(folder): return True
+    if not self.owns(folder): print(f'{folder} was left as it is: it was not written by rcic_fastai.'); return False
+    left, marker = [], str(Path(folder)/_MARKER)
+    for path, name, own in list(self._within(folder)):
+        if name == _MARKER: continue
+        try: (os.rmdir if name.endswith('/') else os.unlink)(path) if own else left.append(name)
+        except OSError: left.append(name)
+    if left: print(f'{folder} was kept, as there is more in it than rcic_fastai wrote: {first_few(left, 3)}.'); return False
+    os.unlink(marker); os.rmdir(folder)
+    return True
+
+def remove_empty(
+    folder, # A folder that held folders of the library; may be absent
+)->bool: # Whether it is gone
+    "Remove a folder that is empty now; what keeps it is named in a sentence"
+    try: os.rmdir(folder)
+    except FileNotFoundError: pass
+    except OSError:
+        print(f'{folder} was kept' + (f', as there is more in it: {first_few(sorted(os.listdir(folder)), 3)}.' if Path(folder).is_dir() else '.'))
+        return False
+    return True
+
+def _hand_over(self,
+    folder, # A finished folder of this kind
+    dest, # Its name from now on; nothing, or an empty folder
+):
+    "Give a finished folder to the user: under its name, and without the marker"
+    os.replace(folder, dest)
+    (Path(dest)/_MARKER).unlink()
+
+def _inside(self,
+    name:str, # Of a folder of this kind in a folder of another kind
+)->list: # For `OwnFolder`
+    "The patterns of the files of this kind, when it is part of another"
+    return [f'{name}/{f}' for f in (*self.files, _MARKER)]
+
+OwnFolder.strangers, OwnFolder.remove, OwnFolder.hand_over, OwnFolder.inside = _strangers, _remove, _hand_over, _inside
+
+# %% ../nbs/00_core.ipynb #10cc0002
+def _began(pid):
+    "When a process began, as text; '' when it is over but not yet collected, None where the system does not tell"
+    try:
+        state, *numbers = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+        return '' if state in 'ZX' else f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {numbers[18]}"
+    except (OSError, IndexError): return None
+
+_held = set()      # locks of this process
+
+def _owner(): return dict(written_by='rcic_fastai', kind='lock', host=platform.node(), pid=os.getpid(), began=_began(os.getpid()))
+
+def _still_held(path, owner):
+    "Whether the owner of a lock, on this machine, goes on"
+    pid, began, now = owner['pid'], owner['began'], _began(owner['pid'])
+    if pid == os.getpid() and str(path) not in _held or now == '' or not _alive(pid): return False
+    return None in (now, began) or now == began
+
+# %% ../nbs/00_core.ipynb #10cc0003
+def _read_owner(path):
+    "Who holds a lock; None when there is none"
+    try: d = read_json(path, 4096)
+    except ScreenError:
+        if not os.path.lexists(path): return None
+        d = {}
+    types = dict(written_by=str, kind=str, host=str, pid=int, began=(str, type(None)))
+    if set(d) == set(types) and all(isinstance(d[k], t) for k, t in types.items()) and d['kind'] == 'lock': return d
+    raise ScreenError(f'{path} is no lock of rcic_fastai: move that file elsewhere, or choose another output.')
+
+def _put_lock(path, over=None):
+    "Whether the lock is now ours; with `over` it takes the place of the lock of that owner"
+    tmp = path.with_name(f'{_HOST}{os.getpid()}.{path.name}')
+    try:
+        tmp.write_text(json.dumps(_owner()))
+        if over is None: _name_once(tmp, path)
+        else:
+            with _alone_with(path):
+                if _read_owner(path) != over: return False
+                os.replace(tmp, path)
+    except (FileExistsError, FileNotFoundError): return False
+    finally: tmp.unlink(missing_ok=True)
+    return True
+
+def _name_once(tmp, path):
+    "Give a file its name, if nothing has it; whole at once where the disk knows links"
+    try: os.link(tmp, path)
+    except FileExistsError: raise
+    except OSError:
+        with open(path, 'x') as f: f.write(tmp.read_text())
+
+@contextmanager
+def _alone_with(path):
+    "Inside, no other process takes this lock over"
+    try: import fcntl
+    except ImportError: yield; return
+    with open(path) as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+# %% ../nbs/00_core.ipynb #10cc0004
+class OwnLock:
+    "The lock of one output, `OUT.lock`"
+    def __init__(self,
+        out, # What only one run may write
+    ):
+        self.path = Path(os.path.abspath(out)).with_name(Path(os.path.abspath(out)).name + '.lock')
+    def acquire(self):
+        "Take the lock; a `ScreenError` when another run has it"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(self.path)
+        while not _put_lock(self.path):
+            if (owner := _read_owner(self.path)) is None: continue
+            if owner['host'] != platform.node():
+                raise ScreenError(f'{self.path} says that process {owner["pid"]} of {owner["host"]} is writing this output: wait for it, '
+                                  'or remove that file when the process is over.')
+            if _still_held(self.path, owner):
+                raise ScreenError(f'Process {owner["pid"]} is writing this output ({self.path}): wait for it, or choose another output.')
+            if _put_lock(self.path, owner): break
+        _held.add(str(self.path))
+        return self
+    def release(self):
+        "Give the lock back, if it is ours"
+        mine = str(self.path) in _held
+        _held.discard(str(self.path))
+        try:
+            if mine and _read_owner(self.path) == _owner(): self.path.unlink()
+        except ScreenError: pass        # something else has its name now
+
+# %% ../nbs/00_core.ipynb #10cc0005
+@contextmanager
+def only_one(
+    out, # What is written
+): # An `OwnLock`
+    "Inside, no other run writes `out`; the lock goes on every exit, SIGTERM included"
+    lock, main = OwnLock(out).acquire(), threading.current_thread() is threading.main_thread()
+    def ends(*_): raise SystemExit(143)
+    noted = main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if noted: signal.signal(signal.SIGTERM, ends)
+    try: yield lock
+    finally:
+        lock.release()
+        if noted: signal.signal(signal.SIGTERM, signal.SIG_DFL)

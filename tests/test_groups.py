@@ -10,7 +10,7 @@ from rcic_fastai.embed import embed as E
 from rcic_fastai.embed.table import emb_features
 from rcic_fastai.model.batchnorm import adapted_batchnorm, batchnorms
 from rcic_fastai.screen.images import PngTree
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.learner import screen_learner
 

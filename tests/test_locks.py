@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from rcic_fastai import cli, core, folder
 from rcic_fastai.core import OwnLock, ScreenError, only_one
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTHONWARNINGS='ignore', MPLBACKEND='Agg', GLOO_SOCKET_IFNAME='lo')
 
@@ -131,7 +131,7 @@ def test_what_comes_after_is_tried_before(made, tmp_path, monkeypatch, capsys):
         assert f'No {what}.' in capsys.readouterr().err and not trained and not list(tmp_path.iterdir())
     fails('embedding', 'rcic_fastai.embed.embed._part_features')
     fails('statistics', 'rcic_fastai.embed.embed.adapted_batchnorm')
-    fails('index', 'rcic_fastai.embed.index.SirnaIndex.save')
+    fails('index', 'rcic_fastai.embed.index.EmbeddingIndex.save')
     fails('room', 'rcic_fastai.folder._write_files')
     fails('card', 'rcic_fastai.folder.model_card')
 

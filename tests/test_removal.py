@@ -12,7 +12,7 @@ from rcic_fastai.results.report import write_report
 from rcic_fastai.screen import download as D, simulate as S
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.screen.pack import pack_screen
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train import checkpoints as C
 from rcic_fastai.train.learner import screen_learner

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['groups_of_classes', 'plate_groups_of', 'best_class', 'top_candidates', 'predict_wells', 'write_tables',
-           'predict_tables', 'info_path', 'top_path', 'write_predictions', 'read_predictions']
+           'predict_tables', 'info_path', 'top_path', 'check_beside', 'write_predictions', 'read_predictions']
 
 # %% ../../nbs/51_predict.predict.ipynb #8c231e14
 import hashlib, json, warnings
@@ -290,6 +290,25 @@ def top_path(path): return Path(path).with_suffix('.top.csv')
 def _sha(path):
     with open_plain(path, 2**31) as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+def _is_record(path):
+    try: d = json.loads(path.read_text())
+    except (OSError, ValueError): return False
+    return isinstance(d, dict) and 'protocol' in d
+
+def _is_best_five(path):
+    try:
+        with open(path, encoding='utf-8') as f: return f.readline(1000).startswith('id_code,top_')
+    except (OSError, ValueError): return False
+
+def check_beside(
+    path, # CSV of predictions, to be written
+):
+    "Raise a `ScreenError` when the record or the best five would be written over a file that is something else"
+    for f, known, what in ((info_path(path), _is_record, 'a record of predictions'), (top_path(path), _is_best_five, 'the best five of predictions')):
+        taken = f.exists() or f.is_symlink()
+        if taken and not (f.is_file() and known(f)):
+            raise ScreenError(f'{f} would be overwritten and is not {what}: choose another name for {Path(path).name}.')
+
 def write_predictions(
     pred:pd.DataFrame, # From `predict_wells`
     path, # CSV to write; the JSON goes beside it
@@ -298,6 +317,7 @@ def write_predictions(
     "Write `id_code,<target>`, and beside it the protocol and how it was made"
     path, protocol = Path(path), pred['protocol'].unique()
     if path.suffix == '.json': raise ScreenError(f'{path} would be overwritten by its own record: name a .csv file.')
+    check_beside(path)
     if len(protocol) != 1: raise ScreenError(f'The predictions mix the protocols {first_few(protocol)}: write one file for each.')
     target = pred.attrs.get('target', 'sirna')
     groups = {}

@@ -119,6 +119,4 @@ def write_report(
             if isinstance(c, plt.Figure): c = fig_html(c, head)
             elif isinstance(c, pd.DataFrame): c = c.to_html(border=0, float_format=lambda v: f'{v:.3f}' if v <= 1 else f'{v:g}', na_rep='')
             out.append(c)
-    tmp = path.with_name(path.name + '.part')
-    tmp.write_text('\n'.join(out) + '</html>', encoding='utf-8'); os.replace(tmp, path)
-    return path
+    return write_atomic(path, lambda p: p.write_text('\n'.join(out) + '</html>', encoding='utf-8'))

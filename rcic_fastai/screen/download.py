@@ -34,6 +34,14 @@ def _read_note(path):
     types = dict(url=str, version=str, size=int, sums=dict)
     return d if isinstance(d, dict) and all(isinstance(d.get(k), t) for k, t in types.items()) else {}
 
+def _known_note(path):
+    "The note of a part, {} without a part; a `ScreenError` when the part, or the note, is of somebody else"
+    note = _read_note(path)
+    if not note and any(os.path.lexists(f) for f in (_part(path), _note(path))):
+        raise ScreenError(f'{_part(path)} or its note {_note(path).name} was not written by this download, or is damaged: '
+                          'move both elsewhere, and call again.')
+    return note
+
 def _version(headers):
     "What tells one version of a file from the next: a strong ETag, else the date of its last change, else ''"
     etag = headers.get('ETag', '')
@@ -126,7 +134,7 @@ def _pour(r, path, bar):
 
 def _receive(url, path, timeout, room, progress):
     "One connection: the part of `path`, brought to its full length; returns its note"
-    part, note = _part(path), _read_note(path)
+    part, note = _part(path), _known_note(path)
     have = part.stat().st_size if note.get('url') == url and note['version'] and part.is_file() else 0
     if have and have == note['size']: return note
     if have and have > note['size']: have = 0
@@ -330,6 +338,19 @@ def _wanted(what):
         raise ScreenError(f'what={what!r} is not known: name any of {", ".join(RXRX1_FILES)}, with commas, or all.')
     return list(dict.fromkeys(names))
 
+def _stamp(archive):
+    s = archive.stat()
+    return dict(fetched_by='rcic_fastai', size=s.st_size, time=s.st_mtime_ns)
+
+def _remove_fetched(archive, note):
+    "Remove an archive that was fetched here, once the disk has what was unpacked; one of the user stays"
+    try: ours = json.loads(note.read_text()) == _stamp(archive)
+    except (OSError, ValueError): ours = False
+    if not ours: print(f'{archive} was there before, so it is kept.'); return
+    if hasattr(os, 'sync'): os.sync()
+    archive.unlink()
+    note.unlink()
+
 def download_rxrx1(
     dest, # Folder of the screen; afterwards `read_metadata(dest)` and `PngTree(dest, table)` work
     what='metadata', # Any of metadata, images (49 GB) and embeddings: a sequence, one string with commas, or 'all'
@@ -347,13 +368,16 @@ def download_rxrx1(
     print(RXRX1_LICENCE)
     for name in names:
         archive, done = dest/'archives'/RXRX1_FILES[name], dest/'archives'/f'{name}.json'
+        fetched = archive.with_name(f'{archive.name}.json')
         if unzip and done.is_file() and (dest/name).is_dir():
             print(f'{name}: there already')
             continue
-        fetch_file(f'{base_url.rstrip("/")}/{archive.name}', archive, float(unzip), timeout, retries, wait, progress)
+        if not archive.is_file():
+            fetch_file(f'{base_url.rstrip("/")}/{archive.name}', archive, float(unzip), timeout, retries, wait, progress)
+            if unzip and not keep: write_atomic(fetched, lambda p: p.write_text(json.dumps(_stamp(archive))))
         if not unzip: continue
         files, size = unpack_archive(archive, dest, name, progress)
         write_atomic(done, lambda p: p.write_text(json.dumps(dict(archive=archive.name, files=files, bytes=size))))
-        if not keep: archive.unlink()
+        if not keep: _remove_fetched(archive, fetched)
         print(f'{name}: {files} file{"s"*(files > 1)} unpacked')
     return dest

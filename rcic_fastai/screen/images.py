@@ -415,7 +415,7 @@ def screen_stats(
     if not len(table): raise ScreenError('the site table is empty: there is nothing to take statistics of.')
     groups, ids = stat_groups(table, by).values, table.site_id.tolist()
     known = source.stats
-    if known is None or not set(ids) <= set(known.index):
+    if known is None or (known.index.get_indexer(ids) < 0).any():
         known = source.compute_stats(ids, progress)
     mean, std = stat_columns(source.channels)
     m, v = known.loc[ids, mean], known.loc[ids, std]**2

@@ -7,6 +7,7 @@ __all__ = ['RECIPES', 'Stage', 'Recipe', 'recipe_from_dict', 'get_recipe', 'part
 
 # %% ../../nbs/33_train.recipes.ipynb #ed601dd4
 import hashlib, inspect, json, time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from fastai.vision.all import *
 from ..core import *
@@ -190,18 +191,22 @@ def fit_recipe(self:Learner,
 )->pd.DataFrame: # One row a stage: what it was and what it reached
     "Run a recipe, one 1cycle a stage; interrupted, it goes on from the last finished epoch"
     recipe, log, first, reached, spent = get_recipe(recipe), StageHistory(), 0, [], 0.
+    agreed = getattr(self, 'all_agree', nullcontext)        # in a sharded fit, what one process refuses ends all
     facts = dict(recipe=recipe.to_dict(), seed=seed, callbacks=_callback_facts(L(cbs) + self.cbs), **(facts or {}))
-    if found := begin_checkpoints(folder, resume):
-        found.facts, first, reached, spent = _new_rates(found, facts), found.stage, found.extra['reached'], found.extra['seconds']
-        check_facts({k: v for k, v in found.facts.items() if k in facts}, facts, found.path)
+    with agreed():
+        if found := begin_checkpoints(folder, resume):
+            found.facts, first, reached, spent = _new_rates(found, facts), found.stage, found.extra['reached'], found.extra['seconds']
+            check_facts({k: v for k, v in found.facts.items() if k in facts}, facts, found.path)
     with sigterm_noted(bool(folder)) as came:
         for i, stage in enumerate(recipe.stages):
-            set_seed(seed + i); _stage_data(self, stage); _stage_model(self, stage)
+            with agreed():
+                set_seed(seed + i); _stage_data(self, stage); _stage_model(self, stage)
+                if i >= first: self.create_opt()
+                known = {**facts, **_learner_facts(self)} if folder and stage.epochs and i >= first else {}
             if i < first: continue
-            self.create_opt()
             log.stage, start = stage.name, time.time() - spent
             if stage.epochs:
-                cp = Checkpoint(folder, {**facts, **_learner_facts(self)} if folder else {}, i, stage.name, sum(s.epochs for s in recipe.stages[:i]),
+                cp = Checkpoint(folder, known, i, stage.name, sum(s.epochs for s in recipe.stages[:i]),
                                 lambda: dict(reached=reached, seconds=time.time() - start), came)
                 with checkpointed(self, cp, found):
                     self.fit_one_cycle(stage.epochs, part_lrs(stage.lr), wd=stage.wd, pct_start=stage.pct_start,
