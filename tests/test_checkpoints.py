@@ -300,7 +300,7 @@ class SpoilLoss(Spoil):
     def after_loss(self):
         if self.training and self.__dict__.pop('now', False): self.learn.loss_grad = self.learn.loss_grad*float('nan'); self.learn.loss = self.learn.loss_grad.clone()
 
-@pytest.mark.parametrize('spoil,says', [(SpoilPicture, r'not finite after batch 1 of 3, epoch 2 of 3 of stage .all. \(sites HUVEC\S+, whose pictures hold'),
+@pytest.mark.parametrize('spoil,says', [(SpoilPicture, r'the loss is nan in batch 1 of 3, epoch 2 of 3 of stage .all. \(sites HUVEC\S+, whose pictures hold'),
                                         (SpoilLoss, r'the loss is nan in batch 1 of 3, epoch 2 of 3 of stage .all. \(sites HUVEC\S+, HUVEC\S+, HUVEC\S+ and 5 more\)')])
 def test_no_number_stops_the_stage(screen, tmp_path, spoil, says):
     learn = make(screen, spoil())
