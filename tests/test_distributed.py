@@ -237,10 +237,11 @@ said['controls'] = fit('controls', [EMA(.8)], difference_learner)
 (Path(sys.argv[2])/f'{rank}.json').write_text(json.dumps(said))
 '''
 
-def test_what_callbacks_train_is_the_same_in_all_processes(made, tmp_path):
+def test_what_callbacks_train_is_the_same_in_all_processes(tmp_path):
     "Also where each process draws numbers of its own"
     (tmp_path/'fit.py').write_text(TRAINABLE)
-    r = launched(TORCHRUN, tmp_path/'fit.py', made/'screen', tmp_path)
+    simulate_screen(tmp_path/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=2, progress=False)
+    r = launched(TORCHRUN, tmp_path/'fit.py', tmp_path/'screen', tmp_path)
     assert not r.returncode, (r.stdout + r.stderr)[-3000:]
     a, b = (json.loads((tmp_path/f'{i}.json').read_text()) for i in (0, 1))
     assert set(a) == {'coral', 'wasserstein', 'reversal', 'ema', 'teacher', 'own', 'controls'}

@@ -308,7 +308,7 @@ class Checkpoint(Callback):
         return f'go on from {last[-1]} with resume=True (--resume)' if last else 'no epoch is finished yet, so start anew'
     def remember(self): self.good = {k: v.detach().clone() for k, v in get_model(self.model).state_dict().items()}
     def after_batch(self):
-        loss = self.learn.loss.detach().float().mean().item() if self.training else 0.
+        loss = self.learn.loss.detach().mean().item() if self.training else 0.
         total, came = _total(self.learn, loss, self.sigterm is not None and self.sigterm.is_set())
         if not math.isfinite(total): self._stop(loss, f'the loss is {loss} in batch {self.iter + 1} of {self.n_iter},', _sites(self.learn))
         if came:
