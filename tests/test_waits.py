@@ -4,8 +4,7 @@ import pytest, torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
-from fastai.vision.all import Callback, GradientAccumulation, L, MixedPrecision, Tensor
+from fastai.vision.all import Callback, GradientAccumulation, L, MixedPrecision, Tensor, TensorBase
 from torch.amp import GradScaler, autocast
 from torch.optim.swa_utils import AveragedModel
 from rcic_fastai.batch.data import screen_dls
@@ -35,10 +34,11 @@ def theirs():
 
 class NoWait(TorchDispatchMode):
     "Notes which tensors would be on the device (given ones and what is computed of them) and raises where one is looked at"
-    def __init__(self): super().__init__(); self.there = WeakIdKeyDictionary(); self.asked = Asked(self)
+    def __init__(self): super().__init__(); self.there, self.asked = {}, Asked(self)
     def put(self, *ts):
-        for t in ts: self.there[t] = True
-    def has(self, o): return any(t in self.there for t in tensors(o))
+        "By its memory: `as_subclass` and saved tensors are other objects. What is noted is kept, so that no address comes twice"
+        for t in ts: self.there[t.untyped_storage()._cdata] = t.untyped_storage()
+    def has(self, o): return any(t.untyped_storage()._cdata in self.there for t in tensors(o))
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, there = func.overloadpacket.__name__, self.has((args, kwargs or {}))
         by_mask = name in ('index', 'index_put', 'index_put_') and any(t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1]))
@@ -58,7 +58,8 @@ class Asked(TorchFunctionMode):
 
 @pytest.mark.parametrize('look', [lambda x: x.item(), lambda x: x.sum().tolist(), lambda x: bool(x > 0), lambda x: float(x + 1), lambda x: x[x > 0], lambda x: x.nonzero(),
                                   lambda x: x.unique(), lambda x: x.expand(3).cpu().numpy(), lambda x: torch.equal(x, x), lambda x: x.masked_select(x > 0),
-                                  lambda x: torch.linalg.solve(x.view(1, 1), x.view(1, 1))])
+                                  lambda x: torch.linalg.solve(x.view(1, 1), x.view(1, 1)), lambda x: x.as_subclass(TensorBase)[x.as_subclass(Tensor) > 0],
+                                  lambda x: x.detach().view(-1).tolist()])
 def test_looking_is_seen(look):
     x, mode = torch.ones(1), NoWait()
     look(x)
