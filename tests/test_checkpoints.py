@@ -1,9 +1,9 @@
 "Training that is killed, at any moment and by any means, ends with the weights of one that was not."
-import datetime, errno, hashlib, json, os, pickle, random, re, resource, shutil, signal, subprocess, sys, time
+import contextlib, datetime, errno, hashlib, json, os, pickle, random, re, resource, shutil, signal, subprocess, sys, tempfile, time
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from pathlib import Path
 import numpy as np, pytest, torch
-from fastai.vision.all import Callback, EarlyStoppingCallback, GradientAccumulation, partial
+from fastai.vision.all import Callback, EarlyStoppingCallback, GradientAccumulation, SaveModelCallback, partial
 from fastai.callback.fp16 import MixedPrecision
 from rcic_fastai import cli
 from rcic_fastai.train import checkpoints
@@ -300,7 +300,7 @@ class SpoilLoss(Spoil):
     def after_loss(self):
         if self.training and self.__dict__.pop('now', False): self.learn.loss_grad = self.learn.loss_grad*float('nan'); self.learn.loss = self.learn.loss_grad.clone()
 
-@pytest.mark.parametrize('spoil,says', [(SpoilPicture, r'not finite after batch 1 of 3, epoch 2 of 3 of stage .all. \(sites HUVEC\S+, whose pictures hold'),
+@pytest.mark.parametrize('spoil,says', [(SpoilPicture, r'the loss is nan in batch 1 of 3, epoch 2 of 3 of stage .all. \(sites HUVEC\S+, whose pictures hold'),
                                         (SpoilLoss, r'the loss is nan in batch 1 of 3, epoch 2 of 3 of stage .all. \(sites HUVEC\S+, HUVEC\S+, HUVEC\S+ and 5 more\)')])
 def test_no_number_stops_the_stage(screen, tmp_path, spoil, says):
     learn = make(screen, spoil())
@@ -408,3 +408,76 @@ def test_sigterm_handler_is_put_back(screen, tmp_path):
     fit(make(screen), Recipe('none', []), folder=tmp_path/'run')
     assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path/'run').exists()
     with pytest.raises(ScreenError, match='give folder'): fit(make(screen), SHORT, resume=True)
+
+# What watching costs
+
+class Operators(Callback):
+    "Operators that PyTorch runs in one training batch, from its begin to the end of all callbacks"
+    order = -1000
+    def before_batch(self):
+        if self.training and self.train_iter == 1: self.prof = torch.profiler.profile(); self.prof.__enter__()
+    def before_train(self): self.prof = self.count = None
+    def close(self):
+        self.prof.__exit__(None, None, None)
+        self.count = sum(e.count for e in self.prof.key_averages() if e.key.startswith('aten::'))
+
+class EndOfBatch(Callback):
+    order = 5000
+    def after_batch(self):
+        if self.training and self.operators.prof and self.operators.count is None: self.operators.close()
+
+def test_watching_costs_a_few_operators_whatever_the_model(screen):
+    "Counted by PyTorch's profiler; a batch of this small network has some thousand"
+    def count(watched):
+        learn, ops = make(screen), Operators()
+        with learn.no_bar(), learn.no_logging(), checkpointed(learn, Checkpoint()) if watched else contextlib.nullcontext(): learn.fit(1, 1e-3, cbs=[ops, EndOfBatch()])
+        return ops.count
+    plain, watched = count(False), count(True)
+    assert plain > 1000 and 0 < watched - plain < 20
+
+def test_nothing_is_read_between_forward_and_step(screen, monkeypatch):
+    read, real = [], torch.Tensor.item
+    class Where(Callback):
+        order, now = -1000, ''
+        def before_batch(self): self.now = 'in the batch'
+        def after_batch(self): self.now = ''
+    where = Where()
+    monkeypatch.setattr(torch.Tensor, 'item', lambda t: (read.append(where.now), real(t))[1])
+    learn = make(screen)
+    with learn.no_bar(), learn.no_logging(), checkpointed(learn, Checkpoint()): learn.fit(1, 1e-3, cbs=where)
+    assert '' in read and 'in the batch' not in read
+
+@pytest.mark.parametrize('part', ['weight', 'statistics'])
+def test_spoiled_weights_are_never_remembered(screen, tmp_path, part):
+    "The loss shows nothing: the last batch of an epoch spoils what the next one would have used, or what only a validation uses"
+    class SpoilModel(Callback):
+        order = -5
+        def after_batch(self):
+            if not self.training or self.epoch != 1 or self.iter != self.n_iter - 1: return
+            m = next(m for m in self.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+            with torch.no_grad(): (m.weight if part == 'weight' else m.running_mean)[0] = float('nan')
+    learn = make(screen, SpoilModel())
+    with pytest.raises(ScreenError, match='not finite after the training batches of epoch 2 of 3 of stage .all.: the weights of the last good'): fit(learn, SHORT, folder=tmp_path/'run')
+    found = read_checkpoint(tmp_path/'run')
+    assert found.epoch == 1 and all(torch.equal(v, found.tensors[f'model/{k}']) and v.isfinite().all() for k, v in weights(learn).items())
+
+def test_an_embedding_that_is_no_number_shows_in_the_loss(screen):
+    "A vector of NaN is not scaled to zero, which would look like a network that knows nothing"
+    learn = make(screen)
+    x, *meta, y = learn.dls.one_batch()
+    assert learn.model.embed(x*float('nan'), *meta).isnan().all() and learn.model.loss(learn.model(x*float('nan'), *meta), y).isnan()
+
+def test_a_resumed_average_with_saved_models(screen, tmp_path):
+    "What `SaveModelCallback` writes and what a checkpoint holds are two things; resumed, both are as without a break"
+    def made(*args, **kwargs):
+        learn = make(*args, **kwargs)
+        learn.path = Path(tempfile.mkdtemp(dir=tmp_path))
+        return learn
+    a, b = broken_off(screen, tmp_path/'run', 1, made=made, cbs=lambda: [EMA(.9), SaveModelCallback(every_epoch=True)])
+    same(weights(a), weights(b))
+    saved = [torch.load(l.path/'models/model_1.pth', weights_only=True) for l in (a, b)]
+    same(*saved)
+    found = read_checkpoint(tmp_path/'run')
+    average = {k.removeprefix('callbacks/ema/average/module.'): v for k, v in found.tensors.items() if k.startswith('callbacks/ema/average/module.')}
+    same({k: saved[0][k] for k in average}, average)
+    assert any(not torch.equal(v, found.tensors[f'model/{k}']) for k, v in average.items()), 'the model in the checkpoint is the trained one'

@@ -6,6 +6,7 @@ from fastai.vision.all import Callback, CancelFitException, Learner
 from hypothesis import given, settings, strategies as st
 from rcic_fastai.train.controls import *
 from rcic_fastai.train.cutmix import CutMix
+from rcic_fastai.train.domain import EMA
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.model.heads import MixedMeta
 from rcic_fastai.train.learner import screen_learner
@@ -328,3 +329,16 @@ def test_callbacks_come_along_and_strangers_do_not(screen):
     mine = [cb for cb in tuned.cbs if isinstance(cb, ControlMeans)]
     assert len(mine) == 1 and mine[0].learn is tuned and learn.control_means is not mine[0] and learn.control_means.learn is learn
     with pytest.raises(ScreenError, match='U2OS is not a cell type that was trained on: choose from HUVEC, RPE'): fine_tune_cell_types(learn, ONE, ['U2OS'])
+
+def test_the_average_is_measured_where_it_is_validated(screen):
+    "`EMA` and the controls of a plate: of the weights that are in the model"
+    class Note(Callback):
+        order = 500
+        def after_validate(self): self.found = (weights(self.model), self.learn.model.metadata.means.clone(), self.learn.model.metadata.measured.clone())
+    note, learn = Note(), learner(dls_of(screen), difference_learner)
+    quiet(learn, lambda: learn.fit(2, 1e-2, cbs=[EMA(.9), note]))
+    again = learner(dls_of(screen), difference_learner)
+    again.model.load_state_dict(note.found[0])
+    for rows, average in ((again.dls.train.items, True), (again.dls.valid.items, False)): again.measure_controls(rows, average=average)
+    assert torch.allclose(again.model.metadata.means, note.found[1], atol=1e-5) and note.found[2].sum() == 8
+    assert same(weights(learn.model), note.found[0])

@@ -188,3 +188,65 @@ def test_one_process_goes_on_with_what_two_began(scenes):
     assert own and sum(found.tensors[k].numel() for k in own) < sum(v.numel() for k, v in found.tensors.items() if k.startswith('model/'))
     o = ns['fit']('one', None, [ns['EMA'](.8)], folder=d/'one', resume=True)
     assert not o['error'] and o['finite'] and 'written by 2 processes and 1 will go on' in o['said'] and 'cannot be kept' not in o['said']
+
+TRAINABLE = '''
+import json, random, sys, torch
+from pathlib import Path
+from torch import nn
+from fastai.vision.all import Callback
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.train.controls import difference_learner
+from rcic_fastai.train.distributed import *
+from rcic_fastai.train.domain import *
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.screen.open import open_screen
+table, source = open_screen(Path(sys.argv[1]))
+rank, world = rank_world()
+
+class Own(Callback):
+    "Of a user: networks in a list and a dict, and one that training changes"
+    order = 90
+    def before_fit(self): self.nets, self.more = [nn.Linear(3, 2)], dict(a=(nn.BatchNorm1d(2),), b=nn.Linear(2, 2))
+
+def modules(o): return [o] if isinstance(o, nn.Module) else [m for v in (o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple)) else ()) for m in modules(v)]
+def sums(ms): return [float(v.detach().double().sum()) for m in ms for v in m.state_dict().values()]
+
+class Note(Callback):
+    order = 2000
+    def before_fit(self): self.found = {}
+    def note(self, when):
+        model = getattr(self.learn.model, 'module', self.learn.model)
+        self.found[when] = {cb.name: sums(modules({k: v for k, v in vars(cb).items() if k != 'learn'})) for cb in self.learn.cbs if cb.name in ('own', 'ema', 'mean_teacher', 'gradient_reversal')}
+        self.found[when]['model'] = sums([model])
+    def before_validate(self): self.note(f'epoch {self.epoch}')
+    def after_batch(self):
+        if self.training and self.train_iter == 1:
+            ps = lambda o: [float(p.detach().double().sum()) for m in modules(o) for p in m.parameters()]
+            self.found['first batch'] = {cb.name: ps({k: v for k, v in vars(cb).items() if k != 'learn'}) for cb in self.learn.cbs if cb.name in ('own', 'ema', 'mean_teacher', 'gradient_reversal')}
+
+def fit(name, cbs, make=screen_learner):
+    torch.manual_seed(100 + rank); random.seed(rank)      # nobody has given the processes a seed
+    dls = screen_dls(table, source, valid='HUVEC-02', bs=8, device='cpu', seed=5, batch_by='experiment', batch_groups=2)
+    learn, note = make(dls, 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0), Note()
+    with learn.no_bar(), learn.no_logging(), learn.sharded(): learn.fit(2, 1e-2, cbs=[*cbs, note])
+    return dict(note.found, end=dict(model=sums([learn.model])))
+
+made = dict(coral=[CORAL()], wasserstein=[SlicedWasserstein(directions=4)], reversal=[GradientReversal(hidden=8)], ema=[EMA(.8)], teacher=[MeanTeacher(.8)], own=[Own()])
+said = {k: fit(k, v) for k, v in made.items()}
+said['controls'] = fit('controls', [EMA(.8)], difference_learner)
+(Path(sys.argv[2])/f'{rank}.json').write_text(json.dumps(said))
+'''
+
+def test_what_callbacks_train_is_the_same_in_all_processes(tmp_path):
+    "Also where each process draws numbers of its own"
+    (tmp_path/'fit.py').write_text(TRAINABLE)
+    simulate_screen(tmp_path/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=2, progress=False)
+    r = launched(TORCHRUN, tmp_path/'fit.py', tmp_path/'screen', tmp_path)
+    assert not r.returncode, (r.stdout + r.stderr)[-3000:]
+    a, b = (json.loads((tmp_path/f'{i}.json').read_text()) for i in (0, 1))
+    assert set(a) == {'coral', 'wasserstein', 'reversal', 'ema', 'teacher', 'own', 'controls'}
+    for what in a:
+        for when in a[what]:
+            for name in a[what][when]: assert np.allclose(a[what][when][name], b[what][when][name], rtol=1e-6, atol=1e-6, equal_nan=True), (what, when, name)
+    for what, name in (('reversal', 'gradient_reversal'), ('ema', 'ema'), ('teacher', 'mean_teacher'), ('own', 'own')):
+        assert all(len(a[what][when][name]) for when in ('first batch', 'epoch 0', 'epoch 1'))

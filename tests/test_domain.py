@@ -1,7 +1,8 @@
 "Terms against batch effects and averaged weights where they are easily wrong: mixed precision, nothing to compare, a validation outside a fit."
 import pytest, torch
-from fastai.vision.all import Callback, CancelFitException, L, MixedPrecision
+from fastai.vision.all import Callback, CancelEpochException, CancelFitException, CancelValidException, L, MixedPrecision, SaveModelCallback
 from torch.amp import GradScaler, autocast
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rcic_fastai.train.cutmix import CutMix
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.train.domain import *
@@ -117,3 +118,126 @@ def test_a_fit_that_did_not_begin_leaves_the_model_alone(screen):
     changed = weights(learn.model)
     fit(learn, Refuse())
     assert torch.equal(weights(learn.model), changed)
+
+class Reference(Callback):
+    "PyTorch's average of a training without `EMA`; weights after each training, averages at each validation"
+    order = 200
+    def __init__(self, decay=.9): self.decay = decay
+    def before_fit(self): self.mean, self.trained, self.means = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True), [], []
+    def after_step(self): self.mean.update_parameters(self.model)
+    def after_train(self): self.trained.append(state(self.model)); self.means.append(state(self.mean.module))
+
+def state(m): return torch.cat([v.detach().double().flatten() for v in m.state_dict().values()])
+
+@pytest.fixture(scope='module')
+def reference(screen):
+    ref = Reference()
+    fit(make(screen), ref, epochs=3)
+    return ref
+
+class Seen(Callback):
+    "Weights in the model at each event of an epoch"
+    order = 300
+    def before_fit(self): self.begin, self.valid, self.end = [], [], []
+    def before_train(self): self.begin.append(state(self.model))
+    def after_validate(self): self.valid.append(state(self.model))
+    def after_epoch(self): self.end.append(state(self.model))
+
+def close(a, b): assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
+
+def test_the_average_is_that_of_pytorch_and_is_what_is_validated(screen, reference):
+    seen = Seen()
+    learn = fit(make(screen), EMA(.9), seen, epochs=3)
+    for i in range(3): close(seen.valid[i], reference.means[i]); close(seen.end[i], reference.means[i])
+    for i in (1, 2): close(seen.begin[i], reference.trained[i - 1])
+    close(state(learn.model), reference.means[2])
+
+@pytest.mark.parametrize('turn', [1, -1], ids=['before', 'after'])
+def test_what_is_saved_is_what_was_validated(screen, reference, tmp_path, turn):
+    learn = make(screen)
+    learn.path = tmp_path
+    fit(learn, *[EMA(.9), SaveModelCallback(every_epoch=True)][::turn], epochs=3)
+    for i in range(3): close(state(learn.load(f'model_{i}').model), reference.means[i])
+
+def test_the_best_is_put_back_at_the_end(screen, reference, tmp_path):
+    class First(SaveModelCallback):
+        def after_epoch(self): self._save(self.fname) if self.epoch == 0 else None
+    learn = make(screen)
+    learn.path = tmp_path
+    fit(learn, EMA(.9), First(), epochs=3)
+    close(state(learn.model), reference.means[0])
+
+class Raise(Callback):
+    "Raises something at an event, in the second epoch"
+    def __init__(self, event, what, order): self.order = order; setattr(self, event, self.go); self.what = what
+    def go(self):
+        if self.epoch == 1: raise self.what
+
+ENDS = [(event, what, order) for event in ('before_validate', 'after_validate', 'after_epoch') for what in (KeyboardInterrupt, MemoryError('full'), SystemExit(143)) for order in (0, 1001)]
+
+@pytest.mark.parametrize('event,what,order', ENDS)
+def test_after_an_error_in_validation_the_model_has_its_training_weights(screen, reference, event, what, order):
+    learn, ema = make(screen), EMA(.9)
+    with pytest.raises(what if isinstance(what, type) else type(what)): fit(learn, ema, Raise(event, what, order), epochs=3)
+    close(state(learn.model), reference.trained[1])
+    close(state(ema.average.module), reference.means[1])
+    seen = Seen()
+    fit(learn, seen, epochs=1)     # and the next fit has nothing of it
+    assert torch.equal(seen.valid[0], state(learn.model)) and '_with_events' not in vars(learn)
+
+class InBatch(Raise):
+    def go(self):
+        if self.epoch == 1 and not self.training: raise self.what
+
+def test_ctrl_c_in_a_validation_batch(screen, reference):
+    learn = make(screen)
+    with pytest.raises(KeyboardInterrupt): fit(learn, EMA(.9), InBatch('after_pred', KeyboardInterrupt, 0), epochs=3)
+    close(state(learn.model), reference.trained[1])
+
+@pytest.mark.parametrize('event,what', [('before_validate', CancelValidException), ('after_validate', CancelEpochException), ('before_validate', CancelEpochException)])
+@pytest.mark.parametrize('order', [0, 1001])
+def test_a_canceled_validation_leaves_the_training_alone(screen, reference, event, what, order):
+    seen, ema = Seen(), EMA(.9)
+    learn = fit(make(screen), ema, seen, Raise(event, what, order), epochs=3)
+    close(seen.begin[2], reference.trained[1])
+    close(state(learn.model), state(ema.average.module))
+
+def test_a_canceled_fit_ends_with_the_average(screen, reference):
+    for event, order in (('before_validate', 0), ('after_epoch', 0), ('after_epoch', 1001)):
+        learn = fit(make(screen), EMA(.9), Raise(event, CancelFitException, order), epochs=3)
+        close(state(learn.model), reference.means[1])
+
+def test_two_averages_give_the_training_weights_back(screen, reference):
+    seen = Seen()
+    fit(make(screen), EMA(.5), EMA(.9), seen, epochs=3)
+    for i in (1, 2): close(seen.begin[i], reference.trained[i - 1])
+    close(seen.valid[1], reference.means[1])
+
+def test_an_interrupted_batch_leaves_nothing_on_the_neck(screen):
+    learn, cb = make(screen), CORAL()
+    class Stop(Callback):
+        def before_batch(self):
+            self.learn.model.body.register_forward_hook(self.stop)
+        def stop(self, *_): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(learn, cb, Stop())
+    learn.model.body._forward_hooks.clear()
+    fit(learn, cb, epochs=1)
+    assert not learn.model.neck._forward_hooks and len(cb.terms) == len(learn.dls.train)
+
+class Turn(Callback):
+    order = 1
+    def __init__(self, first): self.first = first
+    def before_batch(self):
+        if self.training and self.iter >= self.first: self.learn.xb, self.learn.yb = tuple(o.flip(0) for o in self.xb), tuple(o.flip(0) for o in self.yb)
+
+def test_groups_of_reordered_batches_are_those_of_the_batch(screen):
+    cbs = [CORAL() for _ in range(3)]
+    def certain(*cbs):
+        learn = make(screen)
+        for m in learn.model.modules():
+            if isinstance(m, torch.nn.Dropout): m.p = 0.
+        return fit(learn, *cbs, epochs=1)
+    certain(cbs[0])
+    certain(cbs[1], Turn(0))
+    assert cbs[1].terms[0] == pytest.approx(cbs[0].terms[0], rel=1e-4)
+    with pytest.raises(ScreenError, match='reorders the samples of some batches'): fit(make(screen), cbs[2], Turn(1))

@@ -71,6 +71,26 @@ def crop_mat(
     zero, one = torch.zeros_like(w), torch.ones_like(w)
     return torch.stack([w, zero, cx, zero, h, cy, zero, zero, one], 1).view(-1, 3, 3)
 
+# %% ../../nbs/11_batch.augment.ipynb #27dbb65f
+def _equations(a, b):
+    "The matrix [B,8,8] and right side [B,8,1] of the perspective that takes points `b` to `a` [B,4,2]"
+    one, zeros = torch.ones_like(b[..., :1]), torch.zeros_like(torch.cat([b, b[..., :1]], 2))
+    u = torch.cat([b, one, zeros, -a[..., :1]*b], 2)
+    v = torch.cat([zeros, b, one, -a[..., 1:]*b], 2)
+    return torch.stack([u, v], 2).flatten(1, 2), a.reshape(len(a), 8, 1)
+
+class _Perspective:
+    "A warp as fastai has drawn it, without questions to the device"
+    def __init__(self, drawn): self.drawn, self.before_call = drawn, drawn.before_call
+    def __call__(self, x, invert=False):
+        points = [o.as_subclass(Tensor) for o in (self.drawn.targ_pts, self.drawn.orig_pts)]
+        a, b = points if invert else points[::-1]
+        m = torch.cat([torch.linalg.solve_ex(*_equations(a, b)).result, a.new_ones(len(a), 1, 1)], 1).view(-1, 3, 3)
+        y = x.as_subclass(Tensor).view(len(x), -1, 2) @ m[..., :2].transpose(1, 2) + m[..., 2].unsqueeze(1)
+        at_infinity = (y[..., 2:] == 0.).any()
+        return torch.where(at_infinity, y[..., :2], (y/y[..., 2:])[..., :2]).view(x.shape)
+
+# %% ../../nbs/11_batch.augment.ipynb #1755dd86
 class SiteAffine(AffineCoordTfm):
     "Several of fastai's affine and warp transforms in one interpolation, each site its own draw, in training only"
     def __init__(self,
@@ -79,7 +99,7 @@ class SiteAffine(AffineCoordTfm):
         size=None, # Output side px, or (height, width); None = as it came
         **kwargs # For `AffineCoordTfm`: `mode`, `pad_mode`
     ):
-        affs, coords = [f for t in tfms for f in t.aff_fs], [f for t in tfms for f in t.coord_fs]
+        affs, coords = [f for t in tfms for f in t.aff_fs], [_Perspective(f) if isinstance(t, Warp) else f for t in tfms for f in t.coord_fs]
         super().__init__(affs + list(aff_fs), coords, size=size, **{'align_corners': True, **kwargs})
 
     def before_call(self, b, split_idx):
@@ -87,6 +107,14 @@ class SiteAffine(AffineCoordTfm):
         else:
             x = b[0] if isinstance(b, tuple) else b
             super().before_call(x if x.dtype == torch.float32 else x.float(), split_idx)
+
+    def _encode(self, x, mode, reverse=False):
+        size = tuple(x.shape[-2:]) if self.size is None else (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        shrinks = min(x.shape[-2]/size[0], x.shape[-1]/size[1]) > 2
+        if shrinks or mode != 'bilinear': return super()._encode(x, mode, reverse)
+        coords = F.affine_grid(self.mat, (*x.shape[:2], *size), align_corners=self.align_corners)
+        for f in self.coord_fs: coords = f(coords)
+        return F.grid_sample(x, coords, mode=mode, padding_mode=self.pad_mode, align_corners=self.align_corners)
 
     def encodes(self, x:TensorSite): return self._encode(x.float(), self.mode).to(x.dtype)
 
@@ -202,11 +230,11 @@ def _normalize(self:NormalizeGroup, x, group):
     g = torch.where((g > 0) & (g <= len(self.mean)), g, 0)
     each = (-1,) + (1,)*(x.ndim-4) + (x.shape[-3], 1, 1)
     g = g.repeat_interleave(len(x)//len(g))
-    f, unknown = x.as_subclass(Tensor).float(), g == 0
+    f, unknown = x.as_subclass(Tensor).float(), (g == 0).view(each[:1] + (1,)*(x.ndim-1))
+    own_var, own_mean = torch.var_mean(f, (-2, -1), correction=0, keepdim=True)
     mean, std = (o.to(x.device)[(g-1).clamp_min(0)].view(each) for o in (self.mean, self.std))
-    out = (f - mean)/std.clamp_min(self.eps)
-    if unknown.any(): out[unknown] = own_normalize(f[unknown], self.eps)
-    return out.to(x.dtype).as_subclass(type(x))
+    mean, std = torch.where(unknown, own_mean, mean), torch.where(unknown, own_var.sqrt(), std)
+    return ((f - mean)/std.clamp_min(self.eps)).to(x.dtype).as_subclass(type(x))
 
 # %% ../../nbs/11_batch.augment.ipynb #5e62419d
 NORMALIZERS = ('own', 'plate', 'experiment', 'global', 'none')

@@ -103,7 +103,7 @@ class MetadataOneHot(MetadataEncoder):
         i:torch.Tensor, # Entries [B]
     ): # [B, entries of the column - 1]
         "The one-hot code of the entries `i`, without the unknown one"
-        return F.one_hot(i, self.vocab_sizes[column])[:, 1:].float()
+        return (i[:, None] == torch.arange(1, self.vocab_sizes[column], device=i.device)).float()
 
 # %% ../../nbs/21_model.heads.ipynb #f74f34db
 def mlp_neck(
@@ -143,10 +143,10 @@ def unit_length(
     x:torch.Tensor, # Vectors along the last axis
     eps:float=1e-4, # Shorter vectors than this become zero
 )->torch.Tensor: # The same directions at length 1
-    "Scale vectors to length 1; zero vectors stay zero, with a gradient of zero"
+    "Scale vectors to length 1; zero vectors stay zero, with a gradient of zero; what is no number stays none"
     n = x.norm(dim=-1, keepdim=True)
-    ok = n > eps
-    return torch.where(ok, x / torch.where(ok, n, 1.), 0.)
+    short = n <= eps
+    return torch.where(short, 0., x / torch.where(short, 1., n))
 
 # %% ../../nbs/21_model.heads.ipynb #1030890e
 class CosineClassifier(nn.Module):

@@ -127,9 +127,9 @@ def adacos_scale(
     s:torch.Tensor, # Scale so far
 )->torch.Tensor: # New scale; not finite when none follows
     "The dynamic scale of AdaCos after one batch (arXiv 1905.00292, equation 16)"
-    right = F.one_hot(y, cos.shape[1]).bool()
+    right = torch.arange(cos.shape[1], device=y.device) == y[:, None]
     log_b = (s*cos).masked_fill(right, -math.inf).flatten().logsumexp(0) - math.log(len(cos))
-    theta = cos[right].clamp(-1, 1).acos().median()
+    theta = cos.gather(1, y[:, None]).clamp(-1, 1).acos().median()      # no mask: how many are true would have to be waited for
     return log_b / theta.clamp(max=math.pi/4).cos()
 
 # %% ../../nbs/22_model.losses.ipynb #e1b8f71d

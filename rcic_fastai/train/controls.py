@@ -21,6 +21,7 @@ from ..model.model import *
 from ..model.batchnorm import *
 from .learner import *
 from .recipes import *
+from .domain import *
 
 # %% ../../nbs/35_train.controls.ipynb #673df38c
 _KINDS = dict(negative=['negative_control'], positive=['positive_control'],
@@ -175,6 +176,7 @@ def measure_controls(self:Learner,
 
 class ControlMeans(Callback):
     "Measures the controls of the plates of a `difference_learner`, before every epoch and every validation"
+    order = EMA.order + 1      # the average is measured where the average is validated
     def __init__(self,
         controls:str='negative', # 'negative', 'positive' or 'all'
     ): self.controls = controls

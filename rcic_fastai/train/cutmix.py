@@ -8,6 +8,7 @@ __all__ = ['cutmix_box', 'paste_box', 'mix_meta', 'mixed_loss', 'BatchMix', 'Cut
 # %% ../../nbs/30_train.cutmix.ipynb #76d5c58a
 import numpy as np, torch
 from fastai.callback.mixup import MixHandler
+from fastai.callback.training import GradientAccumulation
 from fastai.layers import NoneReduce
 from ..core import ScreenError
 from ..model.heads import MixedMeta
@@ -74,6 +75,7 @@ def mixed_loss(
 # %% ../../nbs/30_train.cutmix.ipynb #bcaad387
 class BatchMix(MixHandler):
     "What `CutMix` and `MixUp` share; mixes pictures, metadata and labels of a training batch"
+    order = GradientAccumulation.order - 2      # the loss is mixed before terms are added to it, and before it is divided
     def __init__(self,
         alpha:float=1., # λ is drawn from Beta(alpha, alpha)
         p:float=1., # Probability that a batch is mixed

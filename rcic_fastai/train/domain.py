@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..core import *
 from ..screen.tables import *
 from ..batch.augment import *
+from ..batch.loader import *
 from ..model.model import *
 from .cutmix import *
 
@@ -57,50 +58,121 @@ def reverse_gradient(
     return _Reverse.apply(x, weight)
 
 # %% ../../nbs/34_train.domain.ipynb #47db0855
+def _is_mixed(learn):
+    "Whether CutMix or MixUp has mixed the batch"
+    return any(isinstance(cb, BatchMix) and cb.lam is not None for cb in learn.cbs)
+
+def _add_to_loss(learn, term):
+    learn.loss_grad = learn.loss_grad + term
+    learn.loss = learn.loss_grad.clone()
+
+def _read(new, read):
+    "The numbers of `read`, with those of `new` (tensors that stayed on their device) behind them"
+    if new: read += torch.stack(new).tolist()
+    new.clear()
+    return read
+
+def _on_device(rows, x):
+    "Positions, next to `x`; nothing waits for the copy"
+    return torch.tensor(rows).to(x.device, non_blocking=True)
+
+# %% ../../nbs/34_train.domain.ipynb #282820d7
 class DomainLoss(Callback):
     "A term of the loss that compares the embeddings of the groups in a batch; `term(groups)` is the comparison"
-    run_valid = False
+    run_valid, order = False, GradientAccumulation.order - 1
     def __init__(self,
         weight:float=1., # Of the term, beside the loss
         by:str='experiment', # Metadata column that names the group
     ):
-        self.weight, self.by, self.terms, self.seen, self.alone = weight, by, [], 0, 0
+        self.weight, self.by, self.hook = weight, by, None
+        self._begin()
+    def _begin(self):
+        self.odd = self.as_drawn = None     # whether a batch was in another order than the loader's; whether the first was not
+        self.new_terms, self.read_terms, self.seen, self.alone, self.emb = [], [], 0, 0, None
+    @property
+    def terms(self)->list:
+        "The term of each batch so far"
+        return _read(self.new_terms, self.read_terms)
     def before_fit(self):
         vocabs = list(self.learn.dls.spec.vocabs)
         if self.by not in vocabs: raise ScreenError(f'{self.by} is not a metadata column: choose from {", ".join(vocabs)}.')
-        self.at, self.terms, self.seen, self.alone = 1 + vocabs.index(self.by), [], 0, 0
+        self.at = 1 + vocabs.index(self.by)
+        self._begin()
     def before_train(self):
         "Refuse batches that never hold two groups of two"
         dl = self.dls.train
         single = getattr(dl, '_by_group', None) and dl.group_by == self.by and dl.groups < 2
         if dl.n and (single or dl.bs < 4 or any(isinstance(cb, BatchMix) and cb.p == 1 for cb in self.learn.cbs)): self._never()
-    def before_batch(self):
-        model = get_model(self.model)
-        self.hook = model.neck.register_forward_hook(lambda m, i, o: setattr(self, 'emb', o))
-    def after_pred(self): self.hook.remove()
-    def groups(self): # [(index, embeddings [n,D]), …]
-        "The embeddings of each group that has at least two samples"
-        g = self.xb[self.at].as_subclass(Tensor)
-        emb = F.normalize(self.emb.float(), dim=1)
-        return [(i, emb[g == i]) for i in g.unique().tolist() if i > 0 and (g == i).sum() > 1]
-    def after_loss(self):
-        self.seen += 1
-        if any(isinstance(cb, BatchMix) and cb.lam is not None for cb in self.learn.cbs): return
-        groups = self.groups()
-        if len(groups) < 2:
-            self.alone += 1
-            if self.alone == 100 and not self.terms: self._never()
-            return
-        with _full(self.emb): term = self.term(groups)
-        self.terms.append(term.item())
-        self.learn.loss_grad = self.learn.loss_grad + self.weight*term
-        self.learn.loss = self.learn.loss_grad.clone()
     def after_epoch(self):
         if self.epoch == self.n_epoch - 1 and self.seen and not self.terms: self._never()
     def _never(self):
         raise ScreenError(f'no batch held two groups of {self.by} with two samples each to compare: make batches of 4 or more for each '
                           f"process with screen_dls(…, batch_by='{self.by}', batch_groups=2) and leave some without CutMix.")
 
+# %% ../../nbs/34_train.domain.ipynb #665e3c46
+def _drawn_groups(dl, i, column):
+    "Entries of a metadata column in batch `i`, as the loader drew its samples; None for other loaders"
+    columns = dl._columns() if isinstance(dl, ScreenDL) and dl.reader else None
+    order = getattr(dl, '_DataLoader__idxs', None)
+    if not columns or order is None: return None
+    return columns[1][column][0][list(order[i*dl.bs:(i + 1)*dl.bs])]
+
+@patch
+def _group_of(self:DomainLoss): # list, one entry per sample
+    "The group of each sample"
+    g, drawn = self.xb[self.at].as_subclass(Tensor), _drawn_groups(self.dl, self.iter, self.at - 1)
+    if drawn is None or len(drawn) != len(g): return g.tolist()
+    odd = (g != drawn.to(g.device, non_blocking=True)).any()
+    if self.as_drawn is None: self.as_drawn = not odd
+    if not self.as_drawn: return g.tolist()
+    self.odd = odd if self.odd is None else self.odd | odd
+    return drawn.tolist()
+
+@patch
+def after_train(self:DomainLoss):
+    "Once an epoch: read the terms, and whether a batch was in another order than the loader's"
+    self.terms
+    odd, self.odd, self.as_drawn = self.odd, None, None
+    if odd is not None and odd:
+        raise ScreenError(f'A callback reorders the samples of some batches, so the {self.by} of each is not the one that the loader drew: '
+                          f'let it reorder all batches or none, or leave out {type(self).__name__}.')
+
+# %% ../../nbs/34_train.domain.ipynb #781dbab3
+@patch
+def before_batch(self:DomainLoss):
+    self.after_pred()
+    self.hook = get_model(self.model).neck.register_forward_hook(lambda m, i, o: setattr(self, 'emb', o))
+
+@patch
+def after_pred(self:DomainLoss):
+    "Stop listening to the neck; also to one that an interrupted batch left"
+    if self.hook is not None: self.hook.remove()
+    self.hook = None
+
+@patch
+def groups(self:DomainLoss)->list: # [(entry, embeddings [n,D]), …]
+    "The embeddings of each group that has at least two samples"
+    emb, rows = F.normalize(self.emb.float(), dim=1), defaultdict(list)
+    for i, g in enumerate(self._group_of()): rows[g].append(i)
+    return [(g, emb[_on_device(rows[g], emb)]) for g in sorted(rows) if g > 0 and len(rows[g]) > 1]
+
+@patch
+def after_loss(self:DomainLoss):
+    self.seen += 1
+    if _is_mixed(self.learn): return
+    groups = self.groups()
+    if len(groups) < 2:
+        self.alone += 1
+        if self.alone == 100 and not self.terms: self._never()
+        return
+    with _full(self.emb): term = self.term(groups)
+    self.new_terms.append(term.detach())
+    _add_to_loss(self.learn, self.weight*term)
+
+@patch
+def after_batch(self:DomainLoss): self.emb = None
+
+# %% ../../nbs/34_train.domain.ipynb #89483cc5
 class CORAL(DomainLoss):
     "Make means and covariances of the embeddings alike (arXiv 1607.01719)"
     def term(self, groups):
@@ -116,68 +188,115 @@ class SlicedWasserstein(DomainLoss):
         pairs = [sliced_wasserstein(a, b, self.directions)*a.shape[1] for (_, a), (_, b) in itertools.combinations(groups, 2)]
         return sum(pairs)/len(pairs)
 
+# %% ../../nbs/34_train.domain.ipynb #6387cc21
+def _step_where(opt, good):
+    "A step of an optimizer if `good`, a tensor of one truth value; which it is, nobody waits for"
+    ps = [p for group in opt.param_groups for p in group['params']]
+    before = [(p, p.detach().clone(), {k: v.clone() for k, v in opt.state[p].items()}) for p in ps]
+    opt.step()
+    with torch.no_grad():
+        for p, value, state in before:
+            p.copy_(torch.where(good, p, value))
+            for k, v in opt.state[p].items(): v.copy_(torch.where(good.to(v.device), v, state.get(k, 0.)))
+
 # %% ../../nbs/34_train.domain.ipynb #a85dc943
 class GradientReversal(DomainLoss):
     "Train the embedding so that a classifier cannot name the experiment (arXiv 1505.07818)"
     def __init__(self, weight:float=1., by:str='experiment', hidden:int=256, lr:float=1e-3):
         super().__init__(weight, by)
         self.hidden, self.lr = hidden, lr
+    def _begin(self):
+        super()._begin()
+        self.new_right, self.read_right = [], []
+    @property
+    def right(self)->list:
+        "Share of samples whose group was named, in each batch so far"
+        return _read(self.new_right, self.read_right)
+    def after_train(self):
+        super().after_train()
+        self.right
     def before_fit(self):
         super().before_fit()
-        model = get_model(self.model)
-        n, d = len(self.learn.dls.spec.vocabs[self.by]), model.classifier.weight.shape[1]
+        n, d = len(self.learn.dls.spec.vocabs[self.by]), get_model(self.model).classifier.weight.shape[1]
         self.head = nn.Sequential(nn.Linear(d, self.hidden), nn.ReLU(), nn.Linear(self.hidden, n)).to(self.dls.device)
-        self.head_opt, self.right = torch.optim.Adam(self.head.parameters(), self.lr), []
+        on_gpu = next(self.head.parameters()).device.type == 'cuda'
+        self.head_opt = torch.optim.Adam(self.head.parameters(), self.lr, capturable=on_gpu)      # its count of steps is on the GPU then
     def term(self, groups):
         p = self.learn.pct_train if hasattr(self.learn, 'pct_train') else 1.
         x = reverse_gradient(torch.cat([e for _, e in groups]), 2/(1 + math.exp(-10*p)) - 1)
-        y = torch.cat([torch.full((len(e),), i) for i, e in groups]).to(x.device)
+        y = _on_device([i for i, e in groups for _ in range(len(e))], x)
         scores = self.head(x*x.shape[1]**.5)
-        self.right.append((scores.argmax(1) == y).float().mean().item())
+        self.new_right.append((scores.argmax(1) == y).float().mean())
         return F.cross_entropy(scores, y)
-    def after_step(self):
-        scale = getattr(getattr(self.learn, 'scaler', None), 'get_scale', lambda: 1.)()
-        ps = list(self.head.parameters())
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad/scale for p in ps]
-        g = torch.cat([o.flatten() for o in (*grads, grads[0].new_tensor([ps[0].grad is not None]))])
-        if isinstance(self.model, DistributedDataParallel): torch.distributed.all_reduce(g); g /= torch.distributed.get_world_size()
-        if g[-1] and g.isfinite().all():
-            for p, o in zip(ps, g.split([p.numel() for p in ps] + [1])): p.grad = o.view_as(p)
-            self.head_opt.step()
-        self.head_opt.zero_grad()
+
+# %% ../../nbs/34_train.domain.ipynb #b71036cb
+@patch
+def after_step(self:GradientReversal):
+    "One step of the classifier, with the gradients of all processes and without the loss scale"
+    ps, shared = list(self.head.parameters()), isinstance(self.model, DistributedDataParallel)
+    has_gradient = ps[0].grad is not None
+    if not (has_gradient or shared): return
+    scale = getattr(getattr(self.learn, 'scaler', None), 'get_scale', lambda: 1.)()
+    grads = [p.grad/scale if has_gradient else torch.zeros_like(p) for p in ps]
+    g = torch.cat([*(o.flatten() for o in grads), grads[0].new_full((1,), float(has_gradient))])
+    if shared:
+        torch.distributed.all_reduce(g)
+        g /= torch.distributed.get_world_size()
+    for p, o in zip(ps, g.split([p.numel() for p in ps] + [1])): p.grad = o.view_as(p)
+    _step_where(self.head_opt, g.isfinite().all() & (g[-1] > 0))
+    self.head_opt.zero_grad()
 
 # %% ../../nbs/34_train.domain.ipynb #286c0514
+def _training_weights_back(learn, f, event_type, *args, **kwargs):
+    "`Learner._with_events`; when an epoch is over, however it ended, the model has its training weights again"
+    try: type(learn)._with_events(learn, f, event_type, *args, **kwargs)
+    except CancelFitException: raise
+    except BaseException:
+        vars(learn).pop('_with_events', None)      # the fit ends here, without `after_fit`
+        raise
+    finally:
+        if event_type == 'epoch':
+            for cb in reversed(list(learn._grab_cbs(EMA))): cb._hide()
+
 class EMA(Callback):
-    "Exponential moving average of the weights, used for validation and at the end"
-    order = 60
-    def __init__(self, decay:float=.99):
+    "Exponential moving average of the weights: it is validated, saved by `SaveModelCallback`, and left in the model at the end of a fit"
+    order = DomainLoss.order
+    def __init__(self,
+        decay:float=.99, # Share of the average that stays at each step, 0 to below 1
+    ):
         if not 0 <= decay < 1: raise ScreenError(f'decay={decay} is not possible: choose 0 to below 1, such as .99.')
         self.decay, self.own, self.fitting = decay, None, False
     def before_fit(self):
         self.average = AveragedModel(get_model(self.model), multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
-        self.own, self.fitting = None, True
+        self.own, self.fitting, self.learn._with_events = None, True, partial(_training_weights_back, self.learn)
     def after_step(self): self.average.update_parameters(get_model(self.model))
     def before_validate(self):
-        self.own = {k: v.clone() for k, v in get_model(self.model).state_dict().items()}
+        if self.own is None: self.own = {k: v.clone() for k, v in get_model(self.model).state_dict().items()}
         self._show()
-    def _show(self): get_model(self.model).load_state_dict(self.average.module.state_dict())
-    def after_validate(self):
-        if self.own is not None: get_model(self.model).load_state_dict(self.own)
-        self.own = None
     def after_fit(self):
+        self.own = None
         if self.fitting: self._show() # otherwise another callback refused to begin
         self.fitting = False
+        vars(self.learn).pop('_with_events', None)
+    def _show(self): get_model(self.model).load_state_dict(self.average.module.state_dict())
+    def _hide(self):
+        if self.own is not None: get_model(self.model).load_state_dict(self.own)
+        self.own = None
 
+# %% ../../nbs/34_train.domain.ipynb #09788b8c
 class MeanTeacher(EMA):
     "`EMA`, and a term of the loss that pulls the embedding towards that of the average for another view"
-    def __init__(self, decay:float=.99, weight:float=1.):
+    def __init__(self,
+        decay:float=.99, # Share of the average that stays at each step, 0 to below 1
+        weight:float=1., # Of the term, beside the loss
+    ):
         super().__init__(decay)
         self.weight = weight
     def after_loss(self):
-        if not self.training or any(isinstance(cb, BatchMix) and cb.lam is not None for cb in self.learn.cbs): return
+        if not self.training or _is_mixed(self.learn): return
         x, *meta = self.xb
         model, teacher = get_model(self.model), self.average.module.eval()
         with torch.no_grad(): target = teacher.embed(dihedral(x, random.randrange(8)), *meta)
-        term = (1 - (model.embed(x, *meta)*target).sum(1)).mean()
-        self.learn.loss_grad = self.learn.loss_grad + self.weight*term
-        self.learn.loss = self.learn.loss_grad.clone()
+        own = model.embed(x, *meta)
+        with _full(own): term = (1 - (own*target).sum(1)).mean()
+        _add_to_loss(self.learn, self.weight*term)
