@@ -88,9 +88,14 @@ def test_restrictions(kind, cell, group):
 
 # the approximate kinds: other answers, and those of their own search
 
-HARD = toy_profiles(train=[f'HUVEC-{i:02}' for i in range(1, 9)], test=['HUVEC-31'], n_sirnas=188, signal=.6, noise=1.5, seed=4)
+HARD = toy_profiles(train=[f'HUVEC-{i:02}' for i in range(1, 9)], test=['HUVEC-31'], n_sirnas=188, signal=.6, noise=1.5, dim=128, seed=4)
 ASKED = emb_features(HARD[HARD.Metadata_dataset == 'test'])[::3]
 KEPT = {}
+
+@pytest.fixture
+def narrow(monkeypatch):
+    "A graph of three thousand rows is searched well; one of millions as badly as this"
+    monkeypatch.setattr(index_module, 'EF_SEARCH', 64)
 
 def hard(kind):
     if kind not in KEPT: KEPT[kind] = EmbeddingIndex(HARD[HARD.Metadata_dataset == 'train'], kind=kind)
@@ -119,11 +124,11 @@ def wanted(index, q, vote, k, classes, top, depth):
     return np.array(res)
 
 @pytest.mark.parametrize('kind', ['ivf', 'hnsw'])
-def test_an_approximate_search_changes_answers(kind):
+def test_an_approximate_search_changes_answers(kind, narrow):
     index, exact = hard(kind), hard('exact')
     s, complete = index.class_scores(ASKED, top=6), exact.class_scores(ASKED)
     differ = s.argmax(1) != complete.argmax(1)
-    assert 0 < differ.mean() < .3
+    assert 0 < differ.mean() < .5
     found = (index.search(ASKED, 1)[1] == exact.search(ASKED, 1)[1])[:, 0]
     assert differ[~found].any() and not differ[found].any()           # wherever the nearest row was found, the answer is its class
     np.testing.assert_array_equal(s.argmax(1), index.codes[index.search(ASKED, 1)[1][:, 0]])
@@ -134,7 +139,7 @@ def test_an_approximate_search_changes_answers(kind):
 @pytest.mark.parametrize('kind', ['ivf', 'hnsw'])
 @pytest.mark.parametrize('vote, k, top, depth', [('nearest', 5, 6, 1024), ('nearest', 5, 6, 64), ('nearest', 5, None, 100), ('mean', 3, None, 200), ('mean', 40, 6, 300)])
 @pytest.mark.parametrize('part', [1, 3])
-def test_approximate_scores_are_those_of_their_own_search(kind, vote, k, top, depth, part):
+def test_approximate_scores_are_those_of_their_own_search(kind, vote, k, top, depth, part, narrow):
     index, q = hard(kind), ASKED[:20]
     classes = np.arange(len(index.classes)) % part == 0
     want = wanted(index, q, vote, k, classes, top if vote == 'nearest' else None, depth)

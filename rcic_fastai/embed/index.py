@@ -57,7 +57,7 @@ class _Held:
         self.flat, self.owner = flat, owner          # an index that a larger one owns ends with it
         self.__array_interface__ = dict(shape=(flat.ntotal, flat.d), typestr='<f4', data=(int(flat.get_xb()), True), version=3)
 
-# %% ../../nbs/42_embed.index.ipynb #752fdd5a
+# %% ../../nbs/42_embed.index.ipynb #5d6e43fa
 def _exact(n, d, rows):
     "An empty exact index"
     import faiss
@@ -70,7 +70,7 @@ def _ivf(n, d, rows):
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, n_lists, faiss.METRIC_INNER_PRODUCT)
     sample = np.sort(np.random.default_rng(0).permutation(n)[:64*n_lists])
     index.train(np.concatenate([rows(a, b)[sample[(sample >= a) & (sample < b)] - a] for a, b in _pieces(n)]))
-    index.nprobe = max(1, n_lists//8)
+    index.nprobe = max(1, min(n_lists//8, 128))
     index.set_direct_map_type(faiss.DirectMap.Array)
     return index
 
@@ -78,6 +78,7 @@ def _hnsw(n, d, rows):
     "An empty graph"
     import faiss
     index = faiss.IndexHNSWFlat(d, 32, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = 100
     _make_room(faiss.downcast_index(index.storage), n)
     return index
 
@@ -194,8 +195,8 @@ def _nearest(self:EmbeddingIndex, q, k, rows):
             best, found = np.take_along_axis(best, order, 1), np.take_along_axis(found, order, 1)
     return best, found
 
-# %% ../../nbs/42_embed.index.ipynb #70844b89
-EF_SEARCH = 64       # rows of a graph that are kept in view, at least
+# %% ../../nbs/42_embed.index.ipynb #edb45a07
+EF_SEARCH = 256      # rows of a graph that are kept in view, at least
 
 @patch
 def _parameters(self:EmbeddingIndex, k, rows):
