@@ -51,8 +51,8 @@ def sidebar(nbs):
     "The sidebar, in the form that Quarto and smalldocs read."
     address = repository(nbs[0].parent.parent)
     number = {nb: int(nb.name.split('_')[0]) for nb in nbs[1:]}
-    lines = ['# Made by `make docs` from the names of the notebooks.', 'website:', f'  repo-url: {address}', '  sidebar:',
-             f'    tools: [{{icon: github, href: "{address}", text: Repository}}]', '    contents:',
+    lines = ['# Made by `make docs` from the names of the notebooks.', 'website:', f'  repo-url: {address}',
+             '  sidebar:', f'    tools: [{{icon: github, href: "{address}", text: Repository}}]', '    contents:',
              '      - section: Start', '        contents:', '          - {text: Overview, href: index.ipynb}']
     for title, numbers in SECTIONS:
         if inside := [nb for nb in nbs[1:] if number[nb] in numbers]:
@@ -174,9 +174,10 @@ def llms_text(nbs):
     "llms.txt: what the library is, and each page with what it says, in the order of the sidebar."
     title, description = head(nbs[0])
     cells = [c for c in json.loads(nbs[0].read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
-    paragraphs = [p for c in cells[1:] for p in re.split(r'\n\s*\n', text_of(c['source'])) if re.match(r'[A-Za-z*`]', p)]
-    about = re.sub(r'\[([^\]]+)\]\((?:nbs/)?([\w.-]+)\.ipynb[^)]*\)', lambda m: f'[{m[1]}]({NUMBER.sub("", m[2])}.html)',
-                   ' '.join(paragraphs[0].split())) if paragraphs else ''
+    parts = re.split(r'\n\s*\n', '\n\n'.join(text_of(c['source']) for c in cells[1:]))
+    about = next((' '.join(p.split()) for p in parts if re.match(r'[A-Za-z*`]', p)), '')
+    link = re.compile(r'\]\((?:nbs/)?([\w.-]+)\.ipynb[^)]*\)')
+    about = link.sub(lambda m: f'](./{NUMBER.sub("", m[1])}.html)', about)
     lines = [f'# {title}', '', f'> {description}', '', about, '', f'Source: {repository(nbs[0].parent.parent)}']
     for section, numbers in SECTIONS:
         if inside := [nb for nb in nbs[1:] if int(nb.name.split('_')[0]) in numbers]: lines += ['', f'## {section}', '']

@@ -84,8 +84,8 @@ def wrap_code(page):
 # ---- tables
 
 def long_cells(page):
-    """Mark the cells of printed tables that hold a text: those may break, numbers and names may not. The name of a column
-    may break behind an underscore."""
+    """Mark the cells of printed tables that hold a text: those may break, numbers and names may not. The name of a
+    column may break behind an underscore."""
     def cell(m): return f'<{m[1]} class="long">' if len(plain(m[2])) > SHORT_CELL else m[0][:m[0].index('>')+1]
 
     def name(m): return m[0].replace('_', '_<wbr>')
