@@ -6,30 +6,26 @@ PROJECT is a scratch copy (nbdev writes its `_proc` folder there; `sync.py` make
 `README.md` and `nbs/sidebar.yml`. Two builds of the same notebooks are identical byte for byte, on any machine.
 """
 import ast, base64, hashlib, html, json, os, re, shutil, sys
+from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import page_html
 
 # what decides the bytes of a page besides the notebooks
 TOOLS = ['nbdev', 'fastcore', 'execnb', 'smalldocs', 'Pygments', 'markdown-it-py', 'mdit-py-plugins',
          'latex2mathml', 'fastai', 'torch']
 NOT_READ = 'output-file is not read'   # nbdev writes that option for Quarto; the pages get their names below
+LINK = re.compile(r'\[(`[^`\]]+`)\]\([^)\s]+\)')
+# nbdev links each name between backticks, also inside a link
+NESTED = re.compile(r'\[(?P<text>[^\[\]]{0,200}(?:\[`[^`\]]+`\]\([^)\s]+\)[^\[\]]{0,200})+)\]\((?P<to>[^)\s]+)\)')
 NUMBER = re.compile(r'^(\d+)([a-z]?)_')
 SECTIONS = [('The screen', range(0, 10)), ('Batches', range(10, 20)), ('The model', range(20, 30)),
             ('Training', range(30, 40)), ('Embeddings', range(40, 50)), ('Predictions', range(50, 60)),
             ('Results', range(60, 70)), ('Folder and commands', range(70, 80)), ('Tutorials', range(80, 90)),
             ('Behind these pages', range(90, 100))]
 
-# A browser refuses fetch() on a page opened from the file system, and smalldocs fetches its search index (its only
-# fetch). The index comes from a script instead, hosted or not.
-SEARCH_INDEX = """<script>
-window.fetch = url => new Promise((done, fail) => {
-  const script = document.createElement('script');
-  script.src = String(url).replace('search.json', 'search.js');
-  script.onload = () => done({json: async () => window.searchIndex});
-  script.onerror = fail;
-  document.head.append(script);
-});
-</script>"""
+SCRIPT = '<script src="pages.js"></script>'   # search, see there
 
 
 def notebooks(project):
@@ -50,9 +46,18 @@ def number(nb):
 def text_of(value): return value if isinstance(value, str) else ''.join(value)
 
 
+def repository(project):
+    "The address of the repository, which stands in settings.ini."
+    parser = ConfigParser(delimiters=['='], interpolation=None)
+    parser.read(project/'settings.ini', encoding='utf-8')
+    return f"https://github.com/{parser['DEFAULT']['user']}/{parser['DEFAULT']['repo']}"
+
+
 def sidebar(nbs):
     "The sidebar, in the form that Quarto and smalldocs read."
-    lines = ['# Made by `make docs` from the names of the notebooks.', 'website:', '  sidebar:', '    contents:',
+    address = repository(nbs[0].parent.parent)
+    lines = ['# Made by `make docs` from the names of the notebooks.', 'website:', f'  repo-url: {address}',
+             '  sidebar:', f'    tools: [{{icon: github, href: "{address}", text: Repository}}]', '    contents:',
              '      - section: Start', '        contents:', '          - {text: Overview, href: index.ipynb}']
     for title, numbers in SECTIONS:
         if inside := [nb for nb in nbs[1:] if number(nb)[0] in numbers]:
@@ -97,6 +102,7 @@ def plain_names(proc, nbs):
     pages = {nb.name: f'{page_name(nb)}.ipynb' for nb in nbs}
     for nb in nbs:
         text = (proc/nb.name).read_text(encoding='utf-8')
+        text = NESTED.sub(lambda m: '[' + LINK.sub(r'\1', m['text']) + f"]({m['to']})", text)
         text = re.sub(r'\]\((?:\.\./|nbs/)?([\w.-]+\.ipynb)(#[^)]*)?\)',
                       lambda m: f"]({pages.get(m[1], m[1])}{m[2] or ''})", text)
         (proc/nb.name).unlink()
@@ -154,9 +160,36 @@ def search_script(docs):
     index = (docs/'search.json').read_text(encoding='utf-8')
     (docs/'search.js').write_text(f'window.searchIndex = {index};\n', encoding='utf-8')
     (docs/'search.json').unlink()
+
+
+def finish_pages(docs):
+    "Descriptions of pictures, code that wraps, tables that fit, and our script, on each page."
     for page in docs.glob('*.html'):
-        text = page.read_text(encoding='utf-8')
-        page.write_text(text.replace('</head>', f'{SEARCH_INDEX}\n</head>', 1), encoding='utf-8')
+        text = page_html.finish(page.read_text(encoding='utf-8'))
+        page.write_text(text.replace('</head>', f'{SCRIPT}\n</head>', 1), encoding='utf-8')
+
+
+def head(nb):
+    "Title and description of a notebook, from its first cell."
+    first = text_of(json.loads(nb.read_text(encoding='utf-8'))['cells'][0]['source'])
+    return (re.search(rf'^{mark} (.+)$', first, re.MULTILINE)[1].strip() for mark in '#>')
+
+
+def llms_text(nbs):
+    "llms.txt: what the library is, and each page with what it says, in the order of the sidebar."
+    title, description = head(nbs[0])
+    cells = [c for c in json.loads(nbs[0].read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown']
+    parts = re.split(r'\n\s*\n', '\n\n'.join(text_of(c['source']) for c in cells[1:]))
+    about = next((' '.join(p.split()) for p in parts if re.match(r'[A-Za-z*`]', p)), '')
+    link = re.compile(r'\]\((?:nbs/)?([\w.-]+)\.ipynb[^)]*\)')
+    about = link.sub(lambda m: f'](./{NUMBER.sub("", m[1])}.html)', about)
+    lines = [f'# {title}', '', f'> {description}', '', about, '', f'Source: {repository(nbs[0].parent.parent)}']
+    for section, numbers in SECTIONS:
+        if inside := [nb for nb in nbs[1:] if int(nb.name.split('_')[0]) in numbers]: lines += ['', f'## {section}', '']
+        for nb in inside:
+            title, description = head(nb)
+            lines.append(f'- [{title}]({page_name(nb)}.html): {description}')
+    return '\n'.join(lines) + '\n'
 
 
 def readme(index):
@@ -197,7 +230,8 @@ def tool_versions():
 def sources(project):
     "Checksums of all that the pages are made from."
     files = notebooks(project) + [project/'pyproject.toml', project/'settings.ini', project/'tools'/'docs.py',
-                                  project/'nbs'/'_quarto.yml', project/'nbs'/'styles.css']
+                                  project/'tools'/'page_html.py', project/'nbs'/'_quarto.yml',
+                                  project/'nbs'/'styles.css', project/'nbs'/'pages.js']
     return {p.relative_to(project).as_posix(): digest(p) for p in files}
 
 
@@ -227,6 +261,9 @@ def build(project, out):
     formulas(docs)
     local_links(docs, get_config().doc_url)
     search_script(docs)
+    finish_pages(docs)
+    shutil.copy(project/'nbs'/'pages.js', docs)
+    (docs/'llms.txt').write_text(llms_text(nbs), encoding='utf-8')
     if (sitemap := docs/'sitemap.xml').exists():   # dates of files differ from clone to clone
         sitemap.write_text(re.sub(r'\s*<lastmod>.*?</lastmod>', '', sitemap.read_text()))
     record = dict(tools=tool_versions(), sources=sources(project), pages=outputs(docs))
