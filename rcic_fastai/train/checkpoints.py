@@ -295,7 +295,7 @@ def read_checkpoint(
 # %% ../../nbs/32_train.checkpoints.ipynb #6612424e
 class Checkpoint(Callback):
     "Keeps the last good epoch, in memory and in `folder`; stops at a loss that is no number, and when SIGTERM came"
-    order = 1000
+    order = Recorder.order + 1      # the loss has been read
     def __init__(self,
         folder=None, # Where to write; None: nothing is written
         facts:dict=None, # Plain data that must be the same when the training goes on
@@ -316,21 +316,22 @@ class Checkpoint(Callback):
         if not self.folder: return ''
         last = _generations(self.folder)
         return f'go on from {last[-1]} with resume=True (--resume)' if last else 'no epoch is finished yet, so start anew'
-    def remember(self):
-        model = get_model(self.model)
-        self.good = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self.watched = [o.detach() for o in (*model.parameters(), *model.buffers()) if o.is_floating_point()]
-    def before_backward(self):
-        loss = self.learn.loss.detach().mean().item()
-        if not math.isfinite(_total(self.learn, loss)[0]): self._stop(loss, f'the loss is {loss} in')
+    def remember(self): self.good = {k: v.detach().clone() for k, v in get_model(self.model).state_dict().items()}
     def after_batch(self):
-        own = sum(o.sum() for o in self.watched).item() if self.training else 0.
-        total, came = _total(self.learn, own, self.sigterm is not None and self.sigterm.is_set())
-        if not math.isfinite(total): self._stop(own, 'weights or statistics of the model are not finite after')
+        loss = self.learn.loss.detach().mean().item() if self.training else 0.
+        total, came = _total(self.learn, loss, self.sigterm is not None and self.sigterm.is_set())
+        if not math.isfinite(total): self._stop(loss, f'the loss is {loss} in batch {self.iter + 1} of {self.n_iter},', _sites(self.learn))
         if came:
             if not rank_distrib(): print(f'SIGTERM came, so training stopped in {self.where()}: {self.kept()}.', file=sys.stderr)
             raise SystemExit(143)
-    def after_epoch(self):
+    def after_train(self):
+        "Once an epoch: the weights and statistics"
+        model = get_model(self.model)
+        own = float(sum(o.detach().float().sum() for o in (*model.parameters(), *model.buffers()) if o.is_floating_point()))
+        if not math.isfinite(_total(self.learn, own)[0]):
+            self._stop(own, 'weights or statistics of the model are not finite after the training batches of')
+    def save(self):
+        "Remember and write the epoch that is over"
         self.remember()
         if not self.writes or rank_distrib() and not _together(self.learn): return
         lost = []
@@ -352,10 +353,10 @@ def _tell(self:Checkpoint, lost):
         self.told.add(what)
 
 @patch
-def _stop(self:Checkpoint, number, why):
-    told = _everybody(self.learn, (math.isfinite(number), why, _sites(self.learn)))
+def _stop(self:Checkpoint, number, why, sites=''):
+    told = _everybody(self.learn, (math.isfinite(number), why, sites))
     _, why, sites = min(told, key=lambda o: (o[0], 'whose pictures' not in o[2]))
-    self.problem = (f'Training stopped, as {why} batch {self.iter + 1} of {self.n_iter}, {self.where()}{sites}: the weights of the last good '
+    self.problem = (f'Training stopped, as {why} {self.where()}{sites}: the weights of the last good '
                     f'epoch are back; choose a lower learning rate{", look at those sites" if sites else ""} or train in full precision'
                     + (f', then {self.kept()}.' if self.folder else '.'))
     raise CancelFitException
@@ -391,7 +392,9 @@ def checkpointed(
         start = _go_on(learn, cp, found) if found else 0
         if start and getattr(learn, 'progress', None) and getattr(learn.progress, 'mbar', None): learn.progress.mbar.update(0)
         cp.remember()
-        for learn.epoch in range(start, learn.n_epoch): learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+        for learn.epoch in range(start, learn.n_epoch):
+            learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+            cp.save()      # not one of the events: the model has its training weights again, also with `EMA`
     learn._do_fit = _do_fit
     try:
         with learn.added_cbs(cp): yield

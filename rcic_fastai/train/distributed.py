@@ -102,9 +102,24 @@ def _sync_bn(model):
         for m, n, c in old: c.train(getattr(m, n).training); setattr(m, n, c)
     return convert_sync_batchnorm(model), back
 
+def _share(tensors):
+    "Tensors as process 0 has them"
+    for t in tensors: torch.distributed.broadcast(t.detach(), 0, group=_meeting() if t.device.type == 'cpu' else None)
+
 def _share_buffers(model):
     "Buffers (statistics of BatchNorm, scale of AdaCos) as process 0 has them"
-    for b in model.buffers(): torch.distributed.broadcast(b.detach(), 0)
+    _share(model.buffers())
+
+def _modules_in(o):
+    "Modules in lists, tuples and dicts"
+    if isinstance(o, nn.Module): return [o]
+    return [m for v in (o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple, L)) else ()) for m in _modules_in(v)]
+
+def _made_by_callbacks(learn):
+    "Networks that callbacks have made (a classifier of experiments, averaged weights), in order; not what the learner has itself"
+    lent = [m for o in (learn.model, learn.loss_func) if isinstance(o, nn.Module) for m in o.modules()]
+    made = [m for cb in learn.cbs.sorted('order') for v in vars(cb).values() for m in _modules_in(v)]
+    return [m for m in made if not any(m is o for o in lent)]
 
 def _from_all(x):
     "Rows of all processes, as many from each"
@@ -114,7 +129,7 @@ def _from_all(x):
 
 class _Sharded(Callback):
     "Share of each batch, averaged gradients"
-    order = 11
+    order = MixedPrecision.order + 1      # as fastai's `DistributedTrainer`
     def before_fit(self):
         rank, world = rank_world()
         _meeting()
@@ -132,7 +147,12 @@ class _Sharded(Callback):
         whole, self.learn.model = model, torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if cuda else None)
         self.undo.append(lambda: setattr(self.learn, 'model', whole))
         if rank: self.learn.logger = noop
-    def after_train(self): _share_buffers(get_model(self.model))     # PyTorch does not after a validation
+    def before_train(self):
+        "What PyTorch does for the model only: what callbacks made in `before_fit`, each process by itself, begins alike"
+        for m in _made_by_callbacks(self.learn): _share([*m.parameters(), *m.buffers()])
+    def after_train(self):
+        "PyTorch does not after a validation"
+        for m in [get_model(self.model), *_made_by_callbacks(self.learn)]: _share_buffers(m)
     def after_fit(self):
         while getattr(self, 'undo', None): self.undo.pop()()
 

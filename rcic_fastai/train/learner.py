@@ -98,3 +98,20 @@ def train_only(self:Learner,
         for m in self.model.modules():
             if isinstance(m, norm_types):
                 for p in m.parameters(recurse=False): p.requires_grad_(True)
+
+# %% ../../nbs/31_train.learner.ipynb #5bf71a71
+_fastai_freeze_to = Learner.freeze_to
+
+@patch
+def freeze_to(self:Learner,
+    n:int, # Number of the first parameter group that is trained; negative from the last
+):
+    "Freeze parameter groups up to `n`"
+    _fastai_freeze_to(self, n)
+    for p in self.model.parameters():
+        if not p.requires_grad: p.grad = None
+
+@patch
+def freeze(self:Learner):
+    "Freeze stem and body of a model for screens; of other models all but the last parameter group"
+    self.freeze_to(PARTS.index('metadata') if self.splitter is screen_splitter else -1)
