@@ -32,20 +32,20 @@ MODELS = dict( # name: what the model is trained with; each adds to the one abov
 
 
 def screen(scale, path, runs):
-    "Site table and source of the screen that is judged on"
+    "The screen that is judged on"
     if path: return open_screen(path)
     if scale == 'full': raise SystemExit('ablation: --scale full needs --screen, a packed RxRx1 (rcic_download, rcic_pack).')
     store = runs/'screen.zarr'
     if not store.exists():
         if not (runs/'screen').exists(): simulate_screen(runs/'screen', DEMO['experiments'], **{k: v for k, v in DEMO.items() if k != 'experiments'})
-        pack_screen(PngTree(runs/'screen', t := read_metadata(runs/'screen')), t, store)
+        pack_screen(open_screen(runs/'screen'), store)
     return open_screen(store)
 
 
 def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None, longer=1):
     "A learner trained on the training experiments, none held out: the test experiments judge"
     s = SCALES[scale]
-    dls = screen_dls(table if rows is None else rows, source, valid='none', norm=norm, sites=sites, size=s['size'], bs=max(8, s['bs']//sites), seed=seed)
+    dls = screen_dls(Screen(table if rows is None else rows, source), valid='none', norm=norm, sites=sites, size=s['size'], bs=max(8, s['bs']//sites), seed=seed)
     learn = screen_learner(dls, s['arch'], metadata=metadata, loss=loss, seed=seed)
     if torch.cuda.is_available(): learn.to_fp16(); learn.model.to(memory_format=torch.channels_last)
     stages = [Stage('head', 1, 1e-2, 'stem,head', loss=loss), Stage('all', longer*s['epochs'], s['lr'], cutmix=cutmix)]
@@ -116,7 +116,7 @@ def judge(learn, table, test, tta, name):
 
 def named_by_classifier(learn, rows):
     "Share of single sites that the classifier names right"
-    dl, n, out = spec_dl(learn.dls.spec, rows, learn.dls.source, mask=('plate_group', 'experiment'), device=learn.dls.device), len(learn.model.inputs) + 1, []
+    dl, n, out = spec_dl(learn.dls.spec, Screen(rows, learn.dls.screen.source), mask=('plate_group', 'experiment'), device=learn.dls.device), len(learn.model.inputs) + 1, []
     with eval_mode(learn.model) as m:
         for b in dl: out.append(m(*b[:n]).argmax(1).cpu().numpy())
     return float((np.array(learn.dls.spec.labels, object)[np.concatenate(out)] == dl.rows.sirna.to_numpy(object)).mean())
@@ -247,7 +247,8 @@ def main():
     p.add_argument('--only', type=lambda s: s.split(','), default=None, help='models to train: ' + ', '.join([*MODELS, 'leak']))
     args = p.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
-    table, source = screen(args.scale, args.screen, args.runs)
+    judged = screen(args.scale, args.screen, args.runs)
+    table, source = judged.table, judged.source
     runs_of(args, table, source)
     report(args, table)
 

@@ -37,6 +37,7 @@ from rcic_fastai.screen.tables import read_metadata, real_data
 from rcic_fastai.screen.pack import CODECS, PackedScreen, pack_screen
 from rcic_fastai.train.recipes import Recipe, get_recipe
 from rcic_fastai.screen.simulate.layout import simulate_screen
+from rcic_fastai.screen.screen import Screen
 
 BATCH, WORKERS = 16, 2  # sites a batch; processes or threads of every contender that has any
 SLACK = 6               # batches before and after those that are timed: workers start, queues fill and run dry
@@ -52,7 +53,7 @@ def screen_files(home, sirnas, controls):
     table = simulate_screen(home/'png', ('HUVEC-01', 'HEPG2-01', 'RPE-01'), sirnas=sirnas, controls=controls, size=512,
                             progress=False)
     source = PngTree(home/'png', table)
-    pack_screen(source, table, home/'screen.zarr', progress=False)
+    pack_screen(Screen(table, source), home/'screen.zarr', progress=False)
     write_flat(home/'flat', (p.read_bytes()[:-4] for p in chunks(home/'screen.zarr')))
     with open(home/'raw', 'wb') as f:
         for i in table.site_id: f.write(source[i].tobytes())
@@ -62,7 +63,7 @@ def small_screen(home, sirnas):
     "A packed screen of 128 px"
     table = simulate_screen(home/'png', ('HUVEC-01', 'HUVEC-02', 'RPE-01'), sirnas=sirnas, controls=4, size=128,
                             progress=False)
-    return pack_screen(PngTree(home/'png', table), table, home/'small.zarr', progress=False)
+    return pack_screen(Screen(table, PngTree(home/'png', table)), home/'small.zarr', progress=False)
 
 
 def chunks(store): return [store/'images/c'/str(i)/'0/0/0' for i in range(len(read_metadata(store)))]
@@ -395,7 +396,7 @@ def packing_row(home, png, codec, n):
     "Whole packing of n sites: read, measured, compressed, written"
     table = read_metadata(home/'png').iloc[:n]
     start, cpu = time.perf_counter(), time.process_time()
-    pack_screen(png, table, home/f'{codec}.zarr', codec=codec, progress=False)
+    pack_screen(Screen(table, png), home/f'{codec}.zarr', codec=codec, progress=False)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     return dict(codec=codec, blosc=CODECS[codec], sites=len(table), sites_per_s=round(len(table)/wall, 1),
                 sites_per_s_core=round(len(table)/wall/cores(), 1), sites_per_cpu_s=round(len(table)/cpu, 1))
@@ -450,7 +451,7 @@ class EpochTime(Callback):
 def waiting(store):
     "An epoch of the demo model: how long it took, and how long it waited for batches"
     source, waits = PackedScreen(store), []
-    dls = screen_dls(source.table, source, valid='none', bs=32)
+    dls = screen_dls(Screen(source.table, source), valid='none', bs=32)
     learn, create = screen_learner(dls, pretrained=None, cbs=EpochTime()), dls.train.create_batches
     def timed(samples):
         batches, done = create(samples), object()

@@ -15,6 +15,7 @@ from machine import save
 from rcic_fastai import cli
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.pack import PackedScreen, pack_screen
+from rcic_fastai.screen.screen import Screen
 
 TIMES, LIMIT = (1, 4, 16), 1.2
 CHILD = '''
@@ -55,7 +56,7 @@ def prepare(home, sites):
     test = source.table[source.table.dataset == 'test']
     for n in TIMES:
         table = repeated(test, n)
-        pack_screen(Repeated(source, table), table.drop(columns='from'), home/f'{n}.zarr', progress=False)
+        pack_screen(Screen(table.drop(columns='from'), Repeated(source, table)), home/f'{n}.zarr', progress=False)
 
 
 def measure(home, n):

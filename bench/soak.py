@@ -289,7 +289,7 @@ class Inputs:
             if name != 'metadata.csv': (d/'test.csv').write_bytes(self.tables['test.csv']); (d/'train.csv').write_bytes(self.tables['train.csv'])
         how, data = spoil_table(r, self.tables[name])
         (d/name).write_bytes(data)
-        return f'{how} {name}', lambda: open_screen(d)[1].shape
+        return f'{how} {name}', lambda: open_screen(d).shape
 
     def image(self, r):
         i, j = r.randrange(len(self.pngs)), r.randrange(len(self.pngs))

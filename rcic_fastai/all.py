@@ -13,6 +13,7 @@ from .screen.simulate.cells import MORPHOLOGY, draw_site, morphology, phenotype
 from .screen.simulate.batches import Studio, batch_stats
 from .screen.simulate.layout import screen_layout, simulate_screen
 from .screen.images import *
+from .screen.screen import *
 from .screen.pack import *
 from .screen.files import *
 from .screen.plates import *

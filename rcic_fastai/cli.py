@@ -154,15 +154,15 @@ def pack(
     "Pack a screen; interrupted, the same call continues"
     how = _how(channels=_names(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls),
                test=_names(test), root=root, cell_type=cell_type, wells=wells)
-    table, source = open_screen(screen, only_present, **how)
+    packed = open_screen(screen, only_present, **how)
     start, there = time.time(), is_store(dest)
     if not (verify and there):
-        pack_screen(source, table, dest, codec, workers or None, force=force)
+        pack_screen(packed, dest, codec, workers or None, force=force)
         bytes_ = sum(f.stat().st_size for f in Path(dest).rglob('*') if f.is_file())
-        c, h, w = source.shape
-        print(f'{dest}: {len(table)} sites of {c}×{h}×{w}, {bytes_/1e6:.1f} MB, in {time.time()-start:.0f} s')
-        print(_summary(table))
-    if verify: print(f'{dest}: {verify_store(dest, source, workers or None)} sites are the same as in {screen}')
+        c, h, w = packed.shape
+        print(f'{dest}: {len(packed)} sites of {c}×{h}×{w}, {bytes_/1e6:.1f} MB, in {time.time()-start:.0f} s')
+        print(_summary(packed.table))
+    if verify: print(f'{dest}: {verify_store(dest, packed, workers or None)} sites are the same as in {screen}')
 
 def _summary(table):
     "What a screen was taken for, so that a wrong guess is seen before it is learnt"
@@ -232,11 +232,12 @@ def train(
             if not resume and not rank_world()[0]: begin_checkpoints(_checkpoints(out))
             rank_device()
             data = {'bs': 32, 'norm': 'own', **r.data, **{k:v for k,v in dict(sites=sites, size=size, norm=norm, norm_from=norm_from, bs=bs).items() if v}}
-            rows, source = open_screen(screen, only_present, partial(training_rows, target=target, controls=controls or None,
-                                                                    norm=data['norm'], sites=data.get('sites', 1)))
-            dls = screen_dls(rows, source, **{**data, 'valid': valid, 'target': target, 'controls': controls or None, 'seed': seed, 'num_workers': workers})
+            whole = open_screen(screen, check=False)
+            rows = training_rows(whole.table, target, controls or None, data['norm'], data.get('sites', 1))
+            learned = whole[rows].complete(only_present)
+            dls = screen_dls(learned, **{**data, 'valid': valid, 'target': target, 'controls': controls or None, 'seed': seed, 'num_workers': workers})
             print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
-                  f'{len(dls.spec.labels)} {target} classes, {len(source.channels)} channels')
+                  f'{len(dls.spec.labels)} {target} classes, {len(learned.channels)} channels')
             weights = {'yes': r.model.get('pretrained', True), 'no': None}.get(pretrained, pretrained)
             model = {**r.model, 'pretrained': weights, 'seed': seed, **({'metadata': metadata} if metadata else {})}
             learn = screen_learner(dls, arch or r.arch, **model)
@@ -257,7 +258,7 @@ def _try_all(learn, out, info):
     few = names[names.experiment.isin([size.idxmin(), size.idxmax()])].groupby('experiment').head(2)
     with no_random(), contextlib.redirect_stderr(io.StringIO()):
         index = build_index(learn, info['tta'], progress=False, rows=rows[rows[spec.key].isin(few[spec.key])])
-    with tempfile.TemporaryDirectory() as d: EmbeddingIndex(np.ones((len(names), 1), np.float32), names.reset_index(drop=True), spec.target).save(d)
+    with tempfile.TemporaryDirectory() as d: EmbeddingIndex(make_emb_table(names, np.ones((len(names), 1))), spec.target).save(d)
     try_saving(learn, out, index, **info)
 
 def _checkpoints(out): return Path(out).with_name(Path(out).name + '.checkpoints')
@@ -303,7 +304,7 @@ def _overruled(recipe, size, bs):
 
 def _indexed_rows(learn):
     "The rows trained on; all sites of their wells, when the samples are wells"
-    rows, table = learn.dls.train.items, learn.dls.table
+    rows, table = learn.dls.train.items, learn.dls.screen.table
     return rows if learn.dls.spec.sites == 1 else table[table.well_id.isin(rows.well_id)]
 
 def build_index(
@@ -392,17 +393,18 @@ def predict(
             if how and bs < 2: raise ScreenError('--bs 1 gives no BatchNorm statistics: give --bs 2 or more.')
             kinds = set(index.labels.get('well_type', ['treatment'])) if adapt_from == 'all' else {'negative_control', 'positive_control'}
             controls = m.spec.per_group or how and kinds != {'treatment'}
-            every, source = open_screen(screen, only_present or m.config.get('only_present', False), partial(prediction_rows, wells='all' if controls else wells))
-            rows = prediction_rows(every, wells)
+            asked = open_screen(screen, check=False)
+            asked = asked[prediction_rows(asked.table, 'all' if controls else wells)].complete(only_present or m.config.get('only_present', False))
+            every, rows = asked.table, prediction_rows(asked.table, wells)
             _check_correctable(rows, correct)
             used = highest_protocol(m.protocols(rows, how, INDUCTIVE_MASK))
             if highest_protocol([used, protocol]) != protocol:
                 raise ScreenError(f'The embeddings of these wells would be {used} (labels, pseudo-labels or statistics of their own batch): ask for --protocol {used}.')
             adapt_rows = every[every.well_type.isin(kinds)] if how else None
-            notes = [] if rank_world()[0] else [*unknown_notes(m.spec, rows, INDUCTIVE_MASK), *m.screen_notes(rows, source)]
+            notes = [] if rank_world()[0] else [*unknown_notes(m.spec, rows, INDUCTIVE_MASK), *m.screen_notes(asked[rows])]
             if how and adapt_from == 'controls' and not rank_world()[0]: notes.append(_FROM_CONTROLS)
             for n in notes: print(f'note: {n}', file=sys.stderr)
-        parts = embed_parts(f'{out}.part', m.model, m.spec, rows, source, tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers,
+        parts = embed_parts(f'{out}.part', m.model, m.spec, asked[rows], tta=tta, mask=INDUCTIVE_MASK, bs=bs, num_workers=workers,
                             adapt=how, adapt_rows=adapt_rows, stat_rows=every if controls else None)
         if rank_world()[0]: return
         tables = lambda: (fix(t) for t in parts.experiments()) if fix else parts.experiments()
@@ -551,19 +553,20 @@ def demo_report(
 )->Path:
     "`report.html` of a demo folder"
     out = Path(out)
-    meta, source = open_screen(out/'screen.zarr')
+    screen = open_screen(out/'screen.zarr')
+    meta = screen.table
     m, pred, near = load_screen_model(out/'model'), read_predictions(out/'inductive.csv'), pd.read_parquet(out/'neighbors.parquet')
     history = pd.read_csv(out/'model/history.csv', keep_default_na=False, na_values=[''])
-    test = m.embed(prediction_rows(meta), source, tta=1, mask=INDUCTIVE_MASK, progress=False)
+    test = m.embed(screen[prediction_rows(meta)], tta=1, mask=INDUCTIVE_MASK, progress=False)
     both = pd.concat([m.index.table(), test], ignore_index=True)
     right = right_wrong(pred, meta)
-    strips = [_strip(near, w, meta, source) for w in _examples(right)]
+    strips = [_strip(near, w, screen) for w in _examples(right)]
     first = right[right.experiment == right.experiment.iloc[0]]
     return write_report(out/'report.html', 'rcic_fastai demo: naming siRNAs in experiments never seen', [
         ('Accuracy of test wells', 'Every number names its protocol: inductive uses nothing of the test batch; adapted takes the BatchNorm '
          'statistics of each test experiment (AdaBN); transductive uses the plate groups (inferred) and that each siRNA is on a plate once. '
          f'Chance is 1 in {len(m.spec.labels)}. {" ".join(res.notes)}', [res.table(), accuracy_plot(res)]),
-        ('Sites', 'Six channels as one colour picture, contrast stretched for the eye. The batch changes brightness more than the siRNA does.', [site_gallery(meta, source)]),
+        ('Sites', 'Six channels as one colour picture, contrast stretched for the eye. The batch changes brightness more than the siRNA does.', [site_gallery(screen)]),
         ('Training', 'Accuracy is that of the classifier on single sites of a held-out experiment.', [training_curve(history)]),
         ('Embedding map', 'Principal components of the embeddings, training and test sites.', [embedding_map(both, 'cell_type', 'experiment')]),
         ('Nearest neighbours', 'Left the well to name, then the most similar training sites; green names are right.', strips),
@@ -574,6 +577,6 @@ def _examples(right, n=4):
     "Some right and some wrong wells"
     return pd.concat([right[right.right].head(n - n//2), right[~right.right].head(n//2)]).id_code.tolist()
 
-def _strip(near, well, meta, source):
-    site = meta[meta.well_id == well].iloc[0]
-    return neighbour_strip(near[near['query'] == site.site_id], site.site_id, site.sirna, source)
+def _strip(near, well, screen):
+    site = screen.table[screen.table.well_id == well].iloc[0]
+    return neighbour_strip(near[near['query'] == site.site_id], site.site_id, site.sirna, screen)

@@ -161,8 +161,8 @@ cosines with {k} classes and embeddings of {m["emb_dim"]} numbers out.
 ```python
 from rcic_fastai.all import *
 model = load_screen_model('FOLDER')
-table, source = open_screen('SCREEN')
-emb = model.embed(table, source)
+screen = open_screen('SCREEN')
+emb = model.embed(screen)
 ```
 or `rcic_predict FOLDER SCREEN answers.csv`. Loading runs no code from this folder.
 
@@ -197,9 +197,9 @@ def _config(learn, info):
     taken = [k for k in info if k in _OWN]
     if taken: raise ScreenError(f'{taken[0]} is what a model folder says about itself: give that fact another name.')
     dls, rows, model = learn.dls, learn.dls.train.items, get_model(learn.model)
-    if dls.spec.sites > 1: rows = dls.table[dls.table.well_id.isin(rows.well_id)]
+    if dls.spec.sites > 1: rows = dls.screen.table[dls.screen.table.well_id.isin(rows.well_id)]
     return _plain(dict(format=FORMAT, model=model.config, spec=asdict(dls.spec), held_out=dls.held_out,
-                       **provenance(model), data=data_fingerprint(rows, dls.source),
+                       **provenance(model), data=data_fingerprint(rows, dls.screen.source),
                        metrics=_metrics(learn), versions=library_versions(), fingerprint=model_fingerprint(model, dls.spec),
                        **{'licence': MODEL_LICENCE, **info}))
 
@@ -504,16 +504,18 @@ class TrainedModel:
         "What the embedding of each row would use of its batch, before it is made; see `row_protocols`"
         return row_protocols(self.model, self.spec, rows, adapt, mask, self.trained)
 
-    @delegates(embed_rows, but=['model', 'spec'])
-    def embed(self, rows, source, **kwargs):
+    @delegates(embed_screen, but=['model', 'spec'])
+    def embed(self, screen, **kwargs):
+        rows = screen.table
         "Embeddings of rows of any screen; `.attrs['model']` is the fingerprint of the model that made them"
         for n in unknown_notes(self.spec, rows, kwargs.get('mask', META_COLUMNS[1:])): warnings.warn(n, stacklevel=2)
-        emb = embed_rows(self.model, self.spec, rows, source, **{'trained': self.trained, **kwargs})
+        emb = embed_screen(self.model, self.spec, screen, **{'trained': self.trained, **kwargs})
         emb.attrs['model'] = self.fingerprint
         return emb
 
-    def screen_notes(self, rows, source)->list:
+    def screen_notes(self, screen)->list:
         "What is odd about the rows and pictures of a screen, beside those that the model was trained on"
+        rows, source = screen.table, screen.source
         return [*_earlier_notes(self.model, self.trained, rows), *_size_notes(self.config['data'], self.spec, source), *_brightness_notes(self.config['data'], rows, source), *_store_notes(self.config['data'], self.index, source)]
 
 # %% ../nbs/70_folder.ipynb #0143a6dc

@@ -15,23 +15,24 @@ from rcic_fastai.screen.pack import PackedScreen, pack_screen
 from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.embed.table import *
 from rcic_fastai.screen.simulate.layout import simulate_screen
+from rcic_fastai.screen.screen import Screen
 
 @pytest.fixture(scope='module')
 def screen(tmp_path_factory):
     folder = tmp_path_factory.mktemp('batch')/'screen'
     table = simulate_screen(folder, ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=48, controls=2, n_workers=1, progress=False)
-    return table, PngTree(folder, table)
+    return Screen(table, PngTree(folder, table))
 
 @pytest.fixture(scope='module')
 def learn(screen):
-    return screen_learner(screen_dls(*screen, bs=8, valid='HUVEC-02', device='cpu', augs=None), 'mobilenetv3_small_050', pretrained=None)
+    return screen_learner(screen_dls(screen, bs=8, valid='HUVEC-02', device='cpu', augs=None), 'mobilenetv3_small_050', pretrained=None)
 
 def is_control(t): return (t.well_type != 'treatment').to_numpy()
 def of(t, e): return t[t.experiment == e]
 def spec_of(screen, norm, sites=1, **kwargs):
-    return screen_dls(*screen, bs=4, valid='HUVEC-02', norm=norm, norm_from='controls', sites=sites, device='cpu', augs=None, **kwargs).spec
+    return screen_dls(screen, bs=4, valid='HUVEC-02', norm=norm, norm_from='controls', sites=sites, device='cpu', augs=None, **kwargs).spec
 def images(spec, rows, source, **kwargs):
-    dl = spec_dl(spec, rows, source, bs=4, device='cpu', **kwargs)
+    dl = spec_dl(spec, Screen(rows, source), bs=4, device='cpu', **kwargs)
     return dict(zip(dl.rows[spec.key], torch.cat([b[0].as_subclass(torch.Tensor) for b in dl])))
 
 # --- statistics of control wells
@@ -39,7 +40,7 @@ def images(spec, rows, source, **kwargs):
 @pytest.mark.parametrize('norm,keys', [('plate', ['experiment', 'plate']), ('experiment', ['experiment'])])
 @pytest.mark.parametrize('sites', [1, 2])
 def test_pictures_are_measured_from_the_control_pixels_of_their_group(screen, norm, keys, sites):
-    table, source = screen
+    table, source = screen.table, screen.source
     test = of(table, 'HUVEC-17')
     got = images(spec_of(screen, norm, sites), test[~is_control(test)], source, stat_rows=table)
     for _, group in test.groupby(keys):
@@ -51,22 +52,22 @@ def test_pictures_are_measured_from_the_control_pixels_of_their_group(screen, no
             np.testing.assert_allclose(x, (raw/255 - mean)/std, atol=2e-4)
 
 def test_who_else_is_predicted_makes_no_difference(screen):
-    table, source = screen
+    table, source = screen.table, screen.source
     spec, test = spec_of(screen, 'plate'), of(table, 'HUVEC-17')
     whole, some = images(spec, test, source), images(spec, test[~is_control(test)].sample(5, random_state=1), source, stat_rows=table)
     for i, x in some.items(): torch.testing.assert_close(x, whole[i])
 
 def test_only_the_controls_are_read_for_the_statistics(screen):
-    table, source = screen
+    table, source = screen.table, screen.source
     fresh = PngTree(source.root, table)
-    dls = screen_dls(table, fresh, valid='HUVEC-02', norm='experiment', norm_from='controls', bs=4, device='cpu')
+    dls = screen_dls(Screen(table, fresh), valid='HUVEC-02', norm='experiment', norm_from='controls', bs=4, device='cpu')
     used = table[is_control(table) & (table.dataset == 'train')]
     assert set(fresh.stats.index) == set(used.site_id)
     assert set(statistics_rows(dls.spec, dls.train.items, table).experiment) == {'HUVEC-01'}
 
 def test_packed_and_png_are_normalised_alike(screen, tmp_path):
-    table, source = screen
-    store = PackedScreen(pack_screen(source, table, tmp_path/'s.zarr', progress=False), table)
+    table, source = screen.table, screen.source
+    store = PackedScreen(pack_screen(Screen(table, source), tmp_path/'s.zarr', progress=False), table)
     spec, rows = spec_of(screen, 'plate'), of(table, 'HUVEC-17')
     for a, b in zip(images(spec, rows, source).values(), images(spec, rows, store).values()): torch.testing.assert_close(a, b)
 
@@ -77,18 +78,18 @@ def test_the_spec_is_json_and_older_ones_mean_all_wells(screen):
     assert ScreenSpec(**old).norm_from == 'all'
 
 def test_what_cannot_be_measured_is_refused(screen):
-    table, source = screen
+    table, source = screen.table, screen.source
     spec, test = spec_of(screen, 'plate'), of(table, 'HUVEC-17')
     treated = test[~is_control(test)]
     for given in (None, treated, of(table, 'HUVEC-01')):
-        with pytest.raises(ScreenError, match='no control well to take pixel statistics of'): spec_dl(spec, treated, source, stat_rows=given)
-    with pytest.raises(ScreenError, match='HUVEC-17_3 has no control'): spec_dl(spec, test[~(is_control(test) & (test.plate == 3))], source)
-    with pytest.raises(ScreenError, match='has no site to take'): spec_dl(replace(spec, norm_from='all'), test, source, stat_rows=table[table.plate < 4])
-    with pytest.raises(ScreenError, match='not with norm=.own.'): screen_dls(table, source, norm_from='controls')
-    with pytest.raises(ScreenError, match="norm_from='negative' is not known"): screen_dls(table, source, norm='plate', norm_from='negative')
+        with pytest.raises(ScreenError, match='no control well to take pixel statistics of'): spec_dl(spec, Screen(treated, source), stat_rows=given)
+    with pytest.raises(ScreenError, match='HUVEC-17_3 has no control'): spec_dl(spec, Screen(test[~(is_control(test) & (test.plate == 3))], source))
+    with pytest.raises(ScreenError, match='has no site to take'): spec_dl(replace(spec, norm_from='all'), Screen(test, source), stat_rows=table[table.plate < 4])
+    with pytest.raises(ScreenError, match='not with norm=.own.'): screen_dls(Screen(table, source), norm_from='controls')
+    with pytest.raises(ScreenError, match="norm_from='negative' is not known"): screen_dls(Screen(table, source), norm='plate', norm_from='negative')
 
 def test_rebuild_keeps_the_statistics(screen):
-    dls = screen_dls(*screen, bs=4, valid='HUVEC-02', norm='plate', norm_from='controls', device='cpu')
+    dls = screen_dls(screen, bs=4, valid='HUVEC-02', norm='plate', norm_from='controls', device='cpu')
     assert dls.rebuild(size=24).spec == replace(dls.spec, size=24)
 
 # --- AdaBN
@@ -110,7 +111,7 @@ def test_few_sites_change_little(n, prior):
     assert (bn.running_mean == 0).all() and not bn.training
 
 def test_adabn_of_controls_end_to_end(screen, learn):
-    table, _ = screen
+    table = screen.table
     test = of(table, 'HUVEC-17')
     treated, controls = test[~is_control(test)], test[is_control(test)]
     how = dict(tta=1, progress=False, adapt='experiment')
@@ -123,7 +124,7 @@ def test_adabn_of_controls_end_to_end(screen, learn):
         learn.embed(treated, adapt_rows=of(controls, 'HUVEC-01'), **how)
 
 def test_an_index_adapted_by_its_own_experiments(screen, learn):
-    table, _ = screen
+    table = screen.table
     treated = table[~is_control(table)]
     train, test = treated[treated.dataset == 'train'], treated[treated.dataset == 'test']
     how = dict(tta=1, progress=False, adapt='experiment')

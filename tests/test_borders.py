@@ -11,7 +11,7 @@ from rcic_fastai.batch.site import TensorSite, plate_map, plot_channels
 from rcic_fastai.cli import run_command
 from rcic_fastai.core import *
 from rcic_fastai.embed.correct import show_correction
-from rcic_fastai.embed.embed import embed_rows
+from rcic_fastai.embed.embed import embed_screen
 from rcic_fastai.embed.index import EmbeddingIndex
 
 from rcic_fastai.folder import save_screen_model
@@ -23,6 +23,7 @@ from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.train.recipes import Recipe, Stage
+from rcic_fastai.screen.screen import Screen
 
 def evil(name, terminal=True):
     "A name that is an order to HTML, Markdown, matplotlib, a spreadsheet and a terminal"
@@ -41,18 +42,18 @@ def screen(tmp_path_factory):
                         n_workers=1, progress=False)
     for c in ('site_id', 'well_id', 'experiment', 'cell_type', 'sirna'): t[c] = t[c].map(evil)
     t['plate'] = t.plate.map(lambda p: evil(p))
-    return t, Pixels('nowhere', t, [evil(c, False) for c in 'abc'])
+    return Screen(t, Pixels('nowhere', t, [evil(c, False) for c in 'abc']))
 
 @pytest.fixture(scope='module')
 def trained(screen):
-    learn = screen_learner(screen_dls(*screen, valid=[evil('RPE-02')], bs=8, device='cpu', augs=None), 'test_resnet', pretrained=None, emb_dim=8, metadata='cell_type')
+    learn = screen_learner(screen_dls(screen, valid=[evil('RPE-02')], bs=8, device='cpu', augs=None), 'test_resnet', pretrained=None, emb_dim=8, metadata='cell_type')
     learn.remove_cb(learn.progress)
     with learn.no_logging(): learn.fit_recipe(Recipe('r', [Stage(evil('stage'), 1, 1e-3)]))
-    emb = learn.embed(screen[0], tta=1, progress=False)
+    emb = learn.embed(screen.table, tta=1, progress=False)
     of = lambda d: emb[(emb.Metadata_dataset == d).to_numpy() & (emb.Metadata_well_type == 'treatment').to_numpy()]
     index = EmbeddingIndex(of('train'))
     pred, near = predict_wells(of('test'), index)
-    table = screen[0]
+    table = screen.table
     return SimpleNamespace(learn=learn, emb=emb, index=index, pred=pred, near=near,
                            result=evaluate_screen({evil('column'): pred}, table, embeddings={evil('column'): emb}, n_boot=20, n_null=20))
 
@@ -124,7 +125,7 @@ def test_pictures_draw(screen, trained):
     with learn.no_bar(), learn.no_logging():
         figures = dict(site=of(lambda: site.show(how='panels', title=evil('t'), channels=source.channels)), channels=of(lambda: plot_channels(site, source.channels)),
             batch=batch(learn.dls.show_batch), results=batch(learn.show_results), plate=of(lambda: plate_map(table.head(6), 'sirna', title=evil('t'), text=True)),
-            gallery=site_gallery(table, source), maps=embedding_map(trained.emb.rename(columns={'Metadata_well_type': 'Metadata_' + evil('c')}), 'cell_type', 'experiment', evil('c')),
+            gallery=site_gallery(Screen(table, source)), maps=embedding_map(trained.emb.rename(columns={'Metadata_well_type': 'Metadata_' + evil('c')}), 'cell_type', 'experiment', evil('c')),
             strip=neighbour_strip(near, query, evil('truth'), source), accuracy=accuracy_plot(trained.result), right=right_wrong_map(right),
             curve=training_curve(learn.history))
     for name, fig in figures.items():
@@ -132,7 +133,7 @@ def test_pictures_draw(screen, trained):
         if name != 'curve': assert any('\\$\\foo\\$' in t for t in texts), name
 
 def test_no_name_hides_from_a_legend(screen):
-    table = screen[0].head(4).assign(kind=['_a', '_a', '_b', '_b'])
+    table = screen.table.head(4).assign(kind=['_a', '_a', '_b', '_b'])
     fig = plate_map(table, 'kind').figure
     assert [t.get_text().strip() for t in fig.axes[0].get_legend().get_texts()] == ['_a', '_b']
     plt.close(fig)
@@ -159,7 +160,7 @@ def test_no_cell_of_predictions_is_a_formula(trained, tmp_path):
     pd.testing.assert_frame_equal(back[names], trained.pred[names], check_dtype=False)
     assert right_wrong(back, trained_table(trained)).right.equals(right_wrong(trained.pred, trained_table(trained)).right)
 
-def trained_table(trained): return trained.learn.dls.table
+def trained_table(trained): return trained.learn.dls.screen.table
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(alphabet="=+-@'\t,\"a\n", min_size=1, max_size=5), min_size=1, max_size=5, unique=True))

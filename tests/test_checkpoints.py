@@ -17,6 +17,7 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.recipes import *
 from rcic_fastai.screen.simulate.layout import simulate_screen
+from rcic_fastai.screen.screen import Screen
 
 BIN, ARCH = Path(sys.executable).parent, 'mobilenetv3_small_050'
 RECIPE = Recipe('three', [Stage('head', 2, 1e-2, 'stem,head', loss='adacos', metadata=False),
@@ -34,7 +35,7 @@ def screen(tmp_path_factory):
 
 def make(screen, cbs=None, **kwargs):
     table = read_metadata(screen)
-    dls = screen_dls(table, PngTree(screen, table), **{**dict(valid='HUVEC-03', bs=8, device='cpu'), **kwargs})
+    dls = screen_dls(Screen(table, PngTree(screen, table)), **{**dict(valid='HUVEC-03', bs=8, device='cpu'), **kwargs})
     return screen_learner(dls, ARCH, metadata='cell_type,experiment', pretrained=None, cbs=cbs)
 
 def fit(learn, recipe=RECIPE, **kwargs):

@@ -6,6 +6,7 @@ from rcic_fastai import cli
 from rcic_fastai.embed.correct import CORRECTIONS
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.screen.tables import read_metadata, real_data, write_metadata
+from rcic_fastai.screen.screen import Screen
 
 BIN = Path(sys.executable).parent
 EXPS = 'HUVEC-01,HUVEC-02,RPE-01,HUVEC-17'
@@ -156,7 +157,7 @@ def test_corrected_embeddings(here, method, more):
     index = m.adapted_index if record['adapt'] else m.index
     assert record['correct'].startswith(str(CORRECTIONS[method](**options)))
     table = cli.prediction_rows(read_metadata(here/'screen'), 'all' if '--wells all' in more else 'treatment')
-    plain = m.embed(table, cli.PngTree(here/'screen', table), tta=1, mask=cli.INDUCTIVE_MASK, progress=False, adapt=record['adapt'],
+    plain = m.embed(Screen(table, cli.PngTree(here/'screen', table)), tta=1, mask=cli.INDUCTIVE_MASK, progress=False, adapt=record['adapt'],
                     adapt_rows=table[table.well_type.isin(index.labels.well_type)] if record['adapt'] else None)
     both = pd.concat([index.table(), plain], ignore_index=True)
     known = np.arange(len(both)) < len(index)

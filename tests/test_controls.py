@@ -29,7 +29,7 @@ def screen():
         yield open_screen(Path(d)/'s')
 
 def dls_of(screen, table=None, valid='HUVEC-02,RPE-02', **kw):
-    return screen_dls(screen[0] if table is None else table, screen[1], valid=valid, bs=8, device='cpu', **kw)
+    return screen_dls(screen if table is None else screen[table], valid=valid, bs=8, device='cpu', **kw)
 
 def learner(dls, make=screen_learner, **kw):
     learn = make(dls, ARCH, pretrained=None, emb_dim=16, **kw)
@@ -48,7 +48,7 @@ class Seen(Callback):
 # ---- control rows
 
 def test_control_rows(screen):
-    t = screen[0]
+    t = screen.table
     assert set(control_rows(t, 'negative').control) == {'EMPTY'} and len(set(control_rows(t, 'positive').control)) == 2
     assert len(control_rows(t)) == len(control_rows(t, 'negative')) + len(control_rows(t, 'positive')) == (t.well_type != 'treatment').sum()
     nameless = t.assign(sirna=t.sirna.mask(t.well_type == 'negative_control'))
@@ -59,18 +59,18 @@ def test_control_rows(screen):
 def test_control_dls_hold_controls_only_and_hold_out_the_same(screen):
     dls = dls_of(screen, size=24, norm='none')
     c = control_dls(dls)
-    assert set(c.spec.labels) == set(control_rows(screen[0]).control) and c.held_out == dls.held_out
+    assert set(c.spec.labels) == set(control_rows(screen.table).control) and c.held_out == dls.held_out
     assert (c.spec.vocabs, c.spec.size, c.spec.norm) == (dls.spec.vocabs, 24, 'none')
     for o, experiments in ((c.train, {'HUVEC-01', 'RPE-01'}), (c.valid, {'HUVEC-02', 'RPE-02'})):
         assert set(o.items.experiment) == experiments and (o.items.well_type != 'treatment').all()
-    lacking = screen[0][(screen[0].experiment != 'RPE-02') | (screen[0].well_type == 'treatment')]
+    lacking = screen.table[(screen.table.experiment != 'RPE-02') | (screen.table.well_type == 'treatment')]
     assert control_dls(dls_of(screen, lacking)).held_out == ['HUVEC-02']
-    again = control_dls(dls_of(screen, screen[0].set_index(screen[0].index//2)))            # an index need not be unique
+    again = control_dls(dls_of(screen, screen.table.set_index(screen.table.index//2)))            # an index need not be unique
     assert again.train.items.site_id.tolist() == c.train.items.site_id.tolist() and again.train.items.control.tolist() == c.train.items.control.tolist()
 
 @pytest.mark.parametrize('kind, word', [(['treatment'], 'no control well'), (['treatment', 'negative_control'], 'only one kind of control well')])
 def test_nothing_to_pretrain_on(screen, kind, word):
-    with pytest.raises(ScreenError, match=word): control_dls(dls_of(screen, screen[0][screen[0].well_type.isin(kind)]))
+    with pytest.raises(ScreenError, match=word): control_dls(dls_of(screen, screen.table[screen.table.well_type.isin(kind)]))
 
 # ---- other classes
 
@@ -143,14 +143,14 @@ def test_interrupted_pretraining_leaves_the_treatments(screen):
 
 def measured(learn, rows, controls):
     "Mean pooled features of the controls of each plate, by a loop"
-    table, model = learn.dls.table, learn.model.eval()
+    table, model = learn.dls.screen.table, learn.model.eval()
     res = {}
     for p in rows.plate_name.unique():
         kinds = dict(negative=['negative_control'], all=['negative_control', 'positive_control'])[controls]
         ids = table.site_id[(table.plate_name == p) & table.well_type.isin(kinds)]
         fs = []
         for i in ids:
-            x = torch.from_numpy(np.array(learn.dls.source[i])).float()/255
+            x = torch.from_numpy(np.array(learn.dls.screen.source[i])).float()/255
             x = (x - x.mean((1, 2), keepdim=True))/x.std((1, 2), correction=0, keepdim=True)
             with torch.no_grad(): fs.append(model.pooled(x[None])[0])
         res[p] = torch.stack(fs).mean(0)
@@ -169,7 +169,7 @@ def test_means_are_those_of_the_controls(screen, controls):
     assert [bool(o) for o in part.measured] == [n in known for n in names] and not part.measured.all()      # the test plates were not looked at
     i = names.index('HUVEC-17_1')
     assert torch.equal(part.encode('plate_name', torch.tensor([i])), part.means[:1])
-    test = learn.dls.table[learn.dls.table.experiment == 'HUVEC-17']
+    test = learn.dls.screen.table[learn.dls.screen.table.experiment == 'HUVEC-17']
     before = part.means.clone()
     with pytest.raises(ScreenError, match='HUVEC-17, not trained on'): learn.measure_controls(test, controls, average=True)
     assert torch.equal(part.means, before)
@@ -209,7 +209,7 @@ def test_plates_are_mixed_with_the_pictures(screen):
     torch.testing.assert_close(part._column('plate_name', MixedMeta(a, b, torch.tensor(.25)), 2, 'cpu'), .25*part.means[a] + .75*part.means[b])
 
 def test_a_plate_without_controls_cannot_be_compared(screen):
-    t = screen[0]
+    t = screen.table
     for gone, word in (((t.experiment == 'HUVEC-01') & (t.plate == 2), 'HUVEC-01_2'), (t.experiment == 'RPE-02', 'RPE-02_1, RPE-02_2')):
         with pytest.raises(ScreenError, match=f'no negative control well on plate {word}:'): learner(dls_of(screen, t[~gone | (t.well_type != 'negative_control')]), difference_learner)
         learner(dls_of(screen, t[~gone | (t.well_type != 'negative_control')]), difference_learner, controls='positive')
@@ -314,7 +314,7 @@ def test_fine_tuning_one_type_does_not_depend_on_the_others(screen):
     assert list(one) == ['RPE'] and same(weights(one['RPE'].model), weights(both['RPE'].model))
 
 def test_a_cell_type_with_fewer_classes_keeps_theirs(screen):
-    t = screen[0]
+    t = screen.table
     gone = sorted(t.sirna[t.well_type == 'treatment'].unique())[0]
     dls = dls_of(screen, t[(t.cell_type != 'RPE') | (t.sirna != gone)], valid='HUVEC-02')
     learn = learner(dls)

@@ -47,8 +47,8 @@ from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.train.distributed import *
 from rcic_fastai.train.recipes import *
-from rcic_fastai.embed.embed import embed_rows
-table, source = open_screen(sys.argv[1])
+from rcic_fastai.embed.embed import embed_screen
+screen_ = open_screen(sys.argv[1])
 out, bs, by = sys.argv[2], int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else None
 dls = screen_dls(table, source, valid='HUVEC-02', bs=bs, augs=None, device='cpu', seed=5, batch_by=by)
 learn = screen_learner(dls, 'test_efficientnet_gn', pretrained=None, neck='identity', loss='softmax')
@@ -91,7 +91,7 @@ from rcic_fastai.train.recipes import *
 from rcic_fastai.screen.open import open_screen
 screen, folder = Path(sys.argv[1]), Path(sys.argv[2])
 rank, world = rank_world()
-table, source = open_screen(screen)
+screen_ = open_screen(screen)
 
 class Odd(Callback):
     "Stops, spoils a loss or gets SIGTERM, in one process or in all; draws a number in each batch"
@@ -200,7 +200,7 @@ from rcic_fastai.train.distributed import *
 from rcic_fastai.train.domain import *
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.screen.open import open_screen
-table, source = open_screen(Path(sys.argv[1]))
+screen_ = open_screen(Path(sys.argv[1]))
 rank, world = rank_world()
 
 class Own(Callback):

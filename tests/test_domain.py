@@ -19,7 +19,7 @@ def screen(tmp_path_factory):
 
 def make(screen, bs=8, **kwargs):
     kwargs = {**dict(valid='HUVEC-03', batch_by='experiment', batch_groups=2), **kwargs}
-    return screen_learner(screen_dls(*screen, bs=bs, augs=None, device='cpu', **kwargs), 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0)
+    return screen_learner(screen_dls(screen, bs=bs, augs=None, device='cpu', **kwargs), 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0)
 
 def fit(learn, *cbs, epochs=2):
     torch.manual_seed(0)
@@ -75,14 +75,14 @@ def test_batches_that_never_hold_two_groups_are_refused_at_once(screen, how, cbs
     assert learn.train_iter == 0
 
 def test_batches_that_happen_to_hold_one_group_are_refused_after_a_while(screen):
-    rows = screen[0][screen[0].experiment != 'HUVEC-02']
-    learn = make((rows, screen[1]), batch_by=None, batch_groups=1)
+    rows = screen.table[screen.table.experiment != 'HUVEC-02']
+    learn = make(screen[rows], batch_by=None, batch_groups=1)
     with pytest.raises(ScreenError, match='no batch held two groups'): fit(learn, CORAL(), epochs=2000//len(learn.dls.train))
     assert learn.train_iter == 99
 
 def test_a_short_training_without_comparison_is_refused_at_its_end(screen):
-    rows = screen[0][screen[0].experiment != 'HUVEC-02']
-    with pytest.raises(ScreenError, match='no batch held two groups'): fit(make((rows, screen[1]), batch_by=None, batch_groups=1), CORAL())
+    rows = screen.table[screen.table.experiment != 'HUVEC-02']
+    with pytest.raises(ScreenError, match='no batch held two groups'): fit(make(screen[rows], batch_by=None, batch_groups=1), CORAL())
 
 def test_a_validation_has_nothing_to_compare_and_need_not(screen):
     learn = make(screen)

@@ -327,4 +327,4 @@ def test_a_note_of_several_columns_is_said_once():
 def test_wrong_kinds_of_input():
     near = pd.DataFrame(dict(query=['a'], cosine=[.1]))
     with pytest.raises(ScreenError, match='give only the first'): evaluate_screen((guess(), near), TABLE)
-    with pytest.raises(ScreenError, match='table is a str'): evaluate_screen(guess(), 'screen')
+    with pytest.raises(ScreenError, match='screen is a str'): evaluate_screen(guess(), 'screen')

@@ -32,7 +32,7 @@ def made(tmp_path_factory):
     d = tmp_path_factory.mktemp('folder')
     simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=64, controls=2, progress=False)
     table = read_metadata(d/'screen'); source = PngTree(d/'screen', table)
-    learn = screen_learner(screen_dls(table, source, valid='HUVEC-02', bs=16, device='cpu'), 'mobilenetv3_small_050',
+    learn = screen_learner(screen_dls(Screen(table, source), valid='HUVEC-02', bs=16, device='cpu'), 'mobilenetv3_small_050',
                            metadata='cell_type', emb_dim=16, pretrained=None)
     learn.history = pd.DataFrame(dict(stage=['a', 'a'], epoch=[0, 1], valid_loss=[2., 1.], accuracy=[.25, .5]))
     emb = learn.embed(learn.dls.train.items, tta=1, progress=False)
@@ -101,7 +101,7 @@ def refused(d, says=None):
 
 def test_the_same_model_comes_back(made):
     m = load_screen_model(made.folder)
-    emb = m.embed(made.learn.dls.train.items, made.source, tta=1, progress=False)
+    emb = m.embed(Screen(made.learn.dls.train.items, made.source), tta=1, progress=False)
     np.testing.assert_array_equal(emb_features(emb), emb_features(made.emb))
     assert emb.attrs['model'] == m.fingerprint == F.model_fingerprint(made.learn.model, made.learn.dls.spec) == m.index.model
     np.testing.assert_array_equal(m.index.features, made.index.features)
@@ -215,13 +215,13 @@ NAMES = ['nucleus', 'ER', 'actin', 'nucleoli', 'mitochondria', 'golgi']
 @pytest.mark.parametrize('source, says', [
     (Screen(['ER', 'nucleus', *NAMES[2:]]), 'nucleus, ER, actin.*ER, nucleus, actin.*same order'), (Screen(NAMES[:3]), '6 channels'), (Screen(['x', *NAMES[1:]]), 'same names'), (Screen(NAMES, 'uint16'), '8-bit')])
 def test_another_screen(made, source, says):
-    with pytest.raises(ScreenError, match=says): load_screen_model(made.folder).embed(made.table, source)
+    with pytest.raises(ScreenError, match=says): load_screen_model(made.folder).embed(Screen(made.table, source))
 
 def test_unknown_cell_types(made):
     m, rows = load_screen_model(made.folder), made.table.head(4).reset_index(drop=True)
     odd = rows.assign(cell_type=['A549', 'A549', None, 'HUVEC'])
     assert F.unknown_metadata(m.spec, odd) == dict(cell_type={'A549': 2, 'none': 1}) and F.unknown_metadata(m.spec, rows) == {}
-    with pytest.warns(UserWarning, match=r'3 of 4 sites have a cell_type.*A549 \(2\)'): emb = m.embed(odd, made.source, tta=1, progress=False)
+    with pytest.warns(UserWarning, match=r'3 of 4 sites have a cell_type.*A549 \(2\)'): emb = m.embed(Screen(odd, made.source), tta=1, progress=False)
     assert np.isfinite(emb_features(emb)).all()
     assert F.unknown_metadata(m.spec, odd, mask=('cell_type', 'experiment', 'plate_group')) == {}
 

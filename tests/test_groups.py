@@ -13,6 +13,7 @@ from rcic_fastai.screen.images import PngTree
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.screen.screen import Screen
 
 # What BatchNorm sees
 
@@ -58,7 +59,7 @@ def some(table, **wells):
     return pd.concat(kept, ignore_index=True)
 
 def learner(made, table, sites):
-    dls = screen_dls(table, made.source, valid='HUVEC-02', bs=8, sites=sites, device='cpu')
+    dls = screen_dls(Screen(table, made.source), valid='HUVEC-02', bs=8, sites=sites, device='cpu')
     return screen_learner(dls, 'mobilenetv3_small_050', emb_dim=16, pretrained=None)
 
 @pytest.mark.parametrize('sites', [1, 2])
@@ -73,7 +74,7 @@ def test_an_index_of_any_groups(made, sites, wells, capsys):
     assert ('the remembered ones are used: HUVEC-01' in note) == bool(wells)
     again = learn.embed(rows, tta=1, mask=cli.INDUCTIVE_MASK, progress=False, adapt='experiment')
     np.testing.assert_array_equal(emb_features(again), index.features[len(rows):])     # queries are treated as the index is
-    if not wells: assert len(learn.embed(learn.dls.table, tta=1, progress=False, adapt='experiment', bs=8)) == len(table)//sites    # 9 = 8 + 1
+    if not wells: assert len(learn.embed(learn.dls.screen.table, tta=1, progress=False, adapt='experiment', bs=8)) == len(table)//sites    # 9 = 8 + 1
     plain, lone = index.features[:len(rows)], (rows.experiment == 'HUVEC-01').to_numpy()
     if wells: np.testing.assert_allclose(emb_features(again)[lone], plain[lone], atol=1e-6)
     assert np.abs(emb_features(again)[~lone] - plain[~lone]).max() > 1e-3

@@ -4,7 +4,7 @@ from fastai.vision.all import Learner, params
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.model.model import PARTS, model_parts
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import *
 from rcic_fastai.train.recipes import *
 
@@ -15,7 +15,7 @@ def screen(tmp_path_factory):
     return open_screen(path)
 
 def make(screen, **kwargs):
-    dls = screen_dls(*screen, bs=8, augs=None, device='cpu', valid='HUVEC-02')
+    dls = screen_dls(screen, bs=8, augs=None, device='cpu', valid='HUVEC-02')
     kwargs = {**dict(metadata='cell_type,experiment', emb_dim=16, pretrained=None, train_bn=False), **kwargs}
     return screen_learner(dls, 'mobilenetv3_small_050', **kwargs)
 

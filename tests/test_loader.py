@@ -18,6 +18,7 @@ from rcic_fastai.screen.tables import SITE_COLUMNS, read_metadata
 from rcic_fastai.screen.pack import PackedScreen, pack_screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.batch.site import TensorSite
+from rcic_fastai.screen.screen import Screen
 
 CPU = torch.device('cpu')
 quick = dict(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])   # a failure is told at once, not made small first
@@ -70,7 +71,7 @@ def screen(tmp_path_factory):
     table = read_metadata(folder/'screen')
     table = table.drop(table.index[[3, 21]]).reset_index(drop=True)
     png = PngTree(folder/'screen', table)
-    return table, png, PackedScreen(pack_screen(png, table, folder/'screen.zarr', progress=False))
+    return table, png, PackedScreen(pack_screen(Screen(table, png), folder/'screen.zarr', progress=False))
 
 
 @pytest.fixture(scope='module')
@@ -82,7 +83,7 @@ def deep(tmp_path_factory, screen):
         plate = folder/'images'/'train'/r.experiment/f'Plate{r.plate}'; plate.mkdir(parents=True, exist_ok=True)
         for c in range(6): Image.fromarray(rng.integers(0, 9000, (32, 32), np.uint16)).save(plate/f'{r.well}_s{r.site}_w{c+1}.png')
     png = PngTree(folder, table)
-    return table, png, PackedScreen(pack_screen(png, table, folder/'deep.zarr', progress=False))
+    return table, png, PackedScreen(pack_screen(Screen(table, png), folder/'deep.zarr', progress=False))
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +136,7 @@ def test_screen_dls(screen, deep, case, kind):
     case = dict(case)
     table, png, packed = deep if case.pop('bits', 8) == 16 else screen
     table = table.groupby('experiment').head(case.pop('rows', 99))
-    dls = screen_dls(table, png if kind == 'png' else packed, bs=16, device=CPU, **case)
+    dls = screen_dls(Screen(table, png if kind == 'png' else packed), bs=16, device=CPU, **case)
     for dl in dls.loaders:
         assert type(dl) is ScreenDL and (dl._whole() or not len(dl))
         same(epochs(plain(dl)), epochs(dl))
@@ -161,12 +162,12 @@ def test_batch_sizes(screen, kwargs):
 def test_worker_processes(screen, kwargs):
     "PNGs by two processes; a packed screen needs none"
     table, png, packed = screen
-    dls = screen_dls(table, png, bs=16, num_workers=2, device=CPU, augs=None, **kwargs)
+    dls = screen_dls(Screen(table, png), bs=16, num_workers=2, device=CPU, augs=None, **kwargs)
     for dl in dls.loaders:
         assert dl.fake_l.num_workers == 2
         same(epochs(plain(dl)), epochs(dl))
     same(plain(dls.valid).one_batch(), dls.valid.one_batch())
-    assert screen_dls(table, packed, bs=16, num_workers=2, device=CPU).train.fake_l.num_workers == 0
+    assert screen_dls(Screen(table, packed), bs=16, num_workers=2, device=CPU).train.fake_l.num_workers == 0
 
 
 def test_worker_processes_16_bits_and_drop_last(deep):
@@ -251,7 +252,7 @@ def test_reading_stays_whole_only_where_it_may(screen):
 # ---- test_dl, new, showing, learners
 
 @pytest.fixture(scope='module')
-def dls(screen): return screen_dls(screen[0], screen[2], bs=16, device=CPU, augs=None)
+def dls(screen): return screen_dls(Screen(screen[0], screen[2]), bs=16, device=CPU, augs=None)
 
 
 def test_test_dl(screen, dls):
@@ -313,7 +314,7 @@ def test_predictions_and_embeddings(screen, dls, learn):
     assert np.isfinite(loss).all()
     rows = table[10:31]
     emb = learn.embed(rows, tta=2, progress=False)
-    by_hand = embed_dl(learn.model, plain(spec_dl(dls.spec, rows, png, mask=('plate_group', 'experiment'), device=CPU)), 2, False)
+    by_hand = embed_dl(learn.model, plain(spec_dl(dls.spec, Screen(rows, png), mask=('plate_group', 'experiment'), device=CPU)), 2, False)
     assert emb.Metadata_site_id.tolist() == rows.site_id.tolist()
     np.testing.assert_allclose(emb.filter(like='emb_').values, by_hand, atol=1e-6, rtol=0)  # batches of experiments, or across them
     assert len(learn.embed(dls.valid, tta=1, progress=False)) == len(dls.valid_ds)
@@ -323,7 +324,7 @@ def test_training_is_the_same(screen):
     "One epoch with either loader ends with the same weights"
     table, _, packed = screen
     def weights(change):
-        dls = screen_dls(table, packed, bs=16, device=CPU)
+        dls = screen_dls(Screen(table, packed), bs=16, device=CPU)
         if change: dls.loaders = [plain(dl) for dl in dls.loaders]
         learn = screen_learner(dls, 'test_resnet', pretrained=None, emb_dim=16)
         with no_random(1), learn.no_bar(), learn.no_logging():
@@ -337,7 +338,7 @@ def test_training_is_the_same(screen):
 def test_export(screen, tmp_path, by):
     "A learner is saved without its screen and predicts afterwards"
     table, _, packed = screen
-    dls = screen_dls(table, packed, bs=8, device=CPU, batch_by=by)
+    dls = screen_dls(Screen(table, packed), bs=8, device=CPU, batch_by=by)
     learn = screen_learner(dls, 'test_resnet', pretrained=None, emb_dim=16, path=tmp_path)
     assert [len(dl) for dl in dls.new_empty().loaders] == [0, 0]
     learn.export()
@@ -570,7 +571,7 @@ def test_group_batches_refuses():
 @pytest.mark.parametrize('by,groups', [('experiment', 1), ('experiment', 2), ('plate', 1), ('plate', 4)])
 def test_loader_by_group(screen, by, groups):
     table, png, packed = screen
-    dls = screen_dls(table, packed, valid='RPE-01', bs=8, batch_by=by, batch_groups=groups, device=CPU, seed=3)
+    dls = screen_dls(Screen(table, packed), valid='RPE-01', bs=8, batch_by=by, batch_groups=groups, device=CPU, seed=3)
     keys = (dls.train.items.experiment + (dls.train.items.plate.astype(str) if by == 'plate' else '')).to_numpy()
     source = {png[i].tobytes(): n for n, i in enumerate(dls.train.items.site_id)}
     raw = ScreenDL(dls.train_ds, bs=8, shuffle=True, group_by=by, groups=groups, device=CPU)

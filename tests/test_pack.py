@@ -8,6 +8,7 @@ from rcic_fastai.screen.images import PngTree, only_present, screen_stats
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import CHANNELS, SITE_COLUMNS, read_metadata, real_data
 from rcic_fastai.screen.pack import *
+from rcic_fastai.screen.screen import Screen
 
 real = pytest.mark.skipif(real_data() is None or not (real_data()/'images').is_dir(),
                           reason='no real RxRx1 images on this machine (set RCIC_REAL)')
@@ -59,7 +60,7 @@ class Counted(PngTree):
 
 
 def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
-def put(source, table, dest, **kwargs): return pack_screen(source, table, dest, **{'progress': False, **kwargs})
+def put(source, table, dest, **kwargs): return pack_screen(Screen(table, source), dest, **{'progress': False, **kwargs})
 def chunk(store, row): return Path(store, 'images', 'c', str(row), '0', '0', '0')
 def journalled(part):
     "Whole lines of the journal, 0 when there is none (any more)"

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest
 from fastai.vision.all import Callback
 from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.batch.data import screen_dls, spec_dl
-from rcic_fastai.embed.embed import embed_parts, embed_rows, highest_protocol, model_fingerprint, row_protocols
+from rcic_fastai.embed.embed import embed_parts, embed_screen, highest_protocol, model_fingerprint, row_protocols
 from rcic_fastai.folder import load_screen_model, save_screen_model
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.train.learner import screen_learner
@@ -17,6 +17,7 @@ from rcic_fastai.embed.table import emb_features
 from rcic_fastai.predict.pseudo import *
 from rcic_fastai.train.recipes import Recipe, Stage
 from rcic_fastai.screen.simulate.layout import simulate_screen
+from rcic_fastai.screen.screen import Screen
 
 ARCH, ONE = 'mobilenetv3_small_050', Recipe('one', [Stage('one', 1, 3e-3)])
 HOW = dict(tta=1, progress=False)
@@ -27,9 +28,9 @@ def screen(tmp_path_factory):
     d = tmp_path_factory.mktemp('protocols')/'s'
     simulate_screen(d, ['HUVEC-01', 'HUVEC-02', 'HUVEC-03', 'HUVEC-17', 'HUVEC-18'], sirnas=8, plates=2, controls=1, size=32, test=['HUVEC-17', 'HUVEC-18'], n_workers=0, progress=False)
     t = read_metadata(d)
-    return t, PngTree(d, t)
+    return Screen(t, PngTree(d, t))
 
-def dls_of(screen, **kw): return screen_dls(*screen, **{**dict(valid='HUVEC-03', bs=8, device='cpu'), **kw})
+def dls_of(screen, **kw): return screen_dls(screen, **{**dict(valid='HUVEC-03', bs=8, device='cpu'), **kw})
 
 def learner(dls, make=screen_learner, **kw):
     learn = make(dls, ARCH, pretrained=None, emb_dim=16, **kw)
@@ -56,7 +57,7 @@ def refused(emb, index, protocol='inductive', needs='transductive'):
 @pytest.fixture(scope='module')
 def taught(screen):
     "A learner that was trained on HUVEC-17 under its own labels, its index and its folder"
-    t, learn = screen[0], learner(dls_of(screen))
+    t, learn = screen.table, learner(dls_of(screen))
     rows = t[t.experiment == 'HUVEC-17']
     assert learn.protocol == 'inductive'
     quiet(learn, lambda: learn.fit_pseudo(rows, rounds=1, recipe=ONE, progress=False))
@@ -65,13 +66,13 @@ def taught(screen):
 ALL_OF = {'HUVEC-01': {'inductive'}, 'HUVEC-02': {'inductive'}, 'HUVEC-03': {'inductive'}, 'HUVEC-17': {'transductive'}, 'HUVEC-18': {'inductive'}}
 
 def test_pseudo_labelled_experiments_are_transductive(screen, taught, tmp_path):
-    (t, source), (learn, index) = screen, taught
+    t, source, (learn, index) = screen.table, screen.source, taught
     assert learn.protocol == 'transductive' and learn.model.pseudo_experiments == ('HUVEC-17',)
     m = load_screen_model(save_screen_model(learn, tmp_path/'m', index))
     assert m.config['pseudo_experiments'] == ['HUVEC-17'] and 'HUVEC-17 under its own labels' in (tmp_path/'m/README.md').read_text()
     assert m.config['metrics'].get('protocol', 'inductive') == 'inductive'
-    parts = embed_parts(tmp_path/'parts', m.model, m.spec, t, source, **HOW)
-    for emb in (learn.embed(t, **HOW), m.embed(t, source, **HOW), pd.concat(list(parts.experiments())), learn.embed(spec_dl(learn.dls.spec, t, source, device='cpu'), **HOW)):
+    parts = embed_parts(tmp_path/'parts', m.model, m.spec, Screen(t, source), **HOW)
+    for emb in (learn.embed(t, **HOW), m.embed(Screen(t, source), **HOW), pd.concat(list(parts.experiments())), learn.embed(spec_dl(learn.dls.spec, Screen(t, source), device='cpu'), **HOW)):
         assert protocols(emb) == ALL_OF
         test = emb[(emb.Metadata_experiment == 'HUVEC-17') & (emb.Metadata_well_type == 'treatment')]
         for p in ('inductive', 'adapted'): refused(test, index, p)
@@ -79,7 +80,7 @@ def test_pseudo_labelled_experiments_are_transductive(screen, taught, tmp_path):
         free = emb[(emb.Metadata_experiment == 'HUVEC-18') & (emb.Metadata_well_type == 'treatment')]
         assert set(predict_wells(free, index)[0].protocol) == {'inductive'}
     assert m.protocols(t[t.experiment == 'HUVEC-17']).tolist() == ['transductive']*(t.experiment == 'HUVEC-17').sum()
-    assert protocols(m.embed(t[t.experiment != 'HUVEC-01'], source, adapt='experiment', **HOW)) == \
+    assert protocols(m.embed(Screen(t[t.experiment != 'HUVEC-01'], source), adapt='experiment', **HOW)) == \
            {e: {'transductive' if e == 'HUVEC-17' else 'adapted'} for e in ALL_OF if e != 'HUVEC-01'}
     assert protocols(learn.embed(t[t.experiment == 'HUVEC-17'].assign(protocol='inductive'), **HOW)) == {'HUVEC-17': {'transductive'}}     # a table cannot say otherwise
 
@@ -106,15 +107,15 @@ def test_a_loader_and_its_rows_are_the_same(screen, norm, norm_from):
 
 def test_statistics_of_a_plate_are_those_of_training(screen):
     "Of whole plates, whatever rows of them are asked for"
-    t, learn = screen[0], learner(dls_of(screen, norm='plate'))
+    t, learn = screen.table, learner(dls_of(screen, norm='plate'))
     some = t[(t.experiment == 'HUVEC-17') & (t.well_type == 'treatment')]
     whole = learn.embed(t[t.experiment == 'HUVEC-17'], **HOW).set_index('Metadata_site_id').loc[some.site_id].reset_index()
     np.testing.assert_allclose(emb_features(learn.embed(some.iloc[:3], **HOW)), emb_features(whole)[:3], atol=1e-5)
-    own = embed_rows(learn.model, learn.dls.spec, some.iloc[:3], screen[1], **HOW)
+    own = embed_screen(learn.model, learn.dls.spec, screen[some.iloc[:3]], **HOW)
     assert np.abs(emb_features(own) - emb_features(whole)[:3]).max() > 1e-4
-    without = learner(dls_of((t[t.dataset != 'test'], screen[1]), norm='plate'))         # rows that the table does not have
+    without = learner(dls_of(screen[t[t.dataset != 'test']], norm='plate'))         # rows that the table does not have
     test = t[t.experiment == 'HUVEC-17']
-    np.testing.assert_allclose(emb_features(without.embed(test, **HOW)), emb_features(embed_rows(without.model, without.dls.spec, test, screen[1], **HOW)), atol=1e-6)
+    np.testing.assert_allclose(emb_features(without.embed(test, **HOW)), emb_features(embed_screen(without.model, without.dls.spec, screen[test], **HOW)), atol=1e-6)
 
 @pytest.mark.parametrize('what, kw, word', [('train', {}, 'shuffled'), ('valid', dict(adapt='experiment'), 'adapt cannot be given'), ('valid', dict(views='random', seed=1), 'views, seed cannot')])
 def test_loaders_that_are_not_a_table(screen, what, kw, word):
@@ -129,13 +130,13 @@ def test_loaders_that_are_not_a_table(screen, what, kw, word):
     ('cell_type', (), True, False, False), ((), (), True, False, False),
     ('experiment', (), True, False, False)])                                        # no name of an experiment that was not trained on is known
 def test_plate_groups_that_are_told(screen, tmp_path, metadata, mask, use, blank, told):
-    t = screen[0].assign(plate_group=pd.NA if blank else screen[0].plate_group.fillna(screen[0].plate % 2).astype('Int64'))
+    t = screen.table.assign(plate_group=pd.NA if blank else screen.table.plate_group.fillna(screen.table.plate % 2).astype('Int64'))
     learn = learner(dls_of(screen), metadata=metadata)
     learn.model.use_metadata = use
     index = index_of(learn)
     m = load_screen_model(save_screen_model(learn, tmp_path/'m', index))
     want = {e: {'transductive' if told and e not in TRAINED else 'inductive'} for e in ALL_OF}
-    for emb in (learn.embed(t, mask=mask, **HOW), m.embed(t, screen[1], mask=mask, **HOW), embed_rows(learn.model, learn.dls.spec, t, screen[1], mask=mask, **HOW)):
+    for emb in (learn.embed(t, mask=mask, **HOW), m.embed(screen[t], mask=mask, **HOW), embed_screen(learn.model, learn.dls.spec, screen[t], mask=mask, **HOW)):
         assert protocols(emb) == want
         test = emb[(emb.Metadata_dataset == 'test').to_numpy() & (emb.Metadata_well_type == 'treatment').to_numpy()]
         if told: refused(test, index); refused(test, index, 'adapted')
@@ -144,9 +145,9 @@ def test_plate_groups_that_are_told(screen, tmp_path, metadata, mask, use, blank
 def test_names_of_experiments_that_were_not_trained_on(screen):
     "A vocabulary that knows them, such as that of an earlier split, does not make them trained on"
     dls = dls_of(screen)
-    learn = learner(dls_of(screen, vocabs={**dls.spec.vocabs, 'experiment': ['#unknown#', *sorted(screen[0].experiment.unique())]}), metadata='experiment')
-    assert protocols(learn.embed(screen[0], mask=(), **HOW)) == {e: {'inductive' if e in TRAINED else 'transductive'} for e in ALL_OF}
-    assert 'Metadata_protocol' not in learn.embed(screen[0], **HOW)
+    learn = learner(dls_of(screen, vocabs={**dls.spec.vocabs, 'experiment': ['#unknown#', *sorted(screen.table.experiment.unique())]}), metadata='experiment')
+    assert protocols(learn.embed(screen.table, mask=(), **HOW)) == {e: {'inductive' if e in TRAINED else 'transductive'} for e in ALL_OF}
+    assert 'Metadata_protocol' not in learn.embed(screen.table, **HOW)
 
 def test_accuracy_of_training_is_called_what_it_is(screen, tmp_path):
     for name, kw, data, want in [('a', dict(metadata='plate_group'), {}, 'transductive'), ('b', {}, dict(norm='plate'), 'adapted'), ('c', dict(metadata='cell_type'), {}, 'inductive')]:
@@ -160,7 +161,7 @@ def test_accuracy_of_training_is_called_what_it_is(screen, tmp_path):
 def test_plates_that_are_compared_with_their_controls(screen):
     learn = learner(dls_of(screen), difference_learner, controls='all')
     quiet(learn, lambda: learn.fit_recipe(ONE))
-    t, index = learn.dls.table, index_of(learn)
+    t, index = learn.dls.screen.table, index_of(learn)
     test = t[(t.experiment == 'HUVEC-17') & (t.well_type == 'treatment')]
     before = learn.embed(test, **HOW)
     assert protocols(before) == {'HUVEC-17': {'inductive'}}           # not measured: the mean of the training plates
@@ -192,7 +193,7 @@ def test_the_fingerprint_changes_with_what_makes_embeddings(screen, tmp_path):
 
 def test_parts_know_the_same_fingerprint(screen, tmp_path):
     learn = learner(dls_of(screen))
-    embed_parts(tmp_path/'p', learn.model, learn.dls.spec, screen[0], screen[1], **HOW)
+    embed_parts(tmp_path/'p', learn.model, learn.dls.spec, screen, **HOW)
     assert json.loads((tmp_path/'p/parts.json').read_text())['model'] == model_fingerprint(learn.model, learn.dls.spec)
 
 def test_the_order_of_protocols_is_that_of_predictions():

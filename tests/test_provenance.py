@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError, file_facts, json_hash
-from rcic_fastai.embed.embed import embed_rows, row_protocols, weights_fingerprint
+from rcic_fastai.embed.embed import embed_screen, row_protocols, weights_fingerprint
 from rcic_fastai.embed.index import EmbeddingIndex
 
 from rcic_fastai.folder import load_screen_model, save_screen_model
@@ -18,6 +18,7 @@ from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.domain import EMA
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.train.recipes import Recipe, Stage
+from rcic_fastai.screen.screen import Screen
 
 ARCH, ONE = 'test_resnet', Recipe('one', [Stage('one', 1, 1e-3)])
 TRAINED, PSEUDO_LABELLED = ['HUVEC-01', 'HUVEC-02'], ['HUVEC-17']
@@ -29,17 +30,17 @@ def screen(tmp_path_factory):
     d = tmp_path_factory.mktemp('provenance')/'s'
     t = simulate_screen(d, ['HUVEC-01', 'HUVEC-02', 'HUVEC-03', 'HUVEC-17', 'HUVEC-18'], sirnas=4, plates=2, controls=1, size=32,
                         test=['HUVEC-17', 'HUVEC-18'], n_workers=1, progress=False)
-    return t, PngTree(d, t)
+    return Screen(t, PngTree(d, t))
 
 def learner(screen, path=None, pretrained=None, valid='HUVEC-03', **kw):
-    learn = screen_learner(screen_dls(*screen, valid=valid, bs=4, device='cpu'), ARCH, pretrained=pretrained, emb_dim=8, path=path, **kw)
+    learn = screen_learner(screen_dls(screen, valid=valid, bs=4, device='cpu'), ARCH, pretrained=pretrained, emb_dim=8, path=path, **kw)
     learn.remove_cb(learn.progress)
     return learn
 
 @pytest.fixture(scope='module')
 def taught(screen, tmp_path_factory):
     "A learner that was trained on two experiments, and on a third under its own labels"
-    t, learn = screen[0], learner(screen, tmp_path_factory.mktemp('taught'))
+    t, learn = screen.table, learner(screen, tmp_path_factory.mktemp('taught'))
     with learn.no_logging():
         learn.fit_recipe(ONE)
         learn.fit_pseudo(t[t.experiment == 'HUVEC-17'], rounds=1, recipe=ONE, progress=False)
@@ -112,7 +113,7 @@ SAME = dict(save=lambda l, s, f, tmp: loaded(l, s), save_without_opt=lambda l, s
 def test_the_same_weights_know_the_same(screen, taught, folder, tmp_path, route):
     model = SAME[route](taught, screen, folder, tmp_path)
     assert provenance(model) == KNOWN
-    how = dict(zip(screen[0].experiment, row_protocols(model, taught.dls.spec, screen[0])))
+    how = dict(zip(screen.table.experiment, row_protocols(model, taught.dls.spec, screen.table)))
     assert how == {**dict.fromkeys(['HUVEC-01', 'HUVEC-02', 'HUVEC-03', 'HUVEC-18'], 'inductive'), 'HUVEC-17': 'transductive'}
 
 def lone(path, to): return shutil.copy(path, to)
@@ -136,7 +137,7 @@ def test_a_model_that_begins_with_weights_begins_with_their_past(screen, taught,
     assert provenance(heir.model) == KNOWN
     with heir.no_logging(): heir.fit_recipe(ONE)
     assert provenance(heir.model) == dict(trained_experiments=[*TRAINED, 'HUVEC-03'], pseudo_experiments=PSEUDO_LABELLED)
-    emb = heir.embed(screen[0], tta=1, progress=False)
+    emb = heir.embed(screen.table, tta=1, progress=False)
     how = dict(zip(emb.Metadata_experiment, emb.Metadata_protocol))
     assert how == {'HUVEC-01': 'transductive', 'HUVEC-02': 'inductive', 'HUVEC-03': 'inductive', 'HUVEC-17': 'transductive', 'HUVEC-18': 'inductive'}
     train = heir.embed(heir.dls.train.items, tta=1, progress=False)
@@ -144,9 +145,9 @@ def test_a_model_that_begins_with_weights_begins_with_their_past(screen, taught,
     with pytest.raises(ScreenError, match='ask for protocol transductive'): predict_wells(emb[emb.Metadata_experiment == 'HUVEC-01'], index)
     m = load_screen_model(save_screen_model(heir, tmp_path/'heir', index))
     assert provenance(m.model) == provenance(heir.model)
-    assert dict(zip(screen[0].experiment, m.protocols(screen[0]))) == how
+    assert dict(zip(screen.table.experiment, m.protocols(screen.table))) == how
     assert 'learned the labels of HUVEC-01 before' in (m.folder/'README.md').read_text()
-    assert any('HUVEC-01' in n and 'never seen' in n for n in m.screen_notes(*screen))
+    assert any('HUVEC-01' in n and 'never seen' in n for n in m.screen_notes(screen))
     assert m.config['metrics']['protocol'] == 'transductive' and 'not trained on last, but before' in (m.folder/'README.md').read_text()
 
 def test_weights_of_others_have_no_past(tmp_path):

@@ -169,7 +169,7 @@ def screen():
         yield open_screen(Path(d)/'s')
 
 def fit(screen, table=None, rows=None, rounds=2, recipe=ONE, data={}, **kw):
-    dls = screen_dls(screen[0] if table is None else table, screen[1], valid='HUVEC-03', bs=8, device='cpu', **data)
+    dls = screen_dls(screen if table is None else screen[table], valid='HUVEC-03', bs=8, device='cpu', **data)
     learn = screen_learner(dls, ARCH, pretrained=None, emb_dim=16)
     learn.remove_cb(learn.progress)
     with learn.no_logging(): return learn, learn.fit_pseudo(rows, rounds=rounds, recipe=recipe, progress=False, **kw)
@@ -181,7 +181,7 @@ class Seen(Callback):
     def before_fit(self): self.fits = getattr(self, 'fits', []) + [(self.dls.train.items, self.dls.valid.items, self.dls.spec)]
 
 def test_true_labels_are_never_read(screen):
-    t, rng = screen[0], np.random.default_rng(0)
+    t, rng = screen.table, np.random.default_rng(0)
     test = t.dataset == 'test'
     learn, history = fit(screen)
     shuffled = t.copy()
@@ -195,7 +195,7 @@ def test_true_labels_are_never_read(screen):
         assert same(state(other), state(learn))
 
 def test_what_is_trained_on(screen):
-    t, seen = screen[0], Seen()
+    t, seen = screen.table, Seen()
     learn, history = fit(screen, rounds=2, first=.5, last=1., cbs=seen)
     wells = t[(t.dataset == 'test') & (t.well_type == 'treatment')].well_id.nunique()
     assert history.wells.tolist() == [wells//2, wells] and history['share'].tolist() == [.5, 1.] and history['round'].tolist() == [1, 2]
@@ -223,7 +223,7 @@ def test_two_sites_and_a_stage_that_changes_the_size(screen):
 def test_statistics_of_plates_and_experiments(screen, norm, norm_from, monkeypatch):
     "The pixel statistics of named wells are taken of the same wells when they are named, when they are trained on and when they are embedded"
     from rcic_fastai.batch import data
-    t, seen, was = screen[0], [], data.statistics_rows
+    t, seen, was = screen.table, [], data.statistics_rows
     def noted(spec, rows, among=None):
         use = was(spec, rows, among)
         if 'HUVEC-17' in set(rows.experiment): seen.append(frozenset(use.site_id[use.experiment == 'HUVEC-17']))
@@ -240,7 +240,7 @@ def test_statistics_of_plates_and_experiments(screen, norm, norm_from, monkeypat
     assert len(seen) >= 2 and all(s <= want for s in seen) and (norm != 'experiment' or set(seen) == {want})
 
 def test_a_difference_learner_compares_named_wells_with_their_controls(screen):
-    dls = screen_dls(screen[0], screen[1], valid='HUVEC-03', bs=8, device='cpu')
+    dls = screen_dls(screen, valid='HUVEC-03', bs=8, device='cpu')
     learn = difference_learner(dls, ARCH, pretrained=None, emb_dim=16, controls='all')
     learn.remove_cb(learn.progress)
     with learn.no_logging(): learn.fit_pseudo(rounds=1, recipe=ONE, first=1., last=1., progress=False)
@@ -252,7 +252,7 @@ def test_interrupted_between_rounds(screen):
         def before_fit(self):
             self.fits += 1
             if self.fits == 2: raise KeyboardInterrupt
-    dls = screen_dls(screen[0], screen[1], valid='HUVEC-03', bs=8, device='cpu')
+    dls = screen_dls(screen, valid='HUVEC-03', bs=8, device='cpu')
     learn = screen_learner(dls, ARCH, pretrained=None, emb_dim=16)
     learn.remove_cb(learn.progress)
     with learn.no_logging():
@@ -262,22 +262,22 @@ def test_interrupted_between_rounds(screen):
     assert rest['round'].tolist() == [2, 3] and rest['share'].tolist() == pseudo_schedule(3)[1:] and learn.history.stage.tolist() == ['one 1', 'one 2', 'one 3']
 
 def test_scores_are_those_of_the_classifier(screen):
-    dls = screen_dls(screen[0], screen[1], valid='HUVEC-03', bs=8, device='cpu')
+    dls = screen_dls(screen, valid='HUVEC-03', bs=8, device='cpu')
     model = screen_learner(dls, ARCH, pretrained=None, emb_dim=16).model
-    rows = screen[0][(screen[0].dataset == 'test') & (screen[0].well_type == 'treatment')]
-    scores, wells = well_scores(model, dls.spec, rows, screen[1], tta=2, bs=3, progress=False)
+    rows = screen.table[(screen.table.dataset == 'test') & (screen.table.well_type == 'treatment')]
+    scores, wells = well_scores(model, dls.spec, screen[rows], tta=2, bs=3, progress=False)
     assert model.training and wells.well_id.tolist() == rows.well_id.drop_duplicates().tolist() and scores.shape == (len(wells), 8)
     model.eval()
     for i in (0, len(wells)-1):
         cos = []
         for s in rows.site_id[rows.well_id == wells.well_id[i]]:
-            x = torch.from_numpy(np.array(screen[1][s])).float()/255
+            x = torch.from_numpy(np.array(screen.source[s])).float()/255
             x = (x - x.mean((1, 2), keepdim=True))/x.std((1, 2), correction=0, keepdim=True)
             with torch.no_grad(): cos += [model(dihedral(x[None], k))[0] for k in range(2)]
         np.testing.assert_allclose(scores[i], torch.stack(cos).mean(0), atol=1e-4)
 
 def test_what_cannot_be_labelled_is_refused(screen):
-    t = screen[0]
+    t = screen.table
     rows_of = lambda e: t[t.experiment == e]
     for kw, word in ((dict(rows=rows_of('HUVEC-01')), 'Well HUVEC-01_1_.* trained on or held out'), (dict(rows=rows_of('HUVEC-03')), 'Well HUVEC-03_1_.* trained on or held out'),
                      (dict(table=t[t.dataset != 'test']), 'no test row'), (dict(rows=rows_of('HUVEC-17').query('well_type != "treatment"')), 'no test row'),

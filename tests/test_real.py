@@ -7,6 +7,7 @@ from rcic_fastai.model.model import create_screen_model
 from rcic_fastai.embed.embed import embed_dl
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.table import make_emb_table
+from rcic_fastai.screen.screen import Screen
 
 REAL = real_data()
 real = pytest.mark.skipif(REAL is None or not (REAL/'images').is_dir(), reason='real RxRx1 images are not on this machine (set RCIC_REAL)')
@@ -19,7 +20,7 @@ def features_of_real_sites(root, size=320):
     source = PngTree(root, table)
     model = create_screen_model('efficientnet-lite0', 2, pretrained=True, neck='identity').eval()
     spec = ScreenSpec('cell_type', [], list(source.channels), {c: meta_vocab([]) for c in META_COLUMNS}, size=size)
-    pooled = embed_dl(model, spec_dl(spec, table, source, bs=6, device='cpu'), tta=8, progress=False)
+    pooled = embed_dl(model, spec_dl(spec, Screen(table, source), bs=6, device='cpu'), tta=8, progress=False)
     return table, pooled[:, :pooled.shape[1]//2]            # the average half of the concat pool
 
 def nearest_outside_plate(meta, x):

@@ -16,6 +16,7 @@ from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train import checkpoints as C
 from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.screen.screen import Screen
 
 LIBRARY = Path(rcic_fastai.__file__).parent
 FACTS = dict(stage=0, epoch=1, facts={}, extra={}, state={})
@@ -26,7 +27,7 @@ def made(tmp_path_factory):
     simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=4, size=32, plates=1, controls=0, progress=False)
     table = read_metadata(d/'screen')
     source = PngTree(d/'screen', table)
-    dls = screen_dls(table, source, valid='HUVEC-02', bs=8, device='cpu')
+    dls = screen_dls(Screen(table, source), valid='HUVEC-02', bs=8, device='cpu')
     class made: pass
     made.dir, made.table, made.source, made.learn = d, table, source, screen_learner(dls, 'mobilenetv3_small_050', emb_dim=16, pretrained=None)
     made.index = cli.build_index(made.learn, 1, progress=False)
@@ -58,7 +59,7 @@ def tried(func, *args, **kw):
     try: func(*args, **kw)
     except ScreenError as e: assert '\n' not in str(e)
 
-def parts_of(made, folder): return embed_parts(folder, made.learn.model, made.learn.dls.spec, made.table, made.source, bs=8, tta=1, part=8, progress=False)
+def parts_of(made, folder): return embed_parts(folder, made.learn.model, made.learn.dls.spec, made, bs=8, tta=1, part=8, progress=False)
 
 # Each: (a folder that may be removed, a function that removes it); `ours`: after it was made by the library
 
@@ -113,11 +114,11 @@ def store_part(made, d, ours):
         with pytest.MonkeyPatch.context() as m:
             m.setattr('rcic_fastai.screen.pack._finish', lambda *a: (_ for _ in ()).throw(OSError(28, 'full')))
             tried(pack_screen, made.source, made.table, d/'s.zarr', progress=False)
-    return d/'s.zarr.part', lambda: pack_screen(made.source, made.table, d/'s.zarr', progress=False, force=True)
+    return d/'s.zarr.part', lambda: pack_screen(made, d/'s.zarr', progress=False, force=True)
 
 def store_begun(made, d, ours):
     folder, _ = store_part(made, d, ours)
-    return folder, lambda: pack_screen(made.source, made.table, d/'s.zarr', progress=False)
+    return folder, lambda: pack_screen(made, d/'s.zarr', progress=False)
 
 REMOVE = dict(demo=demo, embedding_parts=embedding_parts, index_parts=index_parts, index_plain=index_plain, trained=trained,
               trained_index=trained_index, checkpoint_old=checkpoint('epoch_0001'), checkpoint_same=checkpoint('epoch_0003'),
@@ -177,7 +178,7 @@ def test_a_demo_with_something_in_the_way_removes_nothing(tmp_path):
 def test_what_a_demo_writes_is_all_its_own(made, tmp_path):
     out = cli.DEMO_FOLDER.make(tmp_path/'demo')
     simulate_screen(out/'screen', ['HUVEC-01'], sirnas=2, size=32, plates=1, controls=0, progress=False)
-    pack_screen(made.source, made.table, out/'screen.zarr', progress=False)
+    pack_screen(made, out/'screen.zarr', progress=False)
     F.save_screen_model(made.learn, out/'model', made.index)
     C.write_checkpoint(out/'model.checkpoints', 1, FACTS, {})
     parts_of(made, out/'inductive.csv.part')

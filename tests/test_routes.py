@@ -8,6 +8,7 @@ from rcic_fastai.embed import embed   # gives learners their .embed
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.screen.screen import Screen
 
 EXPERIMENTS = ['HUVEC-01', 'HUVEC-02', 'RPE-08', 'U2OS-04']       # trained on, held out, test, not in the table
 NORMS = [('plate', 'all'), ('plate', 'controls'), ('experiment', 'all'), ('experiment', 'controls'), ('own', 'all'), ('global', 'all'),
@@ -25,7 +26,7 @@ def learners(request, screen, tmp_path_factory):
     "A learner, the same from a file, and rows: of the table's test experiment, and of an experiment that is not in it"
     (table, source), (norm, norm_from, sites) = screen, request.param
     known = table[table.experiment != 'U2OS-04']
-    dls = screen_dls(known, source, bs=8, valid='HUVEC-02', norm=norm, norm_from=norm_from, sites=sites, device='cpu', augs=None)
+    dls = screen_dls(Screen(known, source), bs=8, valid='HUVEC-02', norm=norm, norm_from=norm_from, sites=sites, device='cpu', augs=None)
     learn = screen_learner(dls, 'test_resnet', pretrained=None, emb_dim=8, path=tmp_path_factory.mktemp('learner'))
     learn.export()
     with learn.no_bar(): yield learn, load_learner(learn.path/'export.pkl'), known, table[table.experiment == 'U2OS-04']
@@ -34,7 +35,7 @@ def samples(learn, rows): return (rows if learn.dls.spec.sites == 1 else rows.dr
 
 def wanted(learn, rows, stat_rows=None):
     "Pictures and cosines by `spec_dl`"
-    dl = spec_dl(learn.dls.spec, rows, learn.dls.source, bs=8, device='cpu', stat_rows=stat_rows)
+    dl = spec_dl(learn.dls.spec, Screen(rows, learn.dls.screen.source), bs=8, device='cpu', stat_rows=stat_rows)
     batches = list(dl)
     with torch.no_grad(): out = torch.cat([learn.model.eval()(*b[:4]) for b in batches])
     return torch.cat([b[0].as_subclass(torch.Tensor) for b in batches]), out

@@ -3,8 +3,9 @@ import json, os, signal, subprocess, sys
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli
 from rcic_fastai.batch.data import screen_dls
-from rcic_fastai.embed.embed import embed_parts, embed_rows
+from rcic_fastai.embed.embed import embed_parts, embed_screen
 from rcic_fastai.screen.images import PngTree
+from rcic_fastai.screen.screen import Screen
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
@@ -20,7 +21,7 @@ def made(tmp_path_factory):
     d = tmp_path_factory.mktemp('stream')
     simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17', 'RPE-08'], sirnas=8, size=32, controls=2, progress=False)
     table = read_metadata(d/'screen'); source = PngTree(d/'screen', table)
-    dls = screen_dls(table, source, valid='HUVEC-02', bs=16, device='cpu')
+    dls = screen_dls(Screen(table, source), valid='HUVEC-02', bs=16, device='cpu')
     learn = screen_learner(dls, 'mobilenetv3_small_050', metadata='cell_type', emb_dim=16, pretrained=None)
     recipe = dict(name='tiny', arch='mobilenetv3_small_050', model=dict(emb_dim=16), stages=[])
     (d/'tiny.json').write_text(json.dumps(recipe))
@@ -39,7 +40,7 @@ class Failing(PngTree):
         super()._read(site_id, out)
 
 def embed(made, folder, source=None, rows=None, **kw):
-    return embed_parts(folder, made.learn.model, made.spec, made.table if rows is None else rows, source or made.source, **{**HOW, **kw})
+    return embed_parts(folder, made.learn.model, made.spec, Screen(made.table if rows is None else rows, source or made.source), **{**HOW, **kw})
 
 @pytest.mark.parametrize('how', [dict(), dict(adapt='experiment'), dict(adapt='plate', prior=4), dict(views='random', tta=2, seed=3)])
 def test_stopped_anywhere_the_parts_are_the_same(made, tmp_path, how):
@@ -54,11 +55,11 @@ def test_stopped_anywhere_the_parts_are_the_same(made, tmp_path, how):
 
 def test_in_memory_on_disk_and_in_any_order(made, tmp_path):
     rows = made.table.sample(frac=1, random_state=0)
-    got = embed_rows(made.learn.model, made.spec, rows, made.source, folder=tmp_path/'p', **HOW)
-    pd.testing.assert_frame_equal(got, embed_rows(made.learn.model, made.spec, rows, made.source, **HOW), check_exact=True)
+    got = embed_screen(made.learn.model, made.spec, Screen(rows, made.source), folder=tmp_path/'p', **HOW)
+    pd.testing.assert_frame_equal(got, embed_screen(made.learn.model, made.spec, Screen(rows, made.source), **HOW), check_exact=True)
     assert got.Metadata_site_id.tolist() == rows.site_id.tolist()
     one = got.set_index('Metadata_site_id').loc[made.table.site_id].reset_index()
-    other = embed_rows(made.learn.model, made.spec, made.table, made.source, **{**HOW, 'bs': 5, 'part': 7})
+    other = embed_screen(made.learn.model, made.spec, made, **{**HOW, 'bs': 5, 'part': 7})
     assert np.abs(emb_features(one) - emb_features(other)).max() < 1e-5
 
 def test_every_sample_is_in_one_part_and_experiments_stay_together(made, tmp_path):
@@ -125,7 +126,7 @@ def test_killed_the_same_command_ends_with_the_same_files(made, tmp_path):
     assert records[0] == records[1] and not list(tmp_path.glob('*.part'))
 
 def test_unfinished_predictions_of_another_kind_are_refused(made, tmp_path, capsys):
-    embed_parts(f'{tmp_path}/x.csv.part', made.learn.model, made.spec, made.table, made.source, **HOW)
+    embed_parts(f'{tmp_path}/x.csv.part', made.learn.model, made.spec, made, **HOW)
     capsys.readouterr()
     assert cli.rcic_predict(f'{made.dir}/model {made.dir}/screen {tmp_path}/x.csv --tta 1'.split()) == 2
     assert 'x.csv.part was begun with different model' in capsys.readouterr().err and not (tmp_path/'x.csv').exists()
@@ -133,7 +134,7 @@ def test_unfinished_predictions_of_another_kind_are_refused(made, tmp_path, caps
 def test_wells_and_group_statistics(made, tmp_path):
     "Statistics of a plate or experiment are those of all its sites, though its wells are in several parts"
     for norm, sites in (('own', 2), ('plate', 1), ('experiment', 2)):
-        dls = screen_dls(made.table, made.source, valid='HUVEC-02', bs=8, device='cpu', norm=norm, sites=sites)
+        dls = screen_dls(made, valid='HUVEC-02', bs=8, device='cpu', norm=norm, sites=sites)
         learn = screen_learner(dls, 'mobilenetv3_small_050', emb_dim=16, pretrained=None)
         test = made.table[made.table.dataset == 'test']
         few = learn.embed(test, part=8, bs=8, tta=1, progress=False, folder=tmp_path/norm)

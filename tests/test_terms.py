@@ -8,7 +8,7 @@ from torch.amp import GradScaler, autocast
 from rcic_fastai.batch.augment import dihedral
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train import domain
 from rcic_fastai.train.cutmix import *
 from rcic_fastai.train.domain import *
@@ -24,7 +24,7 @@ def screen(tmp_path_factory):
 
 def make(screen, cbs):
     "A learner without chance in its model: no dropout, a loss with a fixed scale"
-    dls = screen_dls(*screen, bs=BS, augs=None, device='cpu', valid='HUVEC-03', batch_by='experiment', batch_groups=2)
+    dls = screen_dls(screen, bs=BS, augs=None, device='cpu', valid='HUVEC-03', batch_by='experiment', batch_groups=2)
     learn = screen_learner(dls, 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0, loss='softmax', cbs=cbs)
     for m in learn.model.modules():
         if isinstance(m, torch.nn.Dropout): m.p = 0.

@@ -11,7 +11,7 @@ from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.model.heads import MetadataOneHot
 from rcic_fastai.model.losses import LOSSES, loss_from_config
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.checkpoints import Checkpoint, checkpointed
 from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.train.cutmix import *
@@ -89,7 +89,7 @@ def screen(tmp_path_factory):
     return open_screen(path)
 
 def batches(screen, **kwargs):
-    return screen_dls(*screen, **{**dict(bs=8, device='cpu', valid='HUVEC-03', batch_by='experiment', batch_groups=2), **kwargs})
+    return screen_dls(screen, **{**dict(bs=8, device='cpu', valid='HUVEC-03', batch_by='experiment', batch_groups=2), **kwargs})
 
 def fit(learn, *cbs, epochs=2):
     watch = Watch()

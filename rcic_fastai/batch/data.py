@@ -225,11 +225,11 @@ def _with_statistics(dl, norm, stats):
     return dl
 
 class ScreenLoaders(DataLoaders):
-    "Training and held-out batches of a screen, and what they are of: `.spec`, `.table`, `.source`, `.held_out`"
+    "Training and held-out batches of a screen, and what they are of: `.spec`, `.screen`, `.held_out`"
     def new_empty(self):
         "The same without rows, as `learn.export` stores it; statistics of the groups that were seen are kept"
         res = super().new_empty()
-        res.spec, res.source, res.held_out, res.table = self.spec, self.source, self.held_out, self.table[:0]
+        res.spec, res.screen, res.held_out = self.spec, self.screen[:0], self.held_out
         return res
 
     def test_dl(self,
@@ -257,22 +257,22 @@ def _statistics(self:ScreenLoaders, norm, items):
     rows = items if whole else pd.DataFrame(list(items))
     rows = rows[~stat_groups(rows, norm.by).isin(norm.stats.index)]
     if not len(rows): return norm.stats
-    given = rows if self.spec.sites == 1 else _every_site(rows, self.source)
-    among = pd.concat([self.table, given[~given.site_id.isin(self.table.site_id)]]) if whole else self.table
+    given = rows if self.spec.sites == 1 else _every_site(rows, self.screen.source)
+    table = self.screen.table
+    among = pd.concat([table, given[~given.site_id.isin(table.site_id)]]) if whole else table
     use, lacks = _statistics_of(self.spec, rows, among)
     if lacks:
         kind = 'control ' if self.spec.norm_from == 'controls' else ''
         raise ScreenError(f'The pixel statistics of {first_few(lacks)} are not known, and one site does not tell them: give all rows of '
                           f'the {norm.by} at once, its {kind}wells included, to learn.embed(rows) or to learn.dls.test_dl(rows).')
-    return pd.concat([norm.stats, screen_stats(self.source, use, norm.by)])
+    return pd.concat([norm.stats, screen_stats(self.screen.source, use, norm.by)])
 
 # %% ../../nbs/13_batch.data.ipynb #28c93395
 def _every_row(rows): return range(len(rows)), range(len(rows))
 def _split_at(rows, n_train): return range(n_train), range(n_train, len(rows))
 
 def screen_dls(
-    table:pd.DataFrame, # Site table
-    source, # Image source
+    screen, # A `Screen`
     valid='auto', # Held-out experiments: names, 'A,B', 'auto' or 'none'
     target:str='sirna', # Column to predict
     controls:bool=None, # Train on control wells too; see `labelled_rows`
@@ -292,6 +292,7 @@ def screen_dls(
 )->ScreenLoaders: # with `.spec` (a `ScreenSpec`) and `.rebuild(**changes)`
     "Training and validation batches of a screen, split by experiment"
     args = {k:v for k,v in locals().items()}
+    table, source = screen.table, screen.source
     rows = labelled_rows(table, target, controls)
     if target == 'sirna': check_plates(table[table.dataset.isin(('train', 'val'))])
     train, held = split_experiments(rows, valid)
@@ -310,23 +311,23 @@ def screen_dls(
     with no_random(seed): dls = block.dataloaders(both, bs=bs, num_workers=num_workers, device=device, verbose=False,
                                                   group_by=batch_by, groups=batch_groups)
     dls = ScreenLoaders(*dls.loaders, path=dls.path, device=dls.device)
-    dls.spec, dls.table, dls.source, dls.held_out = spec, table, source, sorted(held.experiment.unique())
+    dls.spec, dls.screen, dls.held_out = spec, screen, sorted(held.experiment.unique())
     dls.rebuild = lambda **changes: screen_dls(**{**args, 'vocabs': spec.vocabs, **changes})
     return dls
 
 # %% ../../nbs/13_batch.data.ipynb #bfccb76f
 def spec_dl(
     spec:ScreenSpec, # What a batch is
-    rows:pd.DataFrame, # Site-table rows; one sample each (each well, when `spec.sites` > 1)
-    source, # Image source
+    screen, # A `Screen`; one sample per site (per well, when `spec.sites` > 1)
     bs:int=32, # Batch size
     mask=(), # Metadata columns to pass as unknown
     augs=(), # Random batch transforms, for random views
     num_workers:int=0, # Reader processes
     device=None, # Where batches go
-    stat_rows:pd.DataFrame=None, # Rows that plate or experiment statistics may be taken of, such as the whole screen; `None`: `rows` themselves
+    stat_rows:pd.DataFrame=None, # Rows that plate or experiment statistics may be taken of, such as those of the whole screen; `None`: its own
 )->ScreenDL: # Batches without target, in the order of `dl.rows`
-    "Batches of any rows for a trained model"
+    "Batches of any screen for a trained model"
+    rows, source = screen.table, screen.source
     have = list(source.channels)
     if len(have) != len(spec.channels):
         raise ScreenError(f'The model was trained on {len(spec.channels)} channels ({", ".join(spec.channels)}) and the screen has '

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS_FOLDER', 'eval_mode', 'check_tta', 'embed_dl', 'earlier_experiments', 'row_protocols', 'adaptation_notes',
            'store_fingerprint', 'weights_fingerprint', 'model_fingerprint', 'EmbeddingParts', 'embed_parts',
-           'embed_rows']
+           'embed_screen']
 
 # %% ../../nbs/41_embed.embed.ipynb #82831b30
 import hashlib, json, sys
@@ -23,6 +23,7 @@ from ..train.learner import *
 from ..train.controls import *
 from ..train.distributed import *
 from .table import *
+from ..screen.screen import Screen
 
 # %% ../../nbs/41_embed.embed.ipynb #d90da828
 def _forward(model, batch):
@@ -104,7 +105,7 @@ def row_protocols(
     model, # A `ScreenModel`; it knows which experiments its weights learned from, see `provenance`
     spec:ScreenSpec, # How sites become batches
     rows:pd.DataFrame, # Site-table rows
-    adapt:str=None, # As in `embed_rows`
+    adapt:str=None, # As in `embed_screen`
     mask=('plate_group', 'experiment'), # Metadata passed as unknown
     trained=None, # Experiments that were trained on; `None`: those in the vocabulary of `spec`
 )->np.ndarray: # One of 'inductive', 'adapted' and 'transductive' a row
@@ -184,7 +185,7 @@ def _adapted(model, spec, rows, source, seed, prior, kw):
     if rows is None: yield; return
     with ExitStack() as inside:
         with no_random(seed):
-            own, n_inp = spec_dl(spec, rows.sort_values(spec.key), source, **kw).new(shuffle=True), len(model.inputs) + 1
+            own, n_inp = spec_dl(spec, Screen(rows.sort_values(spec.key), source), **kw).new(shuffle=True), len(model.inputs) + 1
             inside.enter_context(adapted_batchnorm(model, (b[:n_inp] for b in own), _forward, prior))
             own._pool = None
         yield
@@ -220,7 +221,7 @@ def _features(model, spec, rows, source, plan, todo, tta, views, seed, mask, ada
     tick()
     for g, numbers in itertools.groupby(todo, lambda i: plan[i].group):
         part, others = mine[g], own[g] if adapt else None
-        dl = spec_dl(spec, part, source, augs=site_augs() if views == 'random' else (), **kw, **near(part))
+        dl = spec_dl(spec, Screen(part, source), augs=site_augs() if views == 'random' else (), **kw, **near(part))
         with eval_mode(model), _adapted(model, spec, others, source, seed, prior, {**kw, **(near(others) if adapt else {})}):
             for i in numbers: yield i, _part_features(model, dl, plan[i], i, tta, views, seed, tick)
         dl._pool = None      # a loader is a cycle: its buffers would stay until chance collects it
@@ -336,8 +337,7 @@ def embed_parts(
     folder, # Where the parts are written; what is there already is kept
     model, # A `ScreenModel`
     spec:ScreenSpec, # How sites become batches
-    rows:pd.DataFrame, # Site-table rows
-    source, # Image source
+    screen, # A `Screen`
     part:int=2048, # Samples a part
     tta:int=8, # Views a sample
     views:str='dihedral', # 'dihedral' or 'random'
@@ -353,7 +353,7 @@ def embed_parts(
     trained=None, # Experiments that were trained on; `None`: those in the vocabulary of `spec`
 )->EmbeddingParts:
     "Embed rows into a folder, part after part; stopped, the same call goes on"
-    with all_agree(): return _embed_parts(folder, model, spec, rows, source, part, tta, views, seed, mask, adapt, adapt_rows, stat_rows,
+    with all_agree(): return _embed_parts(folder, model, spec, screen.table, screen.source, part, tta, views, seed, mask, adapt, adapt_rows, stat_rows,
                                           prior, bs, num_workers, progress, trained)
 
 def _embed_parts(folder, model, spec, rows, source, part, tta, views, seed, mask, adapt, adapt_rows, stat_rows, prior, bs, num_workers, progress, trained):
@@ -382,11 +382,10 @@ def _planned(model, spec, rows, tta, views, mask, adapt, bs, part, trained):
     return samples, _plan(samples, adapt or 'experiment', bs, part)
 
 # %% ../../nbs/41_embed.embed.ipynb #f7be79e7
-def embed_rows(
+def embed_screen(
     model, # A `ScreenModel`
     spec:ScreenSpec, # How sites become batches
-    rows:pd.DataFrame, # Site-table rows
-    source, # Image source
+    screen, # A `Screen`
     tta:int=8, # Views a sample
     views:str='dihedral', # 'dihedral' (exact, up to 8) or 'random' (training augmentations)
     seed:int=0, # For random views
@@ -406,11 +405,11 @@ def embed_rows(
     how = dict(tta=tta, views=views, seed=seed, mask=mask, adapt=adapt, adapt_rows=adapt_rows, stat_rows=stat_rows, prior=prior, bs=bs,
                num_workers=num_workers, progress=progress)
     if folder is None:
-        samples, plan = _planned(model, spec, rows, tta, views, mask, adapt, bs, part, trained)
-        done = _features(model, spec, rows, source, plan, list(range(len(plan))), **how)
+        samples, plan = _planned(model, spec, screen.table, tta, views, mask, adapt, bs, part, trained)
+        done = _features(model, spec, screen.table, screen.source, plan, list(range(len(plan))), **how)
         parts = EmbeddingParts(None, samples, spec, plan)
     else:
-        parts = embed_parts(folder, model, spec, rows, source, part, trained=trained, **how)
+        parts = embed_parts(folder, model, spec, screen, part, trained=trained, **how)
         done = ((i, parts.features(i)) for i in range(len(parts)))
     out = None
     for i, x in done:
@@ -434,18 +433,20 @@ def _among(table, *more):
     return table
 
 @patch
-@delegates(embed_rows, but=['model', 'spec', 'rows', 'source'])
+@delegates(embed_screen, but=['model', 'spec', 'screen'])
 def embed(self:Learner,
-    rows=None, # Site-table rows; `None`: the held-out rows; or a `DataLoader` in table order
+    rows=None, # A `Screen`; or rows of the learner's screen; or a `DataLoader` in table order; `None`: the held-out rows
     **kwargs
 )->pd.DataFrame: # `Metadata_…` columns and float32 `emb_0000`…
-    "Embeddings of rows of the learner's screen"
+    "Return the embeddings of a screen"
     model, dls = get_model(self.model), self.dls
-    if not hasattr(dls, 'source') or not hasattr(dls, 'spec'):
+    if not hasattr(dls, 'screen') or not hasattr(dls, 'spec'):
         raise ScreenError('This learner has no screen to read rows of, as it comes from load_learner: load a model folder with '
                           'load_screen_model and take its embed, or make the learner with screen_dls and screen_learner.')
     trained = dls.train.items.experiment.astype(str).unique()
     if isinstance(rows, DataLoader): return _embed_loader(model, dls.spec, rows, **{'trained': trained, **kwargs})
     if rows is None: rows = dls.valid.items
-    if dls.spec.per_group: kwargs.setdefault('stat_rows', _among(dls.table, rows, kwargs.get('adapt_rows')))
-    return embed_rows(model, dls.spec, rows, dls.source, **{'trained': trained, **kwargs})
+    screen = dls.screen[rows] if isinstance(rows, pd.DataFrame) else rows
+    if dls.spec.per_group and screen.source is dls.screen.source:
+        kwargs.setdefault('stat_rows', _among(dls.screen.table, screen.table, kwargs.get('adapt_rows')))
+    return embed_screen(model, dls.spec, screen, **{'trained': trained, **kwargs})

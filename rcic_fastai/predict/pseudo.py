@@ -103,8 +103,7 @@ def pseudo_schedule(
 def well_scores(
     model, # A `ScreenModel`
     spec:ScreenSpec, # How sites become batches
-    rows:pd.DataFrame, # Site-table rows
-    source, # Image source
+    screen, # A `Screen`
     tta:int=1, # The first so many dihedral views, 1 to 8
     mask=('plate_group', 'experiment'), # Metadata passed as unknown
     bs:int=32, # Batch size
@@ -115,7 +114,7 @@ def well_scores(
     "Cosine of every well with every class, by the classifier"
     check_tta(tta)
     device, out = next(model.parameters()).device, []
-    dl = spec_dl(spec, rows, source, bs=bs, mask=mask, num_workers=num_workers, device=device, stat_rows=stat_rows)
+    dl = spec_dl(spec, screen, bs=bs, mask=mask, num_workers=num_workers, device=device, stat_rows=stat_rows)
     with eval_mode(model):
         for b in progress_bar(dl) if progress else dl:
             x, *meta = b[:1 + len(model.inputs)]
@@ -129,7 +128,7 @@ def _unlabelled(dls, rows):
     if dls.spec.target != 'sirna':
         raise ScreenError(f'Pseudo-labels name each siRNA once a plate, and the target is {dls.spec.target}: '
                           'train on sirna.')
-    t = dls.table
+    t = dls.screen.table
     rows = t[t.dataset == 'test'] if rows is None else rows
     rows = rows[rows.well_type == 'treatment']
     if not len(rows): raise ScreenError('There is no test row of a treatment well to label: set dataset to test for '
@@ -196,11 +195,11 @@ def _changed(old, new):
 def _pseudo_round(self:Learner, test, base, table, share, recipe, seed, cbs, **kwargs):
     "Choose wells and train: (chosen wells, confidence in their groups, table of the stages)"
     spec, model = self.dls.spec, get_model(self.model)
-    scores, wells = well_scores(model, spec, test, base.source, stat_rows=table, **kwargs)
+    scores, wells = well_scores(model, spec, base.screen[test], stat_rows=table, **kwargs)
     groups = _class_groups(table, spec.labels)
     wells['plate_group'], sure = _well_groups(wells, scores, groups, table)
     chosen = pseudo_labels(wells, scores, spec.labels, groups, share)
-    self.change_classes(self.dls.rebuild(table=pseudo_table(table, test, chosen), valid=base.held_out or 'none'))
+    self.change_classes(self.dls.rebuild(screen=base.screen[pseudo_table(table, test, chosen)], valid=base.held_out or 'none'))
     model.pseudo_experiments = tuple(sorted({*model.pseudo_experiments, *chosen.experiment.astype(str)}))
     return chosen, sure, self.fit_recipe(recipe, seed, cbs)
 
@@ -226,7 +225,7 @@ def fit_pseudo(self:Learner,
     "Go on training with test wells under the model's own labels; the last ones are in `.pseudo` (transductive)"
     base, shares, recipe = self.dls, pseudo_schedule(rounds, first, last), get_recipe(recipe)
     test, logs, res, old = _unlabelled(base, rows), [getattr(self, 'history', None)], [], None
-    table = _with_rows(base.table, rows)
+    table = _with_rows(base.screen.table, rows)
     how = dict(tta=tta, progress=progress, bs=base.bs, num_workers=base.train.num_workers)
     try:
         for i in range(start, rounds):
@@ -238,7 +237,7 @@ def fit_pseudo(self:Learner,
             res.append(dict(round=i+1, share=shares[i], wells=len(chosen), gap=chosen.gap.min(), group_confidence=sure,
                             changed=_changed(old, chosen), **last, protocol='transductive'))
             self.pseudo = old = chosen.assign(protocol='transductive')
-    finally: self.change_classes(self.dls.rebuild(table=base.table, valid=base.held_out or 'none'))
+    finally: self.change_classes(self.dls.rebuild(screen=base.screen, valid=base.held_out or 'none'))
     res = pd.DataFrame(res)
     res.attrs['protocol'] = 'transductive'
     return res

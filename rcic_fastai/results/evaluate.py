@@ -345,7 +345,7 @@ def _site_rows(pred, r, table, target, protocol, name, partial):
 # %% ../../nbs/60_results.evaluate.ipynb #fdefcdad
 def evaluate_screen(
     preds, # Predictions of wells (from `predict_wells` or `read_predictions`): one, a list, or a dict by name
-    table:pd.DataFrame, # Site table with labels
+    screen, # A `Screen`, or its site table, with labels
     embeddings=None, # Embeddings tables of the same wells and their controls: one, a list, or a dict by column
     sites=None, # Predictions of sites, `id_code` a site_id: one, a list, or a dict by column
     target:str=None, # Column; `None`: as recorded in the predictions
@@ -358,7 +358,9 @@ def evaluate_screen(
     seed:int=0, # Of draws, shuffles and folds
 )->ScreenResult:
     "Accuracy and embedding quality of a screen, every prediction in a column under its protocol"
-    if not isinstance(table, pd.DataFrame): raise ScreenError(f'table is a {type(table).__name__}, not a site table: read it with read_metadata or open_screen.')
+    table = getattr(screen, 'table', screen)
+    if not isinstance(table, pd.DataFrame):
+        raise ScreenError(f'screen is a {type(screen).__name__}, not a screen or its site table: open it with open_screen.')
     if isinstance(preds, tuple) and len(preds) == 2 and 'cosine' in getattr(preds[1], 'columns', ()):
         raise ScreenError('predict_wells gives predictions and neighbours: give only the first of the two.')
     named = _named(preds, 'predictions')

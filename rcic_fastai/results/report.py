@@ -15,13 +15,12 @@ from ..embed.table import *
 
 # %% ../../nbs/61_results.report.ipynb #8667b8aa
 def site_gallery(
-    table:pd.DataFrame, # Site table
-    source, # Image source
+    screen, # A `Screen`
     n:int=6, # How many experiments
     how:str='composite', # 3d+3d, composite or panels
 )->plt.Figure:
     "One treatment site of each of the first `n` experiments, cell types in turn"
-    rows = table[table.well_type == 'treatment'].drop_duplicates('experiment')
+    rows, source = screen.treatments.table.drop_duplicates('experiment'), screen.source
     rows = rows.assign(turn=rows.groupby('cell_type').cumcount()).sort_values(['turn', 'experiment']).head(n)
     fig, axs = plt.subplots(1, len(rows), figsize=(2.3*len(rows), 2.6), dpi=75, squeeze=False)
     for ax, r in zip(axs[0], rows.itertuples()):
@@ -77,14 +76,14 @@ def neighbour_strip(
     near:pd.DataFrame, # Of one well: columns site_id, label and cosine, best first
     query:str, # site_id of the well's site that is shown
     truth:str, # Its label, or None when it is not known
-    source, # Image source with both
+    screen, # The `Screen` that holds both
     n:int=4, # Neighbours to show
 )->plt.Figure:
     "A site and its nearest training sites"
     near = near.head(n)
     fig, axs = plt.subplots(1, n+1, figsize=(1.9*(n+1), 2.3), dpi=70)
     for a in axs: a.axis('off')
-    show = lambda ax, s, t: TensorSite(torch.from_numpy(source[s])).show(ctx=ax, how='composite', title=t)
+    show = lambda ax, s, t: TensorSite(torch.from_numpy(screen.source[s])).show(ctx=ax, how='composite', title=t)
     show(axs[0], query, f'{query}\n{truth or "?"}'); axs[0].title.set_fontsize(7)
     for ax, r in zip(axs[1:], near.itertuples()):
         show(ax, r.site_id, f'{r.site_id}\n{r.label} · {r.cosine:.2f}'); ax.title.set_fontsize(7)

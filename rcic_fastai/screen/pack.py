@@ -199,8 +199,7 @@ def _pack_rows(source, part, ids, codec, workers, progress, done):
         finally: work.close()
 
 def pack_screen(
-    source, # Image source, such as a `PngTree`
-    table:pd.DataFrame, # Site table: the rows to pack, in the order that they will have
+    screen, # A `Screen`: its sites are packed in the order of its table
     dest, # Folder to write, such as screen.zarr; must not exist yet
     codec:str='fast', # fast (Blosc lz4hc, about 1.5 times the PNGs) or small (Blosc zstd, about 1.2 times, half as fast to read)
     workers:int=None, # Threads; None = one a core
@@ -210,7 +209,7 @@ def pack_screen(
     "Pack a screen; interrupted at any moment, the same call goes on where it stopped and ends with the same bytes"
     dest = _new_name(dest)
     if codec not in CODECS: raise ScreenError(f'codec {codec!r} is not known: choose from {", ".join(CODECS)}.')
-    part, table = dest.with_name(dest.name + '.part'), table.reset_index(drop=True)
+    part, table, source = dest.with_name(dest.name + '.part'), screen.table.reset_index(drop=True), screen.source
     _check_packable(source, table)
     done, workers, ids = {}, _workers(workers), table.site_id.tolist()
     try:
@@ -368,12 +367,12 @@ def missing(self:PackedScreen)->pd.DataFrame: # site_id, missing (all channels),
 # %% ../../nbs/04_screen.pack.ipynb #4e4be5ab
 def verify_store(
     path, # Folder of the store
-    source=None, # What it was packed from; None = checksums only
+    screen=None, # The `Screen` that it was packed from; None = checksums only
     workers:int=None, # Threads; None = one a core
     progress:bool=True, # Show a progress bar
 )->int: # Sites compared
     "Re-read a store, compare it with its source, and raise a `ScreenError` that names the sites that differ"
-    store = PackedScreen(path)
+    store, source = PackedScreen(path), screen and screen.source
     changed, damaged = [], []
     def one(site_id):
         try: site = store[site_id]

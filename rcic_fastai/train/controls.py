@@ -79,7 +79,7 @@ def control_dls(
     **changes # Other arguments of `screen_dls`
 )->DataLoaders:
     "The batches of a screen with the control wells as the only samples, and their names as the classes"
-    table = dls.table.reset_index(drop=True)
+    table = dls.screen.table
     rows = control_rows(table)
     train = rows[(rows.dataset != 'test') & ~rows.experiment.isin(dls.held_out)]
     if train.control.nunique() < 2:
@@ -88,7 +88,7 @@ def control_dls(
                           'treatments from the start.')
     valid = [e for e in dls.held_out if e in set(rows.experiment)] or 'none'
     table = table.assign(control=rows.control.reindex(table.index))
-    return dls.rebuild(**{**dict(table=table, target='control', controls=True, valid=valid), **changes})
+    return dls.rebuild(**{**dict(screen=dls.screen[table], target='control', controls=True, valid=valid), **changes})
 
 @patch
 def pretrain_on_controls(self:Learner,
@@ -140,7 +140,7 @@ class MinusControls(nn.Module):
 # %% ../../nbs/35_train.controls.ipynb #40dfba3c
 def _controls_of(learn, rows, controls):
     "The control rows of the plates of `rows`; every plate must have one"
-    table = learn.dls.table
+    table = learn.dls.screen.table
     mine = control_rows(table[table[_PLATE].isin(rows[_PLATE])], controls)
     lacks = sorted(set(rows[_PLATE]) - set(mine[_PLATE]))
     what = 'control well' if controls == 'all' else f'{controls} control well'
@@ -150,7 +150,7 @@ def _controls_of(learn, rows, controls):
 
 @patch
 def measure_controls(self:Learner,
-    rows:pd.DataFrame, # Rows of `learn.dls.table`: the plates to measure
+    rows:pd.DataFrame, # Rows of `learn.dls.screen.table`: the plates to measure
     controls:str='negative', # 'negative', 'positive' or 'all'
     batch_norm:bool=False, # BatchNorm by the statistics of the batch, as in training
     average:bool=False, # Their mean is that of unknown plates; only of training plates, so that what is unknown stays inductive
@@ -167,7 +167,7 @@ def measure_controls(self:Learner,
     try:
         with no_random(), torch.no_grad(), batch_statistics(model) if batch_norm else nullcontext():
             rows = _controls_of(self, rows, controls)
-            dl = spec_dl(spec, rows, self.dls.source, self.dls.bs, device=part.means.device, stat_rows=self.dls.table).new(shuffle=True)
+            dl = spec_dl(spec, self.dls.screen[rows], self.dls.bs, device=part.means.device, stat_rows=self.dls.screen.table).new(shuffle=True)
             f, plate = zip(*((model.pooled(b[0]).float(), b[at].as_subclass(Tensor)) for b in dl))
     finally: model.train(was)
     f, plate = torch.cat(f), torch.cat(plate)
@@ -198,8 +198,8 @@ def difference_learner(
     **kwargs # To `screen_learner`
 )->Learner:
     "A `screen_learner` whose neck reads f(x) and f(x) − the mean f of the control wells of the plate (16th place)"
-    table = dls.table.assign(**{_PLATE: stat_groups(dls.table, 'plate')})
-    dls = dls.rebuild(table=table, vocabs={**dls.spec.vocabs, _PLATE: meta_vocab(table[_PLATE])})
+    table = dls.screen.table.assign(**{_PLATE: stat_groups(dls.screen.table, 'plate')})
+    dls = dls.rebuild(screen=dls.screen[table], vocabs={**dls.spec.vocabs, _PLATE: meta_vocab(table[_PLATE])})
     learn = screen_learner(dls, *args, seed=seed, **kwargs)
     for rows in (dls.train.items, dls.valid.items): _controls_of(learn, rows, controls)
     model, args = learn.model, learn.model._args
@@ -284,7 +284,7 @@ def fine_tune_cell_types(
 )->dict: # cell type → Learner, each with the history of its fine-tuning
     "A copy of the model for each cell type, trained on that one only"
     dls, res = learn.dls, {}
-    have, table = sorted(dls.train.items.cell_type.unique()), dls.table
+    have, table = sorted(dls.train.items.cell_type.unique()), dls.screen.table
     strange = [c for c in cell_types or () if c not in have]
     if strange: raise ScreenError(f'{first_few(strange)} is not a cell type that was trained on: '
                                   f'choose from {", ".join(have)}.')
@@ -292,6 +292,6 @@ def fine_tune_cell_types(
         mine = table[table.cell_type == c]
         valid = [e for e in dls.held_out if e in set(mine.experiment)] or 'none'
         twin = res[c] = _twin(learn)
-        twin.change_classes(dls.rebuild(table=mine, valid=valid), seed)
+        twin.change_classes(dls.rebuild(screen=dls.screen[mine], valid=valid), seed)
         twin.fit_recipe(recipe, seed, cbs)
     return res

@@ -163,7 +163,7 @@ def _learner_facts(learn):
     except ScreenError: model = {k: list(v.shape) for k, v in model.state_dict().items() if k != EXTRA}
     return dict(model=model, spec=asdict(dls.spec), held_out=dls.held_out, bs=dls.train.bs, samples=[dls.train.n, dls.valid.n],
                 table=_sha256(rows[[*SITE_COLUMNS]].to_csv(index=False, lineterminator='\n').encode()),
-                pixels=_sha256(b''.join(np.ascontiguousarray(dls.source[i]).tobytes() for i in some)))
+                pixels=_sha256(b''.join(np.ascontiguousarray(dls.screen.source[i]).tobytes() for i in some)))
 
 def _callback_facts(cbs):
     "Names and plain arguments; precision and display may change"
