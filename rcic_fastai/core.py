@@ -467,7 +467,7 @@ class OwnLock:
     def acquire(self):
         "Take the lock; a `ScreenError` when another run has it"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(self.path)
+        _remove_stale(self.path.parent)
         while not _put_lock(self.path):
             if (owner := _read_owner(self.path)) is None: continue
             if owner['host'] != platform.node():
