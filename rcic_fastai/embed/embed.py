@@ -132,7 +132,7 @@ def _plan(samples, by, bs, part):
     first = {g: exps[i] for g, i in zip(*np.unique(of, return_index=True))}
     seen = {g: i for i, g in enumerate(dict.fromkeys(of))}
     names, n = sorted(seen, key=lambda g: (first[g], seen[g])), max(part//bs, 1)*bs
-    at = {g: np.flatnonzero(of == g) for g in names}
+    at = pd.Series(of).groupby(of, sort=False).indices
     return [_Part(g, i, first[g], at[g][k:k+n], k, min(k+n, len(at[g]))) for i, g in enumerate(names) for k in range(0, len(at[g]), n)]
 
 # %% ../../nbs/41_embed.embed.ipynb #7ce9cc2a
@@ -143,7 +143,8 @@ def _adapted_groups(rows, adapt_rows, by):
     lacks = sorted(set(mine) - set(theirs))
     if lacks: raise ScreenError(f'{first_few(lacks)} has no site to take BatchNorm statistics of (no control well, perhaps): '
                                 'adapt on all wells.')
-    return {g: adapt_rows[theirs == g] for g in mine.unique()}
+    at = theirs.groupby(theirs.to_numpy(), sort=False).indices
+    return {g: adapt_rows.iloc[at[g]] for g in mine.unique()}
 
 @contextmanager
 def _adapted(model, spec, rows, source, seed, prior, kw):
