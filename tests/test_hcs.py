@@ -1,5 +1,6 @@
 "OME-Zarr plates: both versions, shards, axes, damage and loss of chunks and metadata, tables of wells."
 import json, os, pickle, random, shutil, subprocess, sys, tempfile, time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -557,6 +558,31 @@ def test_a_source_from_a_stored_table(tmp_path):
     complains('empty=', f=lambda: PlateSource(tmp_path, table, empty='zero', **quiet))
     complains('twice', f=lambda: PlateSource(tmp_path, pd.concat([table, table]), **quiet))
     complains('empty', f=lambda: PlateSource(tmp_path, table[:0], **quiet))
+
+
+# ---- many fields
+
+@both
+def test_metadata_of_many_fields(tmp_path, fmt, monkeypatch):
+    "Each file is read once, by threads, and what most fields say is validated once, although names and places differ"
+    from rcic_fastai.screen import plates
+    p = tmp_path/"p.zarr"
+    write_plate(p, fmt, [f"{r}/{c}" for r in "BCDE" for c in range(2, 7)], 3, shape=(2, 8, 8))
+    for n, f in enumerate(sorted(p.glob("*/*/[0-9]"))):
+        def own(doc):
+            m = ome(doc)["multiscales"][0]
+            m["name"] = f"field {n}"
+            m["datasets"][0]["coordinateTransformations"].append(dict(type="translation", translation=[0, n*.5, n]))
+        edit(meta(f), own)
+    read, validated = [], []
+    plain, model = plates.read_plain, plates._validated
+    monkeypatch.setattr(plates, "read_plain", lambda path, *a: (read.append(str(path)), plain(path, *a))[1])
+    monkeypatch.setattr(plates, "_validated", lambda folder, kind, *a: (validated.append(kind), model(folder, kind, *a))[1])
+    table, source = read_plates(p, **quiet)
+    assert len(table) == 60 and len(source) == 60 and len({id(layout) for _, layout in source._where.values()}) == 1
+    found = [f for f in read if os.path.isfile(f)]
+    assert len(found) == len(set(found)) and len(found) <= (1 + 20 + 60)*(2 if fmt is V4 else 1) + 60
+    assert Counter(validated)["image"] <= plates._READERS and Counter(validated)["well"] == 20
 
 
 # ---- fuzz of the metadata

@@ -81,6 +81,43 @@ class BufferPool:
             if len(self.kept) < self.keep: self.kept.append(new)
             return torch.from_numpy(new[:n])
 
+# %% ../../nbs/12_batch.loader.ipynb #2d74a4f5
+def _members(codes, n):
+    "Positions of each of `n` groups, in order"
+    order = np.argsort(codes, kind='stable')
+    ends = np.searchsorted(codes[order], np.arange(n + 1))
+    return [order[a:b].tolist() for a, b in zip(ends, ends[1:])]
+
+def _most_batches(shares, k):
+    "How many batches of `k` different groups there can be, when group g has shares[g] for as many"
+    low, high = 0, int(shares.sum())//k
+    while low < high:
+        m = (low + high + 1)//2
+        if np.minimum(shares, m).sum() >= m*k: low = m
+        else: high = m - 1
+    return low
+
+class _Draws:
+    "Call with n: the next n numbers of `rng.random()`, drawn by numpy from the same Mersenne Twister"
+    def __init__(self, rng):
+        self.rng, (self.version, state, self.gauss) = rng, rng.getstate()
+        self.numpy = np.random.RandomState()
+        self.numpy.set_state(('MT19937', np.array(state[:-1], np.uint32), state[-1]))
+    def __call__(self, n): return self.numpy.random_sample(n)
+    def give_back(self):
+        "Let `rng` go on after the numbers that were drawn"
+        _, keys, at, *_ = self.numpy.get_state()
+        self.rng.setstate((self.version, (*map(int, keys), at), self.gauss))
+
+def _first_k(most, draws, k):
+    "Where the `k` greatest are, greatest first, ties by the smaller draw"
+    cut = np.partition(most, -k)[-k]
+    above, ties = np.flatnonzero(most > cut), np.flatnonzero(most == cut)
+    short = k - len(above)
+    if short < len(ties): ties = ties[np.argpartition(draws[ties], short - 1)[:short]]
+    some = np.concatenate([above, ties])
+    return some[np.lexsort((draws[some], -most[some]))]
+
 # %% ../../nbs/12_batch.loader.ipynb #668752d3
 class GroupBatches:
     "An order of samples in which every batch holds `k` groups of equal share"
@@ -93,17 +130,20 @@ class GroupBatches:
         if not 1 <= k <= len(self.names):
             raise ScreenError(f'{k} groups in a batch are asked for and there are {len(self.names)}: choose 1 to {len(self.names)}.')
         if bs % k: raise ScreenError(f'batches of {bs} cannot hold {k} groups of equal share: choose a multiple of {k}.')
-        self.n, self.k, self.members = bs//k, k, [np.flatnonzero(codes == i).tolist() for i in range(len(self.names))]
-        self.batches = len(self._plan(random.Random(0)))
+        self.n, self.k, self.members = bs//k, k, _members(codes, len(self.names))
+        self.shares = np.array([max(len(m)//self.n, 1) for m in self.members])
+        self.batches = _most_batches(self.shares, k)
     def __len__(self): return self.batches
     def _plan(self, rng): # [[group, …k], …]
         "Which groups go together: always those with most left, ties by chance"
-        left, plan = [max(len(m)//self.n, 1) for m in self.members], []
-        while True:
-            some = sorted((g for g in range(len(left)) if left[g]), key=lambda g: (-left[g], rng.random()))[:self.k]
-            if len(some) < self.k: break
-            for g in some: left[g] -= 1
-            plan.append(some)
+        left, plan, draws = self.shares.copy(), [], _Draws(rng)
+        for _ in range(self.batches):
+            live = np.flatnonzero(left)
+            some = live[_first_k(left[live], draws(len(live)), self.k)]
+            left[some] -= 1
+            plan.append(some.tolist())
+        draws(np.count_nonzero(left))            # groups that were left without company were drawn for as well
+        draws.give_back()
         rng.shuffle(plan)
         return plan
     def order(self, rng): # list of len(self)·bs positions
