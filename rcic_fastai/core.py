@@ -91,9 +91,9 @@ def _alive(pid):
 def _remove_stale(folder):
     "Remove what killed processes of this machine left in `folder` of files that this library was writing"
     for o in os.scandir(folder):
-        if not o.name.startswith(_HOST): continue
-        pid = o.name[len(_HOST):].partition('.')[0]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)): Path(o.path).unlink(missing_ok=True)
+        pid, _, name = o.name.removeprefix(_HOST).partition('.')
+        is_ours = o.name.startswith(_HOST) and pid.isdigit() and name and o.is_file(follow_symlinks=False)
+        if is_ours and not _alive(int(pid)): Path(o.path).unlink(missing_ok=True)
 
 def _clean_once(folder, seconds=60):
     "Remove stale files of `folder`, once per process and minute: a folder of many files is looked through a few times only"

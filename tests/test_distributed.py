@@ -50,7 +50,7 @@ from rcic_fastai.train.recipes import *
 from rcic_fastai.embed.embed import embed_screen
 screen_ = open_screen(sys.argv[1])
 out, bs, by = sys.argv[2], int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else None
-dls = screen_dls(table, source, valid='HUVEC-02', bs=bs, augs=None, device='cpu', seed=5, batch_by=by)
+dls = screen_dls(screen_, valid='HUVEC-02', bs=bs, augs=None, device='cpu', seed=5, batch_by=by)
 learn = screen_learner(dls, 'test_efficientnet_gn', pretrained=None, neck='identity', loss='softmax')
 recipe = Recipe('two', [Stage('head', 1, 1e-2, 'head', loss='adacos'), Stage('all', 2, 1e-2, bs=bs//2)])
 try:
@@ -104,7 +104,7 @@ class Odd(Callback):
         if self.what == 'break' and self.epoch == 1: raise KeyboardInterrupt
 
 def fit(name, what=None, cbs=(), bs=8, folder=None, epochs=4, **kwargs):
-    dls = screen_dls(table, source, valid='HUVEC-02', bs=bs, device='cpu', seed=5, batch_by='experiment', batch_groups=2 if bs == 8 else 1)
+    dls = screen_dls(screen_, valid='HUVEC-02', bs=bs, device='cpu', seed=5, batch_by='experiment', batch_groups=2 if bs == 8 else 1)
     learn = screen_learner(dls, 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0)
     Odd.what, odd, error, out = what, Odd(), '', io.StringIO()
     with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -226,7 +226,7 @@ class Note(Callback):
 
 def fit(name, cbs, make=screen_learner):
     torch.manual_seed(100 + rank); random.seed(rank)      # nobody has given the processes a seed
-    dls = screen_dls(table, source, valid='HUVEC-02', bs=8, device='cpu', seed=5, batch_by='experiment', batch_groups=2)
+    dls = screen_dls(screen_, valid='HUVEC-02', bs=8, device='cpu', seed=5, batch_by='experiment', batch_groups=2)
     learn, note = make(dls, 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0), Note()
     with learn.no_bar(), learn.no_logging(), learn.sharded(): learn.fit(2, 1e-2, cbs=[*cbs, note])
     return dict(note.found, end=dict(model=sums([learn.model])))
