@@ -18,7 +18,18 @@ from ..core import _again, _first_line
 from ..screen.tables import *
 from .table import *
 
-# %% ../../nbs/42_embed.index.ipynb #645df046
+# %% ../../nbs/42_embed.index.ipynb #a466c497
+def _reject_bad_rows(x, what, labels, first):
+    "Raise for the first row that has no direction"
+    bad = ~np.isfinite(x).all(1) | (np.abs(x).max(1) == 0)
+    if not bad.any(): return
+    i = int(bad.argmax())
+    keys = [c for c in ('site_id', 'well_id') if labels is not None and c in labels]
+    name = f' ({labels[keys[0]].iloc[i]})' if keys else ''
+    raise ScreenError(f'Row {first+i}{name} of the {what} table is all zeros or not finite: '
+                      'embed that site again or leave it out.')
+
+# %% ../../nbs/42_embed.index.ipynb #89dd339b
 def checked_rows(
     x, # [N,D] embeddings
     what:str='embedding', # What a row is called in a message
@@ -27,16 +38,14 @@ def checked_rows(
 )->np.ndarray: # float32 [N,D], length 1, C-contiguous
     "Scale rows to length 1, or raise for a row that has no direction"
     x = np.ascontiguousarray(x, dtype=np.float32)
-    if x.ndim != 2 or not x.size: raise ScreenError(f'The {what} table has shape {x.shape}: give one row of numbers per site or well.')
-    bad = ~np.isfinite(x).all(1) | (np.abs(x).max(1) == 0)
-    if bad.any():
-        i = int(bad.argmax())
-        name = next((f' ({labels[c].iloc[i]})' for c in ('site_id', 'well_id') if labels is not None and c in labels), '')
-        raise ScreenError(f'Row {first+i}{name} of the {what} table is all zeros or not finite: embed that site again or leave it out.')
-    is_unit = np.concatenate([np.abs((x[i:i+4096].astype(float)**2).sum(1) - 1) < 1e-6 for i in range(0, len(x), 4096)])
+    if x.ndim != 2 or not x.size:
+        raise ScreenError(f'The {what} table has shape {x.shape}: give one row of numbers per site or well.')
+    _reject_bad_rows(x, what, labels, first)
+    length2 = np.concatenate([(x[i:i+4096].astype(float)**2).sum(1) for i in range(0, len(x), 4096)])
+    is_unit = np.abs(length2 - 1) < 1e-6
     return x if is_unit.all() else np.where(is_unit[:, None], x, unit_rows(x))
 
-# %% ../../nbs/42_embed.index.ipynb #a8e617b1
+# %% ../../nbs/42_embed.index.ipynb #138baa02
 KINDS = ('exact', 'ivf', 'hnsw')
 PIECE = 2**15      # rows that are copied at a time
 
@@ -44,25 +53,28 @@ def _pieces(n):
     "Split `n` rows: yields (begin, end)"
     for i in range(0, n, PIECE): yield i, min(i + PIECE, n)
 
-# %% ../../nbs/42_embed.index.ipynb #f92f8fe3
+# %% ../../nbs/42_embed.index.ipynb #6f3c8c95
 def _make_room(flat, n):
     "Let an empty FAISS `IndexFlat` take `n` rows without moving those it has"
     flat.codes.resize(4*n*flat.d)
     flat.codes.resize(0)
     return flat
 
+# %% ../../nbs/42_embed.index.ipynb #e3dc1e19
 class _Held:
     "The vectors of a FAISS `IndexFlat` as an array that keeps the index alive and cannot be written to"
     def __init__(self, flat, owner=None):
         self.flat, self.owner = flat, owner          # an index that a larger one owns ends with it
-        self.__array_interface__ = dict(shape=(flat.ntotal, flat.d), typestr='<f4', data=(int(flat.get_xb()), True), version=3)
+        data, is_readonly = int(flat.get_xb()), True
+        self.__array_interface__ = dict(shape=(flat.ntotal, flat.d), typestr='<f4', data=(data, is_readonly), version=3)
 
-# %% ../../nbs/42_embed.index.ipynb #5d6e43fa
+# %% ../../nbs/42_embed.index.ipynb #bf67df97
 def _exact(n, d, rows):
     "An empty exact index"
     import faiss
     return _make_room(faiss.IndexFlatIP(d), n)
 
+# %% ../../nbs/42_embed.index.ipynb #1e098c8a
 def _ivf(n, d, rows):
     "An empty inverted file, its centers learned from a sample of the rows"
     import faiss
@@ -74,6 +86,7 @@ def _ivf(n, d, rows):
     index.set_direct_map_type(faiss.DirectMap.Array)
     return index
 
+# %% ../../nbs/42_embed.index.ipynb #1082473e
 def _hnsw(n, d, rows):
     "An empty graph"
     import faiss
@@ -82,7 +95,7 @@ def _hnsw(n, d, rows):
     _make_room(faiss.downcast_index(index.storage), n)
     return index
 
-# %% ../../nbs/42_embed.index.ipynb #5b3ae930
+# %% ../../nbs/42_embed.index.ipynb #8fd97f06
 @contextmanager
 def _one_thread():
     "Let FAISS use one thread for a while"
@@ -92,6 +105,7 @@ def _one_thread():
     try: yield
     finally: faiss.omp_set_num_threads(n)
 
+# %% ../../nbs/42_embed.index.ipynb #6d734107
 def _faiss_index(kind, n, d, rows):
     "A FAISS index of the `n` rows that `rows(begin, end)` gives in pieces"
     index = dict(exact=_exact, ivf=_ivf, hnsw=_hnsw)[kind](n, d, rows)
@@ -99,7 +113,16 @@ def _faiss_index(kind, n, d, rows):
         for a, b in _pieces(n): index.add(rows(a, b))
     return index
 
-# %% ../../nbs/42_embed.index.ipynb #5c638f0f
+# %% ../../nbs/42_embed.index.ipynb #5f10cf44
+def _names_of(labels, target):
+    "Return the label of each row as text; every row must have one"
+    if target not in labels:
+        raise ScreenError(f'The labels have no column {target!r}: choose from {", ".join(map(str, labels))}.')
+    y = labels[target]
+    if not y.isna().any(): return y.astype(str)
+    raise ScreenError(f'Row {int(y.isna().argmax())} of the index has no {target}: index only labeled rows.')
+
+# %% ../../nbs/42_embed.index.ipynb #c70ebf24
 class EmbeddingIndex:
     "Labeled embeddings, searched by cosine"
     def __init__(self,
@@ -112,35 +135,35 @@ class EmbeddingIndex:
         self._fill(emb_metadata(emb), rows, rows(0, 1).shape[1], target, kind, model or emb.attrs.get('model'))
 
     def __len__(self): return len(self.labels)
-    def __repr__(self): return f'EmbeddingIndex: {len(self)} embeddings of {self.dim} numbers, {len(self.classes)} classes of {self.target}, {self.kind}'
+    def __repr__(self):
+        classes = f'{len(self.classes)} classes of {self.target}'
+        return f'EmbeddingIndex: {len(self)} embeddings of {self.dim} numbers, {classes}, {self.kind}'
 
-    def _fill(self, labels, rows, dim, target, kind, model):
-        "Check the labels, then search structure from the pieces that `rows(begin, end)` gives"
-        if kind not in KINDS: raise ScreenError(f'kind={kind!r} is not an index: choose from {", ".join(KINDS)}.')
-        if not len(labels) or not dim: raise ScreenError(f'The embedding table has shape {(len(labels), dim)}: give one row of numbers per site or well.')
-        self.labels, self.dim, self.target, self.kind, self.model = labels, dim, target, kind, model
-        y = _names_of(labels, target)
-        self.classes = sorted(y.unique())
-        self.codes = pd.Categorical(y, categories=self.classes).codes.astype(np.int64)
-        unit = lambda a, b: checked_rows(rows(a, b), labels=labels.iloc[a:b], first=a)
-        self.index = _faiss_index(kind, len(labels), dim, unit)
+# %% ../../nbs/42_embed.index.ipynb #e5966859
+@patch
+def _fill(self:EmbeddingIndex, labels, rows, dim, target, kind, model):
+    "Check the labels, then build the search structure from the pieces that `rows(begin, end)` gives"
+    if kind not in KINDS: raise ScreenError(f'kind={kind!r} is not an index: choose from {", ".join(KINDS)}.')
+    if not len(labels) or not dim:
+        shape = len(labels), dim
+        raise ScreenError(f'The embedding table has shape {shape}: give one row of numbers per site or well.')
+    self.labels, self.dim, self.target, self.kind, self.model = labels, dim, target, kind, model
+    y = _names_of(labels, target)
+    self.classes = sorted(y.unique())
+    self.codes = pd.Categorical(y, categories=self.classes).codes.astype(np.int64)
+    unit = lambda a, b: checked_rows(rows(a, b), labels=labels.iloc[a:b], first=a)
+    self.index = _faiss_index(kind, len(labels), dim, unit)
 
-def _names_of(labels, target):
-    "The label of each row as text; every row must have one"
-    if target not in labels: raise ScreenError(f'The labels have no column {target!r}: choose from {", ".join(map(str, labels))}.')
-    y = labels[target]
-    if y.isna().any(): raise ScreenError(f'Row {int(y.isna().argmax())} of the index has no {target}: index only labeled rows.')
-    return y.astype(str)
-
-# %% ../../nbs/42_embed.index.ipynb #19848260
+# %% ../../nbs/42_embed.index.ipynb #28ceab93
 @patch(as_prop=True)
 def features(self:EmbeddingIndex)->np.ndarray: # float32 [N,D], read-only
-    "Vectors of length 1, in the order of the rows; for kind 'ivf' a copy"
+    "Show the vectors of length 1, in the order of the rows; for kind 'ivf' a copy"
     import faiss
     if self.kind == 'ivf': return self.index.reconstruct_n(0, len(self))
     flat = self.index if self.kind == 'exact' else faiss.downcast_index(self.index.storage)
     return np.asarray(_Held(flat, owner=self.index))
 
+# %% ../../nbs/42_embed.index.ipynb #eedf9e71
 @patch
 def vectors(self:EmbeddingIndex,
     rows # Row numbers
@@ -148,6 +171,7 @@ def vectors(self:EmbeddingIndex,
     "Copy some of the vectors"
     return self.index.reconstruct_batch(rows) if self.kind == 'ivf' else self.features[rows]
 
+# %% ../../nbs/42_embed.index.ipynb #27629ba1
 @patch
 def table(self:EmbeddingIndex)->pd.DataFrame: # Embeddings table
     "Return what the index was made of, with vectors of length 1"
@@ -155,24 +179,26 @@ def table(self:EmbeddingIndex)->pd.DataFrame: # Embeddings table
     if self.model: emb.attrs['model'] = self.model
     return emb
 
-# %% ../../nbs/42_embed.index.ipynb #5a32fd36
+# %% ../../nbs/42_embed.index.ipynb #f331acf5
 def _restrictions(n, **columns):
     "Group queries by what they are restricted to: yields (values, positions)"
     given = {k: pd.Series(np.asarray(v, dtype=object)) for k, v in columns.items() if v is not None}
     for k, v in given.items():
         if len(v) != n: raise ScreenError(f'{k} has {len(v)} entries for {n} queries: give one each.')
-    if not given: yield {}, np.arange(n); return
+    if not given:
+        yield {}, np.arange(n)
+        return
     keys = pd.DataFrame({k: v.where(v.notna(), None) for k, v in given.items()})
     for values, at in keys.groupby(list(keys), sort=False, dropna=False).indices.items():
         yield dict(zip(keys, values if isinstance(values, tuple) else (values,))), at
 
-# %% ../../nbs/42_embed.index.ipynb #8c321b44
+# %% ../../nbs/42_embed.index.ipynb #97ddb8fc
 @patch
 def allowed(self:EmbeddingIndex,
     classes=None, # bool [K]: classes that may be found; None: all
     **values # Column → value; missing values do not restrict
 )->np.ndarray: # Row numbers, ascending
-    "Rows of the index that a query may find"
+    "Return the rows of the index that a query may find"
     keep = np.ones(len(self), bool) if classes is None else np.asarray(classes, bool)[self.codes]
     for c, v in values.items():
         if v is None or pd.isna(v): continue
@@ -181,10 +207,10 @@ def allowed(self:EmbeddingIndex,
         keep &= ((col == v) & col.notna()).fillna(False).to_numpy(bool)
     return np.flatnonzero(keep)
 
-# %% ../../nbs/42_embed.index.ipynb #7859a545
+# %% ../../nbs/42_embed.index.ipynb #f9708c8b
 @patch
 def _nearest(self:EmbeddingIndex, q, k, rows):
-    "Cosines and row numbers of the `k` nearest among `rows`, best first; every one of them is compared"
+    "Compare every one of `rows`: cosines and row numbers of the `k` nearest, best first"
     import faiss
     best, found = np.empty((len(q), 0), np.float32), np.empty((len(q), 0), np.int64)
     for a, b in _pieces(len(rows)):
@@ -195,7 +221,7 @@ def _nearest(self:EmbeddingIndex, q, k, rows):
             best, found = np.take_along_axis(best, order, 1), np.take_along_axis(found, order, 1)
     return best, found
 
-# %% ../../nbs/42_embed.index.ipynb #edb45a07
+# %% ../../nbs/42_embed.index.ipynb #29e33a67
 EF_SEARCH = 256      # rows of a graph that are kept in view, at least
 
 @patch
@@ -204,14 +230,15 @@ def _parameters(self:EmbeddingIndex, k, rows):
     import faiss
     n, how = len(self), {}
     if len(rows) < n:
-        mask = np.zeros(n, bool); mask[rows] = True
+        mask = np.isin(np.arange(n), rows)
         how = dict(sel=faiss.IDSelectorBitmap(np.packbits(mask, bitorder='little')))
     if self.kind == 'ivf': return faiss.SearchParametersIVF(nprobe=self.index.nprobe, **how)
     return faiss.SearchParametersHNSW(efSearch=min(n, int(max(k, EF_SEARCH)*n/len(rows))), **how)
 
+# %% ../../nbs/42_embed.index.ipynb #e3d3d3f6
 @patch
 def _search_rows(self:EmbeddingIndex, q, k, rows):
-    "Cosines and row numbers of the `k` nearest among `rows` (at least `k` rows), as the kind of index finds them"
+    "Find the `k` nearest among at least `k` `rows`, as this kind of index does: cosines and row numbers"
     whole = len(rows) == len(self)
     if self.kind == 'exact': return self.index.search(q, k) if whole else self._nearest(q, k, rows)
     cos, found = self.index.search(q, k, params=self._parameters(k, rows))
@@ -219,7 +246,7 @@ def _search_rows(self:EmbeddingIndex, q, k, rows):
     if short.any(): cos[short], found[short] = self._nearest(q[short], k, rows)
     return cos, found
 
-# %% ../../nbs/42_embed.index.ipynb #0e6e6b2b
+# %% ../../nbs/42_embed.index.ipynb #a906ebd4
 @patch
 def _queries(self:EmbeddingIndex, q):
     "Unit rows of the width of the index"
@@ -227,6 +254,7 @@ def _queries(self:EmbeddingIndex, q):
     if q.shape[1] == self.dim: return q
     raise ScreenError(f'Queries have {q.shape[1]} numbers and the index {self.dim}: embed both with the same model.')
 
+# %% ../../nbs/42_embed.index.ipynb #a392fbca
 @patch
 def search(self:EmbeddingIndex,
     q, # [Q,D] embeddings
@@ -244,7 +272,7 @@ def search(self:EmbeddingIndex,
         if n: cos[at, :n], found[at, :n] = self._search_rows(q[at], n, rows)
     return cos, found
 
-# %% ../../nbs/42_embed.index.ipynb #48a8d7c9
+# %% ../../nbs/42_embed.index.ipynb #4d9d34ae
 VOTES = ('nearest', 'mean', 'prototype')
 
 @patch
@@ -254,21 +282,24 @@ def _by_class(self:EmbeddingIndex, rows):
     present, starts = np.unique(self.codes[rows], return_index=True)
     yield from zip(present, np.split(rows, starts[1:]))
 
+# %% ../../nbs/42_embed.index.ipynb #f0772917
 @patch
 def _complete_scores(self:EmbeddingIndex, q, rows, k):
     "[Q,K]: mean cosine of the `k` nearest rows of each class, by an exact search in each class"
     out = np.full((len(q), len(self.classes)), -np.inf, np.float32)
-    for c, mine in self._by_class(rows): out[:, c] = self._nearest(q, min(k, len(mine)), mine)[0].mean(1)
+    for c, mine in self._by_class(rows):
+        cos, _ = self._nearest(q, min(k, len(mine)), mine)
+        out[:, c] = cos.mean(1)
     return out
 
-# %% ../../nbs/42_embed.index.ipynb #1b1a3576
+# %% ../../nbs/42_embed.index.ipynb #e100a106
 def _scores_of_found(
     cos, # [Q,n] cosines of the rows that were found, best first
     codes, # [Q,n] their classes
     sizes, # [K] rows of each class that could have been found
     k:int, # Rows per class that count
 )->np.ndarray: # float32 [Q,K]
-    "Mean cosine of the `k` nearest rows of each class; a row that was not found counts as the farthest one that was"
+    "Average the cosines of the `k` nearest rows of each class; a row that was not found counts as the farthest found"
     (n, width), n_classes = cos.shape, len(sizes)
     order = np.argsort(codes, axis=1, kind='stable')
     codes, near = np.take_along_axis(codes, order, 1), np.take_along_axis(cos, order, 1)
@@ -281,7 +312,7 @@ def _scores_of_found(
     score = (total + (wanted - found)*cos[:, -1:])/np.maximum(wanted, 1)
     return np.where(sizes > 0, score, -np.inf).astype(np.float32)
 
-# %% ../../nbs/42_embed.index.ipynb #3414381d
+# %% ../../nbs/42_embed.index.ipynb #7e2f418a
 DEPTH = 1024      # rows that an approximate index searches for, when every class counts
 
 @patch
@@ -296,7 +327,7 @@ def _found_scores(self:EmbeddingIndex, q, rows, k, depth):
         out[i:i+step] = _scores_of_found(cos, self.codes[found], sizes, k)
     return out
 
-# %% ../../nbs/42_embed.index.ipynb #4c88d405
+# %% ../../nbs/42_embed.index.ipynb #335f765a
 TIE = 1e-6     # cosines that differ by less are equal
 
 @patch
@@ -308,23 +339,23 @@ def _top_scores(self:EmbeddingIndex, q, rows, top, depth):
         s = out[todo] = self._found_scores(q[todo], rows, 1, deep)
         bound = np.where(np.isneginf(s), np.inf, s).min(1, keepdims=True)
         is_enough = (s > bound + TIE).sum(1) >= need
-        if deep < len(rows): todo = todo[~is_enough]
-        else: todo = todo[:0]
+        todo = todo[~is_enough & (deep < len(rows))]
         if not len(todo): return out
     out[todo] = self._complete_scores(q[todo], rows, 1)
     return out
 
-# %% ../../nbs/42_embed.index.ipynb #35d72519
+# %% ../../nbs/42_embed.index.ipynb #52c693b6
 @patch
 def prototypes(self:EmbeddingIndex,
     rows=None, # Row numbers; None: all
 )->tuple: # ([P] classes that have rows, float32 [P,D])
-    "Direction of the mean of each class's rows"
+    "Average the rows of each class, and scale to length 1"
     rows = np.arange(len(self)) if rows is None else rows
     add = lambda mine: sum(self.vectors(mine[a:b]).astype(float).sum(0) for a, b in _pieces(len(mine)))
     present, sums = zip(*[(c, add(mine)) for c, mine in self._by_class(rows)])
     return np.array(present), unit_rows(np.array(sums))
 
+# %% ../../nbs/42_embed.index.ipynb #de0d85fa
 @patch
 def _prototype_scores(self:EmbeddingIndex, q, rows):
     "[Q,K]: cosine with the prototype of each class"
@@ -339,7 +370,17 @@ def _prototype_scores(self:EmbeddingIndex, q, rows):
         np.put_along_axis(out[i:i+step], present[found], cos, 1)
     return out
 
-# %% ../../nbs/42_embed.index.ipynb #71a07dc8
+# %% ../../nbs/42_embed.index.ipynb #3f8334f8
+@patch
+def _scorer(self:EmbeddingIndex, vote, k, top, depth):
+    "The function (queries, rows) → [Q,K] for a vote"
+    if vote == 'nearest': k = 1
+    if vote == 'prototype': return self._prototype_scores
+    if self.kind == 'exact': return partial(self._complete_scores, k=k)
+    if top and vote == 'nearest': return partial(self._top_scores, top=top, depth=depth)
+    return partial(self._found_scores, k=k, depth=depth)
+
+# %% ../../nbs/42_embed.index.ipynb #23a7b8e6
 @patch
 def class_scores(self:EmbeddingIndex,
     q, # [Q,D] embeddings
@@ -355,18 +396,14 @@ def class_scores(self:EmbeddingIndex,
     if vote not in VOTES: raise ScreenError(f'vote={vote!r} is not known: choose from {", ".join(VOTES)}.')
     for name, n in dict(k=k, depth=depth).items():
         if n < 1: raise ScreenError(f'{name}={n} rows cannot vote: ask for 1 or more.')
-    q, k = self._queries(q), 1 if vote == 'nearest' else k
-    if vote == 'prototype': scores = self._prototype_scores
-    elif self.kind == 'exact': scores = partial(self._complete_scores, k=k)
-    elif top and vote == 'nearest': scores = partial(self._top_scores, top=top, depth=depth)
-    else: scores = partial(self._found_scores, k=k, depth=depth)
+    q, scores = self._queries(q), self._scorer(vote, k, top, depth)
     out = np.full((len(q), len(self.classes)), -np.inf, np.float32)
     for values, at in _restrictions(len(q), cell_type=cell_type, plate_group=plate_group):
         rows = self.allowed(classes, **values)
         if len(rows): out[at] = scores(q[at], rows)
     return out
 
-# %% ../../nbs/42_embed.index.ipynb #0a8fbeb7
+# %% ../../nbs/42_embed.index.ipynb #1da85b9d
 def merge_wells(
     scores, # [N,K] class scores of sites
     well_ids, # [N] the well of each site
@@ -375,7 +412,8 @@ def merge_wells(
     "Merge the class scores of a well's sites"
     if how not in ('best', 'mean'): raise ScreenError(f'merge={how!r} is not known: choose best or mean.')
     codes, wells = pd.factorize(np.asarray(well_ids, dtype=object))
-    if (codes < 0).any(): raise ScreenError(f'Row {int((codes < 0).argmax())} of the scores has no well: fill in its well_id.')
+    if (codes < 0).any():
+        raise ScreenError(f'Row {int((codes < 0).argmax())} of the scores has no well: fill in its well_id.')
     out = np.full((len(wells), scores.shape[1]), -np.inf, np.float64)
     if how == 'best': np.maximum.at(out, codes, scores)
     else:
@@ -384,12 +422,13 @@ def merge_wells(
         out /= np.bincount(codes)[:, None]
     return out.astype(np.float32), wells
 
-# %% ../../nbs/42_embed.index.ipynb #be88dd46
+# %% ../../nbs/42_embed.index.ipynb #1df91fb6
 _FLOATS = ('float32', 'float64', 'Float32', 'Float64')
-_NUMBERS = ('bool', 'boolean', *_FLOATS, *(f'{k}{n}' for k in ('int', 'uint', 'Int', 'UInt') for n in (8, 16, 32, 64)))
+_WHOLE = tuple(f'{k}{n}' for k in ('int', 'uint', 'Int', 'UInt') for n in (8, 16, 32, 64))
+_NUMBERS = ('bool', 'boolean', *_FLOATS, *_WHOLE)
 
 def _to_plain(s):
-    "A column as plain data; infinity is its name"
+    "Turn a column into plain data; infinity is its name"
     kind = str(s.dtype)
     if kind not in _NUMBERS:
         text = pd.Categorical(s.astype('string').astype(object))
@@ -397,26 +436,30 @@ def _to_plain(s):
     values = s.astype(object).where(s.notna(), None).tolist()
     return dict(kind=kind, values=[str(v) if kind in _FLOATS and v in (np.inf, -np.inf) else v for v in values])
 
+# %% ../../nbs/42_embed.index.ipynb #db5b5383
 def _to_column(c):
-    "The column again, or a ValueError or TypeError"
+    "Make the column again, or raise a ValueError or TypeError"
     kind, values, names = c['kind'], c['values'], c.get('names', [])
-    if not isinstance(values, list) or not all(isinstance(o, str) for o in names): raise ValueError('a column is no list')
+    are_names = all(isinstance(o, str) for o in names)
+    if not isinstance(values, list) or not are_names: raise ValueError('a column is no list')
     if kind not in (*_NUMBERS, 'text'): raise ValueError(f'{kind!r:.40} is no kind of column')
     if kind != 'text': return pd.Series(values, dtype=kind)
     if np.ndim(values) != 1: raise ValueError('lists in a column')
     text = pd.Series(pd.Categorical.from_codes(values, names)).astype(object)
     return text.where(text.notna(), None)
 
-# %% ../../nbs/42_embed.index.ipynb #dffb0d33
+# %% ../../nbs/42_embed.index.ipynb #09a8067f
 INDEX_FORMAT, INDEX_FILES = 3, ('index.safetensors', 'index.rows.json')
 
 def _most_bytes(n, columns): return 2**22 + 256*n*len(columns)
 
+# %% ../../nbs/42_embed.index.ipynb #640479d6
 def _other_model(what, built, model):
     built = built[:8] if built else 'which is not named'
     return ScreenError(f'{what} was built by another model ({built}) than the one it is used with ({model[:8]}): '
                        'keep an index with its model, or build it again.')
 
+# %% ../../nbs/42_embed.index.ipynb #4a383d89
 @patch
 def check_model(self:EmbeddingIndex,
     model:str, # Fingerprint of a model, or None
@@ -424,7 +467,7 @@ def check_model(self:EmbeddingIndex,
     "Raise if the index is known to be built by another model"
     if model and self.model and model != self.model: raise _other_model('The index', self.model, model)
 
-# %% ../../nbs/42_embed.index.ipynb #0d3a6505
+# %% ../../nbs/42_embed.index.ipynb #12a8fec8
 def _write_vectors(x, path):
     from safetensors.numpy import save_file
     save_file(dict(features=x), path)
@@ -439,29 +482,34 @@ def save(self:EmbeddingIndex,
     folder, rows = Path(folder), {str(c): _to_plain(s) for c, s in self.labels.items()}
     text = json.dumps(rows, allow_nan=False)
     if len(text) > _most_bytes(len(self), rows):
-        raise ScreenError(f'The {len(rows)} columns of the index hold more than 256 letters a cell: drop those with long texts.')
+        raise ScreenError(f'The {len(rows)} columns of the index hold more than 256 letters a cell: '
+                          'drop those with long texts.')
     write_atomic(folder/'index.safetensors', partial(_write_vectors, self.features))
     write_atomic(folder/'index.rows.json', lambda p: p.write_text(text))
-    info = dict(format=INDEX_FORMAT, target=self.target, kind=self.kind, rows=len(self), dim=self.dim, model=model or self.model,
-                columns=list(rows), files={f: file_facts(folder/f) for f in INDEX_FILES})
+    info = dict(format=INDEX_FORMAT, target=self.target, kind=self.kind, rows=len(self), dim=self.dim,
+                model=model or self.model, columns=list(rows), files={f: file_facts(folder/f) for f in INDEX_FILES})
     write_atomic(folder/'index.json', lambda p: p.write_text(json.dumps({**info, 'sha256': json_hash(info)}, indent=1)))
 
-# %% ../../nbs/42_embed.index.ipynb #35cc0807
+# %% ../../nbs/42_embed.index.ipynb #228f1905
 def _written_before(path, form):
     "The error for a file of format `form`, older than this version reads"
-    return ScreenError(f"{path} was written by rcic_fastai 0.1 (format {form}): open it with that version, pip install 'rcic_fastai==0.1.0'.")
+    return ScreenError(f'{path} was written by rcic_fastai 0.1 (format {form}): '
+                       "open it with that version, pip install 'rcic_fastai==0.1.0'.")
 
+# %% ../../nbs/42_embed.index.ipynb #5e0c407f
 def _is_index_info(info):
     "Does `info` have the entries of an index.json, each of its kind?"
     columns, files, model, target = (info.get(k) for k in ('columns', 'files', 'model', 'target'))
     whole = lambda k, most: type(info.get(k)) is int and 1 <= info[k] <= most
-    is_model = 'model' in info and (model is None or isinstance(model, str) and bool(re.fullmatch('[0-9a-f]{64}', model)))
+    is_hash = isinstance(model, str) and bool(re.fullmatch('[0-9a-f]{64}', model))
+    is_model = 'model' in info and (model is None or is_hash)
     are_columns = isinstance(columns, list) and 0 < len(columns) <= 1000 and all(isinstance(c, str) for c in columns)
     are_files = isinstance(files, dict) and set(files) == set(INDEX_FILES) and all(map(is_facts, files.values()))
     is_kind = isinstance(info.get('kind'), str) and info['kind'] in KINDS
     is_target = isinstance(target, str) and are_columns and target in columns
     return whole('rows', 2**31) and whole('dim', 2**16) and is_kind and is_model and is_target and are_files
 
+# %% ../../nbs/42_embed.index.ipynb #987195a2
 def _index_info(path):
     "What index.json says, when it makes sense"
     info = read_json(path, 2**22)
@@ -473,9 +521,9 @@ def _index_info(path):
     if info.get('sha256') != json_hash(info): raise _again(f'{path} was changed after it was saved')
     return info
 
-# %% ../../nbs/42_embed.index.ipynb #127c8542
+# %% ../../nbs/42_embed.index.ipynb #bf69c970
 def _open_vectors(path, n, d, facts):
-    "A function that reads a piece of the vectors in a safetensors file, which holds `n` rows of `d` numbers and nothing else"
+    "A function that reads a piece of a safetensors file, which holds `n` rows of `d` numbers and nothing else"
     from safetensors import safe_open
     if not 4*n*d < plain_file(path) == facts['size'] <= 4*n*d + 1024: raise not_the_file(path)
     try:
@@ -485,6 +533,7 @@ def _open_vectors(path, n, d, facts):
     if not fits: raise _again(f'{path} does not hold {n} rows of {d} numbers')
     return lambda a, b: part[a:b]
 
+# %% ../../nbs/42_embed.index.ipynb #03b5820a
 def _check_vectors(path, n, d, facts):
     "Every row is of length 1, and the file is the one that was saved; returns what reads a piece of it"
     rows = _open_vectors(path, n, d, facts)
@@ -495,24 +544,26 @@ def _check_vectors(path, n, d, facts):
     check_file(path, facts)
     return rows
 
-# %% ../../nbs/42_embed.index.ipynb #03f345e3
+# %% ../../nbs/42_embed.index.ipynb #df8770d4
 def _read_rows(path, n, columns):
     "The table of what each vector is"
     d = parse_json(path.read_bytes(), path)
-    if list(d) != columns: raise ScreenError(f'{path} has other columns than index.json says: copy the whole folder again.')
+    if list(d) != columns: raise _again(f'{path} has other columns than index.json says')
     try:
         table = pd.DataFrame({c: _to_column(o) for c, o in d.items()})
         if len(table) != n: raise ValueError(f'it has {len(table)} rows')
         return table
     except Exception as e: raise _again(f'{path} does not hold the rows of this index ({_first_line(e)})') from None
 
+# %% ../../nbs/42_embed.index.ipynb #0bd473a2
 def _load_index(
     folder, # What `EmbeddingIndex.save` wrote
     model:str=None, # Fingerprint of the model that must have made it; None: any
 )->EmbeddingIndex:
     "Read an index back; sizes and hashes are checked before anything is believed"
     folder = Path(folder)
-    if not os.path.lexists(folder/'index.json'): raise ScreenError(f'{folder} has no index.json: point to a folder written by EmbeddingIndex.save.')
+    if not os.path.lexists(folder/'index.json'):
+        raise ScreenError(f'{folder} has no index.json: point to a folder written by EmbeddingIndex.save.')
     info = _index_info(folder/'index.json')
     n, d, columns, files = (info[k] for k in ('rows', 'dim', 'columns', 'files'))
     if model and info['model'] != model: raise _other_model(folder/'index.json', info['model'], model)
