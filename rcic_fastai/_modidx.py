@@ -1670,6 +1670,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'rcic_fastai/screen/tables.py'),
                                            'rcic_fastai.screen.tables._read_packed': ( 'screen.tables.html#_read_packed',
                                                                                        'rcic_fastai/screen/tables.py'),
+                                           'rcic_fastai.screen.tables._real_places': ( 'screen.tables.html#_real_places',
+                                                                                       'rcic_fastai/screen/tables.py'),
                                            'rcic_fastai.screen.tables._sirna_names': ( 'screen.tables.html#_sirna_names',
                                                                                        'rcic_fastai/screen/tables.py'),
                                            'rcic_fastai.screen.tables._text': ('screen.tables.html#_text', 'rcic_fastai/screen/tables.py'),

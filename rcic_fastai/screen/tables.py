@@ -310,7 +310,15 @@ def wilds_split(
     return t
 
 # %% ../../nbs/01_screen.tables.ipynb #fae0df77
-def real_data()->Path|None: # Folder with `metadata/` and `images/`, or `None`
-    "Where real RxRx1 files are on this machine: `$RCIC_REAL`, else `../shared/data/rxrx1` beside the checkout"
-    places = [os.environ.get('RCIC_REAL'), Path(__file__).resolve().parents[2]/'shared/data/rxrx1' if '__file__' in globals() else None]
-    return next((Path(p) for p in places if p and (Path(p)/'metadata').is_dir()), None)
+def _real_places():
+    "Folders that may hold RxRx1: `$RCIC_REAL` alone where it is set, else `../shared/data/rxrx1` beside the checkout"
+    if named := os.environ.get('RCIC_REAL'): return [Path(named)]
+    here = Path(globals().get('__file__', 'a notebook'))
+    tops = [p for f in (here.absolute(), here.resolve()) for p in f.parents if (p/'settings.ini').is_file()]
+    return list(dict.fromkeys(p.parent/'shared/data/rxrx1' for p in tops))
+
+def real_data(
+    part:str='metadata', # What has to be there: 'metadata' (the tables) or 'images'
+)->Path|None:            # Folder with `metadata/` and perhaps `images/`, or `None`
+    "Where RxRx1's own files are on this machine: in `$RCIC_REAL`, else in `../shared/data/rxrx1` beside the checkout"
+    return next((p for p in _real_places() if (p/'metadata').is_dir() and (p/part).is_dir()), None)
