@@ -315,7 +315,7 @@ def test_pictures(tmp_path):
 
 def test_without_harmonypy(monkeypatch):
     monkeypatch.setitem(sys.modules, 'harmonypy', None)
-    with pytest.raises(ScreenError, match='pip install "harmonypy>=2"'): correct(TOY, 'harmony')
+    with pytest.raises(ScreenError, match='pip install "harmonypy>=2.1"'): correct(TOY, 'harmony')
 
 def test_old_harmonypy_is_refused(monkeypatch):
     old = types.SimpleNamespace(run_harmony=lambda x, *args, **kw: types.SimpleNamespace(Z_corr=x))          # rows and columns the other way round

@@ -182,7 +182,8 @@ def sirna_groups(
     s, sirnas = pd.factorize(t['sirna'])
     p, plates = pd.factorize(t['experiment'] + '_' + t['plate'].astype(str))
     n = len(sirnas) + len(plates)
-    _, comp = connected_components(coo_array((np.ones(len(t)), (s, p + len(sirnas))), shape=(n, n)), directed=False)
+    ends = np.int32(s), np.int32(p + len(sirnas))      # scipy before 1.12 answers 64-bit indices with one group, silently
+    _, comp = connected_components(coo_array((np.ones(len(t)), ends), shape=(n, n)), directed=False)
     key = t.groupby('sirna', sort=False)['sirna_id'].first()
     d = pd.DataFrame(dict(sirna=sirnas, comp=comp[:len(sirnas)], key=key.reindex(sirnas).values))
     d = d.sort_values(['key', 'sirna'])
@@ -311,7 +312,7 @@ def wilds_split(
 
 # %% ../../nbs/01_screen.tables.ipynb #fae0df77
 def _real_places():
-    "Folders that may hold RxRx1: `$RCIC_REAL` alone where it is set, else `../shared/data/rxrx1` beside the checkout"
+    "List the folders that may hold RxRx1: `$RCIC_REAL` alone where it is set, else `../shared/data/rxrx1` beside the checkout"
     if named := os.environ.get('RCIC_REAL'): return [Path(named)]
     here = Path(globals().get('__file__', 'a notebook'))
     tops = [p for f in (here.absolute(), here.resolve()) for p in f.parents if (p/'settings.ini').is_file()]
@@ -320,5 +321,5 @@ def _real_places():
 def real_data(
     part:str='metadata', # What has to be there: 'metadata' (the tables) or 'images'
 )->Path|None:            # Folder with `metadata/` and perhaps `images/`, or `None`
-    "Where RxRx1's own files are on this machine: in `$RCIC_REAL`, else in `../shared/data/rxrx1` beside the checkout"
+    "Find RxRx1's own files on this machine: in `$RCIC_REAL`, else in `../shared/data/rxrx1` beside the checkout"
     return next((p for p in _real_places() if (p/'metadata').is_dir() and (p/part).is_dir()), None)
