@@ -217,6 +217,22 @@ def test_every_requirement_has_a_lower_bound():
         assert [s for s in r.specifier if s.operator in ('>=', '==')], f'{r} permits any version'
 
 
+def names_of_packages(path):
+    "`torch.nn.Linear` and the like: (line, what stands in the code) for the packages that are imported whole"
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        text = ast.unparse(node) if isinstance(node, ast.Attribute) else ''
+        if re.fullmatch(r'(torch|np|pd|cv2)(\.\w+)+', text): yield node.lineno, text
+
+
+def test_every_name_of_a_package_exists_in_this_version():
+    "Also those of branches that are hardly ever taken; `make test-lowest` asks it of the lowest versions"
+    import cv2, numpy as np, pandas as pd, torch, torch.distributed  # noqa: F401
+    for path in MODULES:
+        for line, text in names_of_packages(path):
+            *inner, name = text.split('.')
+            assert hasattr(eval('.'.join(inner)), name), f'{path.name}, line {line}: {text}'
+
+
 def test_every_extra_is_one_of_the_package(monkeypatch):
     given = setup_arguments(monkeypatch)
     assert set(given['extras_require']) == set(lock.extras()) and given['install_requires'] == lock.requirements()
