@@ -7,7 +7,12 @@ LOCK ?= requirements.lock
 BIN := .venv/bin
 # The stamp carries a checksum of the files that name the requirements, and is written last: a changed requirement or
 # an interrupted installation is installed again, a new clone or a mere `touch` is not.
-STAMP := .venv/installed-$(shell cat settings.ini setup.py pyproject.toml $(LOCK) | cksum | cut -d ' ' -f 1)
+SUM := $(shell cat settings.ini setup.py pyproject.toml tools/lock.py $(LOCK) | cksum | cut -d ' ' -f 1)
+STAMP := .venv/installed-$(SUM)
+# Environments beside it, kept in the same way: the lowest versions that are permitted, and what the extras bring.
+LOWEST := .venv-lowest/installed-$(SUM)
+EXTRAS := .venv-extras/installed-$(SUM)
+UV := .venv-uv/bin/uv
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLBACKEND := Agg
@@ -18,28 +23,35 @@ export OMP_WAIT_POLICY := PASSIVE
 # two notebooks, or two files of tests, run at a time: one thread each
 LIMITS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: help venv lock demo test test-notebooks test-pytest test-sync docs lib store bench clean
+.PHONY: help venv lock demo test test-notebooks test-pytest test-sync test-lowest test-extras docs lib store bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    draw a small screen, learn it, name its unseen wells: demo/report.html"
 	@echo "make test    run every notebook and every test, check that generated files are in step (about 15 minutes)"
+	@echo "make test-lowest   the tests with the lowest permitted versions, in .venv-lowest (LOWEST_TIME)"
+	@echo "make test-extras   the tests and notebooks that need packages of the extras, in .venv-extras (EXTRAS_TIME)"
 	@echo "make docs    write docs/ and README.md from the notebooks"
 	@echo "make lib     write rcic_fastai/ from the notebooks"
 	@echo "make store   run every notebook and store its outputs"
 	@echo "make bench   measure, and store the figures in bench/results/"
 	@echo "make lock    resolve requirements.lock anew, with checksums"
-	@echo "make clean   remove .venv, demo/ and caches"
+	@echo "make clean   remove .venv, .venv-*, demo/ and caches"
 	@echo "PYTHON=...   which Python (3.11 or newer) makes .venv; now $(PYTHON)"
 
 venv: $(STAMP)
 
-$(STAMP):
+# Says what to do where $(PYTHON) cannot make environments.
+define python_works
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or newer, or name one with make PYTHON=/path/to/python."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11: install a newer one, or name one with make PYTHON=/path/to/python."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make environments: install its venv module (on Debian and Ubuntu, the package python3-venv)."; exit 1; }
+endef
+
+$(STAMP):
+	$(python_works)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making .venv (some minutes, about 6 GB)."; $(PYTHON) -m venv --clear .venv; }
 	@rm -f .venv/installed-*
 ifeq ($(LOCK),)
@@ -53,12 +65,37 @@ endif
 demo: $(STAMP)
 	$(BIN)/rcic_demo demo --force
 
-# uv resolves for all systems and Pythons that are supported; a hidden environment, so that .venv stays as it is.
-lock:
-	$(PYTHON) -m venv .venv/lock && .venv/lock/bin/python -m pip install -q uv
-	$(BIN)/python tools/lock.py > .venv/lock/requirements.in
-	.venv/lock/bin/uv pip compile .venv/lock/requirements.in --universal --generate-hashes --python-version 3.11.7 \
+# uv resolves for all systems and Pythons that are supported.
+lock: $(UV)
+	$(PYTHON) tools/lock.py > .venv-uv/requirements.in
+	$(UV) pip compile .venv-uv/requirements.in --universal --generate-hashes --python-version 3.11.7 \
 		--no-header --no-annotate -q -o requirements.lock
+
+$(UV):
+	$(python_works)
+	$(PYTHON) -m venv --clear .venv-uv && .venv-uv/bin/python -m pip install -q uv
+
+# What the library and its extras name at its lowest version, the rest at its newest; a bound that cannot be reached fails.
+$(LOWEST): $(UV)
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(PYTHON) tools/lock.py lowest > .venv-lowest/lowest.in
+	$(UV) pip compile .venv-lowest/lowest.in --python .venv-lowest/bin/python --resolution lowest-direct \
+		--no-header --no-annotate -q -o .venv-lowest/lowest.txt
+	$(PYTHON) tools/lock.py check .venv-lowest/lowest.txt
+	$(UV) pip install -q --python .venv-lowest/bin/python -r .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The versions of requirements.lock, but for those that an extra does not permit (AnnData: pandas below 3).
+$(EXTRAS): $(UV)
+	$(PYTHON) -m venv --clear .venv-extras
+	$(PYTHON) tools/lock.py extras > .venv-extras/extras.in
+	cp requirements.lock .venv-extras/extras.txt
+	$(UV) pip compile .venv-extras/extras.in --python .venv-extras/bin/python --generate-hashes \
+		--no-header --no-annotate -q -o .venv-extras/extras.txt
+	$(UV) pip install -q --python .venv-extras/bin/python --require-hashes -r .venv-extras/extras.txt
+	.venv-extras/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
 
 # All three parts run, whatever the first ones say.
 test: $(STAMP)
@@ -71,8 +108,17 @@ test-notebooks: $(STAMP)
 
 # The long ones first, so that the two workers end together.
 LONG := $(patsubst %,tests/test_%.py,cli distributed checkpoints network stream soak)
+PYTEST := -m pytest -q -ra --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 test-pytest: $(STAMP)
-	$(LIMITS) $(BIN)/python -m pytest -q -ra --durations=10 -n 2 --dist loadfile --no-loadscope-reorder $(LONG) tests
+	$(LIMITS) $(BIN)/python $(PYTEST) $(LONG) tests
+
+test-lowest: $(LOWEST)
+	$(LIMITS) .venv-lowest/bin/python $(PYTEST) $(LONG) tests
+
+# The tests marked `extra`, where a missing package fails; then the notebooks that do more where one is installed.
+test-extras: $(EXTRAS)
+	$(LIMITS) .venv-extras/bin/python $(PYTEST) --extras tests
+	$(LIMITS) .venv-extras/bin/python tools/notebooks.py $(shell grep -l find_spec nbs/*.ipynb)
 
 test-sync: $(STAMP)
 	$(LIMITS) $(BIN)/python tools/sync.py check
@@ -92,5 +138,5 @@ bench: $(STAMP)
 	if [ -n "$$failed" ]; then echo "make bench: failed:$$failed"; exit 1; fi
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .pytest_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf .venv .venv-* demo build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

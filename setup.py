@@ -7,7 +7,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='], interpolation=None)
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('lite', 'hcs', 'harmony', 'anndata', 'dev')}
+extras = {key.removesuffix('_requirements'): cfg[key].split() for key in cfg if key.endswith('_requirements')}
 extras['dev'] += extras['lite'] + extras['hcs']
 
 setup(

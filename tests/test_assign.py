@@ -357,7 +357,7 @@ def test_bad_plates_with_names():
 
 REAL = real_data()
 
-@pytest.mark.skipif(REAL is None, reason='the real RxRx1 tables are not on this machine (set RCIC_REAL)')
+@pytest.mark.real('metadata')
 def test_training_shows_three_real_patterns_and_the_test_has_the_fourth():
     t = read_metadata(REAL/'metadata')
     seen, every = (group_patterns(t[t.dataset == 'train'], extend=e) for e in ('seen', 'rotations'))
@@ -366,14 +366,14 @@ def test_training_shows_three_real_patterns_and_the_test_has_the_fourth():
     known = [set(map(tuple, o.to_numpy())) for o in (seen, every)]
     assert sum(tuple(o) not in known[0] for o in test.to_numpy()) == 4 and all(tuple(o) in known[1] for o in test.to_numpy())
 
-@pytest.mark.skipif(REAL is None, reason='the real RxRx1 tables are not on this machine (set RCIC_REAL)')
+@pytest.mark.real('metadata')
 def test_real_plates_hold_rotations_only():
     t = read_metadata(REAL/'metadata')
     maps = t.drop_duplicates(['experiment', 'plate']).pivot(index='experiment', columns='plate', values='plate_group').astype(int)
     assert len(maps) == 51 and maps.shape[1] == 4
     for _, groups in maps.iterrows(): assert [(groups[p] - groups[1]) % 4 for p in (1, 2, 3, 4)] == [0, 1, 2, 3]
 
-@pytest.mark.skipif(REAL is None, reason='the real RxRx1 tables are not on this machine (set RCIC_REAL)')
+@pytest.mark.real('metadata')
 def test_real_groups_derived_from_labels_rotate_too(tmp_path):
     for name in ('train.csv', 'train_controls.csv', 'test.csv', 'sirna_int_to_name.csv'): (tmp_path/name).symlink_to(REAL/'metadata'/name)
     t = read_metadata(tmp_path)

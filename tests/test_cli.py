@@ -295,7 +295,7 @@ def test_plate_without_treatments(here, tmp_path, capsys):
 
 REAL = real_data()
 
-@pytest.mark.skipif(REAL is None or not (REAL/'images').is_dir(), reason='real RxRx1 images are not on this machine (set RCIC_REAL)')
+@pytest.mark.real('images')
 def test_real_sites_by_command(tmp_path):
     out = ok(f'rcic_train {REAL} {tmp_path}/m --target cell_type --only-present --size 224 --seed 0')
     assert '16 training' in out

@@ -315,7 +315,7 @@ def test_pictures(tmp_path):
 
 def test_without_harmonypy(monkeypatch):
     monkeypatch.setitem(sys.modules, 'harmonypy', None)
-    with pytest.raises(ScreenError, match='pip install "harmonypy>=2"'): correct(TOY, 'harmony')
+    with pytest.raises(ScreenError, match='pip install "harmonypy>=2.1"'): correct(TOY, 'harmony')
 
 def test_old_harmonypy_is_refused(monkeypatch):
     old = types.SimpleNamespace(run_harmony=lambda x, *args, **kw: types.SimpleNamespace(Z_corr=x))          # rows and columns the other way round
@@ -323,8 +323,8 @@ def test_old_harmonypy_is_refused(monkeypatch):
     with pytest.raises(ScreenError, match='too old'): correct(TOY, 'harmony')
     with pytest.raises(ScreenError, match='one batch only .HUVEC-01.'): correct(TOY[(M.experiment == 'HUVEC-01').to_numpy()], 'harmony')
 
+@pytest.mark.extra('harmonypy')
 def test_harmony():
-    pytest.importorskip('harmonypy', reason='harmonypy is not installed')
     emb = toy_profiles(n_sirnas=24, dim=32, batch=1., seed=3); m = emb_metadata(emb)
     got, centred = correct(emb, 'harmony', clusters=1), correct(emb, 'centre', scale=False)
     spread = lambda e: np.var([feats(e)[i].mean(0) for i in m.groupby('experiment').indices.values()], axis=0).sum()/feats(e).var(0).sum()

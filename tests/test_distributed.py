@@ -1,6 +1,5 @@
 "Two CPU processes are one: the same index, the same predictions, the same weights; only process 0 speaks and writes."
 import json, os, subprocess, sys, time
-from importlib.util import find_spec
 import numpy as np, pandas as pd, pytest, torch
 from rcic_fastai import cli
 from rcic_fastai.train.checkpoints import read_checkpoint
@@ -14,7 +13,7 @@ TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--np
 ACCELERATE = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '2', '--num_machines', '1',
               '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
 LAUNCHERS = [pytest.param(TORCHRUN, id='torchrun'),
-             pytest.param(ACCELERATE, id='accelerate', marks=pytest.mark.skipif(find_spec('accelerate') is None, reason='accelerate is not installed'))]
+             pytest.param(ACCELERATE, id='accelerate')]
 
 def launched(launcher, script, *args, **kw):
     return subprocess.run([*launcher, script, *map(str, args)], env=ENV, capture_output=True, text=True, timeout=280, **kw)

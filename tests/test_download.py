@@ -153,7 +153,6 @@ def test_checksum(server, tmp_path, sums, says):
     assert names(tmp_path) == [] and len(server.log) == 1
 
 def test_crc32c(server, tmp_path):
-    pytest.importorskip('google_crc32c', reason='google-crc32c comes with zarr')
     server.sums = ['crc32c=' + crc32c(BLOB)]
     fetch_file(server.url, tmp_path/'f.bin', **FAST)
     whole(tmp_path)

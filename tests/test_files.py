@@ -262,12 +262,13 @@ def test_tiffs_that_pillow_writes(tmp_path, how, dtype, size):
     assert (read_planes(tmp_path/'x.tif')[0] == x).all()
 
 
+PREDICTOR = 317      # the TIFF tag, which OpenCV has a name for since 4.10
+
 @pytest.mark.parametrize('predictor', [1, 2])
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
 def test_lzw_of_opencv_with_and_without_differences(tmp_path, predictor, dtype):
     x = pixels(1, 70, 91, dtype)[0]
-    assert cv2.imwrite(str(tmp_path/'x.tif'), x, [cv2.IMWRITE_TIFF_COMPRESSION, 5, cv2.IMWRITE_TIFF_PREDICTOR,
-                                                  predictor])
+    assert cv2.imwrite(str(tmp_path/'x.tif'), x, [cv2.IMWRITE_TIFF_COMPRESSION, 5, PREDICTOR, predictor])
     assert (read_planes(tmp_path/'x.tif')[0] == x).all()
 
 

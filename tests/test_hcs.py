@@ -4,10 +4,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
-zarr = pytest.importorskip('zarr')
-pytest.importorskip('ome_zarr_models')
-pytest.importorskip('ome_zarr', reason='plates are written with ome-zarr')
+import numpy as np, pandas as pd, pytest, zarr
 from numcodecs import LZ4, Blosc, GZip, Zlib, Zstd
 from ome_zarr.format import FormatV04, FormatV05
 from ome_zarr.writer import write_image, write_multiscales_metadata, write_plate_metadata, write_well_metadata

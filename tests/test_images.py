@@ -6,8 +6,7 @@ from rcic_fastai.screen.images import *
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import CHANNELS, read_metadata, real_data
 
-real = pytest.mark.skipif(real_data() is None or not (real_data()/'images').is_dir(),
-                          reason='no real RxRx1 images on this machine')
+real = pytest.mark.real('images')
 
 
 def site_table(experiments=('HUVEC-01',), plates=(1, 2), wells=('B02', 'C03'), sites=(1, 2), dataset='train'):
@@ -121,7 +120,7 @@ def test_any_channels_and_both_depths(tmp_path, dtype, channels):
 
 
 def test_read_into_a_tensor(tree):
-    torch = pytest.importorskip('torch')
+    import torch
     root, table, pixels = tree
     source = PngTree(root, table)
     t = torch.zeros(2, *source.shape, dtype=torch.uint8)

@@ -5,7 +5,7 @@ from rcic_fastai.screen.tables import *
 from rcic_fastai.screen.tables import SITE_COLUMNS, WILDS_VAL
 
 REAL = real_data()
-real = pytest.mark.skipif(REAL is None, reason='real RxRx1 tables are not on this machine (set RCIC_REAL)')
+real = pytest.mark.real('metadata')
 
 @pytest.fixture(scope='module')
 def table(): return read_metadata(REAL)

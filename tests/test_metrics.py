@@ -128,8 +128,8 @@ def test_sites_are_queries_too():
     assert summary['n_wells'] == len(table) == (sites.Metadata_well_type == 'treatment').sum() and 'site_id' in table
     assert (table.n_positive == 2*(len(EXPS) - 1)).all()
 
+@pytest.mark.extra('copairs')
 def test_copairs_agrees():
-    pytest.importorskip('copairs')
     for emb in (WELLS, WELLS.sample(frac=.6, random_state=0), toy_profiles(EXPS, (), 8, dim=16)):
         for within, negatives in product((None, 'cell_type'), ('any', 'other')):
             (a, ta), (b, tb) = (retrieval_map(emb, within=within, negatives=negatives, engine=e) for e in ('direct', 'copairs'))

@@ -10,8 +10,7 @@ from rcic_fastai.screen.tables import CHANNELS, SITE_COLUMNS, read_metadata, rea
 from rcic_fastai.screen.pack import *
 from rcic_fastai.screen.screen import Screen
 
-real = pytest.mark.skipif(real_data() is None or not (real_data()/'images').is_dir(),
-                          reason='no real RxRx1 images on this machine (set RCIC_REAL)')
+real = pytest.mark.real('images')
 
 
 def site_table(wells=('B02', 'C03', 'D04'), sites=(1, 2), experiment='HUVEC-01', plate=1):
@@ -146,7 +145,7 @@ SIZES = {1: (1, 1), 5: (7, 13), 6: (33, 64), 16: (20, 9)}
 @pytest.mark.parametrize('channels', SIZES)
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
 def test_round_trip(tmp_path, dtype, channels, codec):
-    "The same pixels by our reader, by plain zarr and by TensorStore; the table; wells of one site and of two"
+    "The same pixels by our reader and by plain zarr; the table; wells of one site and of two"
     table = pd.concat([site_table(), site_table(('E05',), sites=(2,))], ignore_index=True)
     source, pixels = make(tmp_path/'screen', table, (channels, *SIZES[channels]), dtype)
     dest = tmp_path/'screen.zarr'
@@ -166,9 +165,18 @@ def test_round_trip(tmp_path, dtype, channels, codec):
     pd.testing.assert_frame_equal(read_metadata(dest), table)
     array = zarr.open_group(str(dest), mode='r')['images']
     assert array.dtype == dtype and (array[:] == whole).all()
-    ts = pytest.importorskip('tensorstore')
-    opened = ts.open(dict(driver='zarr3', kvstore=dict(driver='file', path=str(dest/'images')))).result()
-    assert (opened.read().result() == whole).all()
+
+
+@pytest.mark.extra('tensorstore')
+@pytest.mark.parametrize('codec', ['fast', 'small'])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_tensorstore_reads_a_store(tmp_path, dtype, codec):
+    import tensorstore as ts
+    table = site_table()
+    source, pixels = make(tmp_path/'screen', table, (6, *SIZES[6]), dtype)
+    path = put(source, table, tmp_path/'screen.zarr', codec=codec)/'images'
+    opened = ts.open(dict(driver='zarr3', kvstore=dict(driver='file', path=str(path)))).result()
+    assert (opened.read().result() == np.stack(list(pixels.values()))).all()
 
 
 def test_zarr_metadata(store):

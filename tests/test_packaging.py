@@ -1,9 +1,13 @@
 "The house is in order: the two settings files agree, the wheel is whole, notebooks and pages are clean."
-import ast, base64, importlib, json, re, shutil, subprocess, sys, zipfile
+import ast, base64, importlib, json, os, re, shutil, subprocess, sys, sysconfig, tarfile, zipfile
 from configparser import ConfigParser
+from functools import lru_cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from urllib.parse import unquote
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,7 +17,7 @@ MODULES = sorted(LIB.rglob('*.py'))
 MACHINE_PATH = re.compile(r'''(?<![\w.:/~-])/(?:tmp|work|root|home|Users|private/var|var/folders)/[\w.-]''')
 
 sys.path.insert(0, str(ROOT/'tools'))
-import docs as pages  # noqa: E402
+import docs as pages, lock  # noqa: E402
 
 
 def name_of(path): return path.name
@@ -87,18 +91,151 @@ def test_console_scripts_are_callable(monkeypatch):
         assert callable(getattr(importlib.import_module(module), name)), script
 
 
-def test_wheel_holds_every_module_and_table(tmp_path):
-    for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, tmp_path)
-    shutil.copytree(LIB, tmp_path/'rcic_fastai', ignore=shutil.ignore_patterns('__pycache__'))
-    command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-index', '--no-build-isolation',
-               '-w', 'out', '.']
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    wheel, = (tmp_path/'out').glob('*.whl')
-    inside = set(zipfile.ZipFile(wheel).namelist())
-    assert {p.relative_to(ROOT).as_posix() for p in MODULES} <= inside
-    tables = {f'rcic_fastai/tables/{p.name}' for p in (LIB/'tables').glob('*.csv')}
-    assert tables and tables <= inside
+# ---- what is built
+
+def said(*command, cwd, **env):
+    "What a command prints; it has to succeed"
+    quiet = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, env=quiet | env)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    "{'sdist': …, 'wheel': …, 'wheel of the sdist': …}: files made from what is in the checkout"
+    top = tmp_path_factory.mktemp('build')
+    for f in ROOT.iterdir():
+        if f.is_file(): shutil.copy(f, top)
+    for d in ('rcic_fastai', 'tests', 'tools'):
+        shutil.copytree(ROOT/d, top/d, ignore=shutil.ignore_patterns('__pycache__'))
+    said(sys.executable, '-m', 'build', '--no-isolation', '--sdist', '--wheel', '--outdir', 'out', '.', cwd=top)
+    sdist, wheel = next((top/'out').glob('*.tar.gz')), next((top/'out').glob('*.whl'))
+    pip = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-index', '--no-build-isolation']
+    said(*pip, '-w', 'again', sdist, cwd=top)
+    return {'sdist': sdist, 'wheel': wheel, 'wheel of the sdist': next((top/'again').glob('*.whl'))}
+
+
+def inside(path):
+    "Names of the files in an archive, without the folder that an sdist has around them"
+    if path.suffix == '.whl': return set(zipfile.ZipFile(path).namelist())
+    return {m.name.partition('/')[2] for m in tarfile.open(path) if m.isfile()}
+
+
+@pytest.mark.parametrize('kind', ['sdist', 'wheel', 'wheel of the sdist'])
+def test_what_is_built_holds_every_module_and_table(built, kind):
+    library = {p.relative_to(ROOT).as_posix() for p in LIB.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    assert {'rcic_fastai/tables/sirna_int_to_name.csv', 'rcic_fastai/screen/tables.py'} <= library
+    files = inside(built[kind])
+    assert library <= files, library - files
+    if kind == 'sdist': assert {'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'} <= files
+    assert not [f for f in files if f.startswith(('tests/', 'tools/', 'nbs/'))]
+
+
+USE_ALL = """
+import importlib, pkgutil, rcic_fastai
+from rcic_fastai.screen.tables import package_table
+for m in pkgutil.walk_packages(rcic_fastai.__path__, 'rcic_fastai.'): importlib.import_module(m.name)
+assert len(package_table('sirna_int_to_name')) > 1000
+print(rcic_fastai.__file__)
+"""
+
+@pytest.mark.parametrize('kind', ['wheel', 'wheel of the sdist'])   # pip installs an sdist by making a wheel of it
+def test_what_is_built_works_where_it_is_installed(built, kind, tmp_path):
+    said(sys.executable, '-m', 'venv', '--without-pip', 'env', cwd=tmp_path)
+    python = tmp_path/'env/bin/python'
+    pip = [sys.executable, '-m', 'pip', '--python', python, 'install', '-q', '--no-deps', '--no-index']
+    said(*pip, built[kind], cwd=tmp_path)
+    site = Path(said(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))', cwd=tmp_path).strip())
+    (site/'required.pth').write_text(sysconfig.get_path('purelib'))    # what it requires is that of this environment
+    assert Path(said(python, '-c', USE_ALL, cwd=tmp_path).strip()) == site/'rcic_fastai/__init__.py'
+    for script in settings()['console_scripts'].split():
+        assert (python.parent/script.split('=')[0]).is_file()
+    assert 'usage: rcic_simulate' in said(python.parent/'rcic_simulate', '--help', cwd=tmp_path)
+
+
+# ---- what is required
+
+# Named by those who ordered this library, whether a module imports them or not.
+ORDERED = {'fastai', 'torch', 'efficientnet-pytorch', 'faiss-cpu', 'nbdev', 'pandas', 'numpy', 'scipy', 'matplotlib'}
+
+
+def required(*extras): return {canonicalize_name(Requirement(r).name) for r in lock.requirements(*extras)}
+
+
+def imports(path):
+    "(name of the package, whether it is optional: imported in a function that has an answer to its absence) of a module"
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    inner = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    tried = {n for t in ast.walk(tree) if isinstance(t, ast.Try) and any('ImportError' in ast.unparse(h.type or t) for h in t.handlers)
+             for n in ast.walk(t)}
+    found = [(name.split('.')[0], n) for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and not getattr(n, 'level', 0)
+             for name in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])]
+    guarded = {name for name, n in found if n in tried}
+    return {(name, n in inner and name in guarded) for name, n in found}
+
+
+BRINGS = lru_cache(packages_distributions)
+
+def distribution(name):
+    "Name on PyPI of what brings a package; those of extras that are not installed have the same name"
+    return canonicalize_name(BRINGS().get(name, [name])[0])
+
+
+def third_party(*folders):
+    "{distribution: whether all its imports are optional} in these folders"
+    own = {'rcic_fastai'} | {p.stem for d in ('tests', 'tools', 'bench') for p in (ROOT/d).glob('*.py')}
+    found = {}
+    for name, optional in [i for d in folders for p in sorted((ROOT/d).rglob('*.py')) for i in imports(p)]:
+        if name in sys.stdlib_module_names or name in own: continue
+        found[distribution(name)] = found.get(distribution(name), True) and optional
+    return found
+
+
+def test_every_import_of_the_library_is_required():
+    found = third_party('rcic_fastai')
+    assert {'google-crc32c', 'numcodecs', 'opencv-python-headless', 'anndata'} <= set(found)
+    missing = {name for name, optional in found.items() if name not in required()}
+    assert missing <= required(*lock.extras()), 'neither required nor of an extra'
+    assert not [name for name in missing if not found[name]], 'of an extra, but its absence has no answer'
+
+
+def test_every_import_of_tests_and_tools_is_required():
+    assert set(third_party('tests', 'tools')) <= required(*lock.extras()) | {'setuptools', 'packaging'}
+
+
+def test_nothing_is_required_that_is_not_imported():
+    assert ORDERED <= required('dev')
+    found = set(third_party('rcic_fastai'))
+    assert required() - ORDERED <= found
+    assert required(*(e for e in lock.extras() if e not in ('dev', 'peers'))) - ORDERED <= found
+    assert required('peers') - required() <= set(third_party('tests'))
+
+
+def test_every_requirement_has_a_lower_bound():
+    for r in map(Requirement, [*lock.requirements(*lock.extras()), *lock.build_system()]):
+        assert [s for s in r.specifier if s.operator in ('>=', '==')], f'{r} permits any version'
+
+
+def names_of_packages(path):
+    "`torch.nn.Linear` and the like: (line, what stands in the code) for the packages that are imported whole"
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        text = ast.unparse(node) if isinstance(node, ast.Attribute) else ''
+        if re.fullmatch(r'(torch|np|pd|cv2)(\.\w+)+', text): yield node.lineno, text
+
+
+def test_every_name_of_a_package_exists_in_this_version():
+    "Also those of branches that are hardly ever taken; `make test-lowest` asks it of the lowest versions"
+    import cv2, numpy as np, pandas as pd, torch, torch.distributed  # noqa: F401
+    for path in MODULES:
+        for line, text in names_of_packages(path):
+            *inner, name = text.split('.')
+            assert hasattr(eval('.'.join(inner)), name), f'{path.name}, line {line}: {text}'
+
+
+def test_every_extra_is_one_of_the_package(monkeypatch):
+    given = setup_arguments(monkeypatch)
+    assert set(given['extras_require']) == set(lock.extras()) and given['install_requires'] == lock.requirements()
 
 
 @pytest.mark.parametrize('module', ['rcic_fastai', 'rcic_fastai.all'])
@@ -260,9 +397,36 @@ def test_the_page_of_figures_is_current():
 
 
 def test_the_lock_file_pins_what_is_required_with_checksums():
-    wanted = subprocess.run([sys.executable, ROOT/'tools/lock.py'], capture_output=True, text=True, check=True).stdout.split('\n')
-    plain = lambda s: re.sub(r'[-_.]+', '-', re.match(r'[A-Za-z0-9._-]+', s)[0]).lower()
+    wanted = subprocess.run([sys.executable, ROOT/'tools/lock.py'], capture_output=True, text=True, check=True).stdout.splitlines()
     entries = re.split(r'\n(?=\S)', (ROOT/'requirements.lock').read_text())
-    locked = {plain(e): e for e in entries if e.strip()}
-    assert not {plain(o) for o in wanted if o} - set(locked)
+    locked = {canonicalize_name(re.match(r'[\w.-]+', e)[0]): e for e in entries if e.strip()}
+    for r in map(Requirement, wanted):
+        pin = re.search(r'==([^\s;]+)', locked[canonicalize_name(r.name)])[1]
+        assert r.specifier.contains(pin), f'{r} does not permit {pin}: make lock'
     for name, e in locked.items(): assert '==' in e.split('\n')[0] and '--hash=sha256:' in e, name
+
+
+def test_the_lowest_versions_are_those_that_are_named(tmp_path):
+    lowest = [f'{lock.name(r)}=={next(iter(Requirement(r).specifier)).version}' for r in lock.lowest()]
+    (tmp_path/'lowest.txt').write_text('\n'.join(lowest))
+    assert lock.check(tmp_path/'lowest.txt') == []
+    (tmp_path/'lowest.txt').write_text('\n'.join(lowest).replace('torch==2.3', 'torch==2.4'))
+    assert 'torch>=' in lock.check(tmp_path/'lowest.txt')[0]
+
+
+# ---- skips
+
+def test_no_test_skips_by_itself_what_it_lacks():
+    "Missing packages and real files are said by marks, which `conftest.py` reads, so that none is skipped unseen"
+    for f in sorted((ROOT/'tests').glob('test_*.py')):
+        for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Attribute): assert node.attr != 'importorskip', f'{f.name}: use @pytest.mark.extra'
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith('skipif'):
+                assert not re.search('find_spec|real_data|REAL', ast.unparse(node)), f'{f.name}: use a mark of conftest.py'
+
+
+def test_every_extra_mark_names_a_package_of_an_extra():
+    text = ''.join(f.read_text(encoding='utf-8') for f in sorted((ROOT/'tests').glob('test_*.py')))
+    named = set(re.findall(r"@pytest\.mark\.extra\('(\w+)'\)", text))
+    assert {'tensorstore', 'pycytominer', 'copairs', 'anndata', 'harmonypy'} <= named
+    assert named <= required(*lock.extras()) - required('dev', 'lite', 'hcs')

@@ -125,8 +125,9 @@ def test_aggregating_by_plate_and_well_is_merge_sites():
     x.index = x.index.map('_'.join)
     np.testing.assert_allclose(unit_rows(x.loc[wells.Metadata_well_id]), emb_features(wells), atol=1e-6)
 
+@pytest.mark.extra('pycytominer')
 def test_pycytominer_reads_profiles(tmp_path):
-    pm = pytest.importorskip('pycytominer', reason='pycytominer is not installed with this library')
+    import pycytominer as pm
     f = str(write_profiles(TOY, tmp_path/'sites.parquet', 'site'))
     features = [f'emb_{i:04d}' for i in range(8)]
     got = pm.aggregate(pm.cyto_utils.load_profiles(f), features=features, operation='mean')
@@ -137,8 +138,9 @@ def test_pycytominer_reads_profiles(tmp_path):
     np.testing.assert_allclose(controls.mean(), 0, atol=1e-5)
     assert len(pm.consensus(f, replicate_columns=['Metadata_cell_type', 'Metadata_sirna'], features=features)) == 2*11
 
+@pytest.mark.extra('copairs')
 def test_copairs_reads_profiles(tmp_path):
-    cm = pytest.importorskip('copairs.map', reason='copairs is not installed with this library')
+    import copairs.map as cm
     good = toy_profiles(train=('HUVEC-01', 'HUVEC-02', 'HUVEC-03', 'HUVEC-04'), test=(), n_sirnas=8, dim=16, signal=6)
     df = pd.read_parquet(write_profiles(good, tmp_path/'w.parquet', 'well'))
     meta, x = df.filter(regex='^Metadata'), df.filter(regex='^(?!Metadata)').values
@@ -169,9 +171,10 @@ def test_without_anndata_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, 'anndata', None)
     with pytest.raises(ScreenError, match='pip install anndata'): to_anndata(TOY)
 
+@pytest.mark.extra('anndata')
 @pytest.mark.parametrize('level', ['site', 'well'])
 def test_anndata_there_and_back(tmp_path, level):
-    ad = pytest.importorskip('anndata', reason='anndata is not installed with this library')
+    import anndata as ad
     want = profile_table(ODD, level)
     a = to_anndata(ODD, level)
     assert a.X.dtype == np.float32 and a.X.flags.c_contiguous and list(a.var_names) == [f'emb_{i:04d}' for i in range(8)]

@@ -9,8 +9,7 @@ from rcic_fastai.batch.site import *
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import CHANNELS, read_metadata, real_data
 
-real = pytest.mark.skipif(real_data() is None or not (real_data()/'images').is_dir(),
-                          reason='no real RxRx1 images on this machine')
+real = pytest.mark.real('images')
 
 
 @pytest.fixture(autouse=True)

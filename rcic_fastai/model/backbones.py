@@ -212,7 +212,7 @@ class TimmBody(nn.Module):
         grid = tuple(x.shape[-2:])
         try: y = self.net.forward_features(x)
         except (AssertionError, RuntimeError) as e:
-            if self.grid is None or grid == self.grid or isinstance(e, torch.OutOfMemoryError): raise
+            if self.grid is None or grid == self.grid or isinstance(e, torch.cuda.OutOfMemoryError): raise
             name,size = type(self.net).__name__,'×'.join(map(str, self.size))
             raise ScreenError(f'{name} reads pictures of {size} px and not of this size ({first_line(e)}): '
                               'resize the pictures, or build it with img_size, where it takes one.') from e

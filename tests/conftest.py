@@ -1,0 +1,45 @@
+"""What some tests need beyond the requirements.
+
+`@pytest.mark.real('metadata')` or `real('images')`: RxRx1's own files. They are skipped, with the places that were looked
+at, where `real_data` finds none.
+
+`@pytest.mark.extra('anndata')`: a package that no requirement brings. They are skipped where it is not installed;
+`pytest --extras` runs them alone, and a missing package fails them.
+"""
+from importlib.util import find_spec
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption('--extras', action='store_true', help='run the tests marked `extra` only, and skip none of them')
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'real(part): needs the metadata or the images of RxRx1 itself')
+    config.addinivalue_line('markers', 'extra(package): needs a package that no requirement brings')
+
+
+def why_not_real(part):
+    "Why a test that needs RxRx1's tables or images cannot run; None where it can"
+    from rcic_fastai.screen.tables import _real_places, real_data
+    if real_data(part): return None
+    places = ', '.join(map(str, _real_places())) or 'no place, as this is no checkout'
+    return f'no {part} of RxRx1 on this machine (looked in {places}; name a folder with RCIC_REAL)'
+
+
+def why_not_extra(package): return None if find_spec(package) else f'{package} is not installed (make test-extras)'
+
+
+def skip_reasons(item):
+    "Why a test cannot run here, a sentence for each thing that it lacks"
+    reasons = [why_not_real(*m.args) for m in item.iter_markers('real')]
+    if not item.config.getoption('--extras'): reasons += [why_not_extra(*m.args) for m in item.iter_markers('extra')]
+    return [r for r in reasons if r]
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--extras'):
+        config.hook.pytest_deselected(items=[i for i in items if not i.get_closest_marker('extra')])
+        items[:] = [i for i in items if i.get_closest_marker('extra')]
+    for item in items:
+        for reason in skip_reasons(item): item.add_marker(pytest.mark.skip(reason=reason))
