@@ -350,7 +350,7 @@ class Harmony(Correction):
     )->pd.DataFrame: # The same rows, corrected
         "Correct an embeddings table"
         try: from harmonypy import run_harmony
-        except ImportError: raise ScreenError('Harmony needs the package harmonypy: pip install "harmonypy>=2", '
+        except ImportError: raise ScreenError('Harmony needs the package harmonypy: pip install "harmonypy>=2.1", '
                                               'or choose another method.') from None
         t = self._read(emb, None)
         if len(t.names) < 2:
@@ -362,7 +362,7 @@ class Harmony(Correction):
         facts = pd.DataFrame(dict(batch=pd.factorize(t.batch[order])[0]))
         z = run_harmony(x[order].T, facts, 'batch', theta=self.theta, nclust=k, random_state=self.seed,
                         verbose=False).Z_corr
-        if z.shape != x.shape: raise ScreenError('The installed harmonypy is too old: pip install -U "harmonypy>=2".')
+        if z.shape != x.shape: raise ScreenError('The installed harmonypy is too old: pip install -U "harmonypy>=2.1".')
         self.seen, self.digest = set(_names(t.meta.experiment)), _digest(t.x)
         out = np.empty_like(x); out[order] = z
         return self._mark(t, out)

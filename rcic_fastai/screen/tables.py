@@ -238,7 +238,8 @@ def sirna_groups(
     s, sirnas = pd.factorize(t['sirna'])
     p, plates = pd.factorize(t['experiment'] + '_' + t['plate'].astype(str))
     n = len(sirnas) + len(plates)
-    _, comp = connected_components(coo_array((np.ones(len(t)), (s, p + len(sirnas))), shape=(n, n)), directed=False)
+    ends = np.int32(s), np.int32(p + len(sirnas))      # scipy before 1.12 answers 64-bit indices with one group, silently
+    _, comp = connected_components(coo_array((np.ones(len(t)), ends), shape=(n, n)), directed=False)
     key = t.groupby('sirna', sort=False)['sirna_id'].first()
     d = pd.DataFrame(dict(sirna=sirnas, comp=comp[:len(sirnas)], key=key.reindex(sirnas).values))
     d = d.sort_values(['key', 'sirna'])
@@ -367,7 +368,15 @@ def wilds_split(
     return t
 
 # %% ../../nbs/01_screen.tables.ipynb #fae0df77
-def real_data()->Path|None: # Folder with `metadata/` and `images/`, or `None`
-    "Where real RxRx1 files are on this machine: `$RCIC_REAL`, else `../shared/data/rxrx1` beside the checkout"
-    places = [os.environ.get('RCIC_REAL'), Path(__file__).resolve().parents[2]/'shared/data/rxrx1' if '__file__' in globals() else None]
-    return next((Path(p) for p in places if p and (Path(p)/'metadata').is_dir()), None)
+def _real_places():
+    "List the folders that may hold RxRx1: `$RCIC_REAL` alone where it is set, else `../shared/data/rxrx1` beside the checkout"
+    if named := os.environ.get('RCIC_REAL'): return [Path(named)]
+    here = Path(globals().get('__file__', 'a notebook'))
+    tops = [p for f in (here.absolute(), here.resolve()) for p in f.parents if (p/'settings.ini').is_file()]
+    return list(dict.fromkeys(p.parent/'shared/data/rxrx1' for p in tops))
+
+def real_data(
+    part:str='metadata', # What has to be there: 'metadata' (the tables) or 'images'
+)->Path|None:            # Folder with `metadata/` and perhaps `images/`, or `None`
+    "Find RxRx1's own files on this machine: in `$RCIC_REAL`, else in `../shared/data/rxrx1` beside the checkout"
+    return next((p for p in _real_places() if (p/'metadata').is_dir() and (p/part).is_dir()), None)
