@@ -79,7 +79,8 @@ def csv_name(
     return o[1:] if isinstance(o, str) and o[:1] == "'" and _FORMULA.match(o) else o
 
 # %% ../nbs/00_core.ipynb #b24c0991
-_HOST = f'.{zlib.crc32(platform.node().encode()):08x}-'   # temporary names are of this machine: a folder may be shared with others
+# temporary names are of this machine: a folder may be shared with others
+_HOST = f'.{zlib.crc32(platform.node().encode()):08x}-'
 _cleaned = {}   # {folder: when it was looked through}
 
 def _alive(pid):
@@ -96,7 +97,7 @@ def _remove_stale(folder):
         if is_ours and not _alive(int(pid)): Path(o.path).unlink(missing_ok=True)
 
 def _clean_once(folder, seconds=60):
-    "Remove stale files of `folder`, once per process and minute: a folder of many files is looked through a few times only"
+    "Remove stale files of `folder`, once per process and minute: many files may be written into it"
     key, now = (os.getpid(), os.path.abspath(folder)), time.monotonic()
     if os.name != 'posix' or now - _cleaned.get(key, -seconds) < seconds: return
     _remove_stale(folder)

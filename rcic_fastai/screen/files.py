@@ -149,7 +149,8 @@ def _pick(tif, n, pages, name):
                                                'page(s): save it again as a plain TIFF with a page for each picture.')
     if len(full) == n and (first.samplesperpixel == 1 or n == 1): return full, 'pages'
     if len(full) == 1 and first.samplesperpixel == n: return full, 'samples'
-    if n > 1 and first.samplesperpixel == 1 and first.imagewidth == n: return list(islice(tif.pages, MOST_PIXELS//n)), 'rows'
+    if n > 1 and first.samplesperpixel == 1 and first.imagewidth == n:
+        return list(islice(tif.pages, MOST_PIXELS//n)), 'rows'
     what = f'more than {n}' if len(full) > n else f'{len(full)}'
     raise ScreenError(f'{name} has {what} page(s) of {first.samplesperpixel} sample(s), where the table names {n} '
                       'channel(s): name what the file holds with channels=, or the page of each channel in a Frame_ '
@@ -165,15 +166,17 @@ def _tifffile():
 
 class _Frugal(io.RawIOBase):
     "What is read to find the pages of a TIFF: tables of at most 16 MB, at most 64 MB of them"
-    def __init__(self, file, name): self.file, self.name, self.left, self.size = file, name, 2**26, os.fstat(file.fileno()).st_size
+    def __init__(self, file, name):
+        self.file, self.name, self.left, self.size = file, name, 2**26, os.fstat(file.fileno()).st_size
     def readable(self): return True
     def seekable(self): return True
     def seek(self, *at): return self.file.seek(*at)
     def tell(self): return self.file.tell()
     def read(self, n=-1):
         self.left -= min(n, self.size) if n >= 0 else self.left + 1
-        if n > 2**24 or self.left < 0: raise ScreenError(f'{self.name} has more than 16 MB of tables or text about its pixels: '
-                                                         'save it again as a plain TIFF.')
+        if n > 2**24 or self.left < 0:
+            raise ScreenError(f'{self.name} has more than 16 MB of tables or text about its pixels: save it again as a '
+                              'plain TIFF.')
         return self.file.read(n)
 
 def _tiff_planes(f, name, n, pages, expect, header):

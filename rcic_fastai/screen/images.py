@@ -44,8 +44,8 @@ def check_png(
         if header is None: header = _png_header(data, name)
         packed += length*(kind == b'IDAT')
         if packed > _most_packed(*header):
-            raise ScreenError(f'{name} holds more than its {header[0]}×{header[1]} px can need: copy it again from the original '
-                              'screen.')
+            raise ScreenError(f'{name} holds more than its {header[0]}×{header[1]} px can need: copy it again from the '
+                              'original screen.')
         if kind == b'IEND': return header
         pos = end
 
@@ -91,8 +91,8 @@ def _check_kind(name, height, width, bits, colour, expect=None):
         raise ScreenError(f'{name} is a {_COLOURS.get(colour, "colour")} PNG, but a channel is one grey picture: '
                           'save each channel as its own 8- or 16-bit grey PNG.')
     if not 0 < height*width <= MOST_PIXELS:
-        raise ScreenError(f'{name} says that it is {height}×{width} px, but 1 to {MOST_PIXELS:,} pixels are read: cut it, or save it '
-                          'at a lower resolution.')
+        raise ScreenError(f'{name} says that it is {height}×{width} px, but 1 to {MOST_PIXELS:,} pixels are read: cut it, '
+                          'or save it at a lower resolution.')
     if bits not in (8, 16): raise ScreenError(f'{name} has {bits} bits a pixel: save it as an 8- or 16-bit grey PNG.')
     if expect is not None and (height, width, bits) != tuple(expect):
         h, w, b = expect
@@ -238,7 +238,8 @@ class PngTree(ImageSource):
 # %% ../../nbs/03_screen.images.ipynb #99ae72d6
 _AGAIN = 'copy it again from the original screen'
 
-def _unreadable(path, e): return ScreenError(f'{path} cannot be read ({e.strerror}): check the disk and the permissions.')
+def _unreadable(path, e):
+    return ScreenError(f'{path} cannot be read ({e.strerror}): check the disk and the permissions.')
 
 @patch
 def _plates(self:PngTree)->dict: # {(experiment, 'Plate1'): [(site_id, file stem), …]}

@@ -331,8 +331,8 @@ def _array_facts(path, n_channels):
         is_packed_here = [c['name'] for c in meta['codecs']] == ['bytes', 'blosc', 'crc32c']
         if is_site and is_packed_here and shape[1]*shape[2] <= MOST_PIXELS: return shape, dtype
     except (OSError, ValueError, KeyError, TypeError): pass
-    raise ScreenError(f'{path/"images"/"zarr.json"} does not describe an array of {n_channels} channels of 8 or 16 bits, packed by Blosc: '
-                      'pack the screen again.')
+    raise ScreenError(f'{path/"images"/"zarr.json"} does not describe an array of {n_channels} channels of 8 or 16 '
+                      'bits, packed by Blosc: pack the screen again.')
 
 # %% ../../nbs/04_screen.pack.ipynb #6711a4ff
 @patch

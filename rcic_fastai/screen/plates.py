@@ -88,7 +88,8 @@ def _attributes(folder, kind, fmt, text):
         if fmt is None: raise ValueError('there is neither zarr.json nor .zgroup')
         doc = _object(text)
         if fmt == 3:
-            if (doc.get('zarr_format'), doc.get('node_type')) != (3, 'group'): raise ValueError('it is no group of zarr format 3')
+            is_group = (doc.get('zarr_format'), doc.get('node_type')) == (3, 'group')
+            if not is_group: raise ValueError('it is no group of zarr format 3')
             doc = dict(dict(doc.get('attributes') or {}).get('ome') or {})
         omero = doc.pop('omero', None)
         return doc, omero
@@ -221,14 +222,16 @@ def _unpack_delta(data, n, dtype):
 # %% ../../nbs/06_screen.plates.ipynb #fb80e376
 _UNPACK = dict(
     blosc=_unpack_blosc, lz4=_unpack_lz4, zstd=_unpack_zstd, crc32c=_unpack_crc32c, delta=_unpack_delta,
-    gzip=lambda data, n: _bounded(zlib.decompressobj(31), data, n), bz2=lambda data, n: _bounded(BZ2Decompressor(), data, n),
+    gzip=lambda data, n: _bounded(zlib.decompressobj(31), data, n),
+    bz2=lambda data, n: _bounded(BZ2Decompressor(), data, n),
     zlib=lambda data, n: _bounded(zlib.decompressobj(), data, n))
 
 def _unpack(packs, data, n):
     "Return the `n` bytes that went through the codecs `packs`: [(name, what else it needs), …]"
     if len(data) > 2*n + 2**16: raise ValueError('it is longer than its pixels can need')
     data = bytes(data[0:len(data)])
-    for i, (name, *how) in reversed(list(enumerate(packs))): data = _UNPACK[name](data, n if i == 0 else 2*n + 2**16, *how)
+    for i, (name, *how) in reversed(list(enumerate(packs))):
+        data = _UNPACK[name](data, n if i == 0 else 2*n + 2**16, *how)
     if len(data) != n: raise ValueError(f'it is truncated: it holds {len(data)} bytes instead of {n}')
     return data
 
@@ -254,7 +257,7 @@ def _endian(how, item):
 
 # %% ../../nbs/06_screen.plates.ipynb #f3ec3b59
 def _read_codecs(codecs, shape, item, file, depth=0):
-    "Read the codecs of chunks of `shape` as tuples: ('transpose', order), …, 'bytes' or 'shard', and what packs these"
+    "Read the codecs of chunks of `shape` as tuples: transposes, then 'bytes' or 'shard', then what packs these"
     if not isinstance(codecs, list) or len(codecs) > 8: raise ValueError('no list of codecs')
     out = []
     for o in codecs:
@@ -262,8 +265,7 @@ def _read_codecs(codecs, shape, item, file, depth=0):
         if name == 'transpose' and not packing: out.append(_read_transpose(how, len(shape)))
         elif name == 'bytes' and not packing: out.append((name, _endian(how, item)))
         elif name == 'sharding_indexed' and not packing and depth < 3:
-            turned = _turned(shape, out)
-            out.append(_read_shard(how, turned, item, file, depth))
+            out.append(_read_shard(how, _turned(shape, out), item, file, depth))
         elif name in _UNPACK and name != 'delta' and packing: out.append((name,))
         else: raise ScreenError(f'{file} asks for the codec {name[:40]!r}, which is not read there: {_WRITE}.')
     at = next((i for i, o in enumerate(out) if o[0] in ('bytes', 'shard')), None)
@@ -280,20 +282,22 @@ def _turned(shape, codecs):
 
 def _read_transpose(how, n):
     order = how.get('order')
-    if not isinstance(order, list) or sorted(map(str, order)) != sorted(map(str, range(n))) or any(type(i) is not int for i in order):
-        raise ValueError(f'the order of axes is {str(order)[:40]}')
+    is_order = isinstance(order, list) and all(type(i) is int for i in order) and sorted(order) == list(range(n))
+    if not is_order: raise ValueError(f'the order of axes is {str(order)[:40]}')
     return 'transpose', tuple(order)
 
 # %% ../../nbs/06_screen.plates.ipynb #bba3c761
 def _read_shard(how, shape, item, file, depth):
     "Read ('shard', shape of inner chunks, their codecs, byte order of the index, has it a checksum, is it at the end)"
     inner, at = _lengths(how.get('chunk_shape'), len(shape)), how.get('index_location', 'end')
-    if any(n % i for n, i in zip(shape, inner)) or at not in ('start', 'end'): raise ValueError('shards that do not fit')
+    fits = not any(n % i for n, i in zip(shape, inner)) and at in ('start', 'end')
+    if not fits: raise ValueError('shards that do not fit')
     if prod(n//i for n, i in zip(shape, inner)) > _MOST_FILES: raise ValueError('more inner chunks than are read')
     index = [_named(o) for o in how['index_codecs']]
     names = [name for name, _ in index]
     if names not in (['bytes'], ['bytes', 'crc32c']):
-        raise ScreenError(f'{file} packs the index of its shards with {first_few(names)[:60]}, which is not read: {_WRITE}.')
+        raise ScreenError(f'{file} packs the index of its shards with {first_few(names)[:60]}, which is not read: '
+                          f'{_WRITE}.')
     codecs = _read_codecs(how.get('codecs', ['bytes']), inner, item, file, depth + 1)
     return 'shard', inner, codecs, _endian(index[0][1], 8), len(index) == 2, at == 'end'
 
@@ -309,7 +313,8 @@ def _codec_of_2(o, item, file):
 def _codecs_of_2(doc, shape, item, file):
     "Read the codecs of an array of zarr format 2 as those of format 3"
     filters, last, order = doc.get('filters') or [], doc.get('compressor'), doc.get('order', 'C')
-    if order not in ('C', 'F') or not isinstance(filters, list) or len(filters) > 4: raise ValueError('its order or its filters')
+    understood = order in ('C', 'F') and isinstance(filters, list) and len(filters) <= 4
+    if not understood: raise ValueError('its order or its filters')
     turn = [dict(name='transpose', configuration=dict(order=list(range(len(shape)))[::-1]))]*(order == 'F')
     endian = dict(endian='big' if doc['dtype'][0] == '>' else 'little')
     plain = _read_codecs([*turn, dict(name='bytes', configuration=endian)], shape, item, file)
@@ -324,9 +329,11 @@ def _pixel_type(said, folder):
 
 def _keys(doc, fmt):
     "Return (first part of the names of chunks, what separates the others)"
-    name, how = ('v2', dict(separator=doc.get('dimension_separator', '.'))) if fmt == 2 else _named(doc['chunk_key_encoding'])
+    if fmt == 2: name, how = 'v2', dict(separator=doc.get('dimension_separator', '.'))
+    else: name, how = _named(doc['chunk_key_encoding'])
     sep = how.get('separator', '/' if name == 'default' else '.')
-    if name not in ('default', 'v2') or sep not in ('/', '.'): raise ValueError('names of chunks that are not understood')
+    understood = name in ('default', 'v2') and sep in ('/', '.')
+    if not understood: raise ValueError('names of chunks that are not understood')
     return 'c' + sep if name == 'default' else '', sep
 
 _KNOWN = set('zarr_format node_type shape data_type chunk_grid chunk_key_encoding codecs fill_value attributes '
@@ -334,9 +341,11 @@ _KNOWN = set('zarr_format node_type shape data_type chunk_grid chunk_key_encodin
 
 def _check_3(doc):
     "Raise for what an array of zarr format 3 must not have"
-    if (doc.get('zarr_format'), doc.get('node_type')) != (3, 'array'): raise ValueError('it is no array of zarr format 3')
+    is_array = (doc.get('zarr_format'), doc.get('node_type')) == (3, 'array')
+    if not is_array: raise ValueError('it is no array of zarr format 3')
     if doc.get('storage_transformers'): raise ValueError('it has storage transformers')
-    must = [k for k, v in doc.items() if k not in _KNOWN and not (isinstance(v, dict) and v.get('must_understand') is False)]
+    may_ignore = lambda v: isinstance(v, dict) and v.get('must_understand') is False
+    must = [k for k, v in doc.items() if k not in _KNOWN and not may_ignore(v)]
     if must: raise ValueError(f'{first_few(must)[:60]} is not understood')
 
 # %% ../../nbs/06_screen.plates.ipynb #dc3dedee
@@ -411,7 +420,8 @@ def _layout(folder, path, fmt, text, axes, t, z):
     file = os.path.join(folder, path, 'zarr.json' if fmt == 3 else '.zarray')
     with _sentence(f'the array {path} of {folder} cannot be opened', 'copy the plate again'):
         array = _read_array(fmt, text, file, folder)
-        if len(axes) != len(array['shape']): raise ValueError(f'it has {len(array["shape"])} axes, the metadata {len(axes)}')
+        have = len(array['shape'])
+        if len(axes) != have: raise ValueError(f'it has {have} axes, the metadata {len(axes)}')
     want = dict(t=t, z=z)
     region = tuple(_choose(a, n, want[a], folder) if a in want else slice(0, n) for a, n in zip(axes, array['shape']))
     _check_size(array, region, axes, folder)
@@ -419,8 +429,9 @@ def _layout(folder, path, fmt, text, axes, t, z):
 
 # %% ../../nbs/06_screen.plates.ipynb #39dfb307
 def _alike(o, key=None):
-    "Copy attributes without what differs from field to field and cannot be wrong: where it was on the plate, and its name"
-    if isinstance(o, dict): return {k: _alike(v, k) for k, v in o.items() if not (key == 'multiscales' and k == 'name' and isinstance(v, str))}
+    "Copy attributes without what differs from field to field and cannot be wrong: its place on the plate, its name"
+    is_name = lambda k, v: key == 'multiscales' and k == 'name' and isinstance(v, str)
+    if isinstance(o, dict): return {k: _alike(v, k) for k, v in o.items() if not is_name(k, v)}
     if not isinstance(o, list): return o
     if key == 'translation' and all(type(v) in (int, float) for v in o): return [0.]*len(o)
     return [_alike(v, key) for v in o]
@@ -479,7 +490,7 @@ def _overlap(wanted, at, shape):
             tuple(slice(a - w.start, b - w.start) for (a, b), w in zip(ends, wanted)))
 
 def _part(codecs, data, shape, wanted, dtype, fill):
-    "Decode the slices `wanted` of a chunk of `shape`; `fill`: in the place of absent inner chunks, None if they are errors"
+    "Decode the slices `wanted` of a chunk of `shape`; `fill` stands for absent inner chunks, None: they are errors"
     (name, *how), *rest = codecs
     if name == 'transpose':
         turned, part = ([o[i] for i in how[0]] for o in (shape, wanted))
@@ -490,7 +501,7 @@ def _part(codecs, data, shape, wanted, dtype, fill):
     return _shard_part(data, shape, wanted, dtype, fill, *how)
 
 def _unpack_shard(packs, data, n):
-    "Unpack a whole shard; how long it is without `packs` is not known, but not more than twice its pixels and their places"
+    "Unpack a whole shard; how long it is then is not known, but not more than twice its pixels and their places"
     most = 20*n + 2**16
     for name, in reversed(packs): data = _UNPACK[name](bytes(data[0:min(len(data), most)]), most)
     return data

@@ -130,7 +130,8 @@ def read_parquet(
         file = pq.ParquetFile(f)
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         cells = file.metadata.num_rows*max(file.metadata.num_columns, 1)
-        if max(size, 8*cells) > _MOST_TABLE: raise ScreenError(f'{path} holds {cells:,} cells, more than are read: split it.')
+        if max(size, 8*cells) > _MOST_TABLE:
+            raise ScreenError(f'{path} holds {cells:,} cells, more than are read: split it.')
         text = [c.name for c in file.schema_arrow if pa.types.is_string(c.type) or pa.types.is_large_string(c.type)]
         if _most_text(pq.ParquetFile(f, read_dictionary=text).read(text)) > _MOST_TABLE:
             raise ScreenError(f'{path} holds more text than is read ({_MOST_TABLE:,} bytes): split it.')
@@ -144,7 +145,8 @@ def _read_csv(path, needed=()):
     except ScreenError: raise
     except pd.errors.EmptyDataError: df = pd.DataFrame()
     except Exception as e:
-        if getattr(e, 'strerror', None): raise ScreenError(f'{path} cannot be read ({e.strerror}): check the path and the permissions.') from None
+        if getattr(e, 'strerror', None):
+            raise ScreenError(f'{path} cannot be read ({e.strerror}): check the path and the permissions.') from None
         raise ScreenError(f'{path} is not a readable CSV ({" ".join(str(e).split()).rstrip(".")}): save it again as comma-separated UTF-8 text.') from None
     if not isinstance(df.index, pd.RangeIndex):
         raise ScreenError(f'{path} has rows with more cells than its header: give every column a name, and quote cells that hold commas.')
