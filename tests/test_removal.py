@@ -186,6 +186,17 @@ def test_what_a_demo_writes_is_all_its_own(made, tmp_path):
     assert cli.DEMO_FOLDER.strangers(out) == []
     assert cli.DEMO_FOLDER.remove(out) and not out.exists()
 
+def test_killed_when_only_the_marker_was_left(made, tmp_path):
+    from rcic_fastai.core import OwnFolder
+    pack_screen(made.source, made.table, tmp_path/'s.zarr', progress=False)
+    F.save_screen_model(made.learn, tmp_path/'m', made.index)
+    were = {f: sorted(p.name for p in (tmp_path/f).iterdir()) for f in ('s.zarr', 'm')}
+    for f, kind in (('s.zarr', 'packed screen'), ('m', 'unfinished model')):
+        (tmp_path/f/'.rcic_fastai.json').write_text(json.dumps(OwnFolder.kinds[kind]._facts()))
+    pack_screen(made.source, made.table, tmp_path/'s.zarr', progress=False)
+    assert cli._finished(tmp_path/'m')
+    assert {f: sorted(p.name for p in (tmp_path/f).iterdir()) for f in were} == were
+
 # Single files
 
 def test_a_simulation_that_fails(tmp_path, monkeypatch):
@@ -228,7 +239,7 @@ def test_files_beside_a_report(tmp_path):
 
 # The source
 
-REMOVERS = {'core.py': {'_remove', 'remove_empty', '_hand_over', 'write_atomic', '_remove_stale', '_put_lock', 'release'},
+REMOVERS = {'core.py': {'_remove', 'remove_empty', '_unmark', 'write_atomic', '_remove_stale', '_put_lock', 'release'},
             'screen/download.py': {'_forget', '_receive', '_remove_fetched'}, 'screen/pack.py': {'_finish', '_name'},
             'predict/predict.py': {'answers', 'write_predictions'}, 'folder.py': {'save_screen_model'}}
 
