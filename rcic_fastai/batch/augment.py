@@ -99,7 +99,8 @@ class SiteAffine(AffineCoordTfm):
         size=None, # Output side px, or (height, width); None = as it came
         **kwargs # For `AffineCoordTfm`: `mode`, `pad_mode`
     ):
-        affs, coords = [f for t in tfms for f in t.aff_fs], [_Perspective(f) if isinstance(t, Warp) else f for t in tfms for f in t.coord_fs]
+        affs = [f for t in tfms for f in t.aff_fs]
+        coords = [_Perspective(f) if isinstance(t, Warp) else f for t in tfms for f in t.coord_fs]
         super().__init__(affs + list(aff_fs), coords, size=size, **{'align_corners': True, **kwargs})
 
     def before_call(self, b, split_idx):
@@ -109,7 +110,7 @@ class SiteAffine(AffineCoordTfm):
             super().before_call(x if x.dtype == torch.float32 else x.float(), split_idx)
 
     def _encode(self, x, mode, reverse=False):
-        size = tuple(x.shape[-2:]) if self.size is None else (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        size = tuple(x.shape[-2:]) if self.cp_size is None else self.cp_size
         shrinks = min(x.shape[-2]/size[0], x.shape[-1]/size[1]) > 2
         if shrinks or mode != 'bilinear': return super()._encode(x, mode, reverse)
         coords = F.affine_grid(self.mat, (*x.shape[:2], *size), align_corners=self.align_corners)

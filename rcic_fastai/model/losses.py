@@ -129,7 +129,7 @@ def adacos_scale(
     "The dynamic scale of AdaCos after one batch (arXiv 1905.00292, equation 16)"
     right = torch.arange(cos.shape[1], device=y.device) == y[:, None]
     log_b = (s*cos).masked_fill(right, -math.inf).flatten().logsumexp(0) - math.log(len(cos))
-    theta = cos.gather(1, y[:, None]).clamp(-1, 1).acos().median()      # no mask: how many are true would have to be waited for
+    theta = cos.gather(1, y[:, None]).clamp(-1, 1).acos().median()   # a mask would have to be waited for
     return log_b / theta.clamp(max=math.pi/4).cos()
 
 # %% ../../nbs/22_model.losses.ipynb #e1b8f71d

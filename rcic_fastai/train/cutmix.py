@@ -75,7 +75,7 @@ def mixed_loss(
 # %% ../../nbs/30_train.cutmix.ipynb #bcaad387
 class BatchMix(MixHandler):
     "What `CutMix` and `MixUp` share; mixes pictures, metadata and labels of a training batch"
-    order = GradientAccumulation.order - 2      # the loss is mixed before terms are added to it, and before it is divided
+    order = GradientAccumulation.order - 2      # mixed before terms are added, and before the loss is divided
     def __init__(self,
         alpha:float=1., # λ is drawn from Beta(alpha, alpha)
         p:float=1., # Probability that a batch is mixed

@@ -87,7 +87,7 @@ class DomainLoss(Callback):
         self.weight, self.by, self.hook = weight, by, None
         self._begin()
     def _begin(self):
-        self.odd = self.as_drawn = None     # whether a batch was in another order than the loader's; whether the first was not
+        self.odd = self.as_drawn = None     # a batch was not in the loader's order; the first was
         self.new_terms, self.read_terms, self.seen, self.alone, self.emb = [], [], 0, 0, None
     @property
     def terms(self)->list:
@@ -134,7 +134,7 @@ def after_train(self:DomainLoss):
     self.terms
     odd, self.odd, self.as_drawn = self.odd, None, None
     if odd is not None and odd:
-        raise ScreenError(f'A callback reorders the samples of some batches, so the {self.by} of each is not the one that the loader drew: '
+        raise ScreenError(f'A callback reorders the samples of some batches, so their {self.by} is not what the loader drew: '
                           f'let it reorder all batches or none, or leave out {type(self).__name__}.')
 
 # %% ../../nbs/34_train.domain.ipynb #781dbab3
@@ -220,7 +220,7 @@ class GradientReversal(DomainLoss):
         n, d = len(self.learn.dls.spec.vocabs[self.by]), get_model(self.model).classifier.weight.shape[1]
         self.head = nn.Sequential(nn.Linear(d, self.hidden), nn.ReLU(), nn.Linear(self.hidden, n)).to(self.dls.device)
         on_gpu = next(self.head.parameters()).device.type == 'cuda'
-        self.head_opt = torch.optim.Adam(self.head.parameters(), self.lr, capturable=on_gpu)      # its count of steps is on the GPU then
+        self.head_opt = torch.optim.Adam(self.head.parameters(), self.lr, capturable=on_gpu)   # steps are counted there
     def term(self, groups):
         p = self.learn.pct_train if hasattr(self.learn, 'pct_train') else 1.
         x = reverse_gradient(torch.cat([e for _, e in groups]), 2/(1 + math.exp(-10*p)) - 1)
@@ -259,7 +259,7 @@ def _training_weights_back(learn, f, event_type, *args, **kwargs):
             for cb in reversed(list(learn._grab_cbs(EMA))): cb._hide()
 
 class EMA(Callback):
-    "Exponential moving average of the weights: it is validated, saved by `SaveModelCallback`, and left in the model at the end of a fit"
+    "Exponential moving average of the weights: validated, saved by `SaveModelCallback`, left in the model at the end"
     order = DomainLoss.order
     def __init__(self,
         decay:float=.99, # Share of the average that stays at each step, 0 to below 1
