@@ -420,6 +420,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rcic_fastai.core._remove_stale': ('core.html#_remove_stale', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core._still_held': ('core.html#_still_held', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core._strangers': ('core.html#_strangers', 'rcic_fastai/core.py'),
+                                  'rcic_fastai.core._unmark': ('core.html#_unmark', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core._whole': ('core.html#_whole', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core._within': ('core.html#_within', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.check_file': ('core.html#check_file', 'rcic_fastai/core.py'),

@@ -277,7 +277,9 @@ def _remove_index_parts(folder):
 def _finished(out):
     "Whether the model was written already; what there was no time to remove is removed"
     if not (Path(out)/'config.json').is_file(): return False
-    if not rank_world()[0]: _remove_unfinished(out)
+    if not rank_world()[0]:
+        MODEL_FOLDER.unmark(out)
+        _remove_unfinished(out)
     return True
 
 def _index_parts(out, learn, tta):
@@ -499,8 +501,9 @@ def rcic_evaluate(argv=None): "Console script"; return run_command(evaluate_csv,
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04',
             sirnas=48, size=96, controls=2)
 
-DEMO_FOLDER = OwnFolder('demo', 'report.html', 'results.json', 'neighbors.parquet', '*.lock',
-    *(f'{p}{end}' for p in PROTOCOLS for end in ('.csv', '.json', '.top.csv')), *PARTS_FOLDER.inside('*.csv.part'),
+DEMO_FOLDER = OwnFolder('demo', 'report.html', 'results.json', 'neighbors.parquet', 'model.lock', 'screen.zarr.lock',
+    *(f'{p}{end}' for p in PROTOCOLS for end in ('.csv', '.json', '.top.csv', '.csv.lock')),
+    *(f for p in PROTOCOLS for f in PARTS_FOLDER.inside(f'{p}.csv.part')),
     *SCREEN_FOLDER.inside('screen'), *SCREEN_FOLDER.inside('.screen.*'), *STORE_FOLDER.inside('screen.zarr'),
     *STORE_FOLDER.inside('screen.zarr.part'), *MODEL_FOLDER.inside('model'), *MODEL_FOLDER.inside('model.part'),
     *CHECKPOINT_FOLDER.inside('model.checkpoints/epoch_*'))

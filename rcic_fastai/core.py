@@ -389,7 +389,15 @@ def _hand_over(self,
 ):
     "Give a finished folder to the user: under its name, and without the marker"
     os.replace(folder, dest)
-    (Path(dest)/_MARKER).unlink()
+    self.unmark(dest)
+
+def _unmark(self,
+    folder, # Any path
+)->bool: # Whether it had the marker of this kind
+    "Take the marker away: of a folder that a killed process had just handed over"
+    if not self.owns(folder): return False
+    (Path(folder)/_MARKER).unlink()
+    return True
 
 def _inside(self,
     name:str, # Of a folder of this kind in a folder of another kind
@@ -397,7 +405,8 @@ def _inside(self,
     "The patterns of the files of this kind, when it is part of another"
     return [f'{name}/{f}' for f in (*self.files, _MARKER)]
 
-OwnFolder.strangers, OwnFolder.remove, OwnFolder.hand_over, OwnFolder.inside = _strangers, _remove, _hand_over, _inside
+OwnFolder.strangers, OwnFolder.remove, OwnFolder.inside = _strangers, _remove, _inside
+OwnFolder.hand_over, OwnFolder.unmark = _hand_over, _unmark
 
 # %% ../nbs/00_core.ipynb #10cc0002
 def _began(pid):
@@ -464,7 +473,7 @@ class OwnLock:
     def __init__(self,
         out, # What only one run may write
     ):
-        self.path = Path(os.path.abspath(out)).with_name(Path(os.path.abspath(out)).name + '.lock')
+        self.path = Path(f'{os.path.abspath(out)}.lock')
     def acquire(self):
         "Take the lock; a `ScreenError` when another run has it"
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@ import bz2, gzip, json, os, pickle, struct, subprocess, sys, textwrap, zlib
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.screen import Screen
 
 POSIX = pytest.mark.skipif(os.name != 'posix', reason='pipes, devices and limits of memory are those of POSIX')
 

@@ -188,12 +188,12 @@ def test_what_a_demo_writes_is_all_its_own(made, tmp_path):
 
 def test_killed_when_only_the_marker_was_left(made, tmp_path):
     from rcic_fastai.core import OwnFolder
-    pack_screen(made.source, made.table, tmp_path/'s.zarr', progress=False)
+    pack_screen(made, tmp_path/'s.zarr', progress=False)
     F.save_screen_model(made.learn, tmp_path/'m', made.index)
     were = {f: sorted(p.name for p in (tmp_path/f).iterdir()) for f in ('s.zarr', 'm')}
     for f, kind in (('s.zarr', 'packed screen'), ('m', 'unfinished model')):
         (tmp_path/f/'.rcic_fastai.json').write_text(json.dumps(OwnFolder.kinds[kind]._facts()))
-    pack_screen(made.source, made.table, tmp_path/'s.zarr', progress=False)
+    pack_screen(made, tmp_path/'s.zarr', progress=False)
     assert cli._finished(tmp_path/'m')
     assert {f: sorted(p.name for p in (tmp_path/f).iterdir()) for f in were} == were
 

@@ -207,6 +207,7 @@ def pack_screen(
     force:bool=False, # Start anew: an unfinished `DEST.part` is thrown away
 )->Path: # `dest`
     "Pack a screen; interrupted at any moment, the same call goes on where it stopped and ends with the same bytes"
+    if STORE_FOLDER.unmark(dest): return Path(dest)     # killed when only the marker was left
     dest = _new_name(dest)
     if codec not in CODECS: raise ScreenError(f'codec {codec!r} is not known: choose from {", ".join(CODECS)}.')
     part, table, source = dest.with_name(dest.name + '.part'), screen.table.reset_index(drop=True), screen.source

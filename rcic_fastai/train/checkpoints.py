@@ -320,14 +320,16 @@ class Checkpoint(Callback):
     def after_batch(self):
         loss = self.learn.loss.detach().mean().item() if self.training else 0.
         total, came = _total(self.learn, loss, self.sigterm is not None and self.sigterm.is_set())
-        if not math.isfinite(total): self._stop(loss, f'the loss is {loss} in batch {self.iter + 1} of {self.n_iter},', _sites(self.learn))
+        if not math.isfinite(total):
+            self._stop(loss, f'the loss is {loss} in batch {self.iter + 1} of {self.n_iter},', _sites(self.learn))
         if came:
             if not rank_distrib(): print(f'SIGTERM came, so training stopped in {self.where()}: {self.kept()}.', file=sys.stderr)
             raise SystemExit(143)
     def after_train(self):
         "Once an epoch: the weights and statistics"
         model = get_model(self.model)
-        own = float(sum(o.detach().float().sum() for o in (*model.parameters(), *model.buffers()) if o.is_floating_point()))
+        floats = [o.detach().float() for o in (*model.parameters(), *model.buffers()) if o.is_floating_point()]
+        own = float(sum(o.sum() for o in floats))
         if not math.isfinite(_total(self.learn, own)[0]):
             self._stop(own, 'weights or statistics of the model are not finite after the training batches of')
     def save(self):

@@ -113,10 +113,11 @@ def _share_buffers(model):
 def _modules_in(o):
     "Modules in lists, tuples and dicts"
     if isinstance(o, nn.Module): return [o]
-    return [m for v in (o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple, L)) else ()) for m in _modules_in(v)]
+    inside = o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple, L)) else ()
+    return [m for v in inside for m in _modules_in(v)]
 
 def _made_by_callbacks(learn):
-    "Networks that callbacks have made (a classifier of experiments, averaged weights), in order; not what the learner has itself"
+    "Networks that callbacks have made (a classifier of experiments, averaged weights); not what the learner has itself"
     lent = [m for o in (learn.model, learn.loss_func) if isinstance(o, nn.Module) for m in o.modules()]
     made = [m for cb in learn.cbs.sorted('order') for v in vars(cb).values() for m in _modules_in(v)]
     return [m for m in made if not any(m is o for o in lent)]
@@ -148,7 +149,7 @@ class _Sharded(Callback):
         self.undo.append(lambda: setattr(self.learn, 'model', whole))
         if rank: self.learn.logger = noop
     def before_train(self):
-        "What PyTorch does for the model only: what callbacks made in `before_fit`, each process by itself, begins alike"
+        "What callbacks made in `before_fit`, each process by itself, begins alike; PyTorch sees to the model only"
         for m in _made_by_callbacks(self.learn): _share([*m.parameters(), *m.buffers()])
     def after_train(self):
         "PyTorch does not after a validation"
