@@ -292,7 +292,7 @@ def packed(tmp_path):
     from rcic_fastai.screen.pack import pack_screen
     from rcic_fastai.screen.simulate.layout import simulate_screen
     t = simulate_screen(tmp_path/'png', ['HUVEC-01'], sirnas=2, plates=1, size=32, controls=0, progress=False, n_workers=0)
-    return pack_screen(PngTree(tmp_path/'png', t), t, tmp_path/'packed', progress=False), t
+    return pack_screen(Screen(t, PngTree(tmp_path/'png', t)), tmp_path/'packed', progress=False), t
 
 def reseal(store):
     "Make the sums of a store right again"
@@ -356,7 +356,7 @@ def readers(d):
     import tifffile, torch
     t = simulate_screen(d/'png', ['HUVEC-01'], sirnas=2, plates=1, size=32, controls=0, progress=False, n_workers=0)
     site, first = t.site_id[0], d/f'png/images/train/HUVEC-01/Plate1/{t.well[0]}_s1_w1.png'
-    store = pack_screen(PngTree(d/'png', t), t, d/'packed', progress=False)
+    store = pack_screen(Screen(t, PngTree(d/'png', t)), d/'packed', progress=False)
     yield 'png', first, lambda: PngTree(d/'png', t)[site]
     yield 'png, other first', first, lambda: PngTree(d/'png', t, size=32)[site]
     yield 'metadata.csv', d/'png/metadata.csv', lambda: read_metadata(d/'png')

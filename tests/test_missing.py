@@ -2,6 +2,7 @@
 import numpy as np, pandas as pd, pytest
 from pandas._libs.parsers import STR_NA_VALUES
 from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.screen import Screen
 from rcic_fastai.embed.table import read_embeddings, write_embeddings
 from rcic_fastai.predict.predict import read_predictions, write_predictions
 from rcic_fastai.screen.files import read_files
@@ -99,7 +100,7 @@ def test_packed_screens(tmp_path):
     ids = t.well_id.unique()
     names = dict(zip(ids, NAMES))
     t = t.assign(sirna=t.well_id.map(names).astype(object).where(t.well_id.map(names).notna(), None))
-    store = pack_screen(PngTree(tmp_path/'s', t), t, tmp_path/'s.zarr', progress=False)
+    store = pack_screen(Screen(t, PngTree(tmp_path/'s', t)), tmp_path/'s.zarr', progress=False)
     same(read_metadata(store).sirna, t.sirna)
 
 @pytest.mark.parametrize('target', ['sirna', 'cell_type'])

@@ -113,7 +113,7 @@ def store_part(made, d, ours):
     if ours:
         with pytest.MonkeyPatch.context() as m:
             m.setattr('rcic_fastai.screen.pack._finish', lambda *a: (_ for _ in ()).throw(OSError(28, 'full')))
-            tried(pack_screen, made.source, made.table, d/'s.zarr', progress=False)
+            tried(pack_screen, made, d/'s.zarr', progress=False)
     return d/'s.zarr.part', lambda: pack_screen(made, d/'s.zarr', progress=False, force=True)
 
 def store_begun(made, d, ours):
