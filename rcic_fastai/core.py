@@ -257,12 +257,13 @@ def sync_path(
     finally: os.close(fd)
 
 def sync_tree(
-    folder, # A folder; links in it are not followed
+    folder, # A folder; links, pipes and devices in it are passed over
 ):
     "Wait until the disk has a folder and everything in it"
     for path, _, files in os.walk(folder):
         for f in files:
-            if not os.path.islink(os.path.join(path, f)): sync_path(os.path.join(path, f))
+            at = os.path.join(path, f)
+            if os.path.isfile(at) and not os.path.islink(at): sync_path(at)
         sync_path(path)
 
 def write_through(
