@@ -2397,6 +2397,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'rcic_fastai/train/distributed.py'),
                                                'rcic_fastai.train.distributed._from_all': ( 'train.distributed.html#_from_all',
                                                                                             'rcic_fastai/train/distributed.py'),
+                                               'rcic_fastai.train.distributed._leave': ( 'train.distributed.html#_leave',
+                                                                                         'rcic_fastai/train/distributed.py'),
                                                'rcic_fastai.train.distributed._left_alone': ( 'train.distributed.html#_left_alone',
                                                                                               'rcic_fastai/train/distributed.py'),
                                                'rcic_fastai.train.distributed._made_by_callbacks': ( 'train.distributed.html#_made_by_callbacks',

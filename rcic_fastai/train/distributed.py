@@ -6,7 +6,7 @@
 __all__ = ['rank_world', 'rank_device', 'all_agree', 'wait_for_all', 'ShardedDL', 'shard_dl']
 
 # %% ../../nbs/36_train.distributed.ipynb #57dc4d00
-import os, re
+import atexit, os, re
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -27,9 +27,14 @@ def rank_device()->torch.device:
     return default_device()
 
 # %% ../../nbs/36_train.distributed.ipynb #333c7332
+def _leave():
+    "Leave the group while the interpreter still runs: a thread of PyTorch that outlives it aborts the process"
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
 @lru_cache
 def _meeting():
     "The group in which processes meet"
+    atexit.register(_leave)
     dist, long = torch.distributed, timedelta(days=2)
     if not dist.is_initialized(): dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', timeout=long)
     return dist.new_group(backend='gloo', timeout=long)
