@@ -115,7 +115,7 @@ def drawn(fig):
     return texts
 
 def test_pictures_draw(screen, trained):
-    (table, source), learn = screen, trained.learn
+    table, source, learn = screen.table, screen.source, trained.learn
     site, right = TensorSite(torch.from_numpy(source[table.site_id[0]])), right_wrong(trained.pred, table)
     def of(draw):
         draw()
@@ -126,7 +126,7 @@ def test_pictures_draw(screen, trained):
         figures = dict(site=of(lambda: site.show(how='panels', title=evil('t'), channels=source.channels)), channels=of(lambda: plot_channels(site, source.channels)),
             batch=batch(learn.dls.show_batch), results=batch(learn.show_results), plate=of(lambda: plate_map(table.head(6), 'sirna', title=evil('t'), text=True)),
             gallery=site_gallery(Screen(table, source)), maps=embedding_map(trained.emb.rename(columns={'Metadata_well_type': 'Metadata_' + evil('c')}), 'cell_type', 'experiment', evil('c')),
-            strip=neighbour_strip(near, query, evil('truth'), source), accuracy=accuracy_plot(trained.result), right=right_wrong_map(right),
+            strip=neighbour_strip(near, query, evil('truth'), Screen(table, source)), accuracy=accuracy_plot(trained.result), right=right_wrong_map(right),
             curve=training_curve(learn.history))
     for name, fig in figures.items():
         texts = drawn(fig)
