@@ -232,6 +232,7 @@ def _check_finite(state, where):
         raise ScreenError(f'{first_few(bad, 2)} of {where} holds numbers that are not finite: train again, with a '
                           'lower learning rate.')
 
+# %% ../nbs/70_folder.ipynb #67037b88
 MODEL_FOLDER = OwnFolder('unfinished model', *MODEL_FILES, 'config.json', 'README.md')
 
 def _write_part(learn, folder, index, info):
@@ -262,6 +263,7 @@ def try_saving(
     "Write a model folder and remove it again, so that what is in the way is known before a training of hours"
     MODEL_FOLDER.remove(_write_part(learn, new_folder(folder), index, info))
 
+# %% ../nbs/70_folder.ipynb #d3367853
 def save_screen_model(
     learn:Learner, # A trained `screen_learner`
     folder, # Where to write; must not exist, or be empty

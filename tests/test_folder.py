@@ -10,6 +10,7 @@ from rcic_fastai.folder import MODEL_FILES, load_screen_model, save_screen_model
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.core import file_facts, json_hash
 from rcic_fastai.embed.index import INDEX_FILES, EmbeddingIndex
@@ -206,14 +207,14 @@ def test_what_could_not_be_read_is_not_written(made, tmp_path, how, info, says):
 
 # a screen for the model
 
-class Screen:
+class Fake:
     "As much of a source as is looked at before a picture is read"
     def __init__(self, channels, dtype='uint8'): self.channels, self.dtype = channels, np.dtype(dtype)
 
 NAMES = ['nucleus', 'ER', 'actin', 'nucleoli', 'mitochondria', 'golgi']
 
 @pytest.mark.parametrize('source, says', [
-    (Screen(['ER', 'nucleus', *NAMES[2:]]), 'nucleus, ER, actin.*ER, nucleus, actin.*same order'), (Screen(NAMES[:3]), '6 channels'), (Screen(['x', *NAMES[1:]]), 'same names'), (Screen(NAMES, 'uint16'), '8-bit')])
+    (Fake(['ER', 'nucleus', *NAMES[2:]]), 'nucleus, ER, actin.*ER, nucleus, actin.*same order'), (Fake(NAMES[:3]), '6 channels'), (Fake(['x', *NAMES[1:]]), 'same names'), (Fake(NAMES, 'uint16'), '8-bit')])
 def test_another_screen(made, source, says):
     with pytest.raises(ScreenError, match=says): load_screen_model(made.folder).embed(Screen(made.table, source))
 

@@ -85,11 +85,18 @@ def test_adaptation_by_batches_of_one_is_refused(made):
 
 # Learners without a screen
 
-def test_an_exported_learner_says_what_to_do(made, tmp_path):
+def test_an_exported_learner_embeds_as_before(made, tmp_path):
     learn = learner(made, some(made.table), 1)
+    want = learn.embed(made.table.head(6), tta=1, progress=False)
     learn.dls.rebuild = None
     learn.export(tmp_path/'e.pkl')
-    with pytest.raises(ScreenError, match='no screen to read rows of.*load_screen_model'): load_learner(tmp_path/'e.pkl').embed(made.table)
+    got = load_learner(tmp_path/'e.pkl').embed(made.table.head(6), tta=1, progress=False)
+    np.testing.assert_array_equal(emb_features(got), emb_features(want))
+
+def test_a_learner_without_a_screen_says_what_to_do(made):
+    learn = learner(made, some(made.table), 1)
+    del learn.dls.screen
+    with pytest.raises(ScreenError, match='no screen to read rows of.*load_screen_model'): learn.embed(made.table)
 
 # Thousands of groups
 

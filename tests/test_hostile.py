@@ -87,7 +87,6 @@ def shard(**how):
     return dict(name='sharding_indexed', configuration=dict(chunk_shape=(1, 8, 8), index_codecs=[BYTES, dict(name='crc32c')]) | how)
 
 def put(root, where, codec, data):
-    pytest.importorskip('ome_zarr_models')
     fmt, how = WHERE[where]
     field = plate(root, fmt)
     (v2_array if fmt == 2 else v3_array)(field, data, **how(codec))
@@ -106,7 +105,6 @@ def test_codecs_of_a_plate_are_those_of_a_list(tmp_path, where):
 @pytest.mark.parametrize('dtype', ['|O', '<U9', '|S4', '<M8[ns]', [['a', '<u2']], '|V2', '<f2', '<i2', '<u4', 'object', None, {}, 7])
 def test_pixels_of_a_plate_are_plain(tmp_path, dtype):
     from rcic_fastai.screen.plates import read_plates
-    pytest.importorskip('ome_zarr_models')
     v2_array(plate(tmp_path/'2.zarr', 2), b'', dtype=dtype)
     v3_array(plate(tmp_path/'3.zarr', 3), b'', codecs=[BYTES], data_type=dtype)
     for p in ('2.zarr', '3.zarr'): sentence(lambda: read_plates(tmp_path/p, progress=False), p)
@@ -143,7 +141,6 @@ READ_PLATES = '''
 @POSIX
 def test_a_small_chunk_stays_small(tmp_path):
     "Each codec and container, with room for less than what is packed"
-    pytest.importorskip('ome_zarr_models')
     v2_array(plate(tmp_path/'fine.zarr', 2), np.full(64, 5, '<u2').tobytes())
     names = []
     for name, fmt, how, data in bombs():
@@ -159,7 +156,6 @@ ABSURD = {
 
 @POSIX
 def test_absurd_shapes_of_plates(tmp_path):
-    pytest.importorskip('ome_zarr_models')
     v2_array(plate(tmp_path/'fine.zarr', 2), np.full(64, 5, '<u2').tobytes())
     names = []
     for name, how in ABSURD.items():
@@ -178,7 +174,6 @@ def test_absurd_shapes_of_plates(tmp_path):
 
 def test_paths_in_a_plate_stay_in_it(tmp_path):
     from rcic_fastai.screen.plates import read_plates
-    pytest.importorskip('ome_zarr_models')
     for path in ('../0', '/tmp', '.', 'a/../../b', 'a//b', 'a\\b', 'a\0b'):
         field = plate(tmp_path/'p.zarr', 2)
         doc = json.loads((field/'.zattrs').read_text())

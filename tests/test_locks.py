@@ -139,7 +139,7 @@ def test_trying_changes_no_weight(made, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, '_try_all', lambda *a: None)
     assert cli.rcic_train([*train_line(made), str(tmp_path/'out')]) == 0
     assert (tmp_path/'out/weights.safetensors').read_bytes() == (made/'model/weights.safetensors').read_bytes()
-    assert (tmp_path/'out/index.faiss').read_bytes() == (made/'model/index.faiss').read_bytes()
+    assert (tmp_path/'out/index.safetensors').read_bytes() == (made/'model/index.safetensors').read_bytes()
 
 def test_the_disk_has_the_model_before_the_checkpoints_go(made, tmp_path, monkeypatch):
     seen = []

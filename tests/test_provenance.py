@@ -63,8 +63,8 @@ def old_folder(folder, to):
 
 def resumed(learn, screen, tmp):
     class Stop(Callback):
-        order = 2000
-        def after_epoch(self): raise KeyboardInterrupt
+        def before_epoch(self):
+            if self.epoch == 1: raise KeyboardInterrupt
     two, first = Recipe('two', [Stage('one', 2, 1e-3)]), learner(screen)
     set_provenance(first.model, provenance(learn.model))
     with first.no_logging(), pytest.raises(KeyboardInterrupt): first.fit_recipe(two, cbs=Stop(), folder=tmp/'c')

@@ -34,7 +34,7 @@ def made(tmp_path_factory):
 
 def packed(made, dest, f=lambda x: x, channels=None, rows=None):
     t = made.table if rows is None else rows
-    return pack_screen(View(made.source, t, f, channels), t, dest, progress=False)
+    return pack_screen(Screen(t, View(made.source, t, f, channels)), dest, progress=False)
 
 def predict(made, screen, out, model='model', more=''): return cli.rcic_predict(f'{made.dir/model} {screen} {out} --tta 1 {more}'.split())
 

@@ -9,7 +9,8 @@ from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.embed import embed_parts
 from rcic_fastai.predict.predict import write_predictions
 from rcic_fastai.results.report import write_report
-from rcic_fastai.screen import download as D, simulate as S
+from rcic_fastai.screen import download as D
+from rcic_fastai.screen.simulate import layout as S
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
@@ -59,7 +60,7 @@ def tried(func, *args, **kw):
     try: func(*args, **kw)
     except ScreenError as e: assert '\n' not in str(e)
 
-def parts_of(made, folder): return embed_parts(folder, made.learn.model, made.learn.dls.spec, made, bs=8, tta=1, part=8, progress=False)
+def parts_of(made, folder): return embed_parts(folder, made.learn.model, made.learn.dls.spec, Screen(made.table, made.source), bs=8, tta=1, part=8, progress=False)
 
 # Each: (a folder that may be removed, a function that removes it); `ours`: after it was made by the library
 
@@ -113,12 +114,12 @@ def store_part(made, d, ours):
     if ours:
         with pytest.MonkeyPatch.context() as m:
             m.setattr('rcic_fastai.screen.pack._finish', lambda *a: (_ for _ in ()).throw(OSError(28, 'full')))
-            tried(pack_screen, made, d/'s.zarr', progress=False)
-    return d/'s.zarr.part', lambda: pack_screen(made, d/'s.zarr', progress=False, force=True)
+            tried(pack_screen, Screen(made.table, made.source), d/'s.zarr', progress=False)
+    return d/'s.zarr.part', lambda: pack_screen(Screen(made.table, made.source), d/'s.zarr', progress=False, force=True)
 
 def store_begun(made, d, ours):
     folder, _ = store_part(made, d, ours)
-    return folder, lambda: pack_screen(made, d/'s.zarr', progress=False)
+    return folder, lambda: pack_screen(Screen(made.table, made.source), d/'s.zarr', progress=False)
 
 REMOVE = dict(demo=demo, embedding_parts=embedding_parts, index_parts=index_parts, index_plain=index_plain, trained=trained,
               trained_index=trained_index, checkpoint_old=checkpoint('epoch_0001'), checkpoint_same=checkpoint('epoch_0003'),
@@ -178,7 +179,7 @@ def test_a_demo_with_something_in_the_way_removes_nothing(tmp_path):
 def test_what_a_demo_writes_is_all_its_own(made, tmp_path):
     out = cli.DEMO_FOLDER.make(tmp_path/'demo')
     simulate_screen(out/'screen', ['HUVEC-01'], sirnas=2, size=32, plates=1, controls=0, progress=False)
-    pack_screen(made, out/'screen.zarr', progress=False)
+    pack_screen(Screen(made.table, made.source), out/'screen.zarr', progress=False)
     F.save_screen_model(made.learn, out/'model', made.index)
     C.write_checkpoint(out/'model.checkpoints', 1, FACTS, {})
     parts_of(made, out/'inductive.csv.part')
@@ -188,12 +189,12 @@ def test_what_a_demo_writes_is_all_its_own(made, tmp_path):
 
 def test_killed_when_only_the_marker_was_left(made, tmp_path):
     from rcic_fastai.core import OwnFolder
-    pack_screen(made, tmp_path/'s.zarr', progress=False)
+    pack_screen(Screen(made.table, made.source), tmp_path/'s.zarr', progress=False)
     F.save_screen_model(made.learn, tmp_path/'m', made.index)
     were = {f: sorted(p.name for p in (tmp_path/f).iterdir()) for f in ('s.zarr', 'm')}
     for f, kind in (('s.zarr', 'packed screen'), ('m', 'unfinished model')):
         (tmp_path/f/'.rcic_fastai.json').write_text(json.dumps(OwnFolder.kinds[kind]._facts()))
-    pack_screen(made, tmp_path/'s.zarr', progress=False)
+    pack_screen(Screen(made.table, made.source), tmp_path/'s.zarr', progress=False)
     assert cli._finished(tmp_path/'m')
     assert {f: sorted(p.name for p in (tmp_path/f).iterdir()) for f in were} == were
 

@@ -59,7 +59,7 @@ def test_in_memory_on_disk_and_in_any_order(made, tmp_path):
     pd.testing.assert_frame_equal(got, embed_screen(made.learn.model, made.spec, Screen(rows, made.source), **HOW), check_exact=True)
     assert got.Metadata_site_id.tolist() == rows.site_id.tolist()
     one = got.set_index('Metadata_site_id').loc[made.table.site_id].reset_index()
-    other = embed_screen(made.learn.model, made.spec, made, **{**HOW, 'bs': 5, 'part': 7})
+    other = embed_screen(made.learn.model, made.spec, Screen(made.table, made.source), **{**HOW, 'bs': 5, 'part': 7})
     assert np.abs(emb_features(one) - emb_features(other)).max() < 1e-5
 
 def test_every_sample_is_in_one_part_and_experiments_stay_together(made, tmp_path):
@@ -126,7 +126,7 @@ def test_killed_the_same_command_ends_with_the_same_files(made, tmp_path):
     assert records[0] == records[1] and not list(tmp_path.glob('*.part'))
 
 def test_unfinished_predictions_of_another_kind_are_refused(made, tmp_path, capsys):
-    embed_parts(f'{tmp_path}/x.csv.part', made.learn.model, made.spec, made, **HOW)
+    embed_parts(f'{tmp_path}/x.csv.part', made.learn.model, made.spec, Screen(made.table, made.source), **HOW)
     capsys.readouterr()
     assert cli.rcic_predict(f'{made.dir}/model {made.dir}/screen {tmp_path}/x.csv --tta 1'.split()) == 2
     assert 'x.csv.part was begun with different model' in capsys.readouterr().err and not (tmp_path/'x.csv').exists()
@@ -134,7 +134,7 @@ def test_unfinished_predictions_of_another_kind_are_refused(made, tmp_path, caps
 def test_wells_and_group_statistics(made, tmp_path):
     "Statistics of a plate or experiment are those of all its sites, though its wells are in several parts"
     for norm, sites in (('own', 2), ('plate', 1), ('experiment', 2)):
-        dls = screen_dls(made, valid='HUVEC-02', bs=8, device='cpu', norm=norm, sites=sites)
+        dls = screen_dls(Screen(made.table, made.source), valid='HUVEC-02', bs=8, device='cpu', norm=norm, sites=sites)
         learn = screen_learner(dls, 'mobilenetv3_small_050', emb_dim=16, pretrained=None)
         test = made.table[made.table.dataset == 'test']
         few = learn.embed(test, part=8, bs=8, tta=1, progress=False, folder=tmp_path/norm)
@@ -157,5 +157,5 @@ def test_groups_of_many_rows_are_found_in_one_pass(by):
         seconds = time.process_time() - start
         of = stat_groups(t, by).to_numpy()
         for part in plan[:30]: assert part.at.tolist() == np.flatnonzero(of == part.group)[part.start:part.stop].tolist()
-        for k in list(groups)[:30]: assert groups[k].index.tolist() == t.index[of == k].tolist()
+        for k in list(groups.at)[:30]: assert groups[k].index.tolist() == t.index[of == k].tolist()
     assert sum(len(p.at) for p in plan) == n and set(groups) == set(of) and seconds < 8

@@ -443,7 +443,8 @@ def embed(self:Learner,
     if not hasattr(dls, 'screen') or not hasattr(dls, 'spec'):
         raise ScreenError('This learner has no screen to read rows of, as it comes from load_learner: load a model folder with '
                           'load_screen_model and take its embed, or make the learner with screen_dls and screen_learner.')
-    trained = dls.train.items.experiment.astype(str).unique()
+    learned = dls.train.items     # of an exported learner an empty list: its weights know
+    trained = learned.experiment.astype(str).unique() if len(learned) else getattr(model, 'trained_experiments', ())
     if isinstance(rows, DataLoader): return _embed_loader(model, dls.spec, rows, **{'trained': trained, **kwargs})
     if rows is None: rows = dls.valid.items
     screen = dls.screen[rows] if isinstance(rows, pd.DataFrame) else rows

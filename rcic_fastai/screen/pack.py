@@ -368,12 +368,12 @@ def missing(self:PackedScreen)->pd.DataFrame: # site_id, missing (all channels),
 # %% ../../nbs/04_screen.pack.ipynb #4e4be5ab
 def verify_store(
     path, # Folder of the store
-    screen=None, # The `Screen` that it was packed from; None = checksums only
+    screen=None, # The `Screen` (or image source) that it was packed from; None = checksums only
     workers:int=None, # Threads; None = one a core
     progress:bool=True, # Show a progress bar
 )->int: # Sites compared
     "Re-read a store, compare it with its source, and raise a `ScreenError` that names the sites that differ"
-    store, source = PackedScreen(path), screen and screen.source
+    store, source = PackedScreen(path), getattr(screen, 'source', screen)
     changed, damaged = [], []
     def one(site_id):
         try: site = store[site_id]

@@ -24,7 +24,7 @@ class Screen:
         name:str='', # What to call the screen in messages; empty: where its images are
     ):
         self.table, self.source = table.reset_index(drop=True), source
-        self.name = str(name or source.root)
+        self.name = str(name or getattr(source, 'root', ''))
 
     __iter__ = None # a screen is one thing: it is not unpacked into two
 

@@ -130,6 +130,7 @@ class BatchMix(MixHandler):
         self.learn.loss_grad = mixed_loss(self.loss_func, self.pred, self.yb, self.partner, self.lam, self.loss_grad)
         self.learn.loss = self.learn.loss_grad.clone()
 
+# %% ../../nbs/30_train.cutmix.ipynb #6528e439
 def _over(lam, x):
     "λ with as many axes as `x`"
     return lam.to(x.dtype).view(-1, *[1]*(x.ndim-1)) if lam.ndim else lam.to(x.dtype)

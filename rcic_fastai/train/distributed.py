@@ -133,6 +133,7 @@ def _from_all(x):
     torch.distributed.all_gather(rows, x.contiguous())
     return torch.cat(rows)
 
+# %% ../../nbs/36_train.distributed.ipynb #cfb94166
 class _Sharded(Callback):
     "Share of each batch, averaged gradients"
     order = MixedPrecision.order + 1      # as fastai's `DistributedTrainer`
@@ -162,6 +163,7 @@ class _Sharded(Callback):
     def after_fit(self):
         while getattr(self, 'undo', None): self.undo.pop()()
 
+# %% ../../nbs/36_train.distributed.ipynb #c14018e7
 @patch
 @contextmanager
 def sharded(self:Learner):
