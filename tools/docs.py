@@ -185,7 +185,7 @@ def llms_text(nbs):
     about = link.sub(lambda m: f'](./{NUMBER.sub("", m[1])}.html)', about)
     lines = [f'# {title}', '', f'> {description}', '', about, '', f'Source: {repository(nbs[0].parent.parent)}']
     for section, numbers in SECTIONS:
-        if inside := [nb for nb in nbs[1:] if int(nb.name.split('_')[0]) in numbers]: lines += ['', f'## {section}', '']
+        if inside := [nb for nb in nbs[1:] if number(nb)[0] in numbers]: lines += ['', f'## {section}', '']
         for nb in inside:
             title, description = head(nb)
             lines.append(f'- [{title}]({page_name(nb)}.html): {description}')
