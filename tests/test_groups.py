@@ -141,7 +141,8 @@ def test_embedding_looks_at_each_row_a_few_times(wide, monkeypatch, norm):
     looked, spec = Looked(), ScreenSpec('sirna', ['a'], ['c'], {}, norm=norm)
     if norm == 'plate': wide = wide[wide.experiment < 'E-100']
     class Loader: _pool = None
-    def loader(spec, rows, source, stat_rows=None, **kw):
+    def loader(spec, screen, stat_rows=None, **kw):
+        rows = screen.table
         looked.rows(rows, stat_rows if norm == 'plate' else None)
         assert norm == 'own' or set(rows.plate) == set(stat_rows.plate)
         return Loader()

@@ -679,7 +679,7 @@ def test_verify(tmp_path, screen, store):
     assert verify_store(store, progress=False) == 6 == verify_store(store, source, workers=3, progress=True)
     bad = {1: flipped(chunk(store, 1).read_bytes(), 99, 3), 2: chunk(store, 2).read_bytes()[:-9], 4: None, 5: chunk(store, 3).read_bytes()}
     for row, data in bad.items(): chunk(store, row).write_bytes(data) if data is not None else chunk(store, row).unlink()
-    for kwargs in ({}, dict(source=source)):
+    for kwargs in ({}, dict(screen=source)):
         says(lambda: verify_store(store, progress=False, **kwargs), str(store), '4 sites are damaged', *[ids[r] for r in bad])
     shutil.rmtree(store); put(source, table, store)
     write_site(source.root, table.iloc[3], pixels[ids[3]] ^ 1)

@@ -158,4 +158,4 @@ def test_groups_of_many_rows_are_found_in_one_pass(by):
         of = stat_groups(t, by).to_numpy()
         for part in plan[:30]: assert part.at.tolist() == np.flatnonzero(of == part.group)[part.start:part.stop].tolist()
         for k in list(groups.at)[:30]: assert groups[k].index.tolist() == t.index[of == k].tolist()
-    assert sum(len(p.at) for p in plan) == n and set(groups) == set(of) and seconds < 8
+    assert sum(len(p.at) for p in plan) == n and set(groups.at) == set(of) and seconds < 8

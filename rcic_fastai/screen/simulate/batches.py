@@ -214,7 +214,7 @@ def tone_curve(
     std:np.ndarray, # wanted standard deviation [6]
     floor:np.ndarray # share of the mean that should be background [6]
 ) -> tuple: # tone [6], gain [6], ground [6]
-    "Return how the camera turns light into brightness: gain·spread·x**tone + ground."
+    "Return how the camera turns light into brightness: gain · spread · x^tone + ground."
     tone = find_tone(x, spread, std/(mean*(1-floor)))
     return tone, *find_gain(spread*x**tone[:, None], mean, std)
 
