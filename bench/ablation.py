@@ -7,7 +7,7 @@ What a run gave is kept in FOLDER (default: bench/runs), so that an interrupted 
 with the three protocols in columns of their own, and stores bench/results/ablation.json (ablation_long.json, ablation_full.json).
 
 `--scale demo` draws its screen (64 px, 48 siRNAs) and takes about an hour on two cores. `--scale long` trains four times as long on
-the same screen: what regularises has to be judged where a model can overfit (`--only adacos,cutmix,wells,metadata`; two processes took 77 minutes). `--scale full` wants a packed RxRx1
+the same screen: what regularizes has to be judged where a model can overfit (`--only adacos,cutmix,wells,metadata`; two processes took 77 minutes). `--scale full` wants a packed RxRx1
 (`--screen`), EfficientNet-B3 at 300 px, 1,108 siRNAs, and a GPU.
 """
 import argparse, json, os, time
@@ -75,7 +75,7 @@ def restricted_accuracy(emb, index, table):
 
 
 def site_accuracy(emb, index):
-    "Share of single sites named right by their nearest neighbour"
+    "Share of single sites named right by their nearest neighbor"
     scores = index.class_scores(emb_features(emb), 'nearest', 1)
     named = np.array(index.classes, object)[best_class(scores)]
     return dict(accuracy=float((named == emb.Metadata_sirna.to_numpy(object)).mean()))
@@ -101,11 +101,11 @@ def judge(learn, table, test, tta, name):
     bn_train = learn.embed(rows, tta=tta, adapt='experiment', **quiet)
     res['+ AdaBN, index too'] = ('adapted', accuracy_of(bn_query, as_index(bn_train), table, 'adapted'))
     for tag, (a, b) in {'': (emb, query), 'AdaBN, ': (bn_train, bn_query)}.items():
-        both = correct(pd.concat([a, b], ignore_index=True), 'standardise')
+        both = correct(pd.concat([a, b], ignore_index=True), 'standardize')
         fit = lambda part: both[both.Metadata_dataset == part].reset_index(drop=True)
         done, ask = as_index(fit('train')), fit('test')
-        res[f'+ {tag}standardised embeddings'] = ('adapted', accuracy_of(ask, done, table, 'adapted'))
-        res[f'+ {tag}standardised, groups and assignment'] = ('transductive', accuracy_of(ask, done, table, 'transductive'))
+        res[f'+ {tag}standardized embeddings'] = ('adapted', accuracy_of(ask, done, table, 'adapted'))
+        res[f'+ {tag}standardized, groups and assignment'] = ('transductive', accuracy_of(ask, done, table, 'transductive'))
     if name == 'metadata':
         group = predict_wells(query, index, 'transductive')[0].set_index('id_code').plate_group
         known = lambda r: learn.embed(r, tta=tta, mask=('experiment',), **quiet)
@@ -123,14 +123,14 @@ def named_by_classifier(learn, rows):
 
 
 def leak(table, source, scale, seed):
-    """One classifier (softmax), with the screen's norm and with each picture's own, on the sites that it learnt, on the other site of the
+    """One classifier (softmax), with the screen's norm and with each picture's own, on the sites that it learned, on the other site of the
     same wells (WILDS' id_test: a split by site), and on held-out experiments. Means over the cell types: the parts differ in their shares."""
     rows = table[(table.dataset == 'train') & (table.well_type == 'treatment')]
-    parts = dict(learnt_sites=rows[rows.site == 1], other_site_of_the_same_wells=rows[rows.site == 2],
+    parts = dict(learned_sites=rows[rows.site == 1], other_site_of_the_same_wells=rows[rows.site == 2],
                  held_out_experiments=table[(table.dataset == 'test') & (table.well_type == 'treatment')])
     res = {}
     for norm in ('global', 'own'):
-        learn = train(table, source, scale, seed, norm=norm, loss='softmax', rows=parts['learnt_sites'], longer=3)  # half the pictures: 1.5 times the steps
+        learn = train(table, source, scale, seed, norm=norm, loss='softmax', rows=parts['learned_sites'], longer=3)  # half the pictures: 1.5 times the steps
         res[norm] = {k: float(np.mean([named_by_classifier(learn, g) for _, g in r.groupby('cell_type')])) for k, r in parts.items()}
     return res
 
@@ -186,7 +186,7 @@ def table_of(args):
 
 
 CLAIMS = ( # what is said to help, on experiments never seen: with it, and without it; (model, way of predicting)
-    ('own-image normalisation', ('own', 'one site'), ('plain', 'one site')),
+    ('own-image normalization', ('own', 'one site'), ('plain', 'one site')),
     ('AdaCos instead of softmax', ('adacos', 'two sites, TTA'), ('own', 'two sites, TTA')),
     ('CutMix', ('cutmix', 'two sites, TTA'), ('adacos', 'two sites, TTA')),
     ('two sites a well, at prediction', ('cutmix', 'two sites'), ('cutmix', 'one site')),
@@ -194,7 +194,7 @@ CLAIMS = ( # what is said to help, on experiments never seen: with it, and witho
     ('views at prediction (TTA)', ('cutmix', 'two sites, TTA'), ('cutmix', 'two sites')),
     ('AdaBN', ('cutmix', '+ AdaBN of the experiment'), ('cutmix', 'two sites, TTA')),
     ('AdaBN of the index too', ('cutmix', '+ AdaBN, index too'), ('cutmix', 'two sites, TTA')),
-    ('standardised embeddings', ('cutmix', '+ standardised embeddings'), ('cutmix', 'two sites, TTA')),
+    ('standardized embeddings', ('cutmix', '+ standardized embeddings'), ('cutmix', 'two sites, TTA')),
     ('plate groups', ('cutmix', '+ plate groups'), ('cutmix', 'two sites, TTA')),
     ('one-to-one assignment', ('cutmix', '+ plate groups and assignment'), ('cutmix', '+ plate groups')),
     ('metadata: cell type', ('metadata', 'two sites, TTA'), ('cutmix', 'two sites, TTA')),

@@ -114,7 +114,7 @@ def looks(stored):
 # ---- difficulty
 
 def logistic(x, y, classes, ridge=1e-4):
-    "Weights [f+1,k] of a multinomial logistic regression on standardised features."
+    "Weights [f+1,k] of a multinomial logistic regression on standardized features."
     x = np.c_[x, np.ones(len(x))]
     target = np.eye(classes)[y]
     def loss(w):

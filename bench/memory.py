@@ -3,7 +3,7 @@
     python bench/memory.py [SITES]
 
 A packed screen of 64 px, SITES (default 250) sites for each test experiment of 1, 4 and 16, and a tiny model; every
-run is a process of its own, whose largest resident memory the operating system tells. The embeddings and neighbours
+run is a process of its own, whose largest resident memory the operating system tells. The embeddings and neighbors
 are written too.
 """
 import json, os, subprocess, sys, tempfile, time

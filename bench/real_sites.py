@@ -1,8 +1,8 @@
-"""Cell types of the real sites by nearest neighbour: ImageNet features, own-image normalisation, no training.
+"""Cell types of the real sites by nearest neighbor: ImageNet features, own-image normalization, no training.
 
     RCIC_REAL=FOLDER python bench/real_sites.py
 
-FOLDER has RxRx1's `metadata/` and some of its `images/`. Asked: the nearest neighbour outside the same plate has the
+FOLDER has RxRx1's `metadata/` and some of its `images/`. Asked: the nearest neighbor outside the same plate has the
 right cell type for all 18 sites.
 """
 import sys

@@ -2,7 +2,7 @@
 
     python bench/soak.py [--kills 100] [--fuzz 10000] [--seed 0] [--dry]
 
-Kills: rcic_pack, rcic_train and rcic_predict (with neighbours and embeddings) run in a process of their own that SIGKILL
+Kills: rcic_pack, rcic_train and rcic_predict (with neighbors and embeddings) run in a process of their own that SIGKILL
 ends at a drawn moment between the start and the end of their work, a quarter of the moments in its last sixth; then the
 same command runs again (rcic_train with --resume), is perhaps killed again, and ends. What lies there then must be what a
 run that nobody disturbed wrote, byte for byte (but for the seconds that a stage of training took), and nothing else may lie beside it. The processes are forked from this one,
@@ -271,7 +271,7 @@ class Inputs:
         self.work.mkdir(exist_ok=True)
         build = F.create_screen_model                       # the network of each description is built once
         kept = lru_cache(None)(lambda text, meta: build(**json.loads(text)))
-        F.create_screen_model = lambda **kw: kept(json.dumps(kw), torch.get_default_device().type == 'meta')
+        F.create_screen_model = lambda **kw: kept(json.dumps(kw), torch.empty(0).device.type == 'meta')
 
     def folder(self, r):
         t, d = self.tests, self.work/'m'

@@ -165,7 +165,7 @@ def pack(
     if verify: print(f'{dest}: {verify_store(dest, packed, workers or None)} sites are the same as in {screen}')
 
 def _summary(table):
-    "What a screen was taken for, so that a wrong guess is seen before it is learnt"
+    "What a screen was taken for, so that a wrong guess is seen before it is learned"
     wells = table.drop_duplicates('well_id')
     count = lambda c: ', '.join(f'{n} {k}' for k, n in wells[c].value_counts(sort=False).items())
     said = f'{len(wells)} wells: {count("well_type")}; {count("cell_type")}; {count("dataset")}; {wells.sirna.nunique()} perturbations'
@@ -185,14 +185,14 @@ def rcic_pack(argv=None): "Console script"; return run_command(pack, argv, 'rcic
 def training_rows(
     table:pd.DataFrame, # Site table
     target:str='sirna', # Column to predict
-    controls:bool=None, # See `labelled_rows`
+    controls:bool=None, # See `labeled_rows`
     norm:str='own', # See `screen_dls`: statistics of plates and experiments are taken of all their wells
     sites:int=1, # Sites a sample
 )->pd.DataFrame:
     "The rows whose pictures training reads; every training plate has treatments, when siRNAs are the target"
     able = table[table.dataset.isin(('train', 'val'))]
     if target == 'sirna': check_plates(able)
-    rows = labelled_rows(table, target, controls)
+    rows = labeled_rows(table, target, controls)
     check_id_test(table, rows, sites)
     return able if norm in ('plate', 'experiment') else rows
 
@@ -366,16 +366,16 @@ def predict(
     screen, # A screen with test experiments: packed, or a folder
     out, # CSV to write, such as test.csv: id_code and the predicted label; test.json beside it records how, test.top.csv has the five best
     tta:int=8, # Dihedral views a site, 1 to 8
-    protocol:str='inductive', # inductive: nothing of the test batch is used; adapted: its unlabelled pictures (AdaBN, plate statistics, --correct); transductive: plate groups and one-to-one assignment
-    wells:str='treatment', # Wells to embed: treatment, or all for the controls too (named only if the model learnt them)
-    vote:str='nearest', # nearest neighbour, mean of the k nearest of a class, or class prototype
-    k:int=5, # Neighbours that are kept, and averaged by --vote mean
+    protocol:str='inductive', # inductive: nothing of the test batch is used; adapted: its unlabeled pictures (AdaBN, plate statistics, --correct); transductive: plate groups and one-to-one assignment
+    wells:str='treatment', # Wells to embed: treatment, or all for the controls too (named only if the model learned them)
+    vote:str='nearest', # nearest neighbor, mean of the k nearest of a class, or class prototype
+    k:int=5, # Neighbors that are kept, and averaged by --vote mean
     merge:str='best', # Sites into wells: best cosine or mean
-    same_cell_type:store_true=False, # Only neighbours of the well's cell type
+    same_cell_type:store_true=False, # Only neighbors of the well's cell type
     adapt:str='auto', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index (treatments; with --controls in training, controls too), or controls
-    correct:str='none', # Take batch effects out of embeddings and index, experiment by experiment: standardise (measured from treatment wells); centre, sphere or tvn (from controls: --wells all, and a model trained with --controls)
-    neighbors:str='', # Parquet file for the neighbours, cosines and votes of each well
+    correct:str='none', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls)
+    neighbors:str='', # Parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
@@ -389,7 +389,7 @@ def predict(
             if not rank_world()[0]: run.enter_context(only_one(out))
             m = load_screen_model(model, rank_device())
             if protocol == 'inductive' and m.spec.per_group:
-                raise ScreenError(f'The model normalises by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
+                raise ScreenError(f'The model normalizes by {m.spec.norm}, which uses pictures of the test batch: ask for --protocol adapted or transductive.')
             how = _adaptation(adapt, adapt_from, protocol, m, correct)
             index, fix = _index_for(m, how, protocol, correct, wells)
             if how and bs < 2: raise ScreenError('--bs 1 gives no BatchNorm statistics: give --bs 2 or more.')
@@ -433,19 +433,19 @@ def _index_for(m, how, protocol, correct, wells):
     if correct == 'none': return index, None
     if correct not in names: raise ScreenError(f'--correct {correct} is not known: choose none, {", ".join(names)}.')
     if protocol == 'inductive': raise ScreenError(f'--correct {correct} uses the wells of the test batch: ask for --protocol adapted or transductive.')
-    if correct != 'standardise':
-        if wells != 'all': raise ScreenError(f'--correct {correct} measures control wells: add --wells all, or take --correct standardise.')
+    if correct != 'standardize':
+        if wells != 'all': raise ScreenError(f'--correct {correct} measures control wells: add --wells all, or take --correct standardize.')
         if not (index.labels.get('well_type', pd.Series(dtype=object)) != 'treatment').any():
-            raise ScreenError(f'--correct {correct} needs control wells in the index: train with --controls, or take --correct standardise.')
+            raise ScreenError(f'--correct {correct} needs control wells in the index: train with --controls, or take --correct standardize.')
     return corrected_index(index, correct, **_CORRECT[correct])
 
 _FROM_CONTROLS = 'BatchNorm statistics are of control wells here and of the wells that were trained on in the index: compare with --adapt-from all.'
-_CORRECT = dict(standardise={}, centre={}, sphere=dict(shrink='auto'), tvn=dict(shrink='auto'))
+_CORRECT = dict(standardize={}, center={}, sphere=dict(shrink='auto'), tvn=dict(shrink='auto'))
 
 def _check_correctable(rows, correct):
     "Every experiment to predict has the wells that it is measured from"
     if correct == 'none': return
-    what, which = ('treatment', rows.well_type == 'treatment') if correct == 'standardise' else ('control', rows.well_type != 'treatment')
+    what, which = ('treatment', rows.well_type == 'treatment') if correct == 'standardize' else ('control', rows.well_type != 'treatment')
     n = rows[which].groupby('experiment').well_id.nunique().reindex(rows.experiment.unique(), fill_value=0)
     if (n < 2).any(): raise ScreenError(f'--correct {correct} needs two {what} wells in each experiment, and {first_few(n[n < 2].index)} has {n.min()}: choose another correction, or leave it out.')
 
@@ -463,7 +463,7 @@ def _adaptation(adapt, wells, protocol, m, correct='none'):
     if adapt != 'none' and protocol == 'inductive':
         raise ScreenError(f'--adapt {adapt} uses pictures of the test batch: ask for --protocol adapted or transductive.')
     if adapt == 'none' and protocol == 'adapted' and not m.spec.per_group and correct == 'none':
-        raise ScreenError('--protocol adapted with --adapt none would adapt nothing: leave --adapt out, add --correct standardise, or ask for --protocol inductive.')
+        raise ScreenError('--protocol adapted with --adapt none would adapt nothing: leave --adapt out, add --correct standardize, or ask for --protocol inductive.')
     return None if adapt == 'none' else adapt
 
 def rcic_predict(argv=None): "Console script"; return run_command(predict, argv, 'rcic_predict')
@@ -569,10 +569,10 @@ def demo_report(
         ('Accuracy of test wells', 'Every number names its protocol: inductive uses nothing of the test batch; adapted takes the BatchNorm '
          'statistics of each test experiment (AdaBN); transductive uses the plate groups (inferred) and that each siRNA is on a plate once. '
          f'Chance is 1 in {len(m.spec.labels)}. {" ".join(res.notes)}', [res.table(), accuracy_plot(res)]),
-        ('Sites', 'Six channels as one colour picture, contrast stretched for the eye. The batch changes brightness more than the siRNA does.', [site_gallery(screen)]),
+        ('Sites', 'Six channels as one color picture, contrast stretched for the eye. The batch changes brightness more than the siRNA does.', [site_gallery(screen)]),
         ('Training', 'Accuracy is that of the classifier on single sites of a held-out experiment.', [training_curve(history)]),
         ('Embedding map', 'Principal components of the embeddings, training and test sites.', [embedding_map(both, 'cell_type', 'experiment')]),
-        ('Nearest neighbours', 'Left the well to name, then the most similar training sites; green names are right.', strips),
+        ('Nearest neighbors', 'Left the well to name, then the most similar training sites; green names are right.', strips),
         ('Plate map', f'Experiment {first.experiment.iloc[0]}, inductive: right and wrong wells.', [right_wrong_map(first)])])
 
 # %% ../nbs/71_cli.ipynb #e704ef1f
@@ -582,4 +582,4 @@ def _examples(right, n=4):
 
 def _strip(near, well, screen):
     site = screen.table[screen.table.well_id == well].iloc[0]
-    return neighbour_strip(near[near['query'] == site.site_id], site.site_id, site.sirna, screen)
+    return neighbor_strip(near[near['query'] == site.site_id], site.site_id, site.sirna, screen)

@@ -64,7 +64,7 @@ def test_labels_of_the_test_wells_are_never_read(protocol, labels):
     other = TEST.assign(Metadata_sirna=None if labels == 'blank' else 's0000', Metadata_sirna_id=pd.array([pd.NA if labels == 'blank' else 0]*len(TEST), dtype='Int64'))
     assert named(other, INDEX, protocol).equals(named(TEST, INDEX, protocol))
 
-def test_the_same_training_wells_twice_change_no_nearest_neighbour():
+def test_the_same_training_wells_twice_change_no_nearest_neighbor():
     twice = pd.concat([TRAIN, TRAIN], ignore_index=True)
     assert named(TEST, EmbeddingIndex(twice), 'inductive').equals(named(TEST, INDEX, 'inductive'))
 

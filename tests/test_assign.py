@@ -200,7 +200,7 @@ def test_patterns_that_are_not_in_the_order_of_the_numbers():
     doubled = rows({'A': {1: 5, 2: 5, 3: 9, 4: 9}})                          # two plates may hold the same group
     assert group_patterns(doubled).values.tolist() == [[5, 5, 9, 9], [5, 9, 9, 5], [9, 5, 5, 9], [9, 9, 5, 5]]
 
-def test_controls_and_unlabelled_rows_say_nothing_about_patterns():
+def test_controls_and_unlabeled_rows_say_nothing_about_patterns():
     t = pd.concat([rows({'A': {1: 0, 2: 1}}, well_type='treatment'), rows({'A': {1: 1, 2: 0}}, well_type='positive_control'),
                    rows({'B': {1: pd.NA, 2: 0}}, well_type='treatment')])
     assert group_patterns(t, extend='seen').values.tolist() == [[0, 1]]

@@ -156,7 +156,7 @@ def test_resize(c, size):
     assert SiteResize(size)(x.half()).dtype == torch.float16
 
 
-# ---- normalisation
+# ---- normalization
 
 def stats_table(c, g, seed=0):
     rng = np.random.default_rng(seed)
@@ -245,13 +245,13 @@ def test_normalizer_refusals():
                        (lambda: normalizer('global', pd.DataFrame(dict(a=[1]))), 'lack'),
                        (lambda: normalizer('global', stats_table(3, 1))(f), '6 channels'),
                        (lambda: normalizer('plate', stats_table(3, 1), 1)((f, TensorGroup([1]*5))), '6 channels'),
-                       (lambda: normalizer('plate', stats_table(6, 1), 1)(f), 'no normalisation group'),
+                       (lambda: normalizer('plate', stats_table(6, 1), 1)(f), 'no normalization group'),
                        (lambda: normalizer('plate', stats_table(6, 1), 4)((f, TensorGroup([1]*5))), 'position 4')]:
         with pytest.raises(ScreenError) as e: call()
         assert word in str(e.value) and '\n' not in str(e.value)
 
 
-# ---- colour
+# ---- color
 
 @pytest.mark.parametrize('c', CS)
 @pytest.mark.parametrize('normal', [False, True])

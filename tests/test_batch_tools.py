@@ -65,7 +65,7 @@ def test_only_the_controls_are_read_for_the_statistics(screen):
     assert set(fresh.stats.index) == set(used.site_id)
     assert set(statistics_rows(dls.spec, dls.train.items, table).experiment) == {'HUVEC-01'}
 
-def test_packed_and_png_are_normalised_alike(screen, tmp_path):
+def test_packed_and_png_are_normalized_alike(screen, tmp_path):
     table, source = screen.table, screen.source
     store = PackedScreen(pack_screen(Screen(table, source), tmp_path/'s.zarr', progress=False), table)
     spec, rows = spec_of(screen, 'plate'), of(table, 'HUVEC-17')
@@ -144,7 +144,7 @@ def test_an_index_adapted_by_its_own_experiments(screen, learn):
 TOY = toy_profiles(n_sirnas=16, dim=12, batch=2., seed=3)
 META_ = emb_metadata(TOY)
 TRAIN = (META_.dataset == 'train').to_numpy()
-KEPT = [CentreScale(), CentreScale('plate', scale=False), Standardise(robust=True), Sphering(), Sphering(None, shrink='auto', within=True),
+KEPT = [CenterScale(), CenterScale('plate', scale=False), Standardize(robust=True), Sphering(), Sphering(None, shrink='auto', within=True),
         TVN(), TVN(None, dims=5), TVN('plate', dims=7, shrink=.25, ridge=1/3)]
 
 @pytest.mark.parametrize('kind', KEPT, ids=str)
@@ -204,6 +204,6 @@ def test_files_that_are_no_corrections(tmp_path):
     from safetensors.numpy import save_file
     save_file({'mean': np.zeros(3)}, tmp_path/'c.safetensors')
     with pytest.raises(ScreenError, match='c.safetensors cannot be used'): load_correction(tmp_path/'c.safetensors')
-    for unfit in (TVN(), Harmony(), CentreScale()):
+    for unfit in (TVN(), Harmony(), CenterScale()):
         with pytest.raises(ScreenError): save_correction(unfit, tmp_path/'d.safetensors')
     assert not (tmp_path/'d.safetensors').exists()

@@ -85,7 +85,7 @@ def test_html_of_a_report(screen, trained, tmp_path):
 def test_markdown_of_a_model_card(trained, tmp_path):
     set_provenance(trained.learn.model, dict(trained_experiments=[evil('earlier')], pseudo_experiments=[evil('pseudo')]))
     trained.learn.history['accuracy'] = .5
-    card = (save_screen_model(trained.learn, tmp_path/'m', trained.index, licence='free')/'README.md').read_text()
+    card = (save_screen_model(trained.learn, tmp_path/'m', trained.index, license='free')/'README.md').read_text()
     _, _, body = card.split('---\n', 2)
     tokens = MarkdownIt('commonmark').enable(['table', 'strikethrough']).parse(body)
     inner = [o for t in tokens for o in [t, *(t.children or ())]]
@@ -126,7 +126,7 @@ def test_pictures_draw(screen, trained):
         figures = dict(site=of(lambda: site.show(how='panels', title=evil('t'), channels=source.channels)), channels=of(lambda: plot_channels(site, source.channels)),
             batch=batch(learn.dls.show_batch), results=batch(learn.show_results), plate=of(lambda: plate_map(table.head(6), 'sirna', title=evil('t'), text=True)),
             gallery=site_gallery(Screen(table, source)), maps=embedding_map(trained.emb.rename(columns={'Metadata_well_type': 'Metadata_' + evil('c')}), 'cell_type', 'experiment', evil('c')),
-            strip=neighbour_strip(near, query, evil('truth'), Screen(table, source)), accuracy=accuracy_plot(trained.result), right=right_wrong_map(right),
+            strip=neighbor_strip(near, query, evil('truth'), Screen(table, source)), accuracy=accuracy_plot(trained.result), right=right_wrong_map(right),
             curve=training_curve(learn.history))
     for name, fig in figures.items():
         texts = drawn(fig)

@@ -73,7 +73,7 @@ def test_wrong_input_exits_with_2_and_one_line(here):
     assert run('rcic_train').returncode == 2
 
 def test_all_wells(here):
-    "Controls are embedded; they are named only by a model that learnt controls"
+    "Controls are embedded; they are named only by a model that learned controls"
     out = ok(f'rcic_predict {here}/model {here}/screen {here}/all.csv --tta 1 --wells all --embeddings {here}/all.parquet')
     t = read_metadata(here/'screen')
     t = t[t.dataset == 'test']
@@ -125,7 +125,7 @@ def test_other_target(here):
     assert list(pred.columns) == ['id_code', 'cell_type'] and set(pred.cell_type) <= {'HUVEC', 'RPE'}
 
 @pytest.mark.parametrize('norm', ['plate', 'experiment'])
-def test_group_normalisation_is_batch_adapted(here, norm, capsys):
+def test_group_normalization_is_batch_adapted(here, norm, capsys):
     recipe = dict(name='n', arch='mobilenetv3_small_050', data=dict(norm=norm), stages=[dict(name='a', epochs=1, lr=1e-3)])
     (here/f'{norm}_recipe.json').write_text(json.dumps(recipe))
     assert cli.rcic_train(f'{here}/screen {here}/{norm} --recipe {here}/{norm}_recipe.json --valid HUVEC-02 --pretrained no --tta 1'.split()) == 0
@@ -142,18 +142,18 @@ def test_wells_and_controls(here):
     treated = t.index[(t.dataset == 'test') & (t.well_type == 'treatment')]
     assert set(pred.sirna[treated]) <= set(t.sirna[t.well_type == 'treatment']) and len(pred) == (t.dataset == 'test').sum()
 
-@pytest.mark.parametrize('method, more', [('standardise', '--adapt none'), ('standardise', '--wells all --neighbors {d}/c.near.parquet'), ('centre', '--wells all'),
+@pytest.mark.parametrize('method, more', [('standardize', '--adapt none'), ('standardize', '--wells all --neighbors {d}/c.near.parquet'), ('center', '--wells all'),
                                           ('sphere', '--wells all --adapt none'), ('tvn', '--wells all --protocol transductive')])
 def test_corrected_embeddings(here, method, more):
     "The answers are those of correcting index and queries in Python"
-    model = here/('wc' if method != 'standardise' else 'model')
+    model = here/('wc' if method != 'standardize' else 'model')
     if not model.exists(): test_wells_and_controls(here)
     more = more.format(d=here)
     assert cli.rcic_predict(f'{model} {here}/screen {here}/c.csv --tta 1 --protocol adapted --correct {method} --embeddings {here}/c.parquet {more}'.split()) == 0
     record, m = json.loads((here/'c.json').read_text()), cli.load_screen_model(model)
     protocol = 'transductive' if 'transductive' in more else 'adapted'
     assert record['protocol'] == protocol and record['adapt'] == (None if '--adapt none' in more else 'experiment')
-    options = dict(shrink='auto') if method in ('sphere', 'tvn') else dict(wells='treatment') if method == 'standardise' else {}
+    options = dict(shrink='auto') if method in ('sphere', 'tvn') else dict(wells='treatment') if method == 'standardize' else {}
     index = m.adapted_index if record['adapt'] else m.index
     assert record['correct'].startswith(str(CORRECTIONS[method](**options)))
     table = cli.prediction_rows(read_metadata(here/'screen'), 'all' if '--wells all' in more else 'treatment')
@@ -171,7 +171,7 @@ def test_corrected_embeddings(here, method, more):
     if '--neighbors' in more: assert (pd.read_parquet(here/'c.near.parquet').cosine.to_numpy() == pytest.approx(near.cosine.to_numpy(), abs=1e-4))
 
 @pytest.mark.parametrize('model', ['model', 'wc'])
-@pytest.mark.parametrize('how', ['--adapt none --correct standardise', '', '--adapt-from controls'])
+@pytest.mark.parametrize('how', ['--adapt none --correct standardize', '', '--adapt-from controls'])
 def test_adapted_answers_are_the_same_with_and_without_controls(here, model, how):
     "A test experiment is measured from the kinds of wells that the index was, whichever are to be named"
     if not (here/model).exists(): test_wells_and_controls(here)
@@ -189,11 +189,11 @@ def test_correcting_needs_wells_in_every_experiment(here, tmp_path, capsys):
     if not (here/'wc').exists(): test_wells_and_controls(here)
     for name, k in keep.items():
         (tmp_path/name).mkdir(); os.symlink(here/'screen/images', tmp_path/name/'images'); write_metadata(t[k], tmp_path/name/'metadata.csv')
-        refused(f'rcic_predict {here}/wc {tmp_path}/{name} {tmp_path}/x.csv --protocol adapted --correct centre --wells all',
+        refused(f'rcic_predict {here}/wc {tmp_path}/{name} {tmp_path}/x.csv --protocol adapted --correct center --wells all',
                 f"two control wells in each experiment, and HUVEC-17 has {dict(no=0, one=1)[name]}", capsys)
     one = t[(t.dataset != 'test') | (t.well_id == t.well_id[(t.dataset == 'test') & (t.well_type == 'treatment')].iloc[0])]
     (tmp_path/'t').mkdir(); os.symlink(here/'screen/images', tmp_path/'t/images'); write_metadata(one, tmp_path/'t/metadata.csv')
-    refused(f'rcic_predict {here}/model {tmp_path}/t {tmp_path}/x.csv --protocol adapted --correct standardise', 'two treatment wells', capsys)
+    refused(f'rcic_predict {here}/model {tmp_path}/t {tmp_path}/x.csv --protocol adapted --correct standardize', 'two treatment wells', capsys)
     assert not list(tmp_path.glob('x*'))
 
 def test_text_does_not_begin_behind_a_progress_bar(here, capsys):
@@ -208,7 +208,7 @@ def test_a_model_without_batchnorm_can_be_corrected(here):
     recipe = dict(name='gn', arch='test_efficientnet_gn', model=dict(neck='identity'), stages=[])
     (here/'gn_recipe.json').write_text(json.dumps(recipe))
     assert cli.rcic_train(f'{here}/screen {here}/gn --recipe {here}/gn_recipe.json --valid HUVEC-02 --pretrained no --tta 1'.split()) == 0
-    assert cli.rcic_predict(f'{here}/gn {here}/screen {here}/gn.csv --tta 1 --protocol adapted --correct standardise'.split()) == 0
+    assert cli.rcic_predict(f'{here}/gn {here}/screen {here}/gn.csv --tta 1 --protocol adapted --correct standardize'.split()) == 0
     record = json.loads((here/'gn.json').read_text())
     assert record['protocol'] == 'adapted' and record['adapt'] is None
 
@@ -222,7 +222,7 @@ def test_errors_inside_callbacks_read_like_others(capsys):
 
 @pytest.mark.parametrize('command, says', [
     ('--adapt-from controls', '--adapt-from controls uses pictures of the test batch'), ('--protocol adapted --bs 1', 'give --bs 2'),
-    ('--correct standardise', 'ask for --protocol adapted or transductive'), ('--protocol adapted --correct combat', '--correct combat is not known'),
+    ('--correct standardize', 'ask for --protocol adapted or transductive'), ('--protocol adapted --correct combat', '--correct combat is not known'),
     ('--protocol adapted --correct harmony', '--correct harmony is not known'), ('--protocol adapted --correct tvn', 'add --wells all'),
     ('--protocol adapted --correct tvn --wells all', 'train with --controls')])
 def test_correction_refused_before_any_work(here, command, says, capsys):
@@ -246,7 +246,7 @@ def test_help(name):
     ('rcic_train {d}/screen {d}/x --recipe best', "no recipe 'best'"),
     ('rcic_train {d}/screen {d}/x --arch efficientnet-b99', 'efficientnet-b99'),
     ('rcic_train {d}/screen {d}/x --valid HUVEC-99', 'HUVEC-99'),
-    ('rcic_train {d}/screen {d}/x --metadata colour --pretrained no', 'colour'),
+    ('rcic_train {d}/screen {d}/x --metadata color --pretrained no', 'color'),
     ('rcic_train {d}/screen {d}/x --target gene', 'gene'),
     ('rcic_train {d}/screen {d}/x --target cell_type --metadata cell_type --pretrained no', 'cell_type is the target'),
     ('rcic_train {d}/screen {d}/model', 'not empty'),
@@ -304,7 +304,7 @@ def test_real_sites_by_command(tmp_path):
     assert pred.id_code.tolist() == ['HEPG2-08_1_B02', 'HEPG2-08_2_B02'] and set(pred.cell_type) == {'HEPG2'}
 
 def test_statistics_of_controls_and_the_tables_own_validation(here):
-    "Pixel statistics of control wells need their rows; `dataset` val is held out, id_test is not learnt"
+    "Pixel statistics of control wells need their rows; `dataset` val is held out, id_test is not learned"
     d = here/'wilds'
     d.mkdir(); os.symlink(here/'screen/images', d/'images')
     t = pd.read_csv(here/'screen/metadata.csv')

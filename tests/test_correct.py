@@ -16,8 +16,8 @@ X, M = emb_features(TOY).astype(float), emb_metadata(TOY)
 TREATED, IS_TRAIN = (M.well_type == 'treatment').to_numpy(), (M.dataset == 'train').to_numpy()
 IS_CONTROL = dict(negative=(M.well_type == 'negative_control').to_numpy(), positive=(M.well_type == 'positive_control').to_numpy(), all=~TREATED)
 KEYS = dict(plate=['experiment', 'plate'], experiment=['experiment'])
-METHODS = ['centre', 'standardise', 'sphere', 'tvn']
-OPTIONS = [('centre', {}), ('centre', dict(by='plate', robust=True)), ('standardise', dict(by='plate')), ('standardise', dict(robust=True)), ('sphere', {}),
+METHODS = ['center', 'standardize', 'sphere', 'tvn']
+OPTIONS = [('center', {}), ('center', dict(by='plate', robust=True)), ('standardize', dict(by='plate')), ('standardize', dict(robust=True)), ('sphere', {}),
            ('sphere', dict(by=None)), ('sphere', dict(within=True, shrink='auto')), ('tvn', {}), ('tvn', dict(by='plate', shrink=.2)), ('tvn', dict(by=None, dims=5))]
 
 def feats(emb): return emb_features(emb).astype(float)
@@ -29,24 +29,24 @@ def close(a, b, tol=2e-3): np.testing.assert_allclose(a, b, rtol=tol, atol=tol*n
 @pytest.mark.parametrize('controls', ['positive', 'all'])
 @pytest.mark.parametrize('scale', [True, False])
 @pytest.mark.parametrize('robust', [True, False])
-def test_centre_is_the_loop(by, controls, scale, robust):
-    got = feats(correct(TOY, 'centre', by=by, controls=controls, scale=scale, robust=robust))
+def test_center_is_the_loop(by, controls, scale, robust):
+    got = feats(correct(TOY, 'center', by=by, controls=controls, scale=scale, robust=robust))
     for rows in batches(by):
         for j in range(D):
             ref = X[rows, j][IS_CONTROL[controls][rows]]
-            centre, spread = (np.median(ref), median_abs_deviation(ref, scale='normal')) if robust else (np.mean(ref), np.std(ref, ddof=1))
-            np.testing.assert_allclose(got[rows, j], (X[rows, j] - centre)/(spread if scale else 1), rtol=1e-4, atol=1e-5)
+            center, spread = (np.median(ref), median_abs_deviation(ref, scale='normal')) if robust else (np.mean(ref), np.std(ref, ddof=1))
+            np.testing.assert_allclose(got[rows, j], (X[rows, j] - center)/(spread if scale else 1), rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize('by', ['plate', 'experiment'])
-def test_centring_is_exact(by):
-    controls, wells = feats(correct(TOY, 'centre', by=by)), feats(correct(TOY, 'standardise', by=by))
+def test_centering_is_exact(by):
+    controls, wells = feats(correct(TOY, 'center', by=by)), feats(correct(TOY, 'standardize', by=by))
     for rows in batches(by):
         ref = controls[rows][IS_CONTROL['all'][rows]]
         assert np.abs(ref.mean(0)).max() < 1e-5 and np.abs(ref.std(0, ddof=1) - 1).max() < 1e-5
         assert np.abs(wells[rows].mean(0)).max() < 1e-5 and np.abs(wells[rows].std(0, ddof=1) - 1).max() < 1e-5
 
-def test_one_untreated_well_a_plate_is_enough_for_a_centre():
-    got = feats(correct(TOY, 'centre', by='plate', controls='negative', scale=False))
+def test_one_untreated_well_a_plate_is_enough_for_a_center():
+    got = feats(correct(TOY, 'center', by='plate', controls='negative', scale=False))
     for rows in batches('plate'): assert np.abs(got[rows][IS_CONTROL['negative'][rows]].mean(0)).max() < 1e-6
 
 @pytest.mark.parametrize('controls', ['negative', 'all'])
@@ -57,7 +57,7 @@ def test_sphering_is_the_inverse_square_root_of_the_covariance(controls, shrink)
     close(got, (X - ref.mean(0)) @ np.linalg.inv(sqrtm((1 - shrink)*s + shrink*np.trace(s)/D*np.eye(D))).real)
     if not shrink: close(np.cov(got[IS_CONTROL[controls]].T), np.eye(D))
 
-def test_sphering_by_batch_centres_batches_and_whitens_what_is_left():
+def test_sphering_by_batch_centers_batches_and_whitens_what_is_left():
     for by in KEYS:
         got = feats(correct(TOY, 'sphere', by=by))
         close(np.cov(got[~TREATED].T), np.eye(D))
@@ -79,7 +79,7 @@ def test_auto_is_ledoit_wolf():
     close(Sphering(by=None, shrink='auto').fit(TOY).weights, sqrtm(np.linalg.inv(LedoitWolf().fit(X[~TREATED]).covariance_*n/(n - 1))).real)
 
 @pytest.mark.parametrize('dims', [None, 5])
-def test_tvn_without_batches_is_a_whitening_pca_of_standardised_controls(dims):
+def test_tvn_without_batches_is_a_whitening_pca_of_standardized_controls(dims):
     got, ref = feats(correct(TOY, 'tvn', by=None, dims=dims)), X[~TREATED]
     pca = PCA(dims, whiten=True).fit((ref - ref.mean(0))/ref.std(0, ddof=1))
     want = pca.transform((X - ref.mean(0))/ref.std(0, ddof=1))
@@ -102,7 +102,7 @@ def test_tvn_gives_batches_one_covariance():
     for c in covs[1:]: close(c, covs[0], 1e-2)
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from(['centre', 'standardise']), st.sampled_from(['plate', 'experiment']), st.booleans())
+@given(st.integers(0, 2**31), st.sampled_from(['center', 'standardize']), st.sampled_from(['plate', 'experiment']), st.booleans())
 def test_what_is_linear_in_a_batch_is_undone(seed, method, by, robust):
     rng, x = np.random.default_rng(seed), X.copy()
     for rows in batches(by): x[rows] = x[rows]*rng.uniform(.2, 5, D) + rng.normal(size=D)
@@ -140,12 +140,12 @@ def test_order_does_not_matter_with_fewer_controls_than_dimensions(method):
     how = dict(controls='negative', shrink='auto')
     close(feats(correct(emb.iloc[order], method, **how)), feats(correct(emb, method, **how))[order])
 
-@pytest.mark.parametrize('method, options', [o for o in OPTIONS if o[0] != 'standardise'])
+@pytest.mark.parametrize('method, options', [o for o in OPTIONS if o[0] != 'standardize'])
 def test_controls_are_all_that_is_learned_from(method, options):
     kept = ~TREATED | (M.experiment == 'RPE-08').to_numpy()
     close(feats(correct(TOY[kept], method, **options)), feats(correct(TOY, method, **options))[kept])
 
-@pytest.mark.parametrize('method', ['centre', 'standardise'])
+@pytest.mark.parametrize('method', ['center', 'standardize'])
 def test_simple_methods_may_be_used_table_by_table(method):
     want = correct(TOY, method)
     got = pd.concat([correct(TOY[IS_TRAIN], method), correct(TOY[~IS_TRAIN], method)], ignore_index=True)
@@ -180,8 +180,8 @@ def test_rows_without_a_mark_are_inductive():
     "As from pd.concat of embeddings with and without the column"
     some = TOY.assign(Metadata_protocol=np.where(IS_TRAIN, None, 'adapted'))
     assert TVN(by=None).fit(TOY.assign(Metadata_experiment='other')).transform(some).Metadata_protocol.tolist() == np.where(IS_TRAIN, 'inductive', 'adapted').tolist()
-    fresh = correct(TOY.assign(Metadata_correction=None), 'centre')
-    assert set(fresh.Metadata_correction) == set(correct(TOY, 'centre').Metadata_correction)
+    fresh = correct(TOY.assign(Metadata_correction=None), 'center')
+    assert set(fresh.Metadata_correction) == set(correct(TOY, 'center').Metadata_correction)
 
 def written(path, meta, dtype='F64', size=8):
     head = json.dumps({'__metadata__': {'correction': meta}, 'mean': dict(dtype=dtype, shape=[8], data_offsets=[0, 8*size])}).encode()
@@ -191,7 +191,7 @@ def written(path, meta, dtype='F64', size=8):
 @pytest.mark.parametrize('dtype, size', [('BF16', 2), ('F8_E4M3', 1), ('F8_E5M2', 1), ('BOOL', 1), ('C64', 8), ('I8', 1), ('odd', 1)])
 def test_corrections_of_odd_numbers(dtype, size, tmp_path):
     with pytest.raises(ScreenError, match=r'c\.safetensors (is not a saved correction|cannot be used) \(') as e:
-        load_correction(written(tmp_path/'c.safetensors', json.dumps(CentreScale().fit(TOY).state()[0]), dtype, size))
+        load_correction(written(tmp_path/'c.safetensors', json.dumps(CenterScale().fit(TOY).state()[0]), dtype, size))
     assert len(str(e.value).splitlines()) == 1
 
 @pytest.mark.parametrize('meta', ['['*100_000, '{"a":'*100_000, '9'*5000, 'NaN', '', '{'])
@@ -225,29 +225,29 @@ def test_mark_survives(method, tmp_path):
     pd.testing.assert_frame_equal(emb_metadata(got)[M.columns], M)
 
 def test_steps_are_recorded_and_adapted_stays():
-    first = correct(TOY, 'centre', by='plate', scale=False)
+    first = correct(TOY, 'center', by='plate', scale=False)
     fitted = TVN(by=None).fit(first[IS_TRAIN])
     second = fitted.transform(first[~IS_TRAIN])
     assert set(second.Metadata_protocol) == {'adapted'}
     assert second.Metadata_correction.iloc[0].split(' + ')[0] == first.Metadata_correction.iloc[0] and '#' in second.Metadata_correction.iloc[0]
     with pytest.raises(ScreenError, match='different ways'): correct(pd.concat([first[IS_TRAIN], TOY[~IS_TRAIN]]), 'tvn')
-    with pytest.raises(ScreenError, match='different ways'): correct(pd.concat([first[IS_TRAIN], correct(TOY, 'centre')[~IS_TRAIN]]), 'sphere')
+    with pytest.raises(ScreenError, match='different ways'): correct(pd.concat([first[IS_TRAIN], correct(TOY, 'center')[~IS_TRAIN]]), 'sphere')
     as_category = first.assign(**{c: first[c].astype('category') for c in first if c.startswith('Metadata_')})
-    pd.testing.assert_frame_equal(correct(as_category, 'standardise').filter(like='emb_'), correct(first, 'standardise').filter(like='emb_'))
-    with pytest.raises(ScreenError, match="protocol='odd'"): correct(TOY.assign(Metadata_protocol='odd'), 'centre')
-    assert set(correct(TOY.assign(Metadata_protocol='transductive'), 'centre').Metadata_protocol) == {'transductive'}
+    pd.testing.assert_frame_equal(correct(as_category, 'standardize').filter(like='emb_'), correct(first, 'standardize').filter(like='emb_'))
+    with pytest.raises(ScreenError, match="protocol='odd'"): correct(TOY.assign(Metadata_protocol='odd'), 'center')
+    assert set(correct(TOY.assign(Metadata_protocol='transductive'), 'center').Metadata_protocol) == {'transductive'}
 
 def test_wells_and_an_odd_index_work():
     wells = merge_sites(TOY).sample(frac=1, random_state=1)
     for method in METHODS:
-        got = correct(wells, method, **({} if method in ('centre', 'standardise') else dict(shrink='auto')))
+        got = correct(wells, method, **({} if method in ('center', 'standardize') else dict(shrink='auto')))
         assert np.isfinite(feats(got)).all() and got.Metadata_well_id.tolist() == wells.Metadata_well_id.tolist() and isinstance(got.index, pd.RangeIndex)
 
-def test_a_dead_number_is_only_centred():
+def test_a_dead_number_is_only_centered():
     x = X.copy(); x[:, 3] = .1
     x[~TREATED, 5] = np.nextafter(np.float32(.7), np.float32(np.arange((~TREATED).sum()) % 2))         # but for the last digit
     for how in (dict(), dict(robust=True)):
-        got = feats(correct(table(x), 'centre', **how))
+        got = feats(correct(table(x), 'center', **how))
         assert np.abs(got[:, 3]).max() < 1e-6 and np.abs(got[:, 5]).max() < 5 and np.isfinite(got).all()
     for method in ('sphere', 'tvn'):
         with pytest.raises(ScreenError, match='vary in only 10 of 12 dimensions'): correct(table(x), method)
@@ -264,13 +264,13 @@ def test_one_siRNA_in_two_batches_comes_together():
     for method in METHODS: assert share(correct(TOY, method)) > before + .15, method
 
 @pytest.mark.parametrize('options, says', [
-    (dict(method='combat'), "'combat' is not a correction: choose from centre"),
-    (dict(method='standardise', controls='all'), 'no option controls: it has by, scale, robust'),
-    (dict(method='centre', by='well'), "by='well' is not known"), (dict(method='centre', by=None), 'by=None is not known'),
+    (dict(method='combat'), "'combat' is not a correction: choose from center"),
+    (dict(method='standardize', controls='all'), 'no option controls: it has by, scale, robust'),
+    (dict(method='center', by='well'), "by='well' is not known"), (dict(method='center', by=None), 'by=None is not known'),
     (dict(method='tvn', controls='none'), "controls='none' is not known"),
     (dict(method='tvn', shrink=2.), 'shrink=2.0'), (dict(method='sphere', shrink='yes'), "shrink='yes'"), (dict(method='tvn', ridge=0), 'ridge=0'),
     (dict(method='tvn', ridge=float('nan')), 'ridge=nan'), (dict(method='tvn', dims=0), 'dims=0'), (dict(method='tvn', dims=13), 'dims=13 is more than the 12'),
-    (dict(method='centre', by='plate', controls='negative'), 'only one negative control well in HUVEC-01 plate 1'),
+    (dict(method='center', by='plate', controls='negative'), 'only one negative control well in HUVEC-01 plate 1'),
     (dict(method='tvn', by='plate', controls='negative', shrink='auto'), 'only one negative control well in HUVEC-01 plate 1')])
 def test_bad_options(options, says):
     with pytest.raises(ScreenError, match=says): correct(TOY, **options)
@@ -282,22 +282,22 @@ def edited(row, column, value):
 
 FEW = TOY[TREATED | (M.plate == 1).to_numpy() & (M.experiment == 'RPE-08').to_numpy() | (M.well == 'B02').to_numpy() & (M.plate == 1).to_numpy()]
 @pytest.mark.parametrize('emb, options, says', [
-    (TOY[:0], dict(method='standardise'), 'table is empty'),
+    (TOY[:0], dict(method='standardize'), 'table is empty'),
     (TOY[[c for c in TOY if not c.startswith('emb_')]], dict(method='tvn'), 'no emb_0000 column'),
-    (TOY.drop(columns='Metadata_experiment'), dict(method='standardise'), 'no column Metadata_experiment'),
+    (TOY.drop(columns='Metadata_experiment'), dict(method='standardize'), 'no column Metadata_experiment'),
     (TOY.drop(columns=['Metadata_plate', 'Metadata_well_type']), dict(method='tvn', by='plate'), 'no column Metadata_plate, well_type'),
     (TOY.drop(columns='Metadata_sirna'), dict(method='sphere', within=True), 'no column Metadata_sirna'),
     (edited(5, 'Metadata_well_id', None), dict(method='tvn'), 'Row 5 .HUVEC-01_1_.* has no well_id'),
-    (edited(4, 'Metadata_experiment', None), dict(method='centre'), 'Row 4 .* has no experiment'),
-    (edited(9, 'emb_0002', np.nan), dict(method='centre'), 'Row 9 .HUVEC-01_1_.* not finite'),
+    (edited(4, 'Metadata_experiment', None), dict(method='center'), 'Row 4 .* has no experiment'),
+    (edited(9, 'emb_0002', np.nan), dict(method='center'), 'Row 9 .HUVEC-01_1_.* not finite'),
     (edited(9, 'emb_0002', np.inf), dict(method='sphere'), 'Row 9 .* not finite'),
-    (TOY[TREATED | IS_TRAIN], dict(method='tvn'), "no control well in HUVEC-17, RPE-08: .*'standardise'"),
+    (TOY[TREATED | IS_TRAIN], dict(method='tvn'), "no control well in HUVEC-17, RPE-08: .*'standardize'"),
     (TOY[~((M.experiment == 'RPE-02') & (M.plate == 3) & ~TREATED).to_numpy()], dict(method='sphere', by='plate'), 'no control well in RPE-02 plate 3'),
     (TOY[TREATED], dict(method='sphere', by=None), 'no control well in the table'),
     (FEW, dict(method='tvn', by=None, controls='negative'), 'The 12 control rows vary in only 11 of 12 dimensions'),
     (FEW, dict(method='tvn', by=None, controls='negative', dims=12), 'dims=11'),
     (TOY[(M.well == 'B02').to_numpy() & (M.site_id == 'HUVEC-01_1_B02_1').to_numpy()], dict(method='sphere', by=None, shrink='auto'), 'spread of 1 control row'),
-    (TOY[~IS_TRAIN | (M.well == 'B02').to_numpy() & (M.plate == 1).to_numpy()], dict(method='standardise'), 'only one well in HUVEC-01, HUVEC-02, RPE-01, RPE-02')])
+    (TOY[~IS_TRAIN | (M.well == 'B02').to_numpy() & (M.plate == 1).to_numpy()], dict(method='standardize'), 'only one well in HUVEC-01, HUVEC-02, RPE-01, RPE-02')])
 def test_bad_tables(emb, options, says):
     with pytest.raises(ScreenError, match=says) as e: correct(emb, **options)
     assert str(e.value).count('. ') == 0 and str(e.value).endswith('.')
@@ -311,7 +311,7 @@ def test_bad_order_of_calls():
 def test_pictures(tmp_path):
     fig = show_correction(TOY, correct(TOY, 'tvn', dims=1), 'cell_type')
     assert len(fig.axes) == 2 and [len(a.collections) for a in fig.axes] == [2, 2]
-    assert show_correction(merge_sites(TOY), merge_sites(correct(TOY, 'centre'))).axes[1].get_title() == 'after'
+    assert show_correction(merge_sites(TOY), merge_sites(correct(TOY, 'center'))).axes[1].get_title() == 'after'
 
 def test_without_harmonypy(monkeypatch):
     monkeypatch.setitem(sys.modules, 'harmonypy', None)
@@ -326,9 +326,9 @@ def test_old_harmonypy_is_refused(monkeypatch):
 @pytest.mark.extra('harmonypy')
 def test_harmony():
     emb = toy_profiles(n_sirnas=24, dim=32, batch=1., seed=3); m = emb_metadata(emb)
-    got, centred = correct(emb, 'harmony', clusters=1), correct(emb, 'centre', scale=False)
+    got, centered = correct(emb, 'harmony', clusters=1), correct(emb, 'center', scale=False)
     spread = lambda e: np.var([feats(e)[i].mean(0) for i in m.groupby('experiment').indices.values()], axis=0).sum()/feats(e).var(0).sum()
-    assert spread(got) < .2*spread(emb) and spread(correct(centred, 'harmony')) < .5*spread(centred)
+    assert spread(got) < .2*spread(emb) and spread(correct(centered, 'harmony')) < .5*spread(centered)
     other = emb.assign(Metadata_experiment='z' + m.experiment.str[::-1]).sample(frac=1, random_state=0)
     again = correct(other, 'harmony', clusters=1)
     close(feats(again), feats(got)[other.index], 1e-4)

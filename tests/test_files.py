@@ -311,7 +311,7 @@ def test_pictures_without_a_page_of_their_own(tmp_path):
 @pytest.mark.parametrize('img,kw,words', [
     (np.zeros((8, 8), np.float32), {}, ['float32']), (np.zeros((8, 8), np.int16), {}, ['int16']),
                                           (np.zeros((8, 8), np.uint32), {}, ['uint32']),
-    (np.zeros((8, 8), bool), {}, ['grey']), (np.zeros((8, 8, 3), np.uint8), dict(photometric='rgb'), ['RGB colour']),
+    (np.zeros((8, 8), bool), {}, ['gray']), (np.zeros((8, 8, 3), np.uint8), dict(photometric='rgb'), ['RGB color']),
     (np.zeros((8, 8), np.uint8), dict(photometric='miniswhite'), ['white-is-zero']),
     (np.zeros((8, 8), np.uint8), dict(photometric='palette', colormap=np.zeros((3, 256), np.uint16)), ['palette']),
     (np.zeros((3, 8, 8), np.uint16), dict(photometric='minisblack'), ['more than 1 page']),
@@ -330,7 +330,7 @@ def test_other_files_that_are_not_a_channel(tmp_path):
     for data in (b'', b'II*', b'\xff\xd8\xff\xe0 a JPEG', b'PK\3\4'):
         f.write_bytes(data); refused(lambda: read_planes(f), 'x.tif', 'neither a PNG nor a TIFF')
     f.write_bytes(cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes())
-    refused(lambda: read_planes(f), 'RGB colour')
+    refused(lambda: read_planes(f), 'RGB color')
     f.write_bytes(cv2.imencode('.png', np.zeros((8, 8), np.uint8))[1].tobytes())
     refused(lambda: read_planes(f, 2), 'PNG', 'one channel')
     assert read_planes(f).shape == (1, 8, 8)       # by what is in it, not by its name

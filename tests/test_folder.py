@@ -38,14 +38,14 @@ def made(tmp_path_factory):
     learn.history = pd.DataFrame(dict(stage=['a', 'a'], epoch=[0, 1], valid_loss=[2., 1.], accuracy=[.25, .5]))
     emb = learn.embed(learn.dls.train.items, tta=1, progress=False)
     index = EmbeddingIndex(emb)
-    save_screen_model(learn, d/'model', index, seed=3, licence='Mine.', note=dict(path=d, nan=np.float32('nan'), n=np.int64(3)))
+    save_screen_model(learn, d/'model', index, seed=3, license='Mine.', note=dict(path=d, nan=np.float32('nan'), n=np.int64(3)))
     class made: pass
     made.dir, made.table, made.source, made.learn, made.index, made.folder, made.emb = d, table, source, learn, index, d/'model', emb
     made.answer = answer(load_screen_model(d/'model'))
     return made
 
 def answer(m):
-    "What a model says: cosines, embeddings, neighbours, and the names of all of it"
+    "What a model says: cosines, embeddings, neighbors, and the names of all of it"
     with torch.no_grad(): x, y = m.model(PROBE), m.model.embed(PROBE)
     return x.numpy(), y.numpy(), *m.index.search(y.numpy(), 3), repr(m.spec), m.index.labels.to_csv(), m.index.target, m.index.kind
 
@@ -108,7 +108,7 @@ def test_the_same_model_comes_back(made):
     np.testing.assert_array_equal(m.index.features, made.index.features)
     assert m.spec == made.learn.dls.spec and m.model.config == made.learn.model.config and not m.model.training
     c = m.config
-    assert (c['seed'], c['licence'], c['note']) == (3, 'Mine.', dict(path=str(made.dir), nan=None, n=3))
+    assert (c['seed'], c['license'], c['note']) == (3, 'Mine.', dict(path=str(made.dir), nan=None, n=3))
     assert c['metrics']['accuracy'] == .5 and c['metrics']['protocol'] == 'inductive' and c['held_out'] == ['HUVEC-02']
     assert c['data'] == json.loads(json.dumps(F.data_fingerprint(made.learn.dls.train.items, made.source)))
     assert {p.name for p in made.folder.iterdir()} == set(ALL) and set(c['files']) == set(MODEL_FILES)
@@ -149,7 +149,7 @@ def test_card(made):
     card = (made.folder/'README.md').read_text()
     for part in ('license: other', 'HUVEC-01', '**0.500** (protocol inductive', '| 6 | golgi |', 'Mine.', 'Limits'): assert part in card
     config = json.loads((made.folder/'config.json').read_text())
-    assert 'CC BY-NC-SA 4.0' in F.model_card({**config, 'licence': F.MODEL_LICENCE}) and 'no_experiment' not in card
+    assert 'CC BY-NC-SA 4.0' in F.model_card({**config, 'license': F.MODEL_LICENSE}) and 'no_experiment' not in card
     assert 'nothing is known of its accuracy' in F.model_card({**config, 'metrics': {}})
     (copy_of := made.dir/'edited'); shutil.copytree(made.folder, copy_of)
     (copy_of/'README.md').write_text('# Edited by a person'); (copy_of/'.gitattributes').write_text('')
@@ -303,7 +303,7 @@ def test_entries_that_are_absent(hostile, quick):
             o[k] = kept
             for g, w in (('config.json', c), ('index.json', i)): (hostile/g).write_text(json.dumps(w))
             seal(hostile)
-    assert opened <= {'metrics', 'trained_experiments', 'licence', 'seed', 'note', 'bn_momentum', 'use_metadata', 'meta_dropout', 'dropout', 'sites', 'size', 'norm', 'norm_mean', 'norm_std', 'bits', 'clahe', 'norm_from'}
+    assert opened <= {'metrics', 'trained_experiments', 'license', 'seed', 'note', 'bn_momentum', 'use_metadata', 'meta_dropout', 'dropout', 'sites', 'size', 'norm', 'norm_mean', 'norm_std', 'bits', 'clahe', 'norm_from'}
 
 @pytest.mark.parametrize('name', ['/etc/passwd', '../../secret', '..', '.', '', 'sub/weights.safetensors', 'con\x00fig', 'README.md', 'evil.pkl'])
 def test_manifest_paths(hostile, name):

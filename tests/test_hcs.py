@@ -419,7 +419,7 @@ def test_plates_that_differ(tmp_path, kw, words):
 
 @both
 @pytest.mark.parametrize('dtype', ['int16', 'uint32', 'float32', 'int8', 'bool', 'uint64'])
-def test_pixels_that_are_not_grey_bytes(tmp_path, fmt, dtype):
+def test_pixels_that_are_not_gray_bytes(tmp_path, fmt, dtype):
     write_plate(tmp_path/'p.zarr', fmt, ['B/2'], 1)
     rewrite(tmp_path/'p.zarr/B/2/0', np.ones((2, 16, 16), dtype), fmt.zarr_format)
     complains(dtype, 'convert the plate to uint8 or uint16', f=lambda: one(tmp_path/'p.zarr'))

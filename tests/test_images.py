@@ -68,13 +68,13 @@ def test_random_bytes_are_refused(seed):
         with pytest.raises(ScreenError): check_png(PNG_SIGNATURE + rng.bytes(n))
 
 
-@pytest.mark.parametrize('mode,word', [('RGB', 'RGB colour'), ('RGBA', 'alpha'), ('P', 'palette'),
+@pytest.mark.parametrize('mode,word', [('RGB', 'RGB color'), ('RGBA', 'alpha'), ('P', 'palette'),
                                        ('LA', 'alpha'), ('1', '1 bits')])
 def test_kinds_that_are_not_a_channel(mode, word):
     with pytest.raises(ScreenError, match=word): decode_png(png(Image.new('L', (8, 8)).convert(mode)), 'x.png')
 
 
-def test_grey_with_a_transparent_value_is_still_grey():
+def test_gray_with_a_transparent_value_is_still_gray():
     img = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     try: got = decode_png(png(img, transparency=3))
     except ScreenError: return
@@ -165,7 +165,7 @@ def refused(source, site, *words):
 @pytest.mark.parametrize('data,words', [
     (b'', ['not a PNG']), (b'GIF89a', ['not a PNG']), ('truncate', ['truncated', 'copy it again']),
     ('flip', ['damaged']),
-    (png(Image.new('RGB', (16, 16))), ['RGB colour', 'grey']), (png(Image.new('L', (16, 12))), ['12×16', '16×16']),
+    (png(Image.new('RGB', (16, 16))), ['RGB color', 'gray']), (png(Image.new('L', (16, 12))), ['12×16', '16×16']),
     (cv2.imencode('.png', np.zeros((16, 16), np.uint16))[1].tobytes(), ['16 bits', '8 bits'])])
 def test_bad_file(tree, data, words):
     root, table, pixels = tree

@@ -55,7 +55,7 @@ def test_order_of_index_rows_does_not_matter(seed):
     for vote in ('nearest', 'mean', 'prototype'): np.testing.assert_allclose(INDEX.class_scores(Q[:20], vote), other.class_scores(Q[:20], vote), atol=1e-5)
     np.testing.assert_array_equal(INDEX.labels.site_id.to_numpy()[INDEX.search(Q[:20], 3)[1]], other.labels.site_id.to_numpy()[other.search(Q[:20], 3)[1]])
 
-def test_nearest_vote_is_the_first_neighbour():
+def test_nearest_vote_is_the_first_neighbor():
     cos, rows = INDEX.search(Q, 1)
     s = INDEX.class_scores(Q)
     np.testing.assert_allclose(s.max(1), cos[:, 0], atol=1e-6)
@@ -194,7 +194,7 @@ def test_the_model_is_known_from_the_table():
     assert EmbeddingIndex(emb).model == 'c'*64 and EmbeddingIndex(emb, model='d'*64).model == 'd'*64 and INDEX.model is None
     assert EmbeddingIndex(emb).table().attrs['model'] == 'c'*64
 
-def test_no_neighbour_is_made_up():
+def test_no_neighbor_is_made_up():
     few = LABELS.assign(cell_type=['rare']*3 + ['other']*(len(LABELS) - 3))
     cos, rows = EmbeddingIndex(make_emb_table(few, emb_features(TRAIN))).search(Q[:9], 5, cell_type=['rare']*9)
     assert (np.sort(rows[:, :3], 1) == [0, 1, 2]).all() and (rows[:, 3:] == -1).all()

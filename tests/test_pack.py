@@ -569,14 +569,14 @@ def test_a_table_that_parquet_cannot_hold(tmp_path, screen):
 def test_workers_below_one(tmp_path, screen): says(lambda: put(screen[1], screen[0], tmp_path/'a.zarr', workers=-1), 'workers')
 
 
-@pytest.mark.parametrize('what', ['size', 'bits', 'damage', 'colour'])
+@pytest.mark.parametrize('what', ['size', 'bits', 'damage', 'color'])
 def test_an_odd_file_in_the_middle(tmp_path, screen, what):
     "Named; what is packed is kept, and once it is put right the same call ends well"
     table, source, pixels = screen
     path = png(source, table, 3, 2)
     good = path.read_bytes()
     if what == 'damage': path.write_bytes(flipped(good, len(good)//2))
-    else: cv2.imwrite(str(path), {'size': np.zeros((9, 16), np.uint8), 'bits': np.zeros((16, 16), np.uint16), 'colour': np.zeros((16, 16, 3), np.uint8)}[what])
+    else: cv2.imwrite(str(path), {'size': np.zeros((9, 16), np.uint8), 'bits': np.zeros((16, 16), np.uint16), 'color': np.zeros((16, 16, 3), np.uint8)}[what])
     says(lambda: put(source, table, tmp_path/'a.zarr', workers=1), str(path))
     assert not (tmp_path/'a.zarr').exists() and journalled(tmp_path/'a.zarr.part') >= 1
     path.write_bytes(good)

@@ -65,7 +65,7 @@ def taught(screen):
 
 ALL_OF = {'HUVEC-01': {'inductive'}, 'HUVEC-02': {'inductive'}, 'HUVEC-03': {'inductive'}, 'HUVEC-17': {'transductive'}, 'HUVEC-18': {'inductive'}}
 
-def test_pseudo_labelled_experiments_are_transductive(screen, taught, tmp_path):
+def test_pseudo_labeled_experiments_are_transductive(screen, taught, tmp_path):
     t, source, (learn, index) = screen.table, screen.source, taught
     assert learn.protocol == 'transductive' and learn.model.pseudo_experiments == ('HUVEC-17',)
     m = load_screen_model(save_screen_model(learn, tmp_path/'m', index))

@@ -21,8 +21,8 @@ from rcic_fastai.train.recipes import Recipe, Stage
 from rcic_fastai.screen.screen import Screen
 
 ARCH, ONE = 'test_resnet', Recipe('one', [Stage('one', 1, 1e-3)])
-TRAINED, PSEUDO_LABELLED = ['HUVEC-01', 'HUVEC-02'], ['HUVEC-17']
-KNOWN = dict(trained_experiments=TRAINED, pseudo_experiments=PSEUDO_LABELLED)
+TRAINED, PSEUDO_LABELED = ['HUVEC-01', 'HUVEC-02'], ['HUVEC-17']
+KNOWN = dict(trained_experiments=TRAINED, pseudo_experiments=PSEUDO_LABELED)
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:You are shadowing')
 
 @pytest.fixture(scope='module')
@@ -136,7 +136,7 @@ def test_a_model_that_begins_with_weights_begins_with_their_past(screen, taught,
     torch.testing.assert_close(heir.model.body.state_dict(), taught.model.body.state_dict())
     assert provenance(heir.model) == KNOWN
     with heir.no_logging(): heir.fit_recipe(ONE)
-    assert provenance(heir.model) == dict(trained_experiments=[*TRAINED, 'HUVEC-03'], pseudo_experiments=PSEUDO_LABELLED)
+    assert provenance(heir.model) == dict(trained_experiments=[*TRAINED, 'HUVEC-03'], pseudo_experiments=PSEUDO_LABELED)
     emb = heir.embed(screen.table, tta=1, progress=False)
     how = dict(zip(emb.Metadata_experiment, emb.Metadata_protocol))
     assert how == {'HUVEC-01': 'transductive', 'HUVEC-02': 'inductive', 'HUVEC-03': 'inductive', 'HUVEC-17': 'transductive', 'HUVEC-18': 'inductive'}

@@ -276,7 +276,7 @@ def test_scores_are_those_of_the_classifier(screen):
             with torch.no_grad(): cos += [model(dihedral(x[None], k))[0] for k in range(2)]
         np.testing.assert_allclose(scores[i], torch.stack(cos).mean(0), atol=1e-4)
 
-def test_what_cannot_be_labelled_is_refused(screen):
+def test_what_cannot_be_labeled_is_refused(screen):
     t = screen.table
     rows_of = lambda e: t[t.experiment == e]
     for kw, word in ((dict(rows=rows_of('HUVEC-01')), 'Well HUVEC-01_1_.* trained on or held out'), (dict(rows=rows_of('HUVEC-03')), 'Well HUVEC-03_1_.* trained on or held out'),

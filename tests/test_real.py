@@ -1,4 +1,4 @@
-"The 18 real sites: ImageNet features, own-image normalisation and the FAISS index find the cell type across plates and batches."
+"The 18 real sites: ImageNet features, own-image normalization and the FAISS index find the cell type across plates and batches."
 import os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
@@ -25,7 +25,7 @@ def features_of_real_sites(root, size=320):
     return table, pooled[:, :pooled.shape[1]//2]            # the average half of the concat pool
 
 def nearest_outside_plate(meta, x):
-    "One row a site: its nearest neighbour that is not on its own plate"
+    "One row a site: its nearest neighbor that is not on its own plate"
     meta = meta.reset_index(drop=True)
     index = EmbeddingIndex(make_emb_table(meta, x), target='cell_type')
     cos, rows = index.search(x, k=len(x))
@@ -36,7 +36,7 @@ def nearest_outside_plate(meta, x):
                        found_experiment=meta.experiment.to_numpy()[at], cosine=cos[np.arange(len(x)), first])
 
 @pytest.mark.real('images')
-def test_nearest_neighbour_has_the_right_cell_type():
+def test_nearest_neighbor_has_the_right_cell_type():
     near = nearest_outside_plate(*features_of_real_sites(REAL))
     assert len(near) == 18
     assert (near.cell_type == near.found_cell_type).all(), near[near.cell_type != near.found_cell_type][['site_id', 'found']]

@@ -79,12 +79,12 @@ def test_any_number_of_channels(c, how):
     assert well.size > 2*im.size - 1
 
 
-@pytest.mark.parametrize('kind', ['uint8', 'uint16', 'float32', 'float16', 'bfloat16', 'normalised', 'grad', 'int32'])
+@pytest.mark.parametrize('kind', ['uint8', 'uint16', 'float32', 'float16', 'bfloat16', 'normalized', 'grad', 'int32'])
 def test_any_numbers(kind):
     x = np.random.default_rng(0).integers(0, 200, (6, 16, 16), np.uint8)
     t = torch.from_numpy(x)
     t = dict(uint8=t, uint16=torch.from_numpy(x.astype(np.uint16)*257), float32=t.float()/255, float16=(t/255).half(),
-             bfloat16=t.bfloat16(), normalised=(t.float()-80)/30, grad=t.float().requires_grad_(), int32=t.int())[kind]
+             bfloat16=t.bfloat16(), normalized=(t.float()-80)/30, grad=t.float().requires_grad_(), int32=t.int())[kind]
     s = stretch(TensorSite(t))
     assert s.dtype == np.float32 and 0 <= s.min() and s.max() <= 1
     np.testing.assert_allclose(s, stretch(x), atol=.02)
@@ -107,13 +107,13 @@ def test_constant_nan_and_hot_pixel():
     assert np.isfinite(stretch(np.full((1, 4, 4), np.inf))).all()
 
 
-def test_composite_of_one_stain_is_its_colour():
+def test_composite_of_one_stain_is_its_color():
     for i, c in enumerate(CHANNELS):
         x = np.zeros((6, 4, 4)); x[i, 0, 0] = 1
-        np.testing.assert_allclose(rgb_composite(x)[0, 0], STAIN_COLOURS[c], atol=1e-6)
+        np.testing.assert_allclose(rgb_composite(x)[0, 0], STAIN_COLORS[c], atol=1e-6)
         assert not rgb_composite(x)[1:].any()
-    assert (channel_colours(2, ['golgi', 'actin'])[0] == STAIN_COLOURS['golgi']).all()
-    assert len({tuple(c) for c in channel_colours(16)}) == 16
+    assert (channel_colors(2, ['golgi', 'actin'])[0] == STAIN_COLORS['golgi']).all()
+    assert len({tuple(c) for c in channel_colors(16)}) == 16
 
 
 def test_3d_is_channels_by_threes():
@@ -232,7 +232,7 @@ def test_plate_map_numbers_and_booleans():
     assert im[0, 0, 1] > im[0, 0, 0] and im[15, 23, 0] > im[15, 23, 1]
     ax = plate_map(pd.DataFrame(dict(well=['AF48'], v=[1.])), 'v', shape=(32, 48))
     assert ax.images[0].get_array().shape == (32, 48)
-    plate_map(t, 'v', cmap='magma', text=True); plate_map(t, 'ok', colours={'True': 'k', 'False': 'w'})
+    plate_map(t, 'v', cmap='magma', text=True); plate_map(t, 'ok', colors={'True': 'k', 'False': 'w'})
 
 
 @real

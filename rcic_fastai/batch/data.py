@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'TensorMeta', 'meta_vocab', 'MetadataCategorize', 'MetadataBlock',
            'ExperimentSplitter', 'ScreenSpec', 'GroupCategorize', 'statistics_rows', 'screen_block', 'label_order',
-           'labelled_rows', 'check_plates', 'check_id_test', 'ScreenLoaders', 'screen_dls', 'spec_dl']
+           'labeled_rows', 'check_plates', 'check_id_test', 'ScreenLoaders', 'screen_dls', 'spec_dl']
 
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +20,7 @@ from .loader import *
 # %% ../../nbs/13_batch.data.ipynb #ea047998
 def SiteBlock(
     source, # Image source: `source[site_id]` → [C,H,W]
-    clahe=None, # A `CLAHE` item transform, if the pictures are to be equalised
+    clahe=None, # A `CLAHE` item transform, if the pictures are to be equalized
 )->TransformBlock:
     "One site: a picture of C channels (6D for RxRx1)"
     return TransformBlock(type_tfms=SiteReader(source), item_tfms=[clahe] if clahe else None, batch_tfms=IntToFloat(),
@@ -91,7 +91,7 @@ class ScreenSpec:
     norm_mean:list=None # Mean of each channel (0–1), for `norm='global'`
     norm_std:list=None # Standard deviation of each channel (0–1), for `norm='global'`
     bits:int=8 # 8 or 16
-    clahe:bool=False # Equalise each channel (clip 2, 8×8 tiles)
+    clahe:bool=False # Equalize each channel (clip 2, 8×8 tiles)
     norm_from:str='all' # Wells whose pictures give the statistics of a plate or experiment: all or controls
 
     def __post_init__(self):
@@ -122,10 +122,10 @@ def _statistics_of(spec, rows, among):
 
 def statistics_rows(
     spec:ScreenSpec, # What a batch is
-    rows:pd.DataFrame, # Site-table rows to normalise
+    rows:pd.DataFrame, # Site-table rows to normalize
     among:pd.DataFrame=None, # Rows that may be used; `None`: `rows` themselves
 )->pd.DataFrame: # Some of `among`: all wells of the plates or experiments, or their controls
-    "The rows whose pictures give the statistics that `rows` are normalised with"
+    "The rows whose pictures give the statistics that `rows` are normalized with"
     if not spec.per_group: return rows
     use, lacks = _statistics_of(spec, rows, rows if among is None else among)
     if lacks:
@@ -133,8 +133,8 @@ def statistics_rows(
         raise ScreenError(f'{first_few(lacks)} has no {what} to take pixel statistics of: add its rows to the table (stat_rows){more}.')
     return use
 
-def _normalise(spec, source, rows, pos):
-    "The normalisation transform of a spec and, for groups, the block of the input that names them"
+def _normalize(spec, source, rows, pos):
+    "The normalization transform of a spec and, for groups, the block of the input that names them"
     if spec.norm == 'global': return NormalizeGlobal(spec.norm_mean, spec.norm_std), None
     if not spec.per_group: return normalizer(spec.norm), None
     stats = screen_stats(source, rows, spec.norm)
@@ -147,18 +147,18 @@ def screen_block(
     rows:pd.DataFrame, # Rows whose images give plate or experiment statistics (labels are not used); see `statistics_rows`
     splitter=None, # Rows → (training, validation) positions
     augs=(), # Batch transforms for training
-    labelled:bool=True, # With the target, or without for prediction
+    labeled:bool=True, # With the target, or without for prediction
     mask=(), # Metadata columns that are passed as unknown
 )->DataBlock:
     "The `DataBlock` of a spec"
-    norm, group_block = _normalise(spec, source, rows, 1 + len(spec.vocabs))
+    norm, group_block = _normalize(spec, source, rows, 1 + len(spec.vocabs))
     eq = CLAHE() if spec.clahe else None
     blocks = [SiteBlock(source, eq) if spec.sites == 1 else WellBlock(source, spec.sites, eq)]
     blocks += [MetadataBlock(v) for v in spec.vocabs.values()]
     getters = [ColReader(spec.key)] + [RowValue(_unknowns) if c in mask else ColReader(c) for c in spec.vocabs]
     if group_block: blocks, getters = blocks + [group_block], getters + [RowValue(partial(_groups_of, norm=spec.norm))]
     n_inp = len(blocks)
-    if labelled:
+    if labeled:
         blocks.append(CategoryBlock(vocab=spec.labels, sort=False)); getters.append(RowValue(partial(_labels_of, target=spec.target)))
     resize = [SiteResize(spec.size)] if spec.size else []
     return DataBlock(blocks, n_inp=n_inp, getters=getters, splitter=splitter, batch_tfms=[*resize, *augs, norm])
@@ -169,7 +169,7 @@ def _groups_of(rows, norm): return stat_groups(rows, norm).tolist()
 
 # %% ../../nbs/13_batch.data.ipynb #86408b2c
 def label_order(
-    rows:pd.DataFrame, # Labelled rows
+    rows:pd.DataFrame, # Labeled rows
     target:str, # Column
 )->list: # Class names
     "Class names in order: siRNAs by `sirna_id`, numbers by value, the rest by name"
@@ -177,7 +177,7 @@ def label_order(
     if target == 'sirna': return [str(o) for o in rows.dropna(subset=['sirna']).sort_values(['sirna_id', 'sirna']).sirna.unique()]
     return [str(o) for o in sorted(v.unique())]
 
-def labelled_rows(
+def labeled_rows(
     table:pd.DataFrame, # Site table
     target:str='sirna', # Column to predict
     controls:bool=None, # With control wells (1139 classes) or without (1108); `None`: with, unless the target is `sirna`
@@ -275,14 +275,14 @@ def screen_dls(
     screen, # A `Screen`
     valid='auto', # Held-out experiments: names, 'A,B', 'auto' or 'none'
     target:str='sirna', # Column to predict
-    controls:bool=None, # Train on control wells too; see `labelled_rows`
+    controls:bool=None, # Train on control wells too; see `labeled_rows`
     sites:int=1, # 1: a sample is a site; 2: a well of two sites
     size:int=None, # Side that the model sees, pixels; `None`: as stored
     bs:int=32, # Batch size
     norm:str='own', # own, plate, experiment, global or none
     norm_from:str='all', # For plate and experiment: statistics of all wells, or of controls only
     augs='default', # Batch transforms for training; `None` for none
-    clahe:bool=False, # Equalise each channel
+    clahe:bool=False, # Equalize each channel
     seed:int=0, # Order of the training samples
     num_workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     device=None, # Where batches go; `None`: fastai's default
@@ -293,7 +293,7 @@ def screen_dls(
     "Training and validation batches of a screen, split by experiment"
     args = {k:v for k,v in locals().items()}
     table, source = screen.table, screen.source
-    rows = labelled_rows(table, target, controls)
+    rows = labeled_rows(table, target, controls)
     if target == 'sirna': check_plates(table[table.dataset.isin(('train', 'val'))])
     train, held = split_experiments(rows, valid)
     check_id_test(table, rows, sites)
@@ -341,7 +341,7 @@ def spec_dl(
     stat_rows = statistics_rows(spec, rows, stat_rows)
     if spec.sites > 1: rows = rows.drop_duplicates('well_id')
     rows = rows.reset_index(drop=True)
-    block = screen_block(spec, source, stat_rows, _every_row, augs, labelled=False, mask=mask)
+    block = screen_block(spec, source, stat_rows, _every_row, augs, labeled=False, mask=mask)
     dsets = block.datasets(rows, verbose=False)
     dl = ScreenDL(dsets.train if augs else dsets.valid, bs=bs, num_workers=num_workers, device=device or default_device(), n_inp=block.n_inp,
                   after_item=Pipeline([*block.item_tfms]), after_batch=Pipeline([*block.batch_tfms]))

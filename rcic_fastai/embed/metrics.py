@@ -218,7 +218,7 @@ def batch_predictability(
     within:str='cell_type', # Told apart only inside equal values of this column; `None`: all together
     model:str='linear', # 'linear' or 'knn'
     folds:int=5, # Of the cross-validation
-    k:int=15, # Neighbours, for 'knn'
+    k:int=15, # Neighbors, for 'knn'
     seed:int=0, # Which wells go together
 )->tuple: # ({accuracy, chance, n_groups, n_rows}, one row a `within`: n_groups, n_rows, accuracy, chance)
     "Accuracy of a cross-validated classifier that names the experiment of a well; lower is better"

@@ -49,7 +49,7 @@ STEMS = ('tile', 'copy', 'fresh')
 def adapt_filters(
     weight:torch.Tensor, # Filters [O,k,h,w] of a convolution over k channels
     n_channels:int=6, # Channels wanted, 1 to 16
-    how:str='tile', # 'tile' (repeated and rescaled by k/n), 'copy' (repeated) or 'fresh' (He initialisation)
+    how:str='tile', # 'tile' (repeated and rescaled by k/n), 'copy' (repeated) or 'fresh' (He initialization)
 )->torch.Tensor: # Filters [O,n_channels,h,w]
     "Filters for `n_channels` channels made from those for k channels"
     if how not in STEMS: raise ScreenError(f'There is no stem {how!r}: choose {", ".join(STEMS)}.')

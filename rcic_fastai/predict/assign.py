@@ -58,7 +58,7 @@ def _plates(plates):
     return (n.astype('int64') if (n % 1 == 0).all() else p.astype(str)).to_numpy()
 
 def _seen_patterns(rows):
-    "Groups of the plates of each labelled experiment (experiments × plates, without gaps); have the plates names?"
+    "Groups of the plates of each labeled experiment (experiments × plates, without gaps); have the plates names?"
     absent = [c for c in ('experiment', 'plate', 'plate_group') if c not in rows]
     if absent:
         raise ScreenError(f'The training rows have no column {first_few(absent)}: '
@@ -212,7 +212,7 @@ def infer_groups(
     class_groups, # [K] group of each class, any integers; missing for classes in none
     patterns:pd.DataFrame=None, # From `group_patterns`; `None`: the groups in the order of their numbers, and rotations
 )->tuple: # (Int64 [W] group of each well; DataFrame, one row an experiment: groups, confidence, posterior, runner_up)
-    "Plate groups of unlabelled experiments, and how sure they are"
+    "Plate groups of unlabeled experiments, and how sure they are"
     groups = pd.Series(pd.array(class_groups, dtype='Int64'))
     levels = sorted({int(g) for g in groups.dropna()})
     if patterns is None: patterns = group_patterns(n_groups=len(levels))

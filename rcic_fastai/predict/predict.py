@@ -27,14 +27,14 @@ def _wells_of(queries, target):
 
 # %% ../../nbs/51_predict.predict.ipynb #5ce59f21
 def groups_of_classes(
-    index:EmbeddingIndex, # Over labelled embeddings
+    index:EmbeddingIndex, # Over labeled embeddings
 )->pd.Series: # Int64 [K], in the order of `index.classes`
-    "Plate group of each class, from the labelled treatment rows of the index; refused if there is none, or more than one"
+    "Plate group of each class, from the labeled treatment rows of the index; refused if there is none, or more than one"
     l = index.labels
     known = l[(l.get('well_type', 'treatment') == 'treatment') & l.plate_group.notna()] if 'plate_group' in l else l[:0]
     if not len(known):
         raise ScreenError(f'The index knows no plate groups, so {index.target} cannot be predicted transductively: '
-                          'index siRNAs of labelled treatment plates, or use the inductive protocol.')
+                          'index siRNAs of labeled treatment plates, or use the inductive protocol.')
     per = known.groupby(known[index.target].astype(str)).plate_group
     if (per.nunique() > 1).any():
         raise ScreenError(f'{index.target} {first_few(per.nunique()[lambda n: n > 1].index, 3)} is on plates of several groups: '
@@ -45,7 +45,7 @@ def plate_groups_of(
     wells:pd.DataFrame, # One row a treatment well: experiment, plate, plate_group
     scores, # [W,K] their class scores
     class_groups, # [K] group of each class
-    training:pd.DataFrame=None, # Labelled training rows, to read the patterns from; `None`: groups in the order of their numbers, rotated
+    training:pd.DataFrame=None, # Labeled training rows, to read the patterns from; `None`: groups in the order of their numbers, rotated
 )->tuple: # (Int64 [W] group of each well, {experiment: (source, confidence)})
     "The plate group of test wells: given, or inferred over the patterns"
     out, how = pd.array([pd.NA]*len(wells), dtype='Int64'), {}
@@ -118,7 +118,7 @@ def top_candidates(
     top = np.where(np.isneginf(np.take_along_axis(r, at, 1)), None, names[at])
     return pd.DataFrame(top, columns=[f'top_{i+1}' for i in range(top.shape[1])])
 
-def _neighbour_table(queries, index, k, cell_type):
+def _neighbor_table(queries, index, k, cell_type):
     "Tidy table: the k nearest index rows of every site"
     m = emb_metadata(queries)
     cos, rows = index.search(emb_features(queries), k, cell_type=cell_type)
@@ -132,7 +132,7 @@ def _neighbour_table(queries, index, k, cell_type):
     return near
 
 def _vote_share(near, wells, labels):
-    "Share of each well's neighbours that have its label"
+    "Share of each well's neighbors that have its label"
     mine = near['id_code'].map(dict(zip(wells, labels)))
     return (near['label'] == mine).groupby(near['id_code']).mean().reindex(wells).fillna(0.).to_numpy()
 
@@ -191,14 +191,14 @@ def _say_shared(known, index):
 # %% ../../nbs/51_predict.predict.ipynb #c70732d5
 def predict_wells(
     queries:pd.DataFrame, # Embedding table of the sites (or wells) to name
-    index:EmbeddingIndex, # Over labelled embeddings of other experiments
+    index:EmbeddingIndex, # Over labeled embeddings of other experiments
     protocol:str='inductive', # inductive, adapted (the embeddings were) or transductive
     vote:str='nearest', # nearest, mean or prototype
     merge:str='best', # Sites into wells: best or mean
-    k:int=5, # Neighbours kept for `votes`, and averaged by vote 'mean'
+    k:int=5, # Neighbors kept for `votes`, and averaged by vote 'mean'
     restrict_cell_type:bool=False, # Only rows of the well's own cell type
-)->tuple: # (one row a well: id_code, target, score, margin, runner_up, votes, protocol, …; one row a neighbour)
-    "Name the wells, and say who their neighbours are"
+)->tuple: # (one row a well: id_code, target, score, margin, runner_up, votes, protocol, …; one row a neighbor)
+    "Name the wells, and say who their neighbors are"
     check_protocol(protocol)
     known = _wells_of(queries, index.target)
     _check_model(queries, index)
@@ -222,7 +222,7 @@ def predict_wells(
                          'margin': scores[rows, choice] - others.max(1),
                          'runner_up': np.where(np.isneginf(others.max(1)), None, names[best_class(others)])})
     pred = pred.join(top_candidates(ranked, choice, names))
-    near = _neighbour_table(queries, index, k, cell)
+    near = _neighbor_table(queries, index, k, cell)
     pred['votes'] = _vote_share(near, ids, pred[index.target])
     pred = pred.assign(protocol=protocol, **{c: wells[c].to_numpy() for c in ('cell_type', 'experiment', 'plate', 'well', 'well_type') if c in wells})
     if groups is not None:
@@ -262,9 +262,9 @@ def write_tables(
 
 def predict_tables(
     tables, # Embedding tables, each of whole experiments
-    index:EmbeddingIndex, # Over labelled embeddings of other experiments
+    index:EmbeddingIndex, # Over labeled embeddings of other experiments
     *args, # To `predict_wells`
-    neighbors=None, # Parquet file for the neighbours, cosines and votes of each well
+    neighbors=None, # Parquet file for the neighbors, cosines and votes of each well
     **kwargs # To `predict_wells`
 )->pd.DataFrame: # One row a well, sorted by id_code, as from `predict_wells`
     "Name the wells of table after table"

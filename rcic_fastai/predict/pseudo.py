@@ -123,7 +123,7 @@ def well_scores(
     return scores, dl.rows.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index()
 
 # %% ../../nbs/52_predict.pseudo.ipynb #cc84d179
-def _unlabelled(dls, rows):
+def _unlabeled(dls, rows):
     "The treatment wells to name, without labels"
     if dls.spec.target != 'sirna':
         raise ScreenError(f'Pseudo-labels name each siRNA once a plate, and the target is {dls.spec.target}: '
@@ -149,7 +149,7 @@ def pseudo_table(
     rows:pd.DataFrame, # Site-table rows of the wells to name; their labels are not looked at
     chosen:pd.DataFrame, # From `pseudo_labels`
 )->pd.DataFrame: # Site table: chosen wells are training rows with a pseudo-label, the others test rows with none
-    "A training table with pseudo-labelled wells"
+    "A training table with pseudo-labeled wells"
     others, test = table[~table.site_id.isin(rows.site_id)], lambda t: t.dataset == 'test'
     ids = table[~test(table)].dropna(subset=['sirna']).drop_duplicates('sirna').set_index('sirna').sirna_id
     others = others.assign(sirna=others.sirna.astype(object).where(~test(others), None), sirna_id=others.sirna_id.mask(test(others)))
@@ -187,7 +187,7 @@ PSEUDO = Recipe('pseudo', [Stage('pseudo-labels', 1, 6e-5, cutmix=1.)],
                 about='One round of pseudo-labels, as the 1st place did after epoch 90')
 
 def _changed(old, new):
-    "Share of the wells labelled both times whose label is another now"
+    "Share of the wells labeled both times whose label is another now"
     both = new.merge(old, on='well_id') if old is not None else new[:0]
     return float((both.label_x != both.label_y).mean()) if len(both) else np.nan
 
@@ -224,7 +224,7 @@ def fit_pseudo(self:Learner,
 )->pd.DataFrame: # One row a round: share, wells, smallest gap, group_confidence, share of changed labels, …, protocol
     "Go on training with test wells under the model's own labels; the last ones are in `.pseudo` (transductive)"
     base, shares, recipe = self.dls, pseudo_schedule(rounds, first, last), get_recipe(recipe)
-    test, logs, res, old = _unlabelled(base, rows), [getattr(self, 'history', None)], [], None
+    test, logs, res, old = _unlabeled(base, rows), [getattr(self, 'history', None)], [], None
     table = _with_rows(base.screen.table, rows)
     how = dict(tta=tta, progress=progress, bs=base.bs, num_workers=base.train.num_workers)
     try:

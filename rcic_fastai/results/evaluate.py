@@ -52,7 +52,7 @@ def right_wrong(
         raise ScreenError(f'The predictions have no column {target}: they have {first_few(pred.columns)}.')
     if target not in table:
         raise ScreenError(f'The table has no column {target}, so {target} cannot be evaluated with it: '
-                          'give the labelled table.')
+                          'give the labeled table.')
     twice = pred['id_code'].duplicated()
     if twice.any():
         raise ScreenError(f'{twice.sum()} {what}(s) are predicted more than once '
@@ -79,7 +79,7 @@ def right_wrong(
 
 # %% ../../nbs/60_results.evaluate.ipynb #06c3e9f8
 def _expected(table, pred_wells, target):
-    "Labelled test wells of the predicted kinds that are not predicted"
+    "Labeled test wells of the predicted kinds that are not predicted"
     t = table[(table.dataset == 'test') & table[target].notna()].drop_duplicates('well_id')
     done = t.well_id.isin(pred_wells)
     return t.well_id[~done & t.well_type.isin(t.well_type[done].unique())].tolist()
@@ -259,7 +259,7 @@ def _protocol(pred, name):
     return p[0]
 
 # %% ../../nbs/60_results.evaluate.ipynb #a4a4000f
-def _labelled_wells(emb, table, target, experiments):
+def _labeled_wells(emb, table, target, experiments):
     "Well embeddings of some experiments, facts and labels from the table"
     m = emb_metadata(emb)
     if 'well_id' not in m:
@@ -362,7 +362,7 @@ def evaluate_screen(
     if not isinstance(table, pd.DataFrame):
         raise ScreenError(f'screen is a {type(screen).__name__}, not a screen or its site table: open it with open_screen.')
     if isinstance(preds, tuple) and len(preds) == 2 and 'cosine' in getattr(preds[1], 'columns', ()):
-        raise ScreenError('predict_wells gives predictions and neighbours: give only the first of the two.')
+        raise ScreenError('predict_wells gives predictions and neighbors: give only the first of the two.')
     named = _named(preds, 'predictions')
     if not named: raise ScreenError('There are no predictions to evaluate: give at least one.')
     heads = {}
@@ -381,7 +381,7 @@ def evaluate_screen(
         mine, said = _column_rows(_asked(r, res['target']), s, res, table, k, len(_candidates(p, res['target'])), draws)
         if n in emb:
             _check_embeddings(emb[n], n, res['protocol'])
-            e = _labelled_wells(emb[n], table, res['target'], r.experiment.unique())
+            e = _labeled_wells(emb[n], table, res['target'], r.experiment.unique())
             more, why = _embedding_rows(e, res['target'], within, n_null, seed)
             mine, said = mine + more, said + why
         rows += [{'column': heads[n], 'protocol': res['protocol'], **o} for o in mine]
@@ -423,5 +423,5 @@ def right_wrong_map(
     for ax, p in zip(axs[0], plates):
         g = r[r.plate == p]
         plate_map(g, np.where(g.right, 'right', 'wrong'), f'plate {p}: {g.right.mean():.0%} right', ctx=ax,
-                  colours=dict(right='#2e9e4f', wrong='#d43d2f'))
+                  colors=dict(right='#2e9e4f', wrong='#d43d2f'))
     fig.tight_layout(); return fig

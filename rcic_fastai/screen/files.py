@@ -110,14 +110,14 @@ def _tiff_page(f, page, order):
 # %% ../../nbs/05_screen.files.ipynb #2bb2799e
 _TIFF_SIGNATURES = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 _LOSSLESS = {1, 8, 32946} | _BY_PILLOW
-_PHOTO = {0:'white-is-zero', 2:'RGB colour', 3:'palette colour', 5:'CMYK colour', 6:'YCbCr colour'}
+_PHOTO = {0:'white-is-zero', 2:'RGB color', 3:'palette color', 5:'CMYK color', 6:'YCbCr color'}
 
 def _check_page(page, name, n):
-    "Refuse pixels that are not whole numbers of 8 or 16 bits, and pictures that are not grey"
+    "Refuse pixels that are not whole numbers of 8 or 16 bits, and pictures that are not gray"
     photo, code = int(page.photometric), int(page.compression)
     if photo != 1 and not (photo == 2 and page.samplesperpixel == n):
-        raise ScreenError(f'{name} is a {_PHOTO.get(photo, "colour")} TIFF, but a channel is one grey picture: '
-                          'save each channel as 8- or 16-bit grey.')
+        raise ScreenError(f'{name} is a {_PHOTO.get(photo, "color")} TIFF, but a channel is one gray picture: '
+                          'save each channel as 8- or 16-bit gray.')
     if page.bitspersample not in (8, 16) or page.sampleformat != 1:
         raise ScreenError(f'{name} has pixels of type {page.dtype or page.bitspersample}: save it with 8 or 16 bits '
                           'without sign.')
@@ -187,8 +187,8 @@ def _tiff_planes(f, name, n, pages, expect, header):
         if len(kinds) > 1: raise ScreenError(f'{name} has pages of different sizes or bits: save one stack for each '
                                              'size.')
         if how == 'pages' and any(p.samplesperpixel != 1 for p in picked):
-            raise ScreenError(f'{name} has {first.samplesperpixel} samples a pixel, but a channel is one grey picture: '
-                              'save each channel as 8- or 16-bit grey.')
+            raise ScreenError(f'{name} has {first.samplesperpixel} samples a pixel, but a channel is one gray picture: '
+                              'save each channel as 8- or 16-bit gray.')
         h, w = (len(picked), first.imagelength) if how == 'rows' else (first.imagelength, first.imagewidth)
         _check_kind(name, h, w, first.bitspersample, 0, expect)
         if header: return h, w, first.bitspersample
@@ -199,8 +199,8 @@ def _png_planes(f, name, n, pages, expect, header):
     if n > 1 or pages not in (None, [0]):
         raise ScreenError(f'{name} is a PNG, which holds one channel: give a file for each of the {n} channels, or '
                           'TIFF stacks.')
-    w, h, bits, colour = _png_header(f.read(33), name)
-    _check_kind(name, h, w, bits, colour, expect)
+    w, h, bits, color = _png_header(f.read(33), name)
+    _check_kind(name, h, w, bits, color, expect)
     if header: return h, w, bits
     if f.seek(0, 2) > _most_packed(w, h, bits) + 2**24: raise ValueError('it is longer than its pixels can need')
     f.seek(0)

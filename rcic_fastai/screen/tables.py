@@ -230,9 +230,9 @@ def check_table(
 
 # %% ../../nbs/01_screen.tables.ipynb #cccc1f72
 def sirna_groups(
-    table:pd.DataFrame, # A site table; only labelled treatments of training rows are used
+    table:pd.DataFrame, # A site table; only labeled treatments of training rows are used
 )->pd.Series: # Group (0, 1, …) of each siRNA, by name; group 0 holds the smallest `sirna_id`
-    "Which siRNAs share plates: connected components of siRNA–plate, from labelled training plates"
+    "Which siRNAs share plates: connected components of siRNA–plate, from labeled training plates"
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
     t = table[(table.well_type == 'treatment') & table.sirna.notna() & (table.dataset == 'train')]
@@ -253,7 +253,7 @@ def add_plate_groups(
     table:pd.DataFrame, # A site table
     given=None, # A `plate_group.csv` path or table (experiment, group_plate1, …), or `None` to derive
 )->pd.DataFrame: # A copy with `plate_group` (Int64, missing where not known)
-    "Fill in the plate group, given or derived from labelled training plates"
+    "Fill in the plate group, given or derived from labeled training plates"
     t = table.copy()
     if given is not None:
         g = given if isinstance(given, pd.DataFrame) else _read_csv(given, ['experiment'])

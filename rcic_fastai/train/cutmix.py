@@ -18,7 +18,7 @@ def cutmix_box(
     height:int, # Of the picture, px
     width:int, # Of the picture, px
     lam:float, # Share of the picture that stays, 0 to 1
-    rng:np.random.Generator, # Draws the centre
+    rng:np.random.Generator, # Draws the center
 )->tuple: # (y1, y2, x1, x2), px, inside the picture
     "A box of about `1-lam` of the area, clipped at the border"
     h,w = (round(n*(1-lam)**.5) for n in (height, width))

@@ -26,8 +26,8 @@ def coral(
     b, # Embeddings [m,D], m ≥ 2
 )->torch.Tensor: # One number
     "Mean squared difference of means, plus that of covariances"
-    centre = lambda x: x - x.mean(0, keepdim=True)
-    cov = lambda x: centre(x).T @ centre(x)/(len(x) - 1)
+    center = lambda x: x - x.mean(0, keepdim=True)
+    cov = lambda x: center(x).T @ center(x)/(len(x) - 1)
     a, b = _at_least_single(a, b)
     with _full(a): return (a.mean(0) - b.mean(0)).square().mean() + (cov(a) - cov(b)).square().mean()
 

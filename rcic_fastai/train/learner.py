@@ -86,7 +86,7 @@ def set_loss(self:Learner,
 @patch
 def train_only(self:Learner,
     parts='all', # Parts to train; see `part_names`
-    train_bn:bool=True, # Keep training the normalisation layers of frozen parts
+    train_bn:bool=True, # Keep training the normalization layers of frozen parts
 ):
     "Train these parts of the model and freeze the others"
     wanted, by_part = part_names(parts), model_parts(self.model)
