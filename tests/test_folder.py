@@ -84,7 +84,7 @@ def quick(monkeypatch):
     "The network of each description is built once: hundreds of folders differ in other things"
     build = F.create_screen_model
     kept = lru_cache(None)(lambda text, meta: build(**json.loads(text)))
-    monkeypatch.setattr(F, 'create_screen_model', lambda **kw: kept(json.dumps(kw), torch.get_default_device().type == 'meta'))
+    monkeypatch.setattr(F, 'create_screen_model', lambda **kw: kept(json.dumps(kw), torch.empty(0).device.type == 'meta'))
 
 def refused(d, says=None):
     "One sentence, nothing run, no network, little memory, at once"
