@@ -410,7 +410,7 @@ def test_the_lowest_versions_are_those_that_are_named(tmp_path):
     lowest = [f'{lock.name(r)}=={next(iter(Requirement(r).specifier)).version}' for r in lock.lowest()]
     (tmp_path/'lowest.txt').write_text('\n'.join(lowest))
     assert lock.check(tmp_path/'lowest.txt') == []
-    (tmp_path/'lowest.txt').write_text('\n'.join(lowest).replace('torch==2.3', 'torch==2.4'))
+    (tmp_path/'lowest.txt').write_text('\n'.join(lowest).replace('torch==2.6', 'torch==2.7'))
     assert 'torch>=' in lock.check(tmp_path/'lowest.txt')[0]
 
 
