@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # fastai requires torchvision, and torch decides which: named here so that both are the lowest
-TORCHVISION = 'torchvision>=0.18'
+TORCHVISION = 'torchvision>=0.21'
 
 
 def settings():
