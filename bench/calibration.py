@@ -16,7 +16,7 @@ from scipy import ndimage
 from scipy.optimize import minimize
 
 from machine import RESULTS, cores, save
-from rcic_fastai.cli import DEMO
+from rcic_fastai.workflow import DEMO
 from rcic_fastai.screen.tables import CELL_TYPES, package_table, real_data, treatment_wells
 from rcic_fastai.screen.simulate.batches import Studio, batch_stats
 
@@ -174,7 +174,7 @@ def main():
         keep(looks=looks(out.get('looks', {})))
     if 'difficulty' in parts:
         found = []
-        for o in (dict(experiments=DEMO['experiments'].split(','), sirnas=48), dict(sirnas=48)):
+        for o in (dict(experiments=DEMO['experiments'], sirnas=48), dict(sirnas=48)):
             found.append(difficulty(**o)); print(found[-1])
             keep(difficulty=found, difficulty_asked=dict(experiment_accuracy=.95, sirna_times_chance=3))
 

@@ -279,7 +279,7 @@ class Inputs:
         meant, name = r.random() < .5, r.choice((*F.MODEL_FILES, 'config.json', 'config.json'))
         what = t.spoil_entry(r, d, name) if name.endswith('.json') and r.random() < .7 else t.spoil_bytes(r, d, name, self.ran)
         if meant: t.seal(d)
-        return f'{what}{", sealed" if meant else ""}', lambda: F.load_screen_model(d)
+        return f'{what}{", sealed" if meant else ""}', lambda: F.load_model(d)
 
     def table(self, r):
         name = r.choice(['metadata.csv', 'metadata.csv', 'train.csv', 'test.csv'])

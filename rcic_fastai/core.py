@@ -6,11 +6,13 @@
 __all__ = ['ScreenError', 'first_few', 'html_text', 'markdown_text', 'terminal_text', 'picture_text', 'csv_text', 'csv_name',
            'write_atomic', 'plain_file', 'open_plain', 'read_plain', 'parse_json', 'read_json', 'file_facts',
            'json_hash', 'is_facts', 'not_the_file', 'check_file', 'sync_path', 'sync_tree', 'write_through',
-           'OwnFolder', 'remove_empty', 'OwnLock', 'only_one']
+           'OwnFolder', 'remove_empty', 'OwnLock', 'only_one', 'digest', 'as_command', 'option', 'check_choice',
+           'check_numbers']
 
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 import numpy as np
 
@@ -511,3 +513,57 @@ def only_one(
     finally:
         lock.release()
         if noted: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+# %% ../nbs/00_core.ipynb #090b2afa
+def digest(
+    *parts, # Text, bytes, or objects whose `str` says all about them
+)->str: # 32 hexadecimal digits of SHA-256
+    "Return a short digest of some parts"
+    h = hashlib.sha256()
+    for p in parts: h.update(p if isinstance(p, bytes) else str(p).encode())
+    return h.hexdigest()[:32]
+
+# %% ../nbs/00_core.ipynb #90aede36
+_COMMAND = ContextVar('command', default=None)
+
+@contextmanager
+def as_command(
+    positional=(), # Names of arguments that are given by position, such as 'screen'
+): # Context manager
+    "Make messages name arguments as options of a command"
+    token = _COMMAND.set(frozenset(positional))
+    try: yield
+    finally: _COMMAND.reset(token)
+
+# %% ../nbs/00_core.ipynb #62cf457a
+def option(
+    name:str, # Argument, as in Python
+    *value, # Its value, when the message names one
+)->str: # Such as `adapt='none'`, or in a command `--adapt none`
+    "Return an argument as the caller writes it"
+    positional = _COMMAND.get()
+    if positional is None: return f'{name}={value[0]!r}' if value else name
+    flag = name.upper() if name in positional else '--' + name.replace('_', '-')
+    is_switch = not value or value[0] is True
+    return flag if is_switch else f'{flag} {value[0]}'
+
+# %% ../nbs/00_core.ipynb #374e5d46
+def check_choice(
+    name:str, # Name of the argument
+    value, # What was given
+    choices, # What may be given: an iterable, such as a tuple or the keys of a dict
+):
+    "Raise a `ScreenError` that lists the choices unless `value` is one of them"
+    choices = list(choices)
+    if value not in choices: raise ScreenError(f'{option(name, value)} is not known: choose from {", ".join(map(str, choices))}.')
+
+# %% ../nbs/00_core.ipynb #43bb10c5
+_LIMITS = dict(bs=(0, 2**16), workers=(0, 1024), seed=(0, 2**32-1), sites=(0, 2), k=(1, 10**6))
+
+def check_numbers(
+    **given # Options with whole numbers
+):
+    "Raise a `ScreenError` for a number that no step of the library can work with"
+    for name, (low, high) in _LIMITS.items():
+        if isinstance(given.get(name), int) and not low <= given[name] <= high:
+            raise ScreenError(f'{option(name, given[name])} is not possible: give {low} to {high}.')

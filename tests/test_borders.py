@@ -14,7 +14,7 @@ from rcic_fastai.embed.correct import show_correction
 from rcic_fastai.embed.embed import embed_screen
 from rcic_fastai.embed.index import EmbeddingIndex
 
-from rcic_fastai.folder import save_screen_model
+import rcic_fastai.folder
 from rcic_fastai.model.model import set_provenance
 from rcic_fastai.predict.predict import predict_wells, read_predictions, top_path, write_predictions
 from rcic_fastai.results.evaluate import accuracy_plot, evaluate_screen, right_wrong, right_wrong_map
@@ -85,7 +85,7 @@ def test_html_of_a_report(screen, trained, tmp_path):
 def test_markdown_of_a_model_card(trained, tmp_path):
     set_provenance(trained.learn.model, dict(trained_experiments=[evil('earlier')], pseudo_experiments=[evil('pseudo')]))
     trained.learn.history['accuracy'] = .5
-    card = (save_screen_model(trained.learn, tmp_path/'m', trained.index, license='free')/'README.md').read_text()
+    card = (trained.learn.to_model(trained.index, license='free').save(tmp_path/'m')/'README.md').read_text()
     _, _, body = card.split('---\n', 2)
     tokens = MarkdownIt('commonmark').enable(['table', 'strikethrough']).parse(body)
     inner = [o for t in tokens for o in [t, *(t.children or ())]]
@@ -179,7 +179,7 @@ def test_csvs_of_others_are_read_as_they_are(tmp_path):
     assert read_predictions(tmp_path/'p.csv').sirna.tolist() == ['-', '+x', '=y', "'z"]
 
 def test_history_of_a_model_folder(trained, tmp_path):
-    folder = save_screen_model(trained.learn, tmp_path/'m', trained.index)
+    folder = trained.learn.to_model(trained.index).save(tmp_path/'m')
     assert not [c for c in cells(folder/'history.csv') if c.startswith('=')]
 
 # ---- terminals

@@ -2,7 +2,7 @@
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
-from rcic_fastai import cli
+from rcic_fastai import cli, core, workflow
 from rcic_fastai.embed.correct import CORRECTIONS
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.screen.tables import read_metadata, real_data, write_metadata
@@ -150,22 +150,22 @@ def test_corrected_embeddings(here, method, more):
     if not model.exists(): test_wells_and_controls(here)
     more = more.format(d=here)
     assert cli.rcic_predict(f'{model} {here}/screen {here}/c.csv --tta 1 --protocol adapted --correct {method} --embeddings {here}/c.parquet {more}'.split()) == 0
-    record, m = json.loads((here/'c.json').read_text()), cli.load_screen_model(model)
+    record, m = json.loads((here/'c.json').read_text()), workflow.load_model(model)
     protocol = 'transductive' if 'transductive' in more else 'adapted'
     assert record['protocol'] == protocol and record['adapt'] == (None if '--adapt none' in more else 'experiment')
     options = dict(shrink='auto') if method in ('sphere', 'tvn') else dict(wells='treatment') if method == 'standardize' else {}
     index = m.adapted_index if record['adapt'] else m.index
     assert record['correct'].startswith(str(CORRECTIONS[method](**options)))
-    table = cli.prediction_rows(read_metadata(here/'screen'), 'all' if '--wells all' in more else 'treatment')
-    plain = m.embed(Screen(table, cli.PngTree(here/'screen', table)), tta=1, mask=cli.INDUCTIVE_MASK, progress=False, adapt=record['adapt'],
+    table = workflow.prediction_rows(read_metadata(here/'screen'), 'all' if '--wells all' in more else 'treatment')
+    plain = m.embed(Screen(table, workflow.PngTree(here/'screen', table)), tta=1, mask=workflow.INDUCTIVE_MASK, progress=False, adapt=record['adapt'],
                     adapt_rows=table[table.well_type.isin(index.labels.well_type)] if record['adapt'] else None)
     both = pd.concat([index.table(), plain], ignore_index=True)
     known = np.arange(len(both)) < len(index)
     fit = CORRECTIONS[method](**options).fit(both[known])
     want, labels = fit.transform(both[~known]), fit.transform(both[known])
-    np.testing.assert_allclose(cli.emb_features(cli.read_embeddings(here/'c.parquet')), cli.emb_features(want), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(workflow.emb_features(workflow.read_embeddings(here/'c.parquet')), workflow.emb_features(want), rtol=1e-3, atol=1e-3)
     if model.name == 'model': want = want[(want.Metadata_well_type == 'treatment').to_numpy()]
-    want, near = cli.predict_wells(want, cli.EmbeddingIndex(labels), protocol)
+    want, near = workflow.predict_wells(want, workflow.EmbeddingIndex(labels), protocol)
     got = pd.read_csv(here/'c.csv')
     assert got.id_code.tolist() == want.id_code.tolist() and got.sirna.tolist() == want.sirna.tolist()
     if '--neighbors' in more: assert (pd.read_parquet(here/'c.near.parquet').cosine.to_numpy() == pytest.approx(near.cosine.to_numpy(), abs=1e-4))
@@ -201,7 +201,7 @@ def test_text_does_not_begin_behind_a_progress_bar(here, capsys):
     out = capsys.readouterr().out
     assert '100.00%' in out and out.splitlines()[-1].startswith(f'{here}/bar.csv: ')
     bar = lambda: (print('█', end='\r'), print('\r |██| 100.00% [1/1]', end=''))
-    def job(): bar(); raise cli.ScreenError('No.')
+    def job(): bar(); raise core.ScreenError('No.')
     assert cli.run_command(job, [], 'rcic_job') == 2 and capsys.readouterr().out.endswith(']\n')
 
 def test_a_model_without_batchnorm_can_be_corrected(here):
@@ -214,9 +214,9 @@ def test_a_model_without_batchnorm_can_be_corrected(here):
 
 def test_errors_inside_callbacks_read_like_others(capsys):
     "fastai puts its own words before what a callback raises"
-    class Refuses(cli.Callback):
-        def before_fit(self): raise cli.ScreenError('The plate is cracked: take another one.')
-    def job(): cli.Learner(cli.DataLoaders([], []), cli.nn.Linear(1, 1), loss_func=cli.nn.MSELoss(), cbs=Refuses()).fit(1)
+    class Refuses(workflow.Callback):
+        def before_fit(self): raise core.ScreenError('The plate is cracked: take another one.')
+    def job(): workflow.Learner(workflow.DataLoaders([], []), workflow.nn.Linear(1, 1), loss_func=workflow.nn.MSELoss(), cbs=Refuses()).fit(1)
     assert cli.run_command(job, [], 'rcic_job') == 2
     assert capsys.readouterr().err == 'rcic_job: The plate is cracked: take another one.\n'
 

@@ -6,7 +6,9 @@ import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 from rcic_fastai import folder as F
 from rcic_fastai.batch.data import screen_dls
-from rcic_fastai.folder import MODEL_FILES, load_screen_model, save_screen_model
+from rcic_fastai.folder import MODEL_FILES, load_model
+from rcic_fastai.predict import trained
+from rcic_fastai.predict.trained import MODEL_LICENSE, data_fingerprint, library_versions, unknown_metadata, unknown_notes
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
@@ -38,10 +40,10 @@ def made(tmp_path_factory):
     learn.history = pd.DataFrame(dict(stage=['a', 'a'], epoch=[0, 1], valid_loss=[2., 1.], accuracy=[.25, .5]))
     emb = learn.embed(learn.dls.train.items, tta=1, progress=False)
     index = EmbeddingIndex(emb)
-    save_screen_model(learn, d/'model', index, seed=3, license='Mine.', note=dict(path=d, nan=np.float32('nan'), n=np.int64(3)))
+    learn.to_model(index, seed=3, license='Mine.', note=dict(path=d, nan=np.float32('nan'), n=np.int64(3))).save(d/'model')
     class made: pass
     made.dir, made.table, made.source, made.learn, made.index, made.folder, made.emb = d, table, source, learn, index, d/'model', emb
-    made.answer = answer(load_screen_model(d/'model'))
+    made.answer = answer(load_model(d/'model'))
     return made
 
 def answer(m):
@@ -91,7 +93,7 @@ def refused(d, says=None):
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     WATCHED[0] = True
     try:
-        with pytest.raises(ScreenError, match=says) as e: load_screen_model(d)
+        with pytest.raises(ScreenError, match=says) as e: load_model(d)
     finally: WATCHED[0] = False
     text = str(e.value)
     assert '\n' not in text and text[-1] in '.?' and text.isprintable() and len(text) < 600, text
@@ -101,7 +103,7 @@ def refused(d, says=None):
 # kept whole
 
 def test_the_same_model_comes_back(made):
-    m = load_screen_model(made.folder)
+    m = load_model(made.folder)
     emb = m.embed(Screen(made.learn.dls.train.items, made.source), tta=1, progress=False)
     np.testing.assert_array_equal(emb_features(emb), emb_features(made.emb))
     assert emb.attrs['model'] == m.fingerprint == F.model_fingerprint(made.learn.model, made.learn.dls.spec) == m.index.model
@@ -110,17 +112,17 @@ def test_the_same_model_comes_back(made):
     c = m.config
     assert (c['seed'], c['license'], c['note']) == (3, 'Mine.', dict(path=str(made.dir), nan=None, n=3))
     assert c['metrics']['accuracy'] == .5 and c['metrics']['protocol'] == 'inductive' and c['held_out'] == ['HUVEC-02']
-    assert c['data'] == json.loads(json.dumps(F.data_fingerprint(made.learn.dls.train.items, made.source)))
+    assert c['data'] == json.loads(json.dumps(trained.data_fingerprint(made.learn.dls.train.items, made.source)))
     assert {p.name for p in made.folder.iterdir()} == set(ALL) and set(c['files']) == set(MODEL_FILES)
 
 def test_saved_again_it_is_the_same_folder(made, tmp_path):
-    for n in ('a', 'b'): save_screen_model(made.learn, tmp_path/n, load_screen_model(made.folder).index)
+    for n in ('a', 'b'): made.learn.to_model(load_model(made.folder).index).save(tmp_path/n)
     assert all((tmp_path/'a'/f).read_bytes() == (tmp_path/'b'/f).read_bytes() for f in ALL)
     assert all((tmp_path/'a'/f).read_bytes() == (made.folder/f).read_bytes() for f in INDEX_FILES)
 
 def test_loading_draws_no_random_number(made):
     torch.manual_seed(0); np.random.seed(0); random.seed(0)
-    load_screen_model(made.folder)
+    load_model(made.folder)
     got = torch.rand(1).item(), np.random.rand(), random.random()
     torch.manual_seed(0); np.random.seed(0); random.seed(0)
     assert got == (torch.rand(1).item(), np.random.rand(), random.random())
@@ -129,19 +131,19 @@ def test_pictures_of_another_size(made):
     "A model that takes pictures as they are says when they are of another side"
     from dataclasses import replace
     from types import SimpleNamespace
-    data, spec = F.data_fingerprint(made.learn.dls.train.items, made.source), made.learn.dls.spec
+    data, spec = trained.data_fingerprint(made.learn.dls.train.items, made.source), made.learn.dls.spec
     side, wide = made.source.shape[-1], SimpleNamespace(shape=(6, 128, 128))
-    assert data['side'] == side and F._size_notes(data, spec, made.source) == []
-    assert f'are 128 px wide and the model was trained on {side}' in F._size_notes(data, replace(spec, size=None), wide)[0]
-    assert F._size_notes(data, replace(spec, size=64), wide) == [] and F._size_notes({}, spec, wide) == []
+    assert data['side'] == side and trained._size_notes(data, spec, made.source) == []
+    assert f'are 128 px wide and the model was trained on {side}' in trained._size_notes(data, replace(spec, size=None), wide)[0]
+    assert trained._size_notes(data, replace(spec, size=64), wide) == [] and trained._size_notes({}, spec, wide) == []
 
 def test_data_fingerprint(made):
     rows = made.learn.dls.train.items
-    one = F.data_fingerprint(rows)
-    assert one == F.data_fingerprint(rows.iloc[::-1].reset_index(drop=True)) and one['sites'] == {'HUVEC-01': len(rows)}
-    assert one['sha256'] != F.data_fingerprint(rows.iloc[1:])['sha256'] != F.data_fingerprint(rows.assign(sirna='x'))['sha256']
+    one = trained.data_fingerprint(rows)
+    assert one == trained.data_fingerprint(rows.iloc[::-1].reset_index(drop=True)) and one['sites'] == {'HUVEC-01': len(rows)}
+    assert one['sha256'] != trained.data_fingerprint(rows.iloc[1:])['sha256'] != trained.data_fingerprint(rows.assign(sirna='x'))['sha256']
     pixels = np.stack([made.source[i] for i in rows.site_id])/255
-    for i, (name, s) in enumerate(F.data_fingerprint(rows, made.source)['channels'].items()):
+    for i, (name, s) in enumerate(trained.data_fingerprint(rows, made.source)['channels'].items()):
         assert name == made.source.channels[i]
         assert s['mean'] == pytest.approx(pixels[:, i].mean(), abs=1e-5) and s['std'] == pytest.approx(pixels[:, i].std(), abs=1e-5)
 
@@ -149,15 +151,15 @@ def test_card(made):
     card = (made.folder/'README.md').read_text()
     for part in ('license: other', 'HUVEC-01', '**0.500** (protocol inductive', '| 6 | golgi |', 'Mine.', 'Limits'): assert part in card
     config = json.loads((made.folder/'config.json').read_text())
-    assert 'CC BY-NC-SA 4.0' in F.model_card({**config, 'license': F.MODEL_LICENSE}) and 'no_experiment' not in card
+    assert 'CC BY-NC-SA 4.0' in F.model_card({**config, 'license': MODEL_LICENSE}) and 'no_experiment' not in card
     assert 'nothing is known of its accuracy' in F.model_card({**config, 'metrics': {}})
     (copy_of := made.dir/'edited'); shutil.copytree(made.folder, copy_of)
     (copy_of/'README.md').write_text('# Edited by a person'); (copy_of/'.gitattributes').write_text('')
-    assert same(answer(load_screen_model(copy_of)), made.answer)
+    assert same(answer(load_model(copy_of)), made.answer)
 
 def test_strangers_in_the_folder_are_named_and_not_read(hostile, made):
     (hostile/'optimizer.pkl').write_bytes(pickle.dumps(Evil(hostile/'ran')))
-    with pytest.warns(UserWarning, match='optimizer.pkl'): assert same(answer(load_screen_model(hostile)), made.answer)
+    with pytest.warns(UserWarning, match='optimizer.pkl'): assert same(answer(load_model(hostile)), made.answer)
 
 @pytest.mark.parametrize('versions, says', [(dict(torch='1.13.1+cu117'), 'torch 1.13.1'), (dict(torch='9', timm='0.1'), 'torch 9 .*timm 0.1'),
                                             (dict(torch=torch.__version__.split('+')[0] + '+cu999'), None), ({'faiss-cpu': None}, None)])
@@ -166,26 +168,26 @@ def test_versions(hostile, made, versions, says):
     change(hostile, 'config.json', versions={**now, **versions})
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
-        assert same(answer(load_screen_model(hostile)), made.answer)
+        assert same(answer(load_model(hostile)), made.answer)
     said = [str(o.message) for o in w if 'was saved with' in str(o.message)]
     assert len(said) == (says is not None)
     if says: assert re.search(says, said[0])
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
-    monkeypatch.setattr(F, '_PACKAGES', ('faiss-gpu-of-tomorrow', 'torch'))
-    assert F.library_versions()['faiss-gpu-of-tomorrow'] is None and F.library_versions()['torch']
+    monkeypatch.setattr(trained, '_PACKAGES', ('faiss-gpu-of-tomorrow', 'torch'))
+    assert trained.library_versions()['faiss-gpu-of-tomorrow'] is None and trained.library_versions()['torch']
 
 # whole or not at all
 
 def test_killed_while_writing(made, tmp_path, monkeypatch):
     def stop(*_): raise KeyboardInterrupt
     monkeypatch.setattr(F, 'model_card', stop)
-    with pytest.raises(KeyboardInterrupt): save_screen_model(made.learn, tmp_path/'m', made.index)
+    with pytest.raises(KeyboardInterrupt): made.learn.to_model(made.index).save(tmp_path/'m')
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     F.MODEL_FOLDER.make(tmp_path/'m.part'); (tmp_path/'m.part/weights.safetensors').write_text('of a run that was killed')
     (tmp_path/'m').mkdir()
-    assert same(answer(load_screen_model(save_screen_model(made.learn, tmp_path/'m', made.index))), made.answer)
+    assert same(answer(load_model(made.learn.to_model(made.index).save(tmp_path/'m'))), made.answer)
     assert [p.name for p in tmp_path.iterdir()] == ['m']
 
 def spoiled(learn, **how):
@@ -201,8 +203,8 @@ def spoiled(learn, **how):
     (dict(nan=1), {}, r'neck\.2\.weight of the model holds numbers that are not finite'), ({}, dict(files=3), 'files is what a model folder says'),
     (dict(other=1), {}, 'built by another model'), (dict(kwargs=1), {}, "'pretrained_cfg' is 'x', which must be left out")])
 def test_what_could_not_be_read_is_not_written(made, tmp_path, how, info, says):
-    index = load_screen_model(made.folder).index
-    with pytest.raises(ScreenError, match=says): save_screen_model(spoiled(made.learn, **how), tmp_path/'m', index, **info)
+    index = load_model(made.folder).index
+    with pytest.raises(ScreenError, match=says): spoiled(made.learn, **how).to_model(index, **info).save(tmp_path/'m')
     assert not list(tmp_path.iterdir())
 
 # a screen for the model
@@ -216,15 +218,15 @@ NAMES = ['nucleus', 'ER', 'actin', 'nucleoli', 'mitochondria', 'golgi']
 @pytest.mark.parametrize('source, says', [
     (Fake(['ER', 'nucleus', *NAMES[2:]]), 'nucleus, ER, actin.*ER, nucleus, actin.*same order'), (Fake(NAMES[:3]), '6 channels'), (Fake(['x', *NAMES[1:]]), 'same names'), (Fake(NAMES, 'uint16'), '8-bit')])
 def test_another_screen(made, source, says):
-    with pytest.raises(ScreenError, match=says): load_screen_model(made.folder).embed(Screen(made.table, source))
+    with pytest.raises(ScreenError, match=says): load_model(made.folder).embed(Screen(made.table, source))
 
 def test_unknown_cell_types(made):
-    m, rows = load_screen_model(made.folder), made.table.head(4).reset_index(drop=True)
+    m, rows = load_model(made.folder), made.table.head(4).reset_index(drop=True)
     odd = rows.assign(cell_type=['A549', 'A549', None, 'HUVEC'])
-    assert F.unknown_metadata(m.spec, odd) == dict(cell_type={'A549': 2, 'none': 1}) and F.unknown_metadata(m.spec, rows) == {}
+    assert trained.unknown_metadata(m.spec, odd) == dict(cell_type={'A549': 2, 'none': 1}) and trained.unknown_metadata(m.spec, rows) == {}
     with pytest.warns(UserWarning, match=r'3 of 4 sites have a cell_type.*A549 \(2\)'): emb = m.embed(Screen(odd, made.source), tta=1, progress=False)
     assert np.isfinite(emb_features(emb)).all()
-    assert F.unknown_metadata(m.spec, odd, mask=('cell_type', 'experiment', 'plate_group')) == {}
+    assert trained.unknown_metadata(m.spec, odd, mask=('cell_type', 'experiment', 'plate_group')) == {}
 
 # hostile, one by one
 
@@ -247,7 +249,7 @@ def test_a_pickle_of_another_name(hostile, name, how):
         with open(hostile/name, 'wb') as f: np.save(f, np.array([Evil(ran)], dtype=object), allow_pickle=True)
     refused(hostile)
     seal(hostile)
-    if name == 'history.csv': load_screen_model(hostile)          # for people: compared and not read
+    if name == 'history.csv': load_model(hostile)          # for people: compared and not read
     else: refused(hostile)
     assert not ran.exists()
 
@@ -298,7 +300,7 @@ def test_entries_that_are_absent(hostile, quick):
             kept = o.pop(k)
             (hostile/f).write_text(json.dumps(whole))
             if k != 'sha256': seal(hostile)
-            try: load_screen_model(hostile); opened.add(k)
+            try: load_model(hostile); opened.add(k)
             except ScreenError: pass
             o[k] = kept
             for g, w in (('config.json', c), ('index.json', i)): (hostile/g).write_text(json.dumps(w))
@@ -412,7 +414,7 @@ def test_index_entries(hostile, entries, says):
 
 @pytest.mark.parametrize('dim', [8, 17])
 def test_index_of_another_dimension(made, hostile, dim):
-    EmbeddingIndex(make_emb_table(made.index.labels, np.random.default_rng(0).normal(size=(len(made.index), dim)))).save(hostile, made.learn and load_screen_model(made.folder).fingerprint)
+    EmbeddingIndex(make_emb_table(made.index.labels, np.random.default_rng(0).normal(size=(len(made.index), dim)))).save(hostile, made.learn and load_model(made.folder).fingerprint)
     seal(hostile)
     refused(hostile, f'rows of {dim} numbers and the model embeds into 16')
 
@@ -420,7 +422,7 @@ def test_index_of_another_model(made, hostile):
     other = EmbeddingIndex(made.index.table(), model='a'*64)
     other.save(hostile); seal(hostile)
     refused(hostile, r'another model \(aaaaaaaa\)')
-    with pytest.raises(ScreenError, match='another model'): save_screen_model(made.learn, hostile.parent/'x', other)
+    with pytest.raises(ScreenError, match='another model'): made.learn.to_model(other).save(hostile.parent/'x')
 
 @pytest.mark.parametrize('sirna', [
     None, [], 'x', {}, dict(kind='text'), dict(kind='object', values=['a']*16), dict(kind='text', names='ab', values=[0]*16), dict(kind='text', names=[1], values=[0]*16),
@@ -523,7 +525,7 @@ def opened(d):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         WATCHED[0], start = True, time.process_time()
-        try: return load_screen_model(d)
+        try: return load_model(d)
         except ScreenError as e: assert '\n' not in str(e) and str(e)[-1] in '.?', str(e)
         finally: WATCHED[0] = False; assert time.process_time() - start < 5 and not SEEN
 

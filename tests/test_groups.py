@@ -3,7 +3,7 @@ import time
 from contextlib import contextmanager
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import load_learner
-from rcic_fastai import cli
+from rcic_fastai import cli, workflow
 from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import ScreenSpec, screen_dls
 from rcic_fastai.embed import embed as E
@@ -68,11 +68,11 @@ def test_an_index_of_any_groups(made, sites, wells, capsys):
     table = some(made.table, **wells)
     if sites == 1: table = table[(table.site == 1) | ~table.experiment.isin(list(wells))]      # a single site
     learn = learner(made, table, sites)
-    index = cli.build_index(learn, 1, progress=False)
+    index = workflow.build_index(learn, 1, progress=False)
     rows, note = learn.dls.train.items, capsys.readouterr().err
     assert len(index) == 2*len(rows) and set(index.labels.protocol.dropna()) == {'adapted'}
     assert ('the remembered ones are used: HUVEC-01' in note) == bool(wells)
-    again = learn.embed(rows, tta=1, mask=cli.INDUCTIVE_MASK, progress=False, adapt='experiment')
+    again = learn.embed(rows, tta=1, mask=workflow.INDUCTIVE_MASK, progress=False, adapt='experiment')
     np.testing.assert_array_equal(emb_features(again), index.features[len(rows):])     # queries are treated as the index is
     if not wells: assert len(learn.embed(learn.dls.screen.table, tta=1, progress=False, adapt='experiment', bs=8)) == len(table)//sites    # 9 = 8 + 1
     plain, lone = index.features[:len(rows)], (rows.experiment == 'HUVEC-01').to_numpy()
@@ -96,7 +96,7 @@ def test_an_exported_learner_embeds_as_before(made, tmp_path):
 def test_a_learner_without_a_screen_says_what_to_do(made):
     learn = learner(made, some(made.table), 1)
     del learn.dls.screen
-    with pytest.raises(ScreenError, match='no screen to read rows of.*load_screen_model'): learn.embed(made.table)
+    with pytest.raises(ScreenError, match='no screen to read rows of.*load_model'): learn.embed(made.table)
 
 # Thousands of groups
 

@@ -2,7 +2,7 @@
 import contextlib, json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
-from rcic_fastai import cli, core, folder
+from rcic_fastai import cli, core, folder, workflow
 from rcic_fastai.core import OwnLock, ScreenError, only_one
 from rcic_fastai.screen.simulate.layout import simulate_screen
 
@@ -123,7 +123,7 @@ def test_a_run_leaves_no_lock(made, tmp_path, name):
 def test_what_comes_after_is_tried_before(made, tmp_path, monkeypatch, capsys):
     "Index, names and folder: whatever would be refused at the end is refused before the first epoch"
     trained = []
-    monkeypatch.setattr(cli.Learner, 'fit_recipe', lambda *a, **k: trained.append(1))
+    monkeypatch.setattr(workflow.Learner, 'fit_recipe', lambda *a, **k: trained.append(1))
     def fails(what, *args):
         with monkeypatch.context() as m:
             m.setattr(*args, lambda *a, **k: (_ for _ in ()).throw(ScreenError(f'No {what}.')))
@@ -136,7 +136,7 @@ def test_what_comes_after_is_tried_before(made, tmp_path, monkeypatch, capsys):
     fails('card', 'rcic_fastai.folder.model_card')
 
 def test_trying_changes_no_weight(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, '_try_all', lambda *a: None)
+    monkeypatch.setattr(workflow, 'try_all', lambda *a, **k: None)
     assert cli.rcic_train([*train_line(made), str(tmp_path/'out')]) == 0
     assert (tmp_path/'out/weights.safetensors').read_bytes() == (made/'model/weights.safetensors').read_bytes()
     assert (tmp_path/'out/index.safetensors').read_bytes() == (made/'model/index.safetensors').read_bytes()
@@ -148,7 +148,7 @@ def test_the_disk_has_the_model_before_the_checkpoints_go(made, tmp_path, monkey
         monkeypatch.setattr(of, name, f)
     noted('sync_tree', folder, core.sync_tree)
     noted('sync_path', folder, core.sync_path)
-    noted('remove_checkpoints', cli, cli.remove_checkpoints)
+    noted('remove_checkpoints', workflow, workflow.remove_checkpoints)
     assert cli.rcic_train([*train_line(made), str(tmp_path/'out')]) == 0
     assert seen == [('sync_tree', 'out.part'), ('sync_path', tmp_path.name), ('remove_checkpoints', 'out.checkpoints')]
 
@@ -157,7 +157,8 @@ def test_the_disk_has_the_model_before_the_checkpoints_go(made, tmp_path, monkey
 SCENES = '''
 import contextlib, io, json, sys
 from pathlib import Path
-from rcic_fastai import cli
+from rcic_fastai import cli, folder, workflow
+from rcic_fastai.predict import plan
 from rcic_fastai.core import OwnLock, ScreenError
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.train.distributed import *
@@ -181,12 +182,12 @@ def refuses(of, name, who):
 
 if rank == 0: (out/'held.lock').write_text('mine')
 command('lock', cli.rcic_train, [*train, out/'held'])
-for scene, of, name, who in [('screen', cli, 'open_screen', 1), ('begun', cli, 'begin_checkpoints', 0)]:
+for scene, of, name, who in [('screen', workflow, 'open_screen', 1), ('begun', workflow, 'begin_checkpoints', 0)]:
     back = refuses(of, name, who); command(scene, cli.rcic_train, [*train, out/'new']); back()
 from rcic_fastai.train import recipes
 from rcic_fastai.embed import embed
 back = refuses(recipes, '_stage_model', 1); command('stage', cli.rcic_train, [*train, out/'new']); back()
-for scene, of, name, who in [('model', cli, 'load_screen_model', 0), ('parts', embed, '_write_part', 0), ('rows', cli, 'prediction_rows', 1)]:
+for scene, of, name, who in [('model', folder, 'load_model', 0), ('parts', embed, '_write_part', 0), ('rows', plan, 'prediction_rows', 1)]:
     back = refuses(of, name, who); command(scene, cli.rcic_predict, [*predict, out/f'{scene}.csv']); back()
 from rcic_fastai.train.checkpoints import Checkpoint
 real = Checkpoint.after_batch
@@ -212,7 +213,7 @@ def scenes(made, tmp_path_factory):
     return out, errors
 
 @pytest.mark.parametrize('scene,who,why', [('lock', 0, 'held.lock is no lock'), ('screen', 1, 'open_screen refuses'), ('begun', 0, 'begin_checkpoints refuses'),
-    ('stage', 1, '_stage_model refuses'), ('model', 0, 'load_screen_model refuses'), ('parts', 0, '_write_part refuses'), ('rows', 1, 'prediction_rows refuses')])
+    ('stage', 1, '_stage_model refuses'), ('model', 0, 'load_model refuses'), ('parts', 0, '_write_part refuses'), ('rows', 1, 'prediction_rows refuses')])
 def test_a_refusal_reaches_all(scenes, scene, who, why):
     out, errors = scenes
     files = [out/f'{scene}-{rank}' for rank in (0, 1)]

@@ -6,7 +6,7 @@ from fastai.vision.all import Callback
 from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.batch.data import screen_dls, spec_dl
 from rcic_fastai.embed.embed import embed_parts, embed_screen, highest_protocol, model_fingerprint, row_protocols
-from rcic_fastai.folder import load_screen_model, save_screen_model
+from rcic_fastai.folder import load_model
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
@@ -68,7 +68,7 @@ ALL_OF = {'HUVEC-01': {'inductive'}, 'HUVEC-02': {'inductive'}, 'HUVEC-03': {'in
 def test_pseudo_labeled_experiments_are_transductive(screen, taught, tmp_path):
     t, source, (learn, index) = screen.table, screen.source, taught
     assert learn.protocol == 'transductive' and learn.model.pseudo_experiments == ('HUVEC-17',)
-    m = load_screen_model(save_screen_model(learn, tmp_path/'m', index))
+    m = load_model(learn.to_model(index).save(tmp_path/'m'))
     assert m.config['pseudo_experiments'] == ['HUVEC-17'] and 'HUVEC-17 under its own labels' in (tmp_path/'m/README.md').read_text()
     assert m.config['metrics'].get('protocol', 'inductive') == 'inductive'
     parts = embed_parts(tmp_path/'parts', m.model, m.spec, Screen(t, source), **HOW)
@@ -134,7 +134,7 @@ def test_plate_groups_that_are_told(screen, tmp_path, metadata, mask, use, blank
     learn = learner(dls_of(screen), metadata=metadata)
     learn.model.use_metadata = use
     index = index_of(learn)
-    m = load_screen_model(save_screen_model(learn, tmp_path/'m', index))
+    m = load_model(learn.to_model(index).save(tmp_path/'m'))
     want = {e: {'transductive' if told and e not in TRAINED else 'inductive'} for e in ALL_OF}
     for emb in (learn.embed(t, mask=mask, **HOW), m.embed(screen[t], mask=mask, **HOW), embed_screen(learn.model, learn.dls.spec, screen[t], mask=mask, **HOW)):
         assert protocols(emb) == want
@@ -153,8 +153,8 @@ def test_accuracy_of_training_is_called_what_it_is(screen, tmp_path):
     for name, kw, data, want in [('a', dict(metadata='plate_group'), {}, 'transductive'), ('b', {}, dict(norm='plate'), 'adapted'), ('c', dict(metadata='cell_type'), {}, 'inductive')]:
         learn = learner(dls_of(screen, **data), **kw)
         learn.history = pd.DataFrame(dict(stage=['a'], epoch=[0], valid_loss=[1.], accuracy=[.5]))
-        folder = save_screen_model(learn, tmp_path/name, index_of(learn))
-        assert load_screen_model(folder).config['metrics']['protocol'] == want == highest_protocol(row_protocols(learn.model, learn.dls.spec, learn.dls.valid.items, mask=()))
+        folder = learn.to_model(index_of(learn)).save(tmp_path/name)
+        assert load_model(folder).config['metrics']['protocol'] == want == highest_protocol(row_protocols(learn.model, learn.dls.spec, learn.dls.valid.items, mask=()))
 
 # ---- control wells of the plate
 
@@ -180,16 +180,16 @@ def test_the_fingerprint_changes_with_what_makes_embeddings(screen, tmp_path):
     learn = learner(dls_of(screen), metadata='cell_type')
     spec, was = learn.dls.spec, model_fingerprint(learn.model, learn.dls.spec)
     index = index_of(learn); index.model = was
-    save_screen_model(learn, tmp_path/'right', index)
+    learn.to_model(index).save(tmp_path/'right')
     for k in dict(size=24, norm='plate', clahe=True, bits=16, sites=2, channels=spec.channels[::-1]).items():
         assert model_fingerprint(learn.model, replace(spec, **dict([k]))) != was
     assert model_fingerprint(learn.model, replace(spec, labels=spec.labels[::-1])) == was
     assert model_fingerprint(learn.model, replace(spec, vocabs={**spec.vocabs, 'cell_type': ['#unknown#', 'RPE']})) != was
     learn.model.use_metadata = False
     assert model_fingerprint(learn.model, spec) != was
-    with pytest.raises(ScreenError, match='built by another model'): save_screen_model(learn, tmp_path/'flag', index)
+    with pytest.raises(ScreenError, match='built by another model'): learn.to_model(index).save(tmp_path/'flag')
     learn.model.use_metadata, learn.dls.spec.size = True, 24
-    with pytest.raises(ScreenError, match='built by another model'): save_screen_model(learn, tmp_path/'size', index)
+    with pytest.raises(ScreenError, match='built by another model'): learn.to_model(index).save(tmp_path/'size')
 
 def test_parts_know_the_same_fingerprint(screen, tmp_path):
     learn = learner(dls_of(screen))

@@ -9,7 +9,7 @@ from rcic_fastai.core import ScreenError, file_facts, json_hash
 from rcic_fastai.embed.embed import embed_screen, row_protocols, weights_fingerprint
 from rcic_fastai.embed.index import EmbeddingIndex
 
-from rcic_fastai.folder import load_screen_model, save_screen_model
+from rcic_fastai.folder import load_model
 from rcic_fastai.model.model import EXTRA, create_screen_model, provenance, read_provenance, set_provenance
 from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.predict.pseudo import *
@@ -49,7 +49,7 @@ def taught(screen, tmp_path_factory):
 @pytest.fixture(scope='module')
 def folder(taught, tmp_path_factory):
     emb = taught.embed(taught.dls.train.items, tta=1, progress=False)
-    return save_screen_model(taught, tmp_path_factory.mktemp('folder')/'m', EmbeddingIndex(emb))
+    return taught.to_model(EmbeddingIndex(emb)).save(tmp_path_factory.mktemp('folder')/'m')
 
 def old_folder(folder, to):
     "As folders were written before"
@@ -102,7 +102,7 @@ def from_safetensors(learn, tmp):
 
 SAME = dict(save=lambda l, s, f, tmp: loaded(l, s), save_without_opt=lambda l, s, f, tmp: loaded(l, s, with_opt=False),
             export=lambda l, s, f, tmp: exported(l), checkpoint=lambda l, s, f, tmp: resumed(l, s, tmp),
-            folder=lambda l, s, f, tmp: load_screen_model(f).model,
+            folder=lambda l, s, f, tmp: load_model(f).model,
             state_dict=lambda l, s, f, tmp: with_state(l, l.model.state_dict()), not_strict=lambda l, s, f, tmp: with_state(l, l.model.state_dict(), strict=False),
             clones=lambda l, s, f, tmp: with_state(l, {k: v.detach().clone() for k, v in l.model.state_dict().items()}),
             pth=lambda l, s, f, tmp: from_file(l, tmp), safetensors=lambda l, s, f, tmp: from_safetensors(l, tmp),
@@ -143,7 +143,7 @@ def test_a_model_that_begins_with_weights_begins_with_their_past(screen, taught,
     train = heir.embed(heir.dls.train.items, tta=1, progress=False)
     index = EmbeddingIndex(train)
     with pytest.raises(ScreenError, match='ask for protocol transductive'): predict_wells(emb[emb.Metadata_experiment == 'HUVEC-01'], index)
-    m = load_screen_model(save_screen_model(heir, tmp_path/'heir', index))
+    m = load_model(heir.to_model(index).save(tmp_path/'heir'))
     assert provenance(m.model) == provenance(heir.model)
     assert dict(zip(screen.table.experiment, m.protocols(screen.table))) == how
     assert 'learned the labels of HUVEC-01 before' in (m.folder/'README.md').read_text()

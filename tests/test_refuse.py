@@ -2,7 +2,7 @@
 import json, re, shutil
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli
-from rcic_fastai.folder import load_screen_model
+from rcic_fastai.folder import load_model
 from rcic_fastai.screen.images import ImageSource, PngTree
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.embed.index import EmbeddingIndex
@@ -116,6 +116,6 @@ def test_the_index_of_another_model_is_refused(made, capsys, tmp_path):
     for f in ('index.json', 'index.safetensors', 'index.rows.json'): shutil.copy(made.dir/'model'/f, tmp_path/'m'/f)
     capsys.readouterr()
     refused(made, capsys, tmp_path, made.dir/'screen', 'index.* is not the file that was saved|built by another model', model=str(tmp_path/'m'))
-    mine = load_screen_model(made.dir/'model')
+    mine = load_model(made.dir/'model')
     with pytest.raises(ValueError, match='built by another model'): EmbeddingIndex.load(made.dir/'model', 'f'*64)
     with pytest.raises(ValueError, match='built by another model'): mine.index.check_model('f'*64)

@@ -3,7 +3,7 @@ import ast, json, os, re, shutil
 from pathlib import Path
 import pandas as pd, pytest
 import rcic_fastai
-from rcic_fastai import cli, folder as F
+from rcic_fastai import cli, folder as F, workflow
 from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.embed import embed_parts
@@ -31,7 +31,7 @@ def made(tmp_path_factory):
     dls = screen_dls(Screen(table, source), valid='HUVEC-02', bs=8, device='cpu')
     class made: pass
     made.dir, made.table, made.source, made.learn = d, table, source, screen_learner(dls, 'mobilenetv3_small_050', emb_dim=16, pretrained=None)
-    made.index = cli.build_index(made.learn, 1, progress=False)
+    made.index = workflow.build_index(made.learn, 1, progress=False)
     return made
 
 class Stranger:
@@ -65,14 +65,14 @@ def parts_of(made, folder): return embed_parts(folder, made.learn.model, made.le
 # Each: (a folder that may be removed, a function that removes it); `ours`: after it was made by the library
 
 def demo(made, d, ours):
-    if ours: cli.DEMO_FOLDER.make(d/'demo')
+    if ours: workflow.DEMO_FOLDER.make(d/'demo')
     def again():
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(cli, 'simulate', lambda out, **kw: (_ for _ in ()).throw(ScreenError('Far enough.')))
-            cli.run_demo(d/'demo', force=True)
+            m.setattr(workflow, 'simulate_screen', lambda out, **kw: (_ for _ in ()).throw(ScreenError('Far enough.')))
+            workflow.run_demo(d/'demo', force=True)
     return d/'demo', again
 
-def part_of_index(made, folder): made.learn.embed(made.learn.dls.train.items, tta=1, mask=cli.INDUCTIVE_MASK, progress=False, folder=folder)
+def part_of_index(made, folder): made.learn.embed(made.learn.dls.train.items, tta=1, mask=workflow.INDUCTIVE_MASK, progress=False, folder=folder)
 
 def embedding_parts(made, d, ours):
     parts = parts_of(made, d/'p')
@@ -82,23 +82,23 @@ def embedding_parts(made, d, ours):
 def index_parts(made, d, ours):
     if ours: part_of_index(made, d/'index/plain')
     else: (d/'index').mkdir()
-    return d/'index', lambda: cli.build_index(made.learn, 1, progress=False, folder=d/'index')
+    return d/'index', lambda: workflow.build_index(made.learn, 1, progress=False, folder=d/'index')
 
 def index_plain(made, d, ours):
     if ours: part_of_index(made, d/'index/plain')
-    return d/'index/plain', lambda: cli.build_index(made.learn, 1, progress=False, folder=d/'index')
+    return d/'index/plain', lambda: workflow.build_index(made.learn, 1, progress=False, folder=d/'index')
 
 def trained(made, d, ours):
     if ours: C.write_checkpoint(d/'m.checkpoints', 1, FACTS, {})
     (d/'m').mkdir()
     (d/'m/config.json').touch()
-    return d/'m.checkpoints', lambda: cli._finished(d/'m')
+    return d/'m.checkpoints', lambda: workflow.is_finished(d/'m')
 
 def trained_index(made, d, ours):
     if ours: parts_of(made, d/'m.index.part/plain')
     folder = d/('m.index.part/plain' if ours else 'm.index.part')
     if not ours: (folder/'x').mkdir(parents=True); (folder/'x/parts.json').write_text('{}')
-    return folder, lambda: cli._index_parts(d/'m', made.learn, 2)
+    return folder, lambda: workflow._index_parts(d/'m', made.learn, 2)
 
 def checkpoint(name, keep=1):
     def one(made, d, ours):
@@ -108,7 +108,7 @@ def checkpoint(name, keep=1):
 
 def model_part(made, d, ours):
     if ours: F.MODEL_FOLDER.make(d/'m.part')
-    return d/'m.part', lambda: F.save_screen_model(made.learn, d/'m', made.index)
+    return d/'m.part', lambda: made.learn.to_model(made.index).save(d/'m')
 
 def store_part(made, d, ours):
     if ours:
@@ -170,32 +170,32 @@ def test_every_kind_of_folder_is_tried():
     assert {k for k in OwnFolder.kinds} == {'demo', 'embedding parts', 'checkpoint', 'unfinished model', 'packed screen', 'simulated screen'}
 
 def test_a_demo_with_something_in_the_way_removes_nothing(tmp_path):
-    out = cli.DEMO_FOLDER.make(tmp_path/'demo')
+    out = workflow.DEMO_FOLDER.make(tmp_path/'demo')
     (out/'report.html').touch()
     (out/'model').mkdir(); (out/'model/my.txt').touch()
-    with pytest.raises(ScreenError, match='model/my.txt, which rcic_demo did not write: move it elsewhere'): cli.run_demo(out, force=True)
+    with pytest.raises(ScreenError, match='model/my.txt, which rcic_demo did not write: move it elsewhere'): workflow.run_demo(out, force=True)
     assert (out/'report.html').exists()
 
 def test_what_a_demo_writes_is_all_its_own(made, tmp_path):
-    out = cli.DEMO_FOLDER.make(tmp_path/'demo')
+    out = workflow.DEMO_FOLDER.make(tmp_path/'demo')
     simulate_screen(out/'screen', ['HUVEC-01'], sirnas=2, size=32, plates=1, controls=0, progress=False)
     pack_screen(Screen(made.table, made.source), out/'screen.zarr', progress=False)
-    F.save_screen_model(made.learn, out/'model', made.index)
+    made.learn.to_model(made.index).save(out/'model')
     C.write_checkpoint(out/'model.checkpoints', 1, FACTS, {})
     parts_of(made, out/'inductive.csv.part')
     for f in ('report.html', 'adapted.csv', 'adapted.json', 'adapted.top.csv', 'neighbors.parquet', 'results.json', 'model.lock'): (out/f).touch()
-    assert cli.DEMO_FOLDER.strangers(out) == []
-    assert cli.DEMO_FOLDER.remove(out) and not out.exists()
+    assert workflow.DEMO_FOLDER.strangers(out) == []
+    assert workflow.DEMO_FOLDER.remove(out) and not out.exists()
 
 def test_killed_when_only_the_marker_was_left(made, tmp_path):
     from rcic_fastai.core import OwnFolder
     pack_screen(Screen(made.table, made.source), tmp_path/'s.zarr', progress=False)
-    F.save_screen_model(made.learn, tmp_path/'m', made.index)
+    made.learn.to_model(made.index).save(tmp_path/'m')
     were = {f: sorted(p.name for p in (tmp_path/f).iterdir()) for f in ('s.zarr', 'm')}
     for f, kind in (('s.zarr', 'packed screen'), ('m', 'unfinished model')):
         (tmp_path/f/'.rcic_fastai.json').write_text(json.dumps(OwnFolder.kinds[kind]._facts()))
     pack_screen(Screen(made.table, made.source), tmp_path/'s.zarr', progress=False)
-    assert cli._finished(tmp_path/'m')
+    assert workflow.is_finished(tmp_path/'m')
     assert {f: sorted(p.name for p in (tmp_path/f).iterdir()) for f in were} == were
 
 # Single files
@@ -242,7 +242,7 @@ def test_files_beside_a_report(tmp_path):
 
 REMOVERS = {'core.py': {'_remove', 'remove_empty', '_unmark', 'write_atomic', '_remove_stale', '_put_lock', 'release'},
             'screen/download.py': {'_forget', '_receive', '_remove_fetched'}, 'screen/pack.py': {'_finish', '_name'},
-            'predict/predict.py': {'answers', 'write_predictions'}, 'folder.py': {'save_screen_model'}}
+            'predict/predict.py': {'answers', 'write_predictions'}, 'folder.py': {'save'}}
 
 def removals(path):
     "(function, what it calls) of each call that removes something"

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from fastcore.all import patch
 from ..core import *
 from ..screen.tables import *
+from .protocol import *
 from .table import *
 from .index import EmbeddingIndex
 
@@ -133,13 +134,13 @@ def _mark(self:Correction, t, z):
     m = t.meta
     tag = f'{self} #{self.digest}' if self.learns else f'{self}'
     own = np.ones(len(m), bool) if self.by else _names(m.experiment).isin(self.seen).to_numpy()
-    rank = np.where(own, PROTOCOLS.index('adapted'), PROTOCOLS.index('inductive'))
+    rank = np.where(own, Protocol.adapted.level, Protocol.inductive.level)
     if 'correction' in m and m.correction.notna().any():
         if m.correction.nunique(dropna=False) > 1:
             raise ScreenError('The rows of the embeddings were corrected in different ways before: '
                               'correct them together from the start.')
         tag = f'{m.correction.iloc[0]} + {tag}'
-    if 'protocol' in m: rank = np.maximum(rank, [PROTOCOLS.index(check_protocol(p)) for p in m.protocol.astype(object).fillna('inductive')])
+    if 'protocol' in m: rank = np.maximum(rank, [Protocol(p).level for p in m.protocol.astype(object).fillna('inductive')])
     return make_emb_table(m.assign(protocol=np.array(PROTOCOLS, object)[rank], correction=tag), z)
 
 # %% ../../nbs/43_embed.correct.ipynb #da68f9d2

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import *
 from ..screen.tables import *
+from ..embed.protocol import *
 from ..embed.table import *
 from ..embed.index import *
 from .assign import *
@@ -166,11 +167,19 @@ def _check_correction(known, index, protocol):
     if len(done[0] | done[1]) > 1:
         raise ScreenError(f'The index was corrected by {first_few(sorted(done[0]))} and the embeddings to name by '
                           f'{first_few(sorted(done[1]))}: correct both in one table, or with one fitted correction.')
-    used = said(known, 'protocol', 'inductive')
-    most = highest_protocol(used)
-    if highest_protocol([most, protocol]) != protocol:
-        raise ScreenError(f'Embeddings to name are marked {most} in {META}protocol ({(used == most).sum()} of {len(used)}), so the result '
-                          f'is not {protocol}: ask for protocol {most}, or make them anew without wells of their own experiment.')
+    check_protocol_allows(protocol, said(known, 'protocol', 'inductive'), 'Embeddings to name are marked', f'{META}protocol')
+
+def _uses_own_batchnorm(rows):
+    "Return whether rows used BatchNorm statistics of their own batch: a set of True and False"
+    return set(rows['batchnorm'].notna()) if 'batchnorm' in rows else {False}
+
+def _check_batchnorm(known, index):
+    "Check that BatchNorm statistics of their own batches were used for the queries and the index, or for neither"
+    queries, indexed = _uses_own_batchnorm(known), _uses_own_batchnorm(index.labels)
+    if len(queries | indexed) == 1: return
+    some, others = ('embeddings to name', 'index') if True in queries else ('rows of the index', 'embeddings to name')
+    raise ScreenError(f'BatchNorm statistics of their own experiments were used for the {some} and not for all of the {others} '
+                      f'({META}batchnorm): embed both with the same adapt, or use the predict of a trained model.')
 
 # %% ../../nbs/51_predict.predict.ipynb #da586b2b
 def _check_model(queries, index):
@@ -199,11 +208,12 @@ def predict_wells(
     restrict_cell_type:bool=False, # Only rows of the well's own cell type
 )->tuple: # (one row a well: id_code, target, score, margin, runner_up, votes, protocol, …; one row a neighbor)
     "Name the wells, and say who their neighbors are"
-    check_protocol(protocol)
+    protocol = Protocol(protocol).value
     known = _wells_of(queries, index.target)
     _check_model(queries, index)
     _say_shared(known, index)
     _check_correction(known, index, protocol)
+    _check_batchnorm(known, index)
     if restrict_cell_type and 'cell_type' not in known:
         raise ScreenError('The cell type is what is predicted, so the search cannot be restricted to it: search all cell types.')
     cell = known['cell_type'].to_numpy(object) if restrict_cell_type else None

@@ -13,6 +13,7 @@ from fastcore.all import store_attr
 from ..core import *
 from ..screen.tables import *
 from ..batch.site import plate_map
+from ..embed.protocol import *
 from ..embed.table import *
 from ..predict.predict import *
 from ..embed.metrics import *
