@@ -197,7 +197,9 @@ def test_what_commands_print():
         print('\r|----| 3%', end='\r')
         print(name, file=__import__('sys').stderr)
         raise ScreenError(f'{name} cannot be used: rename it.')
-    out, err = io.StringIO(), io.StringIO()
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    out, err = Terminal(), Terminal()
     with redirect_stdout(out), redirect_stderr(err): assert run_command(loud, [evil('a') + '\rb\x9b2J'], 'loud') == 2
     assert out.getvalue().count('\r') == 2 and not obeyed(out.getvalue().replace('\r', '')) and not obeyed(err.getvalue())
     assert out.getvalue().count('<b>a</b>') == 2 and err.getvalue().count('<b>a</b>') == 2

@@ -204,6 +204,7 @@ def spoiled(learn, **how):
     (dict(other=1), {}, 'built by another model'), (dict(kwargs=1), {}, "'pretrained_cfg' is 'x', which must be left out")])
 def test_what_could_not_be_read_is_not_written(made, tmp_path, how, info, says):
     index = load_model(made.folder).index
+    if 'nan' in how: index.model = None      # else its fingerprint is what differs first
     with pytest.raises(ScreenError, match=says): spoiled(made.learn, **how).to_model(index, **info).save(tmp_path/'m')
     assert not list(tmp_path.iterdir())
 

@@ -239,7 +239,7 @@ def test_one_row_that_used_more_than_the_protocol_allows(mark, refused):
     for queries in (marked(mark), marked('inductive', mark)[::-1], marked(mark).astype({'Metadata_protocol': 'category'}), *([marked(mark, 'adapted')] if 'adapted' in refused else [])):
         for protocol in PROTOCOLS:
             if protocol in refused:
-                with pytest.raises(ScreenError, match=f'marked {mark} .*the result is not {protocol}: ask for protocol {mark}, or') as e: predict_wells(queries, INDEX, protocol)
+                with pytest.raises(ScreenError, match=f"marked {mark} .*the result is not {protocol}: ask for protocol='{mark}', or") as e: predict_wells(queries, INDEX, protocol)
                 assert len(str(e.value).splitlines()) == 1
             else: same(predict_wells(queries, INDEX, protocol)[0], predict_wells(queries.assign(Metadata_protocol='inductive'), INDEX, protocol)[0])
     with pytest.raises(ScreenError, match="protocol='odd' is not known"): predict_wells(marked('odd'), INDEX, 'transductive')

@@ -50,7 +50,7 @@ def index_of(learn):
     return EmbeddingIndex(emb)
 
 def refused(emb, index, protocol='inductive', needs='transductive'):
-    with pytest.raises(ScreenError, match=f'ask for protocol {needs}'): predict_wells(emb, index, protocol)
+    with pytest.raises(ScreenError, match=f"ask for protocol='{needs}'"): predict_wells(emb, index, protocol)
 
 # ---- pseudo-labels
 

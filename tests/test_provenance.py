@@ -142,7 +142,7 @@ def test_a_model_that_begins_with_weights_begins_with_their_past(screen, taught,
     assert how == {'HUVEC-01': 'transductive', 'HUVEC-02': 'inductive', 'HUVEC-03': 'inductive', 'HUVEC-17': 'transductive', 'HUVEC-18': 'inductive'}
     train = heir.embed(heir.dls.train.items, tta=1, progress=False)
     index = EmbeddingIndex(train)
-    with pytest.raises(ScreenError, match='ask for protocol transductive'): predict_wells(emb[emb.Metadata_experiment == 'HUVEC-01'], index)
+    with pytest.raises(ScreenError, match="ask for protocol='transductive'"): predict_wells(emb[emb.Metadata_experiment == 'HUVEC-01'], index)
     m = load_model(heir.to_model(index).save(tmp_path/'heir'))
     assert provenance(m.model) == provenance(heir.model)
     assert dict(zip(screen.table.experiment, m.protocols(screen.table))) == how

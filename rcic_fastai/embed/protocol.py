@@ -6,14 +6,14 @@
 __all__ = ['PROTOCOLS', 'Protocol', 'highest_protocol', 'check_protocol_allows', 'earlier_experiments', 'row_protocols',
            'stamp_protocols']
 
-# %% ../../nbs/39_embed.protocol.ipynb #2f8a0759
+# %% ../../nbs/39_embed.protocol.ipynb #9c6d3566
 from enum import Enum
 import numpy as np, pandas as pd
 from ..core import *
 from ..batch.data import ScreenSpec
 from ..train.controls import PlateControls
 
-# %% ../../nbs/39_embed.protocol.ipynb #03b90cc4
+# %% ../../nbs/39_embed.protocol.ipynb #e238781a
 class Protocol(str, Enum):
     "What may be used of the test batch, from least to most: inductive, adapted, transductive"
     inductive = 'inductive'
@@ -35,7 +35,7 @@ class Protocol(str, Enum):
 
 PROTOCOLS = tuple(p.value for p in Protocol)
 
-# %% ../../nbs/39_embed.protocol.ipynb #7a99dda9
+# %% ../../nbs/39_embed.protocol.ipynb #f2d54277
 def highest_protocol(
     protocols, # Names of protocols, such as a column; missing ones are inductive
 )->Protocol: # `Protocol.inductive` when there is none
@@ -43,7 +43,7 @@ def highest_protocol(
     names = pd.unique(pd.Series(protocols, dtype=object).dropna())
     return max(map(Protocol, names), default=Protocol.inductive)
 
-# %% ../../nbs/39_embed.protocol.ipynb #a7920681
+# %% ../../nbs/39_embed.protocol.ipynb #9e2a2de3
 def check_protocol_allows(
     asked, # Protocol that the result will carry
     used, # Protocols that went into it, such as a column
@@ -53,9 +53,10 @@ def check_protocol_allows(
     "Raise a `ScreenError` when something used more of its batch than `asked` allows"
     asked, most = Protocol(asked), highest_protocol(used)
     if most <= asked: return most
-    raise ScreenError(f'{what} {most}{why and f" ({why})"}, so the result is not {asked}: ask for {option("protocol", most.value)}.')
+    raise ScreenError(f'{what} {most}{why and f" ({why})"}, so the result is not {asked}: ask for {option("protocol", most.value)}, '
+                      'or embed without it.')
 
-# %% ../../nbs/39_embed.protocol.ipynb #6be8c540
+# %% ../../nbs/39_embed.protocol.ipynb #ae3a45b6
 def earlier_experiments(
     model, # A `ScreenModel`
     trained, # Experiments that it was trained on last, and that its index holds
@@ -63,7 +64,7 @@ def earlier_experiments(
     "Return the experiments whose labels the weights learned before, in an earlier training or model"
     return sorted({*model.trained_experiments} - {*map(str, trained)})
 
-# %% ../../nbs/39_embed.protocol.ipynb #aba09977
+# %% ../../nbs/39_embed.protocol.ipynb #bfa55afd
 def _is_given_its_batch(model, spec, rows, mask, trained):
     "Return which rows have a plate group or experiment that the model is given and was not trained on: bool [N]"
     given = np.zeros(len(rows), bool)
@@ -79,7 +80,7 @@ def _is_compared(model, spec, rows, mask):
     measured = np.array(spec.vocabs[part.column], object)[part.measured.cpu().numpy()]
     return rows[part.column].astype(str).isin(measured).to_numpy()
 
-# %% ../../nbs/39_embed.protocol.ipynb #06e03c55
+# %% ../../nbs/39_embed.protocol.ipynb #e2baee29
 def row_protocols(
     model, # A `ScreenModel`; it knows which experiments its weights learned from, see `provenance`
     spec:ScreenSpec, # How sites become batches
@@ -96,7 +97,7 @@ def row_protocols(
     is_adapted = _is_compared(model, spec, rows, mask) | (adapt is not None or spec.per_group)
     return np.array(PROTOCOLS, object)[np.where(is_transductive, 2, is_adapted.astype(int))]
 
-# %% ../../nbs/39_embed.protocol.ipynb #a3f245be
+# %% ../../nbs/39_embed.protocol.ipynb #4bafb044
 def stamp_protocols(
     rows:pd.DataFrame, # Site-table rows
     protocols, # One per row, from `row_protocols`
