@@ -15,38 +15,48 @@ from .table import *
 from .index import *
 
 # %% ../../nbs/44_embed.metrics.ipynb #bdd0b8e1
-def _metric_rows(emb, needed, treatments=True, one_a_well=False):
-    "Facts and numbers of the rows to measure, in an order that does not depend on the table's"
+def _counted(m, treatments):
+    "Return which rows are measured"
+    keep = (m['well_type'] == 'treatment').to_numpy() if treatments and 'well_type' in m else np.ones(len(m), bool)
+    if not keep.any(): raise ScreenError('The embeddings hold no treatment well: give some.')
+    return np.flatnonzero(keep)
+
+def _check_metadata(m, needed, one_per_well):
+    "Check that the metadata has no gap, and that no well is counted twice"
+    for c in needed:
+        gap = m[c].isna()
+        if gap.any():
+            raise ScreenError(f'{gap.sum()} of {len(m)} embedded wells have no {c} (first: {m.well_id[gap].iloc[0]}): '
+                              'these measures need it; fill it in or leave them out.')
+    twice = m['well_id'].duplicated()
+    if one_per_well and twice.any():
+        raise ScreenError(f'Well {m.well_id[twice].iloc[0]} has several rows, which are not independent: '
+                          'average its sites with merge_sites first.')
+
+def _metric_rows(emb, needed, treatments=True, one_per_well=False):
+    "Return metadata and features of the rows to measure, in an order that does not depend on the table's"
     m = emb_metadata(emb)
     absent = [c for c in dict.fromkeys(('well_id', *needed)) if c not in m]
     if absent:
         raise ScreenError(f'The embeddings have no column {META}{first_few(absent)}: embed rows of a site table.')
-    keep = (m['well_type'] == 'treatment').to_numpy() if treatments and 'well_type' in m else np.ones(len(m), bool)
-    if not keep.any(): raise ScreenError('The embeddings hold no treatment well: give some.')
-    at = np.flatnonzero(keep)
+    at = _counted(m, treatments)
     m = m.iloc[at]
-    for c in needed:
-        if m[c].isna().any():
-            raise ScreenError(f'{m[c].isna().sum()} of {len(m)} embedded wells have no {c} (first: '
-                              f'{m.well_id[m[c].isna()].iloc[0]}): these measures need it; fill it in or leave them '
-                              'out.')
-    twice = m['well_id'].duplicated()
-    if one_a_well and twice.any():
-        raise ScreenError(f'Well {m.well_id[twice].iloc[0]} has several rows, which are not independent: '
-                          'average its sites with merge_sites first.')
+    _check_metadata(m, needed, one_per_well)
     order = np.lexsort([m[c].astype(str) for c in ('site_id', 'well_id', 'plate', 'experiment') if c in m])
     x = emb_features(emb)[at][order]
     checked_rows(x, labels=m.iloc[order])
     return m.iloc[order].reset_index(drop=True), x
 
+# %% ../../nbs/44_embed.metrics.ipynb #181c4adb
 def _bar(items, show): return progress_bar(items) if show else items
 
 def _n_null(n):
+    "Return the number of permutations, after checking it"
     if n < 1: raise ScreenError(f'n_null={n} permutations give no p-value: ask for 1 or more, 1000 is usual.')
     return n
 
 def _codes(m, columns):
-    "Number of the combination of columns of each row, and the combinations"
+    "Number the combinations of some columns; return the number of each row, and the combinations"
     columns = list(columns)
     levels = m[columns].drop_duplicates().sort_values(columns, ignore_index=True)
     return pd.MultiIndex.from_frame(levels).get_indexer(pd.MultiIndex.from_frame(m[columns])), levels
@@ -55,24 +65,25 @@ def _codes(m, columns):
 def average_precision(
     cosines, # [M] similarities of the ranked wells
     positive, # [M] which of them should come first
-)->float:
-    "Mean precision at the positives; equal similarities count together"
+)->float: # NaN without positives
+    "Return the mean precision at the positives; equal similarities count together"
     s, pos = np.sort(cosines), np.sort(np.asarray(cosines)[np.asarray(positive, bool)])
     if not len(pos): return np.nan
     return float(np.mean((len(pos) - np.searchsorted(pos, pos))/(len(s) - np.searchsorted(s, pos))))
 
+# %% ../../nbs/44_embed.metrics.ipynb #110fde0f
 def chance_precision(
     n_positive, # How many are positive
     n_total, # How many are ranked
-): # Expected average precision of a random order, same shape
-    "What average precision is worth nothing"
+): # Same shape
+    "Return the average precision that a random order has on average"
     R, M = np.broadcast_arrays(np.asarray(n_positive, float), np.asarray(n_total, int))
     H = np.append(0, np.cumsum(1/np.arange(1, M.max(initial=1)+1)))[M]
     return np.where(M > 1, (H + (R-1)/np.maximum(M-1, 1)*(M-H))/np.maximum(M, 1), R)
 
 # %% ../../nbs/44_embed.metrics.ipynb #1b2b3ba0
 def _ap_direct(m, x, target, across, other, progress):
-    "(ap, positives, ranked) of each row"
+    "Return average precision, number of positives and number of ranked rows, for each row: [N, 3]"
     y, b, x = pd.factorize(m[target])[0], pd.factorize(m[across])[0], unit_rows(x)
     out = np.full((len(m), 3), np.nan)
     for i in _bar(range(0, len(m), 256), progress):
@@ -84,7 +95,7 @@ def _ap_direct(m, x, target, across, other, progress):
     return out
 
 def _ap_copairs(m, x, target, across, other):
-    "The same, by copairs"
+    "Return the same as `_ap_direct`, computed by copairs"
     try: from copairs.map import average_precision as ap
     except ImportError:
         raise ScreenError("engine='copairs' needs a package that is not installed: "
@@ -94,6 +105,25 @@ def _ap_copairs(m, x, target, across, other):
     return d[['average_precision', 'n_pos_pairs', 'n_total_pairs']].to_numpy(float)
 
 # %% ../../nbs/44_embed.metrics.ipynb #66632a62
+def _check_retrieval(negatives, engine):
+    "Check the choices of `retrieval_map`"
+    if negatives not in ('any', 'other'):
+        raise ScreenError(f'negatives={negatives!r} is not known: choose any or other.')
+    if engine not in ('direct', 'copairs'):
+        raise ScreenError(f'engine={engine!r} is not known: choose direct or copairs.')
+
+def _ap_within(m, x, target, across, within, other, engine, progress):
+    "Return what `_ap_direct` does, ranking only rows that agree in the column `within`"
+    part = _codes(m, [within])[0] if within else np.zeros(len(m), int)
+    out = np.full((len(m), 3), np.nan)
+    for p in np.unique(part):
+        at = np.flatnonzero(part == p)
+        bar = len(at) > 5000 if progress is None else progress
+        mine = m.iloc[at].reset_index(drop=True), x[at], target, across, other
+        out[at] = _ap_direct(*mine, bar) if engine == 'direct' else _ap_copairs(*mine)
+    return out
+
+# %% ../../nbs/44_embed.metrics.ipynb #07555387
 def retrieval_map(
     emb:pd.DataFrame, # Embeddings table, treatment wells (or sites) with labels; other rows are left out
     target:str='sirna', # What should be alike
@@ -102,26 +132,18 @@ def retrieval_map(
     negatives:str='any', # 'any' other siRNA, or only those of 'other' experiments
     engine:str='direct', # 'direct', or 'copairs' when that is installed; the numbers are the same
     progress:bool=None, # Show a progress bar; `None`: when there are more than 5000 rows
-)->tuple: # ({map, chance, n_sirnas, n_wells}, one row a query: well_id, target, ap, n_positive, n_ranked, chance)
-    "Mean average precision of finding the same siRNA in another experiment"
-    if negatives not in ('any', 'other'):
-        raise ScreenError(f'negatives={negatives!r} is not known: choose any or other.')
-    if engine not in ('direct', 'copairs'):
-        raise ScreenError(f'engine={engine!r} is not known: choose direct or copairs.')
+)->tuple: # ({map, chance, n_sirnas, n_wells}, one row per query: well_id, target, ap, n_positive, n_ranked, chance)
+    "Return the mean average precision of finding the same siRNA in another experiment"
+    _check_retrieval(negatives, engine)
     m, x = _metric_rows(emb, [target, across] + [within]*(within is not None))
-    part = _codes(m, [within])[0] if within else np.zeros(len(m), int)
-    out = np.full((len(m), 3), np.nan)
-    for p in np.unique(part):
-        at, other = np.flatnonzero(part == p), negatives == 'other'
-        bar = len(at) > 5000 if progress is None else progress
-        mine = m.iloc[at].reset_index(drop=True), x[at], target, across, other
-        out[at] = _ap_direct(*mine, bar) if engine == 'direct' else _ap_copairs(*mine)
+    out = _ap_within(m, x, target, across, within, negatives == 'other', engine, progress)
     keep = [c for c in dict.fromkeys(('well_id', 'site_id', target, across, within)) if c in m]
     table = m[keep].assign(ap=out[:, 0], n_positive=out[:, 1].astype(int), n_ranked=out[:, 2].astype(int))
     ok = (table.n_positive > 0) & (table.n_positive < table.n_ranked)
     if not ok.any():
+        inside = f' within one {within}' if within else ''
         raise ScreenError(f'No {target} has wells in two of {m[across].nunique()} {across}s with others to be told '
-                          f'from{f" within one {within}" if within else ""}: retrieval needs at least two {across}s and two {target}s.')
+                          f'from{inside}: retrieval needs at least two {across}s and two {target}s.')
     table.loc[~ok, 'ap'] = np.nan
     table['chance'] = np.where(ok, chance_precision(table.n_positive, table.n_ranked), np.nan)
     per = table[ok].groupby(target)[['ap', 'chance']].mean()
@@ -130,27 +152,27 @@ def retrieval_map(
 
 # %% ../../nbs/44_embed.metrics.ipynb #d648d5ce
 def _p_value(seen, null):
-    "Share of draws (first axis of `null`) that reach what was seen, which counts as one draw"
+    "Return the share of draws (first axis of `null`) that reach what was seen, which counts as one draw"
     return (1 + (null >= seen - 1e-9*np.abs(seen)).sum(0))/(1 + len(null))
 
 def _floor(taken, wells, n_null, symmetric=False):
-    "The smallest p that shuffling `taken` of `wells` in each stratum can give"
+    "Return the smallest p that shuffling `taken` of `wells` in each stratum can give"
     from scipy.special import comb
     same = 2 if symmetric and (2*taken == wells).all() else 1
     return max(same/np.prod(comb(wells, taken)), 1/(1 + n_null))
 
 def _significant(table):
-    "Share of p ≤ .05 among those that could have been so small; NaN when none could"
+    "Return the share of p ≤ .05 among those that could have been so small; NaN when none could"
     able = table[table['floor'] <= .05]
     return float((able['p'] <= .05).mean()) if len(able) else np.nan
 
 def _shuffles(strata, rng):
-    "Rows (sorted by stratum) in random order inside each stratum"
+    "Return rows (sorted by stratum) in random order inside each stratum"
     return np.argsort(strata + rng.random(len(strata)))
 
 # %% ../../nbs/44_embed.metrics.ipynb #fed1e51d
 def _pair_cosines(pairs, of_target): # [N] number of a row's (target, batch); [pairs] number of its target, ascending
-    "(x → mean cosine of each target's pairs of rows in different batches, their number)"
+    "Return a function (x → mean cosine of each target's pairs of rows in different batches), and the numbers of pairs"
     size, order = np.bincount(pairs), np.argsort(pairs, kind='stable')
     starts, first = np.cumsum(size) - size, np.flatnonzero(np.diff(of_target, prepend=-1))
     count = np.add.reduceat(size, first)**2 - np.add.reduceat(size**2, first)
@@ -161,20 +183,30 @@ def _pair_cosines(pairs, of_target): # [N] number of a row's (target, batch); [p
         return (np.einsum('ij,ij->i', total, total) - inside)[count > 0]/count[count > 0]
     return cosines, count
 
+# %% ../../nbs/44_embed.metrics.ipynb #746b9280
+def _replicate_rows(emb, target, across, within):
+    "Return metadata, unit vectors and strata (experiment, plate) of the wells, sorted by stratum"
+    m, x = _metric_rows(emb, [target, across] + [within]*(within is not None), one_per_well=True)
+    strata = _codes(m, [c for c in (across, 'plate', within) if c is not None and c in m])[0]
+    order = np.argsort(strata, kind='stable')
+    return m.iloc[order], unit_rows(x[order]), strata[order]
+
+def _floors(of_row, strata, n_null):
+    "Return the smallest p that each target can have; `of_row`: the target of each row"
+    taken, size = pd.Series(strata).groupby([of_row, strata]).size(), np.bincount(strata)
+    return np.array([_floor(k.to_numpy(), size[k.index.get_level_values(1)], n_null) for _, k in taken.groupby(level=0)])
+
 def replicate_consistency(
-    emb:pd.DataFrame, # Embeddings table, one row a treatment well with labels
+    emb:pd.DataFrame, # Embeddings table, one row per treatment well, with labels
     target:str='sirna', # What should be alike
     across:str='experiment', # Only pairs that differ in this column count
     within:str=None, # Only pairs that agree in this column count, such as 'cell_type'
     n_null:int=1000, # Shuffles
     seed:int=0, # Of the shuffles
     progress:bool=None, # Show a progress bar; `None`: when there are more than 5000 rows
-)->tuple: # ({consistency, null, p, significant, n_sirnas}, one row a target: n_wells, consistency, null, p, floor)
-    "Mean cosine of replicates in different experiments, against labels shuffled inside their plates"
-    m, x = _metric_rows(emb, [target, across] + [within]*(within is not None), one_a_well=True)
-    strata = _codes(m, [c for c in (across, 'plate', within) if c is not None and c in m])[0]
-    order = np.argsort(strata, kind='stable')
-    m, u, strata = m.iloc[order], unit_rows(x[order]), strata[order]
+)->tuple: # ({consistency, null, p, significant, n_sirnas}, one row per target: n_wells, consistency, null, p, floor)
+    "Return the mean cosine of replicates in different experiments, and how often shuffled labels reach it"
+    m, u, strata = _replicate_rows(emb, target, across, within)
     keys = [target] + [within]*(within is not None)
     pairs, levels = _codes(m, [*keys, across])
     of_target, targets = _codes(levels, keys)
@@ -186,17 +218,15 @@ def replicate_consistency(
     bar = _bar(range(_n_null(n_null)), len(m) > 5000 if progress is None else progress)
     null = np.stack([cosines(u, _shuffles(strata, rng)) for _ in bar])
     seen = cosines(u, np.arange(len(u)))
-    taken = pd.Series(strata).groupby([of_target[pairs], strata]).size()
-    size = np.bincount(strata)
-    floor = [_floor(k.to_numpy(), size[k.index.get_level_values(1)], n_null) for _, k in taken.groupby(level=0)]
+    floor = _floors(of_target[pairs], strata, n_null)[ok]
     table = targets[ok].reset_index(drop=True).assign(n_wells=np.bincount(of_target[pairs])[ok], consistency=seen,
-                                                      null=null.mean(0), p=_p_value(seen, null), floor=np.array(floor)[ok])
+                                                      null=null.mean(0), p=_p_value(seen, null), floor=floor)
     return dict(consistency=float(seen.mean()), null=float(null.mean()), p=float(_p_value(seen.mean(), null.mean(1))),
                 significant=_significant(table), n_sirnas=len(table)), table
 
 # %% ../../nbs/44_embed.metrics.ipynb #f5b41b2b
 def _folds(m, by, folds, seed):
-    "Fold of each row: the wells of each batch spread evenly, a well's rows together"
+    "Return the fold of each row: the wells of each batch are spread evenly, and the rows of a well stay together"
     out = np.empty(len(m), int)
     for b, idx in m.groupby(by).indices.items():
         wells, _ = pd.factorize(m['well_id'].to_numpy()[idx])
@@ -207,21 +237,31 @@ def _folds(m, by, folds, seed):
     return out
 
 def _classifier(model, k):
+    "Return a classifier of scikit-learn, not yet fitted"
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.neighbors import KNeighborsClassifier
     if model == 'linear': return LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto')
     return KNeighborsClassifier(k, weights='distance', metric='cosine', algorithm='brute')
 
+# %% ../../nbs/44_embed.metrics.ipynb #3074b612
+def _held_out_names(x, y, fold, folds, model, k):
+    "Return the class that a classifier gives to each row when it has not seen the fold of that row"
+    named = np.empty(len(x), object)
+    for f in range(folds):
+        test = fold == f
+        named[test] = _classifier(model, k).fit(x[~test], y[~test]).predict(x[test])
+    return named
+
 def batch_predictability(
     emb:pd.DataFrame, # Embeddings table, sites or wells; labels of siRNAs are not needed
     by:str='experiment', # Column that should not be guessed
-    within:str='cell_type', # Told apart only inside equal values of this column; `None`: all together
+    within:str='cell_type', # Compared only inside equal values of this column; `None`: all together
     model:str='linear', # 'linear' or 'knn'
     folds:int=5, # Of the cross-validation
     k:int=15, # Neighbors, for 'knn'
     seed:int=0, # Which wells go together
-)->tuple: # ({accuracy, chance, n_groups, n_rows}, one row a `within`: n_groups, n_rows, accuracy, chance)
-    "Accuracy of a cross-validated classifier that names the experiment of a well; lower is better"
+)->tuple: # ({accuracy, chance, n_groups, n_rows}, one row per value of `within`: n_groups, n_rows, accuracy, chance)
+    "Return the accuracy of a cross-validated classifier that names the experiment of a well; lower is better"
     if model not in ('linear', 'knn'): raise ScreenError(f'model={model!r} is not known: choose linear or knn.')
     if folds < 2: raise ScreenError(f'folds={folds} leaves nothing to test on: ask for 2 or more.')
     m, x = _metric_rows(emb, [by] + [within]*(within is not None), treatments=False)
@@ -229,10 +269,7 @@ def batch_predictability(
     for w, at in (m.groupby(within).indices if within else {'all': np.arange(len(m))}).items():
         y = m[by].astype(str).to_numpy()[at]
         if len(set(y)) < 2: continue
-        named = np.empty(len(at), object)
-        for f in range(folds):
-            test = fold[at] == f
-            named[test] = _classifier(model, k).fit(x[at[~test]], y[~test]).predict(x[at[test]])
+        named = _held_out_names(x[at], y, fold[at], folds, model, k)
         _, size = np.unique(y, return_counts=True)
         rows[w] = dict(n_groups=len(size), n_rows=len(at), accuracy=float((named == y).mean()),
                        chance=float(size.max()/len(y)))
@@ -246,12 +283,13 @@ def energy_distance(
     x, # [N,D]
     y, # [M,D]
 )->float: # In units of the embedding
-    "How far two clouds of points are apart; 0 when they are the same"
+    "Measure how far two clouds of points are apart; 0 when they are the same"
     from scipy.spatial.distance import cdist
     return float(2*cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean())
 
+# %% ../../nbs/44_embed.metrics.ipynb #7c2a6abc
 def _energy_null(x, strata, treated, n_null, seed):
-    "Energy distance, coefficient, and the distances of shuffled labels [n_null]; rows sorted by stratum"
+    "Return energy distance, coefficient, and the distances of shuffled labels [n_null]; rows sorted by stratum"
     from scipy.spatial.distance import cdist
     d = cdist(x, x)
     w = np.where(treated, 1/treated.sum(), -1/(~treated).sum())
@@ -261,16 +299,9 @@ def _energy_null(x, strata, treated, n_null, seed):
     return seen, seen/between if between > 0 else 0., -((W @ d)*W).sum(1)
 
 # %% ../../nbs/44_embed.metrics.ipynb #27aa5521
-def perturbation_magnitude(
-    emb:pd.DataFrame, # Embeddings table, one row a well: treatments with labels, and controls
-    target:str='sirna', # What is compared with the controls
-    controls:str='negative_control', # `well_type` of the controls
-    n_null:int=1000, # Shuffles
-    seed:int=0, # Of the shuffles
-    progress:bool=None, # Show a progress bar; `None`: when there are more than 500 siRNAs
-)->tuple: # ({coefficient, distance, null, significant, n_sirnas}, one row a target: these, n_wells, n_controls, p, floor)
-    "Energy distance of a siRNA's wells to the controls of the same plates"
-    m, x = _metric_rows(emb, ['experiment', 'plate', 'well_type'], treatments=False, one_a_well=True)
+def _with_controls(emb, target, controls):
+    "Return metadata and features of treatments and controls, which rows are controls, and the plate of each row"
+    m, x = _metric_rows(emb, ['experiment', 'plate', 'well_type'], treatments=False, one_per_well=True)
     kept = m['well_type'].isin(['treatment', controls]).to_numpy()
     m, x = m[kept].reset_index(drop=True), x[kept]
     control = (m['well_type'] == controls).to_numpy()
@@ -284,6 +315,19 @@ def perturbation_magnitude(
     if m.loc[~control, target].isna().any():
         raise ScreenError(f'Well {m.well_id[~control & m[target].isna()].iloc[0]} has no {target}: '
                           'label it or leave it out.')
+    return m, x, control, strata
+
+# %% ../../nbs/44_embed.metrics.ipynb #82464dd7
+def perturbation_magnitude(
+    emb:pd.DataFrame, # Embeddings table, one row per well: treatments with labels, and controls
+    target:str='sirna', # What is compared with the controls
+    controls:str='negative_control', # `well_type` of the controls
+    n_null:int=1000, # Shuffles
+    seed:int=0, # Of the shuffles
+    progress:bool=None, # Show a progress bar; `None`: when there are more than 500 siRNAs
+)->tuple: # ({coefficient, distance, null, significant, n_sirnas}, one row per target: these, n_wells, n_controls, p, floor)
+    "Measure the energy distance from the wells of each siRNA to the controls of the same plates"
+    m, x, control, strata = _with_controls(emb, target, controls)
     rows, of = {}, m[~control].groupby(target, sort=True).groups
     for name in _bar(list(of), len(of) > 500 if progress is None else progress):
         at = np.union1d(of[name], np.flatnonzero(control & np.isin(strata, strata[of[name]])))
