@@ -31,7 +31,7 @@ class MixedMeta(NamedTuple):
 
 # %% ../../nbs/21_model.heads.ipynb #688e0e73
 class MetadataEncoder(nn.Module):
-    "Base class of `MetadataEmbedding` and `MetadataOneHot`: unknown entries, metadata dropout, mixing; they add `encode`"
+    "Base class of `MetadataEmbedding` and `MetadataOneHot`, which add `encode`: unknown entries, dropout, mixing"
     def __init__(self,
         vocab_sizes:dict, # column → number of entries, the unknown one at 0 included
         dropout=.25, # Share of entries replaced by unknown in training: one number, or a dict column → number

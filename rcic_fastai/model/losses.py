@@ -209,7 +209,8 @@ def loss_from_config(
     odd = [a for a in args if a not in known]
     if odd: raise ScreenError(f'The loss {name} has no {odd[0]!r}: it takes {", ".join(list(known)[1:])}.')
     if name == 'mix':
-        for k,default in (('a', 'softmax'), ('b', 'arcface')): args[k] = loss_from_config(args.get(k, default), n_classes)
+        for k,default in dict(a='softmax', b='arcface').items():
+            args[k] = loss_from_config(args.get(k, default), n_classes)
     if 'n_classes' in known and args.get('n_classes') is None:
         if n_classes is None: raise ScreenError(f'The loss {name} needs the number of classes: give n_classes.')
         args['n_classes'] = n_classes

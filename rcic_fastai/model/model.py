@@ -191,7 +191,7 @@ def read_provenance(
 
 # %% ../../nbs/23_model.model.ipynb #f16c43c4
 def create_screen_model(
-    arch:str, # Name of an architecture, see `create_backbone`
+    arch, # Name of an architecture, or a function such as `resnet18`, see `create_backbone`
     n_classes:int, # K, such as 1108, or 1139 with controls
     n_channels:int=6, # Channels of a picture, 1 to 16
     pretrained=None, # None, True, 'lite0', a weights file or a model folder, see `create_backbone`

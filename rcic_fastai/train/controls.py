@@ -64,7 +64,7 @@ def change_classes(self:Learner,
     dls, # From `dls.rebuild` or `control_dls`
     seed:int=0, # Directions of the new classes
 ):
-    "Change to other batches: classes of the same name keep their direction; other classes and the loss are new"
+    "Set other batches: classes of the same name keep their direction; other classes and the loss are new"
     _check_batches(self, dls)
     model, old, new = get_model(self.model), self.dls.spec.labels, dls.spec.labels
     self.dls, self.opt = dls, None
@@ -129,7 +129,7 @@ class PlateControls(MetadataEncoder):
         column:str, # Name of a column
         i:torch.Tensor, # Entries [B]
     ): # [B, n] for the plate
-        "Return the means of the plates `i` (of all plates where it was not measured); other columns as `inner` encodes them"
+        "Return the means of the plates `i` (of all plates where not measured); other columns as `inner` does"
         if column != _PLATE: return self.inner.encode(column, i)
         return self.means[torch.where(self.measured[i], i, 0)]
 
@@ -151,8 +151,8 @@ def _controls_of(learn, rows, controls):
     lacks = sorted(set(rows[_PLATE]) - set(mine[_PLATE]))
     what = 'control well' if controls == 'all' else f'{controls} control well'
     if lacks:
-        raise ScreenError(f'There is no {what} on plate {first_few(lacks, 4)}: keep the control wells in the table, choose '
-                          "controls='all', or leave the plate out.")
+        raise ScreenError(f'There is no {what} on plate {first_few(lacks, 4)}: keep the control wells in the table, '
+                          "choose controls='all', or leave the plate out.")
     return mine
 
 def _pooled_by_plate(learn, rows):
@@ -170,7 +170,7 @@ def measure_controls(self:Learner,
     rows:pd.DataFrame, # Rows of `learn.dls.screen.table`: the plates to measure
     controls:str='negative', # 'negative', 'positive' or 'all'
     batch_norm:bool=False, # BatchNorm by the statistics of the batch, as in training
-    average:bool=False, # Use their mean for unknown plates; only of training plates, so that unknown plates stay inductive
+    average:bool=False, # Use their mean for unknown plates; training plates only, so that these stay inductive
 ):
     "Write the mean features of the control wells of some plates into the model of a `difference_learner`"
     model = get_model(self.model)
@@ -178,8 +178,8 @@ def measure_controls(self:Learner,
     if not isinstance(part, PlateControls):
         raise ScreenError('The model compares nothing with control wells: make it with difference_learner.')
     if average and (odd := sorted(set(rows.experiment) - set(self.dls.train.items.experiment))):
-        raise ScreenError(f'average=True would let unknown plates know of {first_few(odd)}, not trained on: measure their '
-                          'controls without it.')
+        raise ScreenError(f'average=True would let unknown plates know of {first_few(odd)}, not trained on: measure '
+                          'their controls without it.')
     has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     model.eval()
     try:
@@ -213,7 +213,7 @@ def difference_learner(
     seed:int=0, # Initial weights
     **kwargs # To `screen_learner`
 )->Learner:
-    "Create a `screen_learner` whose neck reads f(x) and f(x) − the mean f of the control wells of the plate (16th place)"
+    "Create a `screen_learner` whose neck reads f(x), and f(x) minus the mean f of the plate's controls (16th place)"
     table = dls.screen.table.assign(**{_PLATE: stat_groups(dls.screen.table, 'plate')})
     dls = dls.rebuild(screen=dls.screen[table], vocabs={**dls.spec.vocabs, _PLATE: meta_vocab(table[_PLATE])})
     learn = screen_learner(dls, *args, seed=seed, **kwargs)
@@ -246,7 +246,7 @@ def _unit(x):
 
 # %% ../../nbs/35_train.controls.ipynb #322f4585
 def _similarities(x, kind, names, where):
-    "Return the cosines [N,K] of rows [N,D] with each control; `kind` is the control of each row, missing for treatments"
+    "Return the cosines [N,K] of rows [N,D] with each control; `kind` is the control of each row, or missing"
     have = [k for k in names if (kind == k).any()]
     if len(have) < 2:
         few = 'only one kind of' if have else 'no'
@@ -266,12 +266,13 @@ def _with_correction(meta, by, names):
     if 'protocol' in meta: protocol = meta.protocol.where(meta.protocol == 'transductive', 'adapted')
     return meta.assign(protocol=protocol, correction=tag)
 
+# %% ../../nbs/35_train.controls.ipynb #999dcb28
 def control_similarity(
     emb:pd.DataFrame, # Embeddings table with the control wells of its plates
     by:str='plate', # Controls of the 'plate' or of the whole 'experiment'
     controls:list=None, # Their names in order, such as `attrs['controls']` of another result; `None`: all there are
 )->pd.DataFrame: # The same rows with K cosines as their numbers, of length 1; `attrs['controls']` are their names
-    "Describe every well by how similar it is to each control of its plate (batch-adapted)"
+    "Compute for every well how similar it is to each control of its plate (batch-adapted)"
     if by not in ('plate', 'experiment'): raise ScreenError(f'by={by!r} is not known: choose plate or experiment.')
     m = _need(emb, ['experiment', *(['plate'] if by == 'plate' else []), 'well_type', 'sirna'])
     x = emb[[c for c in emb if str(c).startswith('emb_')]].to_numpy(float)
@@ -313,7 +314,8 @@ def fine_tune_cell_types(
     have, table = sorted(dls.train.items.cell_type.unique()), dls.screen.table
     strange = [c for c in cell_types or () if c not in have]
     if strange:
-        raise ScreenError(f'{first_few(strange)} is not a cell type that was trained on: choose from {", ".join(have)}.')
+        raise ScreenError(f'{first_few(strange)} is not a cell type that was trained on: '
+                          f'choose from {", ".join(have)}.')
     for c in cell_types or have:
         mine = table[table.cell_type == c]
         valid = [e for e in dls.held_out if e in set(mine.experiment)] or 'none'
