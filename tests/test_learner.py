@@ -6,7 +6,9 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.model.backbones import create_backbone
 from rcic_fastai.model.model import PARTS, model_parts
+from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import *
 from rcic_fastai.train.recipes import *
@@ -167,12 +169,11 @@ def test_get_preds_of_some_rows(trained):
     some, none = trained.get_preds(dl=trained.dls.test_dl(trained.dls.valid.items.iloc[[2, 0]]))
     assert torch.allclose(some, p[[2, 0]], atol=1e-5) and none is None
 
-def test_predict_one_row(trained, recwarn):
+def test_predict_one_row(trained):
     p, _ = trained.get_preds()
     for i in (0, 3):
         name, number, own = trained.predict(trained.dls.valid.items.iloc[i])
         assert torch.allclose(own, p[i], atol=1e-5) and number == p[i].argmax() and name == trained.dls.spec.labels[number]
-    assert not [w for w in recwarn if 'shadowing' in str(w.message)]
 
 def test_predict_a_row_of_an_unseen_experiment(trained):
     row = trained.dls.valid.items.iloc[0].copy()
@@ -208,11 +209,17 @@ def test_show_results(trained):
     want = [f'{s} → {trained.dls.spec.labels[i]}' for s, i in zip(trained.dls.valid.items.sirna, p.argmax(1))]
     assert len(titles) == 3 and all(w in t for w, t in zip(want, titles))
 
+class FirstChannels(ImageSource):
+    "The first `n` channels of a screen"
+    def __init__(self, screen, n):
+        super().__init__(screen.source.root, screen.table, [f'c{i}' for i in range(n)])
+        self.source, self.shape, self.dtype = screen.source, (n, *screen.source.shape[1:]), screen.source.dtype
+    def _read(self, site_id, out): out[...] = self.source[site_id][:len(self.channels)]
+
 @pytest.mark.parametrize('channels', [1, 5, 6])
 def test_other_channel_counts(screen, channels, tmp_path):
     "Nothing of this counts to six"
-    source = ArraySource({k: screen.source[k][:channels] for k in screen.table.site_id}, channels=[f'c{i}' for i in range(channels)])
-    dls = screen_dls(Screen(screen.table, source), bs=8, augs=None, device='cpu', valid='HUVEC-02')
+    dls = screen_dls(Screen(screen.table, FirstChannels(screen, channels)), bs=8, augs=None, device='cpu', valid='HUVEC-02')
     learn = screen_learner(dls, 'mobilenetv3_small_050', emb_dim=16, pretrained=None, path=tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(num_it=6, show_plot=False)
