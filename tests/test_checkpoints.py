@@ -318,7 +318,7 @@ def test_new_rate_only_where_a_stage_is_not_over(screen, tmp_path, capsys):
         with pytest.raises(ScreenError, match=r'recipe.stages.0.cutmix \(0.0 then, 0.5 now\)'): fit(make(screen, SpoilPicture()), other(cutmix=.5), folder=tmp_path/'run', resume=True)
         fit(make(screen, SpoilPicture()), other(lr={'body': 1e-4, 'neck': 1e-3}), folder=tmp_path/'run', resume=True)
     finally: SpoilPicture.epoch_at = 1
-    assert "Stage 'all' goes on with lr" in capsys.readouterr().out
+    assert "Stage 'all' continues with lr" in capsys.readouterr().out
     with pytest.raises(ScreenError, match='recipe.stages.0.lr'):
         two = Recipe('short', [*other(lr=1e-5).stages, Stage('more', 1, 1e-3)])
         found = read_checkpoint(tmp_path/'run'); found.stage = 1
@@ -353,11 +353,11 @@ def interrupted(screen, tmp_path_factory):
 def test_sigterm(interrupted):
     d, code, err = interrupted
     said = [l for l in err.splitlines() if 'SIGTERM' in l]
-    assert code == 143 and len(said) == 1 and re.search(r"stopped in epoch \d+ of 12 of stage 'all': go on from .*epoch_00\d\d with resume=True \(--resume\)", said[0]), err[-2000:]
+    assert code == 143 and len(said) == 1 and re.search(r"stopped in epoch \d+ of 12 of stage 'all': continue from .*epoch_00\d\d with resume=True \(--resume\)", said[0]), err[-2000:]
     assert 'Traceback' not in err and not (d/'m').exists()
     assert all(re.fullmatch(r'epoch_\d{4}', p.name) for p in (d/'m.checkpoints').iterdir())
 
-@pytest.mark.parametrize('change,says', [('', 'unfinished training: go on with resume=True \\(--resume\\), or remove'),
+@pytest.mark.parametrize('change,says', [('', 'unfinished training: continue it with resume=True \\(--resume\\), or remove'),
     ('--resume --seed 4', r'seed \(3 then, 4 now\)'), ('--resume --norm plate', r'arguments.norm \("" then, "plate" now\)'),
     ('--resume --bs 4', 'arguments.bs'), ('--resume --target cell_type', 'arguments.target'), ('--resume --arch mobilenetv3_small_075', 'arguments.arch'),
     ('--resume --recipe demo', 'recipe.name')])
@@ -387,7 +387,7 @@ def test_resumed_command_writes_the_same_model(screen, interrupted, tmp_path, ca
     assert train(f'{screen} {d}/m --recipe {d}/r.json {TINY} --resume', capsys)[0] == 0
     assert not (d/'m.checkpoints').exists()
     code, out, _ = train(f'{screen} {tmp_path}/m --recipe {d}/r.json {TINY} --resume', capsys)
-    assert code == 0 and 'starting anew' in out
+    assert code == 0 and 'starting from the beginning' in out
     for f in ('weights.safetensors', 'history.csv', 'index.rows.json'): assert (d/'m'/f).read_bytes() == (tmp_path/'m'/f).read_bytes(), f
     (d/'m.checkpoints').mkdir()
     code, out, _ = train(f'{screen} {d}/m --recipe {d}/r.json {TINY} --resume', capsys)
@@ -402,7 +402,7 @@ def test_nan_ends_with_2_and_goes_on_slower(screen, tmp_path, capsys):
     assert code == 2 and len(err) == 1 and re.search(r"of stage 'wild' .*lower learning rate.*epoch_0001 with resume=True \(--resume\)", err[0]), err
     recipe(1e-4)
     code, out, _ = train(line + ' --resume', capsys)
-    assert code == 0 and "Stage 'wild' goes on with lr 0.0001 instead of 1e+30." in out
+    assert code == 0 and "Stage 'wild' continues with lr 0.0001 instead of 1e+30." in out
 
 def test_sigterm_handler_is_put_back(screen, tmp_path):
     before = signal.getsignal(signal.SIGTERM)

@@ -154,7 +154,7 @@ def test_interrupted_processes_end_with_the_same_weights(scenes):
     assert not any(o['error'] for o in whole + resumed), (whole, resumed)
     same_model(*whole, *resumed)
     for a, b in zip(whole, resumed): assert a['drawn'] == b['drawn']
-    assert whole[0]['drawn'] != whole[1]['drawn'] and [o['said'].count('Going on from') for o in resumed] == [1, 0]
+    assert whole[0]['drawn'] != whole[1]['drawn'] and [o['said'].count('Continuing from') for o in resumed] == [1, 0]
     assert not any('cannot be kept' in o['said'] for o in whole + resumed)
 
 def test_each_share_holds_both_experiments(scenes):

@@ -10,38 +10,63 @@ from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
 
-# %% ../../nbs/24_model.batchnorm.ipynb #3907130e
-def _remembering(model): return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+# %% ../../nbs/24_model.batchnorm.ipynb #baf3a244
+def _remembering(model):
+    "Return the BatchNorm layers that remember statistics"
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [m for m in layers if m.running_mean is not None]
 
 def has_batchnorm(
     model:nn.Module, # Any model
 )->bool: # Whether AdaBN could change anything
-    "Whether the model has BatchNorm layers that remember statistics"
+    "Check whether the model has BatchNorm layers that remember statistics"
     return bool(_remembering(model))
 
+# %% ../../nbs/24_model.batchnorm.ipynb #3907130e
 def batchnorms(
     model:nn.Module, # Any model
 )->list: # Its BatchNorm layers that remember statistics
-    "The layers that AdaBN changes; a `ScreenError` when there are none"
+    "Return the layers that AdaBN changes; raise a `ScreenError` when there are none"
     bns = _remembering(model)
-    if not bns: raise ScreenError('The model has no BatchNorm layer with running statistics, so there is nothing to adapt: '
-                                  'predict with the inductive protocol, or choose a backbone with BatchNorm.')
+    if not bns:
+        raise ScreenError('The model has no BatchNorm layer with running statistics, so there is nothing to adapt: '
+                          'predict with the inductive protocol, or choose a backbone with BatchNorm.')
     return bns
 
+# %% ../../nbs/24_model.batchnorm.ipynb #a3fdcb2d
 @contextmanager
 def kept_batchnorm(
     model:nn.Module, # A model with BatchNorm
 ):
-    "Whatever happens to statistics and modes inside, they are put back"
+    "Restore BatchNorm statistics, and the mode of every layer, at the end"
     bns, modes = batchnorms(model), {m: m.training for m in model.modules()}
     saved = [(m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone(), m.momentum) for m in bns]
     try: yield bns
     finally:
         for m, (mean, var, n, momentum) in zip(bns, saved):
-            m.running_mean.copy_(mean); m.running_var.copy_(var); m.num_batches_tracked.copy_(n); m.momentum = momentum
+            m.running_mean.copy_(mean)
+            m.running_var.copy_(var)
+            m.num_batches_tracked.copy_(n)
+            m.momentum = momentum
         for m, mode in modes.items(): m.training = mode
 
 # %% ../../nbs/24_model.batchnorm.ipynb #98e5cd7c
+def _read_statistics(model, bns, batches, forward):
+    "Set the statistics of the layers `bns` to those of the batches; return how many sites were read, and samples seen"
+    for m in bns:
+        m.reset_running_stats()
+        m.training = True
+    n, samples = 0, 0
+    for b in batches:
+        sites = b[0].shape[:2].numel() if b[0].ndim == 5 else len(b[0])
+        samples += len(b[0])
+        if len(b[0]) < 2: continue       # the layers behind the pooling see samples, and one sample has no variance
+        n += sites
+        for m in bns: m.momentum = sites/n       # the mean over sites: a small last batch counts for little
+        forward(model, b) if forward else model(*b)
+    return n, samples
+
+# %% ../../nbs/24_model.batchnorm.ipynb #fb79f316
 @contextmanager
 def adapted_batchnorm(
     model:nn.Module, # A model with BatchNorm; in evaluation mode inside
@@ -49,24 +74,17 @@ def adapted_batchnorm(
     forward=None, # Function (model, batch); `None`: `model(*batch)`
     prior:int=16, # Sites' worth of the remembered statistics; 0: only the new ones
 ):
-    "BatchNorm statistics of `batches` inside, the remembered ones again outside (AdaBN)"
+    "Use the BatchNorm statistics of `batches` inside, and the remembered ones again outside (AdaBN)"
     with kept_batchnorm(model) as bns, torch.no_grad():
         old = [(m.running_mean.clone(), m.running_var.clone()) for m in bns]
         model.eval()
-        for m in bns: m.reset_running_stats(); m.training = True
-        n, samples = 0, 0
-        for b in batches:
-            sites = b[0].shape[:2].numel() if b[0].ndim == 5 else len(b[0])
-            samples += len(b[0])
-            if len(b[0]) < 2: continue       # of one sample the layers behind the pooling, which see samples, have no variance
-            n += sites
-            for m in bns: m.momentum = sites/n       # the mean over sites: a small last batch counts as little as it is
-            forward(model, b) if forward else model(*b)
+        n, samples = _read_statistics(model, bns, batches, forward)
         if not n and samples > 1:
             raise ScreenError('Batches of one sample give no BatchNorm statistics: give batches of two or more.')
         w = n/(n + prior) if n else 0.       # a group of one sample keeps what is remembered
         for m, (mean, var) in zip(bns, old):
-            m.running_mean.lerp_(mean, 1 - w); m.running_var.lerp_(var, 1 - w)
+            m.running_mean.lerp_(mean, 1 - w)
+            m.running_var.lerp_(var, 1 - w)
             m.training = False
         yield model
 
@@ -75,7 +93,7 @@ def adapted_batchnorm(
 def batch_statistics(
     model:nn.Module, # A model with BatchNorm
 ):
-    "BatchNorm by the statistics of each batch inside; the remembered ones are neither used nor changed"
+    "Use the statistics of each batch inside; the remembered ones are neither used nor changed"
     with kept_batchnorm(model) as bns, torch.no_grad():
         model.eval()
         for m in bns: m.training, m.momentum = True, 0.

@@ -8,6 +8,7 @@ __all__ = ['PROVENANCE', 'EXTRA', 'PARTS', 'ScreenModel', 'provenance', 'set_pro
 
 # %% ../../nbs/23_model.model.ipynb #92c02e17
 import json
+from functools import partial
 from pathlib import Path
 import torch, pandas as pd
 from torch import nn
@@ -16,6 +17,13 @@ from ..core import ScreenError, parse_json, read_json
 from .backbones import Backbone, create_backbone, read_weights
 from .heads import ConcatPool, CosineClassifier, MetadataEmbedding, MetadataOneHot, create_neck, unit_length
 from .losses import loss_from_config
+
+# %% ../../nbs/23_model.model.ipynb #58c00e1f
+def _metadata(vocab_sizes, dim, dropout):
+    "The part that reads metadata, or None"
+    if not vocab_sizes: return None
+    if dim == 'onehot': return MetadataOneHot(vocab_sizes, dropout)
+    return MetadataEmbedding(vocab_sizes, dim, dropout)
 
 # %% ../../nbs/23_model.model.ipynb #bfff9212
 class ScreenModel(nn.Module):
@@ -51,16 +59,9 @@ class ScreenModel(nn.Module):
         self.classifier = CosineClassifier(self.n_pooled if neck == 'identity' else emb_dim, n_classes)
         self.loss = loss_from_config(loss, n_classes)
 
-# %% ../../nbs/23_model.model.ipynb #58c00e1f
-def _metadata(vocab_sizes, dim, dropout):
-    "The part that reads metadata, or None"
-    if not vocab_sizes: return None
-    if dim == 'onehot': return MetadataOneHot(vocab_sizes, dropout)
-    return MetadataEmbedding(vocab_sizes, dim, dropout)
-
 # %% ../../nbs/23_model.model.ipynb #80ab377d
 def _check(model, x):
-    "Complain about pictures that `model` cannot read"
+    "Raise a `ScreenError` for pictures that `model` cannot read"
     if x.ndim not in (4, 5) or x.shape[-3] != model.n_channels:
         n = model.n_channels
         raise ScreenError(f'The model reads pictures of {n} channels, [B,{n},H,W] or [B,S,{n},H,W], but was given '
@@ -69,11 +70,12 @@ def _check(model, x):
         raise ScreenError(f'The model reads pictures of numbers from 0 to 1 but was given {x.dtype}: convert them '
                           'first, as the batch transforms do.')
 
+# %% ../../nbs/23_model.model.ipynb #63059c8b
 @patch
 def pooled(self:ScreenModel,
     x:torch.Tensor, # Sites [B,C,H,W] or wells [B,S,C,H,W]
 )->torch.Tensor: # [B,2F]
-    "What the backbone sees, pooled over places and sites; no metadata"
+    "Return what the backbone sees, pooled over places and sites, without metadata"
     _check(self, x)
     x = x.as_subclass(torch.Tensor)
     maps = self.body(self.stem(x.flatten(0, 1) if x.ndim == 5 else x))
@@ -85,32 +87,34 @@ def features(self:ScreenModel,
     x:torch.Tensor, # Sites [B,C,H,W] or wells [B,S,C,H,W]
     *meta, # Metadata in the order of `inputs`: entries [B], `MixedMeta`, or None
 )->torch.Tensor: # [B, 2F + metadata]
-    "What goes into the neck"
+    "Return what goes into the neck: pooled features, and the metadata beside them"
     f = self.pooled(x)
     if self.metadata is None: return f
     known = dict(zip(self.inputs, meta)) if self.use_metadata else {}
     return torch.cat([f, self.metadata(known, len(f), f.device).to(f.dtype)], 1)
 
+# %% ../../nbs/23_model.model.ipynb #2d2a44b4
 @patch
 def embed(self:ScreenModel,
     x:torch.Tensor, # Sites [B,C,H,W] or wells [B,S,C,H,W]
     *meta, # Metadata in the order of `inputs`
 )->torch.Tensor: # [B,D], each of length 1, 32-bit
-    "The embedding: where in the space of phenotypes each item is"
+    "Return the embedding of each item: its direction in the space of phenotypes"
     return unit_length(self.neck(self.features(x, *meta)).float())
 
+# %% ../../nbs/23_model.model.ipynb #6fee4156
 @patch
 def forward(self:ScreenModel,
     x:torch.Tensor, # Sites [B,C,H,W] or wells [B,S,C,H,W]
     *meta, # Metadata in the order of `inputs`
 )->torch.Tensor: # Cosines [B,K], 32-bit
-    "The cosine of each item with each class"
+    "Return the cosine of each item with each class"
     return self.classifier(self.neck(self.features(x, *meta)))
 
 # %% ../../nbs/23_model.model.ipynb #564af3b9
 @patch(as_prop=True)
 def config(self:ScreenModel)->dict:
-    "Plain data from which `create_screen_model` builds this model again, without its weights"
+    "Return plain data from which `create_screen_model` builds this model again, without its weights"
     if self.backbone_config is None:
         raise ScreenError('This model was put together by hand and cannot be written down: use create_screen_model.')
     meta = dict(self.metadata.vocab_sizes) if self.metadata is not None else {}
@@ -121,43 +125,49 @@ def config(self:ScreenModel)->dict:
 PROVENANCE = ('trained_experiments', 'pseudo_experiments')
 EXTRA = '_extra_state' # PyTorch's name for what a module keeps besides weights and buffers
 
+# %% ../../nbs/23_model.model.ipynb #98e748f8
 def provenance(
     model:ScreenModel, # A model
 )->dict: # trained_experiments and pseudo_experiments, sorted names
     "Return the experiments that the weights of a model learned from"
     return {k: sorted(map(str, getattr(model, k, ()))) for k in PROVENANCE}
 
+# %% ../../nbs/23_model.model.ipynb #78a321b9
 def set_provenance(
     model:ScreenModel, # A model; changed
     known:dict, # As from `provenance`; what it lacks is empty
 ):
-    "Say which experiments the weights of a model learned from"
+    "Set the experiments that the weights of a model learned from"
     names = {k: known.get(k, []) for k in PROVENANCE}
-    right = all(isinstance(v, (list, tuple)) and all(isinstance(o, str) for o in v) for v in names.values())
-    if not right: raise ScreenError('The weights do not say in lists of names which experiments they learned from: save them again.')
+    for v in names.values():
+        if not (isinstance(v, (list, tuple)) and all(isinstance(o, str) for o in v)):
+            raise ScreenError('The weights do not say in lists of names which experiments they learned from: '
+                              'save them again.')
     for k, v in names.items(): setattr(model, k, tuple(sorted(set(v))))
 
 # %% ../../nbs/23_model.model.ipynb #8707649b
+def _decoded(state): return parse_json(bytes(state.cpu().tolist()), 'What the weights say about their training')
+
 @patch
 def get_extra_state(self:ScreenModel):
     "Return `provenance` as JSON in a tensor of bytes"
     return torch.tensor(list(json.dumps(provenance(self)).encode()), dtype=torch.uint8, device='cpu')
 
-def _decoded(state): return parse_json(bytes(state.cpu().tolist()), 'What the weights say about their training')
-
+# %% ../../nbs/23_model.model.ipynb #3896ee31
 @patch
 def set_extra_state(self:ScreenModel, state):
-    "Take over what `get_extra_state` of another model gave"
+    "Set `provenance` to what `get_extra_state` of another model returned"
     set_provenance(self, _decoded(state))
 
+# %% ../../nbs/23_model.model.ipynb #d1971653
 @patch
 def _load_from_state_dict(self:ScreenModel, state_dict, prefix, *args, **kwargs):
-    state_dict.setdefault(prefix + EXTRA, self.get_extra_state())        # weights of before, which do not say
+    state_dict.setdefault(prefix + EXTRA, self.get_extra_state())        # earlier versions did not save it
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
 # %% ../../nbs/23_model.model.ipynb #e9a73745
 def _folder_provenance(folder):
-    "What config.json of a model folder says; nothing of any other folder"
+    "Return the provenance in config.json of a model folder; an empty dict for any other folder"
     try: config = read_json(folder/'config.json', 2**23)
     except ScreenError: return {}
     data = config.get('data')
@@ -165,6 +175,7 @@ def _folder_provenance(folder):
     if not isinstance(sites, dict): return {}
     return {'trained_experiments': list(sites), **{k: config[k] for k in PROVENANCE if k in config}}
 
+# %% ../../nbs/23_model.model.ipynb #505e6199
 def read_provenance(
     path, # A weights file: .safetensors, such as that of a model folder, or .pth
 )->dict: # As from `provenance`; empty when the file does not say, such as published weights
@@ -172,7 +183,7 @@ def read_provenance(
     path = Path(path)
     if path.suffix == '.safetensors':
         from safetensors import safe_open
-        with safe_open(path, 'pt') as f: said, names = f.metadata() or {}, f.keys()
+        with safe_open(path, 'pt') as f: said,names = f.metadata() or {},f.keys()
         if 'provenance' in said: return parse_json(said['provenance'].encode(), f'The header of {path}')
         if EXTRA not in names: return _folder_provenance(path.parent)
     state = read_weights(path).get(EXTRA)
@@ -180,7 +191,7 @@ def read_provenance(
 
 # %% ../../nbs/23_model.model.ipynb #f16c43c4
 def create_screen_model(
-    arch:str, # Name of an architecture, see `create_backbone`
+    arch, # Name of an architecture, or a function such as `resnet18`, see `create_backbone`
     n_classes:int, # K, such as 1108, or 1139 with controls
     n_channels:int=6, # Channels of a picture, 1 to 16
     pretrained=None, # None, True, 'lite0', a weights file or a model folder, see `create_backbone`
@@ -196,9 +207,10 @@ def create_screen_model(
     use_metadata:bool=True, # Is metadata looked at? If not, everything is unknown
     **kwargs, # Passed to `create_backbone`: bn_momentum, and what the architecture takes
 )->ScreenModel:
-    "A `ScreenModel` on a backbone called `arch`"
+    "Create a `ScreenModel` on a backbone of the architecture `arch`"
     is_path = pretrained not in (None, False, True, 'lite0')
-    if is_path and (own := Path(pretrained)/'weights.safetensors').is_file(): pretrained = own
+    is_folder = is_path and (Path(pretrained)/'weights.safetensors').is_file()
+    if is_folder: pretrained = Path(pretrained)/'weights.safetensors'
     backbone = create_backbone(arch, n_channels, pretrained, stem, **kwargs)
     model = ScreenModel(backbone, n_classes, metadata, inputs, emb_dim=emb_dim, neck=neck, meta_dim=meta_dim,
                         meta_dropout=meta_dropout, dropout=dropout, loss=loss, use_metadata=use_metadata)
@@ -208,13 +220,15 @@ def create_screen_model(
 # %% ../../nbs/23_model.model.ipynb #011ea333
 PARTS = ('stem', 'body', 'metadata', 'neck', 'classifier')
 
+def _parameters(modules): return [p for m in modules if m is not None for p in m.parameters()]
+
 def model_parts(
     model:ScreenModel, # A model
 )->dict: # part → list of parameters, in the order of `PARTS`; empty for a part that has none
-    "The parameters of each part of a model"
+    "Return the parameters of each part of a model"
     modules = dict(stem=[model.stem], body=[model.body], metadata=[model.metadata], neck=[model.pool, model.neck],
                    classifier=[model.classifier, model.loss])
-    return {k:[p for m in ms if m is not None for p in m.parameters()] for k,ms in modules.items()}
+    return {k:_parameters(ms) for k,ms in modules.items()}
 
 # %% ../../nbs/23_model.model.ipynb #900a7489
 @patch
@@ -222,7 +236,8 @@ def set_neck(self:ScreenModel,
     neck:str, # Name of a neck, see `create_neck`; not 'identity'
 ):
     "Put a fresh neck of another kind between the pooled features and the classifier"
-    if neck == 'identity': raise ScreenError("The neck 'identity' would change the length of the embedding: create a new model with it.")
+    if neck == 'identity':
+        raise ScreenError("The neck 'identity' would change the length of the embedding: create a new model with it.")
     fresh = create_neck(neck, self.n_pooled, self._args['emb_dim'], self._args['dropout'])
     self.neck = fresh.to(next(self.parameters()).device).train(self.training)
     self._args['neck'] = neck
@@ -232,12 +247,13 @@ def parts_table(
     model:ScreenModel, # A model
     size:int=128, # Height and width of the blank picture, px
     sites:int=1, # Sites of a well; 1 reads a single site
-)->pd.DataFrame: # One row a part
-    "What each part of a model answers, and how many parameters it has"
+)->pd.DataFrame: # One row per part
+    "List the output shape of each part of a model, and how many parameters it has"
     shapes,hooks,mode = {},[],model.training
+    def note(name, module, inputs, output): shapes[name] = tuple(output.shape)
     for name in ('stem', 'body', 'pool', 'metadata', 'neck', 'classifier'):
-        if (m := getattr(model, name)) is not None:
-            hooks.append(m.register_forward_hook(lambda m, i, o, name=name: shapes.update({name: tuple(o.shape)})))
+        part = getattr(model, name)
+        if part is not None: hooks.append(part.register_forward_hook(partial(note, name)))
     p = next(model.parameters())
     x = torch.zeros(1, *([sites] if sites > 1 else []), model.n_channels, size, size, device=p.device, dtype=p.dtype)
     try:
@@ -245,5 +261,5 @@ def parts_table(
     finally:
         for h in hooks: h.remove()
         model.train(mode)
-    count = lambda name: sum(p.numel() for p in getattr(model, name).parameters())
+    def count(name): return sum(p.numel() for p in getattr(model, name).parameters())
     return pd.DataFrame([dict(part=n, answers=s, parameters=count(n)) for n,s in shapes.items()]).set_index('part')

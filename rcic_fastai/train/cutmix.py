@@ -7,6 +7,7 @@ __all__ = ['cutmix_box', 'paste_box', 'mix_meta', 'mixed_loss', 'BatchMix', 'Cut
 
 # %% ../../nbs/30_train.cutmix.ipynb #76d5c58a
 import numpy as np, torch
+from fastcore.basics import patch
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.layers import NoneReduce
@@ -20,11 +21,12 @@ def cutmix_box(
     lam:float, # Share of the picture that stays, 0 to 1
     rng:np.random.Generator, # Draws the center
 )->tuple: # (y1, y2, x1, x2), px, inside the picture
-    "A box of about `1-lam` of the area, clipped at the border"
+    "Draw a box of about `1-lam` of the area, clipped at the border"
     h,w = (round(n*(1-lam)**.5) for n in (height, width))
     y,x = rng.integers(height)-h//2,rng.integers(width)-w//2
     return tuple(int(np.clip(v, 0, n)) for v,n in ((y, height), (y+h, height), (x, width), (x+w, width)))
 
+# %% ../../nbs/30_train.cutmix.ipynb #2b1b6144
 def paste_box(
     x:torch.Tensor, # Sites [B,C,H,W] or wells [B,S,C,H,W]
     partner:torch.Tensor, # Which item each item is mixed with [B]
@@ -48,8 +50,9 @@ def mix_meta(
     lam, # Share that stays: a tensor of one number, or [B]
     columns=None, # Positions of the columns to mix; None mixes all
 )->tuple: # The columns, mixed ones as `MixedMeta`
-    "Mix metadata columns; the others pass as they are"
-    return tuple(MixedMeta(m, m[partner], lam) if columns is None or i in columns else m for i,m in enumerate(meta))
+    "Mix metadata columns; the others are not changed"
+    mixed = [columns is None or i in columns for i in range(len(meta))]
+    return tuple(MixedMeta(m, m[partner], lam) if mix else m for m, mix in zip(meta, mixed))
 
 # %% ../../nbs/30_train.cutmix.ipynb #38a83a87
 def mixed_loss(
@@ -60,7 +63,7 @@ def mixed_loss(
     lam:torch.Tensor, # Share of the labels that stays: one number, or [B]
     loss=None, # The loss of the unmixed labels, when it is known
 ):
-    "λ·loss(labels) + (1−λ)·loss(labels of the partners)"
+    "Compute λ·loss(labels) + (1−λ)·loss(labels of the partners)"
     yb1 = tuple(y[partner] for y in yb)
     if lam.ndim == 0:
         if loss is None: loss = loss_func(pred, *yb)
@@ -71,6 +74,12 @@ def mixed_loss(
         a,b = lf(pred, *yb),lf(pred, *yb1)
         loss = torch.lerp(b, a, lam.to(a.dtype))
     return loss.sum() if loss_func.reduction == 'sum' else loss.mean()
+
+# %% ../../nbs/30_train.cutmix.ipynb #6528e439
+def _over(lam, x):
+    "Return λ with as many axes as `x`"
+    lam = lam.to(x.dtype)
+    return lam.view(-1, *[1]*(x.ndim-1)) if lam.ndim else lam
 
 # %% ../../nbs/30_train.cutmix.ipynb #bcaad387
 class BatchMix(MixHandler):
@@ -86,54 +95,54 @@ class BatchMix(MixHandler):
             raise ScreenError(f'alpha is {alpha} and p is {p}: give alpha above 0 and p from 0 to 1.')
         super().__init__(alpha)
         self.alpha,self.p,self.seed,self.meta = alpha,p,seed,meta
-        self.rng,self.lam,self.partner = None if seed is None else np.random.default_rng(seed),None,None
+        self.rng = None if seed is None else np.random.default_rng(seed)
+        self.lam,self.partner = None,None
 
     def before_fit(self):
-        "Without a seed, each fit has draws of its own"
+        "Reset the generator, so that each fit without a seed has draws of its own"
         if self.seed is None: self.rng = None
 
-    def before_train(self): "The loss stays where it is"
-    def after_train(self): "There is nothing to restore"
+    def before_train(self): "Replace nothing: unlike that of `MixHandler`, the loss stays in place"
+    def after_train(self): "Restore nothing"
+    def after_batch(self): self.lam = None
 
     def draw(self,
         n:int=None, # How many; None for one number
     ): # One number, or [n], each from .5 to 1
-        "λ, the larger share"
+        "Draw λ, the larger share"
         lam = self.rng.beta(self.alpha, self.alpha, n)
         return np.maximum(lam, 1-lam)
 
-    def meta_columns(self)->tuple:
-        "Positions of the metadata columns that are mixed"
-        if self.meta != 'auto': return tuple(self.meta)
-        model = getattr(self.learn.model, 'module', self.learn.model)
-        used = getattr(getattr(model, 'metadata', None), 'vocab_sizes', {})
-        return tuple(i for i,c in enumerate(getattr(model, 'inputs', ())) if c in used)
+# %% ../../nbs/30_train.cutmix.ipynb #c2a17087
+@patch
+def meta_columns(self:BatchMix)->tuple:
+    "Return the positions of the metadata columns that are mixed"
+    if self.meta != 'auto': return tuple(self.meta)
+    model = getattr(self.learn.model, 'module', self.learn.model)
+    used = getattr(getattr(model, 'metadata', None), 'vocab_sizes', {})
+    return tuple(i for i,c in enumerate(getattr(model, 'inputs', ())) if c in used)
 
-    def before_batch(self):
-        "Mix the batch"
-        if self.rng is None: self.rng = np.random.default_rng(torch.randint(2**31, ()).item())
-        self.lam,(x, *meta) = None,self.xb
-        if len(self.yb) == 0 or self.rng.random() >= self.p: return
-        if any(isinstance(o, BatchMix) and o.lam is not None for o in self.learn.cbs): return  # mixed already
-        self.partner = torch.from_numpy(self.rng.permutation(len(x))).to(x.device)
-        x,lam = self.mix(x, self.partner)
-        self.lam = torch.as_tensor(lam, dtype=torch.float32, device=x.device)
-        self.learn.xb = (x, *mix_meta(tuple(meta), self.partner, self.lam, self.meta_columns()))
-        self.soft = self.yb[0].is_floating_point()
-        if self.soft: self.learn.yb = tuple(torch.lerp(y[self.partner], y, _over(self.lam, y)) for y in self.yb)
+# %% ../../nbs/30_train.cutmix.ipynb #47be39c3
+@patch
+def before_batch(self:BatchMix):
+    "Mix the batch"
+    if self.rng is None: self.rng = np.random.default_rng(torch.randint(2**31, ()).item())
+    self.lam,(x, *meta) = None,self.xb
+    if len(self.yb) == 0 or self.rng.random() >= self.p: return
+    if any(isinstance(o, BatchMix) and o.lam is not None for o in self.learn.cbs): return  # mixed already
+    self.partner = torch.from_numpy(self.rng.permutation(len(x))).to(x.device)
+    x,lam = self.mix(x, self.partner)
+    self.lam = torch.as_tensor(lam, dtype=torch.float32, device=x.device)
+    self.learn.xb = (x, *mix_meta(tuple(meta), self.partner, self.lam, self.meta_columns()))
+    self.soft = self.yb[0].is_floating_point()
+    if self.soft: self.learn.yb = tuple(torch.lerp(y[self.partner], y, _over(self.lam, y)) for y in self.yb)
 
-    def after_batch(self): self.lam = None
-
-    def after_loss(self):
-        "Weigh the loss with that of the partners' labels"
-        if self.lam is None or self.soft: return
-        self.learn.loss_grad = mixed_loss(self.loss_func, self.pred, self.yb, self.partner, self.lam, self.loss_grad)
-        self.learn.loss = self.learn.loss_grad.clone()
-
-# %% ../../nbs/30_train.cutmix.ipynb #6528e439
-def _over(lam, x):
-    "λ with as many axes as `x`"
-    return lam.to(x.dtype).view(-1, *[1]*(x.ndim-1)) if lam.ndim else lam.to(x.dtype)
+@patch
+def after_loss(self:BatchMix):
+    "Add the loss of the partners' labels, with its weight"
+    if self.lam is None or self.soft: return
+    self.learn.loss_grad = mixed_loss(self.loss_func, self.pred, self.yb, self.partner, self.lam, self.loss_grad)
+    self.learn.loss = self.learn.loss_grad.clone()
 
 # %% ../../nbs/30_train.cutmix.ipynb #78400c1b
 class CutMix(BatchMix):
@@ -141,7 +150,7 @@ class CutMix(BatchMix):
     def __init__(self,
         alpha:float=1., # λ is drawn from Beta(alpha, alpha); 1 is uniform
         p:float=1., # Probability that a batch is mixed
-        box:str='shared', # For wells: 'shared', the same box in all sites, or 'site', one box a site (λ is their mean)
+        box:str='shared', # For wells: 'shared', the same box in all sites, or 'site', one box per site (λ is their mean)
         seed:int=None, # Seed of the draws; None takes one from PyTorch's generator at the start of each fit
         meta='auto', # Positions of the metadata columns to mix, counted after the picture; 'auto' asks the model
     ):
@@ -175,6 +184,6 @@ class MixUp(BatchMix):
         x:torch.Tensor, # Pictures
         partner:torch.Tensor, # Which item each item is mixed with [B]
     )->tuple: # (mixed pictures, λ)
-        "Draw λ, and lay over"
+        "Draw λ, and lay the partners over the items"
         lam = torch.as_tensor(self.draw(len(x) if self.per_item else None), dtype=x.dtype, device=x.device)
         return torch.lerp(x[partner], x, _over(lam, x)), lam

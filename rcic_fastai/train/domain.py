@@ -18,35 +18,48 @@ from ..model.model import *
 from .cutmix import *
 
 # %% ../../nbs/34_train.domain.ipynb #f893b8de
-def _full(x): "Inside, no mixed precision where `x` is"; return torch.autocast(x.device.type, enabled=False)
+def _full(x):
+    "Return a context without mixed precision on the device of `x`"
+    return torch.autocast(x.device.type, enabled=False)
+
 def _at_least_single(*xs): return [x if x.dtype == torch.float64 else x.float() for x in xs]
 
+def _covariance(x):
+    centered = x - x.mean(0, keepdim=True)
+    return centered.T @ centered/(len(x) - 1)
+
+# %% ../../nbs/34_train.domain.ipynb #d575210c
 def coral(
     a, # Embeddings [n,D], n ≥ 2
     b, # Embeddings [m,D], m ≥ 2
 )->torch.Tensor: # One number
-    "Mean squared difference of means, plus that of covariances"
-    center = lambda x: x - x.mean(0, keepdim=True)
-    cov = lambda x: center(x).T @ center(x)/(len(x) - 1)
+    "Compute the mean squared difference of the means, plus that of the covariances"
     a, b = _at_least_single(a, b)
-    with _full(a): return (a.mean(0) - b.mean(0)).square().mean() + (cov(a) - cov(b)).square().mean()
+    with _full(a):
+        means, covariances = a.mean(0) - b.mean(0), _covariance(a) - _covariance(b)
+        return means.square().mean() + covariances.square().mean()
 
+# %% ../../nbs/34_train.domain.ipynb #c194cc5b
 def sliced_wasserstein(
     a, # Embeddings [n,D]
     b, # Embeddings [m,D]
     directions:int=64, # Random directions
     generator=None, # `torch.Generator` of the directions
 )->torch.Tensor: # One number
-    "Mean squared difference of the quantiles along random directions"
+    "Compute the mean squared difference of the quantiles along random directions"
     a, b = _at_least_single(a, b)
     d = F.normalize(torch.randn(a.shape[1], directions, generator=generator).to(a), dim=0)
     q = torch.linspace(0, 1, max(len(a), len(b)), device=a.device, dtype=a.dtype)
-    with _full(a): return (torch.quantile(a @ d, q, dim=0) - torch.quantile(b @ d, q, dim=0)).square().mean()
+    with _full(a):
+        along = torch.quantile(a @ d, q, dim=0) - torch.quantile(b @ d, q, dim=0)
+        return along.square().mean()
 
 # %% ../../nbs/34_train.domain.ipynb #ad44d513
 class _Reverse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight): ctx.weight = weight; return x.view_as(x)
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return x.view_as(x)
     @staticmethod
     def backward(ctx, g): return -ctx.weight*g, None
 
@@ -54,12 +67,12 @@ def reverse_gradient(
     x, # Any tensor
     weight:float=1., # What the gradient is multiplied with, besides −1
 )->torch.Tensor: # `x`
-    "The same value forwards, the negative gradient backwards"
+    "Return `x` unchanged; in the backward pass, its gradient is negated"
     return _Reverse.apply(x, weight)
 
 # %% ../../nbs/34_train.domain.ipynb #47db0855
 def _is_mixed(learn):
-    "Whether CutMix or MixUp has mixed the batch"
+    "Check whether CutMix or MixUp has mixed the batch"
     return any(isinstance(cb, BatchMix) and cb.lam is not None for cb in learn.cbs)
 
 def _add_to_loss(learn, term):
@@ -67,18 +80,18 @@ def _add_to_loss(learn, term):
     learn.loss = learn.loss_grad.clone()
 
 def _read(new, read):
-    "The numbers of `read`, with those of `new` (tensors that stayed on their device) behind them"
+    "Return the numbers in `read`, after appending those in `new` (tensors that stayed on their device)"
     if new: read += torch.stack(new).tolist()
     new.clear()
     return read
 
 def _on_device(rows, x):
-    "Positions, next to `x`; nothing waits for the copy"
+    "Return positions as a tensor on the device of `x`, without waiting for the copy"
     return torch.tensor(rows).to(x.device, non_blocking=True)
 
 # %% ../../nbs/34_train.domain.ipynb #282820d7
 class DomainLoss(Callback):
-    "A term of the loss that compares the embeddings of the groups in a batch; `term(groups)` is the comparison"
+    "Base class: a term of the loss that compares the groups in a batch; a subclass defines `term(groups)`"
     run_valid, order = False, GradientAccumulation.order - 1
     def __init__(self,
         weight:float=1., # Of the term, beside the loss
@@ -91,35 +104,46 @@ class DomainLoss(Callback):
         self.new_terms, self.read_terms, self.seen, self.alone, self.emb = [], [], 0, 0, None
     @property
     def terms(self)->list:
-        "The term of each batch so far"
+        "Return the term of each batch so far"
         return _read(self.new_terms, self.read_terms)
     def before_fit(self):
         vocabs = list(self.learn.dls.spec.vocabs)
-        if self.by not in vocabs: raise ScreenError(f'{self.by} is not a metadata column: choose from {", ".join(vocabs)}.')
+        if self.by not in vocabs:
+            raise ScreenError(f'{self.by} is not a metadata column: choose from {", ".join(vocabs)}.')
         self.at = 1 + vocabs.index(self.by)
         self._begin()
-    def before_train(self):
-        "Refuse batches that never hold two groups of two"
-        dl = self.dls.train
-        single = getattr(dl, '_by_group', None) and dl.group_by == self.by and dl.groups < 2
-        if dl.n and (single or dl.bs < 4 or any(isinstance(cb, BatchMix) and cb.p == 1 for cb in self.learn.cbs)): self._never()
-    def after_epoch(self):
-        if self.epoch == self.n_epoch - 1 and self.seen and not self.terms: self._never()
-    def _never(self):
-        raise ScreenError(f'no batch held two groups of {self.by} with two samples each to compare: make batches of 4 or more for each '
-                          f"process with screen_dls(…, batch_by='{self.by}', batch_groups=2) and leave some without CutMix.")
+
+# %% ../../nbs/34_train.domain.ipynb #eaa05973
+@patch
+def _never(self:DomainLoss):
+    raise ScreenError(f'no batch held two groups of {self.by} with two samples each to compare: make batches of 4 or '
+                      f"more for each process with screen_dls(…, batch_by='{self.by}', batch_groups=2) and leave "
+                      'some without CutMix.')
+
+@patch
+def before_train(self:DomainLoss):
+    "Raise a `ScreenError` for batches that never hold two groups of two"
+    dl = self.dls.train
+    one_group = getattr(dl, '_by_group', None) and dl.group_by == self.by and dl.groups < 2
+    all_mixed = any(isinstance(cb, BatchMix) and cb.p == 1 for cb in self.learn.cbs)
+    if dl.n and (one_group or dl.bs < 4 or all_mixed): self._never()
+
+@patch
+def after_epoch(self:DomainLoss):
+    if self.epoch == self.n_epoch - 1 and self.seen and not self.terms: self._never()
 
 # %% ../../nbs/34_train.domain.ipynb #665e3c46
 def _drawn_groups(dl, i, column):
-    "Entries of a metadata column in batch `i`, as the loader drew its samples; None for other loaders"
+    "Return the entries of a metadata column in batch `i`, as the loader drew it; None for other loaders"
     columns = dl._columns() if isinstance(dl, ScreenDL) and dl.reader else None
     order = getattr(dl, '_DataLoader__idxs', None)
     if not columns or order is None: return None
     return columns[1][column][0][list(order[i*dl.bs:(i + 1)*dl.bs])]
 
+# %% ../../nbs/34_train.domain.ipynb #49fb32ab
 @patch
 def _group_of(self:DomainLoss): # list, one entry per sample
-    "The group of each sample"
+    "Return the group of each sample"
     g, drawn = self.xb[self.at].as_subclass(Tensor), _drawn_groups(self.dl, self.iter, self.at - 1)
     if drawn is None or len(drawn) != len(g): return g.tolist()
     odd = (g != drawn.to(g.device, non_blocking=True)).any()
@@ -128,36 +152,42 @@ def _group_of(self:DomainLoss): # list, one entry per sample
     self.odd = odd if self.odd is None else self.odd | odd
     return drawn.tolist()
 
+# %% ../../nbs/34_train.domain.ipynb #060de712
 @patch
 def after_train(self:DomainLoss):
-    "Once an epoch: read the terms, and whether a batch was in another order than the loader's"
+    "Read the terms of the epoch, and check that no batch was in another order than the loader's"
     self.terms
     odd, self.odd, self.as_drawn = self.odd, None, None
     if odd is not None and odd:
-        raise ScreenError(f'A callback reorders the samples of some batches, so their {self.by} is not what the loader drew: '
-                          f'let it reorder all batches or none, or leave out {type(self).__name__}.')
+        raise ScreenError(f'A callback reorders the samples of some batches, so their {self.by} is not what the loader '
+                          f'drew: let it reorder all batches or none, or leave out {type(self).__name__}.')
 
 # %% ../../nbs/34_train.domain.ipynb #781dbab3
 @patch
 def before_batch(self:DomainLoss):
+    "Start keeping the output of the neck"
+    def keep(module, inputs, output): self.emb = output
     self.after_pred()
-    self.hook = get_model(self.model).neck.register_forward_hook(lambda m, i, o: setattr(self, 'emb', o))
+    self.hook = get_model(self.model).neck.register_forward_hook(keep)
 
 @patch
 def after_pred(self:DomainLoss):
-    "Stop listening to the neck; also to one that an interrupted batch left"
+    "Stop keeping the output of the neck, also after an interrupted batch"
     if self.hook is not None: self.hook.remove()
     self.hook = None
 
+# %% ../../nbs/34_train.domain.ipynb #c7339feb
 @patch
 def groups(self:DomainLoss)->list: # [(entry, embeddings [n,D]), …]
-    "The embeddings of each group that has at least two samples"
+    "Return the embeddings of each group that has at least two samples"
     emb, rows = F.normalize(self.emb.float(), dim=1), defaultdict(list)
     for i, g in enumerate(self._group_of()): rows[g].append(i)
     return [(g, emb[_on_device(rows[g], emb)]) for g in sorted(rows) if g > 0 and len(rows[g]) > 1]
 
+# %% ../../nbs/34_train.domain.ipynb #2c965900
 @patch
 def after_loss(self:DomainLoss):
+    "Add the term to the loss"
     self.seen += 1
     if _is_mixed(self.learn): return
     groups = self.groups()
@@ -172,25 +202,32 @@ def after_loss(self:DomainLoss):
 @patch
 def after_batch(self:DomainLoss): self.emb = None
 
+# %% ../../nbs/34_train.domain.ipynb #2ff01574
+def _mean_of_pairs(distance, groups):
+    "Average a distance over all pairs of groups, in units of the length of the embedding"
+    pairs = [distance(a, b)*a.shape[1] for (_, a), (_, b) in itertools.combinations(groups, 2)]
+    return sum(pairs)/len(pairs)
+
 # %% ../../nbs/34_train.domain.ipynb #89483cc5
 class CORAL(DomainLoss):
     "Make means and covariances of the embeddings alike (arXiv 1607.01719)"
-    def term(self, groups):
-        pairs = [coral(a, b)*a.shape[1] for (_, a), (_, b) in itertools.combinations(groups, 2)]
-        return sum(pairs)/len(pairs)
+    def term(self, groups): return _mean_of_pairs(coral, groups)
 
+# %% ../../nbs/34_train.domain.ipynb #20066aeb
 class SlicedWasserstein(DomainLoss):
     "Make the distributions of the embeddings alike, direction by direction"
-    def __init__(self, weight:float=1., by:str='experiment', directions:int=64):
+    def __init__(self,
+        weight:float=1., # Of the term, beside the loss
+        by:str='experiment', # Metadata column that names the group
+        directions:int=64, # Random directions
+    ):
         super().__init__(weight, by)
         self.directions = directions
-    def term(self, groups):
-        pairs = [sliced_wasserstein(a, b, self.directions)*a.shape[1] for (_, a), (_, b) in itertools.combinations(groups, 2)]
-        return sum(pairs)/len(pairs)
+    def term(self, groups): return _mean_of_pairs(partial(sliced_wasserstein, directions=self.directions), groups)
 
 # %% ../../nbs/34_train.domain.ipynb #6387cc21
 def _step_where(opt, good):
-    "A step of an optimizer if `good`, a tensor of one truth value; which it is, nobody waits for"
+    "Take a step of an optimizer if `good`, a tensor of one truth value, without waiting for its value"
     ps = [p for group in opt.param_groups for p in group['params']]
     before = [(p, p.detach().clone(), {k: v.clone() for k, v in opt.state[p].items()}) for p in ps]
     opt.step()
@@ -202,7 +239,12 @@ def _step_where(opt, good):
 # %% ../../nbs/34_train.domain.ipynb #a85dc943
 class GradientReversal(DomainLoss):
     "Train the embedding so that a classifier cannot name the experiment (arXiv 1505.07818)"
-    def __init__(self, weight:float=1., by:str='experiment', hidden:int=256, lr:float=1e-3):
+    def __init__(self,
+        weight:float=1., # Of the term, beside the loss
+        by:str='experiment', # Metadata column that names the group
+        hidden:int=256, # Width of the classifier's hidden layer
+        lr:float=1e-3, # Learning rate of the classifier
+    ):
         super().__init__(weight, by)
         self.hidden, self.lr = hidden, lr
     def _begin(self):
@@ -210,29 +252,40 @@ class GradientReversal(DomainLoss):
         self.new_right, self.read_right = [], []
     @property
     def right(self)->list:
-        "Share of samples whose group was named, in each batch so far"
+        "Return the share of samples whose group was named correctly, in each batch so far"
         return _read(self.new_right, self.read_right)
     def after_train(self):
         super().after_train()
         self.right
     def before_fit(self):
         super().before_fit()
-        n, d = len(self.learn.dls.spec.vocabs[self.by]), get_model(self.model).classifier.weight.shape[1]
-        self.head = nn.Sequential(nn.Linear(d, self.hidden), nn.ReLU(), nn.Linear(self.hidden, n)).to(self.dls.device)
-        on_gpu = next(self.head.parameters()).device.type == 'cuda'
-        self.head_opt = torch.optim.Adam(self.head.parameters(), self.lr, capturable=on_gpu)   # steps are counted there
-    def term(self, groups):
-        p = self.learn.pct_train if hasattr(self.learn, 'pct_train') else 1.
-        x = reverse_gradient(torch.cat([e for _, e in groups]), 2/(1 + math.exp(-10*p)) - 1)
-        y = _on_device([i for i, e in groups for _ in range(len(e))], x)
-        scores = self.head(x*x.shape[1]**.5)
-        self.new_right.append((scores.argmax(1) == y).float().mean())
-        return F.cross_entropy(scores, y)
+        self._make_head(get_model(self.model).classifier.weight.shape[1], len(self.learn.dls.spec.vocabs[self.by]))
+
+# %% ../../nbs/34_train.domain.ipynb #450c1ad6
+@patch
+def _make_head(self:GradientReversal, n_in, n_groups):
+    "Make the classifier of the groups, and its optimizer"
+    head = nn.Sequential(nn.Linear(n_in, self.hidden), nn.ReLU(), nn.Linear(self.hidden, n_groups))
+    self.head = head.to(self.dls.device)
+    on_gpu = next(self.head.parameters()).device.type == 'cuda'
+    self.head_opt = torch.optim.Adam(self.head.parameters(), self.lr, capturable=on_gpu)   # steps are counted there
+
+# %% ../../nbs/34_train.domain.ipynb #e8b64bc5
+@patch
+def term(self:GradientReversal, groups):
+    "Return the cross-entropy of the classifier, and note how often it was right"
+    p = self.learn.pct_train if hasattr(self.learn, 'pct_train') else 1.
+    x = reverse_gradient(torch.cat([e for _, e in groups]), 2/(1 + math.exp(-10*p)) - 1)
+    labels = np.repeat([i for i, _ in groups], [len(e) for _, e in groups])
+    y = _on_device(labels.tolist(), x)
+    scores = self.head(x*x.shape[1]**.5)
+    self.new_right.append((scores.argmax(1) == y).float().mean())
+    return F.cross_entropy(scores, y)
 
 # %% ../../nbs/34_train.domain.ipynb #b71036cb
 @patch
 def after_step(self:GradientReversal):
-    "One step of the classifier, with the gradients of all processes and without the loss scale"
+    "Take one step of the classifier, with the gradients of all processes and without the loss scale"
     ps, shared = list(self.head.parameters()), isinstance(self.model, DistributedDataParallel)
     has_gradient = ps[0].grad is not None
     if not (has_gradient or shared): return
@@ -248,7 +301,7 @@ def after_step(self:GradientReversal):
 
 # %% ../../nbs/34_train.domain.ipynb #286c0514
 def _training_weights_back(learn, f, event_type, *args, **kwargs):
-    "`Learner._with_events`; when an epoch is over, however it ended, the model has its training weights again"
+    "Run `Learner._with_events`; after an epoch, however it ended, put the training weights back"
     try: type(learn)._with_events(learn, f, event_type, *args, **kwargs)
     except CancelFitException: raise
     except BaseException:
@@ -258,24 +311,29 @@ def _training_weights_back(learn, f, event_type, *args, **kwargs):
         if event_type == 'epoch':
             for cb in reversed(list(learn._grab_cbs(EMA))): cb._hide()
 
+# %% ../../nbs/34_train.domain.ipynb #e7a87619
 class EMA(Callback):
     "Exponential moving average of the weights: validated, saved by `SaveModelCallback`, left in the model at the end"
     order = DomainLoss.order
     def __init__(self,
         decay:float=.99, # Share of the average that stays at each step, 0 to below 1
     ):
-        if not 0 <= decay < 1: raise ScreenError(f'decay={decay} is not possible: choose 0 to below 1, such as .99.')
+        if not 0 <= decay < 1:
+            raise ScreenError(f'decay={decay} is not possible: choose 0 to below 1, such as .99.')
         self.decay, self.own, self.fitting = decay, None, False
     def before_fit(self):
-        self.average = AveragedModel(get_model(self.model), multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
-        self.own, self.fitting, self.learn._with_events = None, True, partial(_training_weights_back, self.learn)
+        average = get_ema_multi_avg_fn(self.decay)
+        self.average = AveragedModel(get_model(self.model), multi_avg_fn=average, use_buffers=True)
+        self.own, self.fitting = None, True
+        self.learn._with_events = partial(_training_weights_back, self.learn)
     def after_step(self): self.average.update_parameters(get_model(self.model))
     def before_validate(self):
-        if self.own is None: self.own = {k: v.clone() for k, v in get_model(self.model).state_dict().items()}
+        state = get_model(self.model).state_dict()
+        if self.own is None: self.own = {k: v.clone() for k, v in state.items()}
         self._show()
     def after_fit(self):
         self.own = None
-        if self.fitting: self._show() # otherwise another callback refused to begin
+        if self.fitting: self._show() # otherwise another callback stopped the fit before it began
         self.fitting = False
         vars(self.learn).pop('_with_events', None)
     def _show(self): get_model(self.model).load_state_dict(self.average.module.state_dict())

@@ -6,6 +6,7 @@
 __all__ = ['part_names', 'screen_splitter', 'TrainedOn', 'screen_learner']
 
 # %% ../../nbs/31_train.learner.ipynb #e8320f04
+import warnings
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
@@ -19,34 +20,55 @@ _ALIASES = dict(all=PARTS, head=('metadata', 'neck', 'classifier'))
 def part_names(
     parts, # Names from `PARTS`, 'head' (metadata, neck, classifier) or 'all'; a list or 'stem,head'
 )->list: # Names from `PARTS`, in model order
-    "Spell out the parts of a model"
+    "Return the names of the parts that are meant"
     if isinstance(parts, str): parts = [p.strip() for p in parts.split(',')]
     names = {n for p in parts for n in _ALIASES.get(p, (p,))}
     strange = sorted(names - set(PARTS))
-    if strange: raise ScreenError(f'{first_few(strange)} is not a part of the model: choose from {", ".join(PARTS)}, head or all.')
+    if strange:
+        raise ScreenError(f'{first_few(strange)} is not a part of the model: choose from {", ".join(PARTS)}, head or '
+                          'all.')
     return [p for p in PARTS if p in names]
 
+# %% ../../nbs/31_train.learner.ipynb #e263574d
 def screen_splitter(
     model, # A `ScreenModel`
 )->list: # Five lists of parameters, in the order of `PARTS`
-    "One parameter group a part"
+    "Split the parameters of a model into one group per part"
     parts = model_parts(model)
     return [list(parts.get(p, [])) for p in PARTS]
 
 # %% ../../nbs/31_train.learner.ipynb #82a31918
 class TrainedOn(Callback):
-    "Notes in the model whose labels it learns, so that no experiment of these passes for one that was never seen"
+    "Records in the model whose labels it learns, so that no experiment of these is taken for one that was never seen"
     order = -100 # before copies are made of the model
     def before_fit(self):
+        if not hasattr(self.learn, 'lr_finder'): self._record()
+
+    def before_train(self):
+        if hasattr(self.learn, 'lr_finder'): self._record()
+
+    def _record(self):
         rows, model = getattr(self.dls.train, 'items', None), get_model(self.model)
         if not isinstance(rows, pd.DataFrame) or 'experiment' not in rows: return
         names = {*rows.experiment.astype(str).unique()} - {*getattr(model, 'pseudo_experiments', ())}
         model.trained_experiments = tuple(sorted({*getattr(model, 'trained_experiments', ()), *names}))
 
+# %% ../../nbs/31_train.learner.ipynb #3b489cd1
+def _metadata_sizes(spec, columns):
+    "Return the size of the vocabulary of each metadata column that a model uses"
+    if isinstance(columns, str): columns = [o.strip() for o in columns.split(',') if o.strip()]
+    strange = [c for c in columns if c not in spec.vocabs]
+    if strange:
+        raise ScreenError(f'{first_few(strange)} is not a metadata column: choose from {", ".join(spec.vocabs)}.')
+    if spec.target in columns:
+        raise ScreenError(f'{spec.target} is the target, so it cannot be a metadata input too: leave it out of '
+                          'metadata.')
+    return {c: len(spec.vocabs[c]) for c in columns}
+
 # %% ../../nbs/31_train.learner.ipynb #ae4f801f
 def screen_learner(
     dls, # From `screen_dls`
-    arch:str='efficientnet-lite0', # `efficientnet-b0`…`b7`, `efficientnet-lite0` or any timm architecture
+    arch='efficientnet-lite0', # Name or function of an architecture, see `create_backbone`
     metadata=(), # Metadata columns the model uses: any of cell_type, plate_group, experiment
     loss='adacos', # Name or config of a loss on cosines, or a `CosineLoss`
     pretrained=True, # True: the published weights; a weights file or model folder; or None for random ones
@@ -58,16 +80,13 @@ def screen_learner(
     seed:int=0, # Initial weights
     **kwargs # To `Learner`
 )->Learner:
-    "A `Learner` for a screen: `dls.spec` says how many channels, classes and metadata entries there are"
+    "Create a `Learner` for a screen: `dls.spec` says how many channels, classes and metadata entries there are"
     spec = dls.spec
-    if isinstance(metadata, str): metadata = [o.strip() for o in metadata.split(',') if o.strip()]
-    strange = [m for m in metadata if m not in spec.vocabs]
-    if strange: raise ScreenError(f'{first_few(strange)} is not a metadata column: choose from {", ".join(spec.vocabs)}.')
-    if spec.target in metadata: raise ScreenError(f'{spec.target} is the target, so it cannot be a metadata input too: leave it out of metadata.')
     with no_random(seed):
-        model = create_screen_model(arch, len(spec.labels), n_channels=len(spec.channels), pretrained=pretrained, stem=stem,
-                                    metadata={m:len(spec.vocabs[m]) for m in metadata}, inputs=tuple(spec.vocabs),
-                                    emb_dim=emb_dim, neck=neck, meta_dropout=meta_dropout, loss=loss, bn_momentum=bn_momentum)
+        model = create_screen_model(arch, len(spec.labels), n_channels=len(spec.channels), pretrained=pretrained,
+                                    stem=stem, metadata=_metadata_sizes(spec, metadata), inputs=tuple(spec.vocabs),
+                                    emb_dim=emb_dim, neck=neck, meta_dropout=meta_dropout, loss=loss,
+                                    bn_momentum=bn_momentum)
     kwargs = {**dict(metrics=[accuracy], splitter=screen_splitter), **kwargs}
     learn = Learner(dls, model, loss_func=model.loss, **kwargs)
     learn.add_cb(TrainedOn())
@@ -78,8 +97,9 @@ def screen_learner(
 def set_loss(self:Learner,
     loss, # Name, config or `CosineLoss`
 ):
-    "Change the loss, in the model and in the learner"
-    self.model.loss = loss_from_config(loss, self.model.classifier.n_classes).to(next(self.model.parameters()).device)
+    "Set the loss of the model and of the learner"
+    loss = loss_from_config(loss, self.model.classifier.n_classes)
+    self.model.loss = loss.to(next(self.model.parameters()).device)
     self.loss_func = self.model.loss
 
 # %% ../../nbs/31_train.learner.ipynb #c831f2cb
@@ -89,15 +109,14 @@ def train_only(self:Learner,
     train_bn:bool=True, # Keep training the normalization layers of frozen parts
 ):
     "Train these parts of the model and freeze the others"
-    wanted, by_part = part_names(parts), model_parts(self.model)
-    for name, params in by_part.items():
+    wanted = part_names(parts)
+    for name, params in model_parts(self.model).items():
         for p in params:
             p.requires_grad_(name in wanted)
             if name not in wanted: p.grad = None
-    if train_bn:
-        for m in self.model.modules():
-            if isinstance(m, norm_types):
-                for p in m.parameters(recurse=False): p.requires_grad_(True)
+    for m in self.model.modules():
+        if train_bn and isinstance(m, norm_types):
+            for p in m.parameters(recurse=False): p.requires_grad_(True)
 
 # %% ../../nbs/31_train.learner.ipynb #5bf71a71
 _fastai_freeze_to = Learner.freeze_to
@@ -111,7 +130,11 @@ def freeze_to(self:Learner,
     for p in self.model.parameters():
         if not p.requires_grad: p.grad = None
 
+# %% ../../nbs/31_train.learner.ipynb #113318fb
 @patch
 def freeze(self:Learner):
-    "Freeze stem and body of a model for screens; of other models all but the last parameter group"
+    "Freeze stem and body of a model for screens, or all but the last parameter group of other models"
     self.freeze_to(PARTS.index('metadata') if self.splitter is screen_splitter else -1)
+
+# %% ../../nbs/31_train.learner.ipynb #dddb5049
+warnings.filterwarnings('ignore', r'You are shadowing an attribute \(inputs\)', UserWarning)

@@ -54,22 +54,30 @@ class Recipe:
     def table(self): return pd.DataFrame([asdict(s) for s in self.stages]).dropna(axis=1, how='all')
 
 # %% ../../nbs/33_train.recipes.ipynb #8e5605f6
+def _known(cls, o, what):
+    "Check that `o` has the entries of a `Recipe` or `Stage`, and return it"
+    if not isinstance(o, dict): raise ScreenError(f'{what} must be a JSON object, not {type(o).__name__}.')
+    names = [f.name for f in fields(cls)]
+    odd = set(o) - set(names)
+    if odd: raise ScreenError(f'{what} has the unknown entry {first_few(sorted(odd))}: use {", ".join(names)}.')
+    lacks = [n for n in ('name', 'stages', 'epochs', 'lr') if n in names and n not in o]
+    if lacks: raise ScreenError(f'{what} lacks {first_few(lacks)}: add it.')
+    epochs = o.get('epochs', 0)
+    if not isinstance(epochs, int) or epochs < 0:
+        raise ScreenError(f'{what} has epochs={epochs!r}: give a whole number, 0 or more.')
+    return o
+
+def _stage_from_dict(d, i):
+    d = dict(_known(Stage, d, f'Stage {i+1} of the recipe'))
+    if isinstance(d['lr'], list): d['lr'] = tuple(d['lr'])
+    return Stage(**d)
+
 def recipe_from_dict(
     d:dict, # As `Recipe.to_dict` gives, or as read from JSON
 )->Recipe:
-    "A recipe from plain data; unknown keys are refused"
-    def known(cls, o, what):
-        if not isinstance(o, dict): raise ScreenError(f'{what} must be a JSON object, not {type(o).__name__}.')
-        odd = set(o) - {f.name for f in fields(cls)}
-        if odd: raise ScreenError(f'{what} has the unknown entry {first_few(sorted(odd))}: use {", ".join(f.name for f in fields(cls))}.')
-        lacks = [n for n in ('name', 'stages', 'epochs', 'lr') if n in {f.name for f in fields(cls)} and n not in o]
-        if lacks: raise ScreenError(f'{what} lacks {first_few(lacks)}: add it.')
-        if not isinstance(o.get('epochs', 0), int) or o.get('epochs', 0) < 0: raise ScreenError(f'{what} has epochs={o["epochs"]!r}: give a whole number, 0 or more.')
-        return o
-    d = known(Recipe, d, 'The recipe')
-    stages = [Stage(**{**known(Stage, s, f'Stage {i+1} of the recipe'), **(dict(lr=tuple(s['lr'])) if isinstance(s['lr'], list) else {})})
-              for i, s in enumerate(d['stages'])]
-    return Recipe(**{**d, 'stages': stages})
+    "Create a recipe from plain data; an unknown entry raises a `ScreenError`"
+    d = _known(Recipe, d, 'The recipe')
+    return Recipe(**{**d, 'stages': [_stage_from_dict(s, i) for i, s in enumerate(d['stages'])]})
 
 # %% ../../nbs/33_train.recipes.ipynb #a7b5156c
 RECIPES = {r.name: r for r in [
@@ -95,14 +103,16 @@ RECIPES = {r.name: r for r in [
         data=dict(sites=2, size=300),
         about='117th place of the 2019 Kaggle competition; EfficientNet-B3, AdaCos, metadata embeddings')]}
 
+# %% ../../nbs/33_train.recipes.ipynb #4e826c19
 def get_recipe(
     recipe, # A `Recipe`, its name, or a JSON file
 )->Recipe:
-    "A recipe by name or from a file"
+    "Return a recipe by name, or read it from a file"
     if isinstance(recipe, Recipe): return recipe
     if recipe in RECIPES: return RECIPES[recipe]
     p = Path(str(recipe))
-    if not p.is_file(): raise ScreenError(f'There is no recipe {str(recipe)!r}: choose from {", ".join(RECIPES)}, or name a JSON file.')
+    if not p.is_file():
+        raise ScreenError(f'There is no recipe {str(recipe)!r}: choose from {", ".join(RECIPES)}, or name a JSON file.')
     try: return recipe_from_dict(json.loads(read_plain(p, 2**20)))
     except ValueError as e:
         if isinstance(e, ScreenError): raise
@@ -111,18 +121,19 @@ def get_recipe(
 # %% ../../nbs/33_train.recipes.ipynb #33ea8b79
 def part_lrs(
     lr, # A number, (first, last), or {part: number}
-)->list: # One learning rate a part, in the order of `PARTS`
-    "Spell out learning rates"
+)->list: # One learning rate per part, in the order of `PARTS`
+    "Return the learning rate of each part"
     if isinstance(lr, dict):
         odd = sorted(set(lr) - set(PARTS))
-        if odd: raise ScreenError(f'{first_few(odd)} has a learning rate but is not a part: choose from {", ".join(PARTS)}.')
+        if odd:
+            raise ScreenError(f'{first_few(odd)} has a learning rate but is not a part: choose from {", ".join(PARTS)}.')
         return [float(lr.get(p, max(lr.values()))) for p in PARTS]
     if isinstance(lr, (tuple, list)): return [float(o) for o in np.geomspace(lr[0], lr[1], len(PARTS))]
     return [float(lr)]*len(PARTS)
 
 # %% ../../nbs/33_train.recipes.ipynb #62bade25
 def _stage_data(learn, stage):
-    "Change what the samples are, when the stage says so"
+    "Change size, batch size and held-out experiments, where the stage says so"
     changes = {k:v for k,v in dict(size=stage.size, bs=stage.bs).items() if v is not None}
     if stage.full_data: changes['valid'] = 'none'
     if changes: learn.dls = learn.dls.rebuild(**changes)
@@ -135,6 +146,7 @@ def _stage_model(learn, stage):
     learn.train_only(stage.parts)
 
 def _stage_cbs(stage, seed):
+    "Return the callbacks that mix batches in a stage"
     cbs = []
     if stage.cutmix: cbs.append(CutMix(p=stage.cutmix, seed=seed))
     if stage.mixup: cbs.append(MixUp(p=stage.mixup, seed=seed))
@@ -142,7 +154,7 @@ def _stage_cbs(stage, seed):
 
 # %% ../../nbs/33_train.recipes.ipynb #13fa485c
 class StageHistory(Callback):
-    "Collects one row an epoch: stage, losses and metrics"
+    "Collect one row per epoch: stage, losses and metrics"
     order = Recorder.order + 1
     def __init__(self): self.rows, self.stage = [], ''
     def after_epoch(self):
@@ -155,65 +167,92 @@ class StageHistory(Callback):
 def _sha256(data): return hashlib.sha256(data).hexdigest()
 
 def _learner_facts(learn):
-    "By what model and data of a stage are known"
+    "Return what identifies the model and data of a stage"
     dls, model = learn.dls, get_model(learn.model)
     rows = pd.concat([dls.train.items, dls.valid.items], ignore_index=True)
     some = rows.site_id.iloc[np.unique(np.linspace(0, len(rows) - 1, 3).astype(int))]
     try: model = model.config
     except ScreenError: model = {k: list(v.shape) for k, v in model.state_dict().items() if k != EXTRA}
-    return dict(model=model, spec=asdict(dls.spec), held_out=dls.held_out, bs=dls.train.bs, samples=[dls.train.n, dls.valid.n],
-                table=_sha256(rows[[*SITE_COLUMNS]].to_csv(index=False, lineterminator='\n').encode()),
-                pixels=_sha256(b''.join(np.ascontiguousarray(dls.screen.source[i]).tobytes() for i in some)))
+    table = rows[[*SITE_COLUMNS]].to_csv(index=False, lineterminator='\n').encode()
+    pixels = b''.join(np.ascontiguousarray(dls.screen.source[i]).tobytes() for i in some)
+    return dict(model=model, spec=asdict(dls.spec), held_out=dls.held_out, bs=dls.train.bs,
+                samples=[dls.train.n, dls.valid.n], table=_sha256(table), pixels=_sha256(pixels))
+
+# %% ../../nbs/33_train.recipes.ipynb #4ba89d89
+_FREE = ('MixedPrecision', 'NonNativeMixedPrecision', 'ModelToHalf', 'ProgressCallback', 'CSVLogger', 'ShowGraphCallback')
+
+def _plain_args(cb):
+    "Return the arguments of a callback that are numbers or text"
+    names = inspect.signature(type(cb).__init__).parameters
+    return {n: vars(cb)[n] for n in names if isinstance(vars(cb).get(n), (bool, int, float, str))}
 
 def _callback_facts(cbs):
-    "Names and plain arguments; precision and display may change"
-    def args(cb): return [n for n in inspect.signature(type(cb).__init__).parameters if isinstance(vars(cb).get(n), (bool, int, float, str))]
-    free = ('MixedPrecision', 'NonNativeMixedPrecision', 'ModelToHalf', 'ProgressCallback', 'CSVLogger', 'ShowGraphCallback')
-    return {type(cb).__name__: {n: vars(cb)[n] for n in args(cb)} for cb in cbs if type(cb).__name__ not in free}
+    "Return the name and the plain arguments of each callback; precision and display may change"
+    named = {type(cb).__name__: _plain_args(cb) for cb in cbs}
+    return {n: args for n, args in named.items() if n not in _FREE}
 
 # %% ../../nbs/33_train.recipes.ipynb #1af90708
+def _stages_of(facts): return json.loads(json.dumps(facts.get('recipe', {}))).get('stages', [])
+
 def _new_rates(found, facts):
-    "Take over learning rates of the stages that are not over, and say so"
-    then, now = (json.loads(json.dumps(f.get('recipe', {}))).get('stages', []) for f in (found.facts, facts))
+    "Return the facts of a checkpoint with the new learning rates of the stages that are not over, and print them"
+    then, now = _stages_of(found.facts), _stages_of(facts)
     for a, b in list(zip(then, now))[found.stage:]:
-        if a.get('lr') != b['lr']: print(f'Stage {b["name"]!r} goes on with lr {b["lr"]} instead of {a.get("lr")}.'); a['lr'] = b['lr']
+        if a.get('lr') == b['lr']: continue
+        print(f'Stage {b["name"]!r} continues with lr {b["lr"]} instead of {a.get("lr")}.')
+        a['lr'] = b['lr']
     return {**found.facts, 'recipe': {**found.facts.get('recipe', {}), 'stages': then}}
 
 # %% ../../nbs/33_train.recipes.ipynb #7ffcf8ca
+def _begin(folder, resume, facts):
+    "Return the checkpoint to continue from, the first stage to run, the rows of finished stages and the seconds spent"
+    found = begin_checkpoints(folder, resume)
+    if not found: return None, 0, [], 0.
+    found.facts = _new_rates(found, facts)
+    check_facts({k: v for k, v in found.facts.items() if k in facts}, facts, found.path)
+    return found, found.stage, found.extra['reached'], found.extra['seconds']
+
+def _reached(stage, log, start):
+    "Return the row of a finished stage"
+    last = log.rows[-1] if stage.epochs and log.rows else {}
+    metrics = {k: v for k, v in last.items() if k not in ('stage', 'epoch')}
+    return dict(stage=stage.name, epochs=stage.epochs, parts=stage.parts, cutmix=stage.cutmix, **metrics,
+                published=stage.published, seconds=round(time.time() - start, 1))
+
+def _extra(reached, start): return dict(reached=reached, seconds=time.time() - start)
+
+# %% ../../nbs/33_train.recipes.ipynb #fc632fe8
 @patch
 def fit_recipe(self:Learner,
     recipe='demo', # A `Recipe`, its name, or a JSON file
     seed:int=0, # Order, augmentation, CutMix and dropout
     cbs=None, # Further callbacks for every stage
     folder=None, # Write a checkpoint here after each epoch; the folder stays until you remove it
-    resume:bool=False, # Go on from the last checkpoint in `folder`, with a learner made as the first time
+    resume:bool=False, # Continue from the last checkpoint in `folder`, with a learner made as the first time
     facts:dict=None, # Further plain data that must be the same on resuming
-)->pd.DataFrame: # One row a stage: what it was and what it reached
-    "Run a recipe, one 1cycle a stage; interrupted, it goes on from the last finished epoch"
-    recipe, log, first, reached, spent = get_recipe(recipe), StageHistory(), 0, [], 0.
-    agreed = getattr(self, 'all_agree', nullcontext)        # in a sharded fit, what one process refuses ends all
+)->pd.DataFrame: # One row per stage: what it was and what it reached
+    "Run a recipe, one 1cycle per stage; an interrupted run can continue from its last finished epoch"
+    recipe, log = get_recipe(recipe), StageHistory()
+    agreed = getattr(self, 'all_agree', nullcontext)        # in a sharded fit, an error in one process ends all
     facts = dict(recipe=recipe.to_dict(), seed=seed, callbacks=_callback_facts(L(cbs) + self.cbs), **(facts or {}))
-    with agreed():
-        if found := begin_checkpoints(folder, resume):
-            found.facts, first, reached, spent = _new_rates(found, facts), found.stage, found.extra['reached'], found.extra['seconds']
-            check_facts({k: v for k, v in found.facts.items() if k in facts}, facts, found.path)
+    with agreed(): found, first, reached, spent = _begin(folder, resume, facts)
     with sigterm_noted(bool(folder)) as came:
         for i, stage in enumerate(recipe.stages):
             with agreed():
-                set_seed(seed + i); _stage_data(self, stage); _stage_model(self, stage)
+                set_seed(seed + i)
+                _stage_data(self, stage)
+                _stage_model(self, stage)
                 if i >= first: self.create_opt()
                 known = {**facts, **_learner_facts(self)} if folder and stage.epochs and i >= first else {}
             if i < first: continue
             log.stage, start = stage.name, time.time() - spent
+            epochs_before = sum(s.epochs for s in recipe.stages[:i])
+            cp = Checkpoint(folder, known, i, stage.name, epochs_before, partial(_extra, reached, start), came)
             if stage.epochs:
-                cp = Checkpoint(folder, known, i, stage.name, sum(s.epochs for s in recipe.stages[:i]),
-                                lambda: dict(reached=reached, seconds=time.time() - start), came)
                 with checkpointed(self, cp, found):
                     self.fit_one_cycle(stage.epochs, part_lrs(stage.lr), wd=stage.wd, pct_start=stage.pct_start,
                                        cbs=[log, *_stage_cbs(stage, seed + i), *L(cbs)])
-            last = {k:v for k,v in log.rows[-1].items() if k not in ('stage', 'epoch')} if stage.epochs and log.rows else {}
-            reached.append(dict(stage=stage.name, epochs=stage.epochs, parts=stage.parts, cutmix=stage.cutmix, **last,
-                                published=stage.published, seconds=round(time.time()-start, 1)))
+            reached.append(_reached(stage, log, start))
             found, spent = None, 0.
     self.history = pd.DataFrame(log.rows)
     return pd.DataFrame(reached).dropna(axis=1, how='all')
