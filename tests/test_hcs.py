@@ -304,7 +304,7 @@ def test_planes_and_time_points(tmp_path, fmt, chunks):
     complains('3 time points', 't=0 to 2', f=lambda: one(p, z=0))
     complains('4 planes', 'z="max"', f=lambda: one(p, t=0))
     complains('z=4', 'it has 4 planes', f=lambda: one(p, t=0, z=4))
-    for bad in (-1, 1.5, 'mean', True - 2): complains('is not a choice', f=lambda: one(p, t=0, z=bad))
+    for bad in (-1, 1.5, 'mean', True - 2): complains('is not known', f=lambda: one(p, t=0, z=bad))
 
 
 @both

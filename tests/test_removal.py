@@ -240,7 +240,7 @@ def test_files_beside_a_report(tmp_path):
 
 # The source
 
-REMOVERS = {'core.py': {'_remove', 'remove_empty', '_unmark', 'write_atomic', '_remove_stale', '_put_lock', 'release'},
+REMOVERS = {'core.py': {'remove', 'remove_empty', 'unmark', 'write_atomic', '_remove_stale', '_put_lock', 'release'},
             'screen/download.py': {'_forget', '_receive', '_remove_fetched'}, 'screen/pack.py': {'_finish', '_name'},
             'predict/predict.py': {'answers', 'write_predictions'}, 'folder.py': {'save'}}
 
