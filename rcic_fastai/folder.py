@@ -22,6 +22,8 @@ from .train.learner import *
 from .embed.table import *
 from .embed.embed import *
 from .predict.trained import *
+from .predict.plan import *
+from .results.evaluate import *
 from .embed.index import *
 from .embed.index import _written_before
 

@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_rows', 'remove_unfinished', 'is_finished',
            'try_all', 'train_screen', 'clear_demo', 'demo_report', 'run_demo']
 
-# %% ../nbs/71_workflow.ipynb #158e41b2
+# %% ../nbs/71_workflow.ipynb #e0280784
 import contextlib, io, json, tempfile, time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -35,7 +35,7 @@ from .results.evaluate import *
 from .results.report import *
 from .folder import *
 
-# %% ../nbs/71_workflow.ipynb #e2841612
+# %% ../nbs/71_workflow.ipynb #a68da92f
 def screen_summary(
     screen:Screen, # Any screen
 )->str: # One or more lines
@@ -49,14 +49,14 @@ def screen_summary(
         lines.append(f'no experiment is a test: a prediction needs some; {option("test", "EXP,EXP")} marks them')
     return '\n'.join(lines)
 
-# %% ../nbs/71_workflow.ipynb #da361d92
+# %% ../nbs/71_workflow.ipynb #95879d22
 def folder_bytes(
     folder, # Any folder
 )->int: # Bytes
     "Return the size of all files in a folder"
     return sum(f.stat().st_size for f in Path(folder).rglob('*') if f.is_file())
 
-# %% ../nbs/71_workflow.ipynb #f7ac3dfe
+# %% ../nbs/71_workflow.ipynb #0124c8bc
 def training_rows(
     table:pd.DataFrame, # Site table
     target:str='sirna', # Column to predict
@@ -71,7 +71,7 @@ def training_rows(
     check_id_test(table, rows, sites)
     return able if norm in ('plate', 'experiment') else rows
 
-# %% ../nbs/71_workflow.ipynb #762cbd7a
+# %% ../nbs/71_workflow.ipynb #d0c0e82c
 def _checkpoints(out): return Path(out).with_name(Path(out).name + '.checkpoints')
 def _index_folder(out): return Path(out).with_name(Path(out).name + '.index.part')
 
@@ -92,7 +92,7 @@ def is_finished(
         remove_unfinished(out)
     return True
 
-# %% ../nbs/71_workflow.ipynb #e02cfef1
+# %% ../nbs/71_workflow.ipynb #f8ecbeb7
 def _index_parts(out, learn, tta):
     "Return where several processes keep parts of the index; what another model or other views left there is removed"
     folder = _index_folder(out)
@@ -107,7 +107,7 @@ def _index_parts(out, learn, tta):
                 break
         return folder
 
-# %% ../nbs/71_workflow.ipynb #bc914494
+# %% ../nbs/71_workflow.ipynb #0eeb5c26
 def try_all(
     learn:Learner, # From `screen_learner`, not trained yet
     out, # Model folder that will be written
@@ -123,7 +123,7 @@ def try_all(
     with tempfile.TemporaryDirectory() as d: EmbeddingIndex(make_emb_table(names, np.ones((len(names), 1))), spec.target).save(d)
     learn.to_model(index, **info).try_saving(out)
 
-# %% ../nbs/71_workflow.ipynb #718edc7a
+# %% ../nbs/71_workflow.ipynb #bc4a4e25
 def _check_training(size, bs, tta, **numbers):
     "Raise for numbers that no training can work with"
     check_numbers(bs=bs, **numbers)
@@ -136,7 +136,7 @@ def _without_sizes(recipe, size, bs):
     gone = {k: None for k, v in dict(size=size, bs=bs).items() if v}
     return replace(recipe, stages=[replace(s, **gone) for s in recipe.stages])
 
-# %% ../nbs/71_workflow.ipynb #29a2e988
+# %% ../nbs/71_workflow.ipynb #dafbbbf4
 def _training_learner(screen, recipe, given, workers):
     "Return the learner of a recipe, where what was given wins over what the recipe says"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
@@ -152,7 +152,7 @@ def _training_learner(screen, recipe, given, workers):
     if given['metadata']: model['metadata'] = given['metadata']
     return screen_learner(dls, given['arch'] or recipe.arch, **model)
 
-# %% ../nbs/71_workflow.ipynb #3f1da78c
+# %% ../nbs/71_workflow.ipynb #f06ac3e8
 def train_screen(
     screen, # A `Screen`, or where one is: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
@@ -202,22 +202,7 @@ def train_screen(
         print(f'{out}: model, index of {len(index.labels)} embeddings, history')
         return model
 
-# %% ../nbs/71_workflow.ipynb #edc0e2d9
-@patch
-@delegates(plan_prediction, but=['model', 'screen', 'protocol'])
-def evaluate(self:TrainedModel,
-    screen, # A `Screen` with labeled test experiments, or where one is
-    protocol='inductive', # inductive, adapted or transductive, or several
-    progress:bool=True, # Show a progress bar
-    **kwargs
-)->ScreenResult: # Accuracy of wells under each protocol, with intervals
-    "Predict the test wells of a screen and compare them with their labels"
-    screen = open_screen(screen, check=False)
-    protocols = [protocol] if isinstance(protocol, str) else list(protocol)
-    predictions = {str(Protocol(p)): self.predict(screen, p, progress=progress, **kwargs) for p in protocols}
-    return evaluate_screen(predictions, screen.table)
-
-# %% ../nbs/71_workflow.ipynb #9e5bdd72
+# %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),
             sirnas=48, size=96, controls=2)
 
@@ -233,7 +218,7 @@ def _demo_files():
 
 DEMO_FOLDER = OwnFolder('demo', *_demo_files())
 
-# %% ../nbs/71_workflow.ipynb #ad6dacec
+# %% ../nbs/71_workflow.ipynb #6b5f6933
 def clear_demo(
     out, # Folder of an earlier demo
 ):
@@ -246,7 +231,7 @@ def clear_demo(
                           'or name another folder.')
     DEMO_FOLDER.remove(out)
 
-# %% ../nbs/71_workflow.ipynb #7edd9c08
+# %% ../nbs/71_workflow.ipynb #2542f7d4
 def _examples(right, n=4):
     "Return some right and some wrong wells"
     return pd.concat([right[right.right].head(n - n//2), right[~right.right].head(n//2)]).id_code.tolist()
@@ -256,7 +241,7 @@ def _strip(near, well, screen):
     site = screen.table[screen.table.well_id == well].iloc[0]
     return neighbor_strip(near[near['query'] == site.site_id], site.site_id, site.sirna, screen)
 
-# %% ../nbs/71_workflow.ipynb #021f1e97
+# %% ../nbs/71_workflow.ipynb #3627a526
 def demo_report(
     out, # Demo folder
     res:ScreenResult, # Accuracy by protocol
@@ -280,7 +265,7 @@ def demo_report(
         ('Nearest neighbors', 'Left the well to name, then the most similar training sites; green names are right.', strips),
         ('Plate map', f'Experiment {first.experiment.iloc[0]}, inductive: right and wrong wells.', [right_wrong_map(first)])])
 
-# %% ../nbs/71_workflow.ipynb #99736284
+# %% ../nbs/71_workflow.ipynb #3a67aa50
 def _step(text, start): print(f'\n== {text} ({time.time()-start:.0f} s since start)', flush=True)
 
 def run_demo(
