@@ -16,15 +16,16 @@ import contextlib, re, sys, time
 from fastcore.script import anno_parser, store_true
 from .core import *
 
-# %% ../nbs/72_cli.ipynb #258dec75
+# %% ../nbs/72_cli.ipynb #43caad48
 LOG_SECONDS = 30     # between two lines of a progress bar in a log
+_BAR_BEGINS = '█'    # what fastprogress writes first, to see whether it can be written
 
 def _shown(s):
     "Return text without what a terminal obeys, but for line ends and the returns around a progress bar"
     first, last = s[:1] == '\r', s[1:].endswith('\r')
     return '\r'*first + terminal_text(s[first:len(s) - last], lines=True) + '\r'*last
 
-# %% ../nbs/72_cli.ipynb #bca00f71
+# %% ../nbs/72_cli.ipynb #cc50a841
 class _OwnLines:
     "A stream on which nothing begins behind a progress bar, and whose bars are lines now and then where it is no terminal"
     def __init__(self, f):
@@ -40,6 +41,7 @@ class _OwnLines:
     def write(self, s):
         "Write text, after the line of a bar if there is one"
         s = _shown(s)
+        if s == _BAR_BEGINS and not self.is_terminal: return 0
         if s[:1] not in ('', '\r', '\n'): self.end()
         is_bar = s[:1] == '\r'
         if s: self.bar = is_bar and s.strip() != ''
@@ -63,7 +65,7 @@ def _is_first():
     "Return whether this is the only process, or the first of several"
     return int(os.environ.get('RANK', 0)) == 0
 
-# %% ../nbs/72_cli.ipynb #4811705e
+# %% ../nbs/72_cli.ipynb #61bcb047
 _INTERRUPTED = ('interrupted; nothing half-written was left, and what can be continued continues with the same command '
                 '(rcic_train: and --resume).')
 
@@ -80,7 +82,7 @@ def _called(func, args, prog, err):
     else: return 0
     return 2
 
-# %% ../nbs/72_cli.ipynb #c3ef57cf
+# %% ../nbs/72_cli.ipynb #3a963584
 def _group_options(parser, groups):
     "Move options of an argparse parser into named groups"
     for title, names in groups.items():
@@ -103,7 +105,7 @@ def _version():
     from rcic_fastai import __version__
     return f'rcic_fastai {__version__}'
 
-# %% ../nbs/72_cli.ipynb #6b685ad5
+# %% ../nbs/72_cli.ipynb #93c02c51
 def run_command(
     func, # A documented function
     argv=None, # Arguments; `None`: those of the process
@@ -118,7 +120,7 @@ def run_command(
         try: return _called(func, args, prog, err)
         finally: out.end()
 
-# %% ../nbs/72_cli.ipynb #c4f65153
+# %% ../nbs/72_cli.ipynb #34fa1010
 def _names(s):
     "Split 'a,b' into names; what is no text stays"
     return [o.strip() for o in s.split(',') if o.strip()] if isinstance(s, str) else s

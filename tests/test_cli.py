@@ -1,5 +1,6 @@
 "The commands as a user types them: whole runs, exit codes, one clear line on wrong input, nothing half-written."
-import json, os, re, shutil, subprocess, sys
+import io, json, os, re, shutil, subprocess, sys
+from contextlib import redirect_stdout
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli, core, workflow
@@ -196,13 +197,23 @@ def test_correcting_needs_wells_in_every_experiment(here, tmp_path, capsys):
     refused(f'rcic_predict {here}/model {tmp_path}/t {tmp_path}/x.csv --protocol adapted --correct standardize', 'two treatment wells', capsys)
     assert not list(tmp_path.glob('x*'))
 
-def test_text_does_not_begin_behind_a_progress_bar(here, capsys):
-    assert cli.rcic_predict(f'{here}/model {here}/screen {here}/bar.csv --tta 1'.split()) == 0
-    out = capsys.readouterr().out
-    assert '100.00%' in out and out.splitlines()[-1].startswith(f'{here}/bar.csv: ')
-    bar = lambda: (print('█', end='\r'), print('\r |██| 100.00% [1/1]', end=''))
-    def job(): bar(); raise core.ScreenError('No.')
-    assert cli.run_command(job, [], 'rcic_job') == 2 and capsys.readouterr().out.endswith(']\n')
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+def bar():
+    print('█', end='\r')
+    print('\r |██| 100.00% [1/1]', end='')
+
+@pytest.mark.parametrize('stream', [Terminal, io.StringIO])
+def test_text_does_not_begin_behind_a_progress_bar(here, stream):
+    out, said = stream(), stream()
+    with redirect_stdout(out): assert cli.rcic_predict(f'{here}/model {here}/screen {here}/bar.csv --tta 1'.split()) == 0
+    assert ('100.00%' in out.getvalue()) == out.isatty() and out.getvalue().splitlines()[-1].startswith(f'{here}/bar.csv: ')
+    def job():
+        bar()
+        raise core.ScreenError('No.')
+    with redirect_stdout(said): assert cli.run_command(job, [], 'rcic_job') == 2
+    assert said.getvalue().endswith(']\n') if said.isatty() else said.getvalue() == ''
 
 def test_a_model_without_batchnorm_can_be_corrected(here):
     recipe = dict(name='gn', arch='test_efficientnet_gn', model=dict(neck='identity'), stages=[])
