@@ -19,7 +19,7 @@ from fastcore.docments import MarkdownRenderer, docments, docstring
 _address = re.compile(r' at 0x[0-9a-f]+')
 
 def _field_default(field):
-    "Return the default of a field of a dataclass; one that is made anew for each object is made here"
+    "Return the default of a field of a dataclass; one that is made for each object is made here"
     is_made = field.default_factory is not dataclasses.MISSING
     default = field.default_factory() if is_made else field.default
     return inspect.Parameter.empty if default is dataclasses.MISSING else default
