@@ -2609,6 +2609,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'rcic_fastai/train/domain.py'),
                                           'rcic_fastai.train.domain._at_least_single': ( 'train.domain.html#_at_least_single',
                                                                                          'rcic_fastai/train/domain.py'),
+                                          'rcic_fastai.train.domain._clones': ('train.domain.html#_clones', 'rcic_fastai/train/domain.py'),
                                           'rcic_fastai.train.domain._covariance': ( 'train.domain.html#_covariance',
                                                                                     'rcic_fastai/train/domain.py'),
                                           'rcic_fastai.train.domain._drawn_groups': ( 'train.domain.html#_drawn_groups',
