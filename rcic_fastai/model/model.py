@@ -42,7 +42,7 @@ class ScreenModel(nn.Module):
         meta_dropout=.25, # Share of entries replaced by unknown in training: one number, or a dict column → number
         dropout:float=.25, # Dropout of the neck 'linear'
         loss='adacos', # Name, dict or `CosineLoss`, see `loss_from_config`
-        use_metadata:bool=True, # Is metadata looked at? If not, everything is unknown
+        use_metadata:bool=True, # Use the metadata? If not, all entries are unknown
     ):
         super().__init__()
         self.backbone_config,self.arch,self.n_channels = backbone.config,backbone.arch,backbone.n_channels
@@ -204,7 +204,7 @@ def create_screen_model(
     meta_dropout=.25, # Share of metadata entries replaced by unknown in training: one number, or a dict column → number
     dropout:float=.25, # Dropout of the neck 'linear'
     loss='adacos', # Name, dict or `CosineLoss`, see `loss_from_config`
-    use_metadata:bool=True, # Is metadata looked at? If not, everything is unknown
+    use_metadata:bool=True, # Use the metadata? If not, all entries are unknown
     **kwargs, # Passed to `create_backbone`: bn_momentum, and what the architecture takes
 )->ScreenModel:
     "Create a `ScreenModel` on a backbone of the architecture `arch`"

@@ -55,13 +55,15 @@ def _put(t, tensors, name):
     tensors[name] = t.detach().as_subclass(Tensor).cpu().clone(memory_format=torch.contiguous_format)
     return name
 
+# %% ../../nbs/32_train.checkpoints.ipynb #d5b246c1
 def _gone(o, name, lost):
     "Note an object that cannot be kept, if it may be state"
     if lost is not None and _may_be_state(o): lost.append((name, type(o).__name__))
     return _NoState
 
+# %% ../../nbs/32_train.checkpoints.ipynb #c208349b
 def _pack_items(items, tensors, name, lost):
-    "Pack pairs of key and value; a value that is not kept leaves its key alone"
+    "Pack pairs of key and value; where a value is not kept, the key is"
     pairs = []
     for k, v in items:
         key = pack_state(k, tensors, f'{name}/key') if _is_key(k) else _gone(k, f'{name}/{k}', lost)
@@ -79,6 +81,7 @@ def _pack_sequence(o, tensors, name, lost):
     kind = next(k for k, c in _SEQUENCES.items() if isinstance(o, c))
     return dict(sequence=[kind, content, *([o.maxlen] if isinstance(o, deque) else [])])
 
+# %% ../../nbs/32_train.checkpoints.ipynb #1a2a9b0e
 def _pack_dict(o, tensors, name, lost):
     pairs = _pack_items(o.items(), tensors, name, lost)
     if type(o) is dict: return dict(dict=pairs)
@@ -142,6 +145,7 @@ def _unpack_array(v, tensors, now, device): return tensors[v].numpy()
 def _unpack_bytes(v, tensors, now, device): return bytes.fromhex(v)
 def _unpack_path(v, tensors, now, device): return Path(v)
 
+# %% ../../nbs/32_train.checkpoints.ipynb #90ee08c9
 def _unpack_sequence(v, tensors, now, device):
     cls, content, *most = v
     if 'packed' in content:
@@ -151,6 +155,7 @@ def _unpack_sequence(v, tensors, now, device):
     is_namedtuple = hasattr(now, '_fields') and cls == 'tuple'
     return type(now)(*items) if is_namedtuple else _SEQUENCES[cls](items, *most)
 
+# %% ../../nbs/32_train.checkpoints.ipynb #554b91b2
 def _unpack_map(v, tensors, now, device):
     kind, items = v[0], _unpack_items(v[1], tensors, now, device)
     is_alike = isinstance(now, dict) and type(now).__name__ == kind.split()[0]
@@ -166,12 +171,14 @@ def _unpack_random(v, tensors, now, device):
     now.setstate(unpack_state(v, tensors, None, device))
     return now
 
+# %% ../../nbs/32_train.checkpoints.ipynb #1da09580
 def _unpack_generator(v, tensors, now, device):
     kinds = dict(PCG64=np.random.PCG64, MT19937=np.random.MT19937)
     now = np.random.Generator(kinds[v['bit_generator']]())
     now.bit_generator.state = v
     return now
 
+# %% ../../nbs/32_train.checkpoints.ipynb #adcb717a
 def _unpack_torch_generator(v, tensors, now, device):
     now = now or torch.Generator(v[1])
     now.set_state(tensors[v[0]])
@@ -193,9 +200,9 @@ _UNPACKERS = dict(tensor=_unpack_tensor, array=_unpack_array, sequence=_unpack_s
 def unpack_state(
     state, # From `pack_state`
     tensors:dict, # Name → tensor
-    now=None, # The object as it is, new; what can be filled in place is
+    now=None, # A new object of the same kind; what can be filled in place is
     device='cpu', # Where tensors go that were not on the CPU
-): # The object as it was
+): # The object that was packed
     "Return the object that `pack_state` packed"
     if not isinstance(state, dict): return state
     (kind, value), = state.items()
@@ -210,6 +217,7 @@ def _own(cb, learn):
 
 def _sha256(data): return hashlib.sha256(data).hexdigest()
 
+# %% ../../nbs/32_train.checkpoints.ipynb #5324893a
 def _named(learn):
     "Return pairs of name and callback; equal names are numbered"
     by_name, pairs = {}, []
@@ -343,6 +351,7 @@ def _checkpoint_files(info, tensors):
     files['SHA256SUMS'] = ''.join(f'{_sha256(d)}  {f}\n' for f, d in files.items()).encode()
     return files
 
+# %% ../../nbs/32_train.checkpoints.ipynb #96104593
 def _write_whole(path, files):
     "Write a checkpoint beside its place, and rename it when it is on the disk"
     part = path.with_name(f'{path.name}.part')
@@ -457,6 +466,7 @@ def _total(learn, *numbers):
     torch.distributed.all_reduce(t)
     return t.tolist()
 
+# %% ../../nbs/32_train.checkpoints.ipynb #5a80d408
 def _sites(learn):
     "Return ' (sites …)' of the batch; if some pictures are not finite, only those"
     items, order, bs = (getattr(learn.dl, a, None) for a in ('items', '_DataLoader__idxs', 'bs'))
@@ -499,6 +509,7 @@ def after_batch(self:Checkpoint):
         print(f'SIGTERM came, so training stopped in {self.where()}: {self.kept()}.', file=sys.stderr)
     raise SystemExit(143)
 
+# %% ../../nbs/32_train.checkpoints.ipynb #1210a2f4
 @patch
 def after_train(self:Checkpoint):
     "Check the weights and statistics, once per epoch"
@@ -520,6 +531,7 @@ def _tell(self:Checkpoint, lost):
               'load_state_dict.')
         self.told.add(what)
 
+# %% ../../nbs/32_train.checkpoints.ipynb #37a7b68c
 @patch
 def save(self:Checkpoint):
     "Keep and write the epoch that has finished"
@@ -542,6 +554,7 @@ def _flat(o, name=''):
     for n, part in o.items(): flat.update(_flat(part, f'{name}.{n}' if name else str(n)))
     return flat
 
+# %% ../../nbs/32_train.checkpoints.ipynb #1cffe9ad
 def _short(facts, k):
     "Return a fact in a few characters"
     if k not in facts: return 'absent'
@@ -549,6 +562,7 @@ def _short(facts, k):
     if len(text) < 40: return text
     return f'{len(facts[k])} values' if isinstance(facts[k], list) else text[:12] + '…'
 
+# %% ../../nbs/32_train.checkpoints.ipynb #981416a6
 def _differing(then, now):
     "Return 'name (… then, … now)' for each fact that changed"
     a, b = (_flat(json.loads(json.dumps(o or {}))) for o in (then, now))
@@ -557,8 +571,8 @@ def _differing(then, now):
 
 # %% ../../nbs/32_train.checkpoints.ipynb #dfed7d10
 def check_facts(
-    then:dict, # As the checkpoint says
-    now:dict, # As it is
+    then:dict, # Of the checkpoint
+    now:dict, # Of this training
     path='the checkpoint', # For the message
 ):
     "Check that a training is the one of the checkpoint; raise a `ScreenError` that names what differs"
@@ -580,6 +594,7 @@ def _continue_from(learn, cp, found):
     if not rank_distrib(): print(f'Continuing from {found.path}.')
     return found.epoch
 
+# %% ../../nbs/32_train.checkpoints.ipynb #89214d2a
 def _fit_from(learn, cp, found):
     "Run `Learner._do_fit`, from a checkpoint on, and write one after each epoch"
     seen = _everybody(learn, (found and found.path.name, bool(cp.folder)))

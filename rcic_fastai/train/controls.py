@@ -155,6 +155,7 @@ def _controls_of(learn, rows, controls):
                           "choose controls='all', or leave the plate out.")
     return mine
 
+# %% ../../nbs/35_train.controls.ipynb #256895f3
 def _pooled_by_plate(learn, rows):
     "Return the pooled features of the wells in `rows`, and the entry of the plate of each"
     model, spec = get_model(learn.model), learn.dls.spec
@@ -303,7 +304,7 @@ def _twin(learn):
 
 # %% ../../nbs/35_train.controls.ipynb #e5110c8f
 def fine_tune_cell_types(
-    learn:Learner, # Trained on all cell types; it is left as it is
+    learn:Learner, # Trained on all cell types; it is not changed
     recipe, # Run for each cell type: a `Recipe`, its name, or a JSON file
     cell_types=None, # Which ones; `None`: all that are trained on
     seed:int=0, # As in `fit_recipe`

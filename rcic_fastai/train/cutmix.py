@@ -32,7 +32,7 @@ def paste_box(
     partner:torch.Tensor, # Which item each item is mixed with [B]
     boxes:list, # One box for all sites, or one for each of the S sites of a well
 )->tuple: # (mixed pictures of the same type, share of the pixels that stayed)
-    "Put the partner's pixels into each item's boxes; `x` is left as it was"
+    "Put the partner's pixels into each item's boxes; `x` is not changed"
     new = x.clone()
     out,src = new.as_subclass(torch.Tensor),x.as_subclass(torch.Tensor)
     if len(boxes) == 1: pairs = [(out, src, boxes[0])]
@@ -137,6 +137,7 @@ def before_batch(self:BatchMix):
     self.soft = self.yb[0].is_floating_point()
     if self.soft: self.learn.yb = tuple(torch.lerp(y[self.partner], y, _over(self.lam, y)) for y in self.yb)
 
+# %% ../../nbs/30_train.cutmix.ipynb #a9324978
 @patch
 def after_loss(self:BatchMix):
     "Add the loss of the partners' labels, with its weight"

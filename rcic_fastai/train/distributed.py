@@ -92,6 +92,7 @@ class ShardedDL(ScreenDL):
         return mine
     def __len__(self): return len(self._by_group) if self._by_group else self.n//(self.bs*self.world)
 
+# %% ../../nbs/36_train.distributed.ipynb #35a801c3
 def shard_dl(
     dl:ScreenDL, # A training loader of `screen_dls`
     rank:int, # Number of the process
@@ -140,6 +141,7 @@ def _modules_in(o):
     if isinstance(o, (list, tuple, L)): inside = o
     return [m for v in inside for m in _modules_in(v)]
 
+# %% ../../nbs/36_train.distributed.ipynb #b39a82bc
 def _made_by_callbacks(learn):
     "Return networks that callbacks made (a classifier of experiments, averaged weights), without those of the learner"
     lent, made = [], []
@@ -148,6 +150,7 @@ def _made_by_callbacks(learn):
     def is_lent(m): return any(m is o for o in lent)
     return [m for m in made if not is_lent(m)]
 
+# %% ../../nbs/36_train.distributed.ipynb #aec1a5ca
 def _from_all(x):
     "Return the rows of all processes, as many from each"
     rows = [torch.empty_like(x) for _ in range(rank_world()[1])]

@@ -120,6 +120,7 @@ def _never(self:DomainLoss):
                       f"more for each process with screen_dls(…, batch_by='{self.by}', batch_groups=2) and leave "
                       'some without CutMix.')
 
+# %% ../../nbs/34_train.domain.ipynb #3d12465d
 @patch
 def before_train(self:DomainLoss):
     "Raise a `ScreenError` for batches that never hold two groups of two"
@@ -226,10 +227,11 @@ class SlicedWasserstein(DomainLoss):
     def term(self, groups): return _mean_of_pairs(partial(sliced_wasserstein, directions=self.directions), groups)
 
 # %% ../../nbs/34_train.domain.ipynb #6387cc21
+def _clones(state): return {k: v.clone() for k, v in state.items()}
+
 def _step_where(opt, good):
     "Take a step of an optimizer if `good`, a tensor of one truth value, without waiting for its value"
-    ps = [p for group in opt.param_groups for p in group['params']]
-    before = [(p, p.detach().clone(), {k: v.clone() for k, v in opt.state[p].items()}) for p in ps]
+    before = [(p, p.detach().clone(), _clones(opt.state[p])) for group in opt.param_groups for p in group['params']]
     opt.step()
     with torch.no_grad():
         for p, value, state in before:
@@ -289,7 +291,8 @@ def after_step(self:GradientReversal):
     ps, shared = list(self.head.parameters()), isinstance(self.model, DistributedDataParallel)
     has_gradient = ps[0].grad is not None
     if not (has_gradient or shared): return
-    scale = getattr(getattr(self.learn, 'scaler', None), 'get_scale', lambda: 1.)()
+    scaler = getattr(self.learn, 'scaler', None)
+    scale = scaler.get_scale() if hasattr(scaler, 'get_scale') else 1.
     grads = [p.grad/scale if has_gradient else torch.zeros_like(p) for p in ps]
     g = torch.cat([*(o.flatten() for o in grads), grads[0].new_full((1,), float(has_gradient))])
     if shared:

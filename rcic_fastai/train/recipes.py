@@ -67,11 +67,13 @@ def _known(cls, o, what):
         raise ScreenError(f'{what} has epochs={epochs!r}: give a whole number, 0 or more.')
     return o
 
+# %% ../../nbs/33_train.recipes.ipynb #9d46ec58
 def _stage_from_dict(d, i):
     d = dict(_known(Stage, d, f'Stage {i+1} of the recipe'))
     if isinstance(d['lr'], list): d['lr'] = tuple(d['lr'])
     return Stage(**d)
 
+# %% ../../nbs/33_train.recipes.ipynb #d5e86592
 def recipe_from_dict(
     d:dict, # As `Recipe.to_dict` gives, or as read from JSON
 )->Recipe:
@@ -138,6 +140,7 @@ def _stage_data(learn, stage):
     if stage.full_data: changes['valid'] = 'none'
     if changes: learn.dls = learn.dls.rebuild(**changes)
 
+# %% ../../nbs/33_train.recipes.ipynb #da07435c
 def _stage_model(learn, stage):
     "Change neck, loss, metadata and what is trained"
     if stage.neck: learn.model.set_neck(stage.neck)
@@ -145,6 +148,7 @@ def _stage_model(learn, stage):
     if stage.metadata is not None: learn.model.use_metadata = stage.metadata
     learn.train_only(stage.parts)
 
+# %% ../../nbs/33_train.recipes.ipynb #f45e9d30
 def _stage_cbs(stage, seed):
     "Return the callbacks that mix batches in a stage"
     cbs = []
