@@ -291,6 +291,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'rcic_fastai.batch.site._gap': ('batch.site.html#_gap', 'rcic_fastai/batch/site.py'),
                                         'rcic_fastai.batch.site._lines': ('batch.site.html#_lines', 'rcic_fastai/batch/site.py'),
                                         'rcic_fastai.batch.site._meta_line': ('batch.site.html#_meta_line', 'rcic_fastai/batch/site.py'),
+                                        'rcic_fastai.batch.site._most_frequent': ( 'batch.site.html#_most_frequent',
+                                                                                   'rcic_fastai/batch/site.py'),
                                         'rcic_fastai.batch.site._n_inputs': ('batch.site.html#_n_inputs', 'rcic_fastai/batch/site.py'),
                                         'rcic_fastai.batch.site._name_panels': ( 'batch.site.html#_name_panels',
                                                                                  'rcic_fastai/batch/site.py'),
