@@ -622,7 +622,7 @@ def test_loader_by_group(screen, by, groups):
     same(epochs(raw, 1, 5), epochs(raw.new(), 1, 5))
     assert [b[1].shape for b in dls.train] == [torch.Size([8])]*len(raw)
     assert sum(len(b[0]) for b in dls.valid) == len(dls.valid_ds)     # held-out samples come all, in order
-    with pytest.raises(ScreenError, match='is not a grouping'): ScreenDL(dls.train_ds, bs=8, shuffle=True, group_by='nonsense')
+    with pytest.raises(ScreenError, match='is not known'): ScreenDL(dls.train_ds, bs=8, shuffle=True, group_by='nonsense')
 
 
 # ---- several processes

@@ -11,12 +11,20 @@ __all__ = ['STAIN_COLORS', 'PICTURES', 'small_figures', 'TensorSite', 'TensorWel
 import colorsys, io, math
 from PIL import Image
 from fastai.vision.all import *
-from ..core import ScreenError, picture_text
+from ..core import ScreenError, check_choice, picture_text
 from ..screen.tables import CHANNELS, rowcol_to_well, well_to_rowcol
+
+# %% ../../nbs/10_batch.site.ipynb #ca25ae5c
+def _palette_png(fig, dpi=72, colors=128)->bytes:
+    "Return a figure as a PNG of few colors"
+    raw, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(raw, format='png', dpi=dpi, bbox_inches='tight')
+    Image.open(raw).convert('RGB').quantize(colors).save(small, 'png', optimize=True)
+    return small.getvalue()
 
 # %% ../../nbs/10_batch.site.ipynb #b1b88885
 def small_figures(
-    dpi:int=72, # Dots an inch of the stored pictures
+    dpi:int=72, # Dots per inch of the stored pictures
     colors:int=128, # Colors of the palette, 2…256
 ):
     "Store this notebook's matplotlib figures as small palette PNGs; does nothing outside of IPython"
@@ -26,14 +34,6 @@ def small_figures(
     if shell is not None:
         png = shell.display_formatter.formatters['image/png']
         png.for_type(plt.Figure, partial(_palette_png, dpi=dpi, colors=colors))
-
-# %% ../../nbs/10_batch.site.ipynb #ca25ae5c
-def _palette_png(fig, dpi=72, colors=128)->bytes:
-    "A figure as a PNG of few colors"
-    raw, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(raw, format='png', dpi=dpi, bbox_inches='tight')
-    Image.open(raw).convert('RGB').quantize(colors).save(small, 'png', optimize=True)
-    return small.getvalue()
 
 # %% ../../nbs/10_batch.site.ipynb #842512bb
 class TensorSite(TensorImage):
@@ -51,13 +51,14 @@ class TensorSite(TensorImage):
 
 def _from_signed(kind, x): return x.view(torch.uint16).as_subclass(kind)
 
+# %% ../../nbs/10_batch.site.ipynb #ba98a645
 class TensorWell(TensorSite):
     "The sites of a well `[S,C,H,W]`, or a batch of wells `[B,S,C,H,W]`"
     @classmethod
     def create(cls,
         source, # Image source
         well_id:str, # Well to read
-        sites:int|None=None, # Number of sites to give; None = all. A well with fewer repeats its sites in turn
+        sites:int|None=None, # Number of sites to return; None = all. A well with fewer repeats its sites in turn
     )->'TensorWell': # [S,C,H,W], uint8 or uint16
         "Read the sites of one well, in order"
         ids = source.sites_of(well_id)
@@ -65,30 +66,9 @@ class TensorWell(TensorSite):
         out = np.empty((len(ids), *source.shape), source.dtype)
         return cls(torch.from_numpy(source.read_into(ids, out)))
 
-# %% ../../nbs/10_batch.site.ipynb #40358055
-def stretch_limits(
-    x, # Site [C,H,W], any type
-    q:tuple=(.5, 99.8), # Percentiles that become black and white
-)->np.ndarray: # [2,C]: black and white value of every channel
-    "The pixel values between which each channel is stretched"
-    x = _pixels(x)
-    flat = x.reshape(len(x), -1)
-    lo, hi = np.percentile(flat, q, axis=1)
-    same = hi <= lo
-    return np.stack([np.where(same, flat.min(1), lo), np.where(same, flat.max(1), hi)])
-
-def stretch(
-    x, # Site [C,H,W], any type
-    limits=None, # [2,C] black and white values; None = `stretch_limits(x)`
-)->np.ndarray: # float32 [C,H,W] in 0…1
-    "Every channel between its limits; a constant channel is black"
-    x = _pixels(x)
-    lo, hi = np.asarray(stretch_limits(x) if limits is None else limits, np.float32)[:, :, None, None]
-    return np.clip((x - lo)/np.where(hi > lo, hi - lo, 1), 0, 1)
-
 # %% ../../nbs/10_batch.site.ipynb #82fee9a8
 def _pixels(x):
-    "Site as float32 array [C,H,W]; what is not finite becomes 0"
+    "Return a site as a float32 array [C,H,W]; values that are not finite become 0"
     if isinstance(x, Tensor):
         x = x.detach().cpu().as_subclass(Tensor)
         x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
@@ -96,6 +76,28 @@ def _pixels(x):
         raise ScreenError(f'A picture needs one site [C,H,W], not {list(x.shape)}: '
                           'take one item of the batch, such as x[0].')
     return np.nan_to_num(np.asarray(x, dtype=np.float32), posinf=0, neginf=0)
+
+# %% ../../nbs/10_batch.site.ipynb #40358055
+def stretch_limits(
+    x, # Site [C,H,W], any type
+    q:tuple=(.5, 99.8), # Percentiles that become black and white
+)->np.ndarray: # [2,C]: black and white value of every channel
+    "Return the pixel values between which each channel is stretched"
+    x = _pixels(x)
+    flat = x.reshape(len(x), -1)
+    lo, hi = np.percentile(flat, q, axis=1)
+    same = hi <= lo
+    return np.stack([np.where(same, flat.min(1), lo), np.where(same, flat.max(1), hi)])
+
+# %% ../../nbs/10_batch.site.ipynb #16fadd96
+def stretch(
+    x, # Site [C,H,W], any type
+    limits=None, # [2,C] black and white values; None = `stretch_limits(x)`
+)->np.ndarray: # float32 [C,H,W] in 0…1
+    "Scale every channel to 0…1 between its limits; a constant channel is black"
+    x = _pixels(x)
+    lo, hi = np.asarray(stretch_limits(x) if limits is None else limits, np.float32)[:, :, None, None]
+    return np.clip((x - lo)/np.where(hi > lo, hi - lo, 1), 0, 1)
 
 # %% ../../nbs/10_batch.site.ipynb #098199a6
 STAIN_COLORS = dict(nucleus=(.15, .3, 1.), ER=(.1, .75, .15), actin=(1., .15, .1),
@@ -105,25 +107,39 @@ def channel_names(
     n:int, # Number of channels
     channels=None, # Their names, if known
 )->list: # `n` names
-    "Names for `n` channels: those given, else the six stains for six, else w1, w2, …"
+    "Return names for `n` channels: those given, else the six stains for six, else w1, w2, …"
     if channels is not None and len(channels) == n: return list(channels)
     return list(CHANNELS) if n == len(CHANNELS) else [f'w{i+1}' for i in range(n)]
 
+# %% ../../nbs/10_batch.site.ipynb #aa25be00
 def channel_colors(
     n:int, # Number of channels
     channels=None, # Their names, if known
 )->np.ndarray: # [n,3] RGB in 0…1
-    "A color for each channel: the stain's own where its name is known, else hues spread evenly"
+    "Return a color for each channel: that of the stain where the name is known, else evenly spread hues"
     names = channel_names(n, channels)
     if all(c in STAIN_COLORS for c in names): return np.array([STAIN_COLORS[c] for c in names])
     return np.array([colorsys.hsv_to_rgb(i/n, .85, 1) for i in range(n)])
+
+# %% ../../nbs/10_batch.site.ipynb #aef08e7b
+def _panel_columns(n): return min(n, 3) if n <= 9 else math.ceil(math.sqrt(n))
+
+def _gap(width): return max(1, width//64)
+
+def _beside(ims, axis=1, width=None):
+    "Return pictures [h,w,3] in a row (or column) with a white gap, a 64th of a site's width"
+    gap = list(ims[0].shape)
+    gap[axis] = _gap(width or ims[0].shape[1])
+    parts = [ims[0]]
+    for im in ims[1:]: parts += [np.ones(gap, np.float32), im]
+    return np.concatenate(parts, axis)
 
 # %% ../../nbs/10_batch.site.ipynb #2ec5aca4
 def rgb_3d(
     x, # Site [C,H,W]
     limits=None, # [2,C] black and white values; None = the site's own
 )->np.ndarray: # float32 [H, groups·W + gaps, 3] in 0…1
-    "Channels in groups of three as RGB, side by side"
+    "Return channels in groups of three as RGB, side by side"
     s = stretch(x, limits)
     s = np.concatenate([s, np.zeros((-len(s) % 3, *s.shape[1:]), s.dtype)])
     return _beside([g.transpose(1, 2, 0) for g in s.reshape(-1, 3, *s.shape[1:])])
@@ -134,7 +150,7 @@ def rgb_composite(
     channels=None, # Names of the channels, for their colors
     power:float=3., # How much the strongest stain of a pixel decides its color; 1 = plain weighted mean
 )->np.ndarray: # float32 [H,W,3] in 0…1
-    "All channels in one picture: the color of the strongest stains, the brightness of the strongest"
+    "Return all channels in one picture: the color of the strongest stains, the brightness of the strongest"
     s = stretch(x, limits)
     weight, colors = s**power, channel_colors(len(s), channels).astype(np.float32)
     hue = np.einsum('chw,cr->hwr', weight, colors)/np.maximum(weight.sum(0), 1e-9)[..., None]
@@ -144,22 +160,11 @@ def gray_panels(
     x, # Site [C,H,W]
     limits=None, # [2,C] black and white values; None = the site's own
 )->np.ndarray: # float32 [rows·H + gaps, columns·W + gaps, 3] in 0…1
-    "Every channel gray, in rows of three (of more for more than nine)"
+    "Return every channel in gray, in rows of three (more for more than nine channels)"
     s = np.repeat(stretch(x, limits)[..., None], 3, -1)
     n = _panel_columns(len(s))
     s = list(s) + [np.ones_like(s[0])]*(-len(s) % n)
     return _beside([_beside(s[i:i+n]) for i in range(0, len(s), n)], 0, s[0].shape[1])
-
-# %% ../../nbs/10_batch.site.ipynb #aef08e7b
-def _panel_columns(n): return min(n, 3) if n <= 9 else math.ceil(math.sqrt(n))
-
-def _gap(width): return max(1, width//64)
-
-def _beside(ims, axis=1, width=None):
-    "Pictures [h,w,3] in a row (or column) with a white gap, a 64th of a site's width"
-    gap = list(ims[0].shape); gap[axis] = _gap(width or ims[0].shape[1])
-    parts = [o for im in ims for o in (im, np.ones(gap, np.float32))][:-1]
-    return np.concatenate(parts, axis)
 
 # %% ../../nbs/10_batch.site.ipynb #a72077d7
 PICTURES = ('3d+3d', 'composite', 'panels')
@@ -170,9 +175,8 @@ def site_picture(
     limits=None, # [2,C] black and white values; None = each site's own
     channels=None, # Names of the channels, for the composite's colors
 )->np.ndarray: # float32 [h,w,3] in 0…1
-    "The picture of a site, or of the sites of a well together"
-    if how not in PICTURES:
-        raise ScreenError(f'how={how!r} is not a way to show a site: use one of {", ".join(PICTURES)}.')
+    "Return the picture of a site, or of the sites of a well together"
+    check_choice('how', how, PICTURES)
     if getattr(x, 'ndim', 3) == 4:
         ims = [site_picture(o, how, limits, channels) for o in x]
         return _beside(ims, 0 if ims[0].shape[1] > 1.6*ims[0].shape[0] else 1, x.shape[-1])
@@ -191,7 +195,7 @@ def show(self:TensorSite,
     figsize:tuple|None=None, # Inches, for a new figure
     **kwargs # For matplotlib's `imshow`
 ): # The axis
-    "Show a site, or a well's sites, stretched for the eye"
+    "Show a site, or a well's sites, stretched for display"
     im, ctx = site_picture(self, how, limits, channels), ifnone(ctx, ax)
     if ctx is None: _, ctx = plt.subplots(figsize=figsize or _fig_size(im))
     ctx.imshow(im, **kwargs)
@@ -202,7 +206,7 @@ def show(self:TensorSite,
 
 # %% ../../nbs/10_batch.site.ipynb #fb90aa3a
 def _fig_size(im, height=3.):
-    "Inches for a picture [h,w,3]"
+    "Return the inches of a picture [h,w,3]"
     return min(height*im.shape[1]/im.shape[0], 12), height
 
 def _name_panels(ax, x, channels=None):
@@ -217,11 +221,11 @@ def _name_panels(ax, x, channels=None):
 def plot_channels(
     x, # Site [C,H,W]
     channels=None, # Names of the channels
-    ncols:int=6, # Pictures in a row
+    ncols:int=6, # Pictures per row
     limits=None, # [2,C] black and white values; None = the site's own
-    width:float=1.7, # Inches a picture
+    width:float=1.7, # Inches per picture
 )->list: # The axes
-    "Every channel in gray, with its name and the values that are black and white"
+    "Plot every channel in gray, with its name and the values that are black and white"
     s, lim = stretch(x, limits), np.asarray(stretch_limits(x) if limits is None else limits)
     ncols, height = min(ncols, len(s)), width*s.shape[1]/s.shape[2] + .45
     axs = get_grid(len(s), ncols=ncols, figsize=(width*ncols, height*math.ceil(len(s)/ncols)))
@@ -242,7 +246,7 @@ class SiteBatch(tuple, metaclass=_SiteBatchType):
 
 # %% ../../nbs/10_batch.site.ipynb #bcecc67b
 def _word(o):
-    "What to call a decoded thing in a title"
+    "Return the text of a decoded object for a title"
     if isinstance(o, Tensor): o = o.item() if o.numel() == 1 else o.tolist()
     if isinstance(o, float): return f'{o:.3g}'
     return ';'.join(map(str, o)) if isinstance(o, (list, tuple, L)) else str(o)
@@ -255,8 +259,9 @@ def _meta_line(sample, n_inp): return ' · '.join(_words(sample[1:n_inp]))
 
 def _lines(*parts): return picture_text('\n'.join(p for p in parts if p))
 
+# %% ../../nbs/10_batch.site.ipynb #f48ff7f7
 def _site_axes(samples, n, ctxs, how, nrows, ncols, figsize, width, **kwargs):
-    "Axes for `n` sites, as wide as their pictures are"
+    "Return axes for `n` sites, as wide as their pictures are"
     if ctxs is not None: return list(ctxs)
     im = site_picture(samples[0][0], how)
     aspect = im.shape[1]/im.shape[0]
@@ -337,24 +342,26 @@ def plot_top_losses(x:TensorSite, y, samples, outs, raws, losses, nrows=None, nc
 
 # %% ../../nbs/10_batch.site.ipynb #d1583e8d
 def _plate_shape(wells, shape):
-    "The given shape, or that of the usual plate that holds the wells"
+    "Return the given shape, or that of the usual plate that holds the wells"
     if shape is not None: return tuple(shape)
     at = [well_to_rowcol(w) for w in wells.unique()]
     return (16, 24) if all(r < 16 and c < 24 for r, c in at) else (32, 48)
 
+def _most_frequent(s): return s.mode().iloc[0]
+
 def plate_array(
-    table:pd.DataFrame, # Any table with a `well` column, one or more rows a well
-    values, # Name of a column, or one value a row
-    shape:tuple|None=None, # Rows and columns of the plate; None = (16, 24), or (32, 48) where a well asks for it
-)->np.ndarray: # `shape`; float with NaN, or object with None, where there is nothing
-    "Values laid out as the plate is: mean of numbers, most frequent of anything else"
+    table:pd.DataFrame, # Any table with a `well` column, one or more rows per well
+    values, # Name of a column, or one value per row
+    shape:tuple|None=None, # Rows and columns of the plate; None = (16, 24), or (32, 48) where a well needs it
+)->np.ndarray: # `shape`; wells without a value are NaN (float) or None (object)
+    "Return values as an array of the plate: mean of numbers, most frequent of anything else"
     s = table[values] if isinstance(values, str) else pd.Series(to_np(values) if isinstance(values, Tensor) else values)
     if len(s) != len(table):
-        raise ScreenError(f'plate_map got {len(s)} values for {len(table)} rows: give one value a row.')
+        raise ScreenError(f'plate_map got {len(s)} values for {len(table)} rows: give one value per row.')
     number = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s)
     s = pd.Series(s.astype(float).values if number else s.values, index=table.well.values)
     g = s.dropna().groupby(level=0, sort=True)
-    per_well = g.mean() if number else g.agg(lambda v: v.mode().iloc[0])
+    per_well = g.mean() if number else g.agg(_most_frequent)
     shape = _plate_shape(table.well, shape)
     res = np.full(shape, np.nan if number else None, float if number else object)
     for well, v in per_well.items():
@@ -367,7 +374,7 @@ def plate_array(
 # %% ../../nbs/10_batch.site.ipynb #a4c2b889
 def plate_map(
     table:pd.DataFrame, # Any table with a `well` column
-    values, # Name of a column, or one value a row
+    values, # Name of a column, or one value per row
     title:str|None=None, # Title of the map
     ctx=None, # Axis to draw on; None = a new figure
     cmap:str|None=None, # matplotlib color map; None = viridis for numbers, tab20 for categories
@@ -375,10 +382,10 @@ def plate_map(
     vmax:float|None=None, # Value of the last color, for numbers
     colors:dict|None=None, # Category → color; None = from `cmap`, and green/red for True/False
     text:bool=False, # Write the values into the wells
-    shape:tuple|None=None, # Rows and columns of the plate; None = (16, 24), or (32, 48) where a well asks for it
+    shape:tuple|None=None, # Rows and columns of the plate; None = (16, 24), or (32, 48) where a well needs it
     figsize:tuple=(7.5, 4), # Inches, for a new figure
 ): # The axis
-    "A plate as a heat map (numbers) or as a map of labels (anything else)"
+    "Plot a plate as a heat map (numbers) or as a map of labels (anything else)"
     shape = _plate_shape(table.well, shape)
     a = plate_array(table, values, shape)
     if ctx is None: _, ctx = plt.subplots(figsize=figsize)
@@ -409,9 +416,11 @@ def _write_wells(ax, a):
         if v is not None and v == v: ax.text(c, r, picture_text(_word(v)), ha='center', va='center', fontsize=5)
 
 def _plate_axes(ax, shape):
-    "Row letters, column numbers, thin lines between wells"
+    "Draw row letters, column numbers and thin lines between wells"
     ax.set_xticks(range(0, shape[1], 2), [f'{c+1:02d}' for c in range(0, shape[1], 2)], fontsize=6)
     ax.set_yticks(range(0, shape[0], 2), [rowcol_to_well(r, 0)[:-2] for r in range(0, shape[0], 2)], fontsize=6)
-    ax.set_xticks(np.arange(-.5, shape[1]), minor=True); ax.set_yticks(np.arange(-.5, shape[0]), minor=True)
-    ax.grid(which='minor', color='w', linewidth=.6); ax.grid(which='major', visible=False)
+    ax.set_xticks(np.arange(-.5, shape[1]), minor=True)
+    ax.set_yticks(np.arange(-.5, shape[0]), minor=True)
+    ax.grid(which='minor', color='w', linewidth=.6)
+    ax.grid(which='major', visible=False)
     ax.tick_params(which='both', length=0)
