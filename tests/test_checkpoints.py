@@ -116,7 +116,8 @@ CARRIED = dict(
     reversal=dict(cbs=lambda: [GradientReversal(hidden=8)], batch_by='experiment', batch_groups=2),
     wasserstein=dict(cbs=lambda: [SlicedWasserstein(directions=4)], batch_by='experiment', batch_groups=2),
     unseeded_mix=dict(cbs=lambda: [CutMix(p=.7)]), mixup=dict(cbs=lambda: [MixUp(p=.7)]),
-    accumulation=dict(cbs=lambda: [GradientAccumulation(20)]), half=dict(cbs=lambda: [MixedPrecision('bf16')]),
+    accumulation=dict(cbs=lambda: [GradientAccumulation(20)]), unfinished_accumulation=dict(cbs=lambda: [GradientAccumulation(32)]),
+    average_and_accumulation=dict(cbs=lambda: [EMA(.9), GradientAccumulation(16)]), early=dict(cbs=lambda: [EarlyStoppingCallback('accuracy')]), half=dict(cbs=lambda: [MixedPrecision('bf16')]),
     wells=dict(sites=2, bs=4), plate=dict(norm='plate'), workers=dict(num_workers=1))
 
 @pytest.mark.parametrize('what', CARRIED)

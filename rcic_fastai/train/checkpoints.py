@@ -40,7 +40,8 @@ def _is_key(o):
 def _may_be_state(o):
     "Whether an object of no known form may be more than a tool"
     if isinstance(o, (complex, bytearray)): return True
-    return type(o).__module__.split('.')[0] not in _MADE_AGAIN and not (isinstance(o, (type, Callback, Learner)) or inspect.isroutine(o))
+    is_tool = isinstance(o, (type, np.ufunc, Callback, Learner)) or inspect.isroutine(o)
+    return not is_tool and type(o).__module__.split('.')[0] not in _MADE_AGAIN
 
 # %% ../../nbs/32_train.checkpoints.ipynb #63e80c2d
 def pack_state(
@@ -205,7 +206,8 @@ def load_learner_state(
         if isinstance(p, Tensor): kept.update({k: v.to(p.device) for k, v in kept.items() if isinstance(v, Tensor)})
     for n, p in live['model'].named_parameters():
         g = s['grads'].get(n)
-        p.grad = None if g is None else torch.zeros_like(p) if g is True else g.to(p.device)
+        if isinstance(g, Tensor): g = g.to(p.device, copy=True)      # what was read from a file is a view, which fastai cannot detach
+        p.grad = torch.zeros_like(p) if g is True else g
     for name, cb in _named(learn): vars(cb).update(s['callbacks'].get(name, {}))
     _load_randomness(**s['random'])
 
