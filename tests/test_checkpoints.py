@@ -483,3 +483,22 @@ def test_a_resumed_average_with_saved_models(screen, tmp_path):
     average = {k.removeprefix('callbacks/ema/average/module.'): v for k, v in found.tensors.items() if k.startswith('callbacks/ema/average/module.')}
     same({k: saved[0][k] for k in average}, average)
     assert any(not torch.equal(v, found.tensors[f'model/{k}']) for k, v in average.items()), 'the model in the checkpoint is the trained one'
+
+class Late(Callback):
+    "SIGTERM behind the last batch of a training"
+    order, on = 2000, False
+    def __init__(self, event): setattr(self, event, self.end)
+    def end(self):
+        if self.on and self.epoch == self.n_epoch - 1: os.kill(os.getpid(), signal.SIGTERM)
+
+@pytest.mark.parametrize('event', ['after_validate', 'after_epoch', 'after_fit'])
+def test_a_late_sigterm_ends_the_run(screen, tmp_path, capsys, monkeypatch, event):
+    "The resumed run has nothing to train"
+    new = lambda: make(screen, Late(event))
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+        m.setattr(Late, 'on', True)
+        fit(new(), TWO, folder=tmp_path/'run')
+    assert e.value.code == 143 and 'go on with resume=True' in capsys.readouterr().err
+    again, whole = fit(new(), TWO, folder=tmp_path/'run', resume=True), fit(new(), TWO)
+    same(weights(again), weights(whole))
+    assert str(again.history) == str(whole.history)
