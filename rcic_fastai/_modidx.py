@@ -406,6 +406,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rcic_fastai.core._is_file': ('core.html#_is_file', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core._is_new': ('core.html#_is_new', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core._is_temporary': ('core.html#_is_temporary', 'rcic_fastai/core.py'),
+                                  'rcic_fastai.core._machine': ('core.html#_machine', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core._make': ('core.html#_make', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core._name_once': ('core.html#_name_once', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core._odd': ('core.html#_odd', 'rcic_fastai/core.py'),

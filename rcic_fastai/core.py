@@ -10,7 +10,7 @@ __all__ = ['ScreenError', 'first_few', 'html_text', 'markdown_text', 'terminal_t
 
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 import numpy as np
 
@@ -79,8 +79,13 @@ def csv_name(
     return o[1:] if isinstance(o, str) and o[:1] == "'" and _FORMULA.match(o) else o
 
 # %% ../nbs/00_core.ipynb #b24c0991
+def _machine():
+    "What the numbers of processes are of: this machine, or the container that this is, whatever name it shares with others"
+    try: return platform.node() + os.readlink('/proc/self/ns/pid')
+    except OSError: return platform.node()
+
 # temporary names are of this machine: a folder may be shared with others
-_HOST = f'.{zlib.crc32(platform.node().encode()):08x}-'
+_HOST = f'.{zlib.crc32(_machine().encode()):08x}-'
 _cleaned = {}   # {folder: when it was looked through}
 
 def _alive(pid):
@@ -94,7 +99,8 @@ def _remove_stale(folder):
     for o in os.scandir(folder):
         pid, _, name = o.name.removeprefix(_HOST).partition('.')
         is_ours = o.name.startswith(_HOST) and pid.isdigit() and name and o.is_file(follow_symlinks=False)
-        if is_ours and not _alive(int(pid)): Path(o.path).unlink(missing_ok=True)
+        if is_ours and not _alive(int(pid)):
+            with suppress(OSError): os.unlink(o.path)      # another user's stays
 
 def _clean_once(folder, seconds=60):
     "Remove stale files of `folder`, once per process and minute: many files may be written into it"
@@ -417,7 +423,7 @@ def _began(pid):
         return '' if state in 'ZX' else f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {numbers[18]}"
     except (OSError, IndexError): return None
 
-_held = set()      # locks of this process
+_held = {}      # locks of this process: what each says of its owner
 
 def _owner(): return dict(written_by='rcic_fastai', kind='lock', host=platform.node(), pid=os.getpid(), began=_began(os.getpid()))
 
@@ -487,14 +493,13 @@ class OwnLock:
             if _still_held(self.path, owner):
                 raise ScreenError(f'Process {owner["pid"]} is writing this output ({self.path}): wait for it, or choose another output.')
             if _put_lock(self.path, owner): break
-        _held.add(str(self.path))
+        _held[str(self.path)] = _read_owner(self.path)
         return self
     def release(self):
         "Give the lock back, if it is ours"
-        mine = str(self.path) in _held
-        _held.discard(str(self.path))
+        mine = _held.pop(str(self.path), None)
         try:
-            if mine and _read_owner(self.path) == _owner(): self.path.unlink()
+            if mine and mine['pid'] == os.getpid() and _read_owner(self.path) == mine: self.path.unlink()
         except ScreenError: pass        # something else has its name now
 
 # %% ../nbs/00_core.ipynb #10cc0005
