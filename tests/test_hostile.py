@@ -279,6 +279,27 @@ def test_a_small_table_stays_small(tmp_path, monkeypatch):
     assert all((tmp_path/f).stat().st_size < 2*10**5 for f in ('rows.parquet', 'text.parquet'))
     for f in ('rows.parquet', 'text.parquet'): sentence(lambda: read_files(tmp_path/f), f, 'more')
 
+def packed_columns():
+    "Columns of a hundred times more than a file of their size can hold without tricks, of every kind that has such"
+    import pyarrow as pa
+    long, n = 'x'*10**4, 1000
+    kinds = dict(text=pa.array([long]*n), large=pa.array([long]*n, pa.large_string()), binary=pa.array([long.encode()]*n, pa.binary()),
+                 dictionary=pa.array([long]*n).dictionary_encode(), fixed=pa.array([b'x'*10**3]*10*n, pa.binary(10**3)),
+                 numbers=pa.array([[7]*2*10**6], pa.list_(pa.int64())), texts=pa.array([[long]*n]), of_lists=pa.array([[[long]]*n]),
+                 structure=pa.array([dict(a=[dict(b=long)])]*n), keys=pa.array([[(long, 1)]]*n, pa.map_(pa.string(), pa.int8())))
+    return {**kinds, **(dict(view=kinds['text'].cast(pa.string_view())) if hasattr(pa, 'string_view') else {})}
+
+@pytest.mark.parametrize('kind', packed_columns())
+def test_a_small_column_stays_small(tmp_path, monkeypatch, kind):
+    import pyarrow as pa, pyarrow.parquet as pq
+    from rcic_fastai.screen import tables
+    f = tmp_path/'t.parquet'
+    pq.write_table(pa.table(dict(some=[1]*len(packed_columns()[kind]), a=packed_columns()[kind])), f)
+    whole = tables.read_parquet(f).a
+    assert f.stat().st_size < 2*10**5 and len(whole) == len(packed_columns()[kind])
+    monkeypatch.setattr(tables, '_MOST_TABLE', 10**6)
+    sentence(lambda: tables.read_parquet(f), f.name, 'more')
+
 # ---- packed screens
 
 @pytest.fixture
