@@ -84,6 +84,8 @@ def _unpack(compression, parts, sizes, full):
     if any(len(p) < s for p, s in zip(parts, sizes)): raise ValueError('a strip is too short')
     return b''.join(p[:s].ljust(full, b'\0') for p, s in zip(parts, sizes))
 
+_MOST_TILE = 2**22     # pixels of a tile around a small picture, such as 2048 × 2048
+
 def _tiff_page(f, page, order):
     "The samples of one page [S,H,W], every byte accounted for"
     h, w, s, item = page.imagelength, page.imagewidth, page.samplesperpixel, page.bitspersample//8
@@ -93,7 +95,7 @@ def _tiff_page(f, page, order):
     ny, nx, row = -(-h//th), -(-w//tw), tw*s*item
     counts = {planes*ny*nx, len(page.dataoffsets), len(page.databytecounts)}
     if len(counts) > 1: raise ValueError(f'it has {len(page.dataoffsets)} strips or tiles of {planes*ny*nx}')
-    if ny*th*nx*tw > 2*MOST_PIXELS: raise ValueError(f'its tiles of {th}×{tw} px are too large for {h}×{w} px')
+    if ny*th*nx*tw > min(4*h*w + _MOST_TILE, 2*MOST_PIXELS): raise ValueError(f'its tiles of {th}×{tw} px are too large for {h}×{w} px')
     sizes = [(th if page.is_tiled else min(th, h - y*th))*row for y in range(ny) for _ in range(nx)]*planes
     end, parts = f.seek(0, 2), []
     for start, n in zip(page.dataoffsets, page.databytecounts):
@@ -105,7 +107,8 @@ def _tiff_page(f, page, order):
     x = x.astype(x.dtype.newbyteorder('='), copy=False)
     if page.predictor == 2: x = np.cumsum(x, 4, dtype=x.dtype)
     x = x.transpose(0, 5, 1, 3, 2, 4).reshape(planes*s, ny*th, nx*tw)
-    return x[:, :h, :w]
+    cut = x[:, :h, :w]
+    return cut.copy() if x.size > 2*cut.size else cut      # much that is cut off is not kept
 
 # %% ../../nbs/05_screen.files.ipynb #2bb2799e
 _TIFF_SIGNATURES = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
