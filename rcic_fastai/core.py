@@ -10,7 +10,7 @@ __all__ = ['terminal_text', 'ScreenError', 'first_few', 'as_command', 'option', 
 
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 import numpy as np
@@ -118,8 +118,13 @@ def csv_name(
     return o[1:] if isinstance(o, str) and o[:1] == "'" and _FORMULA.match(o) else o
 
 # %% ../nbs/00_core.ipynb #b24c0991
+def _machine():
+    "Return where the numbers of processes are valid: this machine, or this container, whatever name it shares with others"
+    try: return platform.node() + os.readlink('/proc/self/ns/pid')
+    except OSError: return platform.node()
+
 # temporary names begin with a code of this machine, since several machines may share a folder
-_HOST = f'.{zlib.crc32(platform.node().encode()):08x}-'
+_HOST = f'.{zlib.crc32(_machine().encode()):08x}-'
 _cleaned = {}   # {(process, folder): when it was cleaned}
 
 def _alive(pid):
@@ -133,7 +138,8 @@ def _remove_stale(folder):
     for o in os.scandir(folder):
         pid, _, name = o.name.removeprefix(_HOST).partition('.')
         is_ours = o.name.startswith(_HOST) and pid.isdigit() and name and o.is_file(follow_symlinks=False)
-        if is_ours and not _alive(int(pid)): Path(o.path).unlink(missing_ok=True)
+        if is_ours and not _alive(int(pid)):
+            with suppress(OSError): os.unlink(o.path)      # another user's stays
 
 def _clean_once(folder, seconds=60):
     "Remove stale files of `folder`, once per process and minute: many files may be written into it"
@@ -481,7 +487,7 @@ def _began(pid):
         return '' if state in 'ZX' else f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {numbers[18]}"
     except (OSError, IndexError): return None
 
-_held = set()      # locks of this process
+_held = {}      # locks of this process: what each says of its owner
 
 def _owner():
     "Return what a lock of this process says"
@@ -561,16 +567,15 @@ def acquire(self:OwnLock):
             raise ScreenError(f'Process {owner["pid"]} is writing this output ({self.path}): wait for it, or choose '
                               'another output.')
         if _put_lock(self.path, owner): break
-    _held.add(str(self.path))
+    _held[str(self.path)] = _read_owner(self.path)
     return self
 
 @patch
 def release(self:OwnLock):
     "Remove the lock if it is ours"
-    mine = str(self.path) in _held
-    _held.discard(str(self.path))
+    mine = _held.pop(str(self.path), None)
     try:
-        if mine and _read_owner(self.path) == _owner(): self.path.unlink()
+        if mine and mine['pid'] == os.getpid() and _read_owner(self.path) == mine: self.path.unlink()
     except ScreenError: pass        # another file has its name now
 
 # %% ../nbs/00_core.ipynb #10cc0005

@@ -116,7 +116,8 @@ CARRIED = dict(
     reversal=dict(cbs=lambda: [GradientReversal(hidden=8)], batch_by='experiment', batch_groups=2),
     wasserstein=dict(cbs=lambda: [SlicedWasserstein(directions=4)], batch_by='experiment', batch_groups=2),
     unseeded_mix=dict(cbs=lambda: [CutMix(p=.7)]), mixup=dict(cbs=lambda: [MixUp(p=.7)]),
-    accumulation=dict(cbs=lambda: [GradientAccumulation(20)]), half=dict(cbs=lambda: [MixedPrecision('bf16')]),
+    accumulation=dict(cbs=lambda: [GradientAccumulation(20)]), unfinished_accumulation=dict(cbs=lambda: [GradientAccumulation(32)]),
+    average_and_accumulation=dict(cbs=lambda: [EMA(.9), GradientAccumulation(16)]), early=dict(cbs=lambda: [EarlyStoppingCallback('accuracy')]), half=dict(cbs=lambda: [MixedPrecision('bf16')]),
     wells=dict(sites=2, bs=4), plate=dict(norm='plate'), workers=dict(num_workers=1))
 
 @pytest.mark.parametrize('what', CARRIED)
@@ -482,3 +483,22 @@ def test_a_resumed_average_with_saved_models(screen, tmp_path):
     average = {k.removeprefix('callbacks/ema/average/module.'): v for k, v in found.tensors.items() if k.startswith('callbacks/ema/average/module.')}
     same({k: saved[0][k] for k in average}, average)
     assert any(not torch.equal(v, found.tensors[f'model/{k}']) for k, v in average.items()), 'the model in the checkpoint is the trained one'
+
+class Late(Callback):
+    "SIGTERM behind the last batch of a training"
+    order, on = 2000, False
+    def __init__(self, event): setattr(self, event, self.end)
+    def end(self):
+        if self.on and self.epoch == self.n_epoch - 1: os.kill(os.getpid(), signal.SIGTERM)
+
+@pytest.mark.parametrize('event', ['after_validate', 'after_epoch', 'after_fit'])
+def test_a_late_sigterm_ends_the_run(screen, tmp_path, capsys, monkeypatch, event):
+    "The resumed run has nothing to train"
+    new = lambda: make(screen, Late(event))
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
+        m.setattr(Late, 'on', True)
+        fit(new(), TWO, folder=tmp_path/'run')
+    assert e.value.code == 143 and 'go on with resume=True' in capsys.readouterr().err
+    again, whole = fit(new(), TWO, folder=tmp_path/'run', resume=True), fit(new(), TWO)
+    same(weights(again), weights(whole))
+    assert str(again.history) == str(whole.history)

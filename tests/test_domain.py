@@ -1,6 +1,8 @@
 "Terms against batch effects and averaged weights where they are easily wrong: mixed precision, nothing to compare, a validation outside a fit."
 import pytest, torch
-from fastai.vision.all import Callback, CancelEpochException, CancelFitException, CancelValidException, L, MixedPrecision, SaveModelCallback
+from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
+                               CancelStepException, CancelTrainException, CancelValidException, GradientAccumulation, L, MixedPrecision,
+                               SaveModelCallback)
 from torch.amp import GradScaler, autocast
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from rcic_fastai.train.cutmix import CutMix
@@ -241,3 +243,29 @@ def test_groups_of_reordered_batches_are_those_of_the_batch(screen):
     certain(cbs[1], Turn(0))
     assert cbs[1].terms[0] == pytest.approx(cbs[0].terms[0], rel=1e-4)
     with pytest.raises(ScreenError, match='reorders the samples of some batches'): fit(make(screen), cbs[2], Turn(1))
+
+class Skip(Callback):
+    "Cancels a part of each epoch, as fastai's own callbacks do"
+    order = 90
+    def __init__(self, event, what): setattr(self, event, self.cancel); self.what = what
+    def cancel(self):
+        if self.training and self.iter: raise self.what
+
+def begun(screen, *cbs):
+    "Weights and buffers at the begin of each epoch"
+    class Note(Callback):
+        def before_epoch(self): seen.append(state(self.model))
+    seen = []
+    fit(make(screen), *cbs, Note(), epochs=4)
+    return seen
+
+CANCELED = dict(accumulated=lambda: GradientAccumulation(24), batch=lambda: Skip('before_batch', CancelBatchException),
+                backward=lambda: Skip('before_backward', CancelBackwardException), step=lambda: Skip('before_step', CancelStepException),
+                training=lambda: Skip('before_batch', CancelTrainException))
+
+@pytest.mark.parametrize('what', CANCELED)
+def test_what_is_canceled_inside_an_epoch_leaves_the_training_weights_alone(screen, what):
+    "An average changes nothing of a training, whatever is skipped in it"
+    alone, averaged = begun(screen, CANCELED[what]()), begun(screen, CANCELED[what](), EMA(.5))
+    assert len(alone) == 4 and not torch.equal(alone[1], alone[3])
+    for a, b in zip(alone, averaged): assert torch.equal(a, b)

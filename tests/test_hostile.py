@@ -181,6 +181,18 @@ def test_paths_in_a_plate_stay_in_it(tmp_path):
         (field/'.zattrs').write_text(json.dumps(doc))
         sentence(lambda: read_plates(tmp_path/'p.zarr', progress=False), 'B/2/0')
 
+@pytest.mark.parametrize('fmt', [2, 3])
+@pytest.mark.parametrize('depth', [300, 500, 700, 900, 2000, 10**5])
+def test_lists_in_lists_in_the_metadata_of_a_field(tmp_path, fmt, depth):
+    from rcic_fastai.screen.plates import read_plates
+    field = plate(tmp_path/'p.zarr', fmt)
+    (v2_array if fmt == 2 else v3_array)(field, np.full(64, 5, '<u2').tobytes(), **({} if fmt == 2 else dict(codecs=[BYTES])))
+    doc = field/('.zattrs' if fmt == 2 else 'zarr.json')
+    doc.write_text(doc.read_text().replace('"multiscales"', '"deep": ' + '['*depth + ']'*depth + ', "multiscales"'))
+    try: read_plates(tmp_path/'p.zarr', progress=False)
+    except ScreenError as e: assert 'B/2/0' in str(e) and '\n' not in str(e)
+    else: assert depth < 1000
+
 # ---- pictures
 
 def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
@@ -261,6 +273,34 @@ def test_a_small_picture_stays_small(tmp_path):
         '''
     assert len(limited(code, tmp_path, *names, room=150)) == 2*len(names)
 
+def stack(n, h, w, tile):
+    "A TIFF of `n` pages of h × w px, all in the same tile, which is larger than they are"
+    data = zlib.compress(bytes(tile[0]*tile[1]), 9)
+    entries = {256: w, 257: h, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile[1], 323: tile[0], 324: 8, 325: len(data)}
+    out = struct.pack('<2sHI', b'II', 42, 8 + len(data) + len(data) % 2) + data + b'\0'*(len(data) % 2)
+    for i in range(n):
+        page = struct.pack('<H', len(entries)) + b''.join(struct.pack('<HHII', k, 4, 1, v) for k, v in sorted(entries.items()))
+        out += page + struct.pack('<I', (len(out) + len(page) + 4)*(i < n-1))
+    return out
+
+@POSIX
+def test_a_small_stack_stays_small(tmp_path):
+    "Tiles that are larger than the picture: a channel a page, and a row a page"
+    for name, data in {'fine.tif': stack(16, 8, 8, (1024, 1024)), 'fine rows.tif': stack(100, 8, 6, (1024, 1024)),
+                       'tiles.tif': stack(16, 8, 8, (8192, 8192)), 'rows.tif': stack(100, 8, 6, (8192, 8192))}.items():
+        assert len(data) < 10**5
+        (tmp_path/name).write_bytes(data)
+    code = '''
+        from rcic_fastai.screen.files import read_planes
+        folder = Path(sys.argv[1])
+        read_planes(folder/'fine.tif', 16)
+        limit(ROOM)
+        assert read_planes(folder/'fine.tif', 16).shape == (16, 8, 8) and read_planes(folder/'fine rows.tif', 6).shape == (6, 100, 8)
+        refused('tiles.tif', lambda: read_planes(folder/'tiles.tif', 16))
+        refused('rows.tif', lambda: read_planes(folder/'rows.tif', 6))
+        '''
+    assert len(limited(code, tmp_path, room=60)) == 2
+
 # ---- tables
 
 @POSIX
@@ -278,6 +318,27 @@ def test_a_small_table_stays_small(tmp_path, monkeypatch):
     pd.DataFrame(dict(a=['x'*10**5]*100)).to_parquet(tmp_path/'text.parquet')
     assert all((tmp_path/f).stat().st_size < 2*10**5 for f in ('rows.parquet', 'text.parquet'))
     for f in ('rows.parquet', 'text.parquet'): sentence(lambda: read_files(tmp_path/f), f, 'more')
+
+def packed_columns():
+    "Columns of a hundred times more than a file of their size can hold without tricks, of every kind that has such"
+    import pyarrow as pa
+    long, n = 'x'*10**4, 1000
+    kinds = dict(text=pa.array([long]*n), large=pa.array([long]*n, pa.large_string()), binary=pa.array([long.encode()]*n, pa.binary()),
+                 dictionary=pa.array([long]*n).dictionary_encode(), fixed=pa.array([b'x'*10**3]*10*n, pa.binary(10**3)),
+                 numbers=pa.array([[7]*2*10**6], pa.list_(pa.int64())), texts=pa.array([[long]*n]), of_lists=pa.array([[[long]]*n]),
+                 structure=pa.array([dict(a=[dict(b=long)])]*n), keys=pa.array([[(long, 1)]]*n, pa.map_(pa.string(), pa.int8())))
+    return {**kinds, **(dict(view=kinds['text'].cast(pa.string_view())) if hasattr(pa, 'string_view') else {})}
+
+@pytest.mark.parametrize('kind', packed_columns())
+def test_a_small_column_stays_small(tmp_path, monkeypatch, kind):
+    import pyarrow as pa, pyarrow.parquet as pq
+    from rcic_fastai.screen import tables
+    f = tmp_path/'t.parquet'
+    pq.write_table(pa.table(dict(some=[1]*len(packed_columns()[kind]), a=packed_columns()[kind])), f)
+    whole = tables.read_parquet(f).a
+    assert f.stat().st_size < 2*10**5 and len(whole) == len(packed_columns()[kind])
+    monkeypatch.setattr(tables, '_MOST_TABLE', 10**6)
+    sentence(lambda: tables.read_parquet(f), f.name, 'more')
 
 # ---- packed screens
 

@@ -67,6 +67,15 @@ def test_other_locks_stay(tmp_path, text, says):
     with pytest.raises(ScreenError, match=says) as e: OwnLock(tmp_path/'out').acquire()
     assert 'out.lock' in str(e.value) and (tmp_path/'out.lock').read_text() == text
 
+def test_a_machine_that_gets_another_name_meanwhile(tmp_path, monkeypatch):
+    with only_one(tmp_path/'out'): monkeypatch.setattr(core.platform, 'node', lambda: 'elsewhere')
+    assert not (tmp_path/'out.lock').exists()
+
+def test_a_child_does_not_release_the_lock_of_its_parent(tmp_path):
+    with only_one(tmp_path/'out') as lock:
+        os.waitpid(forked(lock.release), 0)
+        assert json.loads((tmp_path/'out.lock').read_text())['pid'] == os.getpid()
+
 def test_of_many_that_find_a_stale_lock_one_at_a_time_gets_it(tmp_path):
     for turn in range(5):
         out = tmp_path/str(turn)

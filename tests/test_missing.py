@@ -5,6 +5,7 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.screen import Screen
 from rcic_fastai.embed.table import read_embeddings, write_embeddings
 from rcic_fastai.predict.predict import read_predictions, write_predictions
+from rcic_fastai.results.evaluate import right_wrong
 from rcic_fastai.screen.files import read_files
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.screen.pack import pack_screen
@@ -112,3 +113,11 @@ def test_predictions(tmp_path, target):
     for c in pred: same(back[c], pred[c])
     (tmp_path/'q.csv').write_text(f'id_code,{target}\na,NA\nb,\n')
     with pytest.raises(ScreenError, match='empty cell in row 3'): read_predictions(tmp_path/'q.csv')
+
+@pytest.mark.parametrize('empty', [None, np.nan, pd.NA])
+def test_no_candidate_is_not_a_candidate_of_that_name(empty):
+    "With few classes allowed, a well has fewer candidates than others"
+    names = ['None', 'nan', '<NA>', 's1']
+    t = sites(names + ['s2']*(len(WELLS) - 4)).iloc[:5]
+    pred = pd.DataFrame(dict(id_code=t.well_id, sirna='s1', top_1='s1', top_2=pd.Series([empty, empty, empty, empty, 's1'], dtype=object)))
+    assert right_wrong(pred, t)['rank'].fillna(0).tolist() == [0, 0, 0, 1, 0]

@@ -10,7 +10,8 @@ from rcic_fastai.embed.embed import embed_screen, row_protocols, weights_fingerp
 from rcic_fastai.embed.index import EmbeddingIndex
 
 from rcic_fastai.folder import load_model
-from rcic_fastai.model.model import EXTRA, create_screen_model, provenance, read_provenance, set_provenance
+from rcic_fastai.model.backbones import create_backbone
+from rcic_fastai.model.model import EXTRA, ScreenModel, create_screen_model, provenance, read_provenance, set_provenance
 from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.predict.pseudo import *
 from rcic_fastai.screen.images import PngTree
@@ -149,6 +150,15 @@ def test_a_model_that_begins_with_weights_begins_with_their_past(screen, taught,
     assert 'learned the labels of HUVEC-01 before' in (m.folder/'README.md').read_text()
     assert any('HUVEC-01' in n and 'never seen' in n for n in m.screen_notes(screen))
     assert m.config['metrics']['protocol'] == 'transductive' and 'not trained on last, but before' in (m.folder/'README.md').read_text()
+
+@pytest.mark.parametrize('route', [k for k in PRETRAINED if not k.startswith(('folder', 'old'))])
+def test_a_model_on_a_backbone_with_these_weights_has_their_past(taught, folder, tmp_path, route):
+    "Put together by hand"
+    weights = PRETRAINED[route](taught, folder, tmp_path)
+    model = ScreenModel(create_backbone(taught.model.arch, 6, weights), 3)
+    assert provenance(model) == KNOWN
+    fresh = ScreenModel(create_backbone(taught.model.arch, 6), 3)
+    assert provenance(fresh) == dict(trained_experiments=[], pseudo_experiments=[])
 
 def test_weights_of_others_have_no_past(tmp_path):
     model = create_screen_model('test_resnet', 3)

@@ -60,3 +60,39 @@ def test_a_folder_is_looked_through_again_later(tmp_path, monkeypatch):
     monkeypatch.setattr(time, 'monotonic', lambda: real() + 61)
     write_many(tmp_path, 1)
     assert not stale.exists()
+
+def test_what_another_user_left_is_in_nobodys_way(tmp_path, monkeypatch):
+    "In a folder where each may remove only what is their own"
+    stale = tmp_path/f'{core._HOST}{ended()}.theirs.txt'
+    stale.write_text('x')
+    real = os.unlink
+    def unlink(path, *args, **kw):
+        if os.fspath(path) == str(stale): raise PermissionError(1, 'Operation not permitted', str(path))
+        real(path, *args, **kw)
+    monkeypatch.setattr(os, 'unlink', unlink)
+    monkeypatch.setattr(core, '_cleaned', {}, raising=False)
+    write_atomic(tmp_path/'new.txt', lambda p: p.write_text('x'))
+    with core.only_one(tmp_path/'out'): pass
+    assert sorted(os.listdir(tmp_path)) == sorted([stale.name, 'new.txt'])
+
+APART = ['unshare', '--user', '--map-root-user', '--pid', '--fork', '--mount-proc']
+
+def can_be_apart():
+    try: return not subprocess.run([*APART, 'true'], capture_output=True).returncode
+    except OSError: return False
+
+@pytest.mark.skipif(not can_be_apart(), reason='this machine gives processes no numbers of their own')
+def test_containers_of_one_name_leave_each_other_alone(tmp_path):
+    "Each numbers its processes itself, so that a number says nothing of the other's"
+    code = ('import sys; from pathlib import Path; from rcic_fastai.core import write_atomic\n'
+            'def slow(p): p.write_text("half"); print("now", flush=True); sys.stdin.readline(); p.write_text("whole")\n'
+            'write_atomic(Path(sys.argv[1]), slow)')
+    many = 'for i in 1 2 3 4 5 6 7 8 9; do /bin/true; done; "$0" "$@"; exit $?'      # a number that the other does not have
+    p = subprocess.Popen([*APART, 'sh', '-c', many, sys.executable, '-W', 'ignore', '-c', code, tmp_path/'a.txt'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    p.stdout.readline()
+    begun, = os.listdir(tmp_path)
+    other = 'import sys; from pathlib import Path; from rcic_fastai.core import write_atomic; write_atomic(Path(sys.argv[1]), lambda p: p.write_text("x"))'
+    subprocess.run([*APART, sys.executable, '-W', 'ignore', '-c', other, tmp_path/'b.txt'], check=True)
+    assert begun in os.listdir(tmp_path)
+    p.communicate(b'\n')
+    assert p.returncode == 0 and (tmp_path/'a.txt').read_text() == 'whole'

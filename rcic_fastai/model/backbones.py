@@ -444,6 +444,7 @@ def create_backbone(
     source = 'the package or hub' if pretrained in (True, 'lite0') else pretrained
     model = _assemble(net, family, arch, n_channels, stem, None if own else state, source)
     if own: _load_own(model, state, stem, source)
+    model.weights = None if pretrained in (None, False, True, 'lite0') else pretrained      # a model asks it for its past
     model.config = dict(arch=arch, n_channels=n_channels, bn_momentum=bn_momentum, **kwargs)
     for m in model.modules():
         if bn_momentum is not None and isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = bn_momentum

@@ -58,6 +58,7 @@ class ScreenModel(nn.Module):
         self.neck = create_neck(neck, self.n_pooled, emb_dim, dropout)
         self.classifier = CosineClassifier(self.n_pooled if neck == 'identity' else emb_dim, n_classes)
         self.loss = loss_from_config(loss, n_classes)
+        if getattr(backbone, 'weights', None) is not None: set_provenance(self, read_provenance(backbone.weights))
 
 # %% ../../nbs/23_model.model.ipynb #80ab377d
 def _check(model, x):
@@ -212,10 +213,8 @@ def create_screen_model(
     is_folder = is_path and (Path(pretrained)/'weights.safetensors').is_file()
     if is_folder: pretrained = Path(pretrained)/'weights.safetensors'
     backbone = create_backbone(arch, n_channels, pretrained, stem, **kwargs)
-    model = ScreenModel(backbone, n_classes, metadata, inputs, emb_dim=emb_dim, neck=neck, meta_dim=meta_dim,
-                        meta_dropout=meta_dropout, dropout=dropout, loss=loss, use_metadata=use_metadata)
-    if is_path: set_provenance(model, read_provenance(pretrained))
-    return model
+    return ScreenModel(backbone, n_classes, metadata, inputs, emb_dim=emb_dim, neck=neck, meta_dim=meta_dim,
+                       meta_dropout=meta_dropout, dropout=dropout, loss=loss, use_metadata=use_metadata)
 
 # %% ../../nbs/23_model.model.ipynb #011ea333
 PARTS = ('stem', 'body', 'metadata', 'neck', 'classifier')

@@ -90,7 +90,8 @@ def right_wrong(
     _check_names(out['predicted'], table, target)
     out['right'] = out.predicted == out.truth
     if tops := _candidates(pred, target):
-        hit = pred[tops].astype(str).to_numpy() == out.truth.to_numpy()[:, None]
+        is_there = pred[tops].notna().to_numpy()      # older pandas writes 'None' for no candidate
+        hit = is_there & (pred[tops].astype(str).to_numpy() == out.truth.to_numpy()[:, None])
         out['rank'] = pd.array(np.where(hit.any(1), hit.argmax(1) + 1, 0), dtype='Int64')
         out['rank'] = out['rank'].mask(out['rank'] == 0)
     return out.join(rows[['experiment', 'cell_type', 'plate', 'well', 'well_type']].reset_index(drop=True))

@@ -95,6 +95,8 @@ def _strips(f, page, full):
         parts.append(f.read(n))
     return parts
 
+_MOST_TILE = 2**22     # pixels of a tile around a small picture, such as 2048 × 2048
+
 def _tiff_page(f, page, order):
     "Return the samples of one page [S,H,W], every byte accounted for"
     h, w, s, item = page.imagelength, page.imagewidth, page.samplesperpixel, page.bitspersample//8
@@ -104,7 +106,7 @@ def _tiff_page(f, page, order):
     ny, nx, row = -(-h//th), -(-w//tw), tw*s*item
     counts = {planes*ny*nx, len(page.dataoffsets), len(page.databytecounts)}
     if len(counts) > 1: raise ValueError(f'it has {len(page.dataoffsets)} strips or tiles of {planes*ny*nx}')
-    if ny*th*nx*tw > 2*MOST_PIXELS: raise ValueError(f'its tiles of {th}×{tw} px are too large for {h}×{w} px')
+    if ny*th*nx*tw > min(4*h*w + _MOST_TILE, 2*MOST_PIXELS): raise ValueError(f'its tiles of {th}×{tw} px are too large for {h}×{w} px')
     heights = [th if page.is_tiled else min(th, h - y*th) for y in range(ny)]
     sizes = np.tile(np.repeat(heights, nx)*row, planes).tolist()
     raw = _unpack(int(page.compression), _strips(f, page, th*row), sizes, th*row)
@@ -112,7 +114,8 @@ def _tiff_page(f, page, order):
     x = x.astype(x.dtype.newbyteorder('='), copy=False)
     if page.predictor == 2: x = np.cumsum(x, 4, dtype=x.dtype)
     x = x.transpose(0, 5, 1, 3, 2, 4).reshape(planes*s, ny*th, nx*tw)
-    return x[:, :h, :w]
+    cut = x[:, :h, :w]
+    return cut.copy() if x.size > 2*cut.size else cut      # much that is cut off is not kept
 
 # %% ../../nbs/05_screen.files.ipynb #2bb2799e
 _TIFF_SIGNATURES = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')

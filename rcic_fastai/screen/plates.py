@@ -455,8 +455,10 @@ def _open_field(folder, t, z, named, known):
     fmt, text = _group(folder)
     if fmt is None: return None
     attrs, omero = _attributes(folder, 'image', fmt, text)
-    attrs = _alike(attrs)
-    axes, path = _once(known, (fmt, json.dumps(attrs)), lambda: _image(folder, fmt, attrs))
+    with _sentence(f'the image metadata of {folder} cannot be used', 'correct it, or copy the plate again'):
+        attrs = _alike(attrs)      # lists in lists without end
+        kind = fmt, json.dumps(attrs)
+    axes, path = _once(known, kind, lambda: _image(folder, fmt, attrs))
     array = _text(os.path.join(folder, path, 'zarr.json' if fmt == 3 else '.zarray'))
     if array is None: return None
     layout = _once(known, (fmt, axes, array), lambda: _layout(folder, path, fmt, array, axes, t, z))

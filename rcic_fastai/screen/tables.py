@@ -114,30 +114,45 @@ def write_csv(
     "Write a table as CSV that `read_csv` reads back"
     return write_atomic(path, lambda p: table.to_csv(p, index=False, na_rep=''))
 
-# %% ../../nbs/01_screen.tables.ipynb #f4c45a77
+# %% ../../nbs/01_screen.tables.ipynb #ad39b602
+def _dictionaries(array):
+    "The dictionaries in an Arrow array, however deep in lists and structures"
+    import pyarrow.types as kind
+    if kind.is_dictionary(array.type): yield array
+    elif kind.is_struct(array.type): parts = [array.field(i) for i in range(array.type.num_fields)]
+    elif kind.is_map(array.type): parts = [array.keys, array.items]
+    else: parts = [array.values] if hasattr(array, 'values') else []
+    if not kind.is_dictionary(array.type):
+        for part in parts: yield from _dictionaries(part)
+
 def _most_text(table):
-    "Return how many bytes the text of an Arrow table takes, in columns that are read as dictionaries"
-    import pyarrow as pa, pyarrow.compute as pc
-    total = 0
-    for column in table.columns:
-        if not pa.types.is_dictionary(column.type): continue
-        for c in column.chunks: total += pc.sum(pc.take(pc.binary_length(c.dictionary), c.indices)).as_py() or 0
-    return total
+    "How many bytes the text of an Arrow table takes, of columns that are read as dictionaries"
+    import pyarrow.compute as pc
+    found = [d for column in table.columns for c in column.chunks for d in _dictionaries(c)]
+    return sum(pc.sum(pc.take(pc.binary_length(d.dictionary), d.indices)).as_py() or 0 for d in found)
+
+# %% ../../nbs/01_screen.tables.ipynb #f4c45a77
+def _values(metadata):
+    "Return how many values each column of a parquet file has, those in its lists counted"
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return [sum(g.column(j).num_values for g in groups) for j in range(metadata.num_columns)]
 
 def read_parquet(
     path, # Parquet file
     columns=None, # Columns to read; `None`: all
 )->pd.DataFrame:
     "Read a parquet file; raise a `ScreenError` when it unpacks to too much: a few bytes can hold a billion rows"
-    import pyarrow as pa, pyarrow.parquet as pq
+    import pyarrow.parquet as pq
     with open_plain(path, _MOST_TABLE) as f:
         file = pq.ParquetFile(f)
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-        cells = file.metadata.num_rows*max(file.metadata.num_columns, 1)
+        values, leaves = _values(file.metadata), [file.schema.column(i) for i in range(file.metadata.num_columns)]
+        cells = max(sum(values), file.metadata.num_rows)
         if max(size, 8*cells) > _MOST_TABLE:
             raise ScreenError(f'{path} holds {cells:,} cells, more than are read: split it.')
-        text = [c.name for c in file.schema_arrow if pa.types.is_string(c.type) or pa.types.is_large_string(c.type)]
-        if _most_text(pq.ParquetFile(f, read_dictionary=text).read(text)) > _MOST_TABLE:
+        fixed = sum(n*l.length for n, l in zip(values, leaves))      # bytes, where all values have as many
+        text = [l.path for l in leaves if l.physical_type == 'BYTE_ARRAY']
+        if fixed + _most_text(pq.ParquetFile(f, read_dictionary=text).read(text)) > _MOST_TABLE:
             raise ScreenError(f'{path} holds more text than is read ({_MOST_TABLE:,} bytes): split it.')
         f.seek(0)
         return pd.read_parquet(f, columns=columns)

@@ -45,7 +45,7 @@ def _is_key(o):
 def _may_be_state(o):
     "Check whether an object of no known form may be more than a tool"
     if isinstance(o, (complex, bytearray)): return True
-    is_tool = isinstance(o, (type, Callback, Learner)) or inspect.isroutine(o)
+    is_tool = isinstance(o, (type, np.ufunc, Callback, Learner)) or inspect.isroutine(o)
     return not is_tool and type(o).__module__.split('.')[0] not in _MADE_AGAIN
 
 # %% ../../nbs/32_train.checkpoints.ipynb #39cf1891
@@ -315,8 +315,8 @@ def _load_grads(model, grads):
     "Put gradients back: a tensor, zeros (True), or none"
     for n, p in model.named_parameters():
         g = grads.get(n)
-        if g is None: p.grad = None
-        else: p.grad = torch.zeros_like(p) if g is True else g.to(p.device)
+        if isinstance(g, Tensor): g = g.to(p.device, copy=True)      # what was read from a file is a view, which fastai cannot detach
+        p.grad = torch.zeros_like(p) if g is True else g
 
 def _load_randomness(python, numpy, torch, cuda):
     random.setstate(python)

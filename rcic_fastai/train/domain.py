@@ -307,8 +307,8 @@ def _training_weights_back(learn, f, event_type, *args, **kwargs):
     "Run `Learner._with_events`; after an epoch, however it ended, put the training weights back"
     try: type(learn)._with_events(learn, f, event_type, *args, **kwargs)
     except CancelFitException: raise
-    except BaseException:
-        vars(learn).pop('_with_events', None)      # the fit ends here, without `after_fit`
+    except BaseException:      # out of a batch it may only cancel the batch or the training of the epoch
+        if event_type == 'epoch': vars(learn).pop('_with_events', None)      # the fit ends here, without `after_fit`
         raise
     finally:
         if event_type == 'epoch':

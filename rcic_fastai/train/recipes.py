@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'Stage', 'Recipe', 'recipe_from_dict', 'get_recipe', 'part_lrs', 'StageHistory']
 
 # %% ../../nbs/33_train.recipes.ipynb #ed601dd4
-import hashlib, inspect, json, time
+import hashlib, inspect, json, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from fastai.vision.all import *
@@ -207,6 +207,12 @@ def _new_rates(found, facts):
         a['lr'] = b['lr']
     return {**found.facts, 'recipe': {**found.facts.get('recipe', {}), 'stages': then}}
 
+# %% ../../nbs/33_train.recipes.ipynb #9a34eaa5
+def _end_late():
+    "End as `Checkpoint` does, when SIGTERM came behind the last batch that it looked at"
+    print('SIGTERM came when the last epoch was over: continue with resume=True (--resume).', file=sys.stderr)
+    raise SystemExit(143)
+
 # %% ../../nbs/33_train.recipes.ipynb #7ffcf8ca
 def _begin(folder, resume, facts):
     "Return the checkpoint to continue from, the first stage to run, the rows of finished stages and the seconds spent"
@@ -258,5 +264,7 @@ def fit_recipe(self:Learner,
                                        cbs=[log, *_stage_cbs(stage, seed + i), *L(cbs)])
             reached.append(_reached(stage, log, start))
             found, spent = None, 0.
+        with agreed():
+            if came.is_set(): _end_late()
     self.history = pd.DataFrame(log.rows)
     return pd.DataFrame(reached).dropna(axis=1, how='all')
