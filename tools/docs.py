@@ -7,6 +7,7 @@ PROJECT is a scratch copy (nbdev writes its `_proc` folder there; `sync.py` make
 """
 import ast, base64, hashlib, html, json, os, re, shutil, sys
 from configparser import ConfigParser
+from html.parser import HTMLParser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +20,7 @@ NOT_READ = 'output-file is not read'   # nbdev writes that option for Quarto; th
 LINK = re.compile(r'\[(`[^`\]]+`)\]\([^)\s]+\)')
 # nbdev links each name between backticks, also inside a link
 NESTED = re.compile(r'\[(?P<text>[^\[\]]{0,200}(?:\[`[^`\]]+`\]\([^)\s]+\)[^\[\]]{0,200})+)\]\((?P<to>[^)\s]+)\)')
+REPOSITORY = 'REPOSITORY_URL'   # stands for the address of the repository in index.ipynb
 NUMBER = re.compile(r'^(\d+)([a-z]?)_')
 SECTIONS = [('The screen', range(0, 10)), ('Batches', range(10, 20)), ('The model', range(20, 30)),
             ('Training', range(30, 40)), ('Embeddings', range(40, 50)), ('Predictions', range(50, 60)),
@@ -46,11 +48,28 @@ def number(nb):
 def text_of(value): return value if isinstance(value, str) else ''.join(value)
 
 
-def repository(project):
-    "The address of the repository, which stands in settings.ini."
+def settings(project):
+    "Return what settings.ini says, the only place for addresses."
     parser = ConfigParser(delimiters=['='], interpolation=None)
     parser.read(project/'settings.ini', encoding='utf-8')
-    return f"https://github.com/{parser['DEFAULT']['user']}/{parser['DEFAULT']['repo']}"
+    return parser['DEFAULT']
+
+
+def repository(project):
+    "Return the address of the repository."
+    told = settings(project)
+    return f"https://github.com/{told['user']}/{told['repo']}"
+
+
+def pages_url(project):
+    "Return the address of the pages, without a slash at the end."
+    return settings(project)['doc_url'].format_map(settings(project)).rstrip('/')
+
+
+def raw_url(project):
+    "Return the address under which GitHub serves the files of the repository as they are."
+    told = settings(project)
+    return f"https://raw.githubusercontent.com/{told['user']}/{told['repo']}/{told['branch']}"
 
 
 def sidebar(nbs):
@@ -105,6 +124,7 @@ def plain_names(proc, nbs):
         text = NESTED.sub(lambda m: '[' + LINK.sub(r'\1', m['text']) + f"]({m['to']})", text)
         text = re.sub(r'\]\((?:\.\./|nbs/)?([\w.-]+\.ipynb)(#[^)]*)?\)',
                       lambda m: f"]({pages.get(m[1], m[1])}{m[2] or ''})", text)
+        if nb.stem == 'index': text = text.replace(REPOSITORY, repository(proc.parent))
         (proc/nb.name).unlink()
         (proc/pages[nb.name]).write_text(text, encoding='utf-8')
     bar = (proc.parent/'nbs'/'sidebar.yml').read_text(encoding='utf-8')
@@ -192,27 +212,68 @@ def llms_text(nbs):
     return '\n'.join(lines) + '\n'
 
 
+class _Table(HTMLParser):
+    "Collect the rows of the first table of a page, and the text of the paragraphs after it."
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.paragraphs, self.into = [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == 'tr': self.rows.append([])
+        if tag in ('th', 'td'): self.into = self.rows[-1]
+        if tag == 'p': self.into = self.paragraphs
+        if tag in ('th', 'td', 'p'): self.into.append('')
+
+    def handle_endtag(self, tag):
+        if tag in ('th', 'td', 'p'): self.into = None
+
+    def handle_data(self, data):
+        if self.into is not None: self.into[-1] += data
+
+
+def markdown_table(text):
+    "Return an HTML table, such as that of a DataFrame, as Markdown; a table with numbered rows loses their numbers."
+    found = _Table(text)
+    head, *rows = found.rows
+    if not head or any(len(r) != len(head) for r in rows): raise SystemExit(f'docs: a table of index.ipynb is not a plain one: {head}')
+    is_numbered = all(r[0].isdigit() for r in rows) and not head[0].strip()
+    lines = [[c.strip().replace('|', r'\|') for c in r[is_numbered:]] for r in [head, *rows]]
+    lines.insert(1, ['---']*len(lines[0]))
+    return '\n\n'.join(['\n'.join('| ' + ' | '.join(r) + ' |' for r in lines), *found.paragraphs])
+
+
+def readme_output(output, alt, picture):
+    "Return one output of a cell as Markdown; a picture has the description `alt` and the address `picture`."
+    data = output.get('data', {})
+    if 'image/png' in data: return f'![{alt}]({picture})'
+    if 'text/markdown' in data: return text_of(data['text/markdown']).strip()
+    if 'text/html' in data: return markdown_table(text_of(data['text/html']))
+    plain = text_of(data.get('text/plain') or output.get('text', '')).strip('\n').rstrip()
+    return plain and f'```\n{plain}\n```'
+
+
+def readme_text(text, project):
+    "Return the Markdown of a cell with the addresses of the repository and of the pages, since PyPI shows it, too."
+    page = re.compile(r'\]\((?:nbs/)?([\w.-]+)\.ipynb(#[^)]*)?\)')
+    text = page.sub(lambda m: f"]({pages_url(project)}/{NUMBER.sub('', m[1])}.html{m[2] or ''})", text)
+    return text.replace(REPOSITORY, repository(project))
+
+
 def readme(index):
-    "index.ipynb as Markdown; its pictures are the ones that the docs show."
+    "Return index.ipynb as Markdown; its pictures are the ones that the docs show."
+    project = index.parent.parent
     parts, count = ['<!-- Made from index.ipynb by `make docs`: edit that. -->'], 0
     for cell in json.loads(index.read_text(encoding='utf-8'))['cells']:
         source = text_of(cell['source'])
         option = options(source)
         if 'hide' in option or 'default_exp' in option: continue
         source = re.sub(r'^#\|.*\n?', '', source, flags=re.MULTILINE).strip('\n')
-        if cell['cell_type'] == 'markdown':
-            parts.append(re.sub(r'\]\((?:nbs/)?(\d[\w.]*\.ipynb)', r'](nbs/\1', source))
-            continue
-        if source and option.get('echo') != 'false': parts.append(f'```python\n{source}\n```')
+        if cell['cell_type'] == 'markdown': parts.append(readme_text(source, project))
+        elif source and option.get('echo') != 'false': parts.append(f'```python\n{source}\n```')
         for output in cell.get('outputs', []):
-            data = output.get('data', {})
-            if 'image/png' in data:
-                count += 1
-                parts.append(f"![{option.get('fig-alt', '')}](docs/index_files/{count}.png)")
-            elif 'text/html' in data or 'text/markdown' in data:
-                parts.append(text_of(data.get('text/markdown') or data['text/html']).strip())
-            elif plain := text_of(data.get('text/plain') or output.get('text', '')).rstrip():
-                parts.append(f'```\n{plain}\n```')
+            count += 'image/png' in output.get('data', {})
+            parts.append(readme_output(output, option.get('fig-alt', ''), f'{raw_url(project)}/docs/index_files/{count}.png'))
     return '\n\n'.join(p for p in parts if p) + '\n'
 
 
