@@ -72,8 +72,9 @@ def training_rows(
     return able if norm in ('plate', 'experiment') else rows
 
 # %% ../nbs/71_workflow.ipynb #d0c0e82c
-def _checkpoints(out): return Path(out).with_name(Path(out).name + '.checkpoints')
-def _index_folder(out): return Path(out).with_name(Path(out).name + '.index.part')
+def _beside(out, ending): return Path(os.path.abspath(out) + ending)
+def _checkpoints(out): return _beside(out, '.checkpoints')
+def _index_folder(out): return _beside(out, '.index.part')
 
 def remove_unfinished(
     out, # Model folder
@@ -87,6 +88,7 @@ def is_finished(
 )->bool:
     "Return whether the model was written already; what there was no time to remove is removed"
     if not (Path(out)/'config.json').is_file(): return False
+    read_config(Path(out))       # a ScreenError when this is the config.json of something else
     if not rank_world()[0]:
         MODEL_FOLDER.unmark(out)
         remove_unfinished(out)
@@ -275,7 +277,11 @@ def run_demo(
 )->ScreenResult: # Accuracy by protocol
     "Simulate, pack, train, predict, evaluate and report, in a few minutes"
     check_numbers(seed=seed)
-    out, start = new_folder(out, force), time.time()
+    with only_one(out): return _demo(new_folder(out, force), force, seed)
+
+def _demo(out, force, seed):
+    "Make a demo in a folder that no other run writes"
+    start = time.time()
     if force: clear_demo(out)
     DEMO_FOLDER.make(out)
     _step('simulating a screen', start)

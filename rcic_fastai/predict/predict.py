@@ -310,11 +310,19 @@ def _is_best_five(path):
         with open(path, encoding='utf-8') as f: return f.readline(1000).startswith('id_code,top_')
     except (OSError, ValueError): return False
 
+def _is_predictions(path):
+    "Return whether a file is a CSV as `write_predictions` writes it: id_code and one label"
+    try:
+        with open(path, encoding='utf-8') as f: names = f.readline(1000).strip().split(',')
+    except (OSError, ValueError): return False
+    return len(names) == 2 and names[0] == 'id_code'
+
 def check_beside(
     path, # CSV of predictions, to be written
 ):
-    "Raise a `ScreenError` when the record or the best five would be written over a file that is something else"
-    for f, known, what in ((info_path(path), _is_record, 'a record of predictions'), (top_path(path), _is_best_five, 'the best five of predictions')):
+    "Raise a `ScreenError` when predictions, their record or the best five would be written over a file that is something else"
+    for f, known, what in ((Path(path), _is_predictions, 'a file of predictions'), (info_path(path), _is_record, 'a record of predictions'),
+                           (top_path(path), _is_best_five, 'the best five of predictions')):
         taken = f.exists() or f.is_symlink()
         if taken and not (f.is_file() and known(f)):
             raise ScreenError(f'{f} would be overwritten and is not {what}: choose another name for {Path(path).name}.')
