@@ -178,8 +178,8 @@ h1{font-size:1.7rem;line-height:1.25}h2{font-size:1.2rem;margin-top:2.2rem;borde
 td,th{padding:.25rem .8rem;border-bottom:1px solid #e5e5e5;text-align:right;min-width:5.2rem}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
 thead th{border-bottom:2px solid #999}p.note{color:#555;font-size:.9rem}
-@media(max-width:30rem){body{margin:1rem auto}h1{font-size:1.35rem}table{font-size:.8rem}td,th{padding:.2rem .45rem}
-th:first-child,td:first-child{max-width:7rem}}'''
+@media(max-width:30rem){body{margin:1rem auto}h1{font-size:1.35rem}table{font-size:.72rem}
+td,th{padding:.2rem .25rem;min-width:0}th:first-child,td:first-child{max-width:5.6rem}}'''
 
 def _number(v): return f'{v:.3f}' if v <= 1 else f'{v:g}'
 
