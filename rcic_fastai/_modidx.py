@@ -214,6 +214,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'rcic_fastai/batch/loader.py'),
                                           'rcic_fastai.batch.loader.ScreenDL._named': ( 'batch.loader.html#screendl._named',
                                                                                         'rcic_fastai/batch/loader.py'),
+                                          'rcic_fastai.batch.loader.ScreenDL._read_ahead': ( 'batch.loader.html#screendl._read_ahead',
+                                                                                             'rcic_fastai/batch/loader.py'),
                                           'rcic_fastai.batch.loader.ScreenDL._read_batch': ( 'batch.loader.html#screendl._read_batch',
                                                                                              'rcic_fastai/batch/loader.py'),
                                           'rcic_fastai.batch.loader.ScreenDL._whole': ( 'batch.loader.html#screendl._whole',
