@@ -1377,6 +1377,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'rcic_fastai/screen/download.py'),
                                              'rcic_fastai.screen.download._sums': ( 'screen.download.html#_sums',
                                                                                     'rcic_fastai/screen/download.py'),
+                                             'rcic_fastai.screen.download._unsafe': ( 'screen.download.html#_unsafe',
+                                                                                      'rcic_fastai/screen/download.py'),
                                              'rcic_fastai.screen.download._version': ( 'screen.download.html#_version',
                                                                                        'rcic_fastai/screen/download.py'),
                                              'rcic_fastai.screen.download._wanted': ( 'screen.download.html#_wanted',
