@@ -457,6 +457,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rcic_fastai.core.sync_tree': ('core.html#sync_tree', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.terminal_text': ('core.html#terminal_text', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.write_atomic': ('core.html#write_atomic', 'rcic_fastai/core.py'),
+                                  'rcic_fastai.core.write_json': ('core.html#write_json', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.write_through': ('core.html#write_through', 'rcic_fastai/core.py')},
             'rcic_fastai.embed.correct': { 'rcic_fastai.embed.correct.CenterScale': ( 'embed.correct.html#centerscale',
                                                                                       'rcic_fastai/embed/correct.py'),
