@@ -517,7 +517,7 @@ def test_a_downloaded_screen_opens(server, drawn, tmp_path, capsys, flat):
     assert names(dest/'archives') == ['images.json', 'metadata.json']
     server.log.clear()
     download_rxrx1(dest, 'metadata,images', server.root, **FAST)
-    assert server.log == [] and 'images: there already' in capsys.readouterr().out
+    assert server.log == [] and 'images: already there' in capsys.readouterr().out
     shutil.rmtree(dest/'metadata')
     download_rxrx1(dest, 'all', server.root, **FAST)
     assert len(server.log) == 2 and names(dest/'embeddings') == ['embeddings.csv'] and len(read_metadata(dest)) == len(table)

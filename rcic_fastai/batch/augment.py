@@ -100,8 +100,10 @@ class SiteAffine(AffineCoordTfm):
         size=None, # Output side px, or (height, width); None = unchanged
         **kwargs # For `AffineCoordTfm`: `mode`, `pad_mode`
     ):
-        affs = [f for t in tfms for f in t.aff_fs]
-        coords = [_Perspective(f) if isinstance(t, Warp) else f for t in tfms for f in t.coord_fs]
+        affs, coords = [], []
+        for t in tfms:
+            affs += t.aff_fs
+            coords += [_Perspective(f) for f in t.coord_fs] if isinstance(t, Warp) else t.coord_fs
         super().__init__(affs + list(aff_fs), coords, size=size, **{'align_corners': True, **kwargs})
 
     def before_call(self, b, split_idx):

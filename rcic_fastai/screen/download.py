@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, read_plain, write_atomic
+from ..core import ScreenError, check_choice, read_plain, write_atomic, write_json
 
 # %% ../../nbs/07_screen.download.ipynb #5679654c
 RXRX1_URL = 'https://storage.googleapis.com/rxrx/rxrx1'
@@ -157,7 +157,7 @@ def _receive(url, path, timeout, room, progress):
         _check_room(part.parent, left + room*note['size'], Path(path).name + (', unpacked too,' if room else ''))
         if not have:
             part.unlink(missing_ok=True)
-            write_atomic(_note(path), lambda p: p.write_text(json.dumps(note)))
+            write_json(_note(path), note)
         _pour(r, path, _Bar(left, f'MB {"left " if have else ""}of {Path(path).name}', progress))
     got = part.stat().st_size
     if got != note['size']: raise _Dropped(f'it ended after {_bytes(got)} of {_bytes(note["size"])}')
@@ -350,7 +350,7 @@ def _wanted(what):
     names = [w.strip() for w in what.split(',')] if isinstance(what, str) else list(what or [])
     if names == ['all']: names = list(RXRX1_FILES)
     for n in names or ['']: check_choice('what', n, [*RXRX1_FILES, 'all'])
-    if 'all' in names: raise ScreenError('what names all and others: give all alone, or name the archives.')
+    if 'all' in names: raise ScreenError(f'what names all and others: give all, or some of {", ".join(RXRX1_FILES)}.')
     return list(dict.fromkeys(names))
 
 def _stamp(archive):
@@ -393,10 +393,10 @@ def download_rxrx1(
             continue
         if not archive.is_file():
             fetch_file(f'{base_url.rstrip("/")}/{archive.name}', archive, float(unzip), timeout, retries, wait, progress)
-            if unzip and not keep: write_atomic(fetched, lambda p: p.write_text(json.dumps(_stamp(archive))))
+            if unzip and not keep: write_json(fetched, _stamp(archive))
         if not unzip: continue
         files, size = unpack_archive(archive, dest, name, progress)
-        write_atomic(done, lambda p: p.write_text(json.dumps(dict(archive=archive.name, files=files, bytes=size))))
+        write_json(done, dict(archive=archive.name, files=files, bytes=size))
         if not keep: _remove_fetched(archive, fetched)
         print(f'{name}: {files} file{"s"*(files > 1)} unpacked')
     return dest
