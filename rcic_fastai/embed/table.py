@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from ..core import ScreenError, first_few, write_atomic
 from ..screen.tables import CELL_TYPES, rowcol_to_well
+from .protocol import Protocol
 
 # %% ../../nbs/40_embed.table.ipynb #9212c04b
 META, EMB = 'Metadata_', 'emb_'
@@ -83,6 +84,27 @@ def unit_rows(
     n = np.sqrt((x**2).sum(1, keepdims=True))
     return np.divide(x, n, out=np.zeros_like(x), where=n > 0).astype(np.float32)
 
+# %% ../../nbs/40_embed.table.ipynb #7c5ab12c
+def _check_alike(meta):
+    "Raise a `ScreenError` when rows of one well differ in their correction or in their BatchNorm statistics"
+    for column in ('correction', 'batchnorm'):
+        if column not in meta: continue
+        how = meta[column].astype(object).fillna('none').map(str)
+        is_mixed = how.groupby(meta.well_id).transform('nunique') > 1
+        if not is_mixed.any(): continue
+        well = meta.well_id[is_mixed].iloc[0]
+        raise ScreenError(f'The rows of well {well} differ in {META}{column} ({first_few(sorted(set(how[meta.well_id == well])))}): '
+                          'merge the rows of each kind in a table of their own.')
+
+# %% ../../nbs/40_embed.table.ipynb #49bb3182
+def _well_protocols(meta, wells):
+    "Return the highest protocol of the rows of each of `wells`, and what it says now where no row names one"
+    named = meta[['well_id', 'protocol']].dropna().drop_duplicates()
+    named = named.assign(level=[Protocol(p).level for p in named.protocol]).sort_values('level')
+    highest = named.drop_duplicates('well_id', keep='last').set_index('well_id').protocol.astype(object)
+    found = wells.well_id.map(highest)
+    return found.where(found.notna(), wells.protocol).astype(wells.protocol.dtype)
+
 # %% ../../nbs/40_embed.table.ipynb #b45a7188
 def merge_sites(
     df:pd.DataFrame,   # embeddings table with one row a site
@@ -94,9 +116,11 @@ def merge_sites(
     if 'well_id' not in meta: raise ScreenError(f'The table has no {META}well_id column: sites cannot be merged.')
     if meta.well_id.isna().any():
         raise ScreenError(f'Row {int(np.flatnonzero(meta.well_id.isna())[0])} of the table has no well_id: fill it in.')
+    _check_alike(meta)
     x = pd.DataFrame(unit_rows(emb_features(df)))
     merged = x.groupby(meta.well_id.to_numpy(), sort=False).agg(how)
     first = meta.drop_duplicates('well_id').drop(columns=['site_id', 'site'], errors='ignore')
+    if 'protocol' in first: first = first.assign(protocol=_well_protocols(meta, first))
     n = meta.well_id.map(meta.well_id.value_counts())[first.index]
     return make_emb_table(first.assign(n_sites=n), unit_rows(merged.to_numpy()))
 
