@@ -92,7 +92,7 @@ def _group_options(parser, groups):
             group._group_actions.append(action)
 
 def command_parser(
-    func, # A documented function
+    func, # A documented function; its attribute `groups` names groups of options
     prog:str=None, # Name of the command
 ): # `argparse.ArgumentParser`
     "Make the parser of a command from the documented parameters of its function"
@@ -170,7 +170,7 @@ def download(
     base_url:str='https://storage.googleapis.com/rxrx/rxrx1', # Where the archives are
     keep:store_true=False, # Keep the archives when they have been unpacked
 ):
-    "Download RxRx1 (CC BY-NC-SA 4.0), or what is missing of it; interrupted, the same command continues"
+    "Get RxRx1 (CC BY-NC-SA 4.0), or what is missing of it; interrupted, the same command continues"
     from rcic_fastai.screen.download import download_rxrx1
     download_rxrx1(dest, what, base_url, keep=keep)
 

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['terminal_text', 'ScreenError', 'first_few', 'as_command', 'option', 'check_choice', 'html_text', 'markdown_text',
-           'picture_text', 'csv_text', 'csv_name', 'write_atomic', 'plain_file', 'open_plain', 'read_plain',
-           'parse_json', 'read_json', 'file_facts', 'json_hash', 'is_facts', 'not_the_file', 'check_file', 'sync_path',
-           'sync_tree', 'write_through', 'OwnFolder', 'remove_empty', 'OwnLock', 'only_one', 'digest', 'check_numbers']
+           'picture_text', 'csv_text', 'csv_name', 'write_atomic', 'write_json', 'plain_file', 'open_plain',
+           'read_plain', 'parse_json', 'read_json', 'file_facts', 'json_hash', 'is_facts', 'not_the_file', 'check_file',
+           'sync_path', 'sync_tree', 'write_through', 'OwnFolder', 'remove_empty', 'OwnLock', 'only_one', 'digest',
+           'check_numbers']
 
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from operator import attrgetter
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -163,6 +165,15 @@ def write_atomic(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/00_core.ipynb #4de18a5a
+def write_json(
+    path, # File to write
+    d, # Plain data
+    **kwargs # For `json.dumps`, such as `indent`
+)->Path: # `path`
+    "Write plain data as JSON, completely or not at all"
+    return write_atomic(path, lambda p: p.write_text(json.dumps(d, **kwargs)))
 
 # %% ../nbs/00_core.ipynb #325df471
 _KINDS = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a pipe', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',
@@ -344,7 +355,8 @@ class OwnFolder:
         *files:str, # The files that the library writes there, such as 'images/*.png'; `*` is part of one name
     ):
         self.kind, self.files = kind, files
-        folders = {f.rsplit('/', n)[0] for f in files for n in range(1, f.count('/') + 1)}
+        folders = set()
+        for f in files: folders.update(f.rsplit('/', n)[0] for n in range(1, f.count('/') + 1))
         self._files, self._folders = ([*map(_as_regex, o)] for o in (files, folders))
         OwnFolder.kinds[kind] = self
     def __repr__(self): return f'OwnFolder({self.kind!r})'
@@ -354,7 +366,7 @@ class OwnFolder:
 @patch
 def _within(self:OwnFolder, folder, name=''):
     "Yield (path, name, whether the library wrote it) of everything in a folder; links and folders of others are not entered"
-    for e in sorted(os.scandir(folder), key=lambda e: e.name):
+    for e in sorted(os.scandir(folder), key=attrgetter('name')):
         at = name + e.name
         if e.is_dir(follow_symlinks=False):
             own = any(r.fullmatch(at) for r in self._folders)
@@ -408,7 +420,7 @@ def make(self:OwnFolder,
 )->Path: # The folder
     "Make a folder with the marker; raise a `ScreenError` when something else is there"
     folder = self.check(folder)
-    if not self.owns(folder): write_atomic(folder/_MARKER, lambda p: p.write_text(json.dumps(self._facts())))
+    if not self.owns(folder): write_json(folder/_MARKER, self._facts())
     return folder
 
 # %% ../nbs/00_core.ipynb #0c9f0006

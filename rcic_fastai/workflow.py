@@ -72,8 +72,9 @@ def training_rows(
     return able if norm in ('plate', 'experiment') else rows
 
 # %% ../nbs/71_workflow.ipynb #d0c0e82c
-def _checkpoints(out): return Path(out).with_name(Path(out).name + '.checkpoints')
-def _index_folder(out): return Path(out).with_name(Path(out).name + '.index.part')
+def _beside(out, ending): return Path(os.path.abspath(out) + ending)
+def _checkpoints(out): return _beside(out, '.checkpoints')
+def _index_folder(out): return _beside(out, '.index.part')
 
 def remove_unfinished(
     out, # Model folder
@@ -87,6 +88,7 @@ def is_finished(
 )->bool:
     "Return whether the model was written already; what there was no time to remove is removed"
     if not (Path(out)/'config.json').is_file(): return False
+    read_config(Path(out))       # a ScreenError when this is the config.json of something else
     if not rank_world()[0]:
         MODEL_FOLDER.unmark(out)
         remove_unfinished(out)
@@ -242,6 +244,11 @@ def _strip(near, well, screen):
     return neighbor_strip(near[near['query'] == site.site_id], site.site_id, site.sirna, screen)
 
 # %% ../nbs/71_workflow.ipynb #3627a526
+def _map_table(m, screen, adapt):
+    "Return the embeddings of the index and of test sites, treated alike"
+    test = m.embed(screen, tta=1, mask=INDUCTIVE_MASK, adapt=adapt, progress=False)
+    return pd.concat([(m.adapted_index if adapt else m.index).table(), test], ignore_index=True)
+
 def demo_report(
     out, # Demo folder
     res:ScreenResult, # Accuracy by protocol
@@ -250,8 +257,7 @@ def demo_report(
     out = Path(out)
     screen, m = open_screen(out/'screen.zarr'), load_model(out/'model')
     pred, near = read_predictions(out/'inductive.csv'), pd.read_parquet(out/'neighbors.parquet')
-    test = m.embed(screen[prediction_rows(screen.table)], tta=1, mask=INDUCTIVE_MASK, progress=False)
-    both = pd.concat([m.index.table(), test], ignore_index=True)
+    before, after = (_map_table(m, screen.test.treatments, adapt) for adapt in (None, 'experiment'))
     right = right_wrong(pred, screen.table)
     strips = [_strip(near, w, screen) for w in _examples(right)]
     first = right[right.experiment == right.experiment.iloc[0]]
@@ -261,7 +267,9 @@ def demo_report(
          f'Chance is 1 in {len(m.spec.labels)}. {" ".join(res.notes)}', [res.table(), accuracy_plot(res)]),
         ('Sites', 'Six channels as one color picture, contrast stretched for the eye. The batch changes brightness more than the siRNA does.', [site_gallery(screen)]),
         ('Training', 'Accuracy is that of the classifier on single sites of a held-out experiment.', [training_curve(m.history)]),
-        ('Embedding map', 'Principal components of the embeddings, training and test sites.', [embedding_map(both, 'cell_type', 'experiment')]),
+        ('Embedding map', 'Principal components of the embeddings, before and after the BatchNorm statistics are those of each experiment. Left by '
+         'experiment: what the batch does; right by siRNA, of which a few are shown: what should remain. Hollow points are test wells.',
+         [embedding_map(before, 'experiment', 'sirna', adapted=after)]),
         ('Nearest neighbors', 'Left the well to name, then the most similar training sites; green names are right.', strips),
         ('Plate map', f'Experiment {first.experiment.iloc[0]}, inductive: right and wrong wells.', [right_wrong_map(first)])])
 
@@ -275,7 +283,11 @@ def run_demo(
 )->ScreenResult: # Accuracy by protocol
     "Simulate, pack, train, predict, evaluate and report, in a few minutes"
     check_numbers(seed=seed)
-    out, start = new_folder(out, force), time.time()
+    with only_one(out): return _demo(new_folder(out, force), force, seed)
+
+def _demo(out, force, seed):
+    "Make a demo in a folder that no other run writes"
+    start = time.time()
     if force: clear_demo(out)
     DEMO_FOLDER.make(out)
     _step('simulating a screen', start)

@@ -316,7 +316,7 @@ def test_fold_unfold(s, c):
 
 def test_fold_refuses_what_is_no_batch_of_wells():
     with pytest.raises(ScreenError, match='needs wells'): FoldSites()(wells()[0])
-    with pytest.raises(ScreenError, match='cannot be made wells of 3'): UnfoldSites(3)(batch(4))
+    with pytest.raises(ScreenError, match='4 sites are not a multiple of 3'): UnfoldSites(3)(batch(4))
 
 
 def test_shuffle_sites_is_a_permutation_of_each_well():

@@ -2,9 +2,11 @@
 import json
 from dataclasses import asdict, replace
 import numpy as np, pandas as pd, pytest, torch
+from fastai.vision.all import Transform
 from torch import nn
 from rcic_fastai.model.batchnorm import adapted_batchnorm
 from rcic_fastai.embed.correct import *
+from rcic_fastai.batch.site import TensorSite
 from rcic_fastai.batch.data import ScreenSpec, screen_dls, spec_dl, statistics_rows
 from rcic_fastai.embed.embed import *
 from rcic_fastai.screen.images import PngTree
@@ -91,6 +93,41 @@ def test_what_cannot_be_measured_is_refused(screen):
 def test_rebuild_keeps_the_statistics(screen):
     dls = screen_dls(screen, bs=4, valid='HUVEC-02', norm='plate', norm_from='controls', device='cpu')
     assert dls.rebuild(size=24).spec == replace(dls.spec, size=24)
+
+# --- fastai's habits, and what a spec looks like
+
+def no_nucleus(x:TensorSite):
+    x[:, 0] = 0
+    return x
+
+@pytest.mark.parametrize('sites', [1, 2])
+def test_batch_transforms_of_the_user(screen, sites):
+    "They come after ours, in training only, and stay with `rebuild`; predictions know nothing of them"
+    dls = screen_dls(screen, bs=4, valid='HUVEC-02', norm='plate', sites=sites, device='cpu', batch_tfms=no_nucleus)
+    for d in (dls, dls.rebuild(size=24)):
+        assert not d.train.one_batch()[0][..., 0, :, :].any() and d.valid.one_batch()[0][..., 0, :, :].any()
+    dl = spec_dl(dls.spec, Screen(of(screen.table, 'HUVEC-17'), screen.source), bs=4, device='cpu')
+    assert dl.one_batch()[0][..., 0, :, :].any()
+
+def test_batch_transforms_keep_their_order(screen):
+    "A `Transform` runs where its order says: this one before the normalization, which undoes it"
+    plain, bright = (screen_dls(screen, bs=4, valid='HUVEC-02', device='cpu', augs=None, batch_tfms=t).train.one_batch()[0]
+                     for t in (None, [Brighter()]))
+    torch.testing.assert_close(torch.Tensor(bright), torch.Tensor(plain), atol=1e-3, rtol=0)
+
+class Brighter(Transform):
+    order, split_idx = 50, 0
+    def encodes(self, x:TensorSite): return x*2 + .1
+
+def test_item_transforms_are_not_silently_dropped(screen):
+    with pytest.raises(ScreenError, match='sites are read in whole batches'): screen_dls(screen, item_tfms=Brighter())
+
+def test_a_spec_prints_short(screen):
+    spec = spec_of(screen, 'plate', sites=2)
+    text = repr(replace(spec, labels=[f's{i}' for i in range(1108)]))
+    assert len(text.splitlines()) == 2 and len(text) < 250
+    assert '1108 classes of sirna (s0, s1, s2 and 1105 more), wells of 2 sites' in text and 'norm plate (from control wells)' in text
+    assert spec == replace(spec)
 
 # --- AdaBN
 

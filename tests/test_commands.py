@@ -68,3 +68,41 @@ def test_bars_on_a_terminal_are_drawn():
     shown = cli._OwnLines(Terminal())
     shown.write('\r1%'); shown.write('done\n')
     assert shown.f.getvalue() == '\r1%\ndone\n'
+
+# What is there already
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    d = tmp_path_factory.mktemp('there')
+    simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-17'], sirnas=8, size=64, controls=0, progress=False)
+    (d/'none.json').write_text('{"name": "none", "arch": "mobilenetv3_small_050", "stages": []}')
+    assert cli.rcic_train(f'{d}/screen {d}/model --recipe {d}/none.json --valid none --pretrained no --tta 1'.split()) == 0
+    return d
+
+@pytest.mark.parametrize('out, more, says', [
+    ('screen/metadata.csv', '', 'is not a file of predictions'), ('mine.csv', '', 'is not a file of predictions'),
+    ('a.csv', '--embeddings {d}/screen/metadata.csv', 'let --embeddings end in .parquet'),
+    ('a.csv', '--neighbors {d}/mine.parquet', 'is no parquet file')])
+def test_no_prediction_is_written_over_something_else(trained, capsys, out, more, says):
+    (trained/'mine.csv').write_text('id_code,plate,well\n')
+    (trained/'mine.parquet').write_text('mine')
+    before = {f: f.read_bytes() for f in trained.rglob('*') if f.is_file()}
+    assert cli.rcic_predict(f'{trained}/model {trained}/screen {trained}/{out} --tta 1 {more}'.format(d=trained).split()) == 2
+    assert says in capsys.readouterr().err
+    assert {f: f.read_bytes() for f in trained.rglob('*') if f.is_file()} == before
+
+def test_a_stranger_is_not_a_finished_model(trained, tmp_path, capsys):
+    (tmp_path/'m').mkdir()
+    (tmp_path/'m/config.json').write_text('{"model_type": "bert"}')
+    (tmp_path/'m.checkpoints').mkdir()
+    assert cli.rcic_train(f'{trained}/screen {tmp_path}/m --recipe {trained}/none.json --resume'.split()) == 2
+    assert 'is not the configuration of a model folder' in capsys.readouterr().err and (tmp_path/'m.checkpoints').is_dir()
+
+def test_the_folder_of_a_training_may_be_here(trained, tmp_path, monkeypatch):
+    (tmp_path/'here').mkdir()
+    monkeypatch.chdir(tmp_path/'here')
+    assert cli.rcic_train(f'{trained}/screen . --recipe {trained}/none.json --valid none --pretrained no --tta 1'.split()) == 0
+    assert (tmp_path/'here/config.json').is_file() and [f.name for f in tmp_path.iterdir()] == ['here']
+
+def test_two_demos_do_not_share_a_folder(tmp_path):
+    with core.only_one(tmp_path/'demo'), pytest.raises(core.ScreenError, match='is writing this output'): run_demo(tmp_path/'demo', force=True)

@@ -317,7 +317,7 @@ def test_without_harmonypy(monkeypatch):
     monkeypatch.setitem(sys.modules, 'harmonypy', None)
     with pytest.raises(ScreenError, match='pip install "harmonypy>=2.1"'): correct(TOY, 'harmony')
 
-def test_old_harmonypy_is_refused(monkeypatch):
+def test_old_harmonypy_raises(monkeypatch):
     old = types.SimpleNamespace(run_harmony=lambda x, *args, **kw: types.SimpleNamespace(Z_corr=x))          # rows and columns the other way round
     monkeypatch.setitem(sys.modules, 'harmonypy', old)
     with pytest.raises(ScreenError, match='too old'): correct(TOY, 'harmony')

@@ -72,7 +72,7 @@ def test_many_drops_bring_every_byte_once(server, tmp_path):
 
 def test_no_progress_is_bounded_and_kept(server, tmp_path):
     server.always_breaks = 150_000
-    with pytest.raises(ScreenError, match='broke off 4 times in a row.*150.0 kB of 300.0 kB.*150.0 kB are kept'):
+    with pytest.raises(ScreenError, match='was interrupted 4 times in a row.*150.0 kB of 300.0 kB.*150.0 kB are kept'):
         fetch_file(server.url, tmp_path/'f.bin', retries=3, **FAST)
     assert server.log == [(0, 150_000)] + 3*[(150_000, 150_000)]
     assert names(tmp_path) == ['f.bin.part', 'f.bin.part.json']       # never under its own name
@@ -81,13 +81,13 @@ def test_no_progress_is_bounded_and_kept(server, tmp_path):
     assert server.log[-1] == (150_000, len(BLOB))
     whole(tmp_path)
 
-def test_without_ranges_it_starts_anew(server, tmp_path):
+def test_without_ranges_it_starts_again(server, tmp_path):
     server.ranges, server.breaks = False, [100_000, 250_000]
     fetch_file(server.url, tmp_path/'f.bin', **FAST)
     assert server.log == [(0, 100_000), (0, 250_000), (0, len(BLOB))]
     whole(tmp_path)
     server.always_breaks = 100_000
-    with pytest.raises(ScreenError, match='broke off 3 times'): fetch_file(server.url, tmp_path/'g.bin', retries=2, **FAST)
+    with pytest.raises(ScreenError, match='was interrupted 3 times'): fetch_file(server.url, tmp_path/'g.bin', retries=2, **FAST)
 
 @pytest.mark.parametrize('ignores', [False, True])
 def test_a_new_version_is_not_glued_to_the_old(server, tmp_path, ignores):
@@ -107,7 +107,7 @@ def test_a_server_deaf_to_if_range_is_asked_without(server, tmp_path):
 
 def test_every_connection_another_version_ends(server, tmp_path):
     server.etags, server.breaks = [f'"{i}"' for i in range(50)], [100_000]*50
-    with pytest.raises(ScreenError, match='broke off'): fetch_file(server.url, tmp_path/'f.bin', retries=3, **FAST)
+    with pytest.raises(ScreenError, match='was interrupted'): fetch_file(server.url, tmp_path/'f.bin', retries=3, **FAST)
     assert len(server.log) == 4
 
 @pytest.mark.parametrize('etag, date, goes_on', [('', '', False), ('W/"v1"', '', False), ('W/"v1"', 'Tue, 01 Jan 2030 00:00:00 GMT', True)])
@@ -122,13 +122,13 @@ def test_wrong_range_is_refused(server, tmp_path):
     with pytest.raises(ScreenError, match='another range or version'): fetch_file(server.url, tmp_path/'f.bin', retries=1, **FAST)
     assert names(tmp_path) == []
 
-def test_416_starts_anew(server, tmp_path):
+def test_416_starts_again(server, tmp_path):
     server.breaks, server.refuses_ranges = [100_000], True
     fetch_file(server.url, tmp_path/'f.bin', **FAST)
     assert server.log == [(0, 100_000), 416, (0, len(BLOB))]
     whole(tmp_path)
 
-@pytest.mark.parametrize('length, says', [(len(BLOB) + 5, 'broke off'), (len(BLOB) - 5, 'md5 is wrong'), (None, 'length of unknown')])
+@pytest.mark.parametrize('length, says', [(len(BLOB) + 5, 'was interrupted'), (len(BLOB) - 5, 'md5 is wrong'), (None, 'length of unknown')])
 def test_wrong_length(server, tmp_path, length, says):
     server.length, server.ranges = length, False
     with pytest.raises(ScreenError, match=says): fetch_file(server.url, tmp_path/'f.bin', retries=1, **FAST)
@@ -517,7 +517,7 @@ def test_a_downloaded_screen_opens(server, drawn, tmp_path, capsys, flat):
     assert names(dest/'archives') == ['images.json', 'metadata.json']
     server.log.clear()
     download_rxrx1(dest, 'metadata,images', server.root, **FAST)
-    assert server.log == [] and 'images: there already' in capsys.readouterr().out
+    assert server.log == [] and 'images: already there' in capsys.readouterr().out
     shutil.rmtree(dest/'metadata')
     download_rxrx1(dest, 'all', server.root, **FAST)
     assert len(server.log) == 2 and names(dest/'embeddings') == ['embeddings.csv'] and len(read_metadata(dest)) == len(table)

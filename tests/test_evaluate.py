@@ -295,7 +295,7 @@ G = guess()
     (lambda: evaluate_screen(candidates(G).drop(columns='top_2'), TABLE), 'without a gap'),
     (lambda: evaluate_screen(G, TABLE, level=95), 'level=95'),
     (lambda: evaluate_screen(G.assign(sirna=G.sirna.str[6:]), TABLE), 'name their classes differently')])
-def test_what_evaluate_screen_refuses(call, says):
+def test_what_evaluate_screen_rejects(call, says):
     with pytest.raises(ScreenError, match=says) as e: call()
     assert '\n' not in str(e.value) and str(e.value).endswith('.')
 

@@ -1,5 +1,5 @@
 "fastai's habits on a learner for screens: freezing and `fine_tune`, an architecture as a function, `lr_find`, `get_preds`, `predict`, `Interpretation`, `show_results`."
-import pytest, timm, torch, torchvision
+import pytest, sys, timm, torch
 from functools import partial
 from fastai.vision.all import Callback, ClassificationInterpretation, Interpretation, Learner, params, plt, steep, valley
 from rcic_fastai.core import ScreenError
@@ -12,6 +12,8 @@ from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import *
 from rcic_fastai.train.recipes import *
+
+MODELS = sys.modules['torchvision.models']      # as fastai imports it
 
 @pytest.fixture(scope='module')
 def screen(tmp_path_factory):
@@ -87,7 +89,7 @@ def test_other_learners_freeze_as_before(screen):
 
 # An architecture given as a function
 
-@pytest.mark.parametrize('arch,name', [(torchvision.models.resnet18, 'resnet18.tv_in1k'), (torchvision.models.convnext_tiny, 'convnext_tiny'),
+@pytest.mark.parametrize('arch,name', [(MODELS.resnet18, 'resnet18.tv_in1k'), (MODELS.convnext_tiny, 'convnext_tiny'),
                                        (timm.models.resnet18, 'resnet18')], ids=['torchvision', 'without tv weights', 'timm'])
 def test_architecture_as_a_function(screen, arch, name):
     a, b = (screen_learner(screen_dls(screen, bs=8, device='cpu', valid='HUVEC-02'), o, emb_dim=16, pretrained=None) for o in (arch, name))
@@ -96,9 +98,9 @@ def test_architecture_as_a_function(screen, arch, name):
 
 def test_a_function_of_torchvision_computes_what_torchvision_computes():
     "timm's architecture of that name takes torchvision's weights and gives torchvision's feature map"
-    ref = torchvision.models.resnet18().eval()
+    ref = MODELS.resnet18().eval()
     state = {k: v for k, v in ref.state_dict().items() if not k.startswith('fc.')}
-    ours = create_backbone(torchvision.models.resnet18, 3).eval()
+    ours = create_backbone(MODELS.resnet18, 3).eval()
     assert ours.body.net.load_state_dict(state, strict=False).missing_keys == []
     ours.stem.load_state_dict({'weight': state['conv1.weight']})
     x = torch.rand(2, 3, 64, 64)
@@ -106,9 +108,9 @@ def test_a_function_of_torchvision_computes_what_torchvision_computes():
 
 def resnet18(): "A function of one's own, of a well-known name"
 
-@pytest.mark.parametrize('arch,says', [(torchvision.models.swin_t, "There is no architecture 'swin_t': did you mean"), (resnet18, 'resnet18 is no function of torchvision or timm'),
-    (lambda: 0, 'is no function of torchvision or timm'), (partial(torchvision.models.resnet18), 'architecture partial is no'), (torch.nn.ReLU(), 'architecture ReLU is no'),
-    (torch.nn.ReLU, 'architecture ReLU is no'), (torchvision.models.ResNet, 'architecture ResNet is no')])
+@pytest.mark.parametrize('arch,says', [(MODELS.swin_t, "There is no architecture 'swin_t': did you mean"), (resnet18, 'resnet18 is no function of torchvision or timm'),
+    (lambda: 0, 'is no function of torchvision or timm'), (partial(MODELS.resnet18), 'architecture partial is no'), (torch.nn.ReLU(), 'architecture ReLU is no'),
+    (torch.nn.ReLU, 'architecture ReLU is no'), (MODELS.ResNet, 'architecture ResNet is no')])
 def test_functions_that_are_no_architecture(screen, arch, says):
     dls = screen_dls(screen, bs=8, device='cpu', valid='HUVEC-02')
     with pytest.raises(ScreenError, match=says) as e: screen_learner(dls, arch)

@@ -44,6 +44,26 @@ def test_merge_sites_ignores_the_order_of_rows(seed):
     assert list(a.Metadata_well_id) == list(b.Metadata_well_id)
     np.testing.assert_allclose(emb_features(a), emb_features(b), atol=1e-6)
 
+@pytest.mark.parametrize('used', ['adapted', 'transductive'])
+@pytest.mark.parametrize('turn', [1, -1])
+def test_a_well_has_the_highest_protocol_of_its_rows(used, turn):
+    rows = TOY[:8]
+    wells = merge_sites(pd.concat([rows, rows[:4].assign(Metadata_protocol=used)][::turn], ignore_index=True))
+    got = wells.set_index('Metadata_well_id').Metadata_protocol
+    first, second = rows.Metadata_well_id.unique()[:2], rows.Metadata_well_id.unique()[2:]
+    assert (got[first] == used).all() and got[second].isna().all()
+    both = pd.concat([rows.assign(Metadata_protocol=p) for p in ('inductive', used, 'adapted')][::turn], ignore_index=True)
+    assert (merge_sites(both).Metadata_protocol == used).all()
+
+@pytest.mark.parametrize('column', ['correction', 'batchnorm'])
+@pytest.mark.parametrize('turn', [1, -1])
+def test_rows_of_a_well_that_were_made_differently_are_not_averaged(column, turn):
+    made = TOY.assign(**{f'Metadata_{column}': 'experiment', 'Metadata_protocol': 'adapted'})
+    with pytest.raises(ScreenError, match=rf'differ in Metadata_{column} \(experiment, none\): merge the rows of each kind'):
+        merge_sites(pd.concat([TOY, made][::turn], ignore_index=True))
+    halves = pd.concat([TOY[TOY.Metadata_experiment != 'RPE-08'], made[made.Metadata_experiment == 'RPE-08']])
+    assert len(merge_sites(halves)) == TOY.Metadata_well_id.nunique()       # other wells may be made differently
+
 def test_toy_layout_is_that_of_rxrx1():
     m = emb_metadata(toy_profiles(n_sirnas=48, plates=4, seed=3))
     t = m[m.well_type == 'treatment'].drop_duplicates('well_id')

@@ -23,7 +23,7 @@ ONE = Recipe('one', [Stage('one', 1, 3e-3)])
 # ---- the choice
 
 def plain_greedy(wells, scores, classes, groups, n):
-    "At every step, the gaps of all wells anew; the largest, of the first well that has it"
+    "At every step compute the gaps of all wells again, and take the largest, of the first well that has it"
     left, used, out = list(range(len(wells))), set(), []
     for _ in range(n):
         best = None
@@ -88,7 +88,7 @@ bad_score = lambda v: np.where(np.arange(12).reshape(3, 4) == 5, v, S)
     (dict(wells=W.drop(columns='plate')), 'no column plate:'), (dict(wells=W.drop(columns='plate_group')), 'no column plate_group:'), (dict(groups=[0, 0]), '4 classes came with 2 groups'),
     (dict(groups=[0, 0, 1, 1]), 'Plate 1 of E has 3 wells for the 2 siRNAs'), (dict(wells=W.assign(plate_group=pd.NA)), '3 wells for the 0 siRNAs'),
     (dict(scores=np.where([[True, False, False, False]]*2 + [[True]*4], S, -np.inf)), 'No siRNA is left for well w')])
-def test_bad_input_is_refused(kw, word):
+def test_bad_input_raises(kw, word):
     with pytest.raises(ScreenError, match=word): pseudo_labels(**{**dict(wells=W, scores=S, classes=list('abcd'), groups=[0]*4, share=1.), **kw})
 
 def test_wells_without_a_group_are_not_needed_without_groups():
@@ -276,7 +276,7 @@ def test_scores_are_those_of_the_classifier(screen):
             with torch.no_grad(): cos += [model(dihedral(x[None], k))[0] for k in range(2)]
         np.testing.assert_allclose(scores[i], torch.stack(cos).mean(0), atol=1e-4)
 
-def test_what_cannot_be_labeled_is_refused(screen):
+def test_what_cannot_be_labeled_raises(screen):
     t = screen.table
     rows_of = lambda e: t[t.experiment == e]
     for kw, word in ((dict(rows=rows_of('HUVEC-01')), 'Well HUVEC-01_1_.* trained on or held out'), (dict(rows=rows_of('HUVEC-03')), 'Well HUVEC-03_1_.* trained on or held out'),

@@ -8,15 +8,16 @@ __all__ = ['NORMALIZERS', 'IntToFloat', 'dihedral', 'SiteDihedral', 'crop_mat', 
            'CLAHE', 'ShuffleSites', 'FoldSites', 'UnfoldSites', 'site_augs', 'site_tfms']
 
 # %% ../../nbs/11_batch.augment.ipynb #ef25ec76
+from operator import attrgetter
 import cv2
 from fastai.vision.all import *
-from ..core import ScreenError
+from ..core import ScreenError, check_choice
 from ..screen.images import stat_columns, stat_groups
 from .site import TensorSite, TensorWell
 
 # %% ../../nbs/11_batch.augment.ipynb #86c8f79d
 class IntToFloat(DisplayedTransform):
-    "uint8 and uint16 sites to floats in 0…1; floats are left alone"
+    "Convert uint8 and uint16 sites to floats in 0…1; floats are unchanged"
     order = 10
     def encodes(self, o:TensorSite):
         if o.is_floating_point(): return o
@@ -30,7 +31,7 @@ def dihedral(
     k:int, # View 0…7; bit 1 flips left–right, bit 2 up–down, bit 4 transposes, in this order
     inverse:bool=False, # Undo view `k` instead
 )->Tensor: # […,H,W], or […,W,H] for k ≥ 4
-    "One of the eight exact views of the last two axes"
+    "Return one of the eight exact views of the last two axes"
     if not 0 <= k <= 7: raise ScreenError(f'k={k} is not one of the eight views: give 0 to 7.')
     if inverse and k & 4: x = x.transpose(-1, -2)
     flips = [d for bit, d in ((1, -1), (2, -2)) if k & bit]
@@ -39,10 +40,10 @@ def dihedral(
 
 # %% ../../nbs/11_batch.augment.ipynb #e25dd484
 class SiteDihedral(DisplayedTransform):
-    "Each site in one of its eight views, in training; where height and width differ, in one of the four that keep them"
+    "Show each site in one of its eight views, in training; if height and width differ, in one of four that keep them"
     order, split_idx = 20, 0
     def __init__(self,
-        p:float=1., # Probability that a site is drawn a view; 1 = all views equally likely
+        p:float=1., # Probability that a view is drawn for a site; 1 = all views equally likely
     ):
         super().__init__()
         self.p = p
@@ -63,7 +64,7 @@ def crop_mat(
     max_scale:float=1., # Largest part
     ratio:tuple=(1., 1.), # Smallest and largest width/height of the crop, as parts of the site's
 )->Tensor: # [B,3,3], output to input coordinates in −1…1
-    "Random-resized crops, one a site, as affine matrices"
+    "Return random-resized crops, one per site, as affine matrices"
     def draw(lo, hi): return x.new_empty(len(x), dtype=torch.float32).uniform_(lo, hi).as_subclass(Tensor)
     area, r = draw(min_scale, max_scale), draw(math.log(ratio[0]), math.log(ratio[1])).exp()
     w, h = (area*r).sqrt().clamp_max(1), (area/r).sqrt().clamp_max(1)
@@ -73,14 +74,14 @@ def crop_mat(
 
 # %% ../../nbs/11_batch.augment.ipynb #27dbb65f
 def _equations(a, b):
-    "The matrix [B,8,8] and right side [B,8,1] of the perspective that takes points `b` to `a` [B,4,2]"
+    "Return the matrix [B,8,8] and right side [B,8,1] of the perspective that maps points `b` to `a` [B,4,2]"
     one, zeros = torch.ones_like(b[..., :1]), torch.zeros_like(torch.cat([b, b[..., :1]], 2))
     u = torch.cat([b, one, zeros, -a[..., :1]*b], 2)
     v = torch.cat([zeros, b, one, -a[..., 1:]*b], 2)
     return torch.stack([u, v], 2).flatten(1, 2), a.reshape(len(a), 8, 1)
 
 class _Perspective:
-    "A warp as fastai has drawn it, without questions to the device"
+    "A warp that fastai has drawn, without waiting for the device"
     def __init__(self, drawn): self.drawn, self.before_call = drawn, drawn.before_call
     def __call__(self, x, invert=False):
         points = [o.as_subclass(Tensor) for o in (self.drawn.targ_pts, self.drawn.orig_pts)]
@@ -92,15 +93,17 @@ class _Perspective:
 
 # %% ../../nbs/11_batch.augment.ipynb #1755dd86
 class SiteAffine(AffineCoordTfm):
-    "Several of fastai's affine and warp transforms in one interpolation, each site its own draw, in training only"
+    "Apply several of fastai's affine and warp transforms in one interpolation, a draw per site, in training only"
     def __init__(self,
         tfms=(), # fastai's `Rotate`, `Zoom`, `Warp`, … to compose
         aff_fs=(), # Further functions batch → matrices [B,3,3], applied last
-        size=None, # Output side px, or (height, width); None = as it came
+        size=None, # Output side px, or (height, width); None = unchanged
         **kwargs # For `AffineCoordTfm`: `mode`, `pad_mode`
     ):
-        affs = [f for t in tfms for f in t.aff_fs]
-        coords = [_Perspective(f) if isinstance(t, Warp) else f for t in tfms for f in t.coord_fs]
+        affs, coords = [], []
+        for t in tfms:
+            affs += t.aff_fs
+            coords += [_Perspective(f) for f in t.coord_fs] if isinstance(t, Warp) else t.coord_fs
         super().__init__(affs + list(aff_fs), coords, size=size, **{'align_corners': True, **kwargs})
 
     def before_call(self, b, split_idx):
@@ -121,7 +124,7 @@ class SiteAffine(AffineCoordTfm):
 
 # %% ../../nbs/11_batch.augment.ipynb #8c4b2fd6
 class SiteResize(DisplayedTransform):
-    "Resize float sites, with the right filter; nothing where they have the size already"
+    "Resize float sites; sites of the right size are unchanged"
     order = 15
     def __init__(self,
         size, # Side px, or (height, width)
@@ -141,13 +144,14 @@ def own_normalize(
     x:Tensor, # […,C,H,W] floats
     eps:float=1e-5, # Smallest standard deviation, as a fraction of full scale
 )->Tensor: # The same shape and type
-    "Each channel of each site to mean 0 and standard deviation 1"
+    "Scale each channel of each site to mean 0 and standard deviation 1"
     f = x.as_subclass(Tensor).float()
     var, mean = torch.var_mean(f, (-2, -1), correction=0, keepdim=True)
     return ((f - mean)/var.sqrt().clamp_min(eps)).to(x.dtype)
 
+# %% ../../nbs/11_batch.augment.ipynb #50317fe2
 class NormalizeOwn(DisplayedTransform):
-    "Each channel of each site by its own mean and standard deviation"
+    "Normalize each channel of each site by its own mean and standard deviation"
     order = 99
     def __init__(self,
         eps:float=1e-5, # Smallest standard deviation, as a fraction of full scale
@@ -158,7 +162,7 @@ class NormalizeOwn(DisplayedTransform):
 
 # %% ../../nbs/11_batch.augment.ipynb #97ad06a0
 def _stat_arrays(stats):
-    "Means and standard deviations [G,C] of a table by `screen_stats`"
+    "Return the means and standard deviations [G,C] of a table from `screen_stats`"
     mean = [c for c in stats.columns if str(c).startswith('mean_')]
     _, std = stat_columns([c[5:] for c in mean])
     lacks = [c for c in std if c not in stats.columns]
@@ -173,7 +177,7 @@ def _same_channels(x, n):
 
 # %% ../../nbs/11_batch.augment.ipynb #7e76e91f
 class NormalizeGlobal(DisplayedTransform):
-    "Every channel by one mean and standard deviation"
+    "Normalize every channel by one mean and standard deviation"
     order = 99
     def __init__(self,
         mean, # [C], fractions of full scale
@@ -189,14 +193,15 @@ class NormalizeGlobal(DisplayedTransform):
         mean, std = (o.to(x.device)[:, None, None] for o in (self.mean, self.std))
         return ((x.as_subclass(Tensor).float() - mean)/std.clamp_min(self.eps)).to(x.dtype)
 
-# %% ../../nbs/11_batch.augment.ipynb #f499618f
+# %% ../../nbs/11_batch.augment.ipynb #4ff4d3bc
 class TensorGroup(TensorBase):
-    "Group to normalize with, an integer a site or well; 0 = unknown. It is not shown in titles"
+    "Group to normalize with, an integer per site or well; 0 = unknown. It is not shown in titles"
     _in_title = False
     def show(self, ctx=None, **kwargs): return ctx
 
+# %% ../../nbs/11_batch.augment.ipynb #f499618f
 class NormalizeGroup(ItemTransform):
-    "Every site by the statistics of its plate or experiment; by its own where the group is unknown"
+    "Normalize every site by the statistics of its plate or experiment; by its own where the group is unknown"
     order = 99
     def __init__(self,
         stats:pd.DataFrame, # From `screen_stats(…, by='plate')` or `by='experiment'`
@@ -212,8 +217,8 @@ class NormalizeGroup(ItemTransform):
 
     def index(self,
         table:pd.DataFrame, # Site table
-    )->np.ndarray: # int64, one a row; 0 = unknown
-        "The group number of every row"
+    )->np.ndarray: # int64, one per row; 0 = unknown
+        "Return the group number of every row"
         return stat_groups(table, self.by).map(self.groups).fillna(0).astype(np.int64).to_numpy(copy=True)
 
     def encodes(self, b):
@@ -246,9 +251,8 @@ def normalizer(
     pos:int|None=None, # Position of the group in the batch tuple, for 'plate' and 'experiment'
     eps:float=1e-5, # Smallest standard deviation, as a fraction of full scale
 )->Transform: # A transform of the batch
-    "The normalization of that name"
-    if how not in NORMALIZERS:
-        raise ScreenError(f'There is no normalization {how!r}: use one of {", ".join(NORMALIZERS)}.')
+    "Return the normalization of that name"
+    check_choice('norm', how, NORMALIZERS)
     if how == 'own': return NormalizeOwn(eps)
     if how == 'none': return DisplayedTransform(order=99)
     if stats is None: raise ScreenError(f'The normalization {how!r} needs stats: make them with screen_stats.')
@@ -261,7 +265,7 @@ def normalizer(
 
 # %% ../../nbs/11_batch.augment.ipynb #ff629ff3
 class ChannelJitter(DisplayedTransform):
-    "x·gain + offset·std for each channel of each site, in training"
+    "Apply x·gain + offset·std to each channel of each site, in training"
     order, split_idx = 100, 0
     def __init__(self,
         gain:float=.1, # Spread of the gain around 1
@@ -288,15 +292,16 @@ def clahe(
     clip:float=2., # Limit of the contrast, in multiples of a flat histogram
     grid:tuple=(8, 8), # Tiles across and down
 )->np.ndarray: # The same shape and type
-    "Contrast-limited adaptive histogram equalization of every channel (Zuiderveld 1994), by OpenCV"
+    "Return every channel after contrast-limited adaptive histogram equalization (Zuiderveld 1994), by OpenCV"
     if img.dtype not in (np.uint8, np.uint16):
         raise ScreenError(f'CLAHE needs uint8 or uint16, not {img.dtype}: apply it to items, before floats.')
     op = cv2.createCLAHE(clipLimit=clip, tileGridSize=tuple(grid))
     planes = np.ascontiguousarray(img).reshape(-1, *img.shape[-2:])
     return np.stack([op.apply(p) for p in planes]).reshape(img.shape)
 
+# %% ../../nbs/11_batch.augment.ipynb #a87275ff
 class CLAHE(DisplayedTransform):
-    "`clahe` as a transform of the item: sites [C,H,W] and wells [S,C,H,W]"
+    "Apply `clahe` to items: sites [C,H,W] and wells [S,C,H,W]"
     per_site = True # a loader may apply it to one site after the other
     def __init__(self,
         clip:float=2., # Limit of the contrast
@@ -308,30 +313,33 @@ class CLAHE(DisplayedTransform):
 
 # %% ../../nbs/11_batch.augment.ipynb #214d6422
 class ShuffleSites(DisplayedTransform):
-    "The sites of each well in random order, in training"
+    "Put the sites of each well in random order, in training"
     order, split_idx = 11, 0
     def encodes(self, x:TensorWell):
         perm = torch.rand(x.shape[:2]).argsort(1).to(x.device)
         return x[torch.arange(len(x), device=x.device)[:, None], perm]
 
+# %% ../../nbs/11_batch.augment.ipynb #ceb476c1
 class FoldSites(DisplayedTransform):
-    "Wells [B,S,C,H,W] to sites [B·S,C,H,W]"
+    "Convert wells [B,S,C,H,W] to sites [B·S,C,H,W]"
     order = 12
     def encodes(self, x:TensorWell)->TensorSite:
         if x.ndim != 5: raise ScreenError(f'FoldSites needs wells [B,S,C,H,W], not {list(x.shape)}.')
         return x.as_subclass(TensorSite).flatten(0, 1)
 
 class UnfoldSites(DisplayedTransform):
-    "Sites [B·S,C,H,W] to wells [B,S,C,H,W]"
+    "Convert sites [B·S,C,H,W] to wells [B,S,C,H,W]"
     order = 110
     def __init__(self,
-        sites:int=2, # Sites a well, S
+        sites:int=2, # Sites per well, S
     ):
         super().__init__()
         self.sites = sites
     def encodes(self, x:TensorSite)->TensorWell:
         if isinstance(x, TensorWell) and x.ndim == 5: return x
-        if len(x) % self.sites: raise ScreenError(f'{len(x)} sites cannot be made wells of {self.sites}.')
+        if len(x) % self.sites:
+            raise ScreenError(f'{len(x)} sites are not a multiple of {self.sites}, so they cannot become wells: give '
+                              'all sites of each well.')
         return x.reshape(-1, self.sites, *x.shape[1:]).as_subclass(TensorWell)
 
 # %% ../../nbs/11_batch.augment.ipynb #ca16caef
@@ -350,9 +358,9 @@ def site_augs(
     offset:float=.1, # In standard deviations of the channel
     p_jitter:float=.75, # Probability that a site is jittered
     normal:bool=False, # Gain and offset from a normal distribution, as the 1st place's
-    pad_mode:str=PadMode.Reflection, # What lies outside of a turned site
+    pad_mode:str=PadMode.Reflection, # How pixels outside of a turned site are filled
 )->list: # Transforms of the batch
-    "Geometry and color for training, and the resize for all"
+    "Return geometry and color for training, and the resize for both training and validation"
     crop = [partial(crop_mat, min_scale=min_scale, ratio=ratio)] if min_scale < 1 else []
     geo = [Rotate(max_rotate, p=p_affine)]*(max_rotate > 0) + [Zoom(max_zoom=max_zoom, p=p_affine)]*(max_zoom > 1)
     geo += [Warp(max_warp, p=p_affine)]*(max_warp > 0)
@@ -364,19 +372,20 @@ def site_augs(
     if gain or offset: res.append(ChannelJitter(gain, offset, p_jitter, normal))
     return res
 
+# %% ../../nbs/11_batch.augment.ipynb #41bc0d4e
 @delegates(site_augs)
 def site_tfms(
     size=None, # Side px (or height, width) of what the model sees; None = as stored
     norm:str='own', # 'own', 'plate', 'experiment', 'global' or 'none'
     stats:pd.DataFrame|None=None, # From `screen_stats`, for plate, experiment and global
     pos:int|None=None, # Position of the normalization group in the batch tuple, for plate and experiment
-    sites:int|None=None, # Sites a well for batches of `TensorWell`; None for `TensorSite`
+    sites:int|None=None, # Sites per well for batches of `TensorWell`; None for `TensorSite`
     augment:bool=True, # With the random transforms
     **kwargs
 )->list: # Transforms of the batch, sorted by fastai
-    "The whole way of a batch from stored integers to what the model sees"
+    "Return all transforms of a batch, from stored integers to the input of the model"
     res = [IntToFloat(), normalizer(norm, stats, pos)]
     if augment: res += site_augs(size, **kwargs)
     elif size is not None: res.append(SiteResize(size))
     if sites is not None: res += [ShuffleSites()]*augment + [FoldSites(), UnfoldSites(sites)]
-    return sorted(res, key=lambda t: t.order)
+    return sorted(res, key=attrgetter('order'))

@@ -159,7 +159,8 @@ def __repr__(self:ScreenSpec):
     "Return two lines: what is predicted, and from which pictures"
     sample = 'sites' if self.sites == 1 else f'wells of {self.sites} sites'
     size = 'as stored' if self.size is None else f'{self.size} px'
-    norm = f'{self.norm} (from {self.norm_from} wells)' if self.per_group else self.norm
+    norm = self.norm
+    if self.per_group: norm += ' (from control wells)' if self.norm_from == 'controls' else ' (from all wells)'
     if self.clahe: norm += ', equalized'
     return (f'ScreenSpec: {len(self.labels)} classes of {self.target} ({first_few(self.labels, 3)}), {sample}\n'
             f'  {len(self.channels)} channels ({first_few(self.channels)}), {self.bits} bits, size {size}, norm {norm}')

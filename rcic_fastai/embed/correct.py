@@ -74,8 +74,9 @@ def _check_wells(t, controls, least, less):
     n = well[t.ref].groupby(t.batch[t.ref]).nunique().reindex(range(len(t.names)), fill_value=0).to_numpy()
     what = {None: 'well', 'all': 'control well', 'treatment': 'treatment well'}.get(controls, f'{controls} control well')
     if (n == 0).any():
-        raise ScreenError(f'There is no {what} in {first_few(t.names[n == 0], 4)}: ' + ("take wells='all'." if controls == 'treatment' else
-                          "keep the control wells in the table, choose other controls, or take the method 'standardize', which needs none."))
+        remedy = "take wells='all'" if controls == 'treatment' else \
+            "keep the control wells in the table, choose other controls, or take the method 'standardize', which needs none"
+        raise ScreenError(f'There is no {what} in {first_few(t.names[n == 0], 4)}: {remedy}.')
     if (n < least).any():
         raise ScreenError(f'There is only one {what} in {first_few(t.names[n < least], 4)}, '
                           f'and a spread needs two: {less}.')
@@ -169,11 +170,10 @@ def group_styles(
     names, # Names of groups; repeated names count once
 )->dict: # name → dict(color, marker), no two alike
     "Return a color and a marker for each of up to 90 groups"
-    names = list(dict.fromkeys(names))
-    most = len(_COLORS)*len(_MARKERS)
-    if len(names) > most:
-        raise ScreenError(f'{len(names)} groups cannot all look different: show {most} or fewer.')
-    return {name: dict(color=_COLORS[i % len(_COLORS)], marker=_MARKERS[i // len(_COLORS)]) for i, name in enumerate(names)}
+    names, looks = list(dict.fromkeys(names)), [dict(color=c, marker=m) for m in _MARKERS for c in _COLORS]
+    if len(names) > len(looks):
+        raise ScreenError(f'{len(names)} groups cannot all look different: show {len(looks)} or fewer.')
+    return dict(zip(names, looks))
 
 # %% ../../nbs/43_embed.correct.ipynb #33ab1ab1
 def short_text(
@@ -308,7 +308,8 @@ class Standardize(Correction):
     least = 2
     def __post_init__(self):
         super().__post_init__()
-        if self.wells not in ('all', 'treatment'): raise ScreenError(f"wells={self.wells!r} is not known: choose 'all' or 'treatment'.")
+        if self.wells not in ('all', 'treatment'):
+            raise ScreenError(f"wells={self.wells!r} is not known: choose 'all' or 'treatment'.")
         self.controls = 'treatment' if self.wells == 'treatment' else None
     def _apply(self, t): return _center(t, self.scale, self.robust)
 
@@ -469,10 +470,12 @@ def _harmonize(self:Harmony, t):
         raise ScreenError(f'The table has one batch only ({t.names[0]}) and Harmony brings batches together: '
                           'give it two or more.')
     x = t.x - t.x.mean(0)
-    order = np.array(sorted(range(len(x)), key=lambda i: t.x[i].tobytes()))
+    rows = [row.tobytes() for row in t.x]
+    order = np.argsort(np.array(rows, object), kind='stable')
     k = self.clusters or int(np.clip(round(len(x)/30), 1, 100))
     batches = pd.DataFrame(dict(batch=pd.factorize(t.batch[order])[0]))
-    z = run_harmony(x[order].T, batches, 'batch', theta=self.theta, nclust=k, random_state=self.seed, verbose=False).Z_corr
+    z = run_harmony(x[order].T, batches, 'batch', theta=self.theta, nclust=k, random_state=self.seed,
+                    verbose=False).Z_corr
     if z.shape != x.shape: raise ScreenError('The installed harmonypy is too old: pip install -U "harmonypy>=2.1".')
     out = np.empty_like(x)
     out[order] = z
@@ -501,10 +504,10 @@ def correct(
 
 # %% ../../nbs/43_embed.correct.ipynb #ef7e72bc
 def corrected_index(
-    index:EmbeddingIndex, # Of whole training experiments (with control wells, for methods that need them), not corrected yet
+    index:EmbeddingIndex, # Of whole training experiments, with controls if the method needs them; not yet corrected
     method:str, # center, standardize, sphere or tvn
     **options # by, controls, …: the fields of the method's class in `CORRECTIONS`; standardize: wells='treatment'
-)->tuple: # (`EmbeddingIndex` of the corrected embeddings; function: embeddings table of whole batches → the same, corrected)
+)->tuple: # (corrected `EmbeddingIndex`; function: embeddings table of whole batches → the same, corrected)
     "Return the index without its batch effects, and the function that removes them from query embeddings"
     if not isinstance(index, EmbeddingIndex):
         raise ScreenError(f'A {type(index).__name__} is not an EmbeddingIndex: make one from the training embeddings.')
@@ -520,11 +523,12 @@ def corrected_index(
 
 # %% ../../nbs/43_embed.correct.ipynb #ea546485
 @patch
-def state(self:Correction)->tuple: # (facts that JSON can hold, {name: float64 array})
+def state(self:Correction)->tuple: # (options and names that JSON can hold, {name: float64 array})
     "Return what was learned, as plain data"
     self._check_fitted()
     method = next(k for k, v in CORRECTIONS.items() if type(self) is v)
-    facts = dict(method=method, options=asdict(self), dim=self.dim, seen=sorted(self.seen), digest=getattr(self, 'digest', None))
+    facts = dict(method=method, options=asdict(self), dim=self.dim, seen=sorted(self.seen),
+                 digest=getattr(self, 'digest', None))
     return facts, {k: np.ascontiguousarray(getattr(self, k), np.float64) for k in self._shapes(self.dim)}
 
 # %% ../../nbs/43_embed.correct.ipynb #eb73fba7
@@ -534,8 +538,9 @@ def _check_facts(facts):
     "Check the plain data of a correction; return its class"
     if not isinstance(facts, dict) or set(facts) != _FACTS: raise ValueError('its facts are not those of a correction')
     options, dim, seen = facts['options'], facts['dim'], facts['seen']
-    if facts['method'] not in [k for k in CORRECTIONS if k != 'harmony']: raise ValueError(f"there is no method {str(facts['method'])[:40]!r}")
-    kind = CORRECTIONS[facts['method']]
+    method = facts['method']
+    if method not in [k for k in CORRECTIONS if k != 'harmony']: raise ValueError(f'there is no method {str(method)[:40]!r}')
+    kind = CORRECTIONS[method]
     has_options = isinstance(options, dict) and set(options) == {f.name for f in fields(kind)}
     has_dim = type(dim) is int and 1 <= dim <= 2**14
     has_seen = isinstance(seen, list) and all(isinstance(e, str) for e in seen)
@@ -549,7 +554,8 @@ def _check_facts(facts):
 def _check_state(facts, arrays):
     "Return the correction that `facts` and `arrays` describe, not yet fitted, after checking them"
     res = _check_facts(facts)(**facts['options'])
-    if {k: v.shape for k, v in arrays.items()} != res._shapes(facts['dim']): raise ValueError('its arrays are not those of its method')
+    shapes = {k: v.shape for k, v in arrays.items()}
+    if shapes != res._shapes(facts['dim']): raise ValueError('its arrays are not those of its method')
     if not all(v.dtype.kind == 'f' for v in arrays.values()): raise ValueError('its arrays do not hold real numbers')
     if not all(np.isfinite(v).all() for v in arrays.values()): raise ValueError('its numbers are not all finite')
     return res
@@ -564,7 +570,8 @@ def from_state(cls:Correction,
     "Return the correction that `state` described"
     try: res = _check_state(facts, arrays)
     except (ValueError, TypeError, AttributeError) as e: # ScreenError is a ValueError
-        raise ScreenError(f'{name} cannot be used ({str(e).rstrip(".")}): save it again from the model that it was fitted for.') from None
+        raise ScreenError(f'{name} cannot be used ({str(e).rstrip(".")}): '
+                          'save it again from the model that it was fitted for.') from None
     res.dim, res.seen = facts['dim'], set(facts['seen'])
     if res.learns: res.digest = facts['digest']
     for k, v in arrays.items(): setattr(res, k, np.asarray(v, np.float64))

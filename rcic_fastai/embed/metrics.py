@@ -172,7 +172,7 @@ def _shuffles(strata, rng):
 
 # %% ../../nbs/44_embed.metrics.ipynb #fed1e51d
 def _pair_cosines(pairs, of_target): # [N] number of a row's (target, batch); [pairs] number of its target, ascending
-    "Return a function (x → mean cosine of each target's pairs of rows in different batches), and the numbers of pairs"
+    "Return a function (x → mean cosine of each target's pairs in different batches), and the numbers of pairs"
     size, order = np.bincount(pairs), np.argsort(pairs, kind='stable')
     starts, first = np.cumsum(size) - size, np.flatnonzero(np.diff(of_target, prepend=-1))
     count = np.add.reduceat(size, first)**2 - np.add.reduceat(size**2, first)
@@ -194,7 +194,8 @@ def _replicate_rows(emb, target, across, within):
 def _floors(of_row, strata, n_null):
     "Return the smallest p that each target can have; `of_row`: the target of each row"
     taken, size = pd.Series(strata).groupby([of_row, strata]).size(), np.bincount(strata)
-    return np.array([_floor(k.to_numpy(), size[k.index.get_level_values(1)], n_null) for _, k in taken.groupby(level=0)])
+    return np.array([_floor(k.to_numpy(), size[k.index.get_level_values(1)], n_null)
+                     for _, k in taken.groupby(level=0)])
 
 def replicate_consistency(
     emb:pd.DataFrame, # Embeddings table, one row per treatment well, with labels

@@ -95,7 +95,7 @@ def _extended(pattern, extend):
 def group_patterns(
     rows:pd.DataFrame=None, # Training rows with `experiment`, `plate` and `plate_group`; `None`: none are known
     n_groups:int=4, # Without rows, the number of groups and plates; the pattern is then 0, 1, 2, …
-    extend:str='rotations', # 'seen': no others; 'rotations': also rotated over the plates; 'all' (barcodes: always): every order
+    extend:str='rotations', # 'seen': no others; 'rotations': also rotated; 'all' (barcodes: always): every order
 )->pd.DataFrame: # One row per pattern, one column per plate: the group (int) that it holds
     "Return the ways in which groups of siRNAs can lie on the plates of an experiment"
     if extend not in EXTEND: raise ScreenError(f'extend={extend!r} is not known: choose from {", ".join(EXTEND)}.')
@@ -136,7 +136,7 @@ def group_evidence(
         each = [np.asarray(scores)[np.ix_(at, g == i)] for i in range(n_groups)]
         room = [int(np.isfinite(s).any(0).sum()) for s in each]
         for i, s in enumerate(each):
-            if room[i] >= min(len(at), max(room)):             # on a plate with too many wells the largest group complains
+            if room[i] >= min(len(at), max(room)):     # on a plate with too many wells, the largest group raises
                 out[at, i] = s[np.arange(len(at)), assign_plate(s, p)]
     return out
 
@@ -162,8 +162,8 @@ def _check_patterns(pats, n_groups, plates):
         raise ScreenError('There is no pattern that could fit: give some (group_patterns), or match every plate on its '
                           'own (infer_groups).')
     if pats.to_numpy().max() >= n_groups:
-        raise ScreenError(f'The patterns name group {pats.to_numpy().max()}, but the scores are for groups 0 to {n_groups-1}: '
-                          'number the groups as the columns of the scores.')
+        raise ScreenError(f'The patterns name group {pats.to_numpy().max()}, but the scores are for groups 0 to '
+                          f'{n_groups-1}: number the groups as the columns of the scores.')
     odd = [c for c in ('fit', 'z', 'posterior') if c in pats]
     if odd: raise ScreenError(f'A plate cannot be called {odd[0]}: give it another name.')
     strange = sorted(set(plates) - set(pats.columns))

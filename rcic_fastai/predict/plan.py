@@ -217,6 +217,13 @@ def nameable(
         if len(t): yield t
 
 # %% ../../nbs/54_predict.plan.ipynb #b6c24479
+def _check_parquet(name, path):
+    "Raise when a parquet file would have another ending, or be written over something that is none"
+    if path.suffix.lower() != '.parquet': raise ScreenError(f'{path} is not the name of a parquet file: let {name} end in .parquet.')
+    if not path.exists(): return
+    with open_plain(path, 2**40) as f: is_parquet = f.read(4) == b'PAR1'
+    if not is_parquet: raise ScreenError(f'{path} would be overwritten and is no parquet file: choose another name.')
+
 def check_outputs(
     out, # CSV to write
     **more # Other files to write, by the name of their argument; empty: none
@@ -229,6 +236,7 @@ def check_outputs(
         if f.is_dir(): raise ScreenError(f'{f} is a folder: name a file to write.')
         other = next((o for o in files if o != k and files[o].resolve() == f.resolve()), None)
         if other: raise ScreenError(f'{f} would be written twice, as {k} and as {other}: give each its own name.')
+        if k in map(option, more): _check_parquet(k, f)
     check_beside(out)
 
 # %% ../../nbs/54_predict.plan.ipynb #3b762f04

@@ -30,7 +30,7 @@ def _wells_of(queries, target):
 def groups_of_classes(
     index:EmbeddingIndex, # Over labeled embeddings
 )->pd.Series: # Int64 [K], in the order of `index.classes`
-    "Plate group of each class, from the labeled treatment rows of the index; refused if there is none, or more than one"
+    "Return the plate group of each class, from the labeled treatment rows of the index"
     l = index.labels
     known = l[(l.get('well_type', 'treatment') == 'treatment') & l.plate_group.notna()] if 'plate_group' in l else l[:0]
     if not len(known):
@@ -42,13 +42,14 @@ def groups_of_classes(
                           'one-to-one assignment needs labels that belong to one plate group.')
     return per.first().reindex(index.classes).astype('Int64')
 
+# %% ../../nbs/51_predict.predict.ipynb #a5ebd62e
 def plate_groups_of(
     wells:pd.DataFrame, # One row a treatment well: experiment, plate, plate_group
     scores, # [W,K] their class scores
     class_groups, # [K] group of each class
     training:pd.DataFrame=None, # Labeled training rows, to read the patterns from; `None`: groups in the order of their numbers, rotated
 )->tuple: # (Int64 [W] group of each well, {experiment: (source, confidence)})
-    "The plate group of test wells: given, or inferred over the patterns"
+    "Return the plate group of test wells: given, or inferred over the patterns"
     out, how = pd.array([pd.NA]*len(wells), dtype='Int64'), {}
     for e, idx in wells.groupby('experiment', sort=True).indices.items():
         given = wells['plate_group'].iloc[idx] if 'plate_group' in wells else pd.Series([pd.NA])
@@ -103,7 +104,7 @@ def best_class(
     scores, # [W,K]
     tie:float=1e-6, # Scores this close to the best are equal to it
 )->np.ndarray: # [W] column
-    "Column of the best score; the first one of a tie"
+    "Return the column of the best score; the first one of a tie"
     return (scores >= scores.max(1, keepdims=True) - tie).argmax(1)
 
 # %% ../../nbs/51_predict.predict.ipynb #e31ecf68
@@ -113,12 +114,14 @@ def top_candidates(
     names, # [K] classes
     k:int=5, # How many
 )->pd.DataFrame: # top_1 (the answer), top_2, …; empty where no more are allowed
-    "The answer and the best other classes of each well"
-    r = ranked.copy(); r[np.arange(len(r)), choice] = np.inf
+    "Return the answer and the best other classes of each well"
+    r = ranked.copy()
+    r[np.arange(len(r)), choice] = np.inf
     at = np.argsort(-r, axis=1, kind='stable')[:, :k]
     top = np.where(np.isneginf(np.take_along_axis(r, at, 1)), None, names[at])
     return pd.DataFrame(top, columns=[f'top_{i+1}' for i in range(top.shape[1])])
 
+# %% ../../nbs/51_predict.predict.ipynb #5fc3b9c3
 def _neighbor_table(queries, index, k, cell_type):
     "Tidy table: the k nearest index rows of every site"
     m = emb_metadata(queries)
@@ -257,7 +260,7 @@ def write_tables(
     path, # `*.parquet`
     tables, # Tables with the same columns, such as `EmbeddingParts`; one is in memory at a time
 )->Path: # `path`
-    "One parquet file from many tables, a row group each"
+    "Write one parquet file from many tables, a row group each"
     import pyarrow as pa, pyarrow.parquet as pq
     def write(p):
         writer = None
@@ -270,6 +273,7 @@ def write_tables(
         if not writer: raise ScreenError(f'There is no table to write to {path}: give one or more.')
     return write_atomic(path, write)
 
+# %% ../../nbs/51_predict.predict.ipynb #798e30be
 def predict_tables(
     tables, # Embedding tables, each of whole experiments
     index:EmbeddingIndex, # Over labeled embeddings of other experiments
@@ -295,8 +299,15 @@ def predict_tables(
     return pred
 
 # %% ../../nbs/51_predict.predict.ipynb #8e866f4f
-def info_path(path): return Path(path).with_suffix('.json')
-def top_path(path): return Path(path).with_suffix('.top.csv')
+def info_path(path):
+    "Return where the record of predictions is"
+    return Path(path).with_suffix('.json')
+
+def top_path(path):
+    "Return where the best five of predictions are"
+    return Path(path).with_suffix('.top.csv')
+
+# %% ../../nbs/51_predict.predict.ipynb #2314106a
 def _sha(path):
     with open_plain(path, 2**31) as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
@@ -310,11 +321,19 @@ def _is_best_five(path):
         with open(path, encoding='utf-8') as f: return f.readline(1000).startswith('id_code,top_')
     except (OSError, ValueError): return False
 
+def _is_predictions(path):
+    "Return whether a file is a CSV as `write_predictions` writes it: id_code and one label"
+    try:
+        with open(path, encoding='utf-8') as f: names = f.readline(1000).strip().split(',')
+    except (OSError, ValueError): return False
+    return len(names) == 2 and names[0] == 'id_code'
+
 def check_beside(
     path, # CSV of predictions, to be written
 ):
-    "Raise a `ScreenError` when the record or the best five would be written over a file that is something else"
-    for f, known, what in ((info_path(path), _is_record, 'a record of predictions'), (top_path(path), _is_best_five, 'the best five of predictions')):
+    "Raise a `ScreenError` when predictions, their record or the best five would be written over a file that is something else"
+    for f, known, what in ((Path(path), _is_predictions, 'a file of predictions'), (info_path(path), _is_record, 'a record of predictions'),
+                           (top_path(path), _is_best_five, 'the best five of predictions')):
         taken = f.exists() or f.is_symlink()
         if taken and not (f.is_file() and known(f)):
             raise ScreenError(f'{f} would be overwritten and is not {what}: choose another name for {Path(path).name}.')

@@ -162,8 +162,8 @@ def bootstrap_interval(
 
 # %% ../../nbs/60_results.evaluate.ipynb #2c2a2acf
 _COUNTS = ('wells', 'experiments', 'control wells')
-_ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'control accuracy', 'chance', 'chance inside the plate group', 'embedding',
-          'cell_type', 'worst', 'experiment']
+_ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'control accuracy', 'chance', 'chance inside the plate group',
+          'embedding', 'cell_type', 'worst', 'experiment']
 _ROW = dict(measure='', group='all', name='', cell_type='', value=np.nan, low=np.nan, high=np.nan, n=0, n_experiments=0,
             chance=np.nan, p=np.nan)
 
@@ -216,7 +216,8 @@ def _protocol(pred, name):
         raise ScreenError(f'The predictions mix the protocols {first_few(p)} ({name}): evaluate each on its own.')
     if not p or p[0] not in PROTOCOLS:
         raise ScreenError(f'It is not known how {name} was made: say so in its column protocol '
-                          f'({", ".join(PROTOCOLS)}), or keep beside its CSV the JSON that was written with it (an edited CSV needs one that says {{"protocol": …}}).')
+                          f'({", ".join(PROTOCOLS)}), or keep beside its CSV the JSON that was written with it '
+                          '(an edited CSV needs one that says {"protocol": …}).')
     return p[0]
 
 def _protocol_names(given):
@@ -234,7 +235,7 @@ def _as_dict(given):
     return dict(enumerate([given] if isinstance(given, (pd.DataFrame, str)) else given, 1))
 
 def _named(given, what, names=None):
-    "Return {column: frame} of one frame, a list, or a dict; columns are named by protocol when `names` does not name them"
+    "Return {column: frame} of one frame, a list, or a dict; without `names`, columns are named by protocol"
     if given is None: return {}
     listed = not isinstance(given, dict)
     if listed: given = _as_dict(given)
@@ -291,8 +292,8 @@ def _check_embeddings(emb, name, protocol):
     m = emb_metadata(emb)
     most = highest_protocol(m['protocol'].dropna().unique() if 'protocol' in m else [])
     if highest_protocol([most, protocol]) != protocol:
-        raise ScreenError(f'The embeddings of {name!r} are {most} (their column {META}protocol), and its predictions are {protocol}: '
-                          'give the embeddings that these predictions were made of.')
+        raise ScreenError(f'The embeddings of {name!r} are {most} (their column {META}protocol), and its predictions are '
+                          f'{protocol}: give the embeddings that these predictions were made of.')
 
 # %% ../../nbs/60_results.evaluate.ipynb #8f17e4b1
 _MEASURES = { # → what is shown: name, value, number, what chance gives, p
@@ -322,8 +323,10 @@ def _embedding_rows(e, target, within, n_null, seed):
             notes.append(str(x))
             continue
         for measure, value, n, chance, p in shown:
-            if np.isnan(s[value]): notes.append(f'{measure}: so few wells cannot reach p ≤ .05.')
-            else: rows.append(_row(measure, s[value], s[n], n_experiments=n_exp, chance=s.get(chance, chance), p=s.get(p)))
+            if np.isnan(s[value]):
+                notes.append(f'{measure}: so few wells cannot reach p ≤ .05.')
+                continue
+            rows.append(_row(measure, s[value], s[n], n_experiments=n_exp, chance=s.get(chance, chance), p=s.get(p)))
     return rows, list(dict.fromkeys(notes))
 
 # %% ../../nbs/60_results.evaluate.ipynb #16c5a25e
@@ -334,7 +337,7 @@ def _count_rows(r, res):
     return rows + [_row('control wells', n, n), _row('control accuracy', res['control_accuracy'], n)] if n else rows
 
 def _column_rows(r, s, res, table, k, n_top, how):
-    "Return the rows of one prediction (counts, well, top-k and site accuracy, chance), and notes on what could not be measured"
+    "Return the rows of one prediction (counts, accuracies, chance), and notes on what could not be measured"
     n_exp, has_candidates = r.experiment.nunique(), n_top >= min(k, res['n_classes'])
     rows, notes = [*_count_rows(r, res), *_accuracies(r, 'well accuracy', res['chance'], how)], []
     if has_candidates:
@@ -367,7 +370,7 @@ def _text(r):
 
 # %% ../../nbs/60_results.evaluate.ipynb #97c552fd
 class ScreenResult:
-    "Hold the results of `evaluate_screen`: `.rows` (one number per row), `.table()` and `.to_text()` for people, `.to_json()`"
+    "Results of `evaluate_screen`: `.rows` (one number per row), `.table()` and `.to_text()` for people, `.to_json()`"
     def __init__(self,
         rows:pd.DataFrame, # One number per row: column, protocol, measure, group, name, value, low, high, n, …
         columns:dict, # Name of a column → its result of `evaluate`
@@ -422,7 +425,8 @@ def to_json(self:ScreenResult,
 def _check_request(preds, table, screen):
     "Check the types of what `evaluate_screen` is given"
     if not isinstance(table, pd.DataFrame):
-        raise ScreenError(f'screen is a {type(screen).__name__}, not a screen or its site table: open it with open_screen.')
+        raise ScreenError(f'screen is a {type(screen).__name__}, not a screen or its site table: '
+                          'open it with open_screen.')
     if isinstance(preds, tuple) and len(preds) == 2 and 'cosine' in getattr(preds[1], 'columns', ()):
         raise ScreenError('predict_wells gives predictions and neighbors: give only the first of the two.')
 
@@ -497,8 +501,10 @@ def accuracy_plot(
     for i, (column, style) in enumerate(styles.items()):
         for j, name in enumerate(kinds):
             mine = d[(d.column == column) & ((d.cell_type == name) | (name == ''))]
-            handles[column] = _accuracy_bar(ax, mine, name, j*step + i, style['color'], picture_text(short_text(column, 48)))
-    ax.set_yticks(np.arange(len(kinds))*step + (len(styles) - 1)/2, ['all wells', *(picture_text(short_text(k, 16)) for k in kinds[1:])], fontsize=9)
+            label = picture_text(short_text(column, 48))
+            handles[column] = _accuracy_bar(ax, mine, name, j*step + i, style['color'], label)
+    names = ['all wells', *(picture_text(short_text(k, 16)) for k in kinds[1:])]
+    ax.set_yticks(np.arange(len(kinds))*step + (len(styles) - 1)/2, names, fontsize=9)
     ax.invert_yaxis()
     ax.set(xlim=(0, 1.03))
     ax.set_xlabel('accuracy of wells', fontsize=9)
@@ -510,7 +516,8 @@ _RIGHT_WRONG = dict(right='#2e9e4f', wrong='#d43d2f')
 
 def _draw_right_wrong(ax, r, plate):
     "Draw one plate, its wells colored by right and wrong"
-    plate_map(r, np.where(r.right, 'right', 'wrong'), f'plate {short_text(plate, 12)}: {r.right.mean():.0%} right', ctx=ax, colors=_RIGHT_WRONG)
+    title = f'plate {short_text(plate, 12)}: {r.right.mean():.0%} right'
+    plate_map(r, np.where(r.right, 'right', 'wrong'), title, ctx=ax, colors=_RIGHT_WRONG)
     ax.title.set_fontsize(9)
     if ax.get_legend(): ax.get_legend().remove()          # one below serves all plates
 
@@ -525,7 +532,8 @@ def right_wrong_map(
     fig, axs = plt.subplots(rows, 2, figsize=(5, .4 + 1.9*rows), dpi=96, squeeze=False, layout='constrained')
     for ax, plate in zip(axs.flat, plates): _draw_right_wrong(ax, r[r.plate == plate], plate)
     for ax in axs.flat[len(plates):]: ax.remove()
-    legend_below(fig, [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in _RIGHT_WRONG.items()])
+    boxes = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in _RIGHT_WRONG.items()]
+    legend_below(fig, boxes)
     return fig
 
 # %% ../../nbs/60_results.evaluate.ipynb #72a4015c

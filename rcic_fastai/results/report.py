@@ -17,10 +17,10 @@ from ..embed.correct import group_styles, legend_below, principal_plane, scatter
 # %% ../../nbs/61_results.report.ipynb #01be9e27
 _WIDTH, _DPI = 5., 96       # inches; dots per inch, so that a dot is a pixel of a web page
 
-def _picture_grid(n, columns, height, **kwargs):
+def _picture_grid(n, columns, height):
     "Return a figure with `n` axes in rows of `columns`, each `height` inches high"
     rows = max(-(-n//columns), 1)
-    fig, axs = plt.subplots(rows, columns, figsize=(_WIDTH, height*rows), dpi=_DPI, squeeze=False, layout='constrained', **kwargs)
+    fig, axs = plt.subplots(rows, columns, figsize=(_WIDTH, height*rows), dpi=_DPI, squeeze=False, layout='constrained')
     for ax in axs.flat[n:]: ax.remove()
     return fig, list(axs.flat[:n])
 
@@ -41,7 +41,8 @@ def site_gallery(
     rows = rows.assign(turn=rows.groupby('cell_type').cumcount())
     rows = rows.sort_values(['turn', 'experiment']).head(n)
     fig, axs = _picture_grid(len(rows), min(3, max(len(rows), 1)), 1.9)
-    for ax, r in zip(axs, rows.itertuples()): _show_site(ax, screen, r.site_id, f'{short_text(r.experiment, 16)} ({r.dataset})', how)
+    for ax, r in zip(axs, rows.itertuples()):
+        _show_site(ax, screen, r.site_id, f'{short_text(r.experiment, 16)} ({r.dataset})', how)
     return fig
 
 # %% ../../nbs/61_results.report.ipynb #acc328e7
@@ -49,7 +50,8 @@ def _plot_epochs(ax, history, columns, title):
     "Plot columns of a training history, with a line between stages"
     epochs = np.arange(1, len(history) + 1)
     for name, style in group_styles(columns).items():
-        if name in history: ax.plot(epochs, history[name], marker='.', color=style['color'], label=name.replace('_', ' '))
+        if name not in history: continue
+        ax.plot(epochs, history[name], marker='.', color=style['color'], label=name.replace('_', ' '))
     stage = history['stage'].to_numpy()
     for i in np.flatnonzero(stage[1:] != stage[:-1]): ax.axvline(i + 1.5, color='#bbb', lw=.8)
     ax.set_title(title, fontsize=10)
@@ -152,7 +154,8 @@ def neighbor_strip(
     for ax in axs: ax.axis('off')
     _show_site(axs[0], screen, query, f'{_site_lines(screen, query)}\n{short_text(truth or "not known", 14)}\n')
     for ax, r in zip(axs[1:], near.itertuples()):
-        _show_site(ax, screen, r.site_id, f'{_site_lines(screen, r.site_id)}\n{short_text(r.label, 14)}\n{r.cosine:.2f}')
+        lines = f'{_site_lines(screen, r.site_id)}\n{short_text(r.label, 14)}\n{r.cosine:.2f}'
+        _show_site(ax, screen, r.site_id, lines)
         if truth is not None: ax.title.set_color(_RIGHT if str(r.label) == str(truth) else _WRONG)
     return fig
 
@@ -175,8 +178,8 @@ h1{font-size:1.7rem;line-height:1.25}h2{font-size:1.2rem;margin-top:2.2rem;borde
 td,th{padding:.25rem .8rem;border-bottom:1px solid #e5e5e5;text-align:right;min-width:5.2rem}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
 thead th{border-bottom:2px solid #999}p.note{color:#555;font-size:.9rem}
-@media(max-width:30rem){body{margin:1rem auto}h1{font-size:1.35rem}table{font-size:.8rem}td,th{padding:.2rem .45rem}
-th:first-child,td:first-child{max-width:7rem}}'''
+@media(max-width:30rem){body{margin:1rem auto}h1{font-size:1.35rem}table{font-size:.72rem}
+td,th{padding:.2rem .25rem;min-width:0}th:first-child,td:first-child{max-width:5.6rem}}'''
 
 def _number(v): return f'{v:.3f}' if v <= 1 else f'{v:g}'
 

@@ -23,11 +23,13 @@ def screen_kind(
 )->str: # One of `SCREEN_KINDS`
     "Return what kind of screen is at `path`"
     path = Path(path)
-    if not path.exists(): raise ScreenError(f'There is no {path}: give the folder, the table or the packed store of a screen.')
-    if path.is_file(): return 'folder' if path.name in ('metadata.csv', 'train.csv', 'test.csv') else 'files'
+    names = ('metadata.csv', 'train.csv', 'test.csv')
+    if not path.exists():
+        raise ScreenError(f'There is no {path}: give the folder, the table or the packed store of a screen.')
+    if path.is_file(): return 'folder' if path.name in names else 'files'
     if is_store(path) or (path/'pack.json').exists(): return 'packed'
     if (path/'load_data.csv').is_file(): return 'files'
-    tables = any((path/f/n).is_file() for f in ('', 'metadata') for n in ('metadata.csv', 'train.csv', 'test.csv'))
+    tables = any((path/n).is_file() or (path/'metadata'/n).is_file() for n in names)
     plates = any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr'))
     return 'plates' if plates and not tables else 'folder'
 
@@ -38,6 +40,7 @@ def _open_table(path, kind, how):
     read = read_files if kind == 'files' else read_plates
     return Screen(*read(path, **how), path)
 
+# %% ../../nbs/08_screen.open.ipynb #d97de03a
 def _open_own(path, kind, how):
     "Open a packed screen or RxRx1's folders"
     if how:
@@ -51,9 +54,9 @@ def _open_own(path, kind, how):
 
 # %% ../../nbs/08_screen.open.ipynb #83dd0ca0
 def open_screen(
-    path, # A packed screen, RxRx1's folder, a table of image files, an OME-Zarr plate or a folder of them; a `Screen` is returned as it is
-    only_present:bool=False, # Leave out sites whose files are absent, and say how many
-    check:bool=True, # Look for the files of all sites now; without it, `screen[rows].complete()` looks for those of some
+    path, # A packed screen, RxRx1's folder, a table of image files, OME-Zarr plates; a `Screen` is returned unchanged
+    only_present:bool=False, # Leave out sites whose files are absent, and print how many
+    check:bool=True, # Check the files of all sites now; otherwise `screen[rows].complete()` checks those of some rows
     **how # For a table of files or plates: the arguments of `read_files` or `read_plates`
 )->Screen:
     "Open a screen of any kind"

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from ..core import (OwnFolder, ScreenError, check_choice, first_few, only_one, open_plain, parse_json,
-                              read_plain, write_atomic)
+                              read_plain, write_atomic, write_json)
 from .tables import check_table, read_metadata, read_parquet
 from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns
 
@@ -112,7 +112,7 @@ def _begin(part, table, source, codec, force):
     STORE_FOLDER.make(part)
     _write_zarr(part, facts)
     write_atomic(part/'sites.parquet', lambda p: p.write_bytes(_as_parquet(table)))
-    write_atomic(part/'pack.json', lambda p: p.write_text(json.dumps(facts)))
+    write_json(part/'pack.json', facts)
 
 # %% ../../nbs/04_screen.pack.ipynb #fe45ee6c
 class _Journal:
@@ -243,11 +243,11 @@ def _finish(part, source, lines):
     ids = pd.Index([l['site_id'] for l in lines], name='site_id')
     stats = pd.DataFrame([l['measures'] for l in lines], index=ids, columns=measure_columns(source.channels))
     chunks = pd.DataFrame(lines, index=ids)[['bytes', 'crc32c', 'stamp']]
-    write_atomic(part/'stats.parquet', lambda p: stats.to_parquet(p))
-    write_atomic(part/'chunks.parquet', lambda p: chunks.to_parquet(p))
+    write_atomic(part/'stats.parquet', stats.to_parquet)
+    write_atomic(part/'chunks.parquet', chunks.to_parquet)
     for p in part.glob('.*.*'):
         if STORE_FOLDER.is_temporary(p): p.unlink()
-    write_atomic(part/'sums.json', lambda p: p.write_text(json.dumps(_sums(part))))
+    write_json(part/'sums.json', _sums(part))
 
 def _name(part, dest):
     "Give a complete folder its name"

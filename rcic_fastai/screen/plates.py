@@ -145,7 +145,8 @@ def _plate_fields(folder, progress):
     fields, bare = [], []
     images_of = _in_threads(_well_images, [folder/path for path in wells.values()], progress)
     for (well, path), images in zip(wells.items(), images_of):
-        twice = [p for p, n in Counter(i.path for i in images).items() if n > 1]
+        at = Counter(i.path for i in images)
+        twice = [p for p, n in at.items() if n > 1]
         if twice: raise ScreenError(f'{folder/path} lists field {twice[0]} twice: remove one from the well metadata.')
         if not images: bare.append(well)
         fields += [(well, n, f'{path}/{i.path}', i.acquisition) for n, i in enumerate(images, 1)]
@@ -693,7 +694,8 @@ def _plate_table(plates, experiment, partial, progress):
     root = os.path.commonpath([p.parent for p in plates])
     read = [_plate_fields(p, progress) for p in plates]
     experiments = [experiment or p.parent.name for p in plates]
-    bare = [f'{p.name} {w}' for p, (_, _, without) in zip(plates, read) for w in without]
+    bare = []
+    for p, (_, _, without) in zip(plates, read): bare += [f'{p.name} {w}' for w in without]
     if bare and not partial:
         raise ScreenError(f'{len(bare)} well(s) are listed but have no field on disk ({first_few(bare)}): copy the '
                           'plate again, or leave such wells out with partial=True.')
