@@ -890,6 +890,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'rcic_fastai.folder._how_good': ('folder.html#_how_good', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._int': ('folder.html#_int', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._is_loss': ('folder.html#_is_loss', 'rcic_fastai/folder.py'),
+                                    'rcic_fastai.folder._is_measured': ('folder.html#_is_measured', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._learned_before': ('folder.html#_learned_before', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._list': ('folder.html#_list', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._no_weights': ('folder.html#_no_weights', 'rcic_fastai/folder.py'),
