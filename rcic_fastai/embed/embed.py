@@ -67,7 +67,7 @@ class EmbedOptions:
     mask:tuple=('plate_group', 'experiment') # Metadata passed as unknown
     adapt:str=None # BatchNorm statistics of each 'experiment' or 'plate' (AdaBN) instead of the training ones
     adapt_rows:pd.DataFrame=None # The rows that those statistics are taken from; `None`: the rows that are embedded
-    stat_rows:pd.DataFrame=None # Rows that plate or experiment pixel statistics may be taken of; `None`: those that are embedded, and `adapt_rows`
+    stat_rows:pd.DataFrame=None # Rows that plate or experiment pixel statistics may be taken of; `None`: all that the source has of those plates or experiments, and `adapt_rows`
     prior:int=16 # With `adapt`: how many sites the training statistics count as
     bs:int=32 # Batch size
     num_workers:int=0 # Reader processes, for PNGs; a packed screen is read by threads
@@ -343,6 +343,19 @@ def _begin_parts(parts, facts):
     return begin
 
 # %% ../../nbs/41_embed.embed.ipynb #ffcdebc8
+def _among(table, *more):
+    "Return a table, with the rows of others that it lacks"
+    for rows in more:
+        if rows is not None and len(new := rows[~rows.site_id.isin(table.site_id)]): table = pd.concat([table, new])
+    return table
+
+def _of_whole_groups(spec, screen, o):
+    "Return the options with `stat_rows`, when the source has more of the plates or experiments than is embedded"
+    if o.stat_rows is not None: return o
+    rows = _among(screen.table, o.adapt_rows)
+    whole = whole_groups(spec, rows, screen.source)
+    return o if whole is rows else replace(o, stat_rows=whole)
+
 def _planned(model, spec, rows, o):
     "Return the samples with their protocol, and the parts in which they are embedded"
     if not len(rows): raise ScreenError('There is nothing to embed: the table of sites is empty.')
@@ -366,6 +379,7 @@ def _parts_facts(model, spec, screen, o):
 def _make_parts(folder, model, spec, screen, o):
     "Embed the parts that are not in the folder yet; of several processes each makes its share"
     samples, plan = _planned(model, spec, screen.table, o)
+    o = _of_whole_groups(spec, screen, o)
     parts = EmbeddingParts(folder, samples, spec, plan)
     begin = _begin_parts(parts, _parts_facts(model, spec, screen, o))
     rank, world = rank_world()
@@ -402,6 +416,7 @@ def embed_screen(
     if folder is None:
         o = EmbedOptions(**kwargs)
         samples, plan = _planned(model, spec, screen.table, o)
+        o = _of_whole_groups(spec, screen, o)
         parts = EmbeddingParts(None, samples, spec, plan)
         done = _features(model, spec, screen, plan, list(range(len(plan))), o)
     else:
@@ -422,13 +437,13 @@ def _embed_loader(model, spec, dl, trained, tta=8, progress=True, mask=('plate_g
     rows = stamp_protocols(rows, row_protocols(model, spec, rows, None, mask, trained))
     return make_emb_table(_row_table(rows, spec), embed_dl(model, dl, tta, progress, mask))
 
-def _among(table, *more):
-    "Return a table, with the rows of others that it lacks"
-    for rows in more:
-        if rows is not None and len(new := rows[~rows.site_id.isin(table.site_id)]): table = pd.concat([table, new])
-    return table
-
 # %% ../../nbs/41_embed.embed.ipynb #ef8639c5
+def _default_stat_rows(dls, asked):
+    "Return the rows of a learner's screen, and all that its source has of the other plates or experiments in `asked`"
+    table, norm = dls.screen.table, dls.spec.norm
+    is_new = ~stat_groups(asked, norm).isin(stat_groups(table, norm))
+    return _among(table, asked, whole_groups(dls.spec, asked[is_new], dls.screen.source))
+
 @patch
 @delegates(embed_screen, but=['model', 'spec', 'screen'])
 def embed(self:Learner,
@@ -445,6 +460,6 @@ def embed(self:Learner,
     if isinstance(rows, DataLoader): return _embed_loader(model, dls.spec, rows, **{'trained': trained, **kwargs})
     if rows is None: rows = dls.valid.items
     screen = dls.screen[rows] if isinstance(rows, pd.DataFrame) else rows
-    if dls.spec.per_group and screen.source is dls.screen.source:
-        kwargs.setdefault('stat_rows', _among(dls.screen.table, screen.table, kwargs.get('adapt_rows')))
+    if dls.spec.per_group and screen.source is dls.screen.source and 'stat_rows' not in kwargs:
+        kwargs['stat_rows'] = _default_stat_rows(dls, _among(screen.table, kwargs.get('adapt_rows')))
     return embed_screen(model, dls.spec, screen, **{'trained': trained, **kwargs})
