@@ -249,7 +249,7 @@ def demo_report(
     "Write report.html of a demo folder"
     out = Path(out)
     screen, m = open_screen(out/'screen.zarr'), load_model(out/'model')
-    pred, near = read_predictions(out/'inductive.csv'), pd.read_parquet(out/'neighbors.parquet')
+    pred, near = read_predictions(out/'inductive.csv'), read_parquet(out/'neighbors.parquet')
     test = m.embed(screen[prediction_rows(screen.table)], tta=1, mask=INDUCTIVE_MASK, progress=False)
     both = pd.concat([m.index.table(), test], ignore_index=True)
     right = right_wrong(pred, screen.table)
