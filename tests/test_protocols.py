@@ -111,7 +111,9 @@ def test_statistics_of_a_plate_are_those_of_training(screen):
     some = t[(t.experiment == 'HUVEC-17') & (t.well_type == 'treatment')]
     whole = learn.embed(t[t.experiment == 'HUVEC-17'], **HOW).set_index('Metadata_site_id').loc[some.site_id].reset_index()
     np.testing.assert_allclose(emb_features(learn.embed(some.iloc[:3], **HOW)), emb_features(whole)[:3], atol=1e-5)
-    own = embed_screen(learn.model, learn.dls.spec, screen[some.iloc[:3]], **HOW)
+    few = screen[some.iloc[:3]]
+    np.testing.assert_allclose(emb_features(embed_screen(learn.model, learn.dls.spec, few, **HOW)), emb_features(whole)[:3], atol=1e-5)
+    own = embed_screen(learn.model, learn.dls.spec, few, stat_rows=few.table, **HOW)
     assert np.abs(emb_features(own) - emb_features(whole)[:3]).max() > 1e-4
     without = learner(dls_of(screen[t[t.dataset != 'test']], norm='plate'))         # rows that the table does not have
     test = t[t.experiment == 'HUVEC-17']

@@ -4,7 +4,8 @@ from fastai.vision.all import load_learner, noop
 from fastai.data.core import test_set as make_test_set
 from rcic_fastai.batch.data import screen_dls, spec_dl
 from rcic_fastai.core import ScreenError
-from rcic_fastai.embed import embed   # gives learners their .embed
+from rcic_fastai.embed.embed import embed_screen   # and learners have .embed
+from rcic_fastai.embed.table import emb_features
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import screen_learner
@@ -74,19 +75,50 @@ def test_a_learner_from_a_file_knows_the_groups_that_it_saw(learners):
     seen = table[table.experiment == 'HUVEC-01'].head(3)
     check(again, seen, wanted(learn, seen, table))
 
-def test_controls_that_are_not_given_are_asked_for(learners):
+def test_a_few_rows_are_normalized_as_their_whole_group(learners):
+    "Of an experiment that the learner's screen has not, by what the source has of it; `embed` as `test_dl`"
+    learn, again, table, strange = learners
+    one = strange[strange.well_id == strange.well_id[strange.well_type == 'treatment'].iloc[-1]]
+    want = wanted(learn, one, strange)
+    for l in (learn, again): check(l, one, want)
+    torch.testing.assert_close(wanted(learn, one), want, rtol=0, atol=0)
+    spec, source = learn.dls.spec, learn.dls.screen.source
+    how = dict(tta=1, progress=False)
+    got = learn.embed(strange, **how)
+    known = emb_features(got)[got.Metadata_well_id.isin(one.well_id)]
+    for emb in (learn.embed(one, **how), embed_screen(learn.model, spec, Screen(one, source), **how)):
+        np.testing.assert_allclose(emb_features(emb), known, atol=1e-5)
+    alone = Screen(one, source.restrict(one))                                # a source that has these sites only
+    if spec.per_group and spec.norm_from == 'all':
+        dl = spec_dl(spec, alone, bs=8, device='cpu')
+        torch.testing.assert_close(pictures(dl), wanted(learn, one, one)[0], rtol=0, atol=0)
+
+def test_sites_with_absent_files_give_no_statistics(learners, monkeypatch):
+    learn, _, table, strange = learners
+    source, lost = learn.dls.screen.source, strange[strange.well_type == 'treatment'].site_id.iloc[0]
+    one = strange[(strange.well_type == 'treatment') & (strange.site_id != lost)].tail(1)
+    there = strange[strange.site_id != lost]
+    want = wanted(learn, one, there)[0]
+    stamp = type(source).stamp
+    monkeypatch.setattr(type(source), 'stamp', lambda self, i: 'absent' if i == lost else stamp(self, i))
+    torch.testing.assert_close(wanted(learn, one)[0], want, rtol=0, atol=0)
+
+def test_controls_that_are_not_there_are_asked_for(learners, monkeypatch):
     learn, again, table, strange = learners
     if learn.dls.spec.norm_from != 'controls': return
     treated = samples(learn, strange[strange.well_type == 'treatment'])
     for l in (learn, again):
+        monkeypatch.setattr(l.dls.screen, 'source', l.dls.screen.source.restrict(pd.concat([table, strange[strange.well_type == 'treatment']])))
         with pytest.raises(ScreenError, match='U2OS-04.* not known.*its control wells included'): l.dls.test_dl(treated)
 
 def test_predict_of_one_row(learners):
     "Right where the group's statistics are known, else refused: one site does not tell them"
     learn, again, table, strange = learners
     spec = learn.dls.spec
-    for l, rows, fails in ((learn, table, False), (again, table[table.experiment == 'HUVEC-01'], False), (learn, strange, spec.per_group),
-                           (again, strange, spec.per_group), (again, table[table.experiment == 'RPE-08'], spec.per_group)):
+    unknown = strange.assign(experiment='U2OS-99')                           # a name that the source has not
+    for l, rows, fails in ((learn, table, False), (again, table[table.experiment == 'HUVEC-01'], False), (learn, strange, False),
+                           (again, strange, False), (again, table[table.experiment == 'RPE-08'], False),
+                           (learn, unknown, spec.per_group), (again, unknown, spec.per_group)):
         row = samples(l, rows).iloc[-1]
         with l.no_bar():
             if fails:
@@ -95,7 +127,7 @@ def test_predict_of_one_row(learners):
                 at = rows[rows.site_id == row.site_id] if spec.sites == 1 else rows[rows.well_id == row.well_id]
                 got = l.predict(row)[2].as_subclass(torch.Tensor)
                 act = l.loss_func.activation if hasattr(l.loss_func, 'activation') else noop
-                torch.testing.assert_close(got, act(wanted(learn, at, table)[1])[0].as_subclass(torch.Tensor), rtol=0, atol=1e-6)
+                torch.testing.assert_close(got, act(wanted(learn, at, pd.concat([table, rows[~rows.site_id.isin(table.site_id)]]))[1])[0].as_subclass(torch.Tensor), rtol=0, atol=1e-6)
 
 def test_batches_made_by_hand_of_rows_without_statistics_are_refused(learners):
     learn, _, table, strange = learners

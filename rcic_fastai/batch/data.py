@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'TensorMeta', 'MetadataCategorize', 'MetadataBlock',
            'ExperimentSplitter', 'labeled_rows', 'label_order', 'check_plates', 'check_id_test', 'ScreenSpec',
-           'GroupCategorize', 'statistics_rows', 'screen_block', 'ScreenLoaders', 'screen_dls', 'spec_dl']
+           'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders', 'screen_dls',
+           'spec_dl']
 
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
 from dataclasses import asdict, dataclass, field, replace
@@ -195,6 +196,17 @@ def statistics_rows(
     raise ScreenError(f'{first_few(lacks)} has no {what} to take pixel statistics of: add its rows to the table '
                       f'(stat_rows){more}.')
 
+# %% ../../nbs/13_batch.data.ipynb #a5d6c17c
+def whole_groups(
+    spec:ScreenSpec, # What a batch is
+    rows:pd.DataFrame, # Site-table rows
+    source, # Image source
+)->pd.DataFrame: # `rows` first; the others have the columns that tell their plate and type of well
+    "Return the rows, and the other sites that the source has of the same plates or experiments, when those give pixel statistics"
+    if not spec.per_group: return rows
+    more = source.more_sites(rows, spec.norm)
+    return pd.concat([rows, more], ignore_index=True) if len(more) else rows
+
 # %% ../../nbs/13_batch.data.ipynb #87be5b01
 def _normalize(spec, source, rows, pos):
     "Return the normalization transform of a spec and, for groups, the block of the input that names them"
@@ -258,7 +270,7 @@ class ScreenLoaders(DataLoaders):
         with_labels:bool=False, # Whether the rows have labels of the target
         **kwargs
     )->ScreenDL: # Batches in the order of the rows
-        "Return batches of any rows; statistics of new plates are taken from the screen's table or from the given rows"
+        "Return batches of any rows; statistics of new plates are taken from the screen's table, or from all its source has of them"
         dl = super().test_dl(test_items, rm_type_tfms, with_labels, **kwargs)
         norm = _group_norm(dl)
         return dl if norm is None else _with_statistics(dl, norm, self._statistics(norm, test_items))
@@ -273,13 +285,16 @@ def _every_site(rows, source):
 @patch
 def _statistics(self:ScreenLoaders, norm, items):
     "Return the statistics of the groups that are known, and of those of `items`"
-    whole = isinstance(items, pd.DataFrame)
-    rows = items if whole else pd.DataFrame(list(items))
+    is_table = isinstance(items, pd.DataFrame)
+    rows = items if is_table else pd.DataFrame(list(items))
     rows = rows[~stat_groups(rows, norm.by).isin(norm.stats.index)]
     if not len(rows): return norm.stats
     given = rows if self.spec.sites == 1 else _every_site(rows, self.screen.source)
     table = self.screen.table
-    among = pd.concat([table, given[~given.site_id.isin(table.site_id)]]) if whole else table
+    is_new = ~stat_groups(given, norm.by).isin(stat_groups(table, norm.by))
+    whole = whole_groups(self.spec, given[is_new], self.screen.source)
+    tells = is_table or len(whole) > is_new.sum()
+    among = pd.concat([table, given[~is_new & ~given.site_id.isin(table.site_id)], whole]) if tells else table
     use, lacks = _statistics_of(self.spec, rows, among)
     if lacks:
         kind = 'control ' if self.spec.norm_from == 'controls' else ''
@@ -377,12 +392,13 @@ def spec_dl(
     augs=(), # Random batch transforms, for random views
     num_workers:int=0, # Reader processes
     device=None, # Where batches go
-    stat_rows:pd.DataFrame=None, # Rows that may give plate or experiment statistics; `None`: those of the screen
+    stat_rows:pd.DataFrame=None, # Rows that may give plate or experiment statistics; `None`: all that the source has of those plates or experiments
 )->ScreenDL: # Batches without target, in the order of `dl.rows`
     "Return batches of any screen for a trained model"
     rows, source = screen.table, screen.source
     _check_images(spec, source)
-    stat_rows = statistics_rows(spec, rows, stat_rows)
+    among = whole_groups(spec, rows, source) if stat_rows is None else stat_rows
+    stat_rows = statistics_rows(spec, rows, among)
     if spec.sites > 1: rows = rows.drop_duplicates('well_id')
     rows = rows.reset_index(drop=True)
     block = screen_block(spec, source, stat_rows, _every_row, augs, labeled=False, mask=mask)

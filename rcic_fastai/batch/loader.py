@@ -132,7 +132,7 @@ class GroupBatches:
     ):
         codes, self.names = pd.factorize(pd.Series(groups))
         if not 1 <= k <= len(self.names):
-            raise ScreenError(f'{k} groups in a batch are asked for and there are {len(self.names)}: choose 1 to '
+            raise ScreenError(f'batches of {k} groups were requested, but there are {len(self.names)}: choose 1 to '
                               f'{len(self.names)}.')
         if bs % k: raise ScreenError(f'batches of {bs} cannot hold {k} groups of equal share: choose a multiple of {k}.')
         self.n, self.k, self.members = bs//k, k, _members(codes, len(self.names))

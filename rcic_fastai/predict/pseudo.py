@@ -124,7 +124,7 @@ def well_scores(
     bs:int=32, # Batch size
     num_workers:int=0, # Reader processes, for PNGs
     progress:bool=True, # Show a progress bar
-    stat_rows:pd.DataFrame=None, # Rows that plate or experiment statistics may be computed from; `None`: `rows`
+    stat_rows:pd.DataFrame=None, # Rows that plate or experiment statistics may be computed from; `None`: as in `spec_dl`
 )->tuple: # (float32 [W,K] in the order of `spec.labels`; one row per well)
     "Return the cosine of every well with every class, by the classifier"
     check_tta(tta)

@@ -124,6 +124,7 @@ class ImageSource:
         self.root, self.channels, self.stats = Path(root), tuple(channels), None
         _check_source(self.root, table, self.channels)
         self._rows, self._wells = {i:n for n, i in enumerate(table.site_id.tolist())}, _sites_of_wells(table)
+        self._sites = table[[c for c in ('site_id', 'experiment', 'plate', 'well_type') if c in table]]
 
     def __len__(self): return len(self._rows)
     def __contains__(self, site_id): return site_id in self._rows
@@ -215,6 +216,7 @@ def restrict(self:ImageSource,
     "Return the source with fewer sites; a well then has the sites that are left"
     res = copy.copy(self)
     res._rows, res._wells = {i: self._rows[i] for i in table.site_id}, _sites_of_wells(table)
+    res._sites = self._sites[self._sites.site_id.isin(table.site_id)]
     return res
 
 @patch
@@ -410,6 +412,17 @@ def stat_groups(
     check_choice('by', by, (None, 'plate', 'experiment'))
     if by is None: return pd.Series('all', table.index)
     return table.experiment if by == 'experiment' else table.experiment + '_' + table.plate.astype(str)
+
+# %% ../../nbs/03_screen.images.ipynb #693df01a
+@patch
+def more_sites(self:ImageSource,
+    table:pd.DataFrame, # Site-table rows
+    by:str, # 'plate' or 'experiment'
+)->pd.DataFrame: # Columns site_id, experiment, plate and, where it is known, well_type
+    "Return the sites that the source has of the plates or experiments of some rows, besides these; absent files are left out"
+    is_asked = stat_groups(self._sites, by).isin(stat_groups(table, by).unique())
+    more = self._sites[is_asked & ~self._sites.site_id.isin(table.site_id)]
+    return more[[self.stamp(i) != 'absent' for i in more.site_id]]
 
 # %% ../../nbs/03_screen.images.ipynb #14f1b05d
 def screen_stats(
