@@ -1,5 +1,5 @@
 "The house is in order: the two settings files agree, the wheel is whole, notebooks and pages are clean."
-import ast, base64, importlib, json, os, re, shutil, subprocess, sys, sysconfig, tarfile, zipfile
+import ast, base64, importlib, json, os, re, shlex, shutil, subprocess, sys, sysconfig, tarfile, zipfile
 from configparser import ConfigParser
 from functools import lru_cache
 from importlib.metadata import packages_distributions
@@ -344,10 +344,141 @@ def test_pages_have_parameter_tables_and_no_address():
     for page in PAGES: assert not re.search(r' at 0x[0-9a-f]{6}', page.read_text(encoding='utf-8')), page.name
 
 
-def test_readme_pictures_exist():
-    text = (ROOT/'README.md').read_text(encoding='utf-8')
-    for link in re.findall(r'\]\(([^)#\s]+)\)', text):
-        if not re.match(r'[a-z]+:', link): assert (ROOT/link).exists(), link
+# ---- the README
+
+README = (ROOT/'README.md').read_text(encoding='utf-8')
+OUTSIDE_CODE = re.sub(r'```.*?```', '', README, flags=re.DOTALL)
+
+
+def blocks(language): return re.findall(rf'^```{language}\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    "Return the lines of the README's shell blocks, as lists of words without comments; `\\` continues a line"
+    text = ''.join(blocks('sh')).replace('\\\n', ' ')
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def test_readme_is_what_index_gives():
+    assert README == pages.readme(NBS/'index.ipynb')
+
+
+def test_readme_works_on_pypi():
+    "Where no file of the repository is beside it, raw HTML is shown as text, and headings have no anchors"
+    own = (pages.repository(ROOT), pages.pages_url(ROOT), pages.raw_url(ROOT))
+    links = re.findall(r'\]\(([^)\s]+)\)', OUTSIDE_CODE)
+    assert len(links) > 20 and all(l.startswith('https://') for l in links), [l for l in links if not l.startswith('https://')]
+    assert not re.search(r'</?(div|style|table|tr|td|th|p|img|a)\b', OUTSIDE_CODE)
+    assert sum(l.startswith(own) for l in links) > 20
+
+
+def test_readme_links_lead_to_pages_pictures_and_files():
+    branch = settings()['branch']
+    places = {f'{pages.pages_url(ROOT)}/': DOCS, f'{pages.raw_url(ROOT)}/': ROOT, f'{pages.repository(ROOT)}/blob/{branch}/': ROOT}
+    for address, folder in places.items():
+        found = re.findall(rf'\]\({re.escape(address)}([^)#\s]+)', README)
+        assert found, f'no link to {address}'
+        for path in found:
+            made = {f'{pages.page_name(nb)}.html' for nb in NOTEBOOKS} if folder == DOCS else ()
+            assert path in made or (folder/path).exists(), path
+
+
+def test_the_address_of_the_repository_comes_from_settings():
+    assert f'git clone {pages.repository(ROOT)}\n' in README and pages.REPOSITORY not in README
+    text = (ROOT/'index.ipynb').read_text(encoding='utf-8')
+    assert f"{settings()['user']}/{settings()['repo']}" not in text and pages.REPOSITORY in text
+
+
+@pytest.mark.parametrize('column,cell', [('a|b', r'a\|b'), (' x\ny ', 'x y')])
+def test_a_data_frame_becomes_a_markdown_table(column, cell):
+    html = f'<table><tr><th></th><th>{column}</th></tr><tr><th>0</th><td>1 &lt; 2</td></tr></table><p>Why</p>'
+    assert pages.markdown_table(html) == f'| {cell} |\n| --- |\n| 1 < 2 |\n\nWhy'
+    named = html.replace('>0<', '>row<')
+    assert pages.markdown_table(named) == f'|  | {cell} |\n| --- | --- |\n| row | 1 < 2 |\n\nWhy'
+    with pytest.raises(SystemExit, match='not a plain one'): pages.markdown_table(html.replace('<td>', '<td></td><td>'))
+
+
+def test_readme_commands_are_understood():
+    from rcic_fastai import cli
+    functions = dict(rcic_simulate=cli.simulate, rcic_download=cli.download, rcic_pack=cli.pack, rcic_train=cli.train,
+                     rcic_predict=cli.predict, rcic_evaluate=cli.evaluate_csv)
+    seen = set()
+    for name, *arguments in commands():
+        if name not in functions: continue
+        cli.command_parser(functions[name], name).parse_args(arguments)   # exits when it does not understand
+        seen.add(name)
+    assert seen == set(functions)
+    made = {line.split(':')[0] for line in (ROOT/'Makefile').read_text().splitlines() if re.match(r'[\w-]+:', line)}
+    assert {words[1] for words in commands() if words[0] == 'make'} == {'demo', 'test'} <= made
+
+
+def test_readme_python_can_be_run_in_order():
+    "The names that its snippets use are defined before, or come from the library"
+    import rcic_fastai.all as library
+    known = set(vars(library)) | set(dir(__builtins__)) | set(__builtins__ if isinstance(__builtins__, dict) else ())
+    for block in blocks('python'):
+        nodes = list(ast.walk(ast.parse(block)))
+        known |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        assert not {n.id for n in nodes if isinstance(n, ast.Name)} - known, block
+
+
+def index_cell(begin):
+    "Return the source of the code cell of index.ipynb that holds a text"
+    return next(source for _, source, _ in code(ROOT/'index.ipynb') if begin in source)
+
+
+@pytest.mark.parametrize('labels', ['known', 'empty'])
+def test_readme_packs_ones_own_plates(labels, tmp_path, monkeypatch, capsys):
+    "The command of the README on the table of the README, also with the perturbations of the test left empty"
+    import rcic_fastai.all as library
+    from rcic_fastai.cli import rcic_pack
+    monkeypatch.chdir(tmp_path)
+    exec(index_cell('def draw_plates'), vars(library).copy())
+    if labels == 'empty':
+        table = library.pd.read_csv('plates/plates.csv')
+        table.loc[table.Batch == 'July', 'Reagent'] = None
+        table.to_csv('plates/plates.csv', index=False)
+    pack = next(words for words in commands() if words[:2] == ['rcic_pack', 'plates/plates.csv'])
+    assert rcic_pack(pack[1:]) == 0
+    screen = library.open_screen(pack[2])
+    assert screen.test.experiments == ['July'] and set(screen.train.experiments) == {'May', 'June'}
+    assert set(screen.train.controls.table.sirna) == {'untreated'} and set(screen.table.cell_type) == {'HUVEC'}
+    assert screen.test.table.sirna.isna().all() == (labels == 'empty')
+    assert 'sites are the same as in plates/plates.csv' in capsys.readouterr().out
+
+
+def test_readme_packs_ome_zarr_plates(tmp_path, monkeypatch):
+    import pandas as pd
+    from test_hcs import make_plate
+    from rcic_fastai.cli import rcic_pack
+    from rcic_fastai.screen.open import open_screen
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'ome_plates').mkdir()
+    for name in ('P1', 'P2'): make_plate(tmp_path/f'ome_plates/{name}.zarr', name=name)
+    pack = next(words for words in commands() if words[:2] == ['rcic_pack', 'ome_plates'])
+    wells = [dict(plate=p, well=w, experiment=e, sirna=s, well_type=kind, cell_type='HUVEC', dataset=d) for p, e, d in
+             [('P1', 'May', 'train'), ('P2', 'July', 'test')] for w, s, kind in [('B02', 'a', 'treatment'), ('C03', 'DMSO', 'negative_control')]]
+    columns = re.search(r'the columns `plate` and `well`, and any of (.*)\.\n', README)[1]
+    assert set(wells[0]) == {'plate', 'well'} | set(re.findall(r'`(\w+)`', re.sub(r'\(.*?\)', '', columns)))
+    pd.DataFrame(wells).to_csv(pack[pack.index('--wells') + 1], index=False)
+    assert rcic_pack(pack[1:]) == 0
+    screen = open_screen(pack[2])
+    assert screen.test.experiments == ['July'] and len(screen.controls) == 4
+
+
+def test_readme_says_what_was_never_run():
+    part = README.partition('## What has never been run')[2].partition('\n## ')[0]
+    real = json.loads((ROOT/'bench/results/real_sites.json').read_text())
+    assert f"only {real['sites']} real sites were read" in part and 'No GPU' in part and 'real labeled images' in part
+
+
+def test_readme_quotes_the_ablation():
+    rows = json.loads((ROOT/'bench/results/ablation.json').read_text())['rows']
+    for model, prediction in [('plain', 'one site'), ('own', 'one site'), ('cutmix', 'two sites, TTA'), ('cutmix', '+ AdaBN, index too'),
+                              ('cutmix', '+ AdaBN, standardized embeddings'), ('cutmix', '+ AdaBN, standardized, groups and assignment')]:
+        r = next(r for r in rows if (r['model'], r['prediction']) == (model, prediction))
+        column = ('inductive', 'adapted', 'transductive').index(r['protocol'])
+        assert re.search(rf"^\|[^|]*{'[|] '*(column + 1)}{r['mean']:.3f} ± {r['sd']:.3f} \|", README, re.MULTILINE), r
 
 
 # ---- the check itself

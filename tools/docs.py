@@ -238,7 +238,7 @@ def markdown_table(text):
     head, *rows = found.rows
     if not head or any(len(r) != len(head) for r in rows): raise SystemExit(f'docs: a table of index.ipynb is not a plain one: {head}')
     is_numbered = all(r[0].isdigit() for r in rows) and not head[0].strip()
-    lines = [[c.strip().replace('|', r'\|') for c in r[is_numbered:]] for r in [head, *rows]]
+    lines = [[' '.join(c.split()).replace('|', r'\|') for c in r[is_numbered:]] for r in [head, *rows]]
     lines.insert(1, ['---']*len(lines[0]))
     return '\n\n'.join(['\n'.join('| ' + ' | '.join(r) + ' |' for r in lines), *found.paragraphs])
 
