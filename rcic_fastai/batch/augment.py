@@ -10,6 +10,7 @@ __all__ = ['NORMALIZERS', 'IntToFloat', 'dihedral', 'SiteDihedral', 'crop_mat', 
 # %% ../../nbs/11_batch.augment.ipynb #ef25ec76
 from operator import attrgetter
 import cv2
+from torch.utils.data import get_worker_info
 from fastai.vision.all import *
 from ..core import ScreenError, check_choice
 from ..screen.images import stat_columns, stat_groups
@@ -295,6 +296,7 @@ def clahe(
     "Return every channel after contrast-limited adaptive histogram equalization (Zuiderveld 1994), by OpenCV"
     if img.dtype not in (np.uint8, np.uint16):
         raise ScreenError(f'CLAHE needs uint8 or uint16, not {img.dtype}: apply it to items, before floats.')
+    if get_worker_info() is not None: cv2.setNumThreads(0)      # a forked process would wait for threads that it does not have
     op = cv2.createCLAHE(clipLimit=clip, tileGridSize=tuple(grid))
     planes = np.ascontiguousarray(img).reshape(-1, *img.shape[-2:])
     return np.stack([op.apply(p) for p in planes]).reshape(img.shape)
