@@ -501,6 +501,37 @@ def _began(pid):
 
 _held = {}      # locks of this process: what each says of its owner
 
+def _flock(path, shared=False):
+    "Return an open file with the system's lock on it, None where there is no such lock; raise BlockingIOError when another has it"
+    try: import fcntl
+    except ImportError: return None
+    f = open(path, 'r+b' if os.access(path, os.W_OK) else 'rb')
+    try: fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.close()
+        raise
+    except OSError:
+        f.close()
+        return None
+    return f
+
+def _is_flocked(path):
+    "Return whether a process, in whatever container, holds the system's lock on a file"
+    try: f = _flock(path, shared=True)      # those who only look do not hinder each other
+    except BlockingIOError: return True
+    except OSError: return False
+    if f is not None: f.close()
+    return False
+
+_flocked = {}   # files that this process holds with the system's lock
+
+def _unflock(path=None):
+    "Close the file of a lock, or those of all: a fork would hold the locks of its parent longer than it lives"
+    for p in [str(path)] if path else list(_flocked):
+        if f := _flocked.pop(p, None): f.close()
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_unflock)
+
 def _owner():
     "Return what a lock of this process says"
     pid = os.getpid()
@@ -508,6 +539,7 @@ def _owner():
 
 def _still_held(path, owner):
     "Return whether the owner of a lock, on this machine, is still running"
+    if _is_flocked(path): return True
     pid, began, now = owner['pid'], owner['began'], _began(owner['pid'])
     if pid == os.getpid() and str(path) not in _held or now == '' or not _alive(pid): return False
     return None in (now, began) or now == began
@@ -529,31 +561,42 @@ def _name_once(tmp, path):
     try: os.link(tmp, path)
     except FileExistsError: raise
     except OSError:
-        with open(path, 'x') as f: f.write(tmp.read_text())
+        text = tmp.read_text()
+        with open(path, 'x') as f: f.write(text)
 
 @contextmanager
 def _alone_with(path):
-    "Keep other processes from taking this lock over"
-    try: import fcntl
-    except ImportError: fcntl = None
-    if fcntl is None: yield
-    else:
-        with open(path) as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            yield
+    "Keep other processes from taking this lock over; raise BlockingIOError when one is about to"
+    f = _flock(path)
+    try: yield
+    finally:
+        if f is not None: f.close()
 
 # %% ../nbs/00_core.ipynb #bfbf633e
+def _keep_flock(path, f):
+    "Hold the system's lock on our lock as long as this process has it; a disk without links has a copy of the file locked first"
+    _unflock(path)
+    if f is not None and not os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+        f.close()
+        f = _flock(path)
+    if f is not None: _flocked[str(path)] = f
+
 def _put_lock(path, over=None):
     "Write our lock and return whether we have it now; with `over`, only in place of the lock of that owner"
-    tmp = path.with_name(f'{_HOST}{os.getpid()}.{path.name}')
+    tmp, f = path.with_name(f'{_HOST}{os.getpid()}.{path.name}'), None
     try:
+        tmp.unlink(missing_ok=True)     # of a process of this number in another container
         tmp.write_text(json.dumps(_owner()))
+        f = _flock(tmp)
         if over is None: _name_once(tmp, path)
         else:
             with _alone_with(path):
                 if _read_owner(path) != over: return False
                 os.replace(tmp, path)
-    except (FileExistsError, FileNotFoundError): return False
+        _keep_flock(path, f)
+    except (FileExistsError, FileNotFoundError, BlockingIOError):
+        if f is not None: f.close()
+        return False
     finally: tmp.unlink(missing_ok=True)
     return True
 
@@ -589,6 +632,7 @@ def release(self:OwnLock):
     try:
         if mine and mine['pid'] == os.getpid() and _read_owner(self.path) == mine: self.path.unlink()
     except ScreenError: pass        # another file has its name now
+    finally: _unflock(self.path)
 
 # %% ../nbs/00_core.ipynb #10cc0005
 @contextmanager

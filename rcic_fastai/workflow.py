@@ -256,7 +256,7 @@ def demo_report(
     "Write report.html of a demo folder"
     out = Path(out)
     screen, m = open_screen(out/'screen.zarr'), load_model(out/'model')
-    pred, near = read_predictions(out/'inductive.csv'), pd.read_parquet(out/'neighbors.parquet')
+    pred, near = read_predictions(out/'inductive.csv'), read_parquet(out/'neighbors.parquet')
     before, after = (_map_table(m, screen.test.treatments, adapt) for adapt in (None, 'experiment'))
     right = right_wrong(pred, screen.table)
     strips = [_strip(near, w, screen) for w in _examples(right)]

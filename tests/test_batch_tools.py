@@ -174,7 +174,7 @@ def test_an_index_adapted_by_its_own_experiments(screen, learn):
     for protocol in ('adapted', 'transductive'):
         pred, near = predict_wells(queries, index, protocol)
         assert len(pred) == test.well_id.nunique() and set(pred.protocol) == {protocol} and len(near)
-    with pytest.raises(ScreenError, match='ask for protocol adapted'): predict_wells(queries, index)
+    with pytest.raises(ScreenError, match="ask for protocol='adapted'"): predict_wells(queries, index)
     pred, _ = predict_wells(learn.embed(test, tta=1, progress=False), index)               # the index may use its own experiments
     assert set(pred.protocol) == {'inductive'}
 
@@ -221,7 +221,7 @@ def test_the_mark_of_a_kept_correction_goes_into_the_prediction(tmp_path):
     with pytest.raises(ScreenError, match='corrected by'): predict_wells(other, index, 'adapted')
     assert set(other.Metadata_protocol) == {'adapted'}
     adapted = fitted.transform(queries.assign(Metadata_protocol='adapted'))                 # AdaBN before stays what it was
-    with pytest.raises(ScreenError, match='ask for protocol adapted'): predict_wells(adapted, index, 'inductive')
+    with pytest.raises(ScreenError, match="ask for protocol='adapted'"): predict_wells(adapted, index, 'inductive')
 
 FACTS, ARRAYS = TVN(None, dims=5).fit(TOY).state()
 @pytest.mark.parametrize('facts,arrays', [

@@ -340,6 +340,20 @@ def test_a_small_column_stays_small(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(tables, '_MOST_TABLE', 10**6)
     sentence(lambda: tables.read_parquet(f), f.name, 'more')
 
+def test_a_small_file_of_embeddings_stays_small(tmp_path, monkeypatch):
+    "A few bytes do not become a billion numbers; a table that is as large as its file is read, whatever its size"
+    from rcic_fastai.embed.table import make_emb_table, read_embeddings, write_embeddings
+    from rcic_fastai.screen import tables
+    monkeypatch.setattr(tables, '_MOST_TABLE', 10**5)
+    n, rng = 10**6, np.random.default_rng(0)
+    bomb = pd.DataFrame(dict(Metadata_site_id=['x'*100]*n, emb_0000=np.zeros(n, np.float32)))
+    bomb.to_parquet(tmp_path/'bomb.parquet')
+    assert (tmp_path/'bomb.parquet').stat().st_size < 10**5
+    sentence(lambda: read_embeddings(tmp_path/'bomb.parquet'), 'bomb.parquet', 'more')
+    good = make_emb_table(pd.DataFrame(dict(site_id=[f'a_{i}' for i in range(1000)])), rng.normal(size=(1000, 64)))
+    assert write_embeddings(good, tmp_path/'good.parquet').stat().st_size > 2*10**5
+    pd.testing.assert_frame_equal(read_embeddings(tmp_path/'good.parquet'), good, check_dtype=False)
+
 # ---- packed screens
 
 @pytest.fixture

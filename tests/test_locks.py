@@ -52,6 +52,64 @@ def test_a_process_that_nobody_has_collected_is_over(tmp_path):
         with only_one(tmp_path/'out'): pass
     finally: os.waitpid(pid, 0)
 
+@pytest.mark.skipif(os.name != 'posix', reason='no flock')
+@pytest.mark.parametrize('number', ['unknown', 'the same'])
+def test_a_run_of_another_container_is_respected(tmp_path, monkeypatch, number):
+    "Same host and folder, and processes that cannot be seen, or that have the same number"
+    me = dict(core._owner(), began='another start 1')
+    def hold():
+        if number == 'the same': core._owner = lambda: me
+        holding(tmp_path/'out', tmp_path/'ready')
+    pid = forked(hold)
+    try:
+        while not (tmp_path/'ready').exists(): time.sleep(.01)
+        if number == 'unknown':
+            monkeypatch.setattr(core, '_alive', lambda p: p == os.getpid())
+            monkeypatch.setattr(core, '_began', lambda p: None)
+        text = (tmp_path/'out.lock').read_text()
+        for _ in range(2):
+            with pytest.raises(ScreenError, match='is writing this output.*wait for it'): OwnLock(tmp_path/'out').acquire()
+        assert (tmp_path/'out.lock').read_text() == text
+    finally: ended(pid, signal.SIGKILL)
+    with only_one(tmp_path/'out'): assert (tmp_path/'out.lock').read_text() != text          # as after a restart of the container
+
+def test_a_child_that_outlives_a_killed_run_does_not_hold_its_lock(tmp_path):
+    def work():
+        with only_one(tmp_path/'out'):
+            (tmp_path/'child').write_text(str(forked(lambda: time.sleep(60))))
+            (tmp_path/'ready').touch()
+            time.sleep(60)
+    pid = forked(work)
+    while not (tmp_path/'ready').exists(): time.sleep(.01)
+    child = int((tmp_path/'child').read_text())
+    try:
+        ended(pid, signal.SIGKILL)
+        os.kill(child, 0)
+        with only_one(tmp_path/'out'): pass
+    finally: os.kill(child, signal.SIGKILL)
+
+@pytest.mark.parametrize('how', ['absent', 'not on this disk'])
+def test_without_locks_of_the_system_the_number_decides(tmp_path, monkeypatch, how):
+    if how == 'absent': monkeypatch.setitem(sys.modules, 'fcntl', None)
+    else:
+        def flock(*_): raise OSError(38, 'Function not implemented')
+        monkeypatch.setattr('fcntl.flock', flock)
+    pid = held(tmp_path)
+    try:
+        with pytest.raises(ScreenError, match=f'Process {pid} is writing'): OwnLock(tmp_path/'out').acquire()
+    finally: ended(pid, signal.SIGKILL)
+    with only_one(tmp_path/'out'): assert json.loads((tmp_path/'out.lock').read_text())['pid'] == os.getpid()
+    assert not (tmp_path/'out.lock').exists()
+
+def test_a_lock_on_a_disk_without_links(tmp_path, monkeypatch):
+    def link(*_): raise PermissionError(1, 'Operation not permitted')
+    monkeypatch.setattr(core.os, 'link', link)
+    pid = held(tmp_path)
+    try:
+        monkeypatch.setattr(core, '_alive', lambda p: False)
+        with pytest.raises(ScreenError, match=f'Process {pid} is writing'): OwnLock(tmp_path/'out').acquire()
+    finally: ended(pid, signal.SIGKILL)
+
 def test_a_number_that_was_given_again_is_not_the_owner(tmp_path):
     owner = dict(core._owner(), began='another start of the machine 12')
     for pid in (os.getpid(), os.getppid()):

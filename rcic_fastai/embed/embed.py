@@ -274,7 +274,7 @@ def model_fingerprint(
     model, # A `ScreenModel`
     spec:ScreenSpec, # How sites become batches
 )->str: # 64 hexadecimal digits
-    "Return the SHA-256 of what makes embeddings: the weights, the processing of the pixels, and the metadata that the model reads"
+    "Return the SHA-256 of what makes embeddings: weights, processing of the pixels, and metadata that the model reads"
     m = get_model(model)
     read = m.metadata.vocab_sizes if m.metadata is not None and m.use_metadata else {}
     how = {k: getattr(spec, k) for k in _PIXELS}, {c: spec.vocabs[c] for c in read}
@@ -373,7 +373,8 @@ def _parts_facts(model, spec, screen, o):
     of_rows = {k: _of_rows(r, spec) for k, r in tables.items()}
     same = {k: getattr(o, k) for k in ('tta', 'views', 'seed', 'adapt', 'prior', 'bs', 'part')}
     return dict(format=1, model=model_fingerprint(model, spec), spec=digest(asdict(spec)),
-                pictures=_of_source(screen.source, screen.table), mask=sorted(o.mask), device=next(model.parameters()).device.type, torch=torch.__version__, **of_rows, **same)
+                pictures=_of_source(screen.source, screen.table), mask=sorted(o.mask), device=next(model.parameters()).device.type,
+                torch=torch.__version__, **of_rows, **same)
 
 # %% ../../nbs/41_embed.embed.ipynb #0ea5acd0
 def _make_parts(folder, model, spec, screen, o):

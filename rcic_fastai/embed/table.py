@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core import ScreenError, first_few, write_atomic
-from ..screen.tables import CELL_TYPES, rowcol_to_well
+from ..screen.tables import CELL_TYPES, read_parquet, rowcol_to_well
 from .protocol import Protocol
 
 # %% ../../nbs/40_embed.table.ipynb #9212c04b
@@ -67,7 +67,8 @@ def read_embeddings(
     "Load an embeddings table."
     path = Path(path)
     if not path.is_file(): raise ScreenError(f'There is no embeddings file {path}: make one with `write_embeddings`.')
-    try: df = pd.read_parquet(path)
+    try: df = read_parquet(path, most=16*path.stat().st_size)      # numbers are hardly packed, so tables of any size are read
+    except ScreenError: raise
     except Exception as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ScreenError(f'{path} is not a readable parquet file ({why}): write it again with '

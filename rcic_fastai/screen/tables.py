@@ -140,20 +140,22 @@ def _values(metadata):
 def read_parquet(
     path, # Parquet file
     columns=None, # Columns to read; `None`: all
+    most:int=0, # Bytes that may be read, when more than 2 GiB
 )->pd.DataFrame:
     "Read a parquet file; raise a `ScreenError` when it unpacks to too much: a few bytes can hold a billion rows"
     import pyarrow.parquet as pq
-    with open_plain(path, _MOST_TABLE) as f:
+    most = max(most, _MOST_TABLE)
+    with open_plain(path, most) as f:
         file = pq.ParquetFile(f)
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         values, leaves = _values(file.metadata), [file.schema.column(i) for i in range(file.metadata.num_columns)]
         cells = max(sum(values), file.metadata.num_rows)
-        if max(size, 8*cells) > _MOST_TABLE:
+        if max(size, 8*cells) > most:
             raise ScreenError(f'{path} holds {cells:,} cells, more than are read: split it.')
         fixed = sum(n*l.length for n, l in zip(values, leaves))      # bytes, where all values have as many
         text = [l.path for l in leaves if l.physical_type == 'BYTE_ARRAY']
-        if fixed + _most_text(pq.ParquetFile(f, read_dictionary=text).read(text)) > _MOST_TABLE:
-            raise ScreenError(f'{path} holds more text than is read ({_MOST_TABLE:,} bytes): split it.')
+        if fixed + _most_text(pq.ParquetFile(f, read_dictionary=text).read(text)) > most:
+            raise ScreenError(f'{path} holds more text than is read ({most:,} bytes): split it.')
         f.seek(0)
         return pd.read_parquet(f, columns=columns)
 
