@@ -498,7 +498,7 @@ def test_a_late_sigterm_ends_the_run(screen, tmp_path, capsys, monkeypatch, even
     with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
         m.setattr(Late, 'on', True)
         fit(new(), TWO, folder=tmp_path/'run')
-    assert e.value.code == 143 and 'go on with resume=True' in capsys.readouterr().err
+    assert e.value.code == 143 and 'continue with resume=True' in capsys.readouterr().err
     again, whole = fit(new(), TWO, folder=tmp_path/'run', resume=True), fit(new(), TWO)
     same(weights(again), weights(whole))
     assert str(again.history) == str(whole.history)

@@ -114,7 +114,7 @@ def test_a_packed_screen_gives_the_same_predictions(here):
     assert (here/'packed.csv').read_bytes() == (here/'png.csv').read_bytes()
 
 def test_pack_refuses(here, capsys):
-    refused(f'rcic_pack {here}/screen {here}/bad.zarr --codec zip', "codec 'zip'", capsys)
+    refused(f'rcic_pack {here}/screen {here}/bad.zarr --codec zip', 'codec zip is not known', capsys)
     refused(f'rcic_pack {here}/screen {here}/bad.zarr --columns experiment', 'not understood', capsys)
     refused(f'rcic_pack {here}/screen {here}/bad.zarr --columns experiment=Batch', 'columns cannot be given', capsys)
     refused(f'rcic_pack {here}/nowhere {here}/bad.zarr', 'There is no', capsys)

@@ -169,7 +169,7 @@ def test_copairs_reads_profiles(tmp_path):
 
 @pytest.mark.parametrize('make, says', [
     (lambda: profile_table(TOY, 'plate'), "level='plate'"),
-    (lambda: profile_table(merge_sites(TOY), 'site'), 'one row a well'),
+    (lambda: profile_table(merge_sites(TOY), 'site'), 'one row per well'),
     (lambda: profile_table(TOY.drop(columns='Metadata_plate')), 'no column Metadata_plate'),
     (lambda: profile_table(TOY.drop(columns='Metadata_experiment'), 'well'), 'no column Metadata_experiment'),
     (lambda: profile_table(emb_metadata(TOY)), 'embeddings table'),

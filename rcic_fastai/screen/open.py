@@ -6,6 +6,7 @@
 __all__ = ['SCREEN_KINDS', 'screen_kind', 'open_screen']
 
 # %% ../../nbs/08_screen.open.ipynb #336ddaa3
+import inspect
 from pathlib import Path
 from ..core import *
 from .tables import *
@@ -37,7 +38,11 @@ def screen_kind(
 def _open_table(path, kind, how):
     "Open a table of files or OME-Zarr plates"
     if kind == 'files' and Path(path).is_dir(): path = Path(path)/'load_data.csv'
-    read = read_files if kind == 'files' else read_plates
+    read, what = (read_files, 'a table of files') if kind == 'files' else (read_plates, 'OME-Zarr plates')
+    strange = [k for k in how if k not in inspect.signature(read).parameters]
+    if strange:
+        hint = '' if kind == 'files' else ', and say it in the table of wells (its columns dataset and well_type)'
+        raise ScreenError(f'{path} is {what}, for which {option(strange[0])} cannot be given: leave it out{hint}.')
     return Screen(*read(path, **how), path)
 
 # %% ../../nbs/08_screen.open.ipynb #d97de03a
