@@ -175,8 +175,10 @@ def test_an_index_adapted_by_its_own_experiments(screen, learn):
         pred, near = predict_wells(queries, index, protocol)
         assert len(pred) == test.well_id.nunique() and set(pred.protocol) == {protocol} and len(near)
     with pytest.raises(ScreenError, match="ask for protocol='adapted'"): predict_wells(queries, index)
-    pred, _ = predict_wells(learn.embed(test, tta=1, progress=False), index)               # the index may use its own experiments
-    assert set(pred.protocol) == {'inductive'}
+    plain = learn.embed(test, tta=1, progress=False)                                        # queries and index are treated alike
+    with pytest.raises(ScreenError, match='were used for the rows of the index'): predict_wells(plain, index)
+    with pytest.raises(ScreenError, match='were used for the embeddings to name'):
+        predict_wells(queries, EmbeddingIndex(learn.embed(train, tta=1, progress=False)), 'adapted')
 
 # --- corrections that are kept
 

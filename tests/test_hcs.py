@@ -356,7 +356,7 @@ def test_pickle_is_small(tmp_path):
     write_plate(tmp_path/'p.zarr', V5, fields=12)
     table, source = read_plates(tmp_path/'p.zarr', **quiet)
     assert len({id(layout) for _, layout in source._where.values()}) == 1
-    assert len(pickle.dumps(source)) < 8_000
+    assert len(pickle.dumps(source)) < 10_000
 
 
 # ---- several plates

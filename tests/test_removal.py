@@ -90,8 +90,7 @@ def index_plain(made, d, ours):
 
 def trained(made, d, ours):
     if ours: C.write_checkpoint(d/'m.checkpoints', 1, FACTS, {})
-    (d/'m').mkdir()
-    (d/'m/config.json').touch()
+    made.learn.to_model(made.index).save(d/'m')
     return d/'m.checkpoints', lambda: workflow.is_finished(d/'m')
 
 def trained_index(made, d, ours):
