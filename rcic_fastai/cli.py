@@ -234,6 +234,7 @@ def train(
     bs:int=0, # Batch size; 0: 32, or the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
     tta:int=4, # Dihedral views of each indexed site, 1 to 8
+    precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:store_true=False, # Continue from the last finished epoch of the same command, in OUT.checkpoints
 ):
@@ -243,7 +244,7 @@ def train(
     train_screen(**given)
 
 train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'valid', 'target', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'run': ['bs', 'seed', 'tta', 'workers', 'resume']}
+                'run': ['bs', 'seed', 'tta', 'precision', 'workers', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"

@@ -173,13 +173,14 @@ def train_screen(
     bs:int=0, # Batch size; 0: 32, or the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
     tta:int=4, # Dihedral views of each indexed site, 1 to 8
+    precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:bool=False, # Continue from the last finished epoch of the same call, in OUT.checkpoints
 )->TrainedModel: # Also saved in `out`; None in all processes but the first
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
-    given = {k: v for k, v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'workers', 'resume')}
+    given = {k: v for k, v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'workers', 'resume')}
     _check_training(size, bs, tta, seed=seed, sites=sites, workers=workers)
-    info = dict(seed=seed, only_present=only_present, controls=controls, tta=tta, mask=list(INDUCTIVE_MASK))
+    info = dict(seed=seed, only_present=only_present, controls=controls, tta=tta, precision=precision, mask=list(INDUCTIVE_MASK))
     is_first = not rank_world()[0]
     with ExitStack() as run:
         with all_agree():
@@ -190,11 +191,14 @@ def train_screen(
             out, r = new_folder(out), get_recipe(recipe)
             info['recipe'] = r.to_dict()
             if not resume and is_first: begin_checkpoints(_checkpoints(out))
-            rank_device()
+            device = rank_device()
+            torch.backends.cudnn.benchmark = device.type == 'cuda'
+            faster = precision_callbacks(precision, device)
             learn = _training_learner(screen, r, given, workers)
             if is_first: try_all(learn, out, **info)
         with learn.sharded():
-            reached = learn.fit_recipe(_without_sizes(r, size, bs), seed=seed, folder=_checkpoints(out), resume=resume, facts=dict(arguments=given))
+            reached = learn.fit_recipe(_without_sizes(r, size, bs), seed=seed, cbs=faster, folder=_checkpoints(out), resume=resume,
+                                       facts=dict(arguments=given))
         if len(reached): print(reached.to_string(index=False))
         index = build_index(learn, tta, folder=_index_parts(out, learn, tta) if rank_world()[1] > 1 else None)
         if not is_first: return

@@ -148,7 +148,7 @@ def own_normalize(
     "Scale each channel of each site to mean 0 and standard deviation 1"
     f = x.as_subclass(Tensor).float()
     var, mean = torch.var_mean(f, (-2, -1), correction=0, keepdim=True)
-    return ((f - mean)/var.sqrt().clamp_min(eps)).to(x.dtype)
+    return (f - mean).div_(var.sqrt().clamp_min(eps)).to(x.dtype)
 
 # %% ../../nbs/11_batch.augment.ipynb #50317fe2
 class NormalizeOwn(DisplayedTransform):
@@ -285,7 +285,7 @@ class ChannelJitter(DisplayedTransform):
         gain, offset = (self._draw(shape, s)*on for s in (self.gain, self.offset))
         f = x.as_subclass(Tensor).float()
         std = f.var((-2, -1), correction=0, keepdim=True).sqrt()
-        return (f*(1 + gain.to(f.device)) + offset.to(f.device)*std).to(x.dtype)
+        return (f*(1 + gain.to(f.device))).add_(offset.to(f.device)*std).to(x.dtype)
 
 # %% ../../nbs/11_batch.augment.ipynb #da5318e3
 def clahe(

@@ -108,6 +108,20 @@ def arch_name(
     tagged = f'{name}.tv_in1k'
     return tagged if package == 'torchvision' and timm.is_model_pretrained(tagged) else name
 
+# %% ../../nbs/20_model.backbones.ipynb #2e99f727
+def _plain_convs(module):
+    "Replace the convolutions of stride 1 that pad a copy of their input by plain ones with the same weights"
+    for name, m in module.named_children():
+        is_ours = type(m).__name__ == 'Conv2dDynamicSamePadding' and set(m.stride) == {1} and all(k % 2 for k in m.kernel_size)
+        if not is_ours:
+            _plain_convs(m)
+            continue
+        pad = tuple(d*(k - 1)//2 for d, k in zip(m.dilation, m.kernel_size))
+        conv = nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size, 1, pad, m.dilation, m.groups, m.bias is not None,
+                         device='meta')
+        conv.weight, conv.bias = m.weight, m.bias
+        setattr(module, name, conv)
+
 # %% ../../nbs/20_model.backbones.ipynb #68a0c734
 class EffNetBody(nn.Module):
     "An EfficientNet of efficientnet_pytorch or its Lite sister, after its first convolution, before its pooling"
@@ -118,10 +132,13 @@ class EffNetBody(nn.Module):
         self.bn0,self.blocks,self.conv_head,self.bn1 = net._bn0,net._blocks,net._conv_head,net._bn1
         self.act = self._act(net._swish)
         for b in self.blocks: b._swish = self._act(b._swish)
+        _plain_convs(self)
         self.drop_connect_rate = net._global_params.drop_connect_rate or 0.
 
     @staticmethod
-    def _act(act): return nn.SiLU() if type(act).__name__ == 'MemoryEfficientSwish' else act
+    def _act(act):
+        if isinstance(act, nn.ReLU6): return nn.ReLU6(inplace=True)
+        return nn.SiLU() if type(act).__name__ == 'MemoryEfficientSwish' else act
 
     def forward(self, x):
         x = self.act(self.bn0(x))

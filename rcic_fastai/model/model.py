@@ -59,6 +59,7 @@ class ScreenModel(nn.Module):
         self.classifier = CosineClassifier(self.n_pooled if neck == 'identity' else emb_dim, n_classes)
         self.loss = loss_from_config(loss, n_classes)
         if getattr(backbone, 'weights', None) is not None: set_provenance(self, read_provenance(backbone.weights))
+        self.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/23_model.model.ipynb #80ab377d
 def _check(model, x):
@@ -79,7 +80,8 @@ def pooled(self:ScreenModel,
     "Return what the backbone sees, pooled over places and sites, without metadata"
     _check(self, x)
     x = x.as_subclass(torch.Tensor)
-    maps = self.body(self.stem(x.flatten(0, 1) if x.ndim == 5 else x))
+    sites = x.flatten(0, 1) if x.ndim == 5 else x
+    maps = self.body(self.stem(sites.contiguous(memory_format=torch.channels_last)))
     return self.pool(maps.unflatten(0, x.shape[:2]) if x.ndim == 5 else maps)
 
 # %% ../../nbs/23_model.model.ipynb #e4d84aeb

@@ -315,7 +315,7 @@ def _load_grads(model, grads):
     "Put gradients back: a tensor, zeros (True), or none"
     for n, p in model.named_parameters():
         g = grads.get(n)
-        if isinstance(g, Tensor): g = g.to(p.device, copy=True)      # what was read from a file is a view, which fastai cannot detach
+        if isinstance(g, Tensor): g = torch.empty_like(p).copy_(g)   # in memory as the parameter lies, which a file does not tell
         p.grad = torch.zeros_like(p) if g is True else g
 
 def _load_randomness(python, numpy, torch, cuda):
