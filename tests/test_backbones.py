@@ -267,3 +267,16 @@ def test_import_is_light():
     heavy = 'timm', 'efficientnet_pytorch', 'safetensors', 'faiss', 'sklearn'
     code = f'import sys, rcic_fastai.model.backbones; print([m for m in {heavy} if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
+
+
+@pytest.mark.parametrize('arch', ['efficientnet-lite0', 'efficientnet-b0'])
+@pytest.mark.parametrize('size', [(32, 32), (33, 47), (64, 50), (95, 96)])
+def test_padding_of_tensorflow(arch, size):
+    "The rule of the weights at any size, though convolutions of stride 1 pad by themselves"
+    if arch == 'efficientnet-lite0': from efficientnet_lite_pytorch import EfficientNet
+    else: from efficientnet_pytorch import EfficientNet
+    torch.manual_seed(0); theirs = EfficientNet.from_name(arch, image_size=None).eval()
+    torch.manual_seed(0); ours = create_backbone(arch, 3)
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad(): expected = theirs.extract_features(x)
+    assert torch.allclose(out(ours, x), expected, atol=1e-4)
