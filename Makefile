@@ -30,7 +30,7 @@ help:
 	@echo "make demo    draw a small screen, learn it, name its unseen wells: demo/report.html"
 	@echo "make test    run every notebook and every test, check that generated files are in step (about 15 minutes)"
 	@echo "make test-lowest   run the tests with the lowest permitted versions, in .venv-lowest (about 15 minutes; the first run installs it, about 6 GB)"
-	@echo "make test-extras   run what needs packages of the extras, in .venv-extras (some minutes; the first run installs it, about 6 GB)"
+	@echo "make test-extras   run what needs packages of the extras, in .venv-extras (about 3 minutes; the first run installs it, about 6 GB)"
 	@echo "make docs    write docs/ and README.md from the notebooks"
 	@echo "make lib     write rcic_fastai/ from the notebooks"
 	@echo "make store   run every notebook and store its outputs"

@@ -414,12 +414,11 @@ def merge_wells(
     codes, wells = pd.factorize(np.asarray(well_ids, dtype=object))
     if (codes < 0).any():
         raise ScreenError(f'Row {int((codes < 0).argmax())} of the scores has no well: fill in its well_id.')
-    out = np.full((len(wells), scores.shape[1]), -np.inf, np.float64)
-    if how == 'best': np.maximum.at(out, codes, scores)
-    else:
-        out[:] = 0
-        np.add.at(out, codes, scores)
-        out /= np.bincount(codes)[:, None]
+    if not len(wells): return np.empty((0, scores.shape[1]), np.float32), wells
+    order, counts = np.argsort(codes, kind='stable'), np.bincount(codes)
+    of_wells, starts = np.asarray(scores, np.float64)[order], np.cumsum(counts) - counts
+    if how == 'best': out = np.maximum.reduceat(of_wells, starts)
+    else: out = np.add.reduceat(of_wells, starts)/counts[:, None]
     return out.astype(np.float32), wells
 
 # %% ../../nbs/42_embed.index.ipynb #1df91fb6
