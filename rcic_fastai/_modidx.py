@@ -2944,6 +2944,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'rcic_fastai/train/recipes.py'),
                                            'rcic_fastai.train.recipes._callback_facts': ( 'train.recipes.html#_callback_facts',
                                                                                           'rcic_fastai/train/recipes.py'),
+                                           'rcic_fastai.train.recipes._cycles': ( 'train.recipes.html#_cycles',
+                                                                                  'rcic_fastai/train/recipes.py'),
                                            'rcic_fastai.train.recipes._end_late': ( 'train.recipes.html#_end_late',
                                                                                     'rcic_fastai/train/recipes.py'),
                                            'rcic_fastai.train.recipes._extra': ( 'train.recipes.html#_extra',

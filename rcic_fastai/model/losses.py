@@ -14,7 +14,7 @@ from ..core import ScreenError
 
 # %% ../../nbs/22_model.losses.ipynb #d050e555
 class CosineLoss(nn.Module):
-    "Cross-entropy of scaled cosines; the others change `scale` or `logits`"
+    "Cross-entropy of scaled cosines; the other losses override `logits` or `per_item`"
     y_int = True
     def __init__(self,
         s:float=16., # Scale of the cosines

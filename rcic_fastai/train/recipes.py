@@ -37,6 +37,7 @@ class Stage:
     full_data:bool=False # Train on the held-out experiments too (nothing is left to validate on)
     wd:float=.01 # Weight decay
     pct_start:float=.25 # Share of the stage in which the rate rises
+    div_final:float=1e5 # Highest rate divided by the last
     published:float=None # Validation accuracy per site that its authors reached
 
 # %% ../../nbs/33_train.recipes.ipynb #27e7af65
@@ -81,6 +82,29 @@ def recipe_from_dict(
     d = _known(Recipe, d, 'The recipe')
     return Recipe(**{**d, 'stages': [_stage_from_dict(s, i) for i, s in enumerate(d['stages'])]})
 
+# %% ../../nbs/33_train.recipes.ipynb #30d27c2c
+def _cycles(name, epochs, lr, published=None, **kwargs):
+    "Return one stage for each 1cycle of the 117th place; the last one has the published accuracy"
+    names = [name, *(f'{name}, {i}' for i in range(2, len(epochs) + 1))]
+    stages = [Stage(n, e, lr, pct_start=.2, div_final=1e3, **kwargs) for n, e in zip(names, epochs)]
+    return [*stages[:-1], replace(stages[-1], published=published)]
+
+_RCIC117 = [
+    *_cycles('head and stem', [4], 1e-2, .007, parts='stem,head', loss='adacos', metadata=False, size=300, bs=16),
+    *_cycles('all', [8, 8, 20], (1e-6, 1e-3), .096),
+    *_cycles('all, on', [4, 8, 8, 20], 1e-3, .262),
+    *_cycles('CutMix', [4, 8, 20, 20, 20], 1e-3, .331, cutmix=1.),
+    *_cycles('CutMix, slower', [20, 20], 1e-4, .356, cutmix=1.),
+    *_cycles('CutMix, on', [13], 1e-3, cutmix=1.),
+    *_cycles('CutMix, on and slower', [15, 45, 45], 1e-4, .392, cutmix=1.),
+    *_cycles('metadata head', [1], 1e-2, parts='head', neck='rcic117_meta', metadata=True),
+    *_cycles('metadata head, slower', [9], 1e-4, parts='head'),
+    *_cycles('metadata head, on', [50], 1e-2, .404, parts='head'),
+    *_cycles('everything', [1, 84], 1e-3),
+    *_cycles('everything, slower', [45], 1e-4, .613),
+    *_cycles('full data', [45], 1e-4, full_data=True),
+    *_cycles('full data, slower', [105], 1e-5, full_data=True)]
+
 # %% ../../nbs/33_train.recipes.ipynb #a7b5156c
 RECIPES = {r.name: r for r in [
     Recipe('demo', [
@@ -88,22 +112,9 @@ RECIPES = {r.name: r for r in [
         Stage('all', 12, {'stem':2e-3, 'body':2e-3, 'metadata':4e-3, 'neck':4e-3, 'classifier':4e-3}, cutmix=.3)],
         about='A pretrained EfficientNet-Lite0 in a few minutes on two CPU cores'),
     Recipe('features', [], about='No training: pretrained features as they are'),
-    Recipe('rcic117', [
-        Stage('head and stem', 4, 1e-2, 'stem,head', loss='adacos', metadata=False, size=300, bs=32, published=.096),
-        Stage('all', 36, (1e-6, 1e-3), published=.262),
-        Stage('all, on', 40, 1e-3),
-        Stage('CutMix', 72, 1e-3, cutmix=1., published=.363),
-        Stage('CutMix, slower', 40, 1e-4, cutmix=1., published=.392),
-        Stage('metadata head', 1, 1e-2, 'head', neck='rcic117_meta', metadata=True),
-        Stage('metadata head, slower', 9, 1e-4, 'head'),
-        Stage('metadata head, on', 50, 1e-2, 'head', published=.404),
-        Stage('everything', 84, 1e-3, cutmix=1.),
-        Stage('everything, slower', 45, 1e-4, cutmix=1., published=.613),
-        Stage('full data', 45, 1e-4, cutmix=1., full_data=True),
-        Stage('full data, slower', 105, 1e-5, cutmix=1., full_data=True)],
-        arch='efficientnet-b3', model=dict(stem='copy', neck='rcic117', metadata=['cell_type', 'plate_group', 'experiment']),
-        data=dict(sites=2, size=300),
-        about='117th place of the 2019 Kaggle competition; EfficientNet-B3, AdaCos, metadata embeddings')]}
+    Recipe('rcic117', _RCIC117, arch='efficientnet-b3', data=dict(sites=2, size=300),
+           model=dict(stem='copy', neck='rcic117', metadata=['cell_type', 'plate_group', 'experiment']),
+           about='117th place of the 2019 Kaggle competition; EfficientNet-B3, AdaCos, metadata embeddings')]}
 
 # %% ../../nbs/33_train.recipes.ipynb #4e826c19
 def get_recipe(
@@ -260,7 +271,7 @@ def fit_recipe(self:Learner,
             cp = Checkpoint(folder, known, i, stage.name, epochs_before, partial(_extra, reached, start), came)
             if stage.epochs:
                 with checkpointed(self, cp, found):
-                    self.fit_one_cycle(stage.epochs, part_lrs(stage.lr), wd=stage.wd, pct_start=stage.pct_start,
+                    self.fit_one_cycle(stage.epochs, part_lrs(stage.lr), wd=stage.wd, pct_start=stage.pct_start, div_final=stage.div_final,
                                        cbs=[log, *_stage_cbs(stage, seed + i), *L(cbs)])
             reached.append(_reached(stage, log, start))
             found, spent = None, 0.
