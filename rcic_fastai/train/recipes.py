@@ -271,8 +271,8 @@ def fit_recipe(self:Learner,
             cp = Checkpoint(folder, known, i, stage.name, epochs_before, partial(_extra, reached, start), came)
             if stage.epochs:
                 with checkpointed(self, cp, found):
-                    self.fit_one_cycle(stage.epochs, part_lrs(stage.lr), wd=stage.wd, pct_start=stage.pct_start, div_final=stage.div_final,
-                                       cbs=[log, *_stage_cbs(stage, seed + i), *L(cbs)])
+                    self.fit_one_cycle(stage.epochs, part_lrs(stage.lr), wd=stage.wd, pct_start=stage.pct_start,
+                                       div_final=stage.div_final, cbs=[log, *_stage_cbs(stage, seed + i), *L(cbs)])
             reached.append(_reached(stage, log, start))
             found, spent = None, 0.
         with agreed():
