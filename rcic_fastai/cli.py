@@ -219,7 +219,7 @@ def rcic_pack(argv=None):
 def train(
     screen, # A screen: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
-    recipe:str='demo', # demo, features, rcic117, rcic117_small, or a JSON file
+    recipe:str='demo', # demo, features, rcic117, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
     valid:str='auto', # Held-out experiments EXP,EXP; auto: the last of each cell type that has two; none
@@ -235,6 +235,8 @@ def train(
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
     tta:int=4, # Dihedral views of each indexed site, 1 to 8
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
+    compile:store_true=False, # Compile the model for a GPU, in some minutes
+    resident:store_true=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:store_true=False, # Continue from the last finished epoch of the same command, in OUT.checkpoints
 ):
@@ -244,7 +246,7 @@ def train(
     train_screen(**given)
 
 train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'valid', 'target', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'run': ['bs', 'seed', 'tta', 'precision', 'workers', 'resume']}
+                'run': ['bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'workers', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"

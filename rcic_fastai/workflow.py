@@ -19,6 +19,7 @@ from .screen.screen import *
 from .screen.pack import *
 from .screen.open import *
 from .batch.data import *
+from .batch.resident import *
 from .model.model import *
 from .train.checkpoints import *
 from .train.learner import *
@@ -146,6 +147,7 @@ def _training_learner(screen, recipe, given, workers):
     controls = given['controls'] or None
     whole = open_screen(screen, check=False)
     learned = whole[training_rows(whole.table, given['target'], controls, data['norm'], data.get('sites', 1))].complete(given['only_present'])
+    if given['resident']: learned = learned.resident(default_device(), given['size'] or None)
     dls = screen_dls(learned, **{**data, **{k: given[k] for k in ('valid', 'target', 'seed')}, 'controls': controls, 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
           f'{len(dls.spec.labels)} {given["target"]} classes, {len(learned.channels)} channels')
@@ -174,13 +176,15 @@ def train_screen(
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
     tta:int=4, # Dihedral views of each indexed site, 1 to 8
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
+    compile:bool=False, # Compile the model for a GPU, in some minutes
+    resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:bool=False, # Continue from the last finished epoch of the same call, in OUT.checkpoints
 )->TrainedModel: # Also saved in `out`; None in all processes but the first
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
-    given = {k: v for k, v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'workers', 'resume')}
+    given = {k: v for k, v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'workers', 'resume')}
     _check_training(size, bs, tta, seed=seed, sites=sites, workers=workers)
-    info = dict(seed=seed, only_present=only_present, controls=controls, tta=tta, precision=precision, mask=list(INDUCTIVE_MASK))
+    info = dict(seed=seed, only_present=only_present, controls=controls, tta=tta, precision=precision, compile=compile, mask=list(INDUCTIVE_MASK))
     is_first = not rank_world()[0]
     with ExitStack() as run:
         with all_agree():
@@ -195,6 +199,7 @@ def train_screen(
             torch.backends.cudnn.benchmark = device.type == 'cuda'
             faster = precision_callbacks(precision, device)
             learn = _training_learner(screen, r, given, workers)
+            if compile: compile_model(learn.model, device)
             if is_first: try_all(learn, out, **info)
         with learn.sharded():
             reached = learn.fit_recipe(_without_sizes(r, size, bs), seed=seed, cbs=faster, folder=_checkpoints(out), resume=resume,
