@@ -39,6 +39,7 @@ from .embed.protocol import *
 from .embed.table import *
 from .embed.embed import *
 from .embed.index import *
+from .embed.plots import *
 from .embed.correct import *
 from .embed.metrics import *
 from .predict.assign import *
@@ -47,6 +48,7 @@ from .predict.pseudo import *
 from .predict.trained import *
 from .predict.plan import *
 from .results.evaluate import *
+from .results.plots import *
 from .results.report import *
 from .folder import *
 from .workflow import *

@@ -32,6 +32,7 @@ from .predict.predict import *
 from .predict.trained import *
 from .predict.plan import *
 from .results.evaluate import *
+from .results.plots import *
 from .results.report import *
 from .folder import *
 

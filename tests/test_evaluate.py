@@ -4,7 +4,8 @@ from itertools import product
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from rcic_fastai.core import ScreenError
-from rcic_fastai.results.evaluate import ScreenResult, accuracy_plot, bootstrap_interval, evaluate, evaluate_screen, right_wrong
+from rcic_fastai.results.evaluate import ScreenResult, bootstrap_interval, evaluate, evaluate_screen, right_wrong
+from rcic_fastai.results.plots import accuracy_plot
 from rcic_fastai.embed.metrics import batch_predictability, perturbation_magnitude, replicate_consistency, retrieval_map
 from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
 
