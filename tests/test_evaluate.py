@@ -96,7 +96,7 @@ def test_right_wrong_stays_with_its_well():
     assert (r.truth == truth.sirna[r.index]).all() and (r.well == truth.well[r.index]).all() and (r.right == (r.predicted == r.truth)).all()
 
 @pytest.mark.parametrize('spoil, says', [
-    (lambda p: (pd.concat([p, p[:2]]), TABLE), '2 well.s. are predicted more than once'),
+    (lambda p: (pd.concat([p, p[:2]]), TABLE), '2 wells are predicted more than once'),
     (lambda p: (p.assign(id_code=['nowhere'] + p.id_code.tolist()[1:]), TABLE), 'nowhere'),
     (lambda p: (p, TABLE.assign(sirna=None)), 'no sirna label'),
     (lambda p: (p, TABLE.assign(sirna=TABLE.sirna.where(TABLE.well_id != p.id_code[0], None))), '1 of 72'),

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 import torch
 from torch import nn
-from ..core import ScreenError
+from ..core import ScreenError, check_choice
 
 # %% ../../nbs/20_model.backbones.ipynb #83a018a7
 class Slot(nn.Identity):
@@ -53,7 +53,7 @@ def adapt_filters(
     how:str='tile', # 'tile' (repeated and rescaled by k/n), 'copy' (repeated) or 'fresh' (He initialization)
 )->torch.Tensor: # Filters [O,n_channels,h,w]
     "Return filters for `n_channels` channels, made from those for k channels"
-    if how not in STEMS: raise ScreenError(f'There is no stem {how!r}: choose {", ".join(STEMS)}.')
+    check_choice('stem', how, STEMS)
     is_whole = isinstance(n_channels, int) and not isinstance(n_channels, bool)
     if not is_whole or not 1 <= n_channels <= 16:
         raise ScreenError(f'n_channels is {n_channels!r}: give a whole number of channels from 1 to 16.')

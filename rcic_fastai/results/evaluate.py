@@ -56,12 +56,12 @@ def _labeled_rows(pred, table, target, key, what):
     "Return the row of the table for each prediction, in the order of the predictions"
     twice = pred['id_code'].duplicated()
     if twice.any():
-        raise ScreenError(f'{twice.sum()} {what}(s) are predicted more than once '
+        raise ScreenError(f'{plural(twice.sum(), what + " is", what + "s are")} predicted more than once '
                           f'({first_few(pred.id_code[twice].unique())}): keep one row per {what}.')
     rows = table.drop_duplicates(key).set_index(key)
     strange = ~pred['id_code'].isin(rows.index)
     if strange.any():
-        raise ScreenError(f'{strange.sum()} predicted {what}(s) are not in the screen '
+        raise ScreenError(f'{plural(strange.sum(), what + " is", what + "s are")} predicted but not in the screen '
                           f'({first_few(pred.id_code[strange])}): evaluate with the table they were predicted from.')
     rows = rows.loc[pred['id_code']]
     blank = rows[target].isna()
@@ -351,7 +351,7 @@ def _column_rows(r, s, res, table, k, n_top, how):
 def _label(r):
     "Return the name of a row of the table"
     if r.group == 'all': return r.measure
-    n = f'{r.n_experiments} experiment' + 's'*(r.n_experiments > 1)
+    n = plural(r.n_experiments, 'experiment')
     who = {'worst': 'worst experiment', 'cell_type': f'{r.name} ({n})', 'experiment': r.name}[r.group]
     return who if r.measure == 'well accuracy' else f'{who}, {r.measure}'
 
@@ -392,10 +392,6 @@ class ScreenResult:
     def _repr_html_(self): return self.table().to_html() + ''.join(f'<p>{html_text(o)}</p>' for o in self._foot())
 
 # %% ../../nbs/60_results.evaluate.ipynb #c43490e3
-def _plain(o):
-    "Return a number of numpy as one of Python"
-    return o.item() if hasattr(o, 'item') else str(o)
-
 @patch
 def to_text(self:ScreenResult,
     full:bool=False, # Cell types and experiments for every accuracy, not only that of wells
@@ -406,15 +402,14 @@ def to_text(self:ScreenResult,
 @patch
 def to_dict(self:ScreenResult)->dict: # columns (name → evaluate's dict), rows, notes, how; no NaN
     "Return all results as plain data"
-    rows = [{k: None if pd.isna(v) else v for k, v in r.items()} for r in self.rows.to_dict('records')]
-    return dict(columns=self.columns, rows=rows, notes=self.notes, how=self.how)
+    return as_plain(dict(columns=self.columns, rows=self.rows.to_dict('records'), notes=self.notes, how=self.how))
 
 @patch
 def to_json(self:ScreenResult,
     path=None, # File to write; `None`: only the text
 )->str: # JSON
     "Return all results as JSON, and write them to a file when one is named"
-    text = json.dumps(self.to_dict(), indent=1, default=_plain, allow_nan=False)
+    text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
     if path is not None: write_atomic(path, lambda p: p.write_text(text))
     return text
 

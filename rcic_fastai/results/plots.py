@@ -22,8 +22,6 @@ def _plate_shape(wells, shape):
     at = [well_to_rowcol(w) for w in wells.unique()]
     return (16, 24) if all(r < 16 and c < 24 for r, c in at) else (32, 48)
 
-def _most_frequent(s): return s.mode().iloc[0]
-
 def plate_array(
     table:pd.DataFrame, # Any table with a `well` column, one or more rows per well
     values, # Name of a column, or one value per row
@@ -36,7 +34,7 @@ def plate_array(
     number = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s)
     s = pd.Series(s.astype(float).values if number else s.values, index=table.well.values)
     g = s.dropna().groupby(level=0, sort=True)
-    per_well = g.mean() if number else g.agg(_most_frequent)
+    per_well = g.mean() if number else g.agg(most_frequent)
     shape = _plate_shape(table.well, shape)
     res = np.full(shape, np.nan if number else None, float if number else object)
     for well, v in per_well.items():
