@@ -265,7 +265,7 @@ def first_line(
     most:int=200, # Characters
 )->str: # Without the full stop, to be quoted in a message
     "Return the first line of what an error says, or its name where it says nothing"
-    return next(iter(str(e).strip().splitlines()), type(e).__name__)[:most].rstrip('.')
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)[:most].rstrip('.:')
 
 # %% ../nbs/00_core.ipynb #0ca1d326
 def _whole(digits):
