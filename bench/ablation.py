@@ -16,6 +16,10 @@ from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 from machine import save
 from rcic_fastai.all import *
+from rcic_fastai.core import write_atomic
+from rcic_fastai.embed.embed import eval_mode
+from rcic_fastai.predict.predict import best_class
+from rcic_fastai.screen.screen import store_fingerprint
 
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-05,HUVEC-17,HUVEC-18,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-04'.split(','),
             sirnas=48, size=64, controls=4, sites=2, seed=0)

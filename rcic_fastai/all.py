@@ -7,49 +7,66 @@ __all__ = []
 
 # %% ../nbs/73_all.ipynb #14e53dac
 from fastai.vision.all import *
-from .core import *
-from .screen.tables import *
-from .screen.simulate.cells import MORPHOLOGY, draw_site, morphology, phenotype
+from .core import ScreenError
+from rcic_fastai.screen.tables import (CELL_TYPES, CHANNELS, add_plate_groups, check_table, control_wells, experiment_folds,
+    package_table, read_metadata, real_data, rowcol_to_well, split_experiments, treatment_wells, well_to_rowcol, wilds_split,
+    write_metadata)
+from .screen.simulate.cells import draw_site, morphology, phenotype
 from .screen.simulate.batches import Studio, batch_stats
 from .screen.simulate.layout import screen_layout, simulate_screen
-from .screen.images import *
-from .screen.screen import *
-from .screen.pack import *
-from .screen.files import *
-from .screen.plates import *
-from .screen.download import *
-from .screen.open import *
-from .batch.site import *
-from .batch.augment import *
-from .batch.loader import *
-from .batch.data import *
-from .model.backbones import *
-from .model.heads import *
-from .model.losses import *
-from .model.model import *
-from .model.batchnorm import *
-from .train.cutmix import *
-from .train.learner import *
-from .train.checkpoints import *
-from .train.recipes import *
-from .train.domain import *
-from .train.controls import *
-from .train.distributed import *
-from .embed.protocol import *
-from .embed.table import *
-from .embed.embed import *
-from .embed.index import *
-from .embed.correct import *
-from .embed.metrics import *
-from .predict.assign import *
-from .predict.predict import *
-from .predict.pseudo import *
-from .predict.trained import *
-from .predict.plan import *
-from .results.evaluate import *
-from .results.report import *
-from .folder import *
-from .workflow import *
+from .screen.images import ImageSource, PngTree, load_site, only_present, screen_stats, site_stats
+from .screen.screen import Screen
+from .screen.pack import PackedScreen, pack_screen, verify_store
+from .screen.files import FileSource, check_files, plate_format, read_files
+from .screen.plates import PlateSource, read_plates
+from .screen.download import download_rxrx1
+from .screen.open import open_screen
+from .batch.site import (SiteBatch, TensorSite, TensorWell, channel_colors, gray_panels, plot_channels,
+    plot_top_losses, rgb_3d, rgb_composite, show_batch, show_results, small_figures)
+from .batch.augment import (CLAHE, ChannelJitter, FoldSites, IntToFloat, NormalizeGlobal, NormalizeGroup,
+    NormalizeOwn, ShuffleSites, SiteAffine, SiteDihedral, SiteResize, UnfoldSites, site_augs, site_tfms)
+from .batch.loader import GroupBatches, RowValue, ScreenDL, SiteReader, WellReader
+from .batch.data import (ExperimentSplitter, GroupCategorize, MetadataBlock, MetadataCategorize, ScreenLoaders,
+    ScreenSpec, SiteBlock, WellBlock, screen_block, screen_dls, spec_dl)
+
+# %% ../nbs/73_all.ipynb #5aa6076e
+from .model.backbones import EffNetBody, TimmBody, adapt_stem, create_backbone
+from rcic_fastai.model.heads import (ConcatPool, CosineClassifier, MetadataEmbedding, MetadataEncoder, MetadataOneHot,
+    create_neck)
+from .model.losses import AdaCos, ArcFace, CosFace, CosineLoss, MixLoss, SoftmaxLoss
+from .model.model import ScreenModel, create_screen_model, model_parts, parts_table
+from .model.batchnorm import adapted_batchnorm, batch_statistics, has_batchnorm
+from .train.cutmix import BatchMix, CutMix, MixUp
+from .train.learner import screen_learner, screen_splitter
+from .train.checkpoints import Checkpoint, checkpointed, read_checkpoint
+from .train.recipes import RECIPES, Recipe, Stage, get_recipe, recipe_from_dict
+from .train.domain import CORAL, EMA, DomainLoss, GradientReversal, MeanTeacher, SlicedWasserstein
+from .train.controls import (ControlMeans, MinusControls, PlateControls, control_dls, control_rows,
+    control_similarity, difference_learner, fine_tune_cell_types)
+from .train.distributed import ShardedDL, all_agree, rank_device, rank_world, shard_dl, wait_for_all
+
+# %% ../nbs/73_all.ipynb #c9bcbb2b
+from .embed.protocol import PROTOCOLS, Protocol
+from .embed.table import (emb_features, emb_metadata, make_emb_table, merge_sites, profile_table, read_embeddings,
+    to_anndata, toy_profiles, write_embeddings, write_profiles)
+from .embed.embed import EmbedOptions, embed_dl, embed_screen
+from .embed.index import EmbeddingIndex, merge_wells
+from .embed.plots import group_styles, legend_below, principal_plane, scatter_groups, show_correction
+from .embed.correct import (CORRECTIONS, TVN, CenterScale, Correction, Harmony, Sphering, Standardize, correct,
+    corrected_index, load_correction, save_correction)
+from .embed.metrics import (average_precision, batch_predictability, energy_distance, perturbation_magnitude,
+    replicate_consistency, retrieval_map)
+from .predict.assign import assign_plate, balance_plate, group_patterns, infer_groups, infer_rotation
+from .predict.predict import plate_groups_of, predict_wells, read_predictions, top_candidates, write_predictions
+from .predict.pseudo import pseudo_labels
+from .predict.trained import TrainedModel, build_index, split_index, unknown_metadata
+from .predict.plan import PredictionPlan, plan_prediction
+from .results.evaluate import ScreenResult, bootstrap_interval, evaluate, evaluate_screen, right_wrong
+from .results.plots import (accuracy_plot, embedding_map, neighbor_strip, plate_array, plate_map, right_wrong_map,
+    site_gallery, training_curve)
+from .results.report import write_report
+from .folder import load_model, model_card, read_config
+from .workflow import run_demo, screen_summary, train_screen
 
 # %% ../nbs/73_all.ipynb #1fef58bb
 __all__ = [o for o in globals() if not o.startswith('_')]

@@ -121,13 +121,9 @@ def run_command(
         finally: out.end()
 
 # %% ../nbs/72_cli.ipynb #34fa1010
-def _names(s):
-    "Split 'a,b' into names; what is no text stays"
-    return [o.strip() for o in s.split(',') if o.strip()] if isinstance(s, str) else s
-
 def _mapping(s, what):
     "Read 'a=b,c=d' as {'a': 'b', 'c': 'd'}"
-    pairs = [o.partition('=') for o in _names(s)]
+    pairs = [o.partition('=') for o in as_names(s)]
     bad = [a for a, eq, b in pairs if not (a and eq and b)]
     if bad: raise ScreenError(f'--{what} {s} is not understood at {bad[0]!r}: write {what[:-1]}=name pairs with commas, such as experiment=Batch.')
     return {a: b for a, _, b in pairs}
@@ -155,8 +151,8 @@ def simulate(
     from rcic_fastai.screen.simulate.layout import simulate_screen
     check_numbers(seed=seed, workers=workers)
     start = time.time()
-    t = simulate_screen(dest, _names(experiments), sirnas=sirnas, size=size, sites=sites, plates=plates, controls=controls,
-                        seed=seed, test=_names(test) or None, n_workers=workers or None, progress=True)
+    t = simulate_screen(dest, as_names(experiments), sirnas=sirnas, size=size, sites=sites, plates=plates, controls=controls,
+                        seed=seed, test=as_names(test) or None, n_workers=workers or None, progress=True)
     print(f'{dest}: {len(t)} sites of 6×{size}×{size}, {t.experiment.nunique()} experiments, {sirnas} siRNAs, in {time.time()-start:.0f} s')
 
 def rcic_simulate(argv=None):
@@ -200,7 +196,7 @@ def pack(
     from rcic_fastai.screen.pack import is_store, pack_screen, verify_store
     from rcic_fastai.workflow import folder_bytes, screen_summary
     check_numbers(workers=workers)
-    given = dict(channels=_names(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls), test=_names(test),
+    given = dict(channels=as_names(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls), test=as_names(test),
                  root=root, cell_type=cell_type, wells=wells)
     packed, start = open_screen(screen, only_present, **{k: v for k, v in given.items() if v}), time.time()
     if not (verify and is_store(dest)):
@@ -293,7 +289,7 @@ def rcic_predict(argv=None):
 def _tables(spec, read):
     "Read tables of 'a.csv,b.csv' as a list, of 'first=a.csv,second=b.csv' as a dict; nothing of ''"
     from pathlib import Path
-    parts = [('', o) if Path(o).exists() or '=' not in o else o.split('=', 1) for o in _names(spec)]
+    parts = [('', o) if Path(o).exists() or '=' not in o else o.split('=', 1) for o in as_names(spec)]
     if not any(n for n, _ in parts): return [read(p) for _, p in parts] or None
     names = [n or Path(p).stem for n, p in parts]
     if len(set(names)) < len(names): raise ScreenError(f'{spec} names two columns alike: give each its own name, as NAME=FILE.')

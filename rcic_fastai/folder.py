@@ -129,7 +129,7 @@ cell types it never saw, expect less. It was made for research, not for decision
 FORMAT = 4
 MODEL_FILES = ('weights.safetensors', 'history.csv', 'index.json', *INDEX_FILES)
 
-def _again(what): return ScreenError(f'{what}: copy or train the model again.')
+_again = partial(copy_again, do='copy or train the model again')
 
 def _saved_index(model):
     "Return one index of all embeddings, plain and adapted"

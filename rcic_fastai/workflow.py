@@ -33,6 +33,7 @@ from .predict.predict import *
 from .predict.trained import *
 from .predict.plan import *
 from .results.evaluate import *
+from .results.plots import *
 from .results.report import *
 from .folder import *
 
@@ -314,7 +315,7 @@ def _demo(out, force, seed):
         model.predict(out/'screen.zarr', protocol, out/f'{protocol}.csv', neighbors=near)
         preds.append(read_predictions(out/f'{protocol}.csv'))
     res = evaluate_screen(preds, read_metadata(out/'screen'))
-    write_atomic(out/'results.json', lambda p: p.write_text(json.dumps(res.columns, indent=1, default=float)))
+    write_json(out/'results.json', as_plain(res.columns), indent=1)
     _step('report', start)
     demo_report(out, res)
     print(f'\n{res.to_text()}\n\nopen {out/"report.html"}')

@@ -7,17 +7,18 @@ import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, 
 from hypothesis import example, given, settings, strategies as st
 from markdown_it import MarkdownIt
 from rcic_fastai.batch.data import screen_dls
-from rcic_fastai.batch.site import TensorSite, plate_map, plot_channels
+from rcic_fastai.batch.site import TensorSite, plot_channels
 from rcic_fastai.cli import run_command
 from rcic_fastai.core import *
-from rcic_fastai.embed.correct import show_correction
+from rcic_fastai.embed.plots import show_correction
 from rcic_fastai.embed.embed import embed_screen
 from rcic_fastai.embed.index import EmbeddingIndex
 
 import rcic_fastai.folder
 from rcic_fastai.model.model import set_provenance
 from rcic_fastai.predict.predict import predict_wells, read_predictions, top_path, write_predictions
-from rcic_fastai.results.evaluate import accuracy_plot, evaluate_screen, right_wrong, right_wrong_map
+from rcic_fastai.results.evaluate import evaluate_screen, right_wrong
+from rcic_fastai.results.plots import *
 from rcic_fastai.results.report import *
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.simulate.layout import simulate_screen

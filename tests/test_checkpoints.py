@@ -377,7 +377,7 @@ def test_other_data_are_refused(screen, interrupted, tmp_path, capsys):
         table = read_metadata(screen)
         change(table[[c for c in table if c != 'plate_group']]).to_csv(other/'metadata.csv', index=False)
         code, _, err = train(f'{other} {d}/m --recipe {d}/r.json {TINY} --resume', capsys)
-        assert code == 2 and 'belongs to another training' in err[0], err
+        assert code == 2 and 'was begun with different' in err[0], err
     simulate_screen(tmp_path/'pixels', ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=6, size=64, controls=1, plates=1, seed=9, progress=False)
     shutil.copy(screen/'metadata.csv', tmp_path/'pixels/metadata.csv')
     code, _, err = train(f'{tmp_path}/pixels {d}/m --recipe {d}/r.json {TINY} --resume', capsys)

@@ -7,6 +7,7 @@ from scipy.stats import median_abs_deviation
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from rcic_fastai.embed.correct import *
+from rcic_fastai.embed.plots import show_correction
 from rcic_fastai.core import ScreenError
 from rcic_fastai.embed.table import *
 
@@ -264,7 +265,7 @@ def test_one_siRNA_in_two_batches_comes_together():
     for method in METHODS: assert share(correct(TOY, method)) > before + .15, method
 
 @pytest.mark.parametrize('options, says', [
-    (dict(method='combat'), "'combat' is not a correction: choose from center"),
+    (dict(method='combat'), "method='combat' is not known: choose from center"),
     (dict(method='standardize', controls='all'), 'no option controls: it has by, scale, robust'),
     (dict(method='center', by='well'), "by='well' is not known"), (dict(method='center', by=None), 'by=None is not known'),
     (dict(method='tvn', controls='none'), "controls='none' is not known"),

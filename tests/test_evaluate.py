@@ -4,7 +4,8 @@ from itertools import product
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from rcic_fastai.core import ScreenError
-from rcic_fastai.results.evaluate import ScreenResult, accuracy_plot, bootstrap_interval, evaluate, evaluate_screen, right_wrong
+from rcic_fastai.results.evaluate import ScreenResult, bootstrap_interval, evaluate, evaluate_screen, right_wrong
+from rcic_fastai.results.plots import accuracy_plot
 from rcic_fastai.embed.metrics import batch_predictability, perturbation_magnitude, replicate_consistency, retrieval_map
 from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
 
@@ -95,7 +96,7 @@ def test_right_wrong_stays_with_its_well():
     assert (r.truth == truth.sirna[r.index]).all() and (r.well == truth.well[r.index]).all() and (r.right == (r.predicted == r.truth)).all()
 
 @pytest.mark.parametrize('spoil, says', [
-    (lambda p: (pd.concat([p, p[:2]]), TABLE), '2 well.s. are predicted more than once'),
+    (lambda p: (pd.concat([p, p[:2]]), TABLE), '2 wells are predicted more than once'),
     (lambda p: (p.assign(id_code=['nowhere'] + p.id_code.tolist()[1:]), TABLE), 'nowhere'),
     (lambda p: (p, TABLE.assign(sirna=None)), 'no sirna label'),
     (lambda p: (p, TABLE.assign(sirna=TABLE.sirna.where(TABLE.well_id != p.id_code[0], None))), '1 of 72'),

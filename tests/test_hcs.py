@@ -511,7 +511,7 @@ def test_wells_that_are_not_there(tmp_path, fmt):
     write_plate(p, fmt, [f'B/{c}' for c in range(1, 25)], 1)
     for c in range(3, 20): shutil.rmtree(p/f'B/{c}')
     edit(meta(p/'B/2'), lambda doc: ome(doc)['well'].update(images=[]))
-    complains('18 well(s) are listed', 'p.zarr B02, p.zarr B03', 'and 8 more', 'partial=True',
+    complains('18 listed wells have no field', 'p.zarr B02, p.zarr B03', 'and 8 more', 'partial=True',
               f=lambda: read_plates(p, **quiet))
     table, source = read_plates(p, partial=True, **quiet)
     assert table.well.tolist() == ['B01', 'B20', 'B21', 'B22', 'B23', 'B24'] and len(source) == 6
@@ -674,15 +674,15 @@ def test_perturbations_that_are_numbers(two):
 
 def test_wells_that_do_not_fit(two):
     read = lambda wells, **kw: read_plates(two, wells, **quiet, **kw)
-    complains('1 well(s) that are not on the plates (P1 D05)', '1 that are not in it (P1 B02)', 'partial=True',
+    complains('1 well not on the plates (P1 D05)', '1 well not in it (P1 B02)', 'partial=True',
               f=lambda: read(WELLS.replace('b2', 'd5')))
     t, _ = read(WELLS.replace('b2', 'd5'), partial=True)
     assert t.sirna[t.well_id == 'EXP_P1_B02'].isna().all() and len(t) == 8
     complains('the plates have 1', f=lambda: read(WELLS[1:]))
     many = pd.concat([WELLS, pd.DataFrame(dict(plate='P1', well=[f'F{c:02d}' for c in range(1, 15)]))])
-    complains('14 well(s)', 'P1 F10 and 4 more', '(none)', f=lambda: read(many))
-    complains('4 well(s)', f=lambda: read(WELLS.assign(plate='X' + WELLS.plate), partial=True))
-    complains('1 well(s) more than once (P1 B02)', f=lambda: read(pd.concat([WELLS, WELLS[:1]])))
+    complains('14 wells', 'P1 F10 and 4 more', '(none)', f=lambda: read(many))
+    complains('4 wells', f=lambda: read(WELLS.assign(plate='X' + WELLS.plate), partial=True))
+    complains('1 well more than once (P1 B02)', f=lambda: read(pd.concat([WELLS, WELLS[:1]])))
     complains('no column well', f=lambda: read(WELLS.drop(columns='well')))
     complains('no rows', f=lambda: read(WELLS[:0]))
     complains('row 3: well is empty', f=lambda: read(WELLS.replace('C3', None)))

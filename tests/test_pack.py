@@ -438,7 +438,7 @@ def test_begun_otherwise(tmp_path, screen):
     for other, rows, kwargs in [(source, table[:5], {}), (source, table[::-1], {}), (source, table, dict(codec='small')), (five, table, {}),
                                 (renamed, table, {}), (source, table.assign(sirna='x'), {}), (source, table.assign(more=1), {}),
                                 (source, table.drop(columns='plate_group'), {})]:
-        says(lambda: put(other, rows, tmp_path/'a.zarr', **kwargs), str(part), 'another', 'force')
+        says(lambda: put(other, rows, tmp_path/'a.zarr', **kwargs), str(part), 'was begun with different', 'force')
         assert files(part) == before
     packed = PackedScreen(put(five, table, tmp_path/'a.zarr', codec='small', force=True))
     assert packed.channels == CHANNELS[:5] and not part.exists() and verify_store(packed.root, five, progress=False) == 6
@@ -544,7 +544,7 @@ def test_missing_files_are_counted_and_ten_named(tmp_path):
 def test_bad_calls(tmp_path, screen, store):
     table, source, _ = screen
     dest, strange = tmp_path/'a.zarr', table.assign(site_id=table.site_id + 'x')
-    says(lambda: put(source, pd.concat([table, table[:2]]), dest), '2 site(s) more than once', table.site_id[0])
+    says(lambda: put(source, pd.concat([table, table[:2]]), dest), '2 sites more than once', table.site_id[0])
     says(lambda: put(source, table[:0], dest), 'no rows')
     says(lambda: put(source, table.drop(columns='well_type'), dest), 'well_type')
     says(lambda: put(source, strange, dest), strange.site_id[0], 'not in the table')

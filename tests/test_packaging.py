@@ -60,7 +60,7 @@ def code(nb):
 
 FIELD = dict(version='version', long_description='readme', author='authors', keywords='keywords', license='license',
              python_requires='requires-python', install_requires='dependencies', extras_require='optional-dependencies',
-             classifiers='classifiers')
+             classifiers='classifiers', project_urls='urls')
 
 
 def test_settings_and_pyproject_agree(monkeypatch):
@@ -72,6 +72,13 @@ def test_settings_and_pyproject_agree(monkeypatch):
     assert given['version'] == cfg['version'] == re.search(r"'(.*)'|\"(.*)\"", (LIB/'__init__.py').read_text())[0][1:-1]
     assert given['python_requires'] == f">={cfg['min_python']}"
     assert f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d" in given['entry_points']['nbdev']
+
+
+def test_the_package_names_its_pages(monkeypatch):
+    assert setup_arguments(monkeypatch)['project_urls'] == dict(
+        Documentation=pages.pages_url(ROOT), Source=pages.repository(ROOT),
+        Changelog=f"{pages.repository(ROOT)}/blob/{settings()['branch']}/CHANGELOG.md")
+    assert (ROOT/'CHANGELOG.md').is_file()
 
 
 def test_nbdev_and_the_docs_builder_are_for_developers_only(monkeypatch):
@@ -130,6 +137,13 @@ def test_what_is_built_holds_every_module_and_table(built, kind):
     assert library <= files, library - files
     if kind == 'sdist': assert {'settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'} <= files
     assert not [f for f in files if f.startswith(('tests/', 'tools/', 'nbs/'))]
+
+
+def test_what_is_built_says_where_its_pages_are(built):
+    files = zipfile.ZipFile(built['wheel'])
+    text = files.read(next(n for n in files.namelist() if n.endswith('.dist-info/METADATA'))).decode()
+    found = dict(re.findall(r'^Project-URL: (\w+), (\S+)$', text, re.MULTILINE))
+    assert found.keys() == {'Documentation', 'Source', 'Changelog'} and found['Source'] == pages.repository(ROOT)
 
 
 USE_ALL = """

@@ -5,10 +5,11 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from matplotlib.legend import Legend
 
 from rcic_fastai.core import ScreenError
-from rcic_fastai.embed.correct import group_styles, legend_below, principal_plane, scatter_groups, show_correction
+from rcic_fastai.embed.plots import group_styles, legend_below, principal_plane, scatter_groups, show_correction
 from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, toy_profiles
-from rcic_fastai.results.evaluate import ScreenResult, accuracy_plot, right_wrong_map
-from rcic_fastai.results.report import embedding_map, training_curve, write_report
+from rcic_fastai.results.evaluate import ScreenResult
+from rcic_fastai.results.plots import accuracy_plot, embedding_map, right_wrong_map, training_curve
+from rcic_fastai.results.report import write_report
 
 EMB = toy_profiles(['HUVEC-01', 'RPE-01'], ['HUVEC-17'], n_sirnas=12, seed=1)
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')

@@ -79,7 +79,7 @@ def test_other_arguments_are_refused(made, tmp_path):
     source, table = PngTree(made.dir/'screen', made.table), made.table
     for kw, what in [(dict(tta=2), 'tta'), (dict(bs=4), 'bs'), (dict(adapt='plate'), 'adapt'), (dict(mask=()), 'mask'), (dict(part=8), 'part'),
                      (dict(rows=table.iloc[::-1]), 'rows'), (dict(rows=table.assign(cell_type='A549')), 'rows'), (dict(seed=1), 'seed')]:
-        with pytest.raises(ScreenError, match=f'with different [a-z, _]*{what}[,:]'): embed(made, tmp_path/'p', **kw)
+        with pytest.raises(ScreenError, match=f'with different .*{what} \\('): embed(made, tmp_path/'p', **kw)
     source.stamp = lambda i: 'another'
     with pytest.raises(ScreenError, match='pictures'): embed(made, tmp_path/'p', source)
     embed(made, tmp_path/'p', rows=table.assign(sirna=None))         # labels are not looked at

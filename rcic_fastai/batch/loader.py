@@ -180,7 +180,7 @@ class ScreenDL(TfmdDL):
         groups:int=1, # Groups in a batch, with `group_by`
         **kwargs
     ):
-        self.reader, self.threads = _reader(dataset), threads or min(8, _cores())
+        self.reader, self.threads = _reader(dataset), threads or min(8, n_cores())
         self.ahead, self.group_by, self.groups = max(ahead, 1), group_by, groups
         self._made = self._pool = self._by_group = None
         if self.reader and (isinstance(self.reader.source, PackedScreen) or self._in_memory): num_workers = 0
@@ -200,8 +200,6 @@ class ScreenDL(TfmdDL):
     @property
     def _in_memory(self): return hasattr(self.reader.source, 'take')
     def __getstate__(self): return {**self.__dict__, '_pool': None}
-
-def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 def _reader(dataset):
     "Return the transform that reads the images of a dataset, or None where whole batches cannot be read"

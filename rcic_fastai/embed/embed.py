@@ -53,7 +53,7 @@ def check_tta(
     views:str='dihedral', # dihedral or random
 ):
     "Raise a `ScreenError` for an impossible number of views, before any work is done"
-    if views not in ('dihedral', 'random'): raise ScreenError(f'{option("views", views)} is not known: choose from dihedral, random.')
+    check_choice('views', views, ('dihedral', 'random'))
     if tta < 1 or (views == 'dihedral' and tta > 8):
         raise ScreenError(f'{option("tta", tta)} is not possible with {views} views: choose 1 to 8, or random views for more.')
 
@@ -77,8 +77,7 @@ class EmbedOptions:
 
     def __post_init__(self):
         check_tta(self.tta, self.views)
-        if self.adapt not in (None, 'experiment', 'plate'):
-            raise ScreenError(f'{option("adapt", self.adapt)} is not known: choose from experiment, plate, None.')
+        check_choice('adapt', self.adapt, ('experiment', 'plate', None))
         if self.adapt and self.bs < 2: raise ScreenError(f'{option("bs", self.bs)} gives no BatchNorm statistics: give batches of two or more.')
 
 # %% ../../nbs/41_embed.embed.ipynb #0aabdbd1
@@ -279,7 +278,7 @@ def model_fingerprint(
     read = m.metadata.vocab_sizes if m.metadata is not None and m.use_metadata else {}
     how = {k: getattr(spec, k) for k in _PIXELS}, {c: spec.vocabs[c] for c in read}
     text = json.dumps([weights_fingerprint(m), *how], sort_keys=True, default=lambda o: o.item())
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256(text)
 
 # %% ../../nbs/41_embed.embed.ipynb #21131331
 PARTS_FOLDER = OwnFolder('embedding parts', 'parts.json', 'part-*.parquet')
@@ -330,16 +329,14 @@ def _begin_parts(parts, facts):
     if f.is_file():
         try: was = json.loads(f.read_text())
         except ValueError: raise ScreenError(f'{f} is damaged: remove {parts.folder} and embed again.') from None
-        other = [k for k in facts if was.get(k) != facts[k]]
-        if other:
-            raise ScreenError(f'{parts.folder} was begun with different {first_few(other)}: finish it as it was begun, or '
-                              'remove it to start again.')
+        was = {k: v for k, v in was.items() if k in facts}
+        check_unchanged(parts.folder, was, facts, 'finish it as it was begun, or remove it to start again')
     elif Path(parts.folder).is_dir() and any(o.suffix == '.parquet' for o in Path(parts.folder).iterdir()):
         raise ScreenError(f'{parts.folder} has files but no parts.json, so it is not known what they are: name another folder.')
     PARTS_FOLDER.check(parts.folder)
     def begin():
         PARTS_FOLDER.make(parts.folder)
-        if not f.is_file(): write_atomic(f, lambda p: p.write_text(json.dumps(facts, indent=1)))
+        if not f.is_file(): write_json(f, facts, indent=1)
     return begin
 
 # %% ../../nbs/41_embed.embed.ipynb #ffcdebc8

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.all import patch
 from ..core import *
-from ..core import _again, _first_line
 from ..screen.tables import *
 from .table import *
 
@@ -143,7 +142,7 @@ class EmbeddingIndex:
 @patch
 def _fill(self:EmbeddingIndex, labels, rows, dim, target, kind, model):
     "Check the labels, then build the search structure from the pieces that `rows(begin, end)` gives"
-    if kind not in KINDS: raise ScreenError(f'kind={kind!r} is not an index: choose from {", ".join(KINDS)}.')
+    check_choice('kind', kind, KINDS)
     if not len(labels) or not dim:
         shape = len(labels), dim
         raise ScreenError(f'The embedding table has shape {shape}: give one row of numbers per site or well.')
@@ -393,7 +392,7 @@ def class_scores(self:EmbeddingIndex,
     depth:int=DEPTH, # Rows that 'ivf' and 'hnsw' search for; 'exact' needs no limit
 )->np.ndarray: # float32 [Q,K], in the order of `.classes`; −∞ for classes that are not allowed
     "Score every class for every query"
-    if vote not in VOTES: raise ScreenError(f'vote={vote!r} is not known: choose from {", ".join(VOTES)}.')
+    check_choice('vote', vote, VOTES)
     for name, n in dict(k=k, depth=depth).items():
         if n < 1: raise ScreenError(f'{name}={n} rows cannot vote: ask for 1 or more.')
     q, scores = self._queries(q), self._scorer(vote, k, top, depth)
@@ -410,7 +409,7 @@ def merge_wells(
     how:str='best', # 'best' (largest score of each class over the sites) or 'mean'
 )->tuple: # ([W,K] scores, [W] wells in order of first appearance)
     "Merge the class scores of a well's sites"
-    if how not in ('best', 'mean'): raise ScreenError(f'merge={how!r} is not known: choose best or mean.')
+    check_choice('merge', how, ('best', 'mean'))
     codes, wells = pd.factorize(np.asarray(well_ids, dtype=object))
     if (codes < 0).any():
         raise ScreenError(f'Row {int((codes < 0).argmax())} of the scores has no well: fill in its well_id.')
@@ -487,7 +486,7 @@ def save(self:EmbeddingIndex,
     write_atomic(folder/'index.rows.json', lambda p: p.write_text(text))
     info = dict(format=INDEX_FORMAT, target=self.target, kind=self.kind, rows=len(self), dim=self.dim,
                 model=model or self.model, columns=list(rows), files={f: file_facts(folder/f) for f in INDEX_FILES})
-    write_atomic(folder/'index.json', lambda p: p.write_text(json.dumps({**info, 'sha256': json_hash(info)}, indent=1)))
+    write_json(folder/'index.json', {**info, 'sha256': json_hash(info)}, indent=1)
 
 # %% ../../nbs/42_embed.index.ipynb #228f1905
 def _written_before(path, form):
@@ -516,8 +515,8 @@ def _index_info(path):
     if type(form) is int and form > INDEX_FORMAT:
         raise ScreenError(f'{path} was written by a newer rcic_fastai (format {form}): update the package.')
     if type(form) is int and form < INDEX_FORMAT: raise _written_before(path, form)
-    if type(form) is not int or not _is_index_info(info): raise _again(f'{path} is damaged')
-    if info.get('sha256') != json_hash(info): raise _again(f'{path} was changed after it was saved')
+    if type(form) is not int or not _is_index_info(info): raise copy_again(f'{path} is damaged')
+    if info.get('sha256') != json_hash(info): raise copy_again(f'{path} was changed after it was saved')
     return info
 
 # %% ../../nbs/42_embed.index.ipynb #bf69c970
@@ -528,8 +527,8 @@ def _open_vectors(path, n, d, facts):
     try:
         part = safe_open(path, framework='numpy').get_slice('features')
         fits = part.get_shape() == [n, d] and part.get_dtype() == 'F32'
-    except Exception as e: raise _again(f'{path} does not hold vectors ({_first_line(e)})') from None
-    if not fits: raise _again(f'{path} does not hold {n} rows of {d} numbers')
+    except Exception as e: raise copy_again(f'{path} does not hold vectors ({first_line(e)})') from None
+    if not fits: raise copy_again(f'{path} does not hold {n} rows of {d} numbers')
     return lambda a, b: part[a:b]
 
 # %% ../../nbs/42_embed.index.ipynb #03b5820a
@@ -539,7 +538,7 @@ def _check_vectors(path, n, d, facts):
     for a, b in _pieces(n):
         x = rows(a, b)
         with np.errstate(all='ignore'): is_unit = np.abs(np.einsum('ij,ij->i', x, x) - 1) < 1e-3
-        if not is_unit.all(): raise _again(f'Row {a + int(is_unit.argmin())} of {path} is not of length 1')
+        if not is_unit.all(): raise copy_again(f'Row {a + int(is_unit.argmin())} of {path} is not of length 1')
     check_file(path, facts)
     return rows
 
@@ -547,12 +546,12 @@ def _check_vectors(path, n, d, facts):
 def _read_rows(path, n, columns):
     "The table of what each vector is"
     d = parse_json(path.read_bytes(), path)
-    if list(d) != columns: raise _again(f'{path} has other columns than index.json says')
+    if list(d) != columns: raise copy_again(f'{path} has other columns than index.json says')
     try:
         table = pd.DataFrame({c: _to_column(o) for c, o in d.items()})
         if len(table) != n: raise ValueError(f'it has {len(table)} rows')
         return table
-    except Exception as e: raise _again(f'{path} does not hold the rows of this index ({_first_line(e)})') from None
+    except Exception as e: raise copy_again(f'{path} does not hold the rows of this index ({first_line(e)})') from None
 
 # %% ../../nbs/42_embed.index.ipynb #0bd473a2
 def _load_index(

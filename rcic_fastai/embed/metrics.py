@@ -107,10 +107,8 @@ def _ap_copairs(m, x, target, across, other):
 # %% ../../nbs/44_embed.metrics.ipynb #66632a62
 def _check_retrieval(negatives, engine):
     "Check the choices of `retrieval_map`"
-    if negatives not in ('any', 'other'):
-        raise ScreenError(f'negatives={negatives!r} is not known: choose any or other.')
-    if engine not in ('direct', 'copairs'):
-        raise ScreenError(f'engine={engine!r} is not known: choose direct or copairs.')
+    check_choice('negatives', negatives, ('any', 'other'))
+    check_choice('engine', engine, ('direct', 'copairs'))
 
 def _ap_within(m, x, target, across, within, other, engine, progress):
     "Return what `_ap_direct` does, ranking only rows that agree in the column `within`"
@@ -263,7 +261,7 @@ def batch_predictability(
     seed:int=0, # Which wells go together
 )->tuple: # ({accuracy, chance, n_groups, n_rows}, one row per value of `within`: n_groups, n_rows, accuracy, chance)
     "Return the accuracy of a cross-validated classifier that names the experiment of a well; lower is better"
-    if model not in ('linear', 'knn'): raise ScreenError(f'model={model!r} is not known: choose linear or knn.')
+    check_choice('model', model, ('linear', 'knn'))
     if folds < 2: raise ScreenError(f'folds={folds} leaves nothing to test on: ask for 2 or more.')
     m, x = _metric_rows(emb, [by] + [within]*(within is not None), treatments=False)
     fold, rows = _folds(m, by, folds, seed), {}

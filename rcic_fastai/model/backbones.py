@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEMS', 'EFFNETS', 'LITE', 'Slot', 'Backbone', 'adapt_filters', 'adapt_stem', 'backbone_family', 'arch_name',
-           'EffNetBody', 'first_line', 'feature_map', 'TimmBody', 'read_weights', 'lite0_weights', 'create_backbone',
-           'body_blocks', 'body_groups']
+           'EffNetBody', 'feature_map', 'TimmBody', 'read_weights', 'lite0_weights', 'create_backbone', 'body_blocks',
+           'body_groups']
 
 # %% ../../nbs/20_model.backbones.ipynb #b5b897da
 import difflib, inspect, os, socket, sys
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 import torch
 from torch import nn
-from ..core import ScreenError
+from ..core import ScreenError, check_choice, first_line
 
 # %% ../../nbs/20_model.backbones.ipynb #83a018a7
 class Slot(nn.Identity):
@@ -53,7 +53,7 @@ def adapt_filters(
     how:str='tile', # 'tile' (repeated and rescaled by k/n), 'copy' (repeated) or 'fresh' (He initialization)
 )->torch.Tensor: # Filters [O,n_channels,h,w]
     "Return filters for `n_channels` channels, made from those for k channels"
-    if how not in STEMS: raise ScreenError(f'There is no stem {how!r}: choose {", ".join(STEMS)}.')
+    check_choice('stem', how, STEMS)
     is_whole = isinstance(n_channels, int) and not isinstance(n_channels, bool)
     if not is_whole or not 1 <= n_channels <= 16:
         raise ScreenError(f'n_channels is {n_channels!r}: give a whole number of channels from 1 to 16.')
@@ -156,13 +156,6 @@ def _effnet(arch, family, **kwargs):
         package,extra = ('efficientnet_lite_pytorch', '[lite]') if family == 'lite' else ('efficientnet_pytorch', '')
         raise ScreenError(f'{arch} needs the package {package}: run pip install "rcic_fastai{extra}".') from None
     return EfficientNet.from_name(arch, image_size=None, **kwargs)
-
-# %% ../../nbs/20_model.backbones.ipynb #ac331da0
-def first_line(
-    e, # An exception or anything with text
-)->str:
-    "Return the first line of the message of `e`, without its full stop"
-    return str(e).strip().split('\n')[0].rstrip('.:') or type(e).__name__
 
 # %% ../../nbs/20_model.backbones.ipynb #2c7717f7
 def _timm_create(arch, pretrained=False, **kwargs):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from ..core import ScreenError
+from ..core import ScreenError, check_choice
 
 # %% ../../nbs/21_model.heads.ipynb #008f1bc8
 class ConcatPool(nn.Module):
@@ -144,7 +144,7 @@ def create_neck(
     dropout:float=.25, # Dropout of 'linear'; the others have their own
 )->nn.Module: # [B,n_in] → [B,dim]
     "Create the neck called `name`"
-    if name not in NECKS: raise ScreenError(f'There is no neck {name!r}: choose {", ".join(NECKS)}.')
+    check_choice('neck', name, NECKS)
     return NECKS[name](n_in, dim, dropout)
 
 # %% ../../nbs/21_model.heads.ipynb #a9081cd8

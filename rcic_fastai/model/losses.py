@@ -10,7 +10,7 @@ import inspect, math, weakref
 import torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from ..core import ScreenError
+from ..core import ScreenError, check_choice
 
 # %% ../../nbs/22_model.losses.ipynb #d050e555
 class CosineLoss(nn.Module):
@@ -204,7 +204,7 @@ def loss_from_config(
     if isinstance(config, CosineLoss): return config
     args = dict(name=config) if isinstance(config, str) else dict(config)
     name = args.pop('name', None)
-    if name not in LOSSES: raise ScreenError(f'There is no loss {name!r}: choose {", ".join(LOSSES)}.')
+    check_choice('loss', name, LOSSES)
     known = inspect.signature(LOSSES[name].__init__).parameters
     odd = [a for a in args if a not in known]
     if odd: raise ScreenError(f'The loss {name} has no {odd[0]!r}: it takes {", ".join(list(known)[1:])}.')

@@ -98,7 +98,7 @@ def group_patterns(
     extend:str='rotations', # 'seen': no others; 'rotations': also rotated; 'all' (barcodes: always): every order
 )->pd.DataFrame: # One row per pattern, one column per plate: the group (int) that it holds
     "Return the ways in which groups of siRNAs can lie on the plates of an experiment"
-    if extend not in EXTEND: raise ScreenError(f'extend={extend!r} is not known: choose from {", ".join(EXTEND)}.')
+    check_choice('extend', extend, EXTEND)
     seen, names = pd.DataFrame([range(n_groups)], columns=range(1, n_groups+1)), False
     if rows is not None: seen, names = _seen_patterns(rows)
     n = seen.shape[1]

@@ -363,7 +363,7 @@ def write_predictions(
     else: top.unlink(missing_ok=True)
     write_atomic(path, answers)
     record['sha256'] = {k: _sha(f) for k, f in dict(csv=path, top=top).items() if f.is_file()}
-    write_atomic(info_path(path), lambda p: p.write_text(json.dumps(record, indent=1, default=str)))
+    write_json(info_path(path), record, indent=1, default=str)
     return path
 
 # %% ../../nbs/51_predict.predict.ipynb #b606ce82

@@ -8,7 +8,7 @@ __all__ = ['INDUCTIVE_MASK', 'MODEL_LICENSE', 'OWN_FACTS', 'index_rows', 'remove
            'TrainedModel']
 
 # %% ../../nbs/53_predict.trained.ipynb #9dc5e702
-import hashlib, io, platform
+import io, platform
 from contextlib import nullcontext
 from dataclasses import asdict
 from fastai.vision.all import *
@@ -86,7 +86,7 @@ def data_fingerprint(
     "Return what identifies a set of sites; the order of rows does not matter"
     cols = [c for c in SITE_COLUMNS if c in rows]
     text = rows.sort_values('site_id')[cols].to_csv(index=False, lineterminator='\n')
-    res = dict(rows=len(rows), sha256=hashlib.sha256(text.encode()).hexdigest(),
+    res = dict(rows=len(rows), sha256=sha256(text),
                sites={str(e): int(n) for e, n in rows.groupby('experiment').size().items()})
     if source is None: return res
     res['side'] = int(source.shape[-1])
@@ -137,20 +137,12 @@ def _accuracy(learn):
 # %% ../../nbs/53_predict.trained.ipynb #43cc72bf
 OWN_FACTS = ('format', 'model', 'spec', 'held_out', *PROVENANCE, 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
 
-def _plain(o):
-    "Return JSON's own types; NaN and infinity become null"
-    if isinstance(o, (np.generic, np.ndarray, torch.Tensor)): o = o.tolist()
-    if isinstance(o, dict): return {str(k): _plain(v) for k, v in o.items()}
-    if isinstance(o, (list, tuple, set, L)): return [_plain(v) for v in o]
-    if o is None or o is pd.NA or isinstance(o, float) and not math.isfinite(o): return None
-    return o if isinstance(o, (str, int, float)) else str(o)
-
 def _config(learn, info):
     "Return everything that is known about a trained learner, as plain data"
     taken = [k for k in info if k in OWN_FACTS]
     if taken: raise ScreenError(f'{taken[0]} is what a model folder says about itself: give that fact another name.')
     dls, model = learn.dls, get_model(learn.model)
-    return _plain(dict(model=model.config, spec=asdict(dls.spec), held_out=dls.held_out, **provenance(model),
+    return as_plain(dict(model=model.config, spec=asdict(dls.spec), held_out=dls.held_out, **provenance(model),
                        data=data_fingerprint(index_rows(learn), dls.screen.source), metrics=_accuracy(learn), versions=library_versions(),
                        fingerprint=model_fingerprint(model, dls.spec), **{'license': MODEL_LICENSE, **info}))
 

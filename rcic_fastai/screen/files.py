@@ -18,7 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 from PIL.TiffImagePlugin import TiffImageFile
 
-from ..core import ScreenError, check_choice, first_few, open_plain
+from ..core import ScreenError, check_choice, first_few, open_plain, plural
 from .tables import (SITE_COLUMNS, WELL_TYPES, check_table,
                                        read_parquet, rowcol_to_well, well_to_rowcol, _integers, _read_csv)
 from .images import MOST_PIXELS, PNG_SIGNATURE, ImageSource, decode_png, _check_kind, _most_packed, _png_header
@@ -158,15 +158,15 @@ def _pick(tif, n, pages, name):
     if not full: raise ValueError('no page can be found in it')
     first, promised = full[0], _promised(full[0])
     if promised > len(full):
-        raise ScreenError(f'{name} says that it holds {promised} pictures, but has {len(full)} page(s): save it again '
+        raise ScreenError(f'{name} says that it holds {promised} pictures, but has {plural(len(full), "page")}: save it again '
                           'as a plain TIFF with a page for each picture.')
     if len(full) == n and (first.samplesperpixel == 1 or n == 1): return full, 'pages'
     if len(full) == 1 and first.samplesperpixel == n: return full, 'samples'
     if n > 1 and first.samplesperpixel == 1 and first.imagewidth == n:
         return list(islice(tif.pages, MOST_PIXELS//n)), 'rows'
-    what = f'more than {n}' if len(full) > n else f'{len(full)}'
-    raise ScreenError(f'{name} has {what} page(s) of {first.samplesperpixel} sample(s), where the table names {n} '
-                      'channel(s): name what the file holds with channels=, or the page of each channel in a Frame_ '
+    what = f'more than {plural(n, "page")}' if len(full) > n else plural(len(full), 'page')
+    raise ScreenError(f'{name} has {what} of {plural(first.samplesperpixel, "sample")}, where the table names '
+                      f'{plural(n, "channel")}: name what the file holds with channels=, or the page of each channel in a Frame_ '
                       'or page column; if it was cut short, copy it again.')
 
 # %% ../../nbs/05_screen.files.ipynb #e993e22b

@@ -19,8 +19,8 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import (OwnFolder, ScreenError, check_choice, first_few, only_one, open_plain, parse_json,
-                              read_plain, write_atomic, write_json)
+from ..core import (OwnFolder, ScreenError, check_choice, check_unchanged, first_few, n_cores, only_one,
+                              open_plain, option, parse_json, read_plain, sha256, write_atomic, write_json)
 from .tables import check_table, read_metadata, read_parquet
 from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns
 
@@ -103,11 +103,11 @@ def _begin(part, table, source, codec, force):
     if force: STORE_FOLDER.remove(part)
     if not (part/'sums.json').exists(): STORE_FOLDER.check(part)
     if (part/'pack.json').exists():
-        try: same = _json(part/'pack.json') == facts and read_plain(part/'sites.parquet') == _as_parquet(table)
-        except (ValueError, OSError): same = False
-        if same: return
-        raise ScreenError(f'{part} was begun with another table, other channels or another codec: finish it as it '
-                          'was begun, or start again with force (--force).')
+        try: then = dict(_json(part/'pack.json'), table=sha256(read_plain(part/'sites.parquet')))
+        except (ValueError, OSError): then = {}
+        check_unchanged(part, then, dict(facts, table=sha256(_as_parquet(table))),
+                        f'finish it as it was begun, or start again with {option("force", True)}')
+        return
     STORE_FOLDER.remove(part)            # a run that was killed before it had begun
     STORE_FOLDER.make(part)
     _write_zarr(part, facts)
@@ -165,7 +165,7 @@ def _in_threads(func, items, n):
 def _workers(n):
     "Return a number of threads; for None, one per core"
     if n is not None and n < 1: raise ScreenError(f'workers is {n}: give 1 or more, or None for one per core.')
-    return n or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    return n or n_cores()
 
 def _timed_bar(items, total, progress, what):
     "Yield `items` with a progress bar that shows how many per second"

@@ -21,7 +21,7 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, first_few, open_plain, read_plain
+from ..core import ScreenError, check_choice, first_few, open_plain, plural, read_plain
 from .tables import SITE_COLUMNS, check_table, read_csv, rowcol_to_well, well_to_rowcol
 from .images import MOST_PIXELS, ImageSource
 
@@ -697,7 +697,7 @@ def _plate_table(plates, experiment, partial, progress):
     bare = []
     for p, (_, _, without) in zip(plates, read): bare += [f'{p.name} {w}' for w in without]
     if bare and not partial:
-        raise ScreenError(f'{len(bare)} well(s) are listed but have no field on disk ({first_few(bare)}): copy the '
+        raise ScreenError(f'{plural(len(bare), "listed well has", "listed wells have")} no field on disk ({first_few(bare)}): copy the '
                           'plate again, or leave such wells out with partial=True.')
     names, rows = _plate_names(plates, [name or None for name, _, _ in read], experiments), []
     for e, n, p, (_, fields, _) in zip(experiments, names, plates, read):
@@ -741,13 +741,13 @@ def _annotate(t, wells, partial):
     def spelt(o): return first_few(' '.join(map(str, r)) for r in o[keys].itertuples(index=False)) or 'none'
     twice = w[w.duplicated(keys)]
     if len(twice):
-        raise ScreenError(f'{where} lists {len(twice)} well(s) more than once ({spelt(twice)}): keep one row per well.')
+        raise ScreenError(f'{where} lists {plural(len(twice), "well")} more than once ({spelt(twice)}): keep one row per well.')
     rows, index = (pd.MultiIndex.from_frame(o[keys].astype(str)) for o in (t, w))
     extra, lacking = w[~index.isin(rows)], t[~rows.isin(index)].drop_duplicates(keys)
     none_fits, all_fit = len(extra) == len(w), not len(extra) and not len(lacking)
     if none_fits or not (all_fit or partial):
-        raise ScreenError(f'{where} has {len(extra)} well(s) that are not on the plates ({spelt(extra)}), and the plates '
-                          f'have {len(lacking)} that are not in it ({spelt(lacking)}): correct it, or pass partial=True '
+        raise ScreenError(f'{where} has {plural(len(extra), "well")} not on the plates ({spelt(extra)}), and the plates have '
+                          f'{plural(len(lacking), "well")} not in it ({spelt(lacking)}): correct it, or pass partial=True '
                           'to continue with the wells that both have.')
     if 'experiment' in w and not several: t['experiment'] = _experiments(t, w, where)
     new = w.drop(columns=['plate', 'well', 'experiment'], errors='ignore').set_axis(index).reindex(rows)

@@ -8,7 +8,7 @@ __all__ = ['CHECKPOINT_FOLDER', 'pack_state', 'unpack_state', 'learner_state', '
            'sigterm_noted']
 
 # %% ../../nbs/32_train.checkpoints.ipynb #457a721c
-import hashlib, inspect, json, random, signal, sys, threading
+import inspect, json, random, signal, sys, threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -215,8 +215,6 @@ def _own(cb, learn):
     def is_lent(v): return any(v is o for o in lent)
     return {k: v for k, v in vars(cb).items() if k not in ('learn', '__stored_args__') and not is_lent(v)}
 
-def _sha256(data): return hashlib.sha256(data).hexdigest()
-
 # %% ../../nbs/32_train.checkpoints.ipynb #5324893a
 def _named(learn):
     "Return pairs of name and callback; equal names are numbered"
@@ -254,7 +252,7 @@ def _everybody(learn, o):
     return said
 
 # %% ../../nbs/32_train.checkpoints.ipynb #1f2fffc2
-def _digest(t): return str(t.dtype), _sha256(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+def _digest(t): return str(t.dtype), sha256(t.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 def _with_others(learn, state, tensors):
     "Add what the other processes have of their own and what differs from process 0"
@@ -348,7 +346,7 @@ def _checkpoint_files(info, tensors):
     "Return the three files of a checkpoint: name → bytes"
     from safetensors.torch import save
     files = {'state.safetensors': save(tensors), 'state.json': json.dumps(dict(format=1, **info)).encode()}
-    files['SHA256SUMS'] = ''.join(f'{_sha256(d)}  {f}\n' for f, d in files.items()).encode()
+    files['SHA256SUMS'] = ''.join(f'{sha256(d)}  {f}\n' for f, d in files.items()).encode()
     return files
 
 # %% ../../nbs/32_train.checkpoints.ipynb #96104593
@@ -402,7 +400,7 @@ def _open_checkpoint(path):
     "Read one checkpoint; any damage is an error"
     from safetensors.torch import load
     files = {f: (path/f).read_bytes() for f in ('state.safetensors', 'state.json')}
-    sums = ''.join(f'{_sha256(d)}  {f}\n' for f, d in files.items())
+    sums = ''.join(f'{sha256(d)}  {f}\n' for f, d in files.items())
     if (path/'SHA256SUMS').read_text() != sums: raise ScreenError('its checksum is wrong')
     info = json.loads(files['state.json'])
     if info.pop('format', 0) != 1: raise ScreenError('another version of rcic_fastai wrote it')
@@ -545,30 +543,6 @@ def save(self:Checkpoint):
     info = dict(stage=self.stage, epoch=self.epoch + 1, facts=self.facts or {}, extra=self.extra(), state=state)
     write_checkpoint(self.folder, self.before + self.epoch + 1, info, tensors)
 
-# %% ../../nbs/32_train.checkpoints.ipynb #48d59a25
-def _flat(o, name=''):
-    "Return nested facts as one dict, with dotted names"
-    if isinstance(o, list) and any(isinstance(v, dict) for v in o): o = dict(enumerate(o))
-    if not isinstance(o, dict): return {name: o}
-    flat = {}
-    for n, part in o.items(): flat.update(_flat(part, f'{name}.{n}' if name else str(n)))
-    return flat
-
-# %% ../../nbs/32_train.checkpoints.ipynb #1cffe9ad
-def _short(facts, k):
-    "Return a fact in a few characters"
-    if k not in facts: return 'absent'
-    text = json.dumps(facts[k])
-    if len(text) < 40: return text
-    return f'{len(facts[k])} values' if isinstance(facts[k], list) else text[:12] + '…'
-
-# %% ../../nbs/32_train.checkpoints.ipynb #981416a6
-def _differing(then, now):
-    "Return 'name (… then, … now)' for each fact that changed"
-    a, b = (_flat(json.loads(json.dumps(o or {}))) for o in (then, now))
-    changed = [k for k in {**a, **b} if k not in a or k not in b or a[k] != b[k]]
-    return [f'{k} ({_short(a, k)} then, {_short(b, k)} now)' for k in changed]
-
 # %% ../../nbs/32_train.checkpoints.ipynb #dfed7d10
 def check_facts(
     then:dict, # Of the checkpoint
@@ -576,11 +550,8 @@ def check_facts(
     path='the checkpoint', # For the message
 ):
     "Check that a training is the one of the checkpoint; raise a `ScreenError` that names what differs"
-    changed = _differing(then, now)
-    if changed:
-        raise ScreenError(f'{path} belongs to another training, which differs in {first_few(changed, 3)}: give the '
-                          'same arguments and a learner made as the first time, or remove the folder to start again '
-                          'from the beginning.')
+    check_unchanged(path, then, now, 'give the same arguments and a learner made as the first time, or remove the '
+                    'folder to start again from the beginning')
 
 # %% ../../nbs/32_train.checkpoints.ipynb #0b2f16fe
 def _continue_from(learn, cp, found):

@@ -7,7 +7,6 @@ __all__ = ['control_rows', 'control_dls', 'PlateControls', 'MinusControls', 'Con
            'control_similarity', 'fine_tune_cell_types']
 
 # %% ../../nbs/35_train.controls.ipynb #dc087b0c
-import hashlib
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from fastai.vision.all import *
@@ -24,21 +23,17 @@ from .recipes import *
 from .domain import *
 
 # %% ../../nbs/35_train.controls.ipynb #673df38c
-_KINDS = dict(negative=['negative_control'], positive=['positive_control'],
-              all=['negative_control', 'positive_control'])
-
 def control_rows(
     table:pd.DataFrame, # Site table, or the facts of an embeddings table
     controls:str='all', # 'negative', 'positive' or 'all'
 )->pd.DataFrame: # Its control rows, with the column `control`: the siRNA, or the kind of well where none is named
     "Return the rows of the control wells, with their names"
-    if controls not in _KINDS:
-        raise ScreenError(f'controls={controls!r} is not known: choose from {", ".join(_KINDS)}.')
+    check_choice('controls', controls, CONTROLS)
     absent = [c for c in ('well_type', 'sirna') if c not in table]
     if absent:
         raise ScreenError(f'The table has no column {absent[0]}: controls are known by their well_type and named by '
                           'their sirna.')
-    rows = table[table.well_type.isin(_KINDS[controls])]
+    rows = table[table.well_type.isin(CONTROLS[controls])]
     return rows.assign(control=rows.sirna.astype(object).where(rows.sirna.notna(), rows.well_type))
 
 # %% ../../nbs/35_train.controls.ipynb #9035e030
@@ -261,7 +256,7 @@ def _similarities(x, kind, names, where):
 # %% ../../nbs/35_train.controls.ipynb #c8319666
 def _with_correction(meta, by, names):
     "Return metadata that says by which controls the rows were described, and that they are at least batch-adapted"
-    tag = f"control_similarity(by='{by}') #{hashlib.sha256(chr(0).join(names).encode()).hexdigest()[:8]}"
+    tag = f"control_similarity(by='{by}') #{sha256(chr(0).join(names))[:8]}"
     if 'correction' in meta: tag = meta.correction.astype(str) + ' + ' + tag
     protocol = 'adapted'
     if 'protocol' in meta: protocol = meta.protocol.where(meta.protocol == 'transductive', 'adapted')
@@ -274,7 +269,7 @@ def control_similarity(
     controls:list=None, # Their names in order, such as `attrs['controls']` of another result; `None`: all there are
 )->pd.DataFrame: # The same rows with K cosines as their numbers, of length 1; `attrs['controls']` are their names
     "Compute for every well how similar it is to each control of its plate (batch-adapted)"
-    if by not in ('plate', 'experiment'): raise ScreenError(f'by={by!r} is not known: choose plate or experiment.')
+    check_choice('by', by, ('plate', 'experiment'))
     m = _need(emb, ['experiment', *(['plate'] if by == 'plate' else []), 'well_type', 'sirna'])
     x = emb[[c for c in emb if str(c).startswith('emb_')]].to_numpy(float)
     if not x.size or not np.isfinite(x).all():

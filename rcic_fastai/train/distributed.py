@@ -54,8 +54,6 @@ def _say(sentence):
     torch.distributed.all_gather_object(said, sentence, group=_meeting())
     return said
 
-def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-
 # %% ../../nbs/36_train.distributed.ipynb #e90b1520
 @contextmanager
 def all_agree():
@@ -67,14 +65,14 @@ def all_agree():
     except BaseException as e:
         if not hasattr(e, 'told'):
             e.told = True
-            with suppress(RuntimeError): _say(_first_line(e))
+            with suppress(RuntimeError): _say(first_line(e, 300))
         if _left_alone(e): raise ScreenError(_ALONE) from e
         raise
     try: said = _say(None)
     except RuntimeError as e: raise ScreenError(_ALONE) from e
     failed = next((i for i, s in enumerate(said) if s is not None), None)
     if failed is None: return
-    e = ScreenError(f'Process {failed} of this run stopped: {said[failed]}')
+    e = ScreenError(f'Process {failed} of this run stopped: {said[failed]}.')
     e.told = True
     raise e
 

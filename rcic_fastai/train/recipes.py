@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'Stage', 'Recipe', 'recipe_from_dict', 'get_recipe', 'part_lrs', 'StageHistory']
 
 # %% ../../nbs/33_train.recipes.ipynb #ed601dd4
-import hashlib, inspect, json, sys, time
+import inspect, json, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from fastai.vision.all import *
@@ -179,8 +179,6 @@ class StageHistory(Callback):
         self.rows.append(dict(stage=self.stage, epoch=self.epoch, **dict(zip(names, values))))
 
 # %% ../../nbs/33_train.recipes.ipynb #356ec4e2
-def _sha256(data): return hashlib.sha256(data).hexdigest()
-
 def _learner_facts(learn):
     "Return what identifies the model and data of a stage"
     dls, model = learn.dls, get_model(learn.model)
@@ -191,7 +189,7 @@ def _learner_facts(learn):
     table = rows[[*SITE_COLUMNS]].to_csv(index=False, lineterminator='\n').encode()
     pixels = b''.join(np.ascontiguousarray(dls.screen.source[i]).tobytes() for i in some)
     return dict(model=model, spec=asdict(dls.spec), held_out=dls.held_out, bs=dls.train.bs,
-                samples=[dls.train.n, dls.valid.n], table=_sha256(table), pixels=_sha256(pixels))
+                samples=[dls.train.n, dls.valid.n], table=sha256(table), pixels=sha256(pixels))
 
 # %% ../../nbs/33_train.recipes.ipynb #4ba89d89
 _FREE = ('MixedPrecision', 'NonNativeMixedPrecision', 'ModelToHalf', 'ProgressCallback', 'CSVLogger', 'ShowGraphCallback')

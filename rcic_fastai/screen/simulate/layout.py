@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
-from ...core import OwnFolder, ScreenError
+from ...core import OwnFolder, ScreenError, as_names, n_cores
 from ..tables import SITE_COLUMNS, control_wells, read_metadata, treatment_wells, well_to_rowcol
 from .cells import named_rng
 from .batches import Studio, cell_type_of
@@ -76,12 +76,6 @@ def _check_counts(**given):
     "Raise a `ScreenError` for an argument that is no whole number within its bounds."
     for name, value in given.items(): _check_whole(name, value, *_BOUNDS[name])
 
-# %% ../../../nbs/02c_screen.simulate.layout.ipynb #7ec4180b
-def _names(value):
-    "Return names from a sequence, or from one string with commas."
-    if not isinstance(value, str): return tuple(value)
-    return tuple(s.strip() for s in value.split(',') if s.strip())
-
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #914576ce
 def _check_experiments(experiments, test):
     "Raise a `ScreenError` for experiments that are not names, or named twice, and for unknown test experiments."
@@ -134,8 +128,8 @@ def screen_layout(
     test=None # experiments with dataset=test; None: those whose real namesakes are in the test set
 ) -> pd.DataFrame: # site table
     "Return the site table of a simulated screen, nothing drawn."
-    experiments = _names(experiments)
-    test = [e for e in experiments if e in REAL_TEST] if test is None else _names(test)
+    experiments = tuple(as_names(experiments))
+    test = [e for e in experiments if e in REAL_TEST] if test is None else tuple(as_names(test))
     _check_counts(sites=sites, plates=plates, controls=controls, seed=seed, sirnas=sirnas)
     _check_experiments(experiments, test)
     _check_room(sirnas, plates)
@@ -198,11 +192,6 @@ def _draw_all(jobs, studio, folder, n_workers, progress):
         if n_workers > 1: done.close()
         cv2.setNumThreads(threads)
 
-# %% ../../../nbs/02c_screen.simulate.layout.ipynb #ef58db41
-def _n_cores():
-    "Return how many cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #2d53d09c
 def _free_dest(dest):
     "Return `dest` as a `Path` whose parent is there, or raise a `ScreenError` if something is in it."
@@ -241,7 +230,7 @@ def simulate_screen(
 ) -> pd.DataFrame: # site table, as `read_metadata(dest)` gives it
     "Draw a screen in RxRx1's layout: `metadata.csv` and `images/{train|test}/EXP/Plate{p}/{well}_s{site}_w{c}.png`."
     table = screen_layout(experiments, sirnas, sites, plates, controls, seed, test)
-    if n_workers is None: n_workers = _n_cores()
+    if n_workers is None: n_workers = n_cores()
     _check_numbers(size, field, difficulty, n_workers)
     dest = _free_dest(dest)
     tmp = SCREEN_FOLDER.make(tempfile.mkdtemp(prefix=f'.{dest.name}.', dir=dest.parent))

@@ -1,0 +1,43 @@
+"Figures: plate maps of labels, numbers and booleans."
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
+from rcic_fastai.results.plots import plate_array, plate_map
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close('all')
+
+
+def test_plate_array():
+    t = pd.DataFrame(dict(well=['B02', 'B02', 'B02', 'C03', 'D04'], n=[1, 2, 6, 4, None], c=['a', 'b', 'b', None, 'z'],
+                          f=[True, False, False, True, True]))
+    n = plate_array(t, 'n')
+    assert n[1, 1] == 3 and n[2, 2] == 4 and np.isnan(n[3, 3]) and np.isfinite(n).sum() == 2
+    c = plate_array(t, t.c)
+    assert c[1, 1] == 'b' and c[2, 2] is None and c[3, 3] == 'z'
+    assert plate_array(t, 'f')[1, 1] == False and plate_array(t, np.arange(5))[3, 3] == 4
+    assert plate_array(t, pd.array([1, None, 3, 4, 5], 'Int64'))[1, 1] == 2
+
+
+@pytest.mark.parametrize('n_labels', [1, 2, 11, 25, 300])
+def test_plate_map_labels(n_labels):
+    wells = [f'{r}{c:02d}' for r in 'ABCDEFGHIJKLMNOP' for c in range(1, 25)]
+    t = pd.DataFrame(dict(well=wells, v=[f's{i % n_labels}' for i in range(384)]))
+    ax = plate_map(t, 'v', title='x', text=n_labels < 5)
+    im = np.asarray(ax.images[0].get_array())
+    assert len({tuple(p) for p in im.reshape(-1, 3)}) == min(n_labels, len({tuple(p) for p in im.reshape(-1, 3)}))
+    if n_labels <= 25: assert len({tuple(p) for p in im.reshape(-1, 3)}) == n_labels
+    assert (ax.get_legend() is not None) == (n_labels <= 12)
+
+
+def test_plate_map_numbers_and_booleans():
+    t = pd.DataFrame(dict(well=['B02', 'P24', 'A01'], v=[1., 2., 5.], ok=[True, False, True]))
+    ax = plate_map(t, 'v', vmin=0, vmax=10)
+    assert ax.images[0].get_clim() == (0, 10)
+    ax = plate_map(t, 'ok')
+    im = np.asarray(ax.images[0].get_array())
+    assert im[0, 0, 1] > im[0, 0, 0] and im[15, 23, 0] > im[15, 23, 1]
+    ax = plate_map(pd.DataFrame(dict(well=['AF48'], v=[1.])), 'v', shape=(32, 48))
+    assert ax.images[0].get_array().shape == (32, 48)
+    plate_map(t, 'v', cmap='magma', text=True); plate_map(t, 'ok', colors={'True': 'k', 'False': 'w'})
