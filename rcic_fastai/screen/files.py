@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from PIL.TiffImagePlugin import TiffImageFile
 
 from ..core import ScreenError, check_choice, first_few, open_plain
-from .tables import (SITE_COLUMNS, WELL_TYPES, check_table,
-                                       read_parquet, rowcol_to_well, well_to_rowcol, _integers, _read_csv)
+from .tables import (SITE_COLUMNS, WELL_TYPES, check_table, identifiers, numbers_if_exact,
+                                       read_parquet, rowcol_to_well, well_to_rowcol, _integers, _read_csv, _well_names, _whole_numbers)
 from .images import MOST_PIXELS, PNG_SIGNATURE, ImageSource, decode_png, _check_kind, _most_packed, _png_header
 
 # %% ../../nbs/05_screen.files.ipynb #03a598c6
@@ -437,23 +437,12 @@ def _load(table):
     return df, where, folder
 
 # %% ../../nbs/05_screen.files.ipynb #8c623149
-def _texts(s):
-    "Return a column as text, None where it is empty; whole numbers without .0"
-    if pd.api.types.is_float_dtype(s) and (s.dropna() % 1 == 0).all(): s = s.astype('Int64')
-    s = s.astype('string').str.strip()
-    return s.where(s != '').astype(object).where(s.notna() & (s != ''), None)
-
 def _filled(s, where):
     "Return a column; raise a `ScreenError` when it has empty cells"
     if s.isna().any():
         raise ScreenError(f'{where}, row {s.index[s.isna()][0]}: {s.name} is empty; fill that cell or leave the row '
                           'out.')
     return s
-
-def _whole_numbers(s):
-    "Return a column of text as integers if all of it is whole numbers without leading zeros; otherwise unchanged"
-    ok = s.astype('string').str.fullmatch(r'(0|[1-9]\d{0,17})(\.0+)?').all()
-    return s.astype('string').str.split('.').str[0].astype(int) if ok else s
 
 # %% ../../nbs/05_screen.files.ipynb #df84401f
 def _wide_columns(df):
@@ -486,7 +475,7 @@ def _page_numbers(df, cells, where):
     "Return the page of each row, from 0, as Frame and Series give it; `None` where there is neither"
     have = [cells[k] for k in ('frame', 'series') if k in cells]
     if not have: return None
-    have = [_integers(_texts(df[c]).reset_index(drop=True), c, where).fillna(0) for c in have]
+    have = [_integers(identifiers(df[c], where).reset_index(drop=True), c, where).fillna(0) for c in have]
     if any((p < 0).any() for p in have):
         raise ScreenError(f'{where}: {cells.get("frame", cells.get("series"))} is negative; pages count from 0.')
     if len(have) == 2 and ((have[0] > 0) & (have[1] > 0)).any():
@@ -496,8 +485,8 @@ def _page_numbers(df, cells, where):
 
 def _joined(df, file, folder, where):
     "Return the paths from a column of files and, if there is one, a column of folders"
-    p = _filled(_texts(df[file]), where)
-    return (p if folder is None else _filled(_texts(df[folder]), where) + '/' + p).to_numpy(object)
+    p = _filled(identifiers(df[file], where), where)
+    return (p if folder is None else _filled(identifiers(df[folder], where), where) + '/' + p).to_numpy(object)
 
 # %% ../../nbs/05_screen.files.ipynb #61b462dd
 def _local(paths, replace, where):
@@ -561,26 +550,17 @@ def _datasets(given, experiment, dataset, test, where):
                                   f'{first_few(experiment.unique(), 60)}.')
     return known.where(~experiment.isin(test), 'test')
 
-# %% ../../nbs/05_screen.files.ipynb #9df28d29
-def _wells(s, where):
-    "Return well names in our form: B02"
-    names = {}
-    for w in s.unique():
-        try: names[w] = rowcol_to_well(*well_to_rowcol(w))
-        except ScreenError as e: raise ScreenError(f'{where}, row {s.index[s == w][0]}: {e}') from None
-    return s.map(names)
-
 # %% ../../nbs/05_screen.files.ipynb #9a9dfda8
 def _facts(df, found, where, controls, cell_type, dataset, test):
     "Return `SITE_COLUMNS` for every row of `df`"
-    def get(c): return None if found[c] is None else _texts(df[found[c]])
+    def get(c): return None if found[c] is None else identifiers(df[found[c]], where)
     def need(c): return _filled(get(c), where)
     blank = pd.Series([None]*len(df), df.index, dtype=object)
     for c in ('plate', 'well'):
         if found[c] is None: raise ScreenError(f'{where} has no column for the {c} (it has {first_few(df.columns)}): '
                                                f'name it with columns=dict({c}=…).')
     t = pd.DataFrame(dict(plate=_whole_numbers(need('plate')), well=need('well')), index=df.index)
-    t['well'] = _wells(t['well'], where)
+    t['well'] = _well_names(t['well'], where)
     t['site'] = 1 if found['site'] is None else _whole_numbers(need('site'))
     t['experiment'] = t['plate'].astype(str).astype(object) if found['experiment'] is None else need('experiment')
     t['well_id'] = need('well_id') if found['well_id'] else t.experiment + '_' + t.plate.astype(str) + '_' + t.well
@@ -606,11 +586,7 @@ def _extras(df, used, names):
         if c in used: continue
         name = re.sub(r'(?i)^(image_)?(metadata_)?', '', str(c)) or str(c)
         while name in out or name in names: name += '_'
-        s = df[c]
-        text = s.dropna().astype('string')
-        number = r'-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?'
-        numbers = len(text) and not pd.api.types.is_numeric_dtype(s) and text.str.fullmatch(number).all()
-        out[name] = pd.to_numeric(s) if numbers else s
+        out[name] = numbers_if_exact(df[c])
     return pd.DataFrame(out, index=df.index)
 
 # %% ../../nbs/05_screen.files.ipynb #d7153fd1
@@ -675,7 +651,7 @@ def _gather_list(df, found, used, channels, where, facts):
     "Return the same of a table with one row per file, or with one row per site and one file per site"
     by_row, used = found['channel'] is not None, [*used, *(c for c in found.values() if c is not None)]
     if by_row:
-        key = _filled(_texts(df[found['channel']]), where)
+        key = _filled(identifiers(df[found['channel']], where), where)
         names = _choose(channels, list(key.unique()), where)
         df = df[key.isin(names.values())]
     else: names = _choose(channels, [channels] if isinstance(channels, str) else list(channels), where)

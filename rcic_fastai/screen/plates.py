@@ -22,7 +22,8 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from ..core import ScreenError, check_choice, first_few, open_plain, read_plain
-from .tables import SITE_COLUMNS, check_table, read_csv, rowcol_to_well, well_to_rowcol
+from .tables import (SITE_COLUMNS, check_table, identifiers, numbers_if_exact, read_csv, rowcol_to_well,
+                                        well_to_rowcol, _well_names, _whole_numbers)
 from .images import MOST_PIXELS, ImageSource
 
 # %% ../../nbs/06_screen.plates.ipynb #777de2a3
@@ -669,18 +670,13 @@ def _find_plates(paths):
     if not found: raise ScreenError('no plate is given: name at least one folder.')
     return found
 
-def _whole(s):
-    "Return a Series as whole numbers if all of it is, otherwise as text"
-    s = s.astype(str).str.strip().str.replace(r'^(\d+)\.0$', r'\1', regex=True)
-    return s.astype(int) if s.str.fullmatch(r'\d{1,18}').all() else s
-
 # %% ../../nbs/06_screen.plates.ipynb #fd3b67d9
 def _plate_names(plates, said, experiments)->pd.Series:
     "Return the name of each plate: from its metadata, or its folder's name where that is empty or shared"
-    t = pd.DataFrame(dict(plate=said, folder=[p.name.removesuffix('.zarr').removesuffix('.ome') for p in plates],
+    t = pd.DataFrame(dict(plate=identifiers(pd.Series(said, dtype=object)), folder=[p.name.removesuffix('.zarr').removesuffix('.ome') for p in plates],
                           experiment=experiments))
     shared = set(t.plate[t.duplicated(['experiment', 'plate'], keep=False)])
-    t['plate'] = _whole(t.folder.where(t.plate.isna() | t.plate.isin(shared), t.plate))
+    t['plate'] = _whole_numbers(identifiers(t.folder.where(t.plate.isna() | t.plate.isin(shared), t.plate)))
     twice = t[t.duplicated(['experiment', 'plate'])]
     if len(twice):
         e, name = twice[['experiment', 'plate']].iloc[0]
@@ -719,20 +715,27 @@ def _read_wells(wells):
     lacks = [c for c in ('plate', 'well') if c not in w]
     if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs plate and well.')
     if not len(w): raise ScreenError(f'{where} has no rows: list the wells, one per row.')
+    w.index = range(2, len(w) + 2)      # as a spreadsheet numbers rows
+    for c in {'plate', 'well', *_ANNOTATIONS} & set(w): w[c] = identifiers(w[c], where)
     for c in ('plate', 'well'):
         if w[c].isna().any():
             raise ScreenError(f'{where}, row {np.flatnonzero(w[c].isna())[0]+2}: {c} is empty; fill that cell.')
-    w['plate'], w['well'] = _whole(w.plate).astype(str), [rowcol_to_well(*well_to_rowcol(o)) for o in w.well]
-    for c in set(_ANNOTATIONS) & set(w):
-        if w[c].dtype.kind == 'f' and (w[c].dropna() % 1 == 0).all(): w[c] = w[c].astype('Int64')   # 7.0 is a 7 beside a gap
-        w[c] = w[c].astype('string').str.strip().replace('', pd.NA)
+    w['well'] = _well_names(w.well, where)
     own = {*SITE_COLUMNS, 'field', 'acquisition'} - {'plate', 'well', *_ANNOTATIONS}
     return w.drop(columns=own & set(w)).reset_index(drop=True), where
 
 # %% ../../nbs/06_screen.plates.ipynb #05a4d62e
+def _called_as(w, t):
+    "Return the plates of a table of wells as `t` calls them, where a spreadsheet took off, or added, leading zeros"
+    names, bare = t.plate.astype(str).unique(), w.plate.str.lstrip('0')
+    by_bare = pd.Series(names, [n.lstrip('0') for n in names], dtype=object)
+    is_clear = by_bare.index.is_unique and bare.nunique() == w.plate.nunique() and not set(w.plate) & set(names)
+    return bare.map(by_bare).fillna(w.plate) if is_clear else w.plate
+
 def _annotate(t, wells, partial):
     "Add the columns of a table of wells; it must name exactly the wells of the plates unless `partial`"
     w, where = _read_wells(wells)
+    w['plate'] = _called_as(w, t)
     several = t.drop_duplicates(['experiment', 'plate']).plate.duplicated().any()
     if several and 'experiment' not in w:
         raise ScreenError(f'{where} does not name the experiment of its plates, and several experiments have a plate of '
@@ -751,7 +754,7 @@ def _annotate(t, wells, partial):
                           'to continue with the wells that both have.')
     if 'experiment' in w and not several: t['experiment'] = _experiments(t, w, where)
     new = w.drop(columns=['plate', 'well', 'experiment'], errors='ignore').set_axis(index).reindex(rows)
-    for c in new: t[c] = np.where(new[c].notna(), new[c], t[c]) if c in t else new[c].values
+    for c in new: t[c] = np.where(new[c].notna(), new[c], t[c]) if c in t else numbers_if_exact(new[c]).array
     return t, where
 
 def _experiments(t, w, where):

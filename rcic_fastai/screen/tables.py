@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'SITE_COLUMNS', 'PLATE_SHAPE', 'WILDS_VAL', 'package_table', 'well_to_rowcol',
-           'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'read_csv', 'write_csv', 'read_parquet',
-           'check_table', 'sirna_groups', 'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments',
-           'experiment_folds', 'wilds_split', 'real_data']
+           'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'identifiers', 'numbers_if_exact',
+           'read_csv', 'write_csv', 'read_parquet', 'check_table', 'sirna_groups', 'add_plate_groups', 'read_metadata',
+           'write_metadata', 'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
 
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
 from importlib.resources import files
 from pathlib import Path
-import bz2, gzip, io, os
+import bz2, gzip, io, os, re
 import numpy as np, pandas as pd
 from ..core import *
 
@@ -73,8 +73,6 @@ def treatment_wells()->list: # 277 names
     return [w for w in inner_wells() if w not in taken]
 
 # %% ../../nbs/01_screen.tables.ipynb #e32d9110
-def _text(s): return s.astype('string').astype(object).where(s.notna(), None)
-
 def _integers(s, column, where):
     "Return a Series as nullable Int64; raise for the first row that is not a whole number"
     n = pd.to_numeric(s, errors='coerce')
@@ -83,6 +81,63 @@ def _integers(s, column, where):
         i = int(bad.to_numpy().argmax())
         raise ScreenError(f'{where}, row {i+2}: {column} is {s.iloc[i]!r}, which is not a whole number; correct that cell.')
     return n.astype('Int64')
+
+# %% ../../nbs/01_screen.tables.ipynb #0849bad5
+_ZEROS, _SHORTENED = re.compile(r'(-?(?:0|[1-9]\d*))\.0+'), re.compile(r'\d(\.\d+)?E\+\d{2,}')
+
+def _identifier(o, s, where):
+    "Return one cell as text, or None when it is blank"
+    is_float = isinstance(o, (float, np.floating))
+    text = np.format_float_positional(o, trim='-') if is_float else str(o).strip()
+    lost = is_float and abs(o) >= 2**(np.finfo(type(o)).nmant + 1)
+    if lost or _SHORTENED.fullmatch(text):
+        raise ScreenError(f'{where}: {s.name} holds {o}, a long number whose last digits are lost: write that column '
+                          'as text again, from where it came from.')
+    whole = _ZEROS.fullmatch(text)
+    return (whole[1] if whole else text) or None
+
+def identifiers(
+    s:pd.Series, # A column, as a file or a program holds it
+    where='the table', # Name of the table in messages
+)->pd.Series: # Text, None where a cell is empty
+    "Return a column of names as text"
+    names = {o: _identifier(o, s, where) for o in s.dropna().unique()}
+    text = s.astype(object).map(names)
+    return text.astype(object).where(text.notna(), None)
+
+# %% ../../nbs/01_screen.tables.ipynb #76e5f8e2
+def _whole_numbers(s):
+    "Return identifiers as integers if all of them are whole numbers without leading zeros, otherwise unchanged"
+    are_whole = s.notna().all() and s.astype('string').str.fullmatch(r'0|[1-9]\d{0,17}').all()
+    return s.astype(int) if are_whole else s
+
+def _well_names(s, where):
+    "Return well names in our form, B02; the index of `s` numbers the rows in messages"
+    names = {}
+    for w in s.unique():
+        try: names[w] = rowcol_to_well(*well_to_rowcol(w))
+        except ScreenError as e: raise ScreenError(f'{where}, row {s.index[s == w][0]}: {e}') from None
+    return s.map(names)
+
+# %% ../../nbs/01_screen.tables.ipynb #f1574cca
+def _number(text):
+    "Return the number that is written as `text`, or None where another text is written for it"
+    if re.fullmatch(r'0|-?[1-9]\d{0,17}', text): return int(text)
+    if not re.fullmatch(r'-?\d.*', text): return
+    try: number = float(text)
+    except ValueError: return
+    return number if repr(number) == text else None
+
+def numbers_if_exact(
+    s:pd.Series, # Further column of a table
+)->pd.Series: # int, Int64 beside gaps, or float; `s` itself when it is no text, or not all of it is numbers
+    "Return a column of text as numbers, if nothing is lost by it"
+    if pd.api.types.is_numeric_dtype(s) or not s.notna().any(): return s
+    numbers = {o: _number(o.strip()) if isinstance(o, str) else None for o in s.dropna().unique()}
+    are_whole, has_gap = all(isinstance(o, int) for o in numbers.values()), s.isna().any()
+    if None in numbers.values() or not are_whole and max(map(abs, numbers.values())) >= 2**53: return s
+    kind, gap = ('Int64', pd.NA) if are_whole and has_gap else (int, None) if are_whole else (float, np.nan)
+    return pd.Series([numbers.get(o, gap) for o in s], s.index, kind, s.name)
 
 # %% ../../nbs/01_screen.tables.ipynb #aafac42c
 _MOST_TABLE = 2**31   # bytes of a table, unpacked, and of the text in it
@@ -183,13 +238,13 @@ def _sirna_names(s, names, where):
     "Return (names, Int64 ids) for a column of integers or names"
     by_id = dict(zip(_integers(names['sirna_int'], 'sirna_int', 'sirna_int_to_name').astype(int), names['sirna_name']))
     def name_of(i): return None if pd.isna(i) else by_id.get(int(i), f'sirna_{int(i)}')
-    ids = pd.to_numeric(s, errors='coerce')
-    if s.isna().all() or ids[s.notna()].notna().all():
+    s = identifiers(s, where)
+    if s.dropna().astype('string').str.fullmatch(r'\d{1,18}').all():
         ids = _integers(s, 'sirna', where)
         return ids.map(name_of).astype(object), ids
     by_name = {v:k for k,v in by_id.items()}
     ids = [by_name.get(n, pd.NA) if pd.notna(n) else pd.NA for n in s]
-    return _text(s), pd.Series(ids, s.index, dtype=object).astype('Int64')
+    return s, pd.Series(ids, s.index, dtype=object).astype('Int64')
 
 # %% ../../nbs/01_screen.tables.ipynb #4b487288
 def _read_kaggle(folder, sites):
@@ -205,9 +260,10 @@ def _read_kaggle(folder, sites):
             sirna, ids = _sirna_names(d['sirna'], names, f)
             well_type = d['well_type'] if 'well_type' in d else 'treatment'
             parts.append(pd.DataFrame(dict(
-                well_id=d['id_code'], dataset=dataset, experiment=d['experiment'], well=d['well'],
-                plate=_integers(d['plate'], 'plate', f), well_type=well_type, sirna=sirna, sirna_id=ids)))
+                well_id=d['id_code'], dataset=dataset, experiment=identifiers(d['experiment'], f), well=d['well'],
+                plate=identifiers(d['plate'], f), well_type=well_type, sirna=sirna, sirna_id=ids)))
     wells = pd.concat(parts, ignore_index=True)
+    wells['plate'] = _whole_numbers(wells['plate'])
     wells['cell_type'] = wells['experiment'].str.rsplit('-', n=1).str[0]
     t = wells.loc[wells.index.repeat(sites)].reset_index(drop=True)
     t['site'] = np.tile(np.arange(1, sites+1), len(wells))
@@ -221,8 +277,11 @@ def _read_official(f):
     "Return the official or the WILDS metadata.csv as one row per site"
     t = _read_csv(f, _OFFICIAL)
     t['site'] = _integers(t['site'], 'site', f)
-    if t['plate'].str.fullmatch(r'[0-9]{1,18}(\.0+)?').any(): t['plate'] = _integers(t['plate'], 'plate', f)   # else barcodes
-    t['sirna'] = _text(t['sirna']) if 'sirna' in t else None
+    if 'sirna' not in t: t['sirna'] = None
+    for c in ('plate', 'experiment', 'cell_type', 'sirna'): t[c] = identifiers(t[c], f)
+    t['plate'] = _whole_numbers(t['plate'])
+    extra = [c for c in t if c not in SITE_COLUMNS]
+    t[extra] = t[extra].apply(numbers_if_exact)
     t['sirna_id'] = _integers(t['sirna_id'], 'sirna_id', f) if 'sirna_id' in t else pd.array([pd.NA]*len(t), 'Int64')
     if 'plate_group' in t: t['plate_group'] = _integers(t['plate_group'], 'plate_group', f)
     return t
@@ -245,7 +304,7 @@ def check_table(
     if twice.any():
         raise ScreenError(f'{where} lists {twice.sum()} site(s) more than once ({first_few(t.site_id[twice].unique())}): '
                           'keep one row per site.')
-    for w in t['well'].unique(): well_to_rowcol(w)
+    _well_names(t['well'].set_axis(range(2, len(t) + 2)), where)
     odd = ~t['well_type'].isin(WELL_TYPES)
     if odd.any():
         raise ScreenError(f'{where}: site {t.site_id[odd].iloc[0]} has well_type {t.well_type[odd].iloc[0]!r}; '
@@ -312,7 +371,7 @@ def _read_packed(f):
     except Exception as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ScreenError(f'{f} cannot be read ({why}): pack the screen again.') from None
-    return check_table(t.assign(sirna=_text(t['sirna'])) if 'sirna' in t else t, f)
+    return check_table(t.assign(sirna=identifiers(t['sirna'], f)) if 'sirna' in t else t, f)
 
 def _find_tables(path):
     "Return the folder or file with the tables, from a screen's folder, its `metadata` folder, or a file"
@@ -340,8 +399,7 @@ def read_metadata(
     folder = found.parent if found.is_file() else found
     check_table(t, found, cell_types or CELL_TYPES)
     t['site'] = t['site'].astype(int)
-    if pd.api.types.is_numeric_dtype(t['plate']): t['plate'] = t['plate'].astype(int)
-    t['well'] = t['well'].str.upper()
+    t['well'] = _well_names(t['well'].set_axis(range(2, len(t) + 2)), found).array
     if plate_groups is None and (folder/'plate_group.csv').is_file(): plate_groups = folder/'plate_group.csv'
     if plate_groups is not None or 'plate_group' not in t: t = add_plate_groups(t, plate_groups)
     return t[SITE_COLUMNS + [c for c in t if c not in SITE_COLUMNS]].reset_index(drop=True)
