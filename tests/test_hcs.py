@@ -688,7 +688,8 @@ def test_wells_that_do_not_fit(two):
     complains('no rows', f=lambda: read(WELLS[:0]))
     complains('row 3: well is empty', f=lambda: read(WELLS.replace('C3', None)))
     complains('not a well name', f=lambda: read(WELLS.replace('b2', '22')))
-    complains('well B02', "dataset 'Train'", f=lambda: read(WELLS.replace('train', 'Train')))
+    complains('well B02', "dataset 'holdout'", f=lambda: read(WELLS.replace('train', 'holdout')))
+    assert set(read(WELLS.replace('train', 'Train'))[0].dataset) == set(read(WELLS)[0].dataset)
     complains('well_type', "'odd'", f=lambda: read(WELLS.assign(well_type='odd')))
     complains('nowhere.csv', f=lambda: read('nowhere.csv'))
 
