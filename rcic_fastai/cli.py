@@ -121,17 +121,33 @@ def run_command(
         finally: out.end()
 
 # %% ../nbs/72_cli.ipynb #34fa1010
+def _not_understood(s, what, part):
+    return ScreenError(f'--{what} {s} is not understood at {part!r}: write {what[:-1]}=name pairs with commas, such as experiment=Batch.')
+
+def _pairs(s, what, split):
+    "Read 'a=b,c=d' as [('a', 'b'), ('c', 'd')], each name once; `split` takes a pair apart"
+    pairs = []
+    for part in as_names(s):
+        a, eq, b = split(part, '=')
+        if not eq: raise _not_understood(s, what, part)
+        pairs.append((a.strip(), b.strip()))
+    names = [a for a, _ in pairs]
+    twice = [a for a in names if names.count(a) > 1]
+    if twice: raise ScreenError(f'--{what} {s} names {twice[0] or "the empty cell"} twice: choose one.')
+    return pairs
+
 def _mapping(s, what):
-    "Read 'a=b,c=d' as {'a': 'b', 'c': 'd'}"
-    pairs = [o.partition('=') for o in as_names(s)]
-    bad = [a for a, eq, b in pairs if not (a and eq and b)]
-    if bad: raise ScreenError(f'--{what} {s} is not understood at {bad[0]!r}: write {what[:-1]}=name pairs with commas, such as experiment=Batch.')
-    return {a: b for a, _, b in pairs}
+    "Read 'a=b,c=' as {'a': 'b', 'c': None}: no column is c"
+    pairs = _pairs(s, what, str.partition)
+    if any(not a for a, _ in pairs): raise _not_understood(s, what, '=')
+    return {a: b or None for a, b in pairs}
 
 def _roles(s):
-    "Read 'DMSO=negative_control' as {'negative_control': ['DMSO']}"
+    "Read 'DMSO=negative_control,=negative_control' as {'negative_control': ['DMSO', '']}; the empty name is that of the empty cell"
     res = {}
-    for name, kind in _mapping(s, 'controls').items(): res.setdefault(kind, []).append(name)
+    for name, kind in _pairs(s, 'controls', str.rpartition):
+        if not kind: raise _not_understood(s, 'controls', f'{name}=')
+        res.setdefault(kind, []).append(name)
     return res
 
 # %% ../nbs/72_cli.ipynb #60bed445
@@ -183,8 +199,8 @@ def pack(
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
     channels:str='', # Channels to use, in order, with commas; empty: all
-    columns:str='', # For a table of files: what its columns are, such as experiment=Batch,plate=Barcode,sirna=treatment
-    controls:str='', # For a table of files: perturbations that are controls, such as DMSO=negative_control
+    columns:str='', # For a table of files or of wells: what its columns are, such as experiment=Batch,plate=Barcode,sirna=treatment; dataset= for no such column
+    controls:str='', # For a table of files or of wells: perturbations that are controls, such as DMSO=negative_control; =negative_control for wells whose cell is empty
     test:str='', # Experiments to mark as test, with commas
     root:str='', # For a table of files: folder that its paths start from
     cell_type:str='', # For a table of files or plates: cell type of rows that name none

@@ -388,9 +388,10 @@ def test_names_of_plates(tmp_path):
     assert read_plates(tmp_path, **quiet)[0]['plate'].unique().tolist() == ['P0', 'P1', 'P2', 'P3']
     assert read_plates(tmp_path/'P0.ome.zarr', **quiet)[0]['plate'].unique().tolist() == ['x']
     for i, name in enumerate(['007', '8', '9', '10']): write_plate(tmp_path/f'P{i}.ome.zarr', name=name, fields=1)
-    assert read_plates(tmp_path, **quiet)[0]['plate'].unique().tolist() == [7, 8, 9, 10]
-    write_plate(tmp_path/'P1.ome.zarr', name='7', fields=1)
-    complains('P1.ome.zarr', 'second plate 7', f=lambda: read_plates(tmp_path, **quiet))
+    assert read_plates(tmp_path, **quiet)[0]['plate'].unique().tolist() == ['007', '8', '9', '10']
+    write_plate(tmp_path/'P0.ome.zarr', name='P1', fields=1)
+    write_plate(tmp_path/'P1.ome.zarr', name='', fields=1)
+    complains('P1.ome.zarr', 'second plate P1', f=lambda: read_plates(tmp_path, **quiet))
     complains('given twice', f=lambda: read_plates([tmp_path, tmp_path/'P0.ome.zarr'], **quiet))
 
 
@@ -687,7 +688,8 @@ def test_wells_that_do_not_fit(two):
     complains('no rows', f=lambda: read(WELLS[:0]))
     complains('row 3: well is empty', f=lambda: read(WELLS.replace('C3', None)))
     complains('not a well name', f=lambda: read(WELLS.replace('b2', '22')))
-    complains('well B02', "dataset 'Train'", f=lambda: read(WELLS.replace('train', 'Train')))
+    complains('well B02', "dataset 'holdout'", f=lambda: read(WELLS.replace('train', 'holdout')))
+    assert set(read(WELLS.replace('train', 'Train'))[0].dataset) == set(read(WELLS)[0].dataset)
     complains('well_type', "'odd'", f=lambda: read(WELLS.assign(well_type='odd')))
     complains('nowhere.csv', f=lambda: read('nowhere.csv'))
 

@@ -18,30 +18,36 @@ from .plates import *
 
 # %% ../../nbs/08_screen.open.ipynb #fb83f97a
 SCREEN_KINDS = ('packed', 'files', 'plates', 'folder')
+_TABLES = ('load_data.csv', 'metadata.csv', 'train.csv', 'test.csv')
+
+def _tables(folder):
+    "Return the tables in the folder of a screen that describe it"
+    found = [p/n for p in (folder, folder/'metadata') for n in _TABLES]
+    return [f for f in found if f.is_file() and (is_site_table(f) or names_files(table_columns(f)))]
 
 def screen_kind(
     path, # A folder or file
 )->str: # One of `SCREEN_KINDS`
     "Return what kind of screen is at `path`"
     path = Path(path)
-    names = ('metadata.csv', 'train.csv', 'test.csv')
     if not path.exists():
         raise ScreenError(f'There is no {path}: give the folder, the table or the packed store of a screen.')
-    if path.is_file(): return 'folder' if path.name in names else 'files'
+    if path.is_file(): return 'folder' if is_site_table(path) else 'files'
     if is_store(path) or (path/'pack.json').exists(): return 'packed'
     if (path/'load_data.csv').is_file(): return 'files'
-    tables = any((path/n).is_file() or (path/'metadata'/n).is_file() for n in names)
-    plates = any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr'))
-    return 'plates' if plates and not tables else 'folder'
+    tables = _tables(path)
+    if tables: return 'folder' if is_site_table(tables[0]) else 'files'
+    has_plates = any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr'))
+    return 'plates' if has_plates else 'folder'
 
 # %% ../../nbs/08_screen.open.ipynb #5b5504f5
 def _open_table(path, kind, how):
     "Open a table of files or OME-Zarr plates"
-    if kind == 'files' and Path(path).is_dir(): path = Path(path)/'load_data.csv'
+    if kind == 'files' and Path(path).is_dir(): path = next(iter(_tables(Path(path))), Path(path)/'load_data.csv')
     read, what = (read_files, 'a table of files') if kind == 'files' else (read_plates, 'OME-Zarr plates')
     strange = [k for k in how if k not in inspect.signature(read).parameters]
     if strange:
-        hint = '' if kind == 'files' else ', and say it in the table of wells (its columns dataset and well_type)'
+        hint = '' if kind == 'files' else ', and say it in the table of wells (its column dataset)'
         raise ScreenError(f'{path} is {what}, for which {option(strange[0])} cannot be given: leave it out{hint}.')
     return Screen(*read(path, **how), path)
 
@@ -67,5 +73,7 @@ def open_screen(
     "Open a screen of any kind"
     if isinstance(path, Screen): return path
     kind = screen_kind(path)
+    says_files = 'file' in (how.get('columns') or {}) or isinstance(how.get('channels'), dict)
+    if kind == 'folder' and Path(path).is_file() and says_files: kind = 'files'
     screen = (_open_own if kind in ('packed', 'folder') else _open_table)(path, kind, how)
     return screen.complete(only_present) if check or only_present else screen

@@ -21,8 +21,10 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, first_few, open_plain, plural, read_plain
-from .tables import SITE_COLUMNS, check_table, read_csv, rowcol_to_well, well_to_rowcol
+from ..core import ScreenError, check_choice, first_few, open_plain, option, plural, read_plain
+from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
+                                        read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
+                                        _complete_types, _well_names, _whole_numbers)
 from .images import MOST_PIXELS, ImageSource
 
 # %% ../../nbs/06_screen.plates.ipynb #777de2a3
@@ -669,18 +671,13 @@ def _find_plates(paths):
     if not found: raise ScreenError('no plate is given: name at least one folder.')
     return found
 
-def _whole(s):
-    "Return a Series as whole numbers if all of it is, otherwise as text"
-    s = s.astype(str).str.strip().str.replace(r'^(\d+)\.0$', r'\1', regex=True)
-    return s.astype(int) if s.str.fullmatch(r'\d{1,18}').all() else s
-
 # %% ../../nbs/06_screen.plates.ipynb #fd3b67d9
 def _plate_names(plates, said, experiments)->pd.Series:
     "Return the name of each plate: from its metadata, or its folder's name where that is empty or shared"
-    t = pd.DataFrame(dict(plate=said, folder=[p.name.removesuffix('.zarr').removesuffix('.ome') for p in plates],
+    t = pd.DataFrame(dict(plate=identifiers(pd.Series(said, dtype=object)), folder=[p.name.removesuffix('.zarr').removesuffix('.ome') for p in plates],
                           experiment=experiments))
     shared = set(t.plate[t.duplicated(['experiment', 'plate'], keep=False)])
-    t['plate'] = _whole(t.folder.where(t.plate.isna() | t.plate.isin(shared), t.plate))
+    t['plate'] = _whole_numbers(identifiers(t.folder.where(t.plate.isna() | t.plate.isin(shared), t.plate)))
     twice = t[t.duplicated(['experiment', 'plate'])]
     if len(twice):
         e, name = twice[['experiment', 'plate']].iloc[0]
@@ -711,28 +708,49 @@ def _plate_table(plates, experiment, partial, progress):
 # %% ../../nbs/06_screen.plates.ipynb #187c4a8b
 _ANNOTATIONS = ['sirna', 'cell_type', 'well_type', 'experiment', 'dataset']
 
-def _read_wells(wells):
-    "Return a checked table of wells, with well names such as B02, and its name for messages"
+def _load_wells(wells):
+    "Return a table of wells whose index numbers its rows as a spreadsheet does, and its name for messages"
     where = 'the table of wells' if isinstance(wells, pd.DataFrame) else str(wells)
     with _sentence(f'{where} is not a readable table', 'save it as comma-separated UTF-8 text'):
-        w = wells.copy() if isinstance(wells, pd.DataFrame) else read_csv(wells)
-    lacks = [c for c in ('plate', 'well') if c not in w]
-    if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs plate and well.')
+        w = wells.copy() if isinstance(wells, pd.DataFrame) else read_table(wells)
     if not len(w): raise ScreenError(f'{where} has no rows: list the wells, one per row.')
+    w.index = range(2, len(w) + 2)
+    return w, where
+
+def _read_wells(wells, columns=None, controls=None):
+    "Return a checked table of wells, under our names, and its name for messages"
+    d, where = _load_wells(wells)
+    found = usual_columns(d, columns, where, ('channel', 'file', 'folder', 'page', 'site', 'site_id', 'well_id'))
+    lacks = [c for c in ('plate', 'well') if not found[c]]
+    if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs plate and well.')
+    w = pd.DataFrame({c: identifiers(d[found[c][0]], where) for c in ('plate', 'well', *_ANNOTATIONS) if found[c]})
     for c in ('plate', 'well'):
-        if w[c].isna().any():
-            raise ScreenError(f'{where}, row {np.flatnonzero(w[c].isna())[0]+2}: {c} is empty; fill that cell.')
-    w['plate'], w['well'] = _whole(w.plate).astype(str), [rowcol_to_well(*well_to_rowcol(o)) for o in w.well]
-    for c in set(_ANNOTATIONS) & set(w):
-        if w[c].dtype.kind == 'f' and (w[c].dropna() % 1 == 0).all(): w[c] = w[c].astype('Int64')   # 7.0 is a 7 beside a gap
-        w[c] = w[c].astype('string').str.strip().replace('', pd.NA)
-    own = {*SITE_COLUMNS, 'field', 'acquisition'} - {'plate', 'well', *_ANNOTATIONS}
-    return w.drop(columns=own & set(w)).reset_index(drop=True), where
+        if w[c].isna().any(): raise ScreenError(f'{where}, row {w.index[w[c].isna()][0]}: {c} is empty; fill that cell.')
+    w['well'] = _well_names(w.well, where)
+    if found['well_type'] or controls: w['well_type'] = _types(d, w, found, controls, where)
+    if 'dataset' in w: w['dataset'] = w.dataset.map(lambda o: DATASET_NAMES.get(o.lower(), o), na_action='ignore')
+    own = [c for k in SITE_COLUMNS for c in (found[k][:1] if k == 'well_type' else found[k])] + [c for c in ('field', 'acquisition') if c in d]
+    return pd.concat([w, further_columns(d, own, [*SITE_COLUMNS, 'field', 'acquisition'])], axis=1).reset_index(drop=True), where
+
+def _types(d, w, found, controls, where):
+    "Return the well types of a table of wells; None where nothing is said"
+    blank = pd.Series([None]*len(d), d.index, dtype=object)
+    kind = _complete_types(d, found['well_type'], where) if found['well_type'] else blank
+    sirna = w.sirna if 'sirna' in w else blank
+    return well_types(kind, sirna, controls, where)
 
 # %% ../../nbs/06_screen.plates.ipynb #05a4d62e
-def _annotate(t, wells, partial):
+def _called_as(w, t):
+    "Return the plates of a table of wells as `t` calls them, where a spreadsheet took off, or added, leading zeros"
+    names, bare = t.plate.astype(str).unique(), w.plate.str.lstrip('0')
+    by_bare = pd.Series(names, [n.lstrip('0') for n in names], dtype=object)
+    is_clear = by_bare.index.is_unique and bare.nunique() == w.plate.nunique() and not set(w.plate) & set(names)
+    return bare.map(by_bare).fillna(w.plate) if is_clear else w.plate
+
+def _annotate(t, wells, partial, columns=None, controls=None):
     "Add the columns of a table of wells; it must name exactly the wells of the plates unless `partial`"
-    w, where = _read_wells(wells)
+    w, where = _read_wells(wells, columns, controls)
+    w['plate'] = _called_as(w, t)
     several = t.drop_duplicates(['experiment', 'plate']).plate.duplicated().any()
     if several and 'experiment' not in w:
         raise ScreenError(f'{where} does not name the experiment of its plates, and several experiments have a plate of '
@@ -750,8 +768,11 @@ def _annotate(t, wells, partial):
                           f'{plural(len(lacking), "well")} not in it ({spelt(lacking)}): correct it, or pass partial=True '
                           'to continue with the wells that both have.')
     if 'experiment' in w and not several: t['experiment'] = _experiments(t, w, where)
-    new = w.drop(columns=['plate', 'well', 'experiment'], errors='ignore').set_axis(index).reindex(rows)
-    for c in new: t[c] = np.where(new[c].notna(), new[c], t[c]) if c in t else new[c].values
+    new = w.drop(columns=['plate', 'well', 'experiment'], errors='ignore').set_axis(index)
+    for c, s in new.items():
+        kind = 'Int64' if s.dtype == np.int64 and len(lacking) else s.dtype      # a gap would make floats of integers
+        s = s.astype(kind).reindex(rows)
+        t[c] = np.where(s.notna(), s, t[c]) if c in t else s.array
     return t, where
 
 def _experiments(t, w, where):
@@ -767,7 +788,7 @@ _DATASETS = ('train', 'val', 'id_test', 'test')
 
 def read_plates(
     path, # Folder of a plate, folder that holds `*.zarr` plates, or a list of such folders
-    wells=None, # CSV or table: plate, well and any of sirna, cell_type, well_type, experiment, dataset, and others
+    wells=None, # CSV, parquet or table: plate, well and any of sirna, cell_type, well_type, experiment, dataset, and others
     cell_type:str='unknown', # Cell type, where `wells` names none
     experiment:str=None, # Experiment, where `wells` names none; None = the folder that a plate is in
     dataset:str='train', # 'train', 'val' or 'test', where `wells` names none
@@ -777,12 +798,17 @@ def read_plates(
     empty:str='error', # Chunks that are absent: 'error', or 'fill' with the array's fill value, usually 0
     partial:bool=False, # Leave out wells without a field; `wells` may have more or fewer than the plates
     progress:bool=True, # Show progress bars
+    columns:dict|None=None, # {key of `USUAL_NAMES`: its column in `wells`, or `None` for no column}
+    controls:dict|None=None, # {well type: names of perturbations in `wells`, or words of its well-type column}; '' is the empty cell
 )->tuple: # (site table: `SITE_COLUMNS`, then `field` and, where given, `acquisition`; `PlateSource`)
     "Read OME-Zarr plates, 0.4 or 0.5; return their site table and image source"
     _check_arguments(t, z, empty)
     root, s = _plate_table(_find_plates(path), experiment, partial, progress)
     s, where = s.assign(cell_type=cell_type, dataset=dataset, well_type='treatment', sirna=None), 'the site table'
-    if wells is not None: s, where = _annotate(s, wells, partial)
+    if wells is None and (columns or controls):
+        given = 'columns' if columns else 'controls'
+        raise ScreenError(f'{option(given)} is about the table of wells, and there is none: give {option("wells")}, or leave it out.')
+    if wells is not None: s, where = _annotate(s, wells, partial, columns, controls)
     odd = s[~s.dataset.isin(_DATASETS)]
     if len(odd):
         raise ScreenError(f'well {odd.well.iloc[0]} has the dataset {odd.dataset.iloc[0]!r}: use {", ".join(_DATASETS)}.')
