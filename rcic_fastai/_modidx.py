@@ -3028,6 +3028,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'rcic_fastai/train/recipes.py'),
                                            'rcic_fastai.train.recipes._callback_facts': ( 'train.recipes.html#_callback_facts',
                                                                                           'rcic_fastai/train/recipes.py'),
+                                           'rcic_fastai.train.recipes._check_augs': ( 'train.recipes.html#_check_augs',
+                                                                                      'rcic_fastai/train/recipes.py'),
                                            'rcic_fastai.train.recipes._cycles': ( 'train.recipes.html#_cycles',
                                                                                   'rcic_fastai/train/recipes.py'),
                                            'rcic_fastai.train.recipes._end_late': ( 'train.recipes.html#_end_late',

@@ -26,6 +26,7 @@ from .batch.site import (SiteBatch, TensorSite, TensorWell, channel_colors, gray
 from .batch.augment import (CLAHE, ChannelJitter, FoldSites, IntToFloat, NormalizeGlobal, NormalizeGroup,
     NormalizeOwn, ShuffleSites, SiteAffine, SiteDihedral, SiteResize, UnfoldSites, site_augs, site_tfms)
 from .batch.loader import GroupBatches, RowValue, ScreenDL, SiteReader, WellReader
+from .batch.resident import ResidentSource
 from .batch.data import (ExperimentSplitter, GroupCategorize, MetadataBlock, MetadataCategorize, ScreenLoaders,
     ScreenSpec, SiteBlock, WellBlock, screen_block, screen_dls, spec_dl)
 
@@ -37,6 +38,7 @@ from .model.losses import AdaCos, ArcFace, CosFace, CosineLoss, MixLoss, Softmax
 from .model.model import ScreenModel, create_screen_model, model_parts, parts_table
 from .model.batchnorm import adapted_batchnorm, batch_statistics, has_batchnorm
 from .train.cutmix import BatchMix, CutMix, MixUp
+from .train.optimizer import FusedAdam
 from .train.learner import screen_learner, screen_splitter
 from .train.checkpoints import Checkpoint, checkpointed, read_checkpoint
 from .train.recipes import RECIPES, Recipe, Stage, get_recipe, recipe_from_dict

@@ -17,7 +17,6 @@ from ..screen.images import ImageSource
 from ..screen.screen import Screen
 from .site import TensorSite
 from .augment import SiteResize
-from .loader import _cores
 
 # %% ../../nbs/12b_batch.resident.ipynb #1818e811
 def _free_memory(device):
@@ -67,7 +66,7 @@ class ResidentSource(ImageSource):
         self._at = {i: n for n, i in enumerate(screen.table.site_id)}
         check_memory(len(self), self.shape, self.dtype, self.device)
         if size is None: self.stats = source.stats
-        self._pixels = self._read_all(screen.table.site_id.tolist(), threads or min(8, _cores()), progress)
+        self._pixels = self._read_all(screen.table.site_id.tolist(), threads or min(8, n_cores()), progress)
 
     @property
     def shape(self)->tuple: return (len(self.channels), self.size, self.size) if self.size else self.origin.shape
