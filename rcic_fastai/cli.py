@@ -325,10 +325,10 @@ def evaluate_csv(
     from rcic_fastai.results.evaluate import evaluate_screen
     from rcic_fastai.embed.table import read_embeddings
     from rcic_fastai.predict.predict import read_predictions
-    from rcic_fastai.screen.open import screen_kind
+    from rcic_fastai.screen.open import SCREEN_KINDS, screen_kind
     from rcic_fastai.screen.tables import read_metadata
     check_numbers(seed=seed)
-    if screen_kind(screen) in ('files', 'plates'): raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: name the screen that rcic_pack made of it.')
+    if SCREEN_KINDS[screen_kind(screen)].needs_options: raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: name the screen that rcic_pack made of it.')
     res = evaluate_screen(_tables(out, read_predictions), read_metadata(screen), embeddings=_tables(embeddings, read_embeddings),
                           sites=_tables(sites, read_predictions), partial=partial, seed=seed)
     print(res.to_json() if json else res.to_text(full))

@@ -23,7 +23,7 @@ NESTED = re.compile(r'\[(?P<text>[^\[\]]{0,200}(?:\[`[^`\]]+`\]\([^)\s]+\)[^\[\]
 REPOSITORY = 'REPOSITORY_URL'   # stands for the address of the repository in index.ipynb
 NUMBER = re.compile(r'^(\d+)([a-z]?)_')
 SECTIONS = [('The screen', range(0, 10)), ('Batches', range(10, 20)), ('The model', range(20, 30)),
-            ('Training', range(30, 40)), ('Embeddings', range(40, 50)), ('Predictions', range(50, 60)),
+            ('Training', range(30, 39)), ('Embeddings', range(39, 50)), ('Predictions', range(50, 60)),
             ('Results', range(60, 70)), ('Folder and commands', range(70, 80)), ('Tutorials', range(80, 90)),
             ('Behind these pages', range(90, 100))]
 

@@ -116,7 +116,7 @@ def channel_colors(
     n:int, # Number of channels
     channels=None, # Their names, if known
 )->np.ndarray: # [n,3] RGB in 0…1
-    "Return a color for each channel: that of the stain where the name is known, else evenly spread hues"
+    "Return a color for each channel: those of the stains if every name is known, upper and lower case as written; else evenly spread hues"
     names = channel_names(n, channels)
     if all(c in STAIN_COLORS for c in names): return np.array([STAIN_COLORS[c] for c in names])
     return np.array([colorsys.hsv_to_rgb(i/n, .85, 1) for i in range(n)])

@@ -137,7 +137,7 @@ def adacos_scale(
 # %% ../../nbs/22_model.losses.ipynb #e1b8f71d
 class AdaCos(CosineLoss):
     "Cross-entropy of s·cos with a scale that needs no tuning (arXiv 1905.00292)"
-    from_all = None  # function: rows of this process → those of all processes that share the batch (see 36_distributed)
+    from_all = None  # function: rows of this process → those of all processes that share the batch; set by train.distributed
     def __init__(self,
         n_classes:int, # C
         dynamic:bool=True, # Let the scale follow training? If not it stays √2·ln(C−1)
