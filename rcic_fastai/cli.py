@@ -205,6 +205,7 @@ def pack(
     root:str='', # For a table of files: folder that its paths start from
     cell_type:str='', # For a table of files or plates: cell type of rows that name none
     wells:str='', # For OME-Zarr plates: CSV with what is in each well
+    acquisition:int=-1, # For OME-Zarr plates that were imaged several times: the number of the acquisition to read; -1: all
     workers:int=0, # Threads; 0: one per core
 ):
     "Pack a screen; interrupted, the same command continues"
@@ -214,14 +215,15 @@ def pack(
     check_numbers(workers=workers)
     given = dict(channels=as_names(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls), test=as_names(test),
                  root=root, cell_type=cell_type, wells=wells)
-    packed, start = open_screen(screen, only_present, **{k: v for k, v in given.items() if v}), time.time()
+    if acquisition >= 0: given['acquisition'] = acquisition
+    packed, start = open_screen(screen, only_present, **{k: v for k, v in given.items() if v or k == 'acquisition'}), time.time()
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
         sites = f'{len(packed)} sites of {"×".join(map(str, packed.shape))}'
         print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(packed)}')
     if verify: print(f'{dest}: {verify_store(dest, packed, workers or None)} sites are the same as in {screen}')
 
-pack.groups = {'what the source means': ['channels', 'columns', 'controls', 'test', 'root', 'cell_type', 'wells']}
+pack.groups = {'what the source means': ['channels', 'columns', 'controls', 'test', 'root', 'cell_type', 'wells', 'acquisition']}
 
 def rcic_pack(argv=None):
     "Run the console script"

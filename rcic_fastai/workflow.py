@@ -66,12 +66,14 @@ def training_rows(
     norm:str='own', # See `screen_dls`: statistics of plates and experiments are taken of all their wells
     sites:int=1, # Sites per sample
 )->pd.DataFrame:
-    "Return the rows whose images training reads; every training plate has treatments when siRNAs are the target"
+    "Return the rows whose images training reads; where siRNAs are the target, a note names plates of controls only"
     able = table[table.dataset.isin(('train', 'val'))]
-    if target == 'sirna': check_plates(able)
+    note = '' if controls or target != 'sirna' else control_plates_note(able)
     rows = labeled_rows(table, target, controls)
     check_id_test(table, rows, sites)
-    return able if norm in ('plate', 'experiment') else rows
+    if norm in ('plate', 'experiment'): return able      # `screen_dls` sees those plates, and says it
+    if note: print(f'note: {note}')
+    return rows
 
 # %% ../nbs/71_workflow.ipynb #d0c0e82c
 def _beside(out, ending): return Path(os.path.abspath(out) + ending)

@@ -385,3 +385,125 @@ def test_tables_of_wells_have_the_names_of_tables_of_files(tmp_path, columns):
     assert read_plates(tmp_path/'P1.zarr', wells=tmp_path/'w.parquet', progress=False)[0].sirna.tolist() == ['x', 'DMSO']
     t = read_plates(tmp_path/'P1.zarr', wells=d.rename(columns={columns[2]: 'lot'}), columns=dict(sirna='lot'), progress=False)[0]
     assert t.sirna.tolist() == ['x', 'DMSO']
+
+
+# ordinary screens are not rejected whole
+
+def sites(batches=('b1', 'b2'), only_controls='b1'):
+    "Return a site table in which one batch has a second plate of controls only"
+    rows = [dict(experiment=b, plate=p, well=w, site=1, well_type='negative_control' if w == 'A01' or p == 'C' else 'treatment', cell_type='U2OS',
+                 dataset='test' if b == batches[-1] else 'train', sirna='DMSO' if w == 'A01' or p == 'C' else f's{w}')
+            for b in batches for p in ('P', 'C')[:1 + (b == only_controls)] for w in WELLS]
+    t = pd.DataFrame(rows)
+    t['well_id'] = t.experiment + '_' + t.plate + '_' + t.well
+    t['sirna_id'] = t.sirna.map(dict(DMSO=0, sA02=1, sB01=2)).astype('Int64')
+    return t.assign(site_id=t.well_id + '_1', plate_group=pd.array([pd.NA]*len(t), 'Int64'))[SITE_COLUMNS]
+
+
+def test_a_plate_of_controls_is_left_out_with_a_note(capsys):
+    from rcic_fastai.batch.data import control_plates_note
+    from rcic_fastai.predict.plan import prediction_rows
+    from rcic_fastai.workflow import training_rows
+    t = sites()
+    assert control_plates_note(t) == 'b1 plate C holds controls only, so there is no siRNA to name there: left out.'
+    assert set(training_rows(t).plate) == {'P'} and 'note: b1 plate C holds controls only' in capsys.readouterr().out
+    assert set(training_rows(t, controls=True).plate) == {'P', 'C'} and capsys.readouterr().out == ''
+    assert set(training_rows(t, norm='experiment').plate) == {'P', 'C'}
+    assert set(training_rows(t, target='cell_type').plate) == {'P', 'C'}
+    test = sites(only_controls='b2')
+    assert set(prediction_rows(test).plate) == {'P'} and set(prediction_rows(test, 'all').plate) == {'P', 'C'}
+    assert control_plates_note(sites(('b1', 'b2', 'b3'), 'none')) == ''
+    nothing = t.assign(well_type='negative_control')
+    for f in (control_plates_note, training_rows, lambda t: prediction_rows(t.assign(dataset='test'))):
+        with pytest.raises(ScreenError, match='No plate has a treatment well .b1 plate C, b1 plate P, b2 plate P|No plate has a treatment well'): f(nothing)
+
+
+def test_one_acquisition_of_several(tmp_path, capsys):
+    p = plate(tmp_path/'P.zarr', labels=[('DAPI', 'ER'), ('DAPI', 'Ki67'), ('DAPI', 'Ki67')], acquisitions=(0, 3, 3))
+    with pytest.raises(ScreenError, match='choose one of the acquisitions 0, 3 with acquisition=0'): read_plates(p, progress=False)
+    t, source = read_plates(p, acquisition=0, progress=False)
+    assert source.channels == ('DAPI', 'ER') and t.site.tolist() == [1, 1] and (source[t.site_id[0]] == np.arange(128).reshape(2, 8, 8)).all()
+    t, source = read_plates(p, acquisition=3, progress=False)
+    assert source.channels == ('DAPI', 'Ki67') and t.site.tolist() == [1, 2]*2 and t.acquisition.tolist() == [3]*4
+    assert source[t.site_id[0]][0, 0, 0] == 1 and source[t.site_id[1]][0, 0, 0] == 2
+    with pytest.raises(ScreenError, match='acquisition=1 is not in .*: choose from 0, 3'): read_plates(p, acquisition=1, progress=False)
+    with pytest.raises(ScreenError, match='name no acquisition; leave it out'): read_plates(plate(tmp_path/'Q.zarr'), acquisition=0, progress=False)
+    assert rcic_pack([str(p), str(tmp_path/'x.zarr')]) == 2 and 'with --acquisition 0.' in capsys.readouterr().err
+    assert rcic_pack([str(p), str(tmp_path/'x.zarr'), '--acquisition', '0']) == 0
+    assert open_screen(tmp_path/'x.zarr').channels == ('DAPI', 'ER')
+
+
+def test_an_acquisition_that_a_well_lacks(tmp_path):
+    p = plate(tmp_path/'P.zarr', labels=[('DNA', 'ER')]*2, acquisitions=(0, 1))
+    attrs = json.loads((p/'A/1/.zattrs').read_text())
+    attrs['well']['images'] = attrs['well']['images'][:1]
+    (p/'A/1/.zattrs').write_text(json.dumps(attrs))
+    with pytest.raises(ScreenError, match='1 well.s. are listed but have no field on disk .P.zarr A01'): read_plates(p, acquisition=1, progress=False)
+    assert read_plates(p, acquisition=1, partial=True, progress=False)[0].well.tolist() == ['A02']
+    assert len(read_plates(p, progress=False)[0]) == 3
+
+
+# paths and names are taken apart at their borders
+
+@pytest.mark.parametrize('replace, path, want', [
+    ({'/o/P1': '/x', '/o/P10': '/y'}, '/o/P10/a.tif', '/y/a.tif'), ({'/o/P10': '/y', '/o/P1': '/x'}, '/o/P1/a.tif', '/x/a.tif'),
+    ({'/o': '/x', '/o/P1': '/y'}, '/o/P1/a.tif', '/y/a.tif'), ({'/o/': '/x'}, '/o/a.tif', '/x/a.tif'), ({'/': '/x'}, '/o/a.tif', '/x/o/a.tif'),
+    ({'s3://b/': '/x'}, 's3://b/o/a.tif', '/x/o/a.tif'), ({'s3://b': '/x', 's3://b2': '/y'}, 's3://b2/a.tif', '/y/a.tif'),
+    ({'D:\\scr': '/x', 'D:\\scr2': '/y'}, 'D:\\scr2\\a.tif', '/y/a.tif'), ({'': '/x'}, 'a.tif', '/x/a.tif'), ({'P1': '/x', 'P10': '/y'}, 'P10/a.tif', '/y/a.tif')])
+def test_beginnings_of_paths_end_at_a_folder(replace, path, want):
+    from rcic_fastai.screen.files import _local
+    unused = [a for a in replace if not path.replace('\\', '/').startswith(a.replace('\\', '/'))]
+    others = [f'{a.rstrip("/")}/other' for a in replace if a]
+    assert _local([path, *others], replace, 'x.csv')[0] == want, unused
+
+
+def test_a_beginning_that_no_folder_has_is_said():
+    from rcic_fastai.screen.files import _local
+    with pytest.raises(ScreenError, match='No path in x.csv begins with /o/P1:'): _local(['/o/P10/a.tif'], {'/o/P1': '/x'}, 'x.csv')
+    assert _local(['/o/P1/a.tif'], {'/o': '/x', '/o/P1': '/y'}, 'x.csv')[0] == '/y/a.tif'
+
+
+@pytest.mark.parametrize('how', ['files', 'official'])
+def test_a_well_id_is_of_one_well(tmp_path, how):
+    "B_1 with plate P, and B with plate 1_P, are both B_1_P; and a column well_id may hold positions"
+    if how == 'files':
+        d = table(tmp_path, plates=('P', '1_P'), sites=(1,))
+        d['Metadata_Batch'], d['Metadata_Site'] = ['B_1']*3 + ['B']*3, [1]*3 + [2]*3
+        with pytest.raises(ScreenError, match='calls two wells B_1_P_A01 .B_1, plate P, A01 and B, plate 1_P, A01.: give each'): read_files(d, tmp_path)
+        d = table(tmp_path, plates=('P', 'Q')).assign(well_id=list(WELLS)*2, site_id=list('abcdef'))
+        with pytest.raises(ScreenError, match='calls two wells A01 .P, plate P, A01 and Q, plate Q, A01'): read_files(d, tmp_path)
+    else:
+        t = pd.read_csv(official(tmp_path)).assign(well_id='w', site_id=list('abcdef'))
+        with pytest.raises(ScreenError, match='calls two wells w '): read_metadata(saved(t, tmp_path/'m.csv'))
+
+
+def test_groups_of_plates_do_not_mix_at_the_border():
+    t = sites(('B_1', 'B')).assign(dataset='train')
+    t = pd.concat([t[t.experiment == 'B_1'].assign(plate='P', sirna='s1', sirna_id=1), t[t.experiment == 'B'].assign(plate='1_P', sirna='s2', sirna_id=2)])
+    assert sirna_groups(t.assign(well_type='treatment')).to_dict() == dict(s1=0, s2=1)
+    given = pd.DataFrame(dict(experiment=['B_1', 'B'], plate_1=[3, 4], group_plate2=[5, 6]))
+    groups = add_plate_groups(t.assign(plate=['plate_1']*3 + ['1']*3), given)
+    assert groups.plate_group.tolist() == [3]*3 + [4]*3
+    assert add_plate_groups(t.assign(plate=2), given).plate_group.tolist() == [5]*3 + [6]*3
+
+
+@pytest.mark.parametrize('plates', [('BR00117035', 'BR00117036'), ('0012345', '12345'), ('1', '2')])
+@pytest.mark.parametrize('level', [None, 'site', 'well'])
+def test_barcodes_reach_the_profiles(tmp_path, plates, level):
+    csv = saved(table(tmp_path, plates=plates, sites=(1, 2), Metadata_Batch='2021_04_26_Batch1'), tmp_path/'load_data.csv')
+    t = read_files(csv)[0]
+    f = write_profiles(make_emb_table(t, np.ones((len(t), 4))), tmp_path/'p.parquet', level)
+    p = pd.read_parquet(f)
+    assert sorted(p.Metadata_Barcode.unique()) == sorted(plates) and set(p.Metadata_Plate) == {f'2021_04_26_Batch1_{b}' for b in plates}
+    codes = pd.DataFrame(dict(Barcode=plates, Plate_Map=['m1', 'm2']))
+    assert len(p.merge(codes, left_on='Metadata_Barcode', right_on='Barcode')) == len(p)
+    taken = make_emb_table(t.assign(barcode='mine'), np.ones((len(t), 4)))
+    assert sorted(profile_table(taken).Metadata_Barcode_.unique()) == sorted(plates)
+
+
+def test_a_further_column_is_never_a_second_plate_of_the_profiles(tmp_path):
+    d = table(tmp_path, Metadata_Barcode='BR1', Metadata_Batch='day', Run='b1', dose=['1', '2', '3'], Dose=['a', 'b', 'c'])
+    t = read_files(d, tmp_path, columns=dict(plate='Metadata_Barcode', experiment='Run'))[0]
+    assert [c for c in t if c not in SITE_COLUMNS] == ['Plate_', 'Batch_', 'dose', 'Dose_']
+    p = profile_table(make_emb_table(t, np.ones((3, 4))))
+    assert set(p.Metadata_Barcode) == {'BR1'} and set(p.Metadata_Plate_) == {'P1'} and set(p.Metadata_Plate) == {'b1_BR1'}

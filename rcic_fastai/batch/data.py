@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'TensorMeta', 'MetadataCategorize', 'MetadataBlock',
-           'ExperimentSplitter', 'labeled_rows', 'label_order', 'check_plates', 'check_id_test', 'ScreenSpec',
+           'ExperimentSplitter', 'labeled_rows', 'label_order', 'control_plates_note', 'check_id_test', 'ScreenSpec',
            'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders', 'screen_dls',
            'spec_dl']
 
@@ -106,15 +106,18 @@ def label_order(
     return [str(o) for o in by_id.sirna.unique()]
 
 # %% ../../nbs/13_batch.data.ipynb #9db9141f
-def check_plates(
+def control_plates_note(
     table:pd.DataFrame, # Site table
-):
-    "Raise a `ScreenError` when a plate has no treatment well"
+)->str: # A sentence, empty where every plate has treatments
+    "Return which plates hold controls only, and so no siRNA to name; a `ScreenError` when there is no other plate"
     has = (table.well_type == 'treatment').groupby([table.experiment, table.plate]).any()
-    if has.all(): return
-    names = [f'{e} plate {p}' for e, p in has.index[~has]]
-    raise ScreenError(f'{first_few(names, 4)} has no treatment well: there is no siRNA to name on it; '
-                      'check its well_type column, leave the plate out, or choose another target.')
+    if has.all(): return ''
+    names = first_few([f'{e} plate {p}' for e, p in has.index[~has]], 4)
+    if has.any():
+        verb = 'holds' if (~has).sum() == 1 else 'hold'
+        return f'{names} {verb} controls only, so there is no siRNA to name there: left out.'
+    raise ScreenError(f'No plate has a treatment well ({names}): there is no siRNA to name; check the well_type column, '
+                      'or choose another target.')
 
 # %% ../../nbs/13_batch.data.ipynb #5ff4fd86
 def check_id_test(
@@ -350,7 +353,8 @@ def screen_dls(
     args = dict(locals())
     table, source, more = screen.table, screen.source, _after_ours(item_tfms, batch_tfms)
     rows = labeled_rows(table, target, controls)
-    if target == 'sirna': check_plates(table[table.dataset.isin(('train', 'val'))])
+    note = '' if controls or target != 'sirna' else control_plates_note(table[table.dataset.isin(('train', 'val'))])
+    if note: print(f'note: {note}')
     train, held = split_experiments(rows, valid)
     check_id_test(table, rows, sites)
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))

@@ -461,17 +461,21 @@ def _joined(df, file, folder, where):
     return (p if folder is None else _filled(identifiers(df[folder], where), where) + '/' + p).to_numpy(object)
 
 # %% ../../nbs/05_screen.files.ipynb #61b462dd
+def _begins(path, folder):
+    "Return whether a path is `folder` or in it: /data/P10 is not in /data/P1"
+    return not folder or path == folder.rstrip('/') or path.startswith(folder.rstrip('/') + '/')
+
 def _local(paths, replace, where):
-    "Return the paths as they are on this machine"
-    swap = [(str(a).replace('\\', '/'), str(b)) for a, b in (replace or {}).items()]
-    unused, remote, out = {a for a, _ in swap}, [], []
+    "Return the paths as they are on this machine; the longest beginning that fits is replaced"
+    swap = {str(a).replace('\\', '/'): str(b) for a, b in (replace or {}).items()}
+    unused, remote, out = set(swap), [], []
     for p in paths:
         p = p.replace('\\', '/')
-        for a, b in swap:
-            if p.startswith(a):
-                p = os.path.join(b, p[len(a):].lstrip('/'))
-                unused.discard(a)
-                break
+        fits = [a for a in swap if _begins(p, a)]
+        unused.difference_update(fits)
+        if fits:
+            a = max(fits, key=len)
+            p = os.path.join(swap[a], p[len(a.rstrip('/')):].lstrip('/'))
         if p[:5].lower() == 'file:':
             p = unquote(p[5:].removeprefix('//localhost')).lstrip('/')
             if not re.match('[A-Za-z]:', p): p = '/' + p

@@ -584,13 +584,15 @@ def _agree(root, fields, layouts)->tuple: # (shape, dtype)
                               f'{list(usual[0])}: write that field like the others.')
     return usual
 
-def _agree_names(root, names)->tuple:
-    "Return the channel names of most fields; raise for the first that differs"
+def _agree_names(root, names, rounds={})->tuple:
+    "Return the channel names of most fields; raise for the first that differs. `rounds`: the acquisition of each field, if known"
     usual = Counter(names.values()).most_common(1)[0][0]
+    several = sorted({int(a) for a in rounds.values() if pd.notna(a)})
     for f, k in names.items():
-        if k != usual:
-            raise ScreenError(f'{os.path.join(root, f)} has the channels {", ".join(k)}, but this screen has '
-                              f'{", ".join(usual)}: correct its omero metadata, or name them all with channels=.')
+        if k == usual: continue
+        do = f'choose one of the acquisitions {first_few(several)} with {option("acquisition", several[0])}' if len(several) > 1 else \
+             'correct its omero metadata, or name them all with channels='
+        raise ScreenError(f'{os.path.join(root, f)} has the channels {", ".join(k)}, but this screen has {", ".join(usual)}: {do}.')
     return usual
 
 # %% ../../nbs/06_screen.plates.ipynb #f8eeeaf2
@@ -615,7 +617,7 @@ class PlateSource(ImageSource):
             if found is None: self._where[i] = os.path.join(root, f), None
             else: *self._where[i], names[f] = found
         self.shape, self.dtype = _agree(root, fields, [o[1] for o in self._where.values()])
-        self.channels = named or _agree_names(root, names)
+        self.channels = named or _agree_names(root, names, dict(zip(fields, table.acquisition)) if 'acquisition' in table else {})
         if len(self.channels) != self.shape[0]:
             raise ScreenError(f'channels has {len(self.channels)} names ({", ".join(self.channels)}), but the fields '
                               f'have {self.shape[0]} channels: name each.')
@@ -686,10 +688,25 @@ def _plate_names(plates, said, experiments)->pd.Series:
     return t.plate
 
 # %% ../../nbs/06_screen.plates.ipynb #41ab3c3d
-def _plate_table(plates, experiment, partial, progress):
+def _of_acquisition(read, acquisition, plates):
+    "Return the fields of one acquisition, numbered from 1 in each well, and as wells without a field those that lack it"
+    if acquisition is None: return read
+    have = sorted({a for _, fields, _ in read for *_, a in fields if a is not None})
+    if acquisition not in have:
+        raise ScreenError(f'{option("acquisition", acquisition)} is not in {plates[0]}: '
+                          + (f'choose from {first_few(have)}.' if have else 'its fields name no acquisition; leave it out.'))
+    out = []
+    for name, fields, bare in read:
+        mine = pd.DataFrame([f for f in fields if f[3] == acquisition], columns=['well', 'site', 'path', 'acquisition'], dtype=object)
+        mine['site'] = mine.groupby('well', sort=False).cumcount() + 1
+        lacks = dict.fromkeys(w for w, *_ in fields if w not in set(mine.well))
+        out.append((name, list(mine.itertuples(index=False, name=None)), [*bare, *lacks]))
+    return out
+
+def _plate_table(plates, experiment, partial, progress, acquisition=None):
     "Return the folder above all plates, and one row per field: experiment, plate, well, site, acquisition, field"
     root = os.path.commonpath([p.parent for p in plates])
-    read = [_plate_fields(p, progress) for p in plates]
+    read = _of_acquisition([_plate_fields(p, progress) for p in plates], acquisition, plates)
     experiments = [experiment or p.parent.name for p in plates]
     bare = []
     for p, (_, _, without) in zip(plates, read): bare += [f'{p.name} {w}' for w in without]
@@ -798,12 +815,13 @@ def read_plates(
     empty:str='error', # Chunks that are absent: 'error', or 'fill' with the array's fill value, usually 0
     partial:bool=False, # Leave out wells without a field; `wells` may have more or fewer than the plates
     progress:bool=True, # Show progress bars
+    acquisition:int=None, # Read only the fields of this one, for plates that were imaged several times
     columns:dict|None=None, # {key of `USUAL_NAMES`: its column in `wells`, or `None` for no column}
     controls:dict|None=None, # {well type: names of perturbations in `wells`, or words of its well-type column}; '' is the empty cell
 )->tuple: # (site table: `SITE_COLUMNS`, then `field` and, where given, `acquisition`; `PlateSource`)
     "Read OME-Zarr plates, 0.4 or 0.5; return their site table and image source"
     _check_arguments(t, z, empty)
-    root, s = _plate_table(_find_plates(path), experiment, partial, progress)
+    root, s = _plate_table(_find_plates(path), experiment, partial, progress, acquisition)
     s, where = s.assign(cell_type=cell_type, dataset=dataset, well_type='treatment', sirna=None), 'the site table'
     if wells is None and (columns or controls):
         given = 'columns' if columns else 'controls'

@@ -441,7 +441,8 @@ def well_types(
     known = {k: mine.get(k) or well_type_of(k) for k in kind.dropna().unique()}
     odd = [k for k, v in known.items() if v is None]
     if odd: raise ScreenError(f'{where}, row {kind.index[kind == odd[0]][0]}: {odd[0]!r} is no known well type: say what it is with '
-                              f'{_as_controls(odd[0])}, where KIND is one of {", ".join(WELL_TYPES)}, or map another column.')
+                              f'{_as_controls(odd[0])}, where KIND is one of {", ".join(WELL_TYPES)}, or name another '
+                              f'column with {_as_columns("well_type")}.')
     named = sirna.astype(object).fillna('')
     types = pd.Series([mine.get(s) or known.get(k) or 'treatment' for s, k in zip(named, kind)], sirna.index, dtype=object)
     _check_spelling(mine, types, sirna, where)
@@ -545,6 +546,12 @@ def check_table(
         raise ScreenError(f'{where} lists {plural(twice.sum(), "site")} more than once ({first_few(t.site_id[twice].unique())}): '
                           'keep one row per site.')
     _well_names(t['well'].set_axis(range(2, len(t) + 2)), where)
+    places = t.drop_duplicates(['well_id', 'experiment', 'plate', 'well'])
+    shared = places['well_id'].duplicated(keep=False)
+    if shared.any():
+        a, b = places[places.well_id == places.well_id[shared].iloc[0]].iloc[:2].itertuples()
+        raise ScreenError(f'{where} calls two wells {a.well_id} ({a.experiment}, plate {a.plate}, {a.well} and {b.experiment}, plate '
+                          f'{b.plate}, {b.well}): give each well a well_id of its own.')
     odd = ~t['well_type'].isin(WELL_TYPES)
     if odd.any():
         raise ScreenError(f'{where}: site {t.site_id[odd].iloc[0]} has well_type {t.well_type[odd].iloc[0]!r}; '
@@ -565,8 +572,8 @@ def sirna_groups(
     t = table[(table.well_type == 'treatment') & table.sirna.notna() & (table.dataset == 'train')]
     if not len(t): return pd.Series(dtype='Int64', name='plate_group')
     s, sirnas = pd.factorize(t['sirna'])
-    p, plates = pd.factorize(t['experiment'] + '_' + t['plate'].astype(str))
-    n = len(sirnas) + len(plates)
+    p = t.groupby(['experiment', 'plate'], sort=False).ngroup().to_numpy()
+    n = len(sirnas) + p.max() + 1
     ends = np.int32(s), np.int32(p + len(sirnas))      # scipy before 1.12 answers 64-bit indices with one group, silently
     _, comp = connected_components(coo_array((np.ones(len(t)), ends), shape=(n, n)), directed=False)
     key = t.groupby('sirna', sort=False)['sirna_id'].first()
@@ -580,7 +587,9 @@ def _given_groups(given):
     "Return the plate group of each (experiment, plate) from a table, or the path of one"
     g = given if isinstance(given, pd.DataFrame) else _read_csv(given, ['experiment'])
     g = g.melt('experiment', var_name='plate', value_name='plate_group')
-    g['plate'] = g['plate'].astype(str).str.replace(r'^(group_)?(plate_?)?', '', regex=True)
+    g['plate'] = g['plate'].astype(str)
+    g = pd.concat([g, g.assign(plate=g['plate'].str.replace('^group_(plate_?)?|^plate_?', '', regex=True))])
+    g = g.drop_duplicates(['experiment', 'plate'])      # a plate that is called plate_1 is found before 1
     return g.set_index(['experiment', 'plate'])['plate_group'].astype('Int64')
 
 def most_frequent(
