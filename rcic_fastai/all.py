@@ -15,6 +15,7 @@ from .screen.simulate.layout import screen_layout, simulate_screen
 from .screen.images import *
 from .screen.screen import *
 from .screen.pack import *
+from .screen.tiff import *
 from .screen.files import *
 from .screen.plates import *
 from .screen.download import *
