@@ -12,7 +12,7 @@ import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/72_cli.ipynb #f4863b1e
-import contextlib, re, sys, time
+import contextlib, inspect, re, sys, time
 from fastcore.script import anno_parser, store_true
 from .core import *
 
@@ -106,6 +106,15 @@ def _version():
     return f'rcic_fastai {__version__}'
 
 # %% ../nbs/72_cli.ipynb #93c02c51
+def _options(func):
+    "Return {option: whether it is a switch} of a command"
+    parameters = inspect.signature(func).parameters.values()
+    return {p.name: p.annotation is store_true for p in parameters if p.default is not p.empty}
+
+def _commands():
+    "Return {name: function} of the commands that a message may send someone to"
+    return dict(rcic_pack=pack, rcic_train=train, rcic_predict=predict, rcic_evaluate=evaluate_csv)
+
 def run_command(
     func, # A documented function
     argv=None, # Arguments; `None`: those of the process
@@ -115,8 +124,9 @@ def run_command(
     parser = command_parser(func, prog)
     args = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra', 'version')}
     by_position = [a.dest for a in parser._actions if not a.option_strings]
+    others = {c: _options(f) for c, f in _commands().items() if f is not func}
     out, err = _OwnLines(sys.stdout if _is_first() else open(os.devnull, 'w')), _OwnLines(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), as_command(by_position):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), as_command(by_position, _options(func), others):
         try: return _called(func, args, prog, err)
         finally: out.end()
 
@@ -125,12 +135,23 @@ def _names(s):
     "Split 'a,b' into names; what is no text stays"
     return [o.strip() for o in s.split(',') if o.strip()] if isinstance(s, str) else s
 
+_EXAMPLES = dict(columns='experiment=Batch,dataset= for no such column', controls='DMSO=negative_control', channels='nucleus=DNA',
+                 replace='s3://bucket/=/data/')
+
 def _mapping(s, what):
-    "Read 'a=b,c=d' as {'a': 'b', 'c': 'd'}"
-    pairs = [o.partition('=') for o in _names(s)]
-    bad = [a for a, eq, b in pairs if not (a and eq and b)]
-    if bad: raise ScreenError(f'--{what} {s} is not understood at {bad[0]!r}: write {what[:-1]}=name pairs with commas, such as experiment=Batch.')
-    return {a: b for a, _, b in pairs}
+    "Read 'a=b,c=d' as {'a': 'b', 'c': 'd'}; of columns, 'a=' as None"
+    pairs = [o.rpartition('=') if what == 'replace' else o.partition('=') for o in _names(s)]
+    bad = [a or b for a, eq, b in pairs if not (a and eq and (b or what == 'columns'))]
+    if bad: raise ScreenError(f'--{what} {s} is not understood at {bad[0]!r}: write pairs with commas, such as {_EXAMPLES[what]}.')
+    return {a: b.strip() or None for a, _, b in pairs}
+
+def _channels(s):
+    "Read 'A,B' as names, and 'a=A,b=B' as names for those of the screen"
+    return _mapping(s, 'channels') if '=' in s else _names(s)
+
+def _plane(s):
+    "Read '2' as a number; another text, such as 'max', stays"
+    return int(s) if re.fullmatch('[0-9]{1,9}', s) else s or None
 
 def _roles(s):
     "Read 'DMSO=negative_control' as {'negative_control': ['DMSO']}"
@@ -186,13 +207,22 @@ def pack(
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
-    channels:str='', # Channels to use, in order, with commas; empty: all
-    columns:str='', # For a table of files: what its columns are, such as experiment=Batch,plate=Barcode,sirna=treatment
-    controls:str='', # For a table of files: perturbations that are controls, such as DMSO=negative_control
+    channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=ER; empty: all
+    columns:str='', # For a table of files: what its columns are, such as experiment=Batch,sirna=treatment; dataset= for none
+    controls:str='', # Perturbations that are controls, such as DMSO=negative_control
     test:str='', # Experiments to mark as test, with commas
+    cell_type:str='', # Cell type of rows that name none
+    cell_types:str='', # For RxRx1's folder: the cell types that are allowed, with commas; empty: RxRx1's four
+    dataset:str='', # Of rows that name none: train, val or test; empty: train
+    z:str='', # Plane of files or plates with several: a number from 0, or max (the brightest of each pixel)
+    t:str='', # Time point, in the same way
     root:str='', # For a table of files: folder that its paths start from
-    cell_type:str='', # For a table of files or plates: cell type of rows that name none
+    replace:str='', # For a table of files: new beginnings of its paths, such as s3://bucket/=/data/
+    plate_wells:int=0, # For a table of files: wells of a plate, to check well names against; 0: any
     wells:str='', # For OME-Zarr plates: CSV with what is in each well
+    experiment:str='', # For OME-Zarr plates: experiment of plates that name none; empty: their folder
+    empty:str='', # For OME-Zarr plates: chunks that are absent are an error, or fill: read as the array's fill value
+    partial:store_true=False, # For OME-Zarr plates: leave out wells without a field, and wells that are only in one of plates and table
     workers:int=0, # Threads; 0: one per core
 ):
     "Pack a screen; interrupted, the same command continues"
@@ -200,16 +230,20 @@ def pack(
     from rcic_fastai.screen.pack import is_store, pack_screen, verify_store
     from rcic_fastai.workflow import folder_bytes, screen_summary
     check_numbers(workers=workers)
-    given = dict(channels=_names(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls), test=_names(test),
-                 root=root, cell_type=cell_type, wells=wells)
-    packed, start = open_screen(screen, only_present, **{k: v for k, v in given.items() if v}), time.time()
+    given = dict(channels=_channels(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls), test=_names(test),
+                 cell_type=cell_type, cell_types=_names(cell_types), dataset=dataset, z=_plane(z), t=_plane(t), root=root,
+                 replace=_mapping(replace, 'replace'), plate_wells=plate_wells, wells=wells, experiment=experiment, empty=empty,
+                 partial=partial)
+    start, given = time.time(), {k: v for k, v in given.items() if v or v == 0 and k in ('z', 't')}
+    packed = open_screen(screen, only_present, **given)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
         sites = f'{len(packed)} sites of {"×".join(map(str, packed.shape))}'
         print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(packed)}')
     if verify: print(f'{dest}: {verify_store(dest, packed, workers or None)} sites are the same as in {screen}')
 
-pack.groups = {'what the source means': ['channels', 'columns', 'controls', 'test', 'root', 'cell_type', 'wells']}
+pack.groups = {'what the source means': ['channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'dataset', 'wells', 'experiment'],
+               'how it is read': ['z', 't', 'root', 'replace', 'plate_wells', 'empty', 'partial', 'only_present']}
 
 def rcic_pack(argv=None):
     "Run the console script"
@@ -219,7 +253,7 @@ def rcic_pack(argv=None):
 def train(
     screen, # A screen: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
-    recipe:str='demo', # demo, features, rcic117, rcic117_small, or a JSON file
+    recipe:str='demo', # demo, features, rcic117, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
     valid:str='auto', # Held-out experiments EXP,EXP; auto: the last of each cell type that has two; none

@@ -49,23 +49,49 @@ _COMMAND = ContextVar('command', default=None)
 @contextmanager
 def as_command(
     positional=(), # Names of arguments that are given by position, such as 'screen'
+    options=None, # {name: whether it is a switch} of the command; `None`: any may be named
+    elsewhere=None, # {name of another command: its options}
 ): # Context manager
     "Make messages name arguments as options of a command"
-    token = _COMMAND.set(frozenset(positional))
+    token = _COMMAND.set((frozenset(positional), options, elsewhere or {}))
     try: yield
     finally: _COMMAND.reset(token)
 
 # %% ../nbs/00_core.ipynb #62cf457a
+def _pairs(mapping):
+    "Yield the pairs of a mapping as a shell has them: the values of a list each with its key behind them"
+    for k, v in mapping.items():
+        if isinstance(v, (list, tuple)): yield from ((name, k) for name in v)
+        else: yield k, '' if v is None else v
+
+def _typed(value):
+    "Return a value as it is typed in a shell: lists with commas, pairs as name=value"
+    if isinstance(value, dict): return ','.join(f'{a}={b}' for a, b in _pairs(value))
+    return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+def _written(value):
+    "Return a value as it is written in Python"
+    is_plain = isinstance(value, dict) and all(isinstance(k, str) and k.isidentifier() for k in value)
+    return f'dict({", ".join(f"{k}={v!r}" for k, v in value.items())})' if is_plain else repr(value)
+
+def _has(options, name, value):
+    "Return whether a command has an option that takes such a value"
+    return name in options and (not value or options[name] == (value[0] is True))
+
 def option(
     name:str, # Argument, as in Python
     *value, # Its value, when the message names one
 )->str: # Such as `adapt='none'`, or in a command `--adapt none`
     "Return an argument as the caller writes it"
-    positional = _COMMAND.get()
-    if positional is None: return f'{name}={value[0]!r}' if value else name
+    in_python = f'{name}={_written(value[0])}' if value else name
+    if _COMMAND.get() is None: return in_python
+    positional, options, elsewhere = _COMMAND.get()
     flag = name.upper() if name in positional else '--' + name.replace('_', '-')
     is_switch = not value or value[0] is True
-    return flag if is_switch else f'{flag} {value[0]}'
+    shown = flag if is_switch else f'{flag} {_typed(value[0])}'
+    if options is None or name in positional or _has(options, name, value): return shown
+    other = next((c for c, o in elsewhere.items() if _has(o, name, value)), None)
+    return f'{shown} ({other})' if other else f'{in_python} (in Python)'
 
 # %% ../nbs/00_core.ipynb #b7ee42f4
 def check_choice(

@@ -263,7 +263,7 @@ def search(self:EmbeddingIndex,
     plate_group=None, # [Q] group of siRNAs to which each query is restricted (transductive)
 )->tuple: # cosines float32 [Q,k] and rows int64 [Q,k]; −∞ and −1 where there are no more
     "Find the `k` nearest rows of each query, by cosine, best first"
-    if k < 1: raise ScreenError(f'k={k} neighbors cannot be found: ask for 1 or more.')
+    if k < 1: raise ScreenError(f'{option("k", k)} neighbors cannot be found: ask for 1 or more.')
     q = self._queries(q)
     cos, found = np.full((len(q), k), -np.inf, np.float32), np.full((len(q), k), -1, np.int64)
     for values, at in _restrictions(len(q), cell_type=cell_type, plate_group=plate_group):
@@ -393,9 +393,9 @@ def class_scores(self:EmbeddingIndex,
     depth:int=DEPTH, # Rows that 'ivf' and 'hnsw' search for; 'exact' needs no limit
 )->np.ndarray: # float32 [Q,K], in the order of `.classes`; −∞ for classes that are not allowed
     "Score every class for every query"
-    if vote not in VOTES: raise ScreenError(f'vote={vote!r} is not known: choose from {", ".join(VOTES)}.')
+    if vote not in VOTES: raise ScreenError(f'{option("vote", vote)} is not known: choose from {", ".join(VOTES)}.')
     for name, n in dict(k=k, depth=depth).items():
-        if n < 1: raise ScreenError(f'{name}={n} rows cannot vote: ask for 1 or more.')
+        if n < 1: raise ScreenError(f'{option(name, n)} rows cannot vote: ask for 1 or more.')
     q, scores = self._queries(q), self._scorer(vote, k, top, depth)
     out = np.full((len(q), len(self.classes)), -np.inf, np.float32)
     for values, at in _restrictions(len(q), cell_type=cell_type, plate_group=plate_group):
@@ -410,7 +410,7 @@ def merge_wells(
     how:str='best', # 'best' (largest score of each class over the sites) or 'mean'
 )->tuple: # ([W,K] scores, [W] wells in order of first appearance)
     "Merge the class scores of a well's sites"
-    if how not in ('best', 'mean'): raise ScreenError(f'merge={how!r} is not known: choose best or mean.')
+    if how not in ('best', 'mean'): raise ScreenError(f'{option("merge", how)} is not known: choose best or mean.')
     codes, wells = pd.factorize(np.asarray(well_ids, dtype=object))
     if (codes < 0).any():
         raise ScreenError(f'Row {int((codes < 0).argmax())} of the scores has no well: fill in its well_id.')

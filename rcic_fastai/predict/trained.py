@@ -274,7 +274,7 @@ def _size_notes(data, spec, source):
     now, then = source.shape[-1], data.get('side')
     if spec.size or not then or now == then: return []
     return [f'The pictures are {now} px wide and the model was trained on {then}: if they are of the same field, cells look '
-            f'{now/then:.2g} times as large to it; scale them to {then} px, or train with --size.']
+            f'{now/then:.2g} times as large to it; scale them to {then} px, or train with {option("size", then)}.']
 
 # %% ../../nbs/53_predict.trained.ipynb #a1c8f5f6
 def _brightness_notes(data, rows, source, much=8):

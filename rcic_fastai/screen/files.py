@@ -117,7 +117,8 @@ def _vote(self:FileSource, n=9)->tuple: # (H, W, bits) of most of `n` files, fro
         if sum(votes.values()) >= n: break
     if votes: return votes.most_common(1)[0][0]
     raise trouble or ScreenError(f'None of the files in {self.name} is there, such as {self._path(0, 0)}: give the '
-                                 'folder that they are relative to as root, or replace the beginning of their paths.')
+                                 f'folder that they are relative to as {option("root")}, or what replaces the beginning of their paths '
+                                 f'with {option("replace", {"BEGINNING": "FOLDER"})}.')
 
 @patch
 def _expect(self:FileSource)->tuple: # (H, W, bits), looked up once
@@ -147,7 +148,7 @@ def _read(self:FileSource, site_id, out):
         except ScreenError:
             if os.path.exists(path): raise
             raise ScreenError(f'site {site_id} lacks {first_few(self.channels[c] for c in cs)} ({path}): restore the '
-                              'file, or leave incomplete sites out with only_present.') from None
+                              f'file, or leave incomplete sites out with {option("only_present", True)}.') from None
 
 # %% ../../nbs/05_screen.files.ipynb #1a29374e
 def _listing(folder)->set:
@@ -186,7 +187,7 @@ def check_files(
     absent = list(dict.fromkeys(source._path(rows[i], j) for i, j in zip(*np.nonzero(gone))))
     total = gone.size if source._pages is None else len(set(zip(source._folder[rows].flat, source._names[rows].flat)))
     raise ScreenError(f'{len(absent)} of {total} files in {source.name} are not there ({first_few(absent)}): restore '
-                      'them, check root, or leave incomplete sites out with only_present.')
+                      f'them, check {option("root")}, or leave incomplete sites out with {option("only_present", True)}.')
 
 # %% ../../nbs/05_screen.files.ipynb #7a3bb487
 USUAL_NAMES = dict(
@@ -204,7 +205,7 @@ def _find_columns(df, columns, where):
     "Return {key of `USUAL_NAMES`: its column in `df`, or None}"
     columns = dict(columns or {})
     strange = [k for k in columns if k not in USUAL_NAMES]
-    if strange: raise ScreenError(f'columns names {first_few(strange)}, which no column is looked for: choose '
+    if strange: raise ScreenError(f'{option("columns")} names {first_few(strange)}, which no column is looked for: choose '
                                   f'from {", ".join(USUAL_NAMES)}.')
     lacks = [v for v in columns.values() if v is not None and v not in df.columns]
     if lacks: raise ScreenError(f'{where} has no column {first_few(lacks)}: it has {first_few(df.columns)}.')
@@ -277,7 +278,7 @@ def _choose(channels, have, where):
     if strange: raise ScreenError(f'{where} has no channel {first_few(strange)}: it has {first_few(have, 20)}.')
     if not 1 <= len(chosen) <= 16:
         raise ScreenError(f'{where} has {len(chosen)} channels ({first_few(chosen, 20)}): choose 1 to 16 of them with '
-                          'channels=.')
+                          f'{option("channels", ["DNA", "…"])}.')
     return chosen
 
 # %% ../../nbs/05_screen.files.ipynb #ebaecd4e
@@ -319,7 +320,8 @@ def _local(paths, replace, where):
     if remote:
         start = '/'.join(remote[0].split('/')[:3]) + '/'
         raise ScreenError(f'{len(remote)} of {len(paths)} files in {where} are URLs (the first: {remote[0]}), which '
-                          f'are not fetched: download them and pass replace={{{start!r}: FOLDER}}.')
+                          f'are not fetched: download them and say where they are with '
+                          f'{option("replace", {start: "FOLDER"})}.')
     return np.array(out, object)
 
 # %% ../../nbs/05_screen.files.ipynb #f0f39de2
@@ -330,30 +332,30 @@ _KINDS = dict(trt='treatment', negcon='negative_control', poscon='positive_contr
 def _well_types(kind, sirna, controls, where):
     "Return the well types, from a column and from the names of controls"
     strange = [k for k in controls or {} if k not in WELL_TYPES]
-    if strange: raise ScreenError(f'controls names {first_few(strange)}: choose from {", ".join(WELL_TYPES)}.')
+    if strange: raise ScreenError(f'{option("controls")} names {first_few(strange)}: choose from {", ".join(WELL_TYPES)}.')
     mine = {}
     for k, names in (controls or {}).items():
         mine.update({str(v): k for v in ([names] if isinstance(names, str) else names)})
     unused = set(mine) - set(sirna.dropna()) - set(kind.dropna())
-    if unused: raise ScreenError(f'controls names {first_few(sorted(unused))}, which is no perturbation or well type '
+    if unused: raise ScreenError(f'{option("controls")} names {first_few(sorted(unused))}, which is no perturbation or well type '
                                  f'in {where}.')
     known = {k: mine.get(k) or _KINDS.get(k.lower().replace(' ', '_')) for k in kind.dropna().unique()}
     odd = [k for k, v in known.items() if v is None]
     if odd: raise ScreenError(f'{where}, row {kind.index[kind == odd[0]][0]}: {odd[0]!r} is no known well type; say '
-                              f'what it is with controls=dict(negative_control=[{odd[0]!r}]), or map another column.')
+                              f'what it is with {option("controls", {"negative_control": [odd[0]]})}, or map another column.')
     return pd.Series([mine.get(s) or known.get(k) or 'treatment' for s, k in zip(sirna, kind)], sirna.index,
                      dtype=object)
 
 # %% ../../nbs/05_screen.files.ipynb #625300de
-def _datasets(given, experiment, dataset, test, where):
+def _datasets(given, experiment, dataset, test, where, else_=None):
     "Return the dataset of each row, from a column, the default and the list of test experiments"
     check_choice('dataset', dataset, _DATASETS)
     if given is None: given = pd.Series(dataset, experiment.index, dtype=object)
     known = pd.Series([_DATASETS.get(str(o).lower()) for o in given], given.index, dtype=object)
     if known.isna().any():
         i = known.index[known.isna()][0]
-        raise ScreenError(f'{where}, row {i}: the dataset is {given[i]!r}; write train, val or test, or use no column '
-                          'for it with columns=dict(dataset=None).')
+        else_ = else_ or f'use no column for it with {option("columns", {"dataset": None})}'
+        raise ScreenError(f'{where}, row {i}: the dataset is {given[i]!r}; write train, val or test, or {else_}.')
     test = [o.strip() for o in test.split(',')] if isinstance(test, str) else [str(o) for o in test]
     strange = [o for o in test if o not in set(experiment)]
     if strange: raise ScreenError(f'{first_few(strange)} cannot be test: the experiments are '
@@ -377,7 +379,7 @@ def _facts(df, found, where, controls, cell_type, dataset, test):
     blank = pd.Series([None]*len(df), df.index, dtype=object)
     for c in ('plate', 'well'):
         if found[c] is None: raise ScreenError(f'{where} has no column for the {c} (it has {first_few(df.columns)}): '
-                                               f'name it with columns=dict({c}=…).')
+                                               f'name it with {option("columns", {c: "…"})}.')
     t = pd.DataFrame(dict(plate=_whole_numbers(need('plate')), well=need('well')), index=df.index)
     t['well'] = _wells(t['well'], where)
     t['site'] = 1 if found['site'] is None else _whole_numbers(need('site'))
@@ -420,7 +422,7 @@ def _one_row_per_site(t, found, where):
     site = t.site_id[twice].iloc[0]
     raise ScreenError(f'{where} lists site {site} in rows {first_few(t.index[t.site_id == site])}: keep one row per '
                       'site' + ('.' if found['site'] else ', or name the column with the number of the site with '
-                                'columns=dict(site=…).'))
+                                f'{option("columns", {"site": "…"})}.'))
 
 # %% ../../nbs/05_screen.files.ipynb #fb01010f
 def _channel_rows(t, key, names, where):
@@ -434,14 +436,14 @@ def _channel_rows(t, key, names, where):
         rows = t.index[(site == site[i]) & (channel == channel[i])]
         raise ScreenError(f'{where} lists channel {list(names)[channel[i]]} of site {t.site_id.iloc[i]} in rows '
                           f'{first_few(rows)}: keep one row per file, or name the column with the number of the site '
-                          'with columns=dict(site=…).')
+                          f'with {option("columns", {"site": "…"})}.')
     at[site, channel] = np.arange(len(t))
     lacks = (at < 0).any(1)
     if lacks.any():
         i = np.flatnonzero(lacks)[0]
         raise ScreenError(f'{lacks.sum()} of {len(ids)} sites in {where} have no row for some channel ({ids[i]} has '
                           f'none for {first_few(n for n, a in zip(names, at[i]) if a < 0)}): add the rows, leave '
-                          'those sites out, or choose channels.')
+                          f'those sites out, or choose {option("channels")}.')
     return ids, site, at
 
 # %% ../../nbs/05_screen.files.ipynb #d35ef9f9
@@ -498,10 +500,10 @@ def _gather(df, found, channels, own_file, where, facts):
     if found['file'] is None:
         raise ScreenError(f'{where} names no image files (it has {first_few(df.columns)}): it needs FileName_… '
                           'columns, or a column of '
-                          'files; name them with columns=dict(file=…, channel=…) or channels={"DNA": column, …}.')
+                          f'files; name them with {option("columns", dict(file="…", channel="…"))} or {option("channels", {"DNA": "…"})}.')
     if found['channel'] is None and not channels:
         raise ScreenError(f'{where} has one file per site and no column of channels: name what each file holds with '
-                          'channels=[…], in the order of its pages.')
+                          f'{option("channels", ["DNA", "…"])}, in the order of its pages.')
     return _gather_list(df, found, used, channels, where, facts)
 
 # %% ../../nbs/05_screen.files.ipynb #560e7640

@@ -41,20 +41,20 @@ def _open_table(path, kind, how):
     read, what = (read_files, 'a table of files') if kind == 'files' else (read_plates, 'OME-Zarr plates')
     strange = [k for k in how if k not in inspect.signature(read).parameters]
     if strange:
-        hint = '' if kind == 'files' else ', and say it in the table of wells (its columns dataset and well_type)'
-        raise ScreenError(f'{path} is {what}, for which {option(strange[0])} cannot be given: leave it out{hint}.')
+        raise ScreenError(f'{path} is {what}, for which {option(strange[0])} cannot be given: leave it out.')
     return Screen(*read(path, **how), path)
 
 # %% ../../nbs/08_screen.open.ipynb #d97de03a
 def _open_own(path, kind, how):
     "Open a packed screen or RxRx1's folders"
-    if how:
+    strange = [k for k in how if kind == 'packed' or k != 'cell_types']
+    if strange:
         what = 'is a packed screen' if kind == 'packed' else 'has the tables of RxRx1'
-        raise ScreenError(f'{path} {what}, so {", ".join(how)} cannot be given: leave it out.')
+        raise ScreenError(f'{path} {what}, so {", ".join(map(option, strange))} cannot be given: leave it out.')
     if kind == 'packed':
         source = PackedScreen(path)
         return Screen(source.table, source, path)
-    table = read_metadata(path)
+    table = read_metadata(path, **how)
     return Screen(table, PngTree(path if Path(path).is_dir() else Path(path).parent, table), path)
 
 # %% ../../nbs/08_screen.open.ipynb #83dd0ca0
@@ -62,7 +62,7 @@ def open_screen(
     path, # A packed screen, RxRx1's folder, a table of image files, OME-Zarr plates; a `Screen` is returned unchanged
     only_present:bool=False, # Leave out sites whose files are absent, and print how many
     check:bool=True, # Check the files of all sites now; otherwise `screen[rows].complete()` checks those of some rows
-    **how # For a table of files or plates: the arguments of `read_files` or `read_plates`
+    **how # For a table of files or plates: the arguments of `read_files` or `read_plates`; for RxRx1's folder: `cell_types`
 )->Screen:
     "Open a screen of any kind"
     if isinstance(path, Screen): return path

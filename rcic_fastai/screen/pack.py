@@ -19,7 +19,7 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import (OwnFolder, ScreenError, check_choice, first_few, only_one, open_plain, parse_json,
+from ..core import (OwnFolder, ScreenError, check_choice, first_few, only_one, open_plain, option, parse_json,
                               read_plain, write_atomic, write_json)
 from .tables import check_table, read_metadata, read_parquet
 from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns
@@ -107,7 +107,7 @@ def _begin(part, table, source, codec, force):
         except (ValueError, OSError): same = False
         if same: return
         raise ScreenError(f'{part} was begun with another table, other channels or another codec: finish it as it '
-                          'was begun, or start again with force (--force).')
+                          f'was begun, or start again with {option("force", True)}.')
     STORE_FOLDER.remove(part)            # a run that was killed before it had begun
     STORE_FOLDER.make(part)
     _write_zarr(part, facts)
@@ -223,7 +223,7 @@ def _check_packable(source, table):
     absent = absent[absent.site_id.isin(set(table.site_id))]
     if len(absent):
         raise ScreenError(f'{len(absent)} of {len(table)} sites lack channel files ({first_few(absent.file)}): restore '
-                          'them, or leave those sites out with only_present=True (--only-present).')
+                          f'them, or leave those sites out with {option("only_present", True)}.')
 
 # %% ../../nbs/04_screen.pack.ipynb #32929567
 def _crc32c(path):

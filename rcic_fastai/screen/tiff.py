@@ -371,7 +371,7 @@ def _by_description(full, at, names, n, name, t, z, asked, among):
     holds, has = len(channels)*samples, f' ({first_few(names, 16)})' if any(names) else ''
     if holds != n:
         raise ScreenError(f'{name} says that it holds {holds} channel(s){has}, where the table names {n}: name what the file '
-                          f'holds with {option("channels")}, or {_NAME_PAGES[5:]}.')
+                          f'holds with {option("channels", ["DNA", "…"])}, or {_NAME_PAGES[5:]}.')
     mine = [names[c] if c < len(names) else '' for c in channels]
     if samples == 1: check_channel_names(mine, asked, among, name)
     return list(channels.values()), 'pages' if samples == 1 else 'samples'
@@ -385,7 +385,7 @@ def _by_number(tif, full, n, name):
         return [[p] for p in islice(tif.pages, MOST_PIXELS//n)], 'rows'
     what = f'more than {n}' if len(full) > n else f'{len(full)}'
     raise ScreenError(f'{name} has {what} page(s) of {first.samplesperpixel} sample(s), where the table names {n} channel(s): '
-                      f'name what the file holds with {option("channels")}, {_NAME_PAGES[5:]}, or its plane with '
+                      f'name what the file holds with {option("channels", ["DNA", "…"])}, {_NAME_PAGES[5:]}, or its plane with '
                       f'{option("z", 0)}; if it was cut short, copy it again.')
 
 # %% ../../nbs/04b_screen.tiff.ipynb #e993e22b
