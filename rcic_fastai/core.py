@@ -12,7 +12,6 @@ __all__ = ['terminal_text', 'ScreenError', 'first_few', 'as_command', 'option', 
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from operator import attrgetter
 from pathlib import Path
 import numpy as np
@@ -44,7 +43,7 @@ def first_few(
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names) > n else '')
 
 # %% ../nbs/00_core.ipynb #90aede36
-_COMMAND = ContextVar('command', default=None)
+_COMMAND = [None]    # of the whole process: threads that read files say it as the command does
 
 @contextmanager
 def as_command(
@@ -53,9 +52,9 @@ def as_command(
     elsewhere=None, # {name of another command: its options}
 ): # Context manager
     "Make messages name arguments as options of a command"
-    token = _COMMAND.set((frozenset(positional), options, elsewhere or {}))
+    _COMMAND.append((frozenset(positional), options, elsewhere or {}))
     try: yield
-    finally: _COMMAND.reset(token)
+    finally: _COMMAND.pop()
 
 # %% ../nbs/00_core.ipynb #62cf457a
 def _pairs(mapping):
@@ -84,8 +83,8 @@ def option(
 )->str: # Such as `adapt='none'`, or in a command `--adapt none`
     "Return an argument as the caller writes it"
     in_python = f'{name}={_written(value[0])}' if value else name
-    if _COMMAND.get() is None: return in_python
-    positional, options, elsewhere = _COMMAND.get()
+    if _COMMAND[-1] is None: return in_python
+    positional, options, elsewhere = _COMMAND[-1]
     flag = name.upper() if name in positional else '--' + name.replace('_', '-')
     is_switch = not value or value[0] is True
     shown = flag if is_switch else f'{flag} {_typed(value[0])}'
