@@ -111,9 +111,11 @@ def _options(func):
     parameters = inspect.signature(func).parameters.values()
     return {p.name: p.annotation is store_true for p in parameters if p.default is not p.empty}
 
+_SENT_TO = dict(rcic_pack='pack', rcic_train='train', rcic_predict='predict', rcic_evaluate='evaluate_csv')
+
 def _commands():
     "Return {name: function} of the commands that a message may send someone to"
-    return dict(rcic_pack=pack, rcic_train=train, rcic_predict=predict, rcic_evaluate=evaluate_csv)
+    return {c: globals()[f] for c, f in _SENT_TO.items() if f in globals()}
 
 def run_command(
     func, # A documented function
@@ -239,7 +241,7 @@ def pack(
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
         sites = f'{len(packed)} sites of {"×".join(map(str, packed.shape))}'
-        print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(packed)}')
+        print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
     if verify: print(f'{dest}: {verify_store(dest, packed, workers or None)} sites are the same as in {screen}')
 
 pack.groups = {'what the source means': ['channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'dataset', 'wells', 'experiment'],

@@ -16,6 +16,7 @@ from ..core import *
 from ..screen.tables import *
 from ..screen.images import *
 from ..screen.screen import *
+from ..screen.pack import picture_notes
 from ..batch.data import *
 from ..model.model import *
 from ..model.batchnorm import *
@@ -303,5 +304,5 @@ def screen_notes(self:TrainedModel,
 )->list: # Sentences
     "Return what is odd about a screen, beside the one that the model was trained on"
     rows, source, data = screen.table, screen.source, self.config['data']
-    return [*_earlier_notes(self.model, self.trained, rows), *_size_notes(data, self.spec, source),
+    return [*picture_notes(screen), *_earlier_notes(self.model, self.trained, rows), *_size_notes(data, self.spec, source),
             *_brightness_notes(data, rows, source), *_store_notes(data, self.index, source)]
