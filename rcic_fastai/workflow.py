@@ -41,7 +41,7 @@ from .folder import *
 def screen_summary(
     screen:Screen, # Any screen
 )->str: # One or more lines
-    "Return the number of wells of each kind, cell type and data set, and what is missing for a prediction"
+    "Return the number of wells of each kind, cell type and data set, what is missing for a prediction, and pictures that cannot be right"
     wells = screen.wells
     def counts(column): return ', '.join(f'{n} {k}' for k, n in wells[column].value_counts(sort=False).items())
     lines = [f'{len(wells)} wells: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; {wells.sirna.nunique()} perturbations']
@@ -49,7 +49,7 @@ def screen_summary(
         lines.append(f'no well is a control; in a table of files, {option("controls", "DMSO=negative_control")} names perturbations that are')
     if (wells.dataset != 'test').all():
         lines.append(f'no experiment is a test: a prediction needs some; {option("test", "EXP,EXP")} marks them')
-    return '\n'.join(lines)
+    return '\n'.join([*lines, *picture_notes(screen)])
 
 # %% ../nbs/71_workflow.ipynb #95879d22
 def folder_bytes(
@@ -154,6 +154,7 @@ def _training_learner(screen, recipe, given, workers):
     dls = screen_dls(learned, **{**data, **{k: given[k] for k in ('valid', 'target', 'seed')}, 'controls': controls, 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
           f'{len(dls.spec.labels)} {given["target"]} classes, {len(learned.channels)} channels')
+    for note in picture_notes(learned): print(f'note: {note}')
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
     if given['metadata']: model['metadata'] = given['metadata']

@@ -127,7 +127,7 @@ def check_id_test(
 ):
     "Raise a `ScreenError` when whole wells would include sites of `dataset` 'id_test', on which nothing may be trained"
     if sites > 1 and table.well_id[table.dataset == 'id_test'].isin(rows.well_id).any():
-        raise ScreenError(f'sites={sites} would read the id_test sites of the training wells: take sites=1, or set '
+        raise ScreenError(f'{option("sites", sites)} would read the id_test sites of the training wells: take {option("sites", 1)}, or set '
                           'their dataset to train.')
 
 # %% ../../nbs/13_batch.data.ipynb #ad8d5d01
@@ -150,8 +150,8 @@ class ScreenSpec:
     def __post_init__(self):
         check_choice('norm_from', self.norm_from, ('all', 'controls'))
         if self.norm_from == 'all' or self.per_group: return
-        raise ScreenError(f'norm_from={self.norm_from!r} goes with statistics of plates or experiments, not with '
-                          f"norm={self.norm!r}: say norm='plate' or norm='experiment' too.")
+        raise ScreenError(f'{option("norm_from", self.norm_from)} goes with statistics of plates or experiments, not with '
+                          f'{option("norm", self.norm)}: say {option("norm", "plate")} or {option("norm", "experiment")} too.')
     @property
     def per_group(self): return self.norm in ('plate', 'experiment')
     @property
@@ -195,7 +195,7 @@ def statistics_rows(
     use, lacks = _statistics_of(spec, rows, rows if among is None else among)
     if not lacks: return use
     what, more = 'site', ''
-    if spec.norm_from == 'controls': what, more = 'control well', ", or train with norm_from='all'"
+    if spec.norm_from == 'controls': what, more = 'control well', f', or train with {option("norm_from", "all")}'
     raise ScreenError(f'{first_few(lacks)} has no {what} to take pixel statistics of: add its rows to the table '
                       f'(stat_rows){more}.')
 

@@ -37,7 +37,7 @@ def prediction_rows(
     "Return the rows to name: test rows, without their labels"
     check_choice('wells', wells, WELLS)
     rows = table[table.dataset == 'test']
-    if not len(rows): raise ScreenError('The screen has no test rows: set dataset to test for the experiments to predict (rcic_pack --test EXP,EXP).')
+    if not len(rows): raise ScreenError(f'The screen has no test rows: set dataset to test for the experiments to predict, with {option("test", "EXP,EXP")}.')
     if wells == 'treatment':
         control_plates_note(rows)       # raises where there is no treatment at all
         rows = rows[rows.well_type == 'treatment']

@@ -26,6 +26,8 @@ from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, 
                                         read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
                                         _complete_types, _well_names, _whole_numbers)
 from .images import MOST_PIXELS, ImageSource
+from .tiff import check_channel_names, check_planes, choose_plane
+from .files import _datasets
 
 # %% ../../nbs/06_screen.plates.ipynb #777de2a3
 @lru_cache
@@ -155,8 +157,6 @@ def _plate_fields(folder, progress):
     return name, fields, bare
 
 # %% ../../nbs/06_screen.plates.ipynb #f2435cf9
-_WORDS = dict(t='time points', z='planes')
-
 def _axes(multiscale, folder):
     "Return the axes of an image as a string, such as 'tczyx'"
     names = ''.join(dict(time='t', channel='c').get(a.type, f'{a.name}') for a in multiscale.axes)
@@ -165,22 +165,12 @@ def _axes(multiscale, folder):
     have = ', '.join(str(a.name)[:20] for a in multiscale.axes)
     raise ScreenError(f'{folder} has the axes {have}, but only time, channel, z, y and x are understood: convert the plate.')
 
-def _choose(axis, size, want, folder):
-    "Return the slice of an axis that is read"
-    if want == 'max': return slice(0, size)
-    if want is None and size > 1:
-        raise ScreenError(f'{folder} has {size} {_WORDS[axis]}: choose one, {axis}=0 to {size-1}, or {axis}="max" for '
-                          'the brightest of each pixel.')
-    i = want or 0
-    if i >= size: raise ScreenError(f'{axis}={i} is not in {folder}: it has {size} {_WORDS[axis]}, counted from 0.')
-    return slice(i, i+1)
-
 # %% ../../nbs/06_screen.plates.ipynb #86f32310
 def _channel_names(omero, n, folder):
     "Return `n` names: those of `omero`, and c1, c2, … where it has none"
     if omero is None: return tuple(f'c{i+1}' for i in range(n))
     from ome_zarr_models.common.omero import Omero
-    do = 'correct it, or name the channels with channels='
+    do = f'correct it, or name the channels with {option("channels", ["DNA", "…"])}'
     with _sentence(f'the omero metadata of {folder} cannot be used', do):
         labels = [getattr(c, 'label', None) for c in Omero.model_validate(omero).channels]
         if len(labels) != n: raise ValueError(f'it has {len(labels)} channels, the array {n}')
@@ -189,6 +179,13 @@ def _channel_names(omero, n, folder):
         names = tuple(o or f'c{i+1}' for i, o in enumerate(labels))
         if len(set(names)) < n: raise ValueError(f'two channels have one name: {", ".join(names)}')
     return names
+
+def _check_named(omero, named, folder):
+    "Raise a `ScreenError` when the names that are given contradict those in the metadata; what cannot be used there says nothing"
+    try: have = _channel_names(omero, len(named), folder)
+    except ScreenError: return named
+    if omero is not None: check_channel_names(have, named, name=folder)
+    return named
 
 # %% ../../nbs/06_screen.plates.ipynb #d3919bba
 def _bounded(d, data, n):
@@ -433,7 +430,7 @@ def _layout(folder, path, fmt, text, axes, t, z):
         have = len(array['shape'])
         if len(axes) != have: raise ValueError(f'it has {have} axes, the metadata {len(axes)}')
     want = dict(t=t, z=z)
-    region = tuple(_choose(a, n, want[a], folder) if a in want else slice(0, n) for a, n in zip(axes, array['shape']))
+    region = tuple(choose_plane(a, n, want[a], folder) if a in want else slice(0, n) for a, n in zip(axes, array['shape']))
     _check_size(array, region, axes, folder)
     return _Layout(array, axes, region)
 
@@ -466,8 +463,8 @@ def _open_field(folder, t, z, named, known):
     if array is None: return None
     layout = _once(known, (fmt, axes, array), lambda: _layout(folder, path, fmt, array, axes, t, z))
     n = layout.shape[0]
-    names = named or _once(known, (n, json.dumps(omero)), lambda: _channel_names(omero, n, folder))
-    return os.path.join(folder, path), layout, names
+    named_here = _once(known, (n, json.dumps(omero)), lambda: _check_named(omero, named, folder) if named else _channel_names(omero, n, folder))
+    return os.path.join(folder, path), layout, named_here
 
 # %% ../../nbs/06_screen.plates.ipynb #ee45e71b
 class _Absent(Exception): "A chunk is absent"
@@ -564,10 +561,7 @@ def pixels(self:_Layout, folder, fill=False): # [C,H,W]
 def _check_arguments(t, z, empty):
     "Raise a `ScreenError` for anything but a number from 0, 'max' or None, and for an unknown `empty`"
     _models()
-    for name, v in (('t', t), ('z', z)):
-        is_number = isinstance(v, (int, np.integer)) and v >= 0
-        if v not in (None, 'max') and not is_number:
-            raise ScreenError(f'{name}={v!r} is not known: choose a number from 0, or "max".')
+    check_planes(t=t, z=z)
     check_choice('empty', empty, ('error', 'fill'))
 
 # %% ../../nbs/06_screen.plates.ipynb #6f94f233
@@ -591,7 +585,7 @@ def _agree_names(root, names, rounds={})->tuple:
     for f, k in names.items():
         if k == usual: continue
         do = f'choose one of the acquisitions {first_few(several)} with {option("acquisition", several[0])}' if len(several) > 1 else \
-             'correct its omero metadata, or name them all with channels='
+             f'correct its omero metadata, or name them all with {option("channels", ["DNA", "…"])}'
         raise ScreenError(f'{os.path.join(root, f)} has the channels {", ".join(k)}, but this screen has {", ".join(usual)}: {do}.')
     return usual
 
@@ -619,7 +613,7 @@ class PlateSource(ImageSource):
         self.shape, self.dtype = _agree(root, fields, [o[1] for o in self._where.values()])
         self.channels = named or _agree_names(root, names, dict(zip(fields, table.acquisition)) if 'acquisition' in table else {})
         if len(self.channels) != self.shape[0]:
-            raise ScreenError(f'channels has {len(self.channels)} names ({", ".join(self.channels)}), but the fields '
+            raise ScreenError(f'{option("channels")} has {len(self.channels)} names ({", ".join(self.channels)}), but the fields '
                               f'have {self.shape[0]} channels: name each.')
 
 # %% ../../nbs/06_screen.plates.ipynb #7df63698
@@ -630,11 +624,11 @@ def _read(self:PlateSource, site_id, out):
     path, layout = self._where[site_id]
     if layout is None:
         raise ScreenError(f'site {site_id} has no array in {path}: restore it, or leave incomplete sites out with '
-                          'only_present=True (--only-present).')
+                          f'{option("only_present", True)}.')
     with _sentence(f'site {site_id} cannot be read from {path}', 'copy that field again from the original plate'):
         try: out[:] = layout.pixels(path, self.empty == 'fill')
         except _Absent as e:
-            raise ScreenError(f'site {site_id} lacks {e} in {path}: copy the plate again, or read with empty="fill" if '
+            raise ScreenError(f'site {site_id} lacks {e} in {path}: copy the plate again, or read with {option("empty", "fill")} if '
                               'its writer leaves out chunks that are empty.') from None
 
 # %% ../../nbs/06_screen.plates.ipynb #5ed024f2
@@ -712,7 +706,7 @@ def _plate_table(plates, experiment, partial, progress, acquisition=None):
     for p, (_, _, without) in zip(plates, read): bare += [f'{p.name} {w}' for w in without]
     if bare and not partial:
         raise ScreenError(f'{plural(len(bare), "listed well has", "listed wells have")} no field on disk ({first_few(bare)}): copy the '
-                          'plate again, or leave such wells out with partial=True.')
+                          f'plate again, or leave such wells out with {option("partial", True)}.')
     names, rows = _plate_names(plates, [name or None for name, _, _ in read], experiments), []
     for e, n, p, (_, fields, _) in zip(experiments, names, plates, read):
         at = p.relative_to(root).as_posix()
@@ -782,8 +776,8 @@ def _annotate(t, wells, partial, columns=None, controls=None):
     none_fits, all_fit = len(extra) == len(w), not len(extra) and not len(lacking)
     if none_fits or not (all_fit or partial):
         raise ScreenError(f'{where} has {plural(len(extra), "well")} not on the plates ({spelt(extra)}), and the plates have '
-                          f'{plural(len(lacking), "well")} not in it ({spelt(lacking)}): correct it, or pass partial=True '
-                          'to continue with the wells that both have.')
+                          f'{plural(len(lacking), "well")} not in it ({spelt(lacking)}): correct it, or '
+                          f'add {option("partial", True)} to continue with the wells that both have.')
     if 'experiment' in w and not several: t['experiment'] = _experiments(t, w, where)
     new = w.drop(columns=['plate', 'well', 'experiment'], errors='ignore').set_axis(index)
     for c, s in new.items():
@@ -801,8 +795,6 @@ def _experiments(t, w, where):
     return t.plate.astype(str).map(known.str[0]).fillna(t.experiment)
 
 # %% ../../nbs/06_screen.plates.ipynb #4c0533ef
-_DATASETS = ('train', 'val', 'id_test', 'test')
-
 def read_plates(
     path, # Folder of a plate, folder that holds `*.zarr` plates, or a list of such folders
     wells=None, # CSV, parquet or table: plate, well and any of sirna, cell_type, well_type, experiment, dataset, and others
@@ -813,6 +805,7 @@ def read_plates(
     t=None, # Time point from 0, 'max' (brightest of each pixel), or None where there is one
     z=None, # Plane from 0, 'max', or None where there is one
     empty:str='error', # Chunks that are absent: 'error', or 'fill' with the array's fill value, usually 0
+    test=(), # Experiments to mark as test: a list, or 'A,B'
     partial:bool=False, # Leave out wells without a field; `wells` may have more or fewer than the plates
     progress:bool=True, # Show progress bars
     acquisition:int=None, # Read only the fields of this one, for plates that were imaged several times
@@ -827,14 +820,13 @@ def read_plates(
         given = 'columns' if columns else 'controls'
         raise ScreenError(f'{option(given)} is about the table of wells, and there is none: give {option("wells")}, or leave it out.')
     if wells is not None: s, where = _annotate(s, wells, partial, columns, controls)
-    odd = s[~s.dataset.isin(_DATASETS)]
-    if len(odd):
-        raise ScreenError(f'well {odd.well.iloc[0]} has the dataset {odd.dataset.iloc[0]!r}: use {", ".join(_DATASETS)}.')
     s['sirna'] = s.sirna.astype(object).where(s.sirna.notna(), None)
+    s['well_id'] = s.experiment + '_' + s.plate.astype(str) + '_' + s.well
+    w = s.drop_duplicates('well_id').set_index('well_id')
+    s['dataset'] = s.well_id.map(_datasets(w.dataset, w.experiment, dataset, test, where, 'leave the cell empty'))
     names = sorted(s.sirna.dropna().unique())
     s['sirna_id'] = pd.array(s.sirna.map({n:i for i, n in enumerate(names)}), 'Int64')
     s['plate_group'] = pd.array([pd.NA]*len(s), 'Int64')
-    s['well_id'] = s.experiment + '_' + s.plate.astype(str) + '_' + s.well
     s['site_id'] = s.well_id + '_' + s.site.astype(str)
     s = check_table(s[SITE_COLUMNS + [c for c in s if c not in SITE_COLUMNS]], where)
     return s, PlateSource(root, s, channels, t, z, empty, progress)

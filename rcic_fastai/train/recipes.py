@@ -229,7 +229,7 @@ def _new_rates(found, facts):
 # %% ../../nbs/33_train.recipes.ipynb #9a34eaa5
 def _end_late():
     "End as `Checkpoint` does, when SIGTERM came behind the last batch that it looked at"
-    print('SIGTERM came when the last epoch was over: continue with resume=True (--resume).', file=sys.stderr)
+    print(f'SIGTERM came when the last epoch was over: continue with {option("resume", True)}.', file=sys.stderr)
     raise SystemExit(143)
 
 # %% ../../nbs/33_train.recipes.ipynb #7ffcf8ca
