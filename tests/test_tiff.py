@@ -78,7 +78,7 @@ def test_stacks_without_a_word(tmp_path):
     tifffile.imwrite(f := tmp_path/'x.tif', x, **GRAY, metadata=None)
     assert (read_planes(f, 3) == x).all() and (read_planes(f, 3, z='max') == x).all()
     assert (read_planes(f, 1, z=2) == x[2]).all() and (read_planes(f, 1, t='max') == x.max(0)).all()
-    refused(lambda: read_planes(f), 'more than 1 page', 'z=0')
+    refused(lambda: read_planes(f), '1 page of 1 sample', 'z=0')
     refused(lambda: read_planes(f, z=0, t=0), 'does not say which')
     refused(lambda: read_planes(f, 2, z=0), 'does not say which')
     samples = np.moveaxis(pixels(3, 2), 1, -1)
