@@ -5,7 +5,7 @@
 Trains the demo's model (EfficientNet-Lite0, 96 px, batches of 32) on a small drawn screen. Rounds of the two loops
 alternate, so that what else the machine does falls on both: the library's own `fit_recipe`, with all its callbacks,
 and a loop of a dozen lines with the same batches, model and optimizer. The ratio is the median over the rounds. Below
-it stand two older ways of doing the same: filters with channels first, and fastai's optimizer.
+it stand two older ways of doing the same: pictures with channels first, and fastai's optimizer.
 """
 import argparse, statistics, tempfile, time
 from pathlib import Path
@@ -38,7 +38,7 @@ def library(dls, **kwargs):
 
 
 def channels_first(dls):
-    "As `library`, with pictures and filters as PyTorch has them by default"
+    "As `library`, with pictures as PyTorch has them by default"
     channels_last, torch.channels_last = torch.channels_last, torch.contiguous_format
     try: return library(dls)
     finally: torch.channels_last = channels_last

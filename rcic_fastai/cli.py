@@ -12,7 +12,7 @@ import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/72_cli.ipynb #f4863b1e
-import contextlib, re, sys, time
+import contextlib, inspect, re, sys, time
 from fastcore.script import anno_parser, store_true
 from .core import *
 
@@ -106,6 +106,17 @@ def _version():
     return f'rcic_fastai {__version__}'
 
 # %% ../nbs/72_cli.ipynb #93c02c51
+def _options(func):
+    "Return {option: whether it is a switch} of a command"
+    parameters = inspect.signature(func).parameters.values()
+    return {p.name: p.annotation is store_true for p in parameters if p.default is not p.empty}
+
+_SENT_TO = dict(rcic_pack='pack', rcic_train='train', rcic_predict='predict', rcic_evaluate='evaluate_csv')
+
+def _commands():
+    "Return {name: function} of the commands that a message may send someone to"
+    return {c: globals()[f] for c, f in _SENT_TO.items() if f in globals()}
+
 def run_command(
     func, # A documented function
     argv=None, # Arguments; `None`: those of the process
@@ -115,23 +126,51 @@ def run_command(
     parser = command_parser(func, prog)
     args = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra', 'version')}
     by_position = [a.dest for a in parser._actions if not a.option_strings]
+    others = {c: _options(f) for c, f in _commands().items() if f is not func}
     out, err = _OwnLines(sys.stdout if _is_first() else open(os.devnull, 'w')), _OwnLines(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), as_command(by_position):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), as_command(by_position, _options(func), others):
         try: return _called(func, args, prog, err)
         finally: out.end()
 
 # %% ../nbs/72_cli.ipynb #34fa1010
+_EXAMPLES = dict(columns='experiment=Batch,dataset= for no such column', controls='DMSO=negative_control', channels='nucleus=DNA',
+                 replace='s3://bucket/=/data/')
+
+def _not_understood(s, what, part):
+    return ScreenError(f'--{what} {s} is not understood at {part!r}: write pairs with commas, such as {_EXAMPLES[what]}.')
+
+def _pairs(s, what, split):
+    "Read 'a=b,c=d' as [('a', 'b'), ('c', 'd')], each name once; `split` takes a pair apart"
+    pairs = []
+    for part in as_names(s):
+        a, eq, b = split(part, '=')
+        if not eq: raise _not_understood(s, what, part)
+        pairs.append((a.strip(), b.strip()))
+    names = [a for a, _ in pairs]
+    twice = [a for a in names if names.count(a) > 1]
+    if twice: raise ScreenError(f'--{what} {s} names {twice[0] or "the empty cell"} twice: choose one.')
+    return pairs
+
 def _mapping(s, what):
-    "Read 'a=b,c=d' as {'a': 'b', 'c': 'd'}"
-    pairs = [o.partition('=') for o in as_names(s)]
-    bad = [a for a, eq, b in pairs if not (a and eq and b)]
-    if bad: raise ScreenError(f'--{what} {s} is not understood at {bad[0]!r}: write {what[:-1]}=name pairs with commas, such as experiment=Batch.')
-    return {a: b for a, _, b in pairs}
+    "Read 'a=b,c=' as {'a': 'b', 'c': None}: no column is c"
+    pairs = _pairs(s, what, str.rpartition if what == 'replace' else str.partition)
+    if any(not a or not b and what != 'columns' for a, b in pairs): raise _not_understood(s, what, '=')
+    return {a: b or None for a, b in pairs}
+
+def _channels(s):
+    "Read 'A,B' as names, and 'a=A,b=B' as names for those of the screen"
+    return _mapping(s, 'channels') if '=' in s else as_names(s)
+
+def _plane(s):
+    "Read '2' as a number; another text, such as 'max', stays"
+    return int(s) if re.fullmatch('[0-9]{1,9}', s) else s or None
 
 def _roles(s):
-    "Read 'DMSO=negative_control' as {'negative_control': ['DMSO']}"
+    "Read 'DMSO=negative_control,=negative_control' as {'negative_control': ['DMSO', '']}; the empty name is that of the empty cell"
     res = {}
-    for name, kind in _mapping(s, 'controls').items(): res.setdefault(kind, []).append(name)
+    for name, kind in _pairs(s, 'controls', str.rpartition):
+        if not kind: raise _not_understood(s, 'controls', f'{name}=')
+        res.setdefault(kind, []).append(name)
     return res
 
 # %% ../nbs/72_cli.ipynb #60bed445
@@ -182,13 +221,23 @@ def pack(
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
-    channels:str='', # Channels to use, in order, with commas; empty: all
-    columns:str='', # For a table of files: what its columns are, such as experiment=Batch,plate=Barcode,sirna=treatment
-    controls:str='', # For a table of files: perturbations that are controls, such as DMSO=negative_control
+    channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=ER; empty: all
+    columns:str='', # For a table of files or of wells: what its columns are, such as experiment=Batch,plate=Barcode,sirna=treatment; dataset= for no such column
+    controls:str='', # For a table of files or of wells: perturbations that are controls, such as DMSO=negative_control; =negative_control for wells whose cell is empty
     test:str='', # Experiments to mark as test, with commas
+    cell_type:str='', # Cell type of rows that name none
+    cell_types:str='', # For RxRx1's folder: the cell types that are allowed, with commas; empty: RxRx1's four
+    dataset:str='', # Of rows that name none: train, val or test; empty: train
+    z:str='', # Plane of files or plates with several: a number from 0, or max (the brightest of each pixel)
+    t:str='', # Time point, in the same way
     root:str='', # For a table of files: folder that its paths start from
-    cell_type:str='', # For a table of files or plates: cell type of rows that name none
+    replace:str='', # For a table of files: new beginnings of its paths, such as s3://bucket/=/data/
+    plate_wells:int=0, # For a table of files: wells of a plate, to check well names against; 0: any
     wells:str='', # For OME-Zarr plates: CSV with what is in each well
+    experiment:str='', # For OME-Zarr plates: experiment of plates that name none; empty: their folder
+    empty:str='', # For OME-Zarr plates: chunks that are absent are an error, or fill: read as the array's fill value
+    partial:store_true=False, # For OME-Zarr plates: leave out wells without a field, and wells that are only in one of plates and table
+    acquisition:int=-1, # For OME-Zarr plates that were imaged several times: the number of the acquisition to read; -1: all
     workers:int=0, # Threads; 0: one per core
 ):
     "Pack a screen; interrupted, the same command continues"
@@ -196,16 +245,20 @@ def pack(
     from rcic_fastai.screen.pack import is_store, pack_screen, verify_store
     from rcic_fastai.workflow import folder_bytes, screen_summary
     check_numbers(workers=workers)
-    given = dict(channels=as_names(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls), test=as_names(test),
-                 root=root, cell_type=cell_type, wells=wells)
-    packed, start = open_screen(screen, only_present, **{k: v for k, v in given.items() if v}), time.time()
+    given = dict(channels=_channels(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls), test=as_names(test),
+                 cell_type=cell_type, cell_types=as_names(cell_types), dataset=dataset, z=_plane(z), t=_plane(t), root=root,
+                 replace=_mapping(replace, 'replace'), plate_wells=plate_wells, wells=wells, experiment=experiment, empty=empty,
+                 partial=partial, acquisition=acquisition if acquisition >= 0 else None)
+    start, given = time.time(), {k: v for k, v in given.items() if v or v == 0 and k in ('z', 't', 'acquisition')}
+    packed = open_screen(screen, only_present, **given)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
         sites = f'{len(packed)} sites of {"×".join(map(str, packed.shape))}'
-        print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(packed)}')
+        print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
     if verify: print(f'{dest}: {verify_store(dest, packed, workers or None)} sites are the same as in {screen}')
 
-pack.groups = {'what the source means': ['channels', 'columns', 'controls', 'test', 'root', 'cell_type', 'wells']}
+pack.groups = {'what the source means': ['channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'dataset', 'wells', 'experiment'],
+               'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'plate_wells', 'empty', 'partial', 'only_present']}
 
 def rcic_pack(argv=None):
     "Run the console script"
@@ -215,7 +268,7 @@ def rcic_pack(argv=None):
 def train(
     screen, # A screen: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
-    recipe:str='demo', # demo, features, rcic117, rcic117_small, or a JSON file
+    recipe:str='demo', # demo, features, rcic117, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
     valid:str='auto', # Held-out experiments EXP,EXP; auto: the last of each cell type that has two; none
@@ -231,6 +284,8 @@ def train(
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
     tta:int=4, # Dihedral views of each indexed site, 1 to 8
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
+    compile:store_true=False, # Compile the model for a GPU, in some minutes
+    resident:store_true=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:store_true=False, # Continue from the last finished epoch of the same command, in OUT.checkpoints
 ):
@@ -240,7 +295,7 @@ def train(
     train_screen(**given)
 
 train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'valid', 'target', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'run': ['bs', 'seed', 'tta', 'precision', 'workers', 'resume']}
+                'run': ['bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'workers', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"

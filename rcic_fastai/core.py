@@ -13,7 +13,6 @@ __all__ = ['terminal_text', 'ScreenError', 'first_few', 'plural', 'as_names', 'a
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from operator import attrgetter
 from pathlib import Path
 import numpy as np
@@ -61,28 +60,54 @@ def as_names(
     return [s.strip() for s in given.split(',') if s.strip()] if isinstance(given, str) else given
 
 # %% ../nbs/00_core.ipynb #90aede36
-_COMMAND = ContextVar('command', default=None)
+_COMMAND = [None]    # of the whole process: threads that read files say it as the command does
 
 @contextmanager
 def as_command(
     positional=(), # Names of arguments that are given by position, such as 'screen'
+    options=None, # {name: whether it is a switch} of the command; `None`: any may be named
+    elsewhere=None, # {name of another command: its options}
 ): # Context manager
     "Make messages name arguments as options of a command"
-    token = _COMMAND.set(frozenset(positional))
+    _COMMAND.append((frozenset(positional), options, elsewhere or {}))
     try: yield
-    finally: _COMMAND.reset(token)
+    finally: _COMMAND.pop()
 
 # %% ../nbs/00_core.ipynb #62cf457a
+def _pairs(mapping):
+    "Yield the pairs of a mapping as a shell has them: the values of a list each with its key behind them"
+    for k, v in mapping.items():
+        if isinstance(v, (list, tuple)): yield from ((name, k) for name in v)
+        else: yield k, '' if v is None else v
+
+def _typed(value):
+    "Return a value as it is typed in a shell: lists with commas, pairs as name=value"
+    if isinstance(value, dict): return ','.join(f'{a}={b}' for a, b in _pairs(value))
+    return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+def _written(value):
+    "Return a value as it is written in Python"
+    is_plain = isinstance(value, dict) and all(isinstance(k, str) and k.isidentifier() for k in value)
+    return f'dict({", ".join(f"{k}={v!r}" for k, v in value.items())})' if is_plain else repr(value)
+
+def _has(options, name, value):
+    "Return whether a command has an option that takes such a value"
+    return name in options and (not value or options[name] == (value[0] is True))
+
 def option(
     name:str, # Argument, as in Python
     *value, # Its value, when the message names one
 )->str: # Such as `adapt='none'`, or in a command `--adapt none`
     "Return an argument as the caller writes it"
-    positional = _COMMAND.get()
-    if positional is None: return f'{name}={value[0]!r}' if value else name
+    in_python = f'{name}={_written(value[0])}' if value else name
+    if _COMMAND[-1] is None: return in_python
+    positional, options, elsewhere = _COMMAND[-1]
     flag = name.upper() if name in positional else '--' + name.replace('_', '-')
     is_switch = not value or value[0] is True
-    return flag if is_switch else f'{flag} {value[0]}'
+    shown = flag if is_switch else f'{flag} {_typed(value[0])}'
+    if options is None or name in positional or _has(options, name, value): return shown
+    other = next((c for c, o in elsewhere.items() if _has(o, name, value)), None)
+    return f'{shown} ({other})' if other else f'{in_python} (in Python)'
 
 # %% ../nbs/00_core.ipynb #b7ee42f4
 def check_choice(

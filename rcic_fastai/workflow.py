@@ -19,6 +19,7 @@ from .screen.screen import *
 from .screen.pack import *
 from .screen.open import *
 from .batch.data import *
+from .batch.resident import *
 from .model.model import *
 from .train.checkpoints import *
 from .train.learner import *
@@ -40,7 +41,7 @@ from .folder import *
 def screen_summary(
     screen:Screen, # Any screen
 )->str: # One or more lines
-    "Return the number of wells of each kind, cell type and data set, and what is missing for a prediction"
+    "Return the number of wells of each kind, cell type and data set, what is missing for a prediction, and pictures that cannot be right"
     wells = screen.wells
     def counts(column): return ', '.join(f'{n} {k}' for k, n in wells[column].value_counts(sort=False).items())
     lines = [f'{len(wells)} wells: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; {wells.sirna.nunique()} perturbations']
@@ -48,7 +49,7 @@ def screen_summary(
         lines.append(f'no well is a control; in a table of files, {option("controls", "DMSO=negative_control")} names perturbations that are')
     if (wells.dataset != 'test').all():
         lines.append(f'no experiment is a test: a prediction needs some; {option("test", "EXP,EXP")} marks them')
-    return '\n'.join(lines)
+    return '\n'.join([*lines, *picture_notes(screen)])
 
 # %% ../nbs/71_workflow.ipynb #95879d22
 def folder_bytes(
@@ -65,12 +66,14 @@ def training_rows(
     norm:str='own', # See `screen_dls`: statistics of plates and experiments are taken of all their wells
     sites:int=1, # Sites per sample
 )->pd.DataFrame:
-    "Return the rows whose images training reads; every training plate has treatments when siRNAs are the target"
+    "Return the rows whose images training reads; where siRNAs are the target, a note names plates of controls only"
     able = table[table.dataset.isin(('train', 'val'))]
-    if target == 'sirna': check_plates(able)
+    note = '' if controls or target != 'sirna' else control_plates_note(able)
     rows = labeled_rows(table, target, controls)
     check_id_test(table, rows, sites)
-    return able if norm in ('plate', 'experiment') else rows
+    if norm in ('plate', 'experiment'): return able      # `screen_dls` sees those plates, and says it
+    if note: print(f'note: {note}')
+    return rows
 
 # %% ../nbs/71_workflow.ipynb #d0c0e82c
 def _beside(out, ending): return Path(os.path.abspath(out) + ending)
@@ -147,9 +150,11 @@ def _training_learner(screen, recipe, given, workers):
     controls = given['controls'] or None
     whole = open_screen(screen, check=False)
     learned = whole[training_rows(whole.table, given['target'], controls, data['norm'], data.get('sites', 1))].complete(given['only_present'])
+    if given['resident']: learned = learned.resident(default_device(), given['size'] or None)
     dls = screen_dls(learned, **{**data, **{k: given[k] for k in ('valid', 'target', 'seed')}, 'controls': controls, 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
           f'{len(dls.spec.labels)} {given["target"]} classes, {len(learned.channels)} channels')
+    for note in picture_notes(learned): print(f'note: {note}')
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
     if given['metadata']: model['metadata'] = given['metadata']
@@ -175,13 +180,15 @@ def train_screen(
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
     tta:int=4, # Dihedral views of each indexed site, 1 to 8
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
+    compile:bool=False, # Compile the model for a GPU, in some minutes
+    resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:bool=False, # Continue from the last finished epoch of the same call, in OUT.checkpoints
 )->TrainedModel: # Also saved in `out`; None in all processes but the first
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
-    given = {k: v for k, v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'workers', 'resume')}
+    given = {k: v for k, v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'workers', 'resume')}
     _check_training(size, bs, tta, seed=seed, sites=sites, workers=workers)
-    info = dict(seed=seed, only_present=only_present, controls=controls, tta=tta, precision=precision, mask=list(INDUCTIVE_MASK))
+    info = dict(seed=seed, only_present=only_present, controls=controls, tta=tta, precision=precision, compile=compile, mask=list(INDUCTIVE_MASK))
     is_first = not rank_world()[0]
     with ExitStack() as run:
         with all_agree():
@@ -196,6 +203,7 @@ def train_screen(
             torch.backends.cudnn.benchmark = device.type == 'cuda'
             faster = precision_callbacks(precision, device)
             learn = _training_learner(screen, r, given, workers)
+            if compile: compile_model(learn.model, device)
             if is_first: try_all(learn, out, **info)
         with learn.sharded():
             reached = learn.fit_recipe(_without_sizes(r, size, bs), seed=seed, cbs=faster, folder=_checkpoints(out), resume=resume,

@@ -8,7 +8,7 @@ from rcic_fastai.predict.trained import TrainedModel
 from rcic_fastai.results.evaluate import evaluate_screen
 from rcic_fastai.screen.download import download_rxrx1
 from rcic_fastai.screen.simulate.layout import simulate_screen
-from rcic_fastai.train.recipes import RECIPES
+from rcic_fastai.train.recipes import RECIPES, get_recipe
 from rcic_fastai.workflow import run_demo, train_screen
 
 COMMANDS = ['simulate', 'download', 'pack', 'train', 'predict', 'evaluate', 'demo']
@@ -46,10 +46,19 @@ def test_choices_are_in_the_help(name, choices):
     text = cli.command_parser(FUNCTIONS[name]).format_help()
     assert all(re.search(rf'\b{c}\b', text) for c in choices), [c for c in choices if c not in text]
 
+def test_the_recipes_in_the_help_are_those_there_are():
+    "Both ways: none is missing, and none is listed that does not exist"
+    listed = re.search(r'# (.*), or a JSON file', next(l for l in inspect.getsource(cli.train).splitlines() if ' recipe:' in l))[1]
+    assert set(listed.split(', ')) == set(RECIPES)
+    for name in listed.split(', '): assert get_recipe(name).name == name
+
 def test_messages_name_options_on_the_route_of_the_caller(capsys):
-    def job(out): raise core.ScreenError(f'{core.option("adapt", "none")} and {core.option("out")} and {core.option("only_present", True)}')
+    def job(out, adapt='', only_present:cli.store_true=False): raise core.ScreenError(f'{core.option("adapt", "none")} and {core.option("out")} and {core.option("only_present", True)}')
     assert cli.run_command(job, ['x'], 'job') == 2
     assert capsys.readouterr().err == 'job: --adapt none and OUT and --only-present\n'
+    def other(out): raise core.ScreenError(f'{core.option("adapt", "none")} and {core.option("only_present", True)} and {core.option("by", "plate")}')
+    assert cli.run_command(other, ['x'], 'other') == 2
+    assert capsys.readouterr().err == "other: --adapt none (rcic_predict) and --only-present (rcic_pack) and by='plate' (in Python)\n"
     with pytest.raises(core.ScreenError, match="adapt='none' and out and only_present=True"): job('x')
 
 def test_bars_in_a_log_are_a_line_now_and_then(monkeypatch):

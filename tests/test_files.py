@@ -6,6 +6,7 @@ from multiprocessing import get_context
 from PIL import Image
 from helpers import refused
 from rcic_fastai.screen.files import *
+from rcic_fastai.screen.tiff import *
 from rcic_fastai.screen.images import only_present, screen_stats
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.core import ScreenError

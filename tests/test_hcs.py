@@ -157,7 +157,7 @@ def test_every_way_to_store(tmp_path, stored):
             file.write_bytes(whole[:cut])
             complains(site, 'p.zarr/B/2/0/s0', f=lambda: source[site])
         file.unlink()
-        said = complains(site, 'lacks ', 'empty="fill"', f=lambda: source[site])
+        said = complains(site, 'lacks ', "empty='fill'", f=lambda: source[site])
         assert str(file.relative_to(field/'s0')) in said
         m = source.missing()
         assert m.site_id.tolist() == [site] and m.file[0] == str(file)
@@ -217,7 +217,7 @@ def test_empty_chunks(tmp_path, shards, dtype):
     field = tmp_path/'p.zarr/B/2/0'
     how = dict(chunks=(1, 8, 8), shards=shards)
     rewrite(field, x, **how)
-    complains('c/', 'empty="fill"', f=lambda: one(tmp_path/'p.zarr'))
+    complains('c/', "empty='fill'", f=lambda: one(tmp_path/'p.zarr'))
     assert (one(tmp_path/'p.zarr', empty='fill') == x).all()
     rewrite(field, x, **how, config=dict(write_empty_chunks=True))
     assert (one(tmp_path/'p.zarr') == x).all()
@@ -298,7 +298,7 @@ def test_planes_and_time_points(tmp_path, fmt, chunks):
     assert (one(p, t='max', z=np.int64(3)) == x[:, :, 3].max(0)).all()
     assert (one(p, t='max', z='max') == x.max((0, 2))).all()
     complains('3 time points', 't=0 to 2', f=lambda: one(p, z=0))
-    complains('4 planes', 'z="max"', f=lambda: one(p, t=0))
+    complains('4 planes', "z='max'", f=lambda: one(p, t=0))
     complains('z=4', 'it has 4 planes', f=lambda: one(p, t=0, z=4))
     for bad in (-1, 1.5, 'mean', True - 2): complains('is not known', f=lambda: one(p, t=0, z=bad))
 
@@ -384,9 +384,10 @@ def test_names_of_plates(tmp_path):
     assert read_plates(tmp_path, **quiet)[0]['plate'].unique().tolist() == ['P0', 'P1', 'P2', 'P3']
     assert read_plates(tmp_path/'P0.ome.zarr', **quiet)[0]['plate'].unique().tolist() == ['x']
     for i, name in enumerate(['007', '8', '9', '10']): write_plate(tmp_path/f'P{i}.ome.zarr', name=name, fields=1)
-    assert read_plates(tmp_path, **quiet)[0]['plate'].unique().tolist() == [7, 8, 9, 10]
-    write_plate(tmp_path/'P1.ome.zarr', name='7', fields=1)
-    complains('P1.ome.zarr', 'second plate 7', f=lambda: read_plates(tmp_path, **quiet))
+    assert read_plates(tmp_path, **quiet)[0]['plate'].unique().tolist() == ['007', '8', '9', '10']
+    write_plate(tmp_path/'P0.ome.zarr', name='P1', fields=1)
+    write_plate(tmp_path/'P1.ome.zarr', name='', fields=1)
+    complains('P1.ome.zarr', 'second plate P1', f=lambda: read_plates(tmp_path, **quiet))
     complains('given twice', f=lambda: read_plates([tmp_path, tmp_path/'P0.ome.zarr'], **quiet))
 
 
@@ -683,7 +684,8 @@ def test_wells_that_do_not_fit(two):
     complains('no rows', f=lambda: read(WELLS[:0]))
     complains('row 3: well is empty', f=lambda: read(WELLS.replace('C3', None)))
     complains('not a well name', f=lambda: read(WELLS.replace('b2', '22')))
-    complains('well B02', "dataset 'Train'", f=lambda: read(WELLS.replace('train', 'Train')))
+    complains('_B02', "dataset is 'learn'", f=lambda: read(WELLS.replace('train', 'learn')))
+    assert set(read(WELLS.replace('train', 'Train'))[0].dataset) == set(read(WELLS)[0].dataset)
     complains('well_type', "'odd'", f=lambda: read(WELLS.assign(well_type='odd')))
     complains('nowhere.csv', f=lambda: read('nowhere.csv'))
 

@@ -254,7 +254,7 @@ def test_a_small_picture_stays_small(tmp_path):
             (tmp_path/sparse).write_bytes(data)
             os.truncate(tmp_path/sparse, 2**33)
     code = '''
-        from rcic_fastai.screen.files import read_planes
+        from rcic_fastai.screen.tiff import read_planes
         from concurrent.futures import ThreadPoolExecutor
         import tifffile, time
         from PIL import Image
@@ -291,7 +291,7 @@ def test_a_small_stack_stays_small(tmp_path):
         assert len(data) < 10**5
         (tmp_path/name).write_bytes(data)
     code = '''
-        from rcic_fastai.screen.files import read_planes
+        from rcic_fastai.screen.tiff import read_planes
         folder = Path(sys.argv[1])
         read_planes(folder/'fine.tif', 16)
         limit(ROOM)

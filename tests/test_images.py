@@ -195,8 +195,7 @@ def test_missing_files(tree):
     m = source.missing()
     assert m.site_id.tolist() == ['HUVEC-01_2_C03_2'] and m.missing[0] == ('mitochondria', 'golgi')
     assert m.file[0].endswith('C03_s2_w5.png')
-    refused(lambda: source['HUVEC-01_2_C03_2'], 'HUVEC-01_2_C03_2', 'w5 (mitochondria), w6 (golgi)', 'only_present=True',
-            '--only-present')
+    refused(lambda: source['HUVEC-01_2_C03_2'], 'HUVEC-01_2_C03_2', 'w5 (mitochondria), w6 (golgi)', 'only_present=True')
     keep, n = only_present(table, source)
     assert n == 1 and len(keep) == len(table)-1 and keep.index.tolist() == list(range(len(keep)))
 

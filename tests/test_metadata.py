@@ -117,7 +117,7 @@ def test_kaggle_integers_and_names_agree(tmp_path):
     (lambda t: t.assign(cell_type='A549'), 'unknown cell type A549'),
     (lambda t: pd.concat([t, t.iloc[[3]]]), 'HUVEC-01_1_B04_2'),
     (lambda t: t.assign(well=['B3x']+t.well.tolist()[1:]), "'B3x' is not a well name"),
-    (lambda t: t.assign(plate=['one']+t.plate.tolist()[1:]), "row 2: plate is 'one'"),
+    (lambda t: t.assign(plate=[None]+t.plate.tolist()[1:]), 'row 2: plate is empty'),
     (lambda t: t.assign(experiment=[None]+t.experiment.tolist()[1:]), 'row 2: experiment is empty'),
     (lambda t: t.assign(well_type='control'), "well_type 'control'"),
 ])

@@ -87,14 +87,16 @@ def test_no_gradient_no_step():
 
 
 @pytest.mark.parametrize('arch', ['efficientnet-lite0', 'efficientnet-b0', 'resnet10t'])
-def test_filters_stay_channels_last(arch):
-    "Through steps, a state dict and a copy: a filter whose layout is lost is slow, or with a fused step wrong"
+def test_maps_are_channels_last_and_weights_are_not(arch):
+    "Every convolution gets its maps in the faster layout; weights keep the usual one, which every file format knows"
     model = create_screen_model(arch, 5, emb_dim=16)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    seen = []
+    for m in convs: m.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     opt = FusedAdam(screen_splitter(model), lr=1e-3)
     model(torch.rand(2, 6, 32, 32)).sum().backward()
     opt.step()
-    model.load_state_dict({k: v.contiguous() for k, v in model.state_dict().items()})
-    for net in (model, deepcopy(model)):
-        filters = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
-        assert filters and all(w.is_contiguous(memory_format=torch.channels_last) for w in filters)
+    spread = [x for x in seen if x.shape[1] > 1 and x.shape[-1] > 1]
+    assert spread and all(x.is_contiguous(memory_format=torch.channels_last) for x in spread)
+    assert all(v.is_contiguous() for v in model.state_dict().values() if torch.is_tensor(v))
     assert all(opt.state[p]['grad_avg'].stride() == p.stride() for ps in model_parts(model).values() for p in ps if p.grad is not None)

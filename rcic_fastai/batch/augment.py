@@ -287,19 +287,65 @@ class ChannelJitter(DisplayedTransform):
         std = f.var((-2, -1), correction=0, keepdim=True).sqrt()
         return (f*(1 + gain.to(f.device))).add_(offset.to(f.device)*std).to(x.dtype)
 
+# %% ../../nbs/11_batch.augment.ipynb #7e751b7c
+def _limited(hist, area, clip):
+    "Return histograms [T,256] with what is above the limit spread over all bins, as OpenCV does"
+    limit = max(int(clip*area/256), 1)
+    over = np.maximum(hist - limit, 0).sum(1)
+    hist = np.minimum(hist, limit) + (over//256)[:, None]
+    for h, rest in zip(hist, over % 256):
+        if rest: h[np.arange(0, 256, max(256//rest, 1))[:rest]] += 1
+    return hist
+
+# %% ../../nbs/11_batch.augment.ipynb #d652ce78
+def _curves(img, clip, grid):
+    "Return the curve [down,across,256] of each tile, from shares of full scale (in 255 steps) to shares, and the tiles' size"
+    (nx, ny), (h, w) = grid, img.shape
+    pad = (ny - h % ny, nx - w % nx) if h % ny or w % nx else (0, 0)
+    whole = cv2.copyMakeBorder(img, 0, pad[0], 0, pad[1], cv2.BORDER_REFLECT_101)
+    th, tw = whole.shape[0]//ny, whole.shape[1]//nx
+    bins = (whole.astype(np.int64) + 128)//257
+    tile = np.repeat(np.arange(ny), th)[:, None]*nx + np.repeat(np.arange(nx), tw)
+    hist = np.bincount((tile*256 + bins).ravel(), minlength=nx*ny*256).reshape(-1, 256)
+    return (_limited(hist, th*tw, clip).cumsum(1)/(th*tw)).reshape(ny, nx, 256), (th, tw)
+
+# %% ../../nbs/11_batch.augment.ipynb #5f32314e
+def _between(n, size, most):
+    "Return for each of `n` pixels the tile before, the tile behind, and how near it is to the one behind"
+    at = np.arange(n)/size - .5
+    first = np.floor(at).astype(int)
+    return first.clip(0), (first + 1).clip(max=most - 1), (at - first).astype(np.float32)
+
+def _clahe_16(img, clip, grid):
+    "Return a picture of 16 bits after CLAHE with the 256 bins of 8 bits"
+    curves, (th, tw) = _curves(img, clip, grid)
+    ny, nx = curves.shape[:2]
+    (y0, y1, fy), (x0, x1, fx) = _between(img.shape[0], th, ny), _between(img.shape[1], tw, nx)
+    u = img/np.float32(257)
+    lo = np.minimum(u.astype(int), 254)
+    part = u - lo
+    flat = curves.astype(np.float32).reshape(-1)
+    def at(y, x):
+        i = (y[:, None]*nx + x)*256 + lo
+        return flat[i]*(1 - part) + flat[i + 1]*part
+    top, low = (at(y, x0)*(1 - fx) + at(y, x1)*fx for y in (y0, y1))
+    out = top*(1 - fy[:, None]) + low*fy[:, None]
+    return np.rint(out*65535).astype(np.uint16)
+
 # %% ../../nbs/11_batch.augment.ipynb #da5318e3
 def clahe(
     img:np.ndarray, # uint8 or uint16 […,H,W]
     clip:float=2., # Limit of the contrast, in multiples of a flat histogram
     grid:tuple=(8, 8), # Tiles across and down
 )->np.ndarray: # The same shape and type
-    "Return every channel after contrast-limited adaptive histogram equalization (Zuiderveld 1994), by OpenCV"
+    "Return every channel after contrast-limited adaptive histogram equalization (Zuiderveld 1994), which means the same in 8 and 16 bits"
     if img.dtype not in (np.uint8, np.uint16):
         raise ScreenError(f'CLAHE needs uint8 or uint16, not {img.dtype}: apply it to items, before floats.')
     if get_worker_info() is not None: cv2.setNumThreads(0)      # a forked process would wait for threads that it does not have
-    op = cv2.createCLAHE(clipLimit=clip, tileGridSize=tuple(grid))
+    of_8 = cv2.createCLAHE(clipLimit=clip, tileGridSize=tuple(grid)).apply
+    equalize = of_8 if img.dtype == np.uint8 else partial(_clahe_16, clip=clip, grid=grid)
     planes = np.ascontiguousarray(img).reshape(-1, *img.shape[-2:])
-    return np.stack([op.apply(p) for p in planes]).reshape(img.shape)
+    return np.stack([equalize(p) for p in planes]).reshape(img.shape)
 
 # %% ../../nbs/11_batch.augment.ipynb #a87275ff
 class CLAHE(DisplayedTransform):

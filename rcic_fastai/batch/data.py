@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'TensorMeta', 'MetadataCategorize', 'MetadataBlock',
-           'ExperimentSplitter', 'labeled_rows', 'label_order', 'check_plates', 'check_id_test', 'ScreenSpec',
+           'ExperimentSplitter', 'labeled_rows', 'label_order', 'control_plates_note', 'check_id_test', 'ScreenSpec',
            'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders', 'screen_dls',
            'spec_dl']
 
@@ -106,15 +106,18 @@ def label_order(
     return [str(o) for o in by_id.sirna.unique()]
 
 # %% ../../nbs/13_batch.data.ipynb #9db9141f
-def check_plates(
+def control_plates_note(
     table:pd.DataFrame, # Site table
-):
-    "Raise a `ScreenError` when a plate has no treatment well"
+)->str: # A sentence, empty where every plate has treatments
+    "Return which plates hold controls only, and so no siRNA to name; a `ScreenError` when there is no other plate"
     has = (table.well_type == 'treatment').groupby([table.experiment, table.plate]).any()
-    if has.all(): return
-    names = [f'{e} plate {p}' for e, p in has.index[~has]]
-    raise ScreenError(f'{first_few(names, 4)} has no treatment well: there is no siRNA to name on it; '
-                      'check its well_type column, leave the plate out, or choose another target.')
+    if has.all(): return ''
+    names = first_few([f'{e} plate {p}' for e, p in has.index[~has]], 4)
+    if has.any():
+        verb = 'holds' if (~has).sum() == 1 else 'hold'
+        return f'{names} {verb} controls only, so there is no siRNA to name there: left out.'
+    raise ScreenError(f'No plate has a treatment well ({names}): there is no siRNA to name; check the well_type column, '
+                      'or choose another target.')
 
 # %% ../../nbs/13_batch.data.ipynb #5ff4fd86
 def check_id_test(
@@ -124,7 +127,7 @@ def check_id_test(
 ):
     "Raise a `ScreenError` when whole wells would include sites of `dataset` 'id_test', on which nothing may be trained"
     if sites > 1 and table.well_id[table.dataset == 'id_test'].isin(rows.well_id).any():
-        raise ScreenError(f'sites={sites} would read the id_test sites of the training wells: take sites=1, or set '
+        raise ScreenError(f'{option("sites", sites)} would read the id_test sites of the training wells: take {option("sites", 1)}, or set '
                           'their dataset to train.')
 
 # %% ../../nbs/13_batch.data.ipynb #ad8d5d01
@@ -147,8 +150,8 @@ class ScreenSpec:
     def __post_init__(self):
         check_choice('norm_from', self.norm_from, ('all', 'controls'))
         if self.norm_from == 'all' or self.per_group: return
-        raise ScreenError(f'norm_from={self.norm_from!r} goes with statistics of plates or experiments, not with '
-                          f"norm={self.norm!r}: say norm='plate' or norm='experiment' too.")
+        raise ScreenError(f'{option("norm_from", self.norm_from)} goes with statistics of plates or experiments, not with '
+                          f'{option("norm", self.norm)}: say {option("norm", "plate")} or {option("norm", "experiment")} too.')
     @property
     def per_group(self): return self.norm in ('plate', 'experiment')
     @property
@@ -192,7 +195,7 @@ def statistics_rows(
     use, lacks = _statistics_of(spec, rows, rows if among is None else among)
     if not lacks: return use
     what, more = 'site', ''
-    if spec.norm_from == 'controls': what, more = 'control well', ", or train with norm_from='all'"
+    if spec.norm_from == 'controls': what, more = 'control well', f', or train with {option("norm_from", "all")}'
     raise ScreenError(f'{first_few(lacks)} has no {what} to take pixel statistics of: add its rows to the table '
                       f'(stat_rows){more}.')
 
@@ -350,7 +353,8 @@ def screen_dls(
     args = dict(locals())
     table, source, more = screen.table, screen.source, _after_ours(item_tfms, batch_tfms)
     rows = labeled_rows(table, target, controls)
-    if target == 'sirna': check_plates(table[table.dataset.isin(('train', 'val'))])
+    note = '' if controls or target != 'sirna' else control_plates_note(table[table.dataset.isin(('train', 'val'))])
+    if note: print(f'note: {note}')
     train, held = split_experiments(rows, valid)
     check_id_test(table, rows, sites)
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))

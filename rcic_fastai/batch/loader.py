@@ -183,7 +183,7 @@ class ScreenDL(TfmdDL):
         self.reader, self.threads = _reader(dataset), threads or min(8, n_cores())
         self.ahead, self.group_by, self.groups = max(ahead, 1), group_by, groups
         self._made = self._pool = self._by_group = None
-        if self.reader and isinstance(self.reader.source, PackedScreen): num_workers = 0
+        if self.reader and (isinstance(self.reader.source, PackedScreen) or self._in_memory): num_workers = 0
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
         if group_by and shuffle and self.n: self._by_group = GroupBatches(stat_groups(self.items, group_by), bs, groups)
 
@@ -197,6 +197,8 @@ class ScreenDL(TfmdDL):
     def _named(self, kwargs):
         if not self.reader or not kwargs.get('show', True): return kwargs
         return {'channels': self.reader.source.channels, **kwargs}
+    @property
+    def _in_memory(self): return hasattr(self.reader.source, 'take')
     def __getstate__(self): return {**self.__dict__, '_pool': None}
 
 def _reader(dataset):
@@ -236,16 +238,21 @@ def _buffer(self:ScreenDL, n):
     return self._pool.get(n)
 
 @patch
+def _sites(self:ScreenDL, ids):
+    "Return the pixels of sites [N,C,H,W]: read into a buffer, or selected where the source has all in memory"
+    if self._in_memory: return self.reader.source.take(ids)
+    return self.reader.source.read_into(ids, self._buffer(len(ids)), 1 if get_worker_info() else self.threads)
+
+@patch
 def _read_batch(self:ScreenDL, idxs):
     "Return a batch as fastai would have collated it"
     (keys, columns), idxs = self._columns(), [i or 0 for i in idxs]
     ids = []
     for n in idxs: ids += self.reader.ids(keys[n])
-    x = self._buffer(len(ids))
-    self.reader.source.read_into(ids, x, 1 if get_worker_info() else self.threads)
+    x = self._sites(ids)
     for f in self.after_item.fs:
         if getattr(f, 'per_site', False):
-            for site in x: site.copy_(f(TensorSite(site), split_idx=self.after_item.split_idx))
+            for site in x: site.copy_(f(TensorSite(site.cpu()), split_idx=self.after_item.split_idx))
     return (self.reader.batch(x), *[codes[idxs].as_subclass(kind) for codes, kind in columns])
 
 @patch

@@ -24,14 +24,9 @@ _REFERENCES = {**CONTROLS, 'treatment': ('treatment',)}
 
 _Rows = namedtuple('_Rows', 'x meta batch names ref')   # features, metadata, batch numbers and names, reference rows
 
-def _name(e):
-    "Return the name of an experiment as text"
-    is_whole = isinstance(e, (float, np.floating)) and e == e//1
-    return str(int(e)) if is_whole else str(e)
-
 def _names(experiments):
     "Return experiments as text, however the column holds them: 3 and 3.0 are '3'"
-    return experiments.astype(object).map(_name)
+    return identifiers(experiments, 'the embeddings')
 
 def _called(meta, i):
     "Return how an error names row `i`"

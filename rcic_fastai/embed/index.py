@@ -262,7 +262,7 @@ def search(self:EmbeddingIndex,
     plate_group=None, # [Q] group of siRNAs to which each query is restricted (transductive)
 )->tuple: # cosines float32 [Q,k] and rows int64 [Q,k]; −∞ and −1 where there are no more
     "Find the `k` nearest rows of each query, by cosine, best first"
-    if k < 1: raise ScreenError(f'k={k} neighbors cannot be found: ask for 1 or more.')
+    if k < 1: raise ScreenError(f'{option("k", k)} neighbors cannot be found: ask for 1 or more.')
     q = self._queries(q)
     cos, found = np.full((len(q), k), -np.inf, np.float32), np.full((len(q), k), -1, np.int64)
     for values, at in _restrictions(len(q), cell_type=cell_type, plate_group=plate_group):
@@ -394,7 +394,7 @@ def class_scores(self:EmbeddingIndex,
     "Score every class for every query"
     check_choice('vote', vote, VOTES)
     for name, n in dict(k=k, depth=depth).items():
-        if n < 1: raise ScreenError(f'{name}={n} rows cannot vote: ask for 1 or more.')
+        if n < 1: raise ScreenError(f'{option(name, n)} rows cannot vote: ask for 1 or more.')
     q, scores = self._queries(q), self._scorer(vote, k, top, depth)
     out = np.full((len(q), len(self.classes)), -np.inf, np.float32)
     for values, at in _restrictions(len(q), cell_type=cell_type, plate_group=plate_group):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core import ScreenError, first_few, write_atomic
-from ..screen.tables import CELL_TYPES, inner_wells, read_parquet
+from ..screen.tables import CELL_TYPES, identifiers, inner_wells, read_parquet
 from .protocol import Protocol
 
 # %% ../../nbs/40_embed.table.ipynb #9212c04b
@@ -183,6 +183,12 @@ def toy_profiles(
 # %% ../../nbs/40_embed.table.ipynb #4f2b4465
 _STANDARD = dict(experiment='Batch', plate='Plate', well='Well', site='Site')
 
+def _barcode_name(meta):
+    "Return the name of the column of plates as they are called: Barcode, or longer where that is taken"
+    name, taken = 'Barcode', {str(c).lower() for c in meta}
+    while name.lower() in taken: name += '_'
+    return name
+
 def _row_names(meta):
     "`site_id` or `well_id`, whichever names the rows; each row once"
     name = 'site_id' if 'site_id' in meta else 'well_id'
@@ -196,7 +202,7 @@ def _row_names(meta):
 def profile_table(
     df:pd.DataFrame,      # embeddings table, one row per site or well
     level:str|None=None,  # `site`, `well` (the sites of a well are averaged by `merge_sites`), `None`: the rows as they are
-)->pd.DataFrame:          # `Metadata_Batch`, `Metadata_Plate`, `Metadata_Well`, (`Metadata_Site`,) our other facts, `emb_0000`, …
+)->pd.DataFrame:          # `Metadata_Batch`, `Metadata_Plate`, `Metadata_Well`, (`Metadata_Site`,) our other facts, `Metadata_Barcode`, `emb_0000`, …
     "Return an embeddings table under the column names of pycytominer and copairs."
     if level not in (None, 'site', 'well'): raise ScreenError(f"level={level!r} is unknown: use 'site', 'well' or None.")
     sites = f'{META}site_id' in df
@@ -206,9 +212,10 @@ def profile_table(
     _row_names(meta)
     lacks = [c for c in ('experiment', 'plate', 'well') if c not in meta]
     if lacks: raise ScreenError(f'The table has no column {META}{lacks[0]}: profiles need experiment, plate and well.')
-    meta['plate'] = meta.experiment.astype(str) + '_' + meta.plate.astype(str)
+    name, barcode = _barcode_name(meta), identifiers(meta.plate)
+    meta['plate'] = meta.experiment.astype(str) + '_' + barcode
     first = [c for c in _STANDARD if c in meta]
-    meta = meta[first + [c for c in meta if c not in first]].rename(columns=_STANDARD)
+    meta = meta[first + [c for c in meta if c not in first]].rename(columns=_STANDARD).assign(**{name: barcode})
     lower = pd.Series(meta.columns).astype(str).str.lower()
     if lower.duplicated().any():
         raise ScreenError(f'The table has the column {META}{lower[lower.duplicated()].iloc[0]} twice when capitals do not '

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 import torch
 from torch import nn
-from ..core import ScreenError, check_choice, first_line
+from ..core import ScreenError, check_choice, first_line, option
 
 # %% ../../nbs/20_model.backbones.ipynb #83a018a7
 class Slot(nn.Identity):
@@ -361,7 +361,7 @@ def _hub_state(arch):
 # %% ../../nbs/20_model.backbones.ipynb #46d0b28e
 def _no_hub(arch, e):
     return ScreenError(f'The pretrained weights of {arch} could not be fetched ({type(e).__name__}): connect to the '
-                       'network, or give a local .safetensors or .pth file as pretrained, or none (--pretrained no).')
+                       f'network, give a local .safetensors or .pth file as {option("pretrained")}, or none.')
 
 # %% ../../nbs/20_model.backbones.ipynb #e9425199
 def _offline_if_unreachable():
@@ -377,7 +377,7 @@ def _timm_pretrained(arch, **kwargs):
     "Create a timm model with its published weights"
     import timm
     if not timm.is_model_pretrained(arch):
-        raise ScreenError(f'timm has no pretrained weights for {arch}: use pretrained=None, or give a local file.')
+        raise ScreenError(f'timm has no pretrained weights for {arch}: give a local file as {option("pretrained")}, or none.')
     try:
         with _offline_if_unreachable(): return _timm_create(arch, pretrained=True, **kwargs)
     except ScreenError: raise

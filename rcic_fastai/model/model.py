@@ -59,7 +59,6 @@ class ScreenModel(nn.Module):
         self.classifier = CosineClassifier(self.n_pooled if neck == 'identity' else emb_dim, n_classes)
         self.loss = loss_from_config(loss, n_classes)
         if getattr(backbone, 'weights', None) is not None: set_provenance(self, read_provenance(backbone.weights))
-        self.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/23_model.model.ipynb #80ab377d
 def _check(model, x):

@@ -11,6 +11,7 @@ from itertools import permutations
 import numpy as np, pandas as pd
 from ..core import *
 from ..screen.tables import *
+from ..screen.tables import _whole_numbers
 from ..embed.table import *
 from ..embed.index import *
 
@@ -55,8 +56,7 @@ def _plates(plates):
     "Return plates as whole numbers if all of them are, else as text"
     p = pd.Series(np.asarray(plates, dtype=object))
     if p.isna().any(): raise ScreenError(f'Well {p.isna().argmax()} has no plate: fill it in.')
-    n = pd.to_numeric(p, errors='coerce')
-    return (n.astype('int64') if (n % 1 == 0).all() else p.astype(str)).to_numpy()
+    return _whole_numbers(identifiers(p)).to_numpy()
 
 def _grouped_plates(rows):
     "Return the plates of the labeled experiments with their groups, one row per plate, after checking them"

@@ -16,7 +16,7 @@ from ..core import *
 from ..screen.tables import *
 from ..screen.screen import *
 from ..screen.open import *
-from ..batch.data import check_plates
+from ..batch.data import control_plates_note
 from ..model.batchnorm import *
 from ..train.distributed import *
 from ..embed.protocol import *
@@ -37,9 +37,9 @@ def prediction_rows(
     "Return the rows to name: test rows, without their labels"
     check_choice('wells', wells, WELLS)
     rows = table[table.dataset == 'test']
-    if not len(rows): raise ScreenError('The screen has no test rows: set dataset to test for the experiments to predict (rcic_pack --test EXP,EXP).')
+    if not len(rows): raise ScreenError(f'The screen has no test rows: set dataset to test for the experiments to predict, with {option("test", "EXP,EXP")}.')
     if wells == 'treatment':
-        check_plates(rows)
+        control_plates_note(rows)       # raises where there is no treatment at all
         rows = rows[rows.well_type == 'treatment']
     return rows.assign(sirna=None, sirna_id=pd.array([pd.NA]*len(rows), 'Int64'))
 
@@ -144,6 +144,11 @@ def _notes(model, asked, adapt, adapt_from):
     if adapt and adapt_from == 'controls': notes.append(_FROM_CONTROLS.format(all=option('adapt_from', 'all')))
     return notes
 
+def _control_plates(screen, wells):
+    "Return a note of the test plates that are left out, if there are any"
+    note = '' if wells == 'all' else control_plates_note(screen.test.table)
+    return [note] if note else []
+
 # %% ../../nbs/54_predict.plan.ipynb #b0959111
 def _check_search(protocol, vote, merge, bs, **numbers):
     "Raise for choices that no prediction knows"
@@ -187,15 +192,15 @@ def plan_prediction(
     if how and bs < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
     kinds = _adapting_kinds(index, adapt_from)
     needs_controls = spec.per_group or how and kinds != {'treatment'}
-    everything = open_screen(screen, check=False)
-    everything = everything[prediction_rows(everything.table, 'all' if needs_controls else wells)].complete(only_present or model.config.get('only_present', False))
+    whole = open_screen(screen, check=False)
+    everything = whole[prediction_rows(whole.table, 'all' if needs_controls else wells)].complete(only_present or model.config.get('only_present', False))
     asked = everything[prediction_rows(everything.table, wells)]
     _check_correctable(asked.table, correct)
     check_protocol_allows(protocol, model.protocols(asked.table, how), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
     adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
     options = EmbedOptions(tta=tta, mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
                            bs=bs, num_workers=workers, trained=tuple(model.trained))
-    notes = _notes(model, asked, how, adapt_from)
+    notes = _notes(model, asked, how, adapt_from) + _control_plates(whole, wells)
     all_notes = notes + adaptation_notes(spec, asked.table, how, adapt_rows)
     record = dict(model=str(model.folder or model.fingerprint), screen=str(everything.name), adapt=how, adapt_from=adapt_from,
                   correct=index.labels.correction.iloc[0] if correction else None, tta=tta, vote=vote, merge=merge, k=k, wells=wells,

@@ -16,6 +16,7 @@ from ..core import *
 from ..screen.tables import *
 from ..screen.images import *
 from ..screen.screen import *
+from ..screen.pack import picture_notes
 from ..batch.data import *
 from ..model.model import *
 from ..model.batchnorm import *
@@ -266,7 +267,7 @@ def _size_notes(data, spec, source):
     now, then = source.shape[-1], data.get('side')
     if spec.size or not then or now == then: return []
     return [f'The pictures are {now} px wide and the model was trained on {then}: if they are of the same field, cells look '
-            f'{now/then:.2g} times as large to it; scale them to {then} px, or train with --size.']
+            f'{now/then:.2g} times as large to it; scale them to {then} px, or train with {option("size", then)}.']
 
 # %% ../../nbs/53_predict.trained.ipynb #a1c8f5f6
 def _brightness_notes(data, rows, source, much=8):
@@ -295,5 +296,5 @@ def screen_notes(self:TrainedModel,
 )->list: # Sentences
     "Return what is odd about a screen, beside the one that the model was trained on"
     rows, source, data = screen.table, screen.source, self.config['data']
-    return [*_earlier_notes(self.model, self.trained, rows), *_size_notes(data, self.spec, source),
+    return [*picture_notes(screen), *_earlier_notes(self.model, self.trained, rows), *_size_notes(data, self.spec, source),
             *_brightness_notes(data, rows, source), *_store_notes(data, self.index, source)]

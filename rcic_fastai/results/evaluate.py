@@ -113,12 +113,28 @@ def _control_accuracy(every, n):
     right = every.right[every.well_type != 'treatment']
     return dict(n_controls=len(every) - n, control_accuracy=float(right.mean()))
 
+def _reach(r, table, target, learned):
+    "Return how many labels there are to choose from, and what follows when the model never learned some of the true ones"
+    if not learned: return dict(n_classes=int(table.loc[table.well_type.isin(r.well_type.unique()), target].nunique()))
+    is_known = r.truth.isin(learned)
+    never = dict(n_never_learned=int((~is_known).sum()), ceiling=float(is_known.mean()), never_learned=sorted(r.truth[~is_known].unique()))
+    return dict(n_classes=len(set(learned)), **(never if not is_known.all() else {}))
+
+def _reach_note(res, r):
+    "Return what a reader must know when wells hold labels that the model never learned; None when there are none"
+    if 'ceiling' not in res: return None
+    n, names = res['n_never_learned'], res['never_learned']
+    among = r.right[~r.truth.isin(names)]
+    right = f'; of the {len(among)} others, {among.mean():.3f} are right' if len(among) else ''
+    return (f'{n} of {res["n_wells"]} wells hold {len(names)} labels that the model never learned ({first_few(names, 5)}), so it cannot name them and no '
+            f'accuracy is above {res["ceiling"]:.3f}{right}. Chance is over the {res["n_classes"]} labels that it can name.')
+
 def evaluate(
     pred:pd.DataFrame, # Predictions of wells: id_code, the target and protocol
     table:pd.DataFrame, # Site table with labels
     target:str=None, # Column; `None`: as recorded in the predictions
     partial:bool=False, # Allow test wells of the screen to be missing from the predictions
-)->dict: # accuracy, by_cell_type, by_experiment, worst_experiment, n_wells, n_classes, chance, protocol, target; n_controls, control_accuracy
+)->dict: # accuracy, by_cell_type, by_experiment, worst_experiment, n_wells, n_classes (that the model can name), chance, protocol, target; n_controls, control_accuracy; n_never_learned, ceiling, never_learned
     "Return the accuracy of treatment wells under one protocol, and that of control wells when they were named too"
     protocols = pred['protocol'].unique() if 'protocol' in pred else ['unknown']
     if len(protocols) > 1:
@@ -131,9 +147,9 @@ def evaluate(
                           'predict them, or allow a partial evaluation.')
     r = _asked(every, target)
     by_exp = r.groupby('experiment').right.mean()
-    n = table.loc[table.well_type.isin(r.well_type.unique()), target].nunique()
-    return dict(protocol=str(protocols[0]), target=target, accuracy=float(r.right.mean()), n_wells=len(r),
-                n_classes=int(n), chance=1/n, n_missing=len(absent),
+    reach = _reach(r, table, target, pred.attrs.get('classes'))
+    return dict(protocol=str(protocols[0]), target=target, accuracy=float(r.right.mean()), n_wells=len(r), **reach,
+                chance=1/reach['n_classes'], n_missing=len(absent),
                 by_cell_type=r.groupby('cell_type').right.mean().to_dict(), by_experiment=by_exp.to_dict(),
                 wells_by_experiment=r.groupby('experiment').size().to_dict(),
                 worst_experiment=dict(experiment=by_exp.idxmin(), accuracy=float(by_exp.min())),
@@ -336,7 +352,7 @@ def _count_rows(r, res):
 def _column_rows(r, s, res, table, k, n_top, how):
     "Return the rows of one prediction (counts, accuracies, chance), and notes on what could not be measured"
     n_exp, has_candidates = r.experiment.nunique(), n_top >= min(k, res['n_classes'])
-    rows, notes = [*_count_rows(r, res), *_accuracies(r, 'well accuracy', res['chance'], how)], []
+    rows, notes = [*_count_rows(r, res), *_accuracies(r, 'well accuracy', res['chance'], how)], [o for o in [_reach_note(res, r)] if o]
     if has_candidates:
         top = r.assign(top=r['rank'].le(k).fillna(False).astype(bool))
         rows += _accuracies(top, f'top-{k} accuracy', min(k/res['n_classes'], 1), how, 'top')

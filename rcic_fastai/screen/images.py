@@ -19,7 +19,7 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, open_plain, read_plain
+from ..core import ScreenError, check_choice, open_plain, option, read_plain
 from .tables import CHANNELS
 
 # %% ../../nbs/03_screen.images.ipynb #11c71115
@@ -336,7 +336,7 @@ def _lacking(self:PngTree, site_id)->ScreenError:
     absent = [f'w{i+1} ({c})' for i, c in enumerate(self.channels) if f'{stem}{i+1}.png' not in names]
     where = os.path.join(self._folders[e], p) if self._folders[e] else f'{self.root} (no folder of {e})'
     return ScreenError(f'site {site_id} lacks {", ".join(absent)} in {where}: restore the files, or leave incomplete '
-                       'sites out with only_present=True (--only-present).')
+                       f'sites out with {option("only_present", True)}.')
 
 # %% ../../nbs/03_screen.images.ipynb #1ae2ce3c
 @patch

@@ -30,8 +30,6 @@ class ScreenKind:
     needs_options:bool=False # Whether the path alone may not say what the columns mean, so that it is packed first
 
 # %% ../../nbs/08_screen.open.ipynb #b18e0e8c
-_TABLES = ('metadata.csv', 'train.csv', 'test.csv')
-
 def _is_packed(path): return path.is_dir() and (is_store(path) or (path/'pack.json').exists())
 
 def _read_packed(path):
@@ -50,9 +48,10 @@ def _next_channel(source):
 def _read_folder(
     path, # RxRx1's folder, or its table
     channels=None, # Names of the channels w1, w2, …; `None`: the six of RxRx1
+    cell_types=None, # Allowed cell types; `None`: RxRx1's four
 ):
     "Return the table and the images of a folder in RxRx1's layout; print which channels are left out unless they were chosen"
-    table = read_metadata(path)
+    table = read_metadata(path, cell_types=cell_types)
     source = PngTree(path if Path(path).is_dir() else Path(path).parent, table, CHANNELS if channels is None else channels)
     if channels is None and (name := _next_channel(source)):
         print(f'{path} has files of more channels, such as {name}, which are left out: name all channels with '
@@ -60,17 +59,28 @@ def _read_folder(
     return table, source
 
 # %% ../../nbs/08_screen.open.ipynb #b432e0f4
-def _is_table(path): return path.name not in _TABLES if path.is_file() else (path/'load_data.csv').is_file()
+_TABLES = ('load_data.csv', 'metadata.csv', 'train.csv', 'test.csv')
+
+def _tables(folder):
+    "Return the tables in the folder of a screen that describe it"
+    found = [p/n for p in (folder, folder/'metadata') for n in _TABLES]
+    return [f for f in found if f.is_file() and (is_site_table(f) or names_files(table_columns(f)))]
+
+def _is_table(path):
+    "Return whether there is a table of image files"
+    if path.is_file(): return not is_site_table(path)
+    if (path/'load_data.csv').is_file(): return True
+    return any(not is_site_table(f) for f in _tables(path)[:1])
 
 @delegates(read_files)
 def _read_table(path, **kwargs):
     "Return the table and the images of a table of files"
-    return read_files(Path(path)/'load_data.csv' if Path(path).is_dir() else path, **kwargs)
+    if Path(path).is_dir(): path = next(iter(_tables(Path(path))), Path(path)/'load_data.csv')
+    return read_files(path, **kwargs)
 
 def _is_plates(path):
     "Return whether there are OME-Zarr plates, and no table of RxRx1 beside them"
-    has_table = any((path/n).is_file() or (path/'metadata'/n).is_file() for n in _TABLES)
-    return not has_table and (any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr')))
+    return not _tables(path) and (any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr')))
 
 def _is_any(path): return True
 
@@ -78,7 +88,7 @@ def _is_any(path): return True
 SCREEN_KINDS = dict(
     folder=ScreenKind(_is_any, _read_folder, "a folder with the tables of RxRx1"),
     plates=ScreenKind(_is_plates, read_plates, 'OME-Zarr plates', needs_options=True,
-                      hint=', and say it in the table of wells (its columns dataset and well_type)'),
+                      hint=', and say it in the table of wells (its column dataset)'),
     files=ScreenKind(_is_table, _read_table, 'a table of files', needs_options=True),
     packed=ScreenKind(_is_packed, _read_packed, 'a packed screen'))
 
@@ -103,11 +113,14 @@ def open_screen(
     path, # A packed screen, RxRx1's folder, a table of image files, OME-Zarr plates; a `Screen` is returned unchanged
     only_present:bool=False, # Leave out sites whose files are absent, and print how many
     check:bool=True, # Check the files of all sites now; otherwise `screen[rows].complete()` checks those of some rows
-    **how # Options of the reader, such as those of `read_files` and `read_plates`, or `channels` for RxRx1's folders
+    **how # Options of the reader, such as those of `read_files` and `read_plates`, or `channels` and `cell_types` for RxRx1's folders
 )->Screen:
     "Open a screen of any kind"
     if isinstance(path, Screen): return path
-    kind = SCREEN_KINDS[screen_kind(path)]
+    name = screen_kind(path)
+    says_files = 'file' in (how.get('columns') or {}) or isinstance(how.get('channels'), dict)
+    if name == 'folder' and Path(path).is_file() and says_files: name = 'files'
+    kind = SCREEN_KINDS[name]
     _check_options(path, kind, how)
     screen = Screen(*kind.read(path, **how), path)
     return screen.complete(only_present) if check or only_present else screen

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORE_FORMAT', 'CODECS', 'PERCENTILES', 'STORE_FOLDER', 'site_measures', 'measure_columns', 'pack_screen', 'is_store',
-           'PackedScreen', 'verify_store']
+           'PackedScreen', 'picture_kinds', 'picture_notes', 'verify_store']
 
 # %% ../../nbs/04_screen.pack.ipynb #eb770107
 import json, os, time
@@ -223,7 +223,7 @@ def _check_packable(source, table):
     absent = absent[absent.site_id.isin(set(table.site_id))]
     if len(absent):
         raise ScreenError(f'{len(absent)} of {len(table)} sites lack channel files ({first_few(absent.file)}): restore '
-                          'them, or leave those sites out with only_present=True (--only-present).')
+                          f'them, or leave those sites out with {option("only_present", True)}.')
 
 # %% ../../nbs/04_screen.pack.ipynb #32929567
 def _crc32c(path):
@@ -390,6 +390,54 @@ def missing(self:PackedScreen)->pd.DataFrame: # site_id, missing (all channels),
     "Return the requested sites that the store does not hold"
     rows = [(i, self.channels, str(self.root)) for i in self.site_ids if i not in self._at]
     return pd.DataFrame(rows, columns=['site_id', 'missing', 'file'])
+
+# %% ../../nbs/04_screen.pack.ipynb #be3913d9
+_TOP = .015     # of full scale: a value below it is dark, however many pixels have it; 1023 of 10 bits in 16 is above
+
+def picture_kinds(
+    stats:pd.DataFrame, # Measures of sites, as `PackedScreen.stats` has them
+    channels, # Names of the channels
+)->pd.DataFrame: # One row per site, one column per channel: 'black', 'constant', 'saturated', or '' for a picture
+    "Return what is wrong with the pictures of each site"
+    mean, p1, p50, p99 = (stats[[f'{k}_{c}' for c in channels]].to_numpy() for k in ('mean', 'p1', 'p50', 'p99'))
+    is_flat, half_at_top = p1 == p99, (p50 == p99) & (mean <= p99) & (p99 >= _TOP)
+    is_white = is_flat & (p99 == 1)
+    kinds = np.select([is_flat & (p99 == 0), is_flat & ~is_white, is_white | half_at_top], ['black', 'constant', 'saturated'], '')
+    return pd.DataFrame(kinds, index=stats.index, columns=list(channels))
+
+# %% ../../nbs/04_screen.pack.ipynb #d4d85500
+def _site_kinds(screen, most):
+    "Return `picture_kinds` of all sites of a screen, or of `most` of them where they must be measured"
+    ids, stats, columns = screen.table.site_id, screen.source.stats, measure_columns(screen.channels)
+    if stats is None or not set(columns) <= set(stats) or not ids.isin(stats.index).all():
+        ids = ids.iloc[np.unique(np.linspace(0, len(ids)-1, min(most, len(ids))).astype(int))]
+        stats = pd.DataFrame([site_measures(screen.source[i]) for i in ids], index=ids, columns=columns)
+    return picture_kinds(stats.loc[ids], screen.channels)
+
+def _kind_counts(kinds):
+    "Return 'black in DNA at 3 sites (a, b, c)' for each channel and kind"
+    for c in kinds:
+        for kind in sorted(set(kinds[c]) - {''}):
+            ids = kinds.index[kinds[c] == kind]
+            yield f'{kind} in {c} at {len(ids)} site{"s"*(len(ids) > 1)} ({first_few(ids, 3)})'
+
+def picture_notes(
+    screen, # A `Screen`
+    most:int=256, # Sites to read, where the source does not know their measures
+)->list: # Sentences
+    "Return which wells have no picture, and which pictures are black, constant or saturated"
+    if not len(screen): return []
+    kinds = _site_kinds(screen, most)
+    wells = screen.table.set_index('site_id').well_id[kinds.index]
+    is_empty = kinds.isin(['black', 'constant']).all(axis=1).groupby(wells.to_numpy()).transform('all').to_numpy()
+    of, notes = '' if len(kinds) == len(screen) else f' (of {len(kinds)} sites that were looked at)', []
+    if is_empty.any():
+        names = wells[is_empty].unique()
+        notes.append(f'{len(names)} of {wells.nunique()} wells are black or constant in every channel ({first_few(names, 5)}){of}: nothing in them '
+                     'tells what they hold; look at their pictures, or take them out of the table.')
+    rest = list(_kind_counts(kinds[~is_empty]))
+    if rest: notes.append(f'Some pictures cannot be right{of}: {first_few(rest, 6)}.')
+    return notes
 
 # %% ../../nbs/04_screen.pack.ipynb #4e4be5ab
 def verify_store(

@@ -21,9 +21,13 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, first_few, open_plain, plural, read_plain
-from .tables import SITE_COLUMNS, check_table, read_csv, rowcol_to_well, well_to_rowcol
+from ..core import ScreenError, check_choice, first_few, open_plain, option, plural, read_plain
+from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
+                                        read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
+                                        _complete_types, _well_names, _whole_numbers)
 from .images import MOST_PIXELS, ImageSource
+from .tiff import check_channel_names, check_planes, choose_plane
+from .files import _datasets
 
 # %% ../../nbs/06_screen.plates.ipynb #777de2a3
 @lru_cache
@@ -153,8 +157,6 @@ def _plate_fields(folder, progress):
     return name, fields, bare
 
 # %% ../../nbs/06_screen.plates.ipynb #f2435cf9
-_WORDS = dict(t='time points', z='planes')
-
 def _axes(multiscale, folder):
     "Return the axes of an image as a string, such as 'tczyx'"
     names = ''.join(dict(time='t', channel='c').get(a.type, f'{a.name}') for a in multiscale.axes)
@@ -163,22 +165,12 @@ def _axes(multiscale, folder):
     have = ', '.join(str(a.name)[:20] for a in multiscale.axes)
     raise ScreenError(f'{folder} has the axes {have}, but only time, channel, z, y and x are understood: convert the plate.')
 
-def _choose(axis, size, want, folder):
-    "Return the slice of an axis that is read"
-    if want == 'max': return slice(0, size)
-    if want is None and size > 1:
-        raise ScreenError(f'{folder} has {size} {_WORDS[axis]}: choose one, {axis}=0 to {size-1}, or {axis}="max" for '
-                          'the brightest of each pixel.')
-    i = want or 0
-    if i >= size: raise ScreenError(f'{axis}={i} is not in {folder}: it has {size} {_WORDS[axis]}, counted from 0.')
-    return slice(i, i+1)
-
 # %% ../../nbs/06_screen.plates.ipynb #86f32310
 def _channel_names(omero, n, folder):
     "Return `n` names: those of `omero`, and c1, c2, … where it has none"
     if omero is None: return tuple(f'c{i+1}' for i in range(n))
     from ome_zarr_models.common.omero import Omero
-    do = 'correct it, or name the channels with channels='
+    do = f'correct it, or name the channels with {option("channels", ["DNA", "…"])}'
     with _sentence(f'the omero metadata of {folder} cannot be used', do):
         labels = [getattr(c, 'label', None) for c in Omero.model_validate(omero).channels]
         if len(labels) != n: raise ValueError(f'it has {len(labels)} channels, the array {n}')
@@ -187,6 +179,13 @@ def _channel_names(omero, n, folder):
         names = tuple(o or f'c{i+1}' for i, o in enumerate(labels))
         if len(set(names)) < n: raise ValueError(f'two channels have one name: {", ".join(names)}')
     return names
+
+def _check_named(omero, named, folder):
+    "Raise a `ScreenError` when the names that are given contradict those in the metadata; what cannot be used there says nothing"
+    try: have = _channel_names(omero, len(named), folder)
+    except ScreenError: return named
+    if omero is not None: check_channel_names(have, named, name=folder)
+    return named
 
 # %% ../../nbs/06_screen.plates.ipynb #d3919bba
 def _bounded(d, data, n):
@@ -431,7 +430,7 @@ def _layout(folder, path, fmt, text, axes, t, z):
         have = len(array['shape'])
         if len(axes) != have: raise ValueError(f'it has {have} axes, the metadata {len(axes)}')
     want = dict(t=t, z=z)
-    region = tuple(_choose(a, n, want[a], folder) if a in want else slice(0, n) for a, n in zip(axes, array['shape']))
+    region = tuple(choose_plane(a, n, want[a], folder) if a in want else slice(0, n) for a, n in zip(axes, array['shape']))
     _check_size(array, region, axes, folder)
     return _Layout(array, axes, region)
 
@@ -464,8 +463,8 @@ def _open_field(folder, t, z, named, known):
     if array is None: return None
     layout = _once(known, (fmt, axes, array), lambda: _layout(folder, path, fmt, array, axes, t, z))
     n = layout.shape[0]
-    names = named or _once(known, (n, json.dumps(omero)), lambda: _channel_names(omero, n, folder))
-    return os.path.join(folder, path), layout, names
+    named_here = _once(known, (n, json.dumps(omero)), lambda: _check_named(omero, named, folder) if named else _channel_names(omero, n, folder))
+    return os.path.join(folder, path), layout, named_here
 
 # %% ../../nbs/06_screen.plates.ipynb #ee45e71b
 class _Absent(Exception): "A chunk is absent"
@@ -562,10 +561,7 @@ def pixels(self:_Layout, folder, fill=False): # [C,H,W]
 def _check_arguments(t, z, empty):
     "Raise a `ScreenError` for anything but a number from 0, 'max' or None, and for an unknown `empty`"
     _models()
-    for name, v in (('t', t), ('z', z)):
-        is_number = isinstance(v, (int, np.integer)) and v >= 0
-        if v not in (None, 'max') and not is_number:
-            raise ScreenError(f'{name}={v!r} is not known: choose a number from 0, or "max".')
+    check_planes(t=t, z=z)
     check_choice('empty', empty, ('error', 'fill'))
 
 # %% ../../nbs/06_screen.plates.ipynb #6f94f233
@@ -582,13 +578,15 @@ def _agree(root, fields, layouts)->tuple: # (shape, dtype)
                               f'{list(usual[0])}: write that field like the others.')
     return usual
 
-def _agree_names(root, names)->tuple:
-    "Return the channel names of most fields; raise for the first that differs"
+def _agree_names(root, names, rounds={})->tuple:
+    "Return the channel names of most fields; raise for the first that differs. `rounds`: the acquisition of each field, if known"
     usual = Counter(names.values()).most_common(1)[0][0]
+    several = sorted({int(a) for a in rounds.values() if pd.notna(a)})
     for f, k in names.items():
-        if k != usual:
-            raise ScreenError(f'{os.path.join(root, f)} has the channels {", ".join(k)}, but this screen has '
-                              f'{", ".join(usual)}: correct its omero metadata, or name them all with channels=.')
+        if k == usual: continue
+        do = f'choose one of the acquisitions {first_few(several)} with {option("acquisition", several[0])}' if len(several) > 1 else \
+             f'correct its omero metadata, or name them all with {option("channels", ["DNA", "…"])}'
+        raise ScreenError(f'{os.path.join(root, f)} has the channels {", ".join(k)}, but this screen has {", ".join(usual)}: {do}.')
     return usual
 
 # %% ../../nbs/06_screen.plates.ipynb #f8eeeaf2
@@ -613,9 +611,9 @@ class PlateSource(ImageSource):
             if found is None: self._where[i] = os.path.join(root, f), None
             else: *self._where[i], names[f] = found
         self.shape, self.dtype = _agree(root, fields, [o[1] for o in self._where.values()])
-        self.channels = named or _agree_names(root, names)
+        self.channels = named or _agree_names(root, names, dict(zip(fields, table.acquisition)) if 'acquisition' in table else {})
         if len(self.channels) != self.shape[0]:
-            raise ScreenError(f'channels has {len(self.channels)} names ({", ".join(self.channels)}), but the fields '
+            raise ScreenError(f'{option("channels")} has {len(self.channels)} names ({", ".join(self.channels)}), but the fields '
                               f'have {self.shape[0]} channels: name each.')
 
 # %% ../../nbs/06_screen.plates.ipynb #7df63698
@@ -626,11 +624,11 @@ def _read(self:PlateSource, site_id, out):
     path, layout = self._where[site_id]
     if layout is None:
         raise ScreenError(f'site {site_id} has no array in {path}: restore it, or leave incomplete sites out with '
-                          'only_present=True (--only-present).')
+                          f'{option("only_present", True)}.')
     with _sentence(f'site {site_id} cannot be read from {path}', 'copy that field again from the original plate'):
         try: out[:] = layout.pixels(path, self.empty == 'fill')
         except _Absent as e:
-            raise ScreenError(f'site {site_id} lacks {e} in {path}: copy the plate again, or read with empty="fill" if '
+            raise ScreenError(f'site {site_id} lacks {e} in {path}: copy the plate again, or read with {option("empty", "fill")} if '
                               'its writer leaves out chunks that are empty.') from None
 
 # %% ../../nbs/06_screen.plates.ipynb #5ed024f2
@@ -669,18 +667,13 @@ def _find_plates(paths):
     if not found: raise ScreenError('no plate is given: name at least one folder.')
     return found
 
-def _whole(s):
-    "Return a Series as whole numbers if all of it is, otherwise as text"
-    s = s.astype(str).str.strip().str.replace(r'^(\d+)\.0$', r'\1', regex=True)
-    return s.astype(int) if s.str.fullmatch(r'\d{1,18}').all() else s
-
 # %% ../../nbs/06_screen.plates.ipynb #fd3b67d9
 def _plate_names(plates, said, experiments)->pd.Series:
     "Return the name of each plate: from its metadata, or its folder's name where that is empty or shared"
-    t = pd.DataFrame(dict(plate=said, folder=[p.name.removesuffix('.zarr').removesuffix('.ome') for p in plates],
+    t = pd.DataFrame(dict(plate=identifiers(pd.Series(said, dtype=object)), folder=[p.name.removesuffix('.zarr').removesuffix('.ome') for p in plates],
                           experiment=experiments))
     shared = set(t.plate[t.duplicated(['experiment', 'plate'], keep=False)])
-    t['plate'] = _whole(t.folder.where(t.plate.isna() | t.plate.isin(shared), t.plate))
+    t['plate'] = _whole_numbers(identifiers(t.folder.where(t.plate.isna() | t.plate.isin(shared), t.plate)))
     twice = t[t.duplicated(['experiment', 'plate'])]
     if len(twice):
         e, name = twice[['experiment', 'plate']].iloc[0]
@@ -689,16 +682,31 @@ def _plate_names(plates, said, experiments)->pd.Series:
     return t.plate
 
 # %% ../../nbs/06_screen.plates.ipynb #41ab3c3d
-def _plate_table(plates, experiment, partial, progress):
+def _of_acquisition(read, acquisition, plates):
+    "Return the fields of one acquisition, numbered from 1 in each well, and as wells without a field those that lack it"
+    if acquisition is None: return read
+    have = sorted({a for _, fields, _ in read for *_, a in fields if a is not None})
+    if acquisition not in have:
+        raise ScreenError(f'{option("acquisition", acquisition)} is not in {plates[0]}: '
+                          + (f'choose from {first_few(have)}.' if have else 'its fields name no acquisition; leave it out.'))
+    out = []
+    for name, fields, bare in read:
+        mine = pd.DataFrame([f for f in fields if f[3] == acquisition], columns=['well', 'site', 'path', 'acquisition'], dtype=object)
+        mine['site'] = mine.groupby('well', sort=False).cumcount() + 1
+        lacks = dict.fromkeys(w for w, *_ in fields if w not in set(mine.well))
+        out.append((name, list(mine.itertuples(index=False, name=None)), [*bare, *lacks]))
+    return out
+
+def _plate_table(plates, experiment, partial, progress, acquisition=None):
     "Return the folder above all plates, and one row per field: experiment, plate, well, site, acquisition, field"
     root = os.path.commonpath([p.parent for p in plates])
-    read = [_plate_fields(p, progress) for p in plates]
+    read = _of_acquisition([_plate_fields(p, progress) for p in plates], acquisition, plates)
     experiments = [experiment or p.parent.name for p in plates]
     bare = []
     for p, (_, _, without) in zip(plates, read): bare += [f'{p.name} {w}' for w in without]
     if bare and not partial:
         raise ScreenError(f'{plural(len(bare), "listed well has", "listed wells have")} no field on disk ({first_few(bare)}): copy the '
-                          'plate again, or leave such wells out with partial=True.')
+                          f'plate again, or leave such wells out with {option("partial", True)}.')
     names, rows = _plate_names(plates, [name or None for name, _, _ in read], experiments), []
     for e, n, p, (_, fields, _) in zip(experiments, names, plates, read):
         at = p.relative_to(root).as_posix()
@@ -711,28 +719,49 @@ def _plate_table(plates, experiment, partial, progress):
 # %% ../../nbs/06_screen.plates.ipynb #187c4a8b
 _ANNOTATIONS = ['sirna', 'cell_type', 'well_type', 'experiment', 'dataset']
 
-def _read_wells(wells):
-    "Return a checked table of wells, with well names such as B02, and its name for messages"
+def _load_wells(wells):
+    "Return a table of wells whose index numbers its rows as a spreadsheet does, and its name for messages"
     where = 'the table of wells' if isinstance(wells, pd.DataFrame) else str(wells)
     with _sentence(f'{where} is not a readable table', 'save it as comma-separated UTF-8 text'):
-        w = wells.copy() if isinstance(wells, pd.DataFrame) else read_csv(wells)
-    lacks = [c for c in ('plate', 'well') if c not in w]
-    if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs plate and well.')
+        w = wells.copy() if isinstance(wells, pd.DataFrame) else read_table(wells)
     if not len(w): raise ScreenError(f'{where} has no rows: list the wells, one per row.')
+    w.index = range(2, len(w) + 2)
+    return w, where
+
+def _read_wells(wells, columns=None, controls=None):
+    "Return a checked table of wells, under our names, and its name for messages"
+    d, where = _load_wells(wells)
+    found = usual_columns(d, columns, where, ('channel', 'file', 'folder', 'page', 'site', 'site_id', 'well_id'))
+    lacks = [c for c in ('plate', 'well') if not found[c]]
+    if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs plate and well.')
+    w = pd.DataFrame({c: identifiers(d[found[c][0]], where) for c in ('plate', 'well', *_ANNOTATIONS) if found[c]})
     for c in ('plate', 'well'):
-        if w[c].isna().any():
-            raise ScreenError(f'{where}, row {np.flatnonzero(w[c].isna())[0]+2}: {c} is empty; fill that cell.')
-    w['plate'], w['well'] = _whole(w.plate).astype(str), [rowcol_to_well(*well_to_rowcol(o)) for o in w.well]
-    for c in set(_ANNOTATIONS) & set(w):
-        if w[c].dtype.kind == 'f' and (w[c].dropna() % 1 == 0).all(): w[c] = w[c].astype('Int64')   # 7.0 is a 7 beside a gap
-        w[c] = w[c].astype('string').str.strip().replace('', pd.NA)
-    own = {*SITE_COLUMNS, 'field', 'acquisition'} - {'plate', 'well', *_ANNOTATIONS}
-    return w.drop(columns=own & set(w)).reset_index(drop=True), where
+        if w[c].isna().any(): raise ScreenError(f'{where}, row {w.index[w[c].isna()][0]}: {c} is empty; fill that cell.')
+    w['well'] = _well_names(w.well, where)
+    if found['well_type'] or controls: w['well_type'] = _types(d, w, found, controls, where)
+    if 'dataset' in w: w['dataset'] = w.dataset.map(lambda o: DATASET_NAMES.get(o.lower(), o), na_action='ignore')
+    own = [c for k in SITE_COLUMNS for c in (found[k][:1] if k == 'well_type' else found[k])] + [c for c in ('field', 'acquisition') if c in d]
+    return pd.concat([w, further_columns(d, own, [*SITE_COLUMNS, 'field', 'acquisition'])], axis=1).reset_index(drop=True), where
+
+def _types(d, w, found, controls, where):
+    "Return the well types of a table of wells; None where nothing is said"
+    blank = pd.Series([None]*len(d), d.index, dtype=object)
+    kind = _complete_types(d, found['well_type'], where) if found['well_type'] else blank
+    sirna = w.sirna if 'sirna' in w else blank
+    return well_types(kind, sirna, controls, where)
 
 # %% ../../nbs/06_screen.plates.ipynb #05a4d62e
-def _annotate(t, wells, partial):
+def _called_as(w, t):
+    "Return the plates of a table of wells as `t` calls them, where a spreadsheet took off, or added, leading zeros"
+    names, bare = t.plate.astype(str).unique(), w.plate.str.lstrip('0')
+    by_bare = pd.Series(names, [n.lstrip('0') for n in names], dtype=object)
+    is_clear = by_bare.index.is_unique and bare.nunique() == w.plate.nunique() and not set(w.plate) & set(names)
+    return bare.map(by_bare).fillna(w.plate) if is_clear else w.plate
+
+def _annotate(t, wells, partial, columns=None, controls=None):
     "Add the columns of a table of wells; it must name exactly the wells of the plates unless `partial`"
-    w, where = _read_wells(wells)
+    w, where = _read_wells(wells, columns, controls)
+    w['plate'] = _called_as(w, t)
     several = t.drop_duplicates(['experiment', 'plate']).plate.duplicated().any()
     if several and 'experiment' not in w:
         raise ScreenError(f'{where} does not name the experiment of its plates, and several experiments have a plate of '
@@ -747,11 +776,14 @@ def _annotate(t, wells, partial):
     none_fits, all_fit = len(extra) == len(w), not len(extra) and not len(lacking)
     if none_fits or not (all_fit or partial):
         raise ScreenError(f'{where} has {plural(len(extra), "well")} not on the plates ({spelt(extra)}), and the plates have '
-                          f'{plural(len(lacking), "well")} not in it ({spelt(lacking)}): correct it, or pass partial=True '
-                          'to continue with the wells that both have.')
+                          f'{plural(len(lacking), "well")} not in it ({spelt(lacking)}): correct it, or '
+                          f'add {option("partial", True)} to continue with the wells that both have.')
     if 'experiment' in w and not several: t['experiment'] = _experiments(t, w, where)
-    new = w.drop(columns=['plate', 'well', 'experiment'], errors='ignore').set_axis(index).reindex(rows)
-    for c in new: t[c] = np.where(new[c].notna(), new[c], t[c]) if c in t else new[c].values
+    new = w.drop(columns=['plate', 'well', 'experiment'], errors='ignore').set_axis(index)
+    for c, s in new.items():
+        kind = 'Int64' if s.dtype == np.int64 and len(lacking) else s.dtype      # a gap would make floats of integers
+        s = s.astype(kind).reindex(rows)
+        t[c] = np.where(s.notna(), s, t[c]) if c in t else s.array
     return t, where
 
 def _experiments(t, w, where):
@@ -763,11 +795,9 @@ def _experiments(t, w, where):
     return t.plate.astype(str).map(known.str[0]).fillna(t.experiment)
 
 # %% ../../nbs/06_screen.plates.ipynb #4c0533ef
-_DATASETS = ('train', 'val', 'id_test', 'test')
-
 def read_plates(
     path, # Folder of a plate, folder that holds `*.zarr` plates, or a list of such folders
-    wells=None, # CSV or table: plate, well and any of sirna, cell_type, well_type, experiment, dataset, and others
+    wells=None, # CSV, parquet or table: plate, well and any of sirna, cell_type, well_type, experiment, dataset, and others
     cell_type:str='unknown', # Cell type, where `wells` names none
     experiment:str=None, # Experiment, where `wells` names none; None = the folder that a plate is in
     dataset:str='train', # 'train', 'val' or 'test', where `wells` names none
@@ -775,22 +805,28 @@ def read_plates(
     t=None, # Time point from 0, 'max' (brightest of each pixel), or None where there is one
     z=None, # Plane from 0, 'max', or None where there is one
     empty:str='error', # Chunks that are absent: 'error', or 'fill' with the array's fill value, usually 0
+    test=(), # Experiments to mark as test: a list, or 'A,B'
     partial:bool=False, # Leave out wells without a field; `wells` may have more or fewer than the plates
     progress:bool=True, # Show progress bars
+    acquisition:int=None, # Read only the fields of this one, for plates that were imaged several times
+    columns:dict|None=None, # {key of `USUAL_NAMES`: its column in `wells`, or `None` for no column}
+    controls:dict|None=None, # {well type: names of perturbations in `wells`, or words of its well-type column}; '' is the empty cell
 )->tuple: # (site table: `SITE_COLUMNS`, then `field` and, where given, `acquisition`; `PlateSource`)
     "Read OME-Zarr plates, 0.4 or 0.5; return their site table and image source"
     _check_arguments(t, z, empty)
-    root, s = _plate_table(_find_plates(path), experiment, partial, progress)
+    root, s = _plate_table(_find_plates(path), experiment, partial, progress, acquisition)
     s, where = s.assign(cell_type=cell_type, dataset=dataset, well_type='treatment', sirna=None), 'the site table'
-    if wells is not None: s, where = _annotate(s, wells, partial)
-    odd = s[~s.dataset.isin(_DATASETS)]
-    if len(odd):
-        raise ScreenError(f'well {odd.well.iloc[0]} has the dataset {odd.dataset.iloc[0]!r}: use {", ".join(_DATASETS)}.')
+    if wells is None and (columns or controls):
+        given = 'columns' if columns else 'controls'
+        raise ScreenError(f'{option(given)} is about the table of wells, and there is none: give {option("wells")}, or leave it out.')
+    if wells is not None: s, where = _annotate(s, wells, partial, columns, controls)
     s['sirna'] = s.sirna.astype(object).where(s.sirna.notna(), None)
+    s['well_id'] = s.experiment + '_' + s.plate.astype(str) + '_' + s.well
+    w = s.drop_duplicates('well_id').set_index('well_id')
+    s['dataset'] = s.well_id.map(_datasets(w.dataset, w.experiment, dataset, test, where, 'leave the cell empty'))
     names = sorted(s.sirna.dropna().unique())
     s['sirna_id'] = pd.array(s.sirna.map({n:i for i, n in enumerate(names)}), 'Int64')
     s['plate_group'] = pd.array([pd.NA]*len(s), 'Int64')
-    s['well_id'] = s.experiment + '_' + s.plate.astype(str) + '_' + s.well
     s['site_id'] = s.well_id + '_' + s.site.astype(str)
     s = check_table(s[SITE_COLUMNS + [c for c in s if c not in SITE_COLUMNS]], where)
     return s, PlateSource(root, s, channels, t, z, empty, progress)

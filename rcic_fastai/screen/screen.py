@@ -120,7 +120,7 @@ def complete(self:Screen,
     files = absent.file[absent.site_id.isin(set(self.table.site_id))]
     if len(files) and not only_present:
         raise ScreenError(f'{len(files)} of {len(self)} sites lack channel files ({first_few(files)}): restore them, '
-                          'or leave those sites out with only_present=True (--only-present).')
+                          f'or leave those sites out with {option("only_present", True)}.')
     rows = _only_present(self.table, self.source)[0] if len(files) else self.table
     if len(files): print(f'{len(files)} of {len(self)} sites have absent files and are left out')
     return Screen(rows, self.source.restrict(rows), self.name)

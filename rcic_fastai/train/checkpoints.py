@@ -452,7 +452,7 @@ class Checkpoint(Callback):
         if not self.folder: return ''
         last = _generations(self.folder)
         if not last: return 'no epoch is finished yet, so start again from the beginning'
-        return f'continue from {last[-1]} with resume=True (--resume)'
+        return f'continue from {last[-1]} with {option("resume", True)}'
 
     def remember(self): self.good = {k: v.detach().clone() for k, v in get_model(self.model).state_dict().items()}
 
@@ -611,8 +611,8 @@ def begin_checkpoints(
         if not found: print(f'There is no checkpoint in {folder}: starting from the beginning.')
         return found
     if _generations(folder):
-        raise ScreenError(f'{folder} holds the checkpoints of an unfinished training: continue it with resume=True '
-                          '(--resume), or remove the folder to start again from the beginning.')
+        raise ScreenError(f'{folder} holds the checkpoints of an unfinished training: continue it with '
+                          f'{option("resume", True)}, or remove the folder to start again from the beginning.')
 
 # %% ../../nbs/32_train.checkpoints.ipynb #a9020e87
 @contextmanager

@@ -45,7 +45,7 @@ class FusedAdam(Optimizer):
 
     def step(self, closure=None):
         "Update all parameters that have a gradient"
-        if closure is not None: raise NotImplementedError('FusedAdam takes no closure: compute the gradients first.')
+        if closure is not None: raise TypeError('FusedAdam takes no closure: compute the gradients first.')
         alike = defaultdict(list)
         for p, _, state, hyper in self.all_params(with_grad=True):
             if not _is_ready(state, p): self.state[p] = state = _adam_state(p, state)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
+from ..batch.augment import site_augs
 from ..model.heads import *
 from ..model.losses import *
 from ..model.model import *
@@ -31,6 +32,7 @@ class Stage:
     mixup:float=0. # Share of batches with MixUp (of those without CutMix)
     loss:object=None # Loss on cosines: name or config
     size:int=None # Side the model sees, pixels
+    augs:dict=None # Arguments of `site_augs`: augmentation from this stage on
     bs:int=None # Batch size
     neck:str=None # Put a fresh neck of this kind in
     metadata:bool=None # Use the metadata embeddings, or show every entry as unknown
@@ -69,8 +71,15 @@ def _known(cls, o, what):
     return o
 
 # %% ../../nbs/33_train.recipes.ipynb #9d46ec58
+def _check_augs(augs, what):
+    "Raise for augmentations that `site_augs` does not have"
+    names = list(inspect.signature(site_augs).parameters)
+    odd = sorted(set(augs or ()) - set(names))
+    if odd: raise ScreenError(f'{what} has the unknown augmentation {first_few(odd)}: choose from {", ".join(names)}.')
+
 def _stage_from_dict(d, i):
     d = dict(_known(Stage, d, f'Stage {i+1} of the recipe'))
+    _check_augs(d.get('augs'), f'Stage {i+1} of the recipe')
     if isinstance(d['lr'], list): d['lr'] = tuple(d['lr'])
     return Stage(**d)
 
@@ -148,6 +157,7 @@ def part_lrs(
 def _stage_data(learn, stage):
     "Change size, batch size and held-out experiments, where the stage says so"
     changes = {k:v for k,v in dict(size=stage.size, bs=stage.bs).items() if v is not None}
+    if stage.augs is not None: changes['augs'] = site_augs(**stage.augs)
     if stage.full_data: changes['valid'] = 'none'
     if changes: learn.dls = learn.dls.rebuild(**changes)
 
@@ -219,7 +229,7 @@ def _new_rates(found, facts):
 # %% ../../nbs/33_train.recipes.ipynb #9a34eaa5
 def _end_late():
     "End as `Checkpoint` does, when SIGTERM came behind the last batch that it looked at"
-    print('SIGTERM came when the last epoch was over: continue with resume=True (--resume).', file=sys.stderr)
+    print(f'SIGTERM came when the last epoch was over: continue with {option("resume", True)}.', file=sys.stderr)
     raise SystemExit(143)
 
 # %% ../../nbs/33_train.recipes.ipynb #7ffcf8ca
@@ -269,8 +279,8 @@ def fit_recipe(self:Learner,
             cp = Checkpoint(folder, known, i, stage.name, epochs_before, partial(_extra, reached, start), came)
             if stage.epochs:
                 with checkpointed(self, cp, found):
-                    self.fit_one_cycle(stage.epochs, part_lrs(stage.lr), wd=stage.wd, pct_start=stage.pct_start, div_final=stage.div_final,
-                                       cbs=[log, *_stage_cbs(stage, seed + i), *L(cbs)])
+                    self.fit_one_cycle(stage.epochs, part_lrs(stage.lr), wd=stage.wd, pct_start=stage.pct_start,
+                                       div_final=stage.div_final, cbs=[log, *_stage_cbs(stage, seed + i), *L(cbs)])
             reached.append(_reached(stage, log, start))
             found, spent = None, 0.
         with agreed():

@@ -1,0 +1,92 @@
+"Every argument that a sentence names exists on the route where it is said: read from the sources, and tried."
+import ast, re
+from pathlib import Path
+import pytest
+import rcic_fastai
+from rcic_fastai import cli
+from rcic_fastai.core import ScreenError, as_command, option
+
+ROOT = Path(rcic_fastai.__file__).parent
+# Functions that no command calls, or whose arguments are those of steps that a command chooses for itself: Python is their only route
+PYTHON_ONLY = {'batch/augment.py', 'embed/correct.py', 'embed/metrics.py', 'embed/table.py', 'embed/plots.py', 'predict/assign.py', 'predict/pseudo.py',
+               'train/controls.py', 'train/cutmix.py', 'train/domain.py', 'results/report.py', 'results/plots.py', 'results/evaluate.py', 'showdoc.py', '_modidx.py'}
+COMMAND_OF = dict(screen='rcic_pack', batch='rcic_train', train='rcic_train', model='rcic_train', predict='rcic_predict', embed='rcic_predict')
+OPTIONS = {name: cli._options(f) for name, f in cli._commands().items()}
+ANY = {k for o in OPTIONS.values() for k in o}
+
+def sources():
+    "The modules whose sentences a command can say, with their syntax trees"
+    for f in sorted(ROOT.rglob('*.py')):
+        name = f.relative_to(ROOT).as_posix()
+        if name not in PYTHON_ONLY: yield name, ast.parse(f.read_text())
+
+def docstrings(tree):
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Module)) and n.body and isinstance(n.body[0], ast.Expr)]
+    return {id(n.body[0].value) for n in nodes}
+
+def sentences(tree):
+    "Texts of more than three words, with {} where a value stands"
+    inner, skip = {id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values}, docstrings(tree)
+    for n in ast.walk(tree):
+        if id(n) in skip or id(n) in inner: continue
+        if isinstance(n, ast.JoinedStr): text = ''.join(v.value if isinstance(v, ast.Constant) else '{}' for v in n.values)
+        elif isinstance(n, ast.Constant) and isinstance(n.value, str): text = n.value
+        else: continue
+        if text.count(' ') > 3: yield n.lineno, text
+
+def spelled(text): return re.findall(r'(?<![\w{.-])([a-z][a-z_]*)=(?!=)', text) + re.findall(r'(?<!\w)--([a-z][a-z-]*)', text)
+
+def called(tree):
+    "(line, name, value or None) of every argument that `option` is asked to name"
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'option' and n.args and isinstance(n.args[0], ast.Constant):
+            yield n.lineno, n.args[0].value, n.args[1] if len(n.args) > 1 else None
+
+ALLOWED = {('cli.py', 'experiment'), ('cli.py', 'resume'), ('cli.py', 'dataset'), ('model/backbones.py', 'n_channels'),
+           ('screen/simulate/layout.py', 'test'), ('train/recipes.py', 'epochs'), ('embed/index.py', 'kind'), ('train/checkpoints.py', 'resume'), ('screen/tables.py', 'k')}
+
+def test_no_sentence_spells_an_argument_itself():
+    "`option` does, in the words of the caller's route"
+    found = [(name, line, a, text) for name, tree in sources() for line, text in sentences(tree) for a in spelled(text) if (name, a) not in ALLOWED]
+    assert not found, '\n'.join(map(str, found))
+
+def test_the_test_sees_what_it_looks_for():
+    assert spelled('or read with empty="fill" if') == ['empty'] and spelled('leave them out with --only-present.') == ['only-present']
+    assert not spelled('a == b, dict(c=1)'.replace('c=1', 'c')) and not spelled('at most {}=')
+    tree = ast.parse('''def f(): raise ScreenError(f"take a plane of it with {option('z', 0)} or z=1")''')
+    assert [a for _, t in sentences(tree) for a in spelled(t)] == ['z'] and [n for _, n, _ in called(tree)] == ['z']
+
+def test_every_argument_that_is_named_is_an_option():
+    "Of the command that says it or, where another is meant, of any"
+    python_only = {'views', 'adapt_rows'}
+    found = []
+    for name, tree in sources():
+        home = COMMAND_OF.get(name.split('/')[0])
+        for line, a, value in called(tree):
+            known = set(OPTIONS[home]) if home == 'rcic_pack' else ANY
+            if a not in known | python_only | {'out', 'dest', 'screen', 'model'}: found.append((name, line, a))
+    assert not found, found
+
+@pytest.mark.parametrize('name', ['replace', 'z', 't', 'empty', 'partial', 'cell_types', 'experiment', 'controls', 'test', 'columns', 'root', 'wells'])
+def test_rcic_pack_has_it(name):
+    assert name in OPTIONS['rcic_pack'] and f'--{name.replace("_", "-")}' in cli.command_parser(cli.pack).format_help()
+
+PARSED = [('columns', dict(plate='Barcode', dataset=None)), ('controls', dict(negative_control=['DMSO', 'water'], positive_control=['x'])),
+          ('replace', {'s3://a/b=1/': '/data'}), ('channels', ['DNA', 'ER']), ('channels', dict(nucleus='DNA')), ('z', 0), ('z', 'max'), ('cell_types', ['A', 'B'])]
+
+@pytest.mark.parametrize('name,value', PARSED)
+def test_what_is_said_can_be_typed(name, value, monkeypatch):
+    "The value that a sentence names in a shell is read as the value that it names in Python"
+    seen = {}
+    def opened(path, only_present, **how):
+        seen.update(how)
+        raise ScreenError('enough')
+    monkeypatch.setattr('rcic_fastai.screen.open.open_screen', opened)
+    with as_command(): words = option(name, value).split(' ')
+    assert cli.rcic_pack(['a', 'b', *words]) == 2 and seen == {name: value}
+    assert eval(f'dict({option(name, value)})') == {name: value}
+
+def test_an_option_of_another_command_says_so():
+    with as_command(['screen'], OPTIONS['rcic_train'], {k: o for k, o in OPTIONS.items() if k != 'rcic_train'}):
+        assert option('z', 0) == '--z 0 (rcic_pack)' and option('controls', dict(negative_control=['DMSO'])) == '--controls DMSO=negative_control (rcic_pack)'
+        assert option('controls', True) == '--controls' and option('by', 'plate') == "by='plate' (in Python)" and option('screen') == 'SCREEN'
