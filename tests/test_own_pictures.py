@@ -124,7 +124,7 @@ def test_controls_and_test_experiments_of_plates(tmp_path):
     for bad, words in ((dict(test='E3'), 'E3 cannot be test'), (dict(controls=dict(negative_control=['water'])), 'water'), (dict(controls=dict(blank=['DMSO'])), 'blank')):
         with pytest.raises(ScreenError, match=words): read_plates(paths, w, progress=False, **bad)
 
-@pytest.mark.parametrize('option', [('--root', '.'), ('--columns', 'plate=Barcode'), ('--replace', 'a=b'), ('--plate-wells', '96'), ('--cell-types', 'A549')])
+@pytest.mark.parametrize('option', [('--root', '.'), ('--replace', 'a=b'), ('--plate-wells', '96'), ('--cell-types', 'A549')])
 def test_options_of_another_kind_of_screen(tmp_path, option):
     "One line that names the option, never a traceback"
     p, _ = plate(tmp_path/'P.zarr')
