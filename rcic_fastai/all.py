@@ -16,7 +16,7 @@ from .screen.simulate.batches import Studio, batch_stats
 from .screen.simulate.layout import screen_layout, simulate_screen
 from .screen.images import ImageSource, PngTree, load_site, only_present, screen_stats, site_stats
 from .screen.screen import Screen
-from .screen.pack import PackedScreen, pack_screen, verify_store
+from .screen.pack import PackedScreen, pack_screen, picture_kinds, picture_notes, verify_store
 from .screen.files import FileSource, check_files, plate_format, read_files
 from .screen.plates import PlateSource, read_plates
 from .screen.download import download_rxrx1
@@ -24,7 +24,7 @@ from .screen.open import open_screen
 from .batch.site import (SiteBatch, TensorSite, TensorWell, channel_colors, gray_panels, plot_channels,
     plot_top_losses, rgb_3d, rgb_composite, show_batch, show_results, small_figures)
 from .batch.augment import (CLAHE, ChannelJitter, FoldSites, IntToFloat, NormalizeGlobal, NormalizeGroup,
-    NormalizeOwn, ShuffleSites, SiteAffine, SiteDihedral, SiteResize, UnfoldSites, site_augs, site_tfms)
+    NormalizeOwn, ShuffleSites, SiteAffine, SiteDihedral, SiteResize, UnfoldSites, clahe, site_augs, site_tfms)
 from .batch.loader import GroupBatches, RowValue, ScreenDL, SiteReader, WellReader
 from .batch.resident import ResidentSource
 from .batch.data import (ExperimentSplitter, GroupCategorize, MetadataBlock, MetadataCategorize, ScreenLoaders,

@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'PIECE', 'EF_SEARCH', 'VOTES', 'DEPTH', 'TIE', 'INDEX_FORMAT
 import json, os, re
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.all import patch
@@ -422,7 +423,7 @@ def merge_wells(
 
 # %% ../../nbs/42_embed.index.ipynb #1df91fb6
 _FLOATS = ('float32', 'float64', 'Float32', 'Float64')
-_WHOLE = tuple(f'{k}{n}' for k in ('int', 'uint', 'Int', 'UInt') for n in (8, 16, 32, 64))
+_WHOLE = tuple(f'{k}{n}' for k, n in product(('int', 'uint', 'Int', 'UInt'), (8, 16, 32, 64)))
 _NUMBERS = ('bool', 'boolean', *_FLOATS, *_WHOLE)
 
 def _to_plain(s):
