@@ -225,7 +225,8 @@ def _demo_files():
     "Return the names of everything that a demo writes"
     ends = ('.csv', '.json', '.top.csv', '.csv.lock')
     of_protocols = [f'{p}{end}' for p in PROTOCOLS for end in ends]
-    of_parts = [f for p in PROTOCOLS for f in PARTS_FOLDER.inside(f'{p}.csv.part')]
+    of_parts = []
+    for p in PROTOCOLS: of_parts += PARTS_FOLDER.inside(f'{p}.csv.part')
     folders = [*SCREEN_FOLDER.inside('screen'), *SCREEN_FOLDER.inside('.screen.*'), *STORE_FOLDER.inside('screen.zarr'),
                *STORE_FOLDER.inside('screen.zarr.part'), *MODEL_FOLDER.inside('model'), *MODEL_FOLDER.inside('model.part'),
                *CHECKPOINT_FOLDER.inside('model.checkpoints/epoch_*')]

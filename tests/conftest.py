@@ -10,6 +10,24 @@ from importlib.util import find_spec
 import pytest
 
 
+@pytest.fixture(scope='session')
+def screen(tmp_path_factory):
+    "A small screen of three experiments; a file that needs another one defines its own"
+    from rcic_fastai.screen.open import open_screen
+    from rcic_fastai.screen.simulate.layout import simulate_screen
+    path = tmp_path_factory.mktemp('three')/'screen'
+    simulate_screen(path, ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=0, progress=False)
+    return open_screen(path)
+
+
+@pytest.fixture
+def close_figures():
+    "Close all figures at the end; use it with `pytestmark`"
+    yield
+    import matplotlib.pyplot as plt
+    plt.close('all')
+
+
 def pytest_addoption(parser):
     parser.addoption('--extras', action='store_true', help='run the tests marked `extra` only, and skip none of them')
 

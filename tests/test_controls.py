@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, CancelFitException, Learner
 from hypothesis import given, settings, strategies as st
+from helpers import learner, quiet, same
 from rcic_fastai.train.controls import *
 from rcic_fastai.train.cutmix import CutMix
 from rcic_fastai.train.domain import EMA
@@ -31,15 +32,7 @@ def screen():
 def dls_of(screen, table=None, valid='HUVEC-02,RPE-02', **kw):
     return screen_dls(screen if table is None else screen[table], valid=valid, bs=8, device='cpu', **kw)
 
-def learner(dls, make=screen_learner, **kw):
-    learn = make(dls, ARCH, pretrained=None, emb_dim=16, **kw)
-    return learn.remove_cb(learn.progress) or learn
-
-def quiet(learn, f):
-    with learn.no_logging(): return f()
-
 def weights(model, without=()): return {k: v.clone() for k, v in model.state_dict().items() if k.split('.')[0] not in without}
-def same(a, b): return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 class Seen(Callback):
     "Notes what is trained and validated on"

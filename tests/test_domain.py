@@ -13,12 +13,6 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
 
-@pytest.fixture(scope='module')
-def screen(tmp_path_factory):
-    path = tmp_path_factory.mktemp('domain')/'screen'
-    simulate_screen(path, ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=0, progress=False)
-    return open_screen(path)
-
 def make(screen, bs=8, **kwargs):
     kwargs = {**dict(valid='HUVEC-03', batch_by='experiment', batch_groups=2), **kwargs}
     return screen_learner(screen_dls(screen, bs=bs, augs=None, device='cpu', **kwargs), 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0)

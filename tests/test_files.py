@@ -4,6 +4,7 @@ import cv2, numpy as np, pandas as pd, pytest, tifffile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from PIL import Image
+from helpers import refused
 from rcic_fastai.screen.files import *
 from rcic_fastai.screen.tiff import *
 from rcic_fastai.screen.images import only_present, screen_stats
@@ -57,13 +58,6 @@ def same_pixels(source, got):
     for i, x in got.items():
         y = source[i]
         assert y.dtype == x.dtype and (y == x).all(), i
-
-
-def refused(f, *words):
-    with pytest.raises(ScreenError) as e: f()
-    text = str(e.value)
-    for w in words: assert w in text, text
-    assert '\n' not in text and len(text) < 1500, text
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 import pytest, sys, timm, torch
 from functools import partial
 from fastai.vision.all import Callback, ClassificationInterpretation, Interpretation, Learner, params, plt, steep, valley
+from helpers import same
 from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.model.backbones import create_backbone
@@ -129,7 +130,6 @@ def trained(screen, tmp_path_factory, request):
     plt.close('all')
 
 def state(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 def test_lr_find_leaves_the_model_as_it_was(screen, tmp_path):
     learn = make(screen, path=tmp_path)

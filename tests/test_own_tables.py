@@ -438,7 +438,7 @@ def test_an_acquisition_that_a_well_lacks(tmp_path):
     attrs = json.loads((p/'A/1/.zattrs').read_text())
     attrs['well']['images'] = attrs['well']['images'][:1]
     (p/'A/1/.zattrs').write_text(json.dumps(attrs))
-    with pytest.raises(ScreenError, match='1 listed well has no field on disk .P.zarr A01'): read_plates(p, acquisition=1, progress=False)
+    with pytest.raises(ScreenError, match='1 listed well has no field of acquisition 1 .P.zarr A01'): read_plates(p, acquisition=1, progress=False)
     assert read_plates(p, acquisition=1, partial=True, progress=False)[0].well.tolist() == ['A02']
     assert len(read_plates(p, progress=False)[0]) == 3
 

@@ -3,6 +3,7 @@ import errno, faulthandler, json, os, pickle, shutil, signal, struct, subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import cv2, numpy as np, pandas as pd, pytest, zarr
+from helpers import refused
 from rcic_fastai.screen import pack
 from rcic_fastai.screen.images import PngTree, only_present, screen_stats
 from rcic_fastai.core import ScreenError
@@ -71,15 +72,6 @@ def png(source, table, row, channel=1): return Path(source._paths(table.site_id[
 def flipped(data, at, bit=0):
     data = bytearray(data); data[at] ^= 1 << bit
     return bytes(data)
-
-
-def says(func, *words):
-    "The refusal: one sentence with these words"
-    with pytest.raises(ScreenError) as e: func()
-    text = str(e.value)
-    assert '\n' not in text and text.endswith('.'), text
-    for w in words: assert w in text, text
-    return text
 
 
 def alone(func, *args, timeout=120, before=()):
@@ -230,7 +222,7 @@ def test_order_and_index_are_the_tables(tmp_path, screen):
 @real
 def test_real_sites(tmp_path):
     table = read_metadata(real_data())
-    says(lambda: put(PngTree(real_data(), table), table, tmp_path/'all.zarr'), f'{len(table)-18} of {len(table)} sites', 'only_present')
+    refused(lambda: put(PngTree(real_data(), table), table, tmp_path/'all.zarr'), f'{len(table)-18} of {len(table)} sites', 'only_present')
     some = table[(table.well == 'B02') & table.experiment.isin(['HEPG2-01', 'HUVEC-01', 'RPE-01', 'U2OS-01', 'HEPG2-08'])]
     source = PngTree(real_data(), some)
     keep, out = only_present(some, source)
@@ -438,7 +430,7 @@ def test_begun_otherwise(tmp_path, screen):
     for other, rows, kwargs in [(source, table[:5], {}), (source, table[::-1], {}), (source, table, dict(codec='small')), (five, table, {}),
                                 (renamed, table, {}), (source, table.assign(sirna='x'), {}), (source, table.assign(more=1), {}),
                                 (source, table.drop(columns='plate_group'), {})]:
-        says(lambda: put(other, rows, tmp_path/'a.zarr', **kwargs), str(part), 'was begun with different', 'force')
+        refused(lambda: put(other, rows, tmp_path/'a.zarr', **kwargs), str(part), 'was begun with different', 'force')
         assert files(part) == before
     packed = PackedScreen(put(five, table, tmp_path/'a.zarr', codec='small', force=True))
     assert packed.channels == CHANNELS[:5] and not part.exists() and verify_store(packed.root, five, progress=False) == 6
@@ -476,7 +468,7 @@ def test_everything_was_packed_but_not_finished(tmp_path, screen, store, monkeyp
     def full(*args): raise OSError(errno.ENOSPC, 'No space left on device')
     with monkeypatch.context() as m:
         m.setattr(pack, '_finish', full)
-        says(lambda: put(source, table, tmp_path/'a.zarr'), 'the 6 sites packed so far are kept')
+        refused(lambda: put(source, table, tmp_path/'a.zarr'), 'the 6 sites packed so far are kept')
     source.reads()
     assert files(put(source, table, tmp_path/'a.zarr', progress=True)) == files(store) and source.reads() == 0
 
@@ -495,7 +487,7 @@ def test_full_disk(tmp_path, screen, store, where, monkeypatch):
         if where == 'open': m.setattr('builtins.open', of_open)
         elif where == 'replace': m.setattr(os, 'replace', of_replace)
         else: m.setattr(pack._Journal, 'add', of_add)
-        text = says(lambda: put(source, table, tmp_path/'a.zarr', workers=1), str(part), 'No space left on device', 'free some space')
+        text = refused(lambda: put(source, table, tmp_path/'a.zarr', workers=1), str(part), 'No space left on device', 'free some space')
     done = journalled(part)
     assert f'the {done} sites packed so far are kept' in text and done >= 2 and not (tmp_path/'a.zarr').exists()
     source.reads()
@@ -535,7 +527,7 @@ def test_missing_files_are_counted_and_ten_named(tmp_path):
     table = site_table(tuple(f'B{n:02d}' for n in range(2, 10)))
     source, _ = make(tmp_path/'screen', table)
     for n in range(12): png(source, table, n, 1 + n % 6).unlink()
-    text = says(lambda: put(source, table, tmp_path/'a.zarr'), '12 of 16 sites', 'and 2 more', 'only_present=True')
+    text = refused(lambda: put(source, table, tmp_path/'a.zarr'), '12 of 16 sites', 'and 2 more', 'only_present=True')
     assert text.count('.png') == 10 and not (tmp_path/'a.zarr.part').exists()
     keep, _ = only_present(table, source)
     assert len(PackedScreen(put(source, keep, tmp_path/'a.zarr'))) == 4
@@ -544,29 +536,29 @@ def test_missing_files_are_counted_and_ten_named(tmp_path):
 def test_bad_calls(tmp_path, screen, store):
     table, source, _ = screen
     dest, strange = tmp_path/'a.zarr', table.assign(site_id=table.site_id + 'x')
-    says(lambda: put(source, pd.concat([table, table[:2]]), dest), '2 sites more than once', table.site_id[0])
-    says(lambda: put(source, table[:0], dest), 'no rows')
-    says(lambda: put(source, table.drop(columns='well_type'), dest), 'well_type')
-    says(lambda: put(source, strange, dest), strange.site_id[0], 'not in the table')
-    says(lambda: put(source, table, dest, codec='zip'), "'zip'", 'fast, small')
-    says(lambda: put(source, table, store), str(store), 'exists already')
+    refused(lambda: put(source, pd.concat([table, table[:2]]), dest), '2 sites more than once', table.site_id[0])
+    refused(lambda: put(source, table[:0], dest), 'no rows')
+    refused(lambda: put(source, table.drop(columns='well_type'), dest), 'well_type')
+    refused(lambda: put(source, strange, dest), strange.site_id[0], 'not in the table')
+    refused(lambda: put(source, table, dest, codec='zip'), "'zip'", 'fast, small')
+    refused(lambda: put(source, table, store), str(store), 'exists already')
     (tmp_path/'a file').write_text('x')
-    says(lambda: put(source, table, tmp_path/'a file'), 'exists already')
-    says(lambda: put(source, table, tmp_path/'a file'/'a.zarr'), 'a.zarr.part cannot be written')
+    refused(lambda: put(source, table, tmp_path/'a file'), 'exists already')
+    refused(lambda: put(source, table, tmp_path/'a file'/'a.zarr'), 'a.zarr.part cannot be written')
     assert not dest.exists() and not (tmp_path/'a.zarr.part').exists()
 
 
 def test_destination_without_a_name(screen, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for dest in ('.', '/', '..'): says(lambda: put(screen[1], screen[0], dest), 'exists already')
+    for dest in ('.', '/', '..'): refused(lambda: put(screen[1], screen[0], dest), 'exists already')
 
 
 def test_a_table_that_parquet_cannot_hold(tmp_path, screen):
     table, source, _ = screen
-    says(lambda: put(source, table.assign(dose=[1, 'high', 2., None, 3, 4]), tmp_path/'a.zarr'), 'dose')
+    refused(lambda: put(source, table.assign(dose=[1, 'high', 2., None, 3, 4]), tmp_path/'a.zarr'), 'dose')
 
 
-def test_workers_below_one(tmp_path, screen): says(lambda: put(screen[1], screen[0], tmp_path/'a.zarr', workers=-1), 'workers')
+def test_workers_below_one(tmp_path, screen): refused(lambda: put(screen[1], screen[0], tmp_path/'a.zarr', workers=-1), 'workers')
 
 
 @pytest.mark.parametrize('what', ['size', 'bits', 'damage', 'color'])
@@ -577,7 +569,7 @@ def test_an_odd_file_in_the_middle(tmp_path, screen, what):
     good = path.read_bytes()
     if what == 'damage': path.write_bytes(flipped(good, len(good)//2))
     else: cv2.imwrite(str(path), {'size': np.zeros((9, 16), np.uint8), 'bits': np.zeros((16, 16), np.uint16), 'color': np.zeros((16, 16, 3), np.uint8)}[what])
-    says(lambda: put(source, table, tmp_path/'a.zarr', workers=1), str(path))
+    refused(lambda: put(source, table, tmp_path/'a.zarr', workers=1), str(path))
     assert not (tmp_path/'a.zarr').exists() and journalled(tmp_path/'a.zarr.part') >= 1
     path.write_bytes(good)
     packed = PackedScreen(put(source, table, tmp_path/'a.zarr'))
@@ -587,7 +579,7 @@ def test_an_odd_file_in_the_middle(tmp_path, screen, what):
 def test_read_only_folder(tmp_path, screen):
     if os.geteuid() == 0: pytest.skip('root writes everywhere')
     folder = tmp_path/'locked'; folder.mkdir(mode=0o555)
-    says(lambda: put(screen[1], screen[0], folder/'a.zarr'), 'a.zarr.part cannot be written', 'permissions')
+    refused(lambda: put(screen[1], screen[0], folder/'a.zarr'), 'a.zarr.part cannot be written', 'permissions')
 
 
 # ---- reading
@@ -599,13 +591,13 @@ def test_some_rows(tmp_path, screen, store):
     packed = PackedScreen(store, some)
     assert packed.site_ids == some.site_id.tolist() and len(packed.table) == 6 and len(packed.missing()) == 0
     for i in packed.site_ids: assert (packed[i] == pixels[i]).all()
-    says(lambda: packed[table.site_id[1]], table.site_id[1], 'not in the table')
+    refused(lambda: packed[table.site_id[1]], table.site_id[1], 'not in the table')
     assert packed.sites_of('HUVEC-01_1_B02') == ['HUVEC-01_1_B02_1']
     more = pd.concat([table, site_table(('H08',))], ignore_index=True)
     packed = PackedScreen(store, more)
     assert packed.missing().site_id.tolist() == ['HUVEC-01_1_H08_1', 'HUVEC-01_1_H08_2'] and packed.missing().missing[0] == CHANNELS
-    says(lambda: packed['HUVEC-01_1_H08_1'], 'HUVEC-01_1_H08_1', 'not packed')
-    says(lambda: packed.read_into(packed.site_ids, np.empty((8, *packed.shape), np.uint8), 2), 'H08', 'not packed')
+    refused(lambda: packed['HUVEC-01_1_H08_1'], 'HUVEC-01_1_H08_1', 'not packed')
+    refused(lambda: packed.read_into(packed.site_ids, np.empty((8, *packed.shape), np.uint8), 2), 'H08', 'not packed')
     keep, out = only_present(more, packed)
     pd.testing.assert_frame_equal(keep, table); assert out == 2
     with pytest.raises(ScreenError, match='empty'): PackedScreen(store, table[:0])
@@ -643,9 +635,9 @@ def test_neither_store_nor_finished(tmp_path, screen, store):
     table, source, _ = screen
     assert is_store(store) and not is_store(source.root) and not is_store(tmp_path/'nowhere') and not is_store(store/'zarr.json')
     for path in (source.root, tmp_path/'nowhere', store/'zarr.json', store/'images'):
-        says(lambda: PackedScreen(path), str(path), 'not a packed screen')
+        refused(lambda: PackedScreen(path), str(path), 'not a packed screen')
     part = half(source, table, tmp_path/'a.zarr')
-    for path in (part, tmp_path/'a.zarr'): says(lambda: PackedScreen(path), 'not finished', 'rcic_pack')
+    for path in (part, tmp_path/'a.zarr'): refused(lambda: PackedScreen(path), 'not finished', 'rcic_pack')
 
 
 @pytest.mark.parametrize('text,words', [
@@ -657,7 +649,7 @@ def test_neither_store_nor_finished(tmp_path, screen, store):
     ('{"attributes": {}}', ['zarr.json', 'pack the screen again']), ('[]', ['zarr.json']), ('', ['zarr.json'])])
 def test_other_versions_and_other_groups(store, text, words):
     (store/'zarr.json').write_text(text)
-    says(lambda: PackedScreen(store), *words)
+    refused(lambda: PackedScreen(store), *words)
 
 
 def test_tables_of_another_store(tmp_path, screen, store):
@@ -666,7 +658,7 @@ def test_tables_of_another_store(tmp_path, screen, store):
     for name in ('sites.parquet', 'chunks.parquet', 'stats.parquet'):
         kept = (store/name).read_bytes()
         (store/name).write_bytes((other/name).read_bytes())
-        says(lambda: PackedScreen(store), 'pack the screen again')
+        refused(lambda: PackedScreen(store), 'pack the screen again')
         (store/name).write_bytes(kept)
     assert len(PackedScreen(store)) == 6
 
@@ -680,23 +672,23 @@ def test_verify(tmp_path, screen, store):
     bad = {1: flipped(chunk(store, 1).read_bytes(), 99, 3), 2: chunk(store, 2).read_bytes()[:-9], 4: None, 5: chunk(store, 3).read_bytes()}
     for row, data in bad.items(): chunk(store, row).write_bytes(data) if data is not None else chunk(store, row).unlink()
     for kwargs in ({}, dict(screen=source)):
-        says(lambda: verify_store(store, progress=False, **kwargs), str(store), '4 sites are damaged', *[ids[r] for r in bad])
+        refused(lambda: verify_store(store, progress=False, **kwargs), str(store), '4 sites are damaged', *[ids[r] for r in bad])
     shutil.rmtree(store); put(source, table, store)
     write_site(source.root, table.iloc[3], pixels[ids[3]] ^ 1)
     more = pd.concat([table, site_table(('H08',))], ignore_index=True)
     make(source.root, more[6:].reset_index(drop=True))
     chunk(store, 0).write_bytes(b'')
-    text = says(lambda: verify_store(store, PngTree(source.root, more), progress=False), f'1 sites are damaged ({ids[0]})',
+    text = refused(lambda: verify_store(store, PngTree(source.root, more), progress=False), f'1 sites are damaged ({ids[0]})',
                 f'1 sites differ from the source ({ids[3]})', '2 sites of the source are not packed (HUVEC-01_1_H08_1, HUVEC-01_1_H08_2)')
     assert ids[1] not in text
 
 
 def test_verify_with_a_source_that_lost_sites(screen, store):
     table, source, _ = screen
-    text = says(lambda: verify_store(store, PngTree(source.root, table[1:]), progress=False), '1 sites differ', table.site_id[0])
+    text = refused(lambda: verify_store(store, PngTree(source.root, table[1:]), progress=False), '1 sites differ', table.site_id[0])
     assert table.site_id[1] not in text
     for row in (1, 4): png(source, table, row).unlink()
-    says(lambda: verify_store(store, source, progress=False), table.site_id[1], table.site_id[4])
+    refused(lambda: verify_store(store, source, progress=False), table.site_id[1], table.site_id[4])
 
 
 # ---- damage

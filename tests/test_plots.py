@@ -1,12 +1,9 @@
 "Figures: plate maps of labels, numbers and booleans."
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest
 from rcic_fastai.results.plots import plate_array, plate_map
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close('all')
+pytestmark = pytest.mark.usefixtures('close_figures')
 
 
 def test_plate_array():

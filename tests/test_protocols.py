@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest
 from fastai.vision.all import Callback
+from helpers import learner, quiet
 from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.batch.data import screen_dls, spec_dl
 from rcic_fastai.embed.embed import embed_parts, embed_screen, highest_protocol, model_fingerprint, row_protocols
@@ -31,14 +32,6 @@ def screen(tmp_path_factory):
     return Screen(t, PngTree(d, t))
 
 def dls_of(screen, **kw): return screen_dls(screen, **{**dict(valid='HUVEC-03', bs=8, device='cpu'), **kw})
-
-def learner(dls, make=screen_learner, **kw):
-    learn = make(dls, ARCH, pretrained=None, emb_dim=16, **kw)
-    learn.remove_cb(learn.progress)
-    return learn
-
-def quiet(learn, f):
-    with learn.no_logging(): return f()
 
 def protocols(emb):
     "experiment → protocols of its rows"

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback
 from hypothesis import given, settings, strategies as st
+from helpers import same
 from rcic_fastai.batch.augment import dihedral
 from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.batch.data import screen_dls
@@ -175,7 +176,6 @@ def fit(screen, table=None, rows=None, rounds=2, recipe=ONE, data={}, **kw):
     with learn.no_logging(): return learn, learn.fit_pseudo(rows, rounds=rounds, recipe=recipe, progress=False, **kw)
 
 def state(learn): return {k: v.clone() for k, v in learn.model.state_dict().items()}
-def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 
 class Seen(Callback):
     def before_fit(self): self.fits = getattr(self, 'fits', []) + [(self.dls.train.items, self.dls.valid.items, self.dls.spec)]

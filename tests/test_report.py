@@ -15,10 +15,7 @@ EMB = toy_profiles(['HUVEC-01', 'RPE-01'], ['HUVEC-17'], n_sirnas=12, seed=1)
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close('all')
+pytestmark = pytest.mark.usefixtures('close_figures')
 
 
 def legend_texts(fig): return [[t.get_text().strip() for t in legend.get_texts()] for legend in fig.findobj(Legend)]

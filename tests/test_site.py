@@ -12,10 +12,7 @@ from rcic_fastai.screen.tables import CHANNELS, read_metadata, real_data
 real = pytest.mark.real('images')
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close('all')
+pytestmark = pytest.mark.usefixtures('close_figures')
 
 
 class Memory:

@@ -16,12 +16,6 @@ from rcic_fastai.train.learner import screen_learner
 
 BS = 8
 
-@pytest.fixture(scope='module')
-def screen(tmp_path_factory):
-    path = tmp_path_factory.mktemp('terms')/'screen'
-    simulate_screen(path, ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=0, progress=False)
-    return open_screen(path)
-
 def make(screen, cbs):
     "A learner without chance in its model: no dropout, a loss with a fixed scale"
     dls = screen_dls(screen, bs=BS, augs=None, device='cpu', valid='HUVEC-03', batch_by='experiment', batch_groups=2)

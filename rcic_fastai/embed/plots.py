@@ -6,6 +6,7 @@
 __all__ = ['group_styles', 'short_text', 'scatter_groups', 'legend_below', 'principal_plane', 'show_correction']
 
 # %% ../../nbs/42b_embed.plots.ipynb #94e74e19
+from itertools import product
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from ..core import *
@@ -20,7 +21,7 @@ def group_styles(
     names, # Names of groups; repeated names count once
 )->dict: # name → dict(color, marker), no two alike
     "Return a color and a marker for each of up to 90 groups"
-    names, looks = list(dict.fromkeys(names)), [dict(color=c, marker=m) for m in _MARKERS for c in _COLORS]
+    names, looks = list(dict.fromkeys(names)), [dict(color=c, marker=m) for m, c in product(_MARKERS, _COLORS)]
     if len(names) > len(looks):
         raise ScreenError(f'{len(names)} groups cannot all look different: show {len(looks)} or fewer.')
     return dict(zip(names, looks))

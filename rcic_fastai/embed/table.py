@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core import ScreenError, first_few, write_atomic
-from ..screen.tables import CELL_TYPES, identifiers, read_parquet, rowcol_to_well
+from ..screen.tables import CELL_TYPES, identifiers, inner_wells, read_parquet
 from .protocol import Protocol
 
 # %% ../../nbs/40_embed.table.ipynb #9212c04b
@@ -130,7 +130,7 @@ def _toy_layout(rng, n_sirnas, plates):
     "One experiment: rows (plate, well, well_type, sirna_id, plate_group); one group a plate, rotated."
     group = np.arange(n_sirnas) % plates
     control = {'B02': n_sirnas + 2, 'C03': n_sirnas, 'C07': n_sirnas + 1}   # negative, two positive
-    free = [w for w in (rowcol_to_well(r, c) for r in range(1, 15) for c in range(1, 23)) if w not in control]
+    free = [w for w in inner_wells() if w not in control]
     turn, rows = int(rng.integers(plates)), []
     for p in range(plates):
         g = (p + turn) % plates

@@ -704,8 +704,9 @@ def _plate_table(plates, experiment, partial, progress, acquisition=None):
     experiments = [experiment or p.parent.name for p in plates]
     bare = []
     for p, (_, _, without) in zip(plates, read): bare += [f'{p.name} {w}' for w in without]
+    what = 'field on disk' if acquisition is None else f'field of acquisition {acquisition}'
     if bare and not partial:
-        raise ScreenError(f'{plural(len(bare), "listed well has", "listed wells have")} no field on disk ({first_few(bare)}): copy the '
+        raise ScreenError(f'{plural(len(bare), "listed well has", "listed wells have")} no {what} ({first_few(bare)}): copy the '
                           f'plate again, or leave such wells out with {option("partial", True)}.')
     names, rows = _plate_names(plates, [name or None for name, _, _ in read], experiments), []
     for e, n, p, (_, fields, _) in zip(experiments, names, plates, read):

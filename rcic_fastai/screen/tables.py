@@ -315,13 +315,11 @@ def well_type_of(
 # %% ../../nbs/01_screen.tables.ipynb #e8d5141f
 def _as_columns(key, column='…'):
     "Return how the caller says that `column` is the one of `key`; None: no column is"
-    if option('columns').startswith('--'): return f'--columns {key}={"COLUMN" if column == "…" else column or ""}'
-    return f'columns=dict({key}={column if column == "…" else repr(column)})'
+    return option('columns', {key: column})
 
-def _as_controls(name, kind='…'):
+def _as_controls(name):
     "Return how the caller says what kind of wells `name` is"
-    if option('controls').startswith('--'): return f'--controls {name}={"KIND" if kind == "…" else kind}'
-    return f'controls=dict({"KIND" if kind == "…" else kind}=[{name!r}])'
+    return option('controls', {'KIND': [name]})
 
 # %% ../../nbs/01_screen.tables.ipynb #483b785d
 _SOME_CONTROL = ('control', 'ctl', 'ctrl')     # says less than the name of a kind of control
@@ -354,7 +352,7 @@ def _complete_types(df, columns, where):
 def _check_columns(df, columns, where):
     "Raise a `ScreenError` for keys or columns that do not exist"
     strange = [k for k in columns if k not in USUAL_NAMES]
-    if strange: raise ScreenError(f'columns names {first_few(strange)}, which no column is looked for: choose '
+    if strange: raise ScreenError(f'{option("columns")} names {first_few(strange)}, which no column is looked for: choose '
                                   f'from {", ".join(USUAL_NAMES)}.')
     lacks = [v for v in columns.values() if v is not None and v not in df.columns]
     if lacks: raise ScreenError(f'{where} has no column {first_few(lacks)}: it has {first_few(df.columns)}.')
@@ -394,12 +392,12 @@ def names_files(
 def _given_controls(controls):
     "Return {name of a perturbation, '' for the empty one: well type}"
     strange, mine = [k for k in controls or {} if k not in WELL_TYPES], {}
-    if strange: raise ScreenError(f'controls names {first_few(strange)}: choose from {", ".join(WELL_TYPES)}.')
+    if strange: raise ScreenError(f'{option("controls")} names {first_few(strange)}: choose from {", ".join(WELL_TYPES)}.')
     for kind, names in (controls or {}).items():
         alone = isinstance(names, str) or names is None or names is pd.NA or isinstance(names, float)
         for name in identifiers(pd.Series([names] if alone else list(names), dtype=object, name='controls')).fillna(''):
             if mine.setdefault(name, kind) != kind:
-                raise ScreenError(f'controls makes {name!r} both {mine[name]} and {kind}: choose one.')
+                raise ScreenError(f'{option("controls")} makes {name!r} both {mine[name]} and {kind}: choose one.')
     return mine
 
 def _loose(name): return re.sub(r'[\s_-]+', '', str(name)).casefold()
@@ -407,15 +405,15 @@ def _loose(name): return re.sub(r'[\s_-]+', '', str(name)).casefold()
 def _check_named(mine, kind, sirna, where):
     "Raise a `ScreenError` when a name is not in the table"
     if '' in mine and sirna.isna().all():
-        raise ScreenError(f'controls names the empty cell, but {where} names no perturbation at all: name its column '
+        raise ScreenError(f'{option("controls")} names the empty cell, but {where} names no perturbation at all: name its column '
                           f'with {_as_columns("sirna")}.')
     if '' in mine and sirna.notna().all():
-        raise ScreenError(f'controls names the empty cell, but every well in {where} has a perturbation: name that.')
+        raise ScreenError(f'{option("controls")} names the empty cell, but every well in {where} has a perturbation: name that.')
     known = [*sirna.dropna().unique(), *kind.dropna().unique()]
     unused = sorted(set(mine) - set(known) - {''})
     near = list(dict.fromkeys(o for o in known if _loose(o) in {_loose(u) for u in unused}))
     if unused:
-        raise ScreenError(f'controls names {first_few(unused)}, which is no perturbation or well type in {where}'
+        raise ScreenError(f'{option("controls")} names {first_few(unused)}, which is no perturbation or well type in {where}'
                           + (f': did you mean {first_few(near)}?' if near else '.'))
 
 def _check_spelling(mine, types, sirna, where):
