@@ -3,6 +3,7 @@ import ast, re
 from pathlib import Path
 import pytest
 import rcic_fastai
+import rcic_fastai.workflow     # now, and not while a test has put something else in its place
 from rcic_fastai import cli
 from rcic_fastai.core import ScreenError, as_command, option
 

@@ -623,7 +623,9 @@ def _read_packed(f):
     except Exception as e:
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ScreenError(f'{f} cannot be read ({why}): pack the screen again.') from None
-    return check_table(t.assign(sirna=identifiers(t['sirna'], f)) if 'sirna' in t else t, f)
+    if 'sirna' in t: t['sirna'] = identifiers(t['sirna'], f)
+    for c in {'experiment', 'cell_type'} & set(t): t[c] = t[c].astype(object)      # as from the tables that it was packed from
+    return check_table(t, f)
 
 def _find_tables(path):
     "Return the folder or file with the tables, from a screen's folder, its `metadata` folder, or a file"
