@@ -586,7 +586,8 @@ def _agree_names(root, names, rounds={})->tuple:
         if k == usual: continue
         do = f'choose one of the acquisitions {first_few(several)} with {option("acquisition", several[0])}' if len(several) > 1 else \
              f'correct its omero metadata, or name them all with {option("channels", ["DNA", "…"])}'
-        raise ScreenError(f'{os.path.join(root, f)} has the channels {", ".join(k)}, but this screen has {", ".join(usual)}: {do}.')
+        raise ScreenError(f'{os.path.join(root, f)} has the channels {", ".join(k)}, but this screen has '
+                          f'{", ".join(usual)}: {do}.')
     return usual
 
 # %% ../../nbs/06_screen.plates.ipynb #f8eeeaf2
@@ -670,7 +671,8 @@ def _find_plates(paths):
 # %% ../../nbs/06_screen.plates.ipynb #fd3b67d9
 def _plate_names(plates, said, experiments)->pd.Series:
     "Return the name of each plate: from its metadata, or its folder's name where that is empty or shared"
-    t = pd.DataFrame(dict(plate=identifiers(pd.Series(said, dtype=object)), folder=[p.name.removesuffix('.zarr').removesuffix('.ome') for p in plates],
+    folders = [p.name.removesuffix('.zarr').removesuffix('.ome') for p in plates]
+    t = pd.DataFrame(dict(plate=identifiers(pd.Series(said, dtype=object)), folder=folders,
                           experiment=experiments))
     shared = set(t.plate[t.duplicated(['experiment', 'plate'], keep=False)])
     t['plate'] = _whole_numbers(identifiers(t.folder.where(t.plate.isna() | t.plate.isin(shared), t.plate)))
@@ -691,7 +693,8 @@ def _of_acquisition(read, acquisition, plates):
                           + (f'choose from {first_few(have)}.' if have else 'its fields name no acquisition; leave it out.'))
     out = []
     for name, fields, bare in read:
-        mine = pd.DataFrame([f for f in fields if f[3] == acquisition], columns=['well', 'site', 'path', 'acquisition'], dtype=object)
+        mine = pd.DataFrame(fields, columns=['well', 'site', 'path', 'acquisition'], dtype=object)
+        mine = mine[mine.acquisition == acquisition].copy()
         mine['site'] = mine.groupby('well', sort=False).cumcount() + 1
         lacks = dict.fromkeys(w for w, *_ in fields if w not in set(mine.well))
         out.append((name, list(mine.itertuples(index=False, name=None)), [*bare, *lacks]))
@@ -719,6 +722,7 @@ def _plate_table(plates, experiment, partial, progress, acquisition=None):
 
 # %% ../../nbs/06_screen.plates.ipynb #187c4a8b
 _ANNOTATIONS = ['sirna', 'cell_type', 'well_type', 'experiment', 'dataset']
+_FIELD = ['field', 'acquisition']
 
 def _load_wells(wells):
     "Return a table of wells whose index numbers its rows as a spreadsheet does, and its name for messages"
@@ -741,8 +745,9 @@ def _read_wells(wells, columns=None, controls=None):
     w['well'] = _well_names(w.well, where)
     if found['well_type'] or controls: w['well_type'] = _types(d, w, found, controls, where)
     if 'dataset' in w: w['dataset'] = w.dataset.map(lambda o: DATASET_NAMES.get(o.lower(), o), na_action='ignore')
-    own = [c for k in SITE_COLUMNS for c in (found[k][:1] if k == 'well_type' else found[k])] + [c for c in ('field', 'acquisition') if c in d]
-    return pd.concat([w, further_columns(d, own, [*SITE_COLUMNS, 'field', 'acquisition'])], axis=1).reset_index(drop=True), where
+    own = [c for k in SITE_COLUMNS for c in (found[k][:1] if k == 'well_type' else found[k])]
+    more = further_columns(d, [*own, *_FIELD], [*SITE_COLUMNS, *_FIELD])
+    return pd.concat([w, more], axis=1).reset_index(drop=True), where
 
 def _types(d, w, found, controls, where):
     "Return the well types of a table of wells; None where nothing is said"
@@ -819,7 +824,8 @@ def read_plates(
     s, where = s.assign(cell_type=cell_type, dataset=dataset, well_type='treatment', sirna=None), 'the site table'
     if wells is None and (columns or controls):
         given = 'columns' if columns else 'controls'
-        raise ScreenError(f'{option(given)} is about the table of wells, and there is none: give {option("wells")}, or leave it out.')
+        raise ScreenError(f'{option(given)} is about the table of wells, and there is none: give {option("wells")}, or leave '
+                          'it out.')
     if wells is not None: s, where = _annotate(s, wells, partial, columns, controls)
     s['sirna'] = s.sirna.astype(object).where(s.sirna.notna(), None)
     s['well_id'] = s.experiment + '_' + s.plate.astype(str) + '_' + s.well

@@ -328,7 +328,8 @@ def _spelled(s, key, where):
     "Return a column in the spelling that is compared"
     s = identifiers(s, where)
     if key == 'well': return s.str.upper().str.replace(r'(?<=[A-Z])0+(?=\d)', '', regex=True)
-    if key == 'well_type': return s.map(lambda o: well_type_of(o) or o, na_action='ignore').where(~s.str.lower().isin(_SOME_CONTROL))
+    if key == 'well_type': s = s.where(~s.str.lower().isin(_SOME_CONTROL))
+    if key == 'well_type': return s.map(lambda o: well_type_of(o) or o, na_action='ignore')
     return s.map(lambda o: DATASET_NAMES.get(o.lower(), o), na_action='ignore') if key == 'dataset' else s
 
 def _check_alike(df, key, a, b, where, do):
@@ -647,7 +648,8 @@ def read_metadata(
 )->pd.DataFrame: # Site table: `SITE_COLUMNS` first, then any further columns of the file
     "Read the official, the WILDS or the Kaggle tables, whichever `path` holds, as one row per site"
     found = _find_tables(path)
-    if found.is_file() and found.name in ('train.csv', 'test.csv') and 'id_code' in table_columns(found): found = found.parent
+    is_kaggle = found.is_file() and found.name in ('train.csv', 'test.csv') and 'id_code' in table_columns(found)
+    if is_kaggle: found = found.parent
     if found.name == 'sites.parquet': return _read_packed(found)
     t = _read_official(found) if found.is_file() else _read_kaggle(found, sites)
     folder = found.parent if found.is_file() else found
