@@ -17,6 +17,7 @@ from .screen.simulate.layout import screen_layout, simulate_screen
 from .screen.images import ImageSource, PngTree, load_site, only_present, screen_stats, site_stats
 from .screen.screen import Screen
 from .screen.pack import PackedScreen, pack_screen, picture_kinds, picture_notes, verify_store
+from .screen.tiff import read_planes
 from .screen.files import FileSource, check_files, plate_format, read_files
 from .screen.plates import PlateSource, read_plates
 from .screen.download import download_rxrx1
