@@ -3,6 +3,7 @@ import json, re, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
+from rcic_fastai import core
 from rcic_fastai.predict import predict
 from rcic_fastai.core import ScreenError
 from rcic_fastai.embed import index as index_module
@@ -302,7 +303,7 @@ def test_an_interrupted_run_leaves_no_record_of_other_answers(tmp_path, monkeypa
         if Path(path).name == f'w{stop}': raise KeyboardInterrupt
         return real(path, write)
     with monkeypatch.context() as m:
-        m.setattr(predict, 'write_atomic', broken)
+        for module in (predict, core): m.setattr(module, 'write_atomic', broken)
         with pytest.raises(KeyboardInterrupt): write_predictions(new, f)
     back = read_predictions(f)
     if stop == '.json': assert back.sirna.tolist() == new.sirna.tolist() and set(back.protocol) == {'unknown'}
