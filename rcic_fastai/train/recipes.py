@@ -120,7 +120,7 @@ _EXACT = dict(max_rotate=0, max_zoom=1, max_warp=0) # The eight exact views only
 RECIPES = {r.name: r for r in [
     Recipe('demo', [
         Stage('head', 2, 1e-2, 'stem,head', loss='adacos', augs=_EXACT),
-        Stage('all', 13, {'stem':2e-3, 'body':2e-3, 'metadata':4e-3, 'neck':4e-3, 'classifier':4e-3}, cutmix=.3)],
+        Stage('all', 12, {'stem':2e-3, 'body':2e-3, 'metadata':4e-3, 'neck':4e-3, 'classifier':4e-3}, cutmix=.3)],
         about='A pretrained EfficientNet-Lite0 in a few minutes on two CPU cores'),
     Recipe('features', [], about='No training: pretrained features as they are'),
     Recipe('rcic117', _RCIC117, arch='efficientnet-b3', data=dict(sites=2, size=300),
