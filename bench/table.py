@@ -63,7 +63,7 @@ def main():
     parser.add_argument('--experiments', default='13,26,51', help='sizes of the screen (default: %(default)s)')
     parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one: return print(json.dumps(one(int(args.one[0]), args.one[1])))
+    if args.one: return print('\n' + json.dumps(one(int(args.one[0]), args.one[1])))
     rows = []
     for n in args.experiments.split(','):
         for protocol in ('inductive', 'adapted', 'transductive'):
