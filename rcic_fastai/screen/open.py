@@ -18,6 +18,7 @@ from .screen import *
 from .pack import *
 from .files import *
 from .plates import *
+from .pattern import *
 
 # %% ../../nbs/08_screen.open.ipynb #2a58096a
 @dataclass(frozen=True)
@@ -83,10 +84,12 @@ def _is_plates(path):
     return not _tables(path) and (any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr')))
 
 def _is_any(path): return True
+def _is_never(path): return False      # a pattern says it, not the path
 
 # %% ../../nbs/08_screen.open.ipynb #848c8f16
 SCREEN_KINDS = dict(
     folder=ScreenKind(_is_any, _read_folder, "a folder with the tables of RxRx1"),
+    pattern=ScreenKind(_is_never, read_pattern, 'a folder of files with names', needs_options=True),
     plates=ScreenKind(_is_plates, read_plates, 'OME-Zarr plates', needs_options=True,
                       hint=', and say it in the table of wells (its column dataset)'),
     files=ScreenKind(_is_table, _read_table, 'a table of files', needs_options=True),
@@ -113,13 +116,14 @@ def open_screen(
     path, # A packed screen, RxRx1's folder, a table of image files, OME-Zarr plates; a `Screen` is returned unchanged
     only_present:bool=False, # Leave out sites whose files are absent, and print how many
     check:bool=True, # Check the files of all sites now; otherwise `screen[rows].complete()` checks those of some rows
-    **how # Options of the reader, such as those of `read_files` and `read_plates`, or `channels` and `cell_types` for RxRx1's folders
+    **how # Options of the reader, such as those of `read_files`, `read_plates` and `read_pattern`, or `channels` and `cell_types` for RxRx1's folders
 )->Screen:
     "Open a screen of any kind"
     if isinstance(path, Screen): return path
     name = screen_kind(path)
     says_files = 'file' in (how.get('columns') or {}) or isinstance(how.get('channels'), dict)
     if name == 'folder' and Path(path).is_file() and says_files: name = 'files'
+    if how.get('pattern'): name = 'pattern'
     kind = SCREEN_KINDS[name]
     _check_options(path, kind, how)
     screen = Screen(*kind.read(path, **how), path)

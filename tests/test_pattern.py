@@ -1,0 +1,234 @@
+"A folder of files whose names say what they show: patterns, layouts, and what is rejected by name."
+import numpy as np, pandas as pd, pytest, tifffile
+from helpers import refused
+from rcic_fastai.cli import rcic_pack
+from rcic_fastai.screen.files import check_files
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.pattern import name_fields, pattern_files, read_pattern
+
+PLAIN = '{plate}_{well}_s{site}_w{channel}.tif'
+WELLS = ('A01', 'A02')
+
+
+def draw(folder, names):
+    "Write a picture of 16×16 px under each name; its pixels are the number of the name, from 1"
+    for i, name in enumerate(names, 1):
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(folder/name, np.full((16, 16), i, np.uint16))
+    return folder
+
+
+def plain(folder, plates=('P0012', 'P0013'), wells=WELLS, sites=(1,), channels=(1, 2)):
+    return draw(folder, [f'{p}_{w}_s{s}_w{c}.tif' for p in plates for w in wells for s in sites for c in channels])
+
+
+def layout(path, **columns):
+    pd.DataFrame(columns).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path): return plain(tmp_path/'s')
+
+
+@pytest.fixture
+def by_well(tmp_path): return layout(tmp_path/'layout.csv', Well=['a1', 'A2'], Compound=['DMSO', 'x'], Dose=[0, .5])
+
+
+# a pattern
+
+@pytest.mark.parametrize('path, pattern, want', [
+    ('P_0012_A01_s01_w2.tif', PLAIN, dict(plate='P_0012', well='A01', site='1', channel='2')),
+    ('P1_b2_s10_wDNA.TIF', PLAIN, dict(plate='P1', well='B02', site='10', channel='DNA')),
+    ('P1_AF48_s1_wAlexa 488.tif', PLAIN, dict(plate='P1', well='AF48', site='1', channel='Alexa 488')),
+    ('May/P1/A01/DNA.png', '{experiment}/{plate}/{well}/{channel}.png', dict(experiment='May', plate='P1', well='A01', channel='DNA')),
+    ('May/P1/P1_A01.png', '{batch}/{barcode}/{plate}_{well}.png', dict(experiment='May', plate='P1', well='A01')),
+    ('x/y/P1_A01_z3_t02.png', '**/{plate}_{well}_z{z}_t{t}.png', dict(plate='P1', well='A01', z='3', t='2')),
+    ('P1_A01_5uM.tif', '{plate}_{well}_{dose}uM.tif', dict(plate='P1', well='A01', dose='5')),
+    ('run7_x/r02c03f01.tif', '{plate}_*/r{row}c{column}f{fov}.tif', dict(plate='run7', well='B03', site='1')),
+    ('P10102.tif', '{plate:2}{row:2}{column:2}.tif', dict(plate='P1', well='A02'))])
+def test_what_a_pattern_reads(path, pattern, want): assert name_fields(path, pattern) == want
+
+
+@pytest.mark.parametrize('path, pattern', [
+    ('a/P1_A01_s1_w1.tif', PLAIN), ('P1_A01_s1_w1.tiff', PLAIN), ('P1_AAA1_s1_w1.tif', PLAIN), ('P1_A01_sx_w1.tif', PLAIN),
+    ('P1_A01_s1_w_1.tif', PLAIN), ('P2/P1_A01.png', '{plate}/{plate}_{well}.png'), ('P1/x/A01.tif', '{plate}/*/{well}/*.tif')])
+def test_what_does_not_fit(path, pattern): assert name_fields(path, pattern) is None
+
+
+@pytest.mark.parametrize('path, pattern, words', [
+    ('May_01_P1_A01.tif', '{experiment}_{plate}_{well}.tif', ['in two ways', 'experiment May; plate 01_P1', 'experiment May_01; plate P1', '{experiment:3}']),
+    ('P1_A01_w12345.tif', '{plate}_{well}_w{channel}*.tif', ['in two ways', '{channel:1}']),
+    ('P1_A00.tif', '{plate}_{well}.tif', ['P1_A00.tif', "'A00' is not a well name"]), ('r0c1.tif', 'r{row}c{column}.tif', ['r0c1.tif', 'count from 1']),
+    ('P1_1.tif', '{plate}_{row}.tif', ['name the well', '{row}{column}']), ('P1.tif', '{plate}.tif', ['name the well']),
+    ('A01r1c1.tif', '{well}r{row}c{column}.tif', ['name the well', 'once']), ('a', '{plate', ['not understood', 'in pairs']),
+    ('a', '{well}[_{site}', ['not understood', 'in pairs']), ('a', '{well:x}', ['number of characters']), ('a', '{file}_{well}', ['{file}', 'choose from'])])
+def test_what_is_rejected(path, pattern, words): refused(lambda: name_fields(path, pattern), *words)
+
+
+# a folder
+
+def test_the_pictures_are_those_that_the_names_say(folder):
+    table, source = read_pattern(folder, PLAIN)
+    assert table.plate.tolist() == ['P0012', 'P0012', 'P0013', 'P0013'] and table.experiment.tolist() == table.plate.tolist()
+    assert source.channels == ('1', '2') and source.dtype == np.uint16 and source.shape == (2, 16, 16)
+    assert [source[i][:, 0, 0].tolist() for i in table.site_id] == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert check_files(source) is source
+
+
+def test_channels_by_number_name_and_order(tmp_path):
+    plain(tmp_path, plates=['P1'], wells=['A01'], channels=[f'{c:02}' for c in range(1, 12)])
+    assert read_pattern(tmp_path, PLAIN)[1].channels == tuple(map(str, range(1, 12)))
+    for channels in (dict(DNA=2, ER='01'), dict(DNA='2', ER=1)):
+        table, source = read_pattern(tmp_path, PLAIN, channels=channels)
+        assert source.channels == ('DNA', 'ER') and source[table.site_id[0]][:, 0, 0].tolist() == [2, 1]
+    assert read_pattern(tmp_path, PLAIN, channels='3')[1].channels == ('3',)
+    refused(lambda: read_pattern(tmp_path, PLAIN, channels=['DNA']), 'no channel DNA', 'it has 1, 2')
+
+
+def test_one_file_with_all_channels(tmp_path):
+    for i, w in enumerate(WELLS): tifffile.imwrite(tmp_path/f'P1_{w}.tif', np.full((3, 16, 16), i, np.uint16), photometric='minisblack')
+    table, source = read_pattern(tmp_path, '{plate}_{well}.tif', channels=['DNA', 'ER', 'Mito'])
+    assert source.shape == (3, 16, 16) and source[table.site_id[1]].max() == 1
+
+
+def test_other_files_are_counted_and_one_is_named(folder, capsys):
+    for name in ('Index.xml', 'P0012_A01_thumb.tif', '.hidden'): (folder/name).touch()
+    assert len(pattern_files(folder, PLAIN)) == 8
+    assert 'left out: 2 of 10 files' in (out := capsys.readouterr().out) and 'P0012_A01_thumb.tif' in out
+    refused(lambda: pattern_files(folder, '{plate}-{well}.tif'), 'None of 10 files', 'P0012_A01_s1_w1.tif')
+    (folder/'empty').mkdir()
+    refused(lambda: pattern_files(folder/'empty', PLAIN), 'holds no files')
+    refused(lambda: pattern_files(folder/'Index.xml', PLAIN), 'is not a folder')
+
+
+@pytest.mark.parametrize('name, pattern', [('{p}_{w}_s{s}_DNA.tif', '{plate}_{well}_{channel}.tif'), ('{p}_{w}_S{s}_DNA.tif', '{plate}_{well}_{channel}.tif'),
+                                           ('{p}/{w}_t{s}.tif', '{plate}_{well}.tif'), ('{p}/{w}_f{s}.tif', '**/{plate}_{well}.tif')])
+def test_the_number_of_a_site_is_not_taken_for_a_well(tmp_path, name, pattern):
+    "S1 is a well on a plate of 1536, but not beside A01"
+    draw(tmp_path, [name.format(p=p, w=w, s=s) for p in ('P1', 'P2') for w in WELLS for s in (1, 2)])
+    refused(lambda: pattern_files(tmp_path, pattern), 'A01' if '/' not in name or '**' in pattern else 'None of')
+
+
+def test_a_plate_of_one_row_is_one(tmp_path):
+    plain(tmp_path, plates=['P1'], wells=['s1', 's2'])
+    plain(tmp_path, plates=['P2_C03'], wells=['C01', 'C02'])
+    assert set(pattern_files(tmp_path, PLAIN).well) == {'S01', 'S02', 'C01', 'C02'}
+
+
+def test_a_folder_without_plates_is_a_plate(tmp_path):
+    draw(tmp_path/'BR7', [f'{w}_w{c}.tif' for w in WELLS for c in (1, 2)])
+    assert set(read_pattern(tmp_path/'BR7', '{well}_w{channel}.tif')[0].plate) == {'BR7'}
+
+
+def test_links_are_followed_once(tmp_path):
+    plain(tmp_path/'far/P1', plates=['P1'])
+    (tmp_path/'s').mkdir()
+    (tmp_path/'s/P1').symlink_to(tmp_path/'far/P1')
+    (tmp_path/'s/again').symlink_to(tmp_path/'s')
+    assert len(pattern_files(tmp_path/'s', f'**/{PLAIN}')) == 4
+
+
+def test_two_files_of_one_place_are_rejected(tmp_path):
+    draw(tmp_path, ['a/P1_A01_w1.tif', 'b/P1_A01_w1.tif'])
+    refused(lambda: read_pattern(tmp_path, '*/{plate}_{well}_w{channel}.tif'), 'a/P1_A01_w1.tif', 'b/P1_A01_w1.tif', 'plate P1, well A01, channel 1')
+    assert len(read_pattern(tmp_path, '{experiment}/{plate}_{well}_w{channel}.tif')[0]) == 2
+
+
+def test_a_field_that_some_names_lack_is_rejected(tmp_path):
+    draw(tmp_path, ['P1_A01_s1_w1.tif', 'P1_A02_w1.tif'])
+    refused(lambda: read_pattern(tmp_path, '{plate}_{well}[_s{site}]_w{channel}.tif'), 'P1_A01_s1_w1.tif has a site', 'P1_A02_w1.tif has none')
+
+
+def test_an_absent_file_is_missed_under_its_name(folder, capsys):
+    (folder/'P0012_A02_s1_w2.tif').unlink()
+    refused(lambda: open_screen(folder, pattern=PLAIN), '1 of 4 sites', 'P0012_A02_s1_w2.tif', 'only_present=True')
+    assert len(open_screen(folder, True, pattern=PLAIN)) == 3 and '1 of 4 sites' in capsys.readouterr().out
+    assert len(open_screen(folder, pattern=PLAIN, channels=['1'])) == 4
+
+
+PLANES = 'P1_{well}_p{z}_ch{channel}_t{t}.tif'
+
+def test_planes_and_times_are_numbers_in_the_names(tmp_path):
+    draw(tmp_path, [f'P1_{w}_p0{z}_ch{c}_t{t}.tif' for w in WELLS for z in (1, 2) for c in (1, 2) for t in (0, 5)])
+    refused(lambda: read_pattern(tmp_path, PLANES, t=0), 'have z 1, 2', 'z=1')
+    refused(lambda: read_pattern(tmp_path, PLANES, z=1, t='max'), 'have t 0, 5', 't=0')
+    refused(lambda: read_pattern(tmp_path, PLANES, z=0, t=0), 'have z 1, 2')
+    table, source = read_pattern(tmp_path, PLANES, z=2, t=5)
+    assert [source[i][:, 0, 0].tolist() for i in table.site_id] == [[6, 8], [14, 16]] and not {'z', 't'} & set(table)
+    (tmp_path/'P1_A02_p02_ch1_t5.tif').unlink()
+    (tmp_path/'P1_A02_p02_ch2_t5.tif').unlink()
+    refused(lambda: open_screen(tmp_path, pattern=PLANES, z=2, t=5), '1 of 2 sites', 'P1_A02_p02_ch1_t5.tif')
+
+
+# a layout
+
+def test_a_layout_by_well_is_of_every_plate(folder, by_well):
+    table, _ = read_pattern(folder, PLAIN, by_well, controls=dict(negative_control=['DMSO']), test='P0013', cell_type='U2OS')
+    assert table.sirna.tolist() == ['DMSO', 'x']*2 and table.Dose.tolist() == [0, .5]*2
+    assert table.well_type.tolist() == ['negative_control', 'treatment']*2 and set(table.cell_type) == {'U2OS'}
+    assert table.dataset.tolist() == ['train', 'train', 'test', 'test']
+
+
+def test_a_layout_by_plate_names_batches_and_data_sets(folder, tmp_path):
+    f = layout(tmp_path/'l.csv', Barcode=['P0012']*2 + ['P0013']*2, Well=[*WELLS]*2, gene=['a', 'b', 'b', 'a'], Batch=['May']*2 + ['June']*2, split=['', '', 'test', 'test'])
+    table, _ = read_pattern(folder, PLAIN, f)
+    assert table.sirna.tolist() == ['a', 'b', 'b', 'a'] and table.experiment.tolist() == ['May', 'May', 'June', 'June']
+    assert table.dataset.tolist() == ['train', 'train', 'test', 'test']
+
+
+def test_a_spreadsheet_takes_zeros_off(tmp_path):
+    plain(tmp_path/'s', plates=['0012', '0013'])
+    f = layout(tmp_path/'l.csv', plate=[12, 12, 13, 13], well=[*WELLS]*2, sirna=list('abcd'))
+    assert read_pattern(tmp_path/'s', PLAIN, f)[0].sirna.tolist() == list('abcd')
+
+
+def test_what_only_one_of_them_has_is_counted_and_named(folder, tmp_path, capsys):
+    f = layout(tmp_path/'l.csv', plate=['P0012', 'P0012', 'P0014'], well=['A01', 'H12', 'A01'], sirna=list('abc'))
+    refused(lambda: read_pattern(folder, PLAIN, f), 'l.csv lacks 3 wells of the pictures (P0012 A02, P0013 (2 wells))',
+            'has 2 wells without pictures (P0012 H12, P0014 (1 well))', 'partial=True')
+    assert read_pattern(folder, PLAIN, f, partial=True)[0].sirna.tolist() == ['a']
+    out = capsys.readouterr().out
+    assert 'lacks 3 wells' in out and 'has 2 wells' in out
+    f = layout(tmp_path/'none.csv', plate=['X'], well=['A01'], sirna=['a'])
+    for partial in (False, True): refused(lambda: read_pattern(folder, PLAIN, f, partial=partial), 'No well of', 'X (1 well)', 'P0012 (2 wells)')
+
+
+@pytest.mark.parametrize('columns, words', [
+    (dict(well=['A01', 'a1', 'A02']), ['more than once', 'A01']), (dict(well=['A01', 'X', 'A02']), ['row 3', "'X' is not a well name"]),
+    (dict(drug=['a', 'b']), ['no column well']), (dict(well=[*WELLS], channel=['1', '2']), ['both give channel']),
+    (dict(well=[*WELLS], dataset=['train', 'held out']), ['row 3', "'held out'"]), (dict(well=[*WELLS], batch=['May', '']), ['row 3', 'experiment is empty']),
+    (dict(well=[*WELLS], well_type=['treatment', 'odd']), ['row 3', "'odd' is no known well type"]), (dict(plate=['P0012', ''], well=[*WELLS]), ['row 3', 'plate is empty'])])
+def test_mistakes_in_a_layout_are_named_by_row(folder, tmp_path, columns, words):
+    refused(lambda: read_pattern(folder, PLAIN, layout(tmp_path/'l.csv', **columns)), 'l.csv', *words)
+
+
+def test_plates_of_one_name_need_their_experiment(tmp_path):
+    plain(tmp_path/'s/May', plates=['1']), plain(tmp_path/'s/June', plates=['1'])
+    wells = dict(plate=[1, 1], well=[*WELLS], sirna=['a', 'b'])
+    pattern = '{experiment}/' + PLAIN
+    refused(lambda: read_pattern(tmp_path/'s', pattern, layout(tmp_path/'l.csv', **wells)), 'add a column experiment')
+    both = pd.concat([pd.DataFrame(wells).assign(Batch=e) for e in ('May', 'June')])
+    both['sirna'] = list('abcd')
+    table = read_pattern(tmp_path/'s', pattern, both)[0]
+    assert dict(zip(table.well_id, table.sirna)) == {'May_1_A01': 'a', 'May_1_A02': 'b', 'June_1_A01': 'c', 'June_1_A02': 'd'}
+
+
+def test_controls_of_names_without_a_layout(tmp_path):
+    draw(tmp_path, ['P1_A01_DMSO_w1.tif', 'P1_A02_x_w1.tif'])
+    table, _ = read_pattern(tmp_path, '{plate}_{well}_{compound}_w{channel}.tif', controls=dict(negative_control=['DMSO']))
+    assert table.sirna.tolist() == ['DMSO', 'x'] and table.well_type.tolist() == ['negative_control', 'treatment']
+    refused(lambda: read_pattern(tmp_path, '{plate}_{well}_*_w{channel}.tif', columns=dict(sirna='x')), 'about the layout', 'there is none')
+
+
+# the command
+
+def test_one_command_packs_it(folder, by_well, tmp_path, capsys):
+    out = tmp_path/'s.zarr'
+    said = rcic_pack([str(folder), str(out), '--pattern', PLAIN, '--layout', str(by_well), '--channels', 'DNA=1,ER=2', '--controls', 'DMSO=negative_control',
+                      '--test', 'P0013', '--cell-type', 'U2OS', '--verify'])
+    assert said == 0, capsys.readouterr().err
+    screen = open_screen(out)
+    assert screen.channels == ('DNA', 'ER') and screen.table.Dose.tolist() == [0, .5]*2 and len(screen.test) == 2
+    assert screen.source['P0013_P0013_A02_1'][:, 0, 0].tolist() == [7, 8]
+    assert '4 sites are the same' in capsys.readouterr().out
