@@ -1999,6 +1999,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'rcic_fastai/screen/pattern.py'),
                                             'rcic_fastai.screen.pattern._with_layout': ( 'screen.pattern.html#_with_layout',
                                                                                          'rcic_fastai/screen/pattern.py'),
+                                            'rcic_fastai.screen.pattern.known_pattern': ( 'screen.pattern.html#known_pattern',
+                                                                                          'rcic_fastai/screen/pattern.py'),
                                             'rcic_fastai.screen.pattern.name_fields': ( 'screen.pattern.html#name_fields',
                                                                                         'rcic_fastai/screen/pattern.py'),
                                             'rcic_fastai.screen.pattern.pattern_files': ( 'screen.pattern.html#pattern_files',

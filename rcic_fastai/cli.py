@@ -221,7 +221,7 @@ def pack(
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
-    pattern:str='', # For files whose names say what they show: where, in quotes, such as '{plate}_{well}_s{site}_w{channel}.tif'
+    pattern:str='', # For files whose names say what they show: where, in quotes, such as '{plate}_{well}_s{site}_w{channel}.tif'; or a known one: imagexpress, phenix, cellvoyager, cell-painting-gallery or rxrx1
     layout:str='', # For --pattern: CSV with what is in each well, or in each well of each plate
     channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=2; empty: all
     columns:str='', # For a table of files or of wells: what its columns are, such as experiment=Batch,plate=Barcode,sirna=treatment; dataset= for no such column

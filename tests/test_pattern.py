@@ -4,7 +4,7 @@ from helpers import refused
 from rcic_fastai.cli import rcic_pack
 from rcic_fastai.screen.files import check_files
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.pattern import name_fields, pattern_files, read_pattern
+from rcic_fastai.screen.pattern import PATTERNS, name_fields, pattern_files, read_pattern
 
 PLAIN = '{plate}_{well}_s{site}_w{channel}.tif'
 WELLS = ('A01', 'A02')
@@ -232,3 +232,83 @@ def test_one_command_packs_it(folder, by_well, tmp_path, capsys):
     assert screen.channels == ('DNA', 'ER') and screen.table.Dose.tolist() == [0, .5]*2 and len(screen.test) == 2
     assert screen.source['P0013_P0013_A02_1'][:, 0, 0].tolist() == [7, 8]
     assert '4 sites are the same' in capsys.readouterr().out
+
+
+# the names that instruments give
+
+GUID = '07447158-AC76-4844-8431-E6A954BD117'
+
+def imagexpress(stem='17/TimePoint_1/Week1_150607', sites=(1, 2), guid=False):
+    names = [f'{stem}_{w}' + (f'_s{s}' if sites else '') + f'_w{c}' for w in ('B02', 'B03') for s in sites or (1,) for c in (1, 2)]
+    return [f'{n}{GUID}{i % 10}.tif' if guid else f'{n}.TIF' for i, n in enumerate(names)]
+
+def phenix(stem, sites=(1, 2), planes=(1,)):
+    return [f'{stem}r02c0{c}f0{s}p0{z}-ch{k}sk1fk1fl1.tiff' for c in (2, 3) for s in sites for z in planes for k in (1, 2)]
+
+def voyager(stem): return [f'{stem}_{w}_T0001F00{s}L01A0{c}Z01C0{c}.tif' for w in ('B02', 'B03') for s in (1, 2) for c in (1, 2)]
+
+MEASURED = 'BR00116991__2020-11-05T19_51_35-Measurement 1'
+GALLERY = f'2021_04_26_Batch1/images/{MEASURED}/Images/'
+INSTRUMENTS = [
+    ('imagexpress', imagexpress(), 'Week1_150607', ['17/TimePoint_1/Week1_150607_B02_s1_w1_thumb.TIF']),
+    ('imagexpress', imagexpress('p/Week1_22123', guid=True), 'Week1_22123', [f'p/Week1_22123_B02_s1_w1_thumb{GUID}9.tif']),
+    ('imagexpress', imagexpress('IXM_A01', sites=()), 'IXM_A01', []),
+    ('phenix', phenix(f'x/{MEASURED}/Images/'), 'BR00116991', [f'x/{MEASURED}/Images/Index.idx.xml']),
+    ('phenix', phenix('Images/'), 's', ['Images/Index.idx.xml']), ('phenix', phenix(''), 's', []),
+    ('cellvoyager', voyager('AssayPlate_Greiner_#655090'), 'AssayPlate_Greiner_#655090', ['MeasurementData.mlf', 'DC_sCMOS #1_CAM1.tif']),
+    ('cellvoyager', voyager('20200812-Differentiation14-Cycle1'), '20200812-Differentiation14-Cycle1', []),
+    ('cell-painting-gallery', phenix(f'cpg0016-jump/source_4/images/{GALLERY}'), 'BR00116991', ['cpg0016-jump/source_4/images/illum.npy']),
+    ('cell-painting-gallery', phenix(GALLERY), 'BR00116991', []), ('cell-painting-gallery', phenix(GALLERY.partition('/')[2]), 'BR00116991', []),
+    ('rxrx1', [f'images/train/HUVEC-01/Plate1/B0{w}_s{s}_w{c}.png' for w in (2, 3) for s in (1, 2) for c in (1, 2)], 1, []),
+    ('rxrx1', [f'HUVEC-01/Plate1/B0{w}_s{s}_w{c}.png' for w in (2, 3) for s in (1, 2) for c in (1, 2)], 1, [])]
+
+@pytest.mark.parametrize('name, files, plate, others', INSTRUMENTS)
+def test_known_patterns_read_the_names_of_their_instruments(tmp_path, capsys, name, files, plate, others):
+    draw(tmp_path/'s', files)
+    for o in others: (tmp_path/'s'/o).touch()
+    table, source = read_pattern(tmp_path/'s', name, test=())
+    sites = 1 if 'IXM' in files[0] else 2
+    assert table.plate.unique().tolist() == [plate] and table.well.tolist() == [w for w in ('B02', 'B03') for _ in range(sites)]
+    assert table.site.tolist() == [*range(1, sites+1)]*2 and source.channels == ('1', '2')
+    if name != 'rxrx1': assert [source[i][:, 0, 0].tolist() for i in table.site_id] == [[i, i+1] for i in range(1, 4*sites, 2)]
+    assert table.experiment.unique().tolist() == [dict(rxrx1='HUVEC-01').get(name, '2021_04_26_Batch1' if files[0].count('Batch1') else str(plate))]
+    assert bool(others) == ('left out: ' in capsys.readouterr().out)
+
+
+def test_every_known_pattern_is_tried(): assert set(PATTERNS) == {o[0] for o in INSTRUMENTS}
+
+
+def test_time_points_and_planes_of_imagexpress(tmp_path):
+    draw(tmp_path, [f'TimePoint_{t}/ZStep_{z}/P_{w}_s1_w1.tif' for t in (1, 2) for z in (1, 2) for w in WELLS])
+    refused(lambda: read_pattern(tmp_path, 'imagexpress', z=1), 'have t 1, 2')
+    table, source = read_pattern(tmp_path, 'imagexpress', z=2, t=1)
+    assert [source[i].max() for i in table.site_id] == [3, 4]
+    draw(tmp_path, ['TimePoint_1/P_A01_s1_w1.tif'])
+    refused(lambda: read_pattern(tmp_path, 'imagexpress', z=1, t=1), 'has none')
+
+
+def test_planes_of_phenix(tmp_path):
+    draw(tmp_path, phenix('', sites=(1,), planes=(1, 2, 3)))
+    refused(lambda: read_pattern(tmp_path, 'phenix'), 'have z 1, 2, 3', 'z=1')
+    table, source = read_pattern(tmp_path, 'phenix', z=3)
+    assert [source[i][:, 0, 0].tolist() for i in table.site_id] == [[5, 6], [11, 12]]
+
+
+def test_one_name_for_two_plates_of_cellvoyager_is_rejected(tmp_path):
+    draw(tmp_path, [f'{p}/{f}' for p in ('P1', 'P2') for f in voyager('AssayPlate')])
+    refused(lambda: read_pattern(tmp_path, 'cellvoyager'), 'P1/AssayPlate_B02_T0001F001L01A01Z01C01.tif and P2/')
+    own = '{plate}/*_{well}_T*F{site}L*Z{z}C{channel}.tif'
+    assert set(read_pattern(tmp_path, own)[0].plate) == {'P1', 'P2'}
+
+
+def test_a_pattern_of_your_own_has_a_name(folder, monkeypatch):
+    refused(lambda: read_pattern(folder, 'mine'), "pattern='mine' is not known", 'imagexpress', '{plate}_{well}')
+    monkeypatch.setitem(PATTERNS, 'mine', PLAIN)
+    assert len(read_pattern(folder, 'mine')[0]) == 4
+
+
+def test_a_known_name_in_a_shell(tmp_path, capsys):
+    draw(tmp_path/'s', phenix(f'{MEASURED}/Images/'))
+    assert rcic_pack([str(tmp_path/'s'), str(tmp_path/'o.zarr'), '--pattern', 'phenx']) == 2 and '--pattern phenx is not known' in capsys.readouterr().err
+    assert rcic_pack([str(tmp_path/'s'), str(tmp_path/'o.zarr'), '--pattern', 'phenix', '--channels', 'DNA=1,ER=2']) == 0
+    assert open_screen(tmp_path/'o.zarr').channels == ('DNA', 'ER')
