@@ -221,6 +221,7 @@ def pack(
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
+    dry_run:store_true=False, # Print what the screen is taken for and what is missing, and write nothing
     pattern:str='', # For files whose names say what they show: where, in quotes, such as '{plate}_{well}_s{site}_w{channel}.tif'; or a known one: imagexpress, phenix, cellvoyager, cell-painting-gallery or rxrx1
     layout:str='', # For --pattern: CSV with what is in each well, or in each well of each plate
     channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=2; empty: all
@@ -243,7 +244,7 @@ def pack(
     workers:int=0, # Threads; 0: one per core
 ):
     "Pack a screen; interrupted, the same command continues"
-    from rcic_fastai.screen.open import open_screen
+    from rcic_fastai.screen.open import describe_screen, open_screen
     from rcic_fastai.screen.pack import is_store, pack_screen, verify_store
     from rcic_fastai.workflow import folder_bytes, screen_summary
     check_numbers(workers=workers)
@@ -252,6 +253,7 @@ def pack(
                  replace=_mapping(replace, 'replace'), plate_wells=plate_wells, wells=wells, experiment=experiment, empty=empty,
                  pattern=pattern, layout=layout, partial=partial, acquisition=acquisition if acquisition >= 0 else None)
     start, given = time.time(), {k: v for k, v in given.items() if v or v == 0 and k in ('z', 't', 'acquisition')}
+    if dry_run: return print(describe_screen(screen, only_present, **given))
     packed = open_screen(screen, only_present, **given)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)

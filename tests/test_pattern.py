@@ -312,3 +312,61 @@ def test_a_known_name_in_a_shell(tmp_path, capsys):
     assert rcic_pack([str(tmp_path/'s'), str(tmp_path/'o.zarr'), '--pattern', 'phenx']) == 2 and '--pattern phenx is not known' in capsys.readouterr().err
     assert rcic_pack([str(tmp_path/'s'), str(tmp_path/'o.zarr'), '--pattern', 'phenix', '--channels', 'DNA=1,ER=2']) == 0
     assert open_screen(tmp_path/'o.zarr').channels == ('DNA', 'ER')
+
+
+# what a screen is taken for
+
+def unchanged(folder, f):
+    "Call `f` and return what it returns; no file in the folder may be made, removed or changed by it"
+    def state(): return {o: (o.stat().st_mtime_ns, o.stat().st_size) for o in sorted(folder.rglob('*'))}
+    before = state()
+    result = f()
+    assert state() == before
+    return result
+
+
+def test_a_dry_run_says_what_a_pattern_and_a_layout_give(folder, by_well, tmp_path, capsys):
+    (folder/'P0012_A02_s1_w2.tif').unlink()
+    call = [str(folder), str(tmp_path/'s.zarr'), '--dry-run', '--pattern', PLAIN, '--layout', str(by_well), '--channels', 'DNA=1,ER=2',
+            '--controls', 'DMSO=negative_control', '--test', 'P0013', '--cell-type', 'U2OS']
+    assert unchanged(tmp_path, lambda: rcic_pack(call)) == 0
+    out = capsys.readouterr().out
+    for words in ('a folder of files with names', '4 sites of 16×16 px, 16 bits, 2 channels (DNA, ER)', 'experiments: 2 (P0012: train, P0013: test)',
+                  'plates: 2 (P0012, P0013), of 2×3 wells, 2 in use', 'wells: 4 (2 negative_control, 2 treatment), sites of each: 1', 'cell types: U2OS',
+                  'negative_control: DMSO in 2 wells', 'perturbations: 1 (x), wells of each: 2', 'doses (Dose): 0.0, 0.5\n', 'further columns: Dose',
+                  'missing: files of 1 of 4 sites (', 'P0012_A02_s1_w2.tif'): assert words in out, (words, out)
+    assert 'left out (' not in out and 'no experiment is a test' not in out and 'no well is a control' not in out
+    assert rcic_pack([*call, '--only-present']) == 0 and 'and are left out (' in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_a_prediction_lacks(folder, tmp_path, capsys):
+    f = layout(tmp_path/'l.csv', well=[*WELLS]*2, plate=['P0012']*2 + ['P0013']*2, compound=['a', 'b', 'a', ''], dose_um=[1, 2, 5, ''])
+    assert rcic_pack([str(folder), 'no.zarr', '--dry-run', '--pattern', PLAIN, '--layout', str(f)]) == 0
+    out = capsys.readouterr().out
+    for words in ('no well is a control', 'no experiment is a test', '--test EXP,EXP', '1 treatment well has no name', 'perturbations: 2 (a, b), wells of each: 1 to 2',
+                  'doses (dose_um): 1, 2, 5; 1 perturbation has several and is one class', 'missing: no file'): assert words in out, (words, out)
+
+
+def test_a_dry_run_of_every_kind(folder, tmp_path, capsys):
+    from rcic_fastai.screen.open import SCREEN_KINDS, describe_screen
+    from rcic_fastai.screen.simulate.layout import simulate_screen
+    from test_own_tables import plate
+    simulate_screen(tmp_path/'folder', ['HUVEC-01'], sirnas=4, size=32, controls=0, sites=1, progress=False)
+    plate(tmp_path/'plates/P.zarr')
+    (folder/'files.csv').write_text('plate,well,channel,path\nP,A01,DNA,P0012_A01_s1_w1.tif\nP,A02,DNA,P0012_A02_s1_w1.tif\n')
+    assert rcic_pack([str(tmp_path/'folder'), str(tmp_path/'packed')]) == 0
+    at = dict(folder=tmp_path/'folder', plates=tmp_path/'plates', files=folder/'files.csv', packed=tmp_path/'packed', pattern=folder)
+    assert set(at) == set(SCREEN_KINDS)
+    for kind, path in at.items():
+        more = ['--pattern', PLAIN] if kind == 'pattern' else []
+        capsys.readouterr()
+        assert unchanged(tmp_path, lambda: rcic_pack([str(path), str(tmp_path/'no.zarr'), '--dry-run', *more])) == 0
+        out = capsys.readouterr().out
+        assert f'{path}: {SCREEN_KINDS[kind].what}\n' in out and 'missing: no file' in out, out
+    assert describe_screen(open_screen(at['packed'])).split('\n')[1:] == describe_screen(at['folder']).split('\n')[1:]
+
+
+def test_a_dry_run_of_a_mistake_is_the_same_sentence(folder, tmp_path, capsys):
+    for more in ([], ['--dry-run']):
+        assert rcic_pack([str(folder), str(tmp_path/'o.zarr'), '--pattern', PLAIN, '--channels', '7', *more]) == 2
+        assert 'has no channel 7' in capsys.readouterr().err and not (tmp_path/'o.zarr').exists()
