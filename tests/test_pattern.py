@@ -370,3 +370,32 @@ def test_a_dry_run_of_a_mistake_is_the_same_sentence(folder, tmp_path, capsys):
     for more in ([], ['--dry-run']):
         assert rcic_pack([str(folder), str(tmp_path/'o.zarr'), '--pattern', PLAIN, '--channels', '7', *more]) == 2
         assert 'has no channel 7' in capsys.readouterr().err and not (tmp_path/'o.zarr').exists()
+
+
+# who does not know the door
+
+@pytest.mark.parametrize('files, says', [
+    (imagexpress(), "pattern='imagexpress'"), (phenix(f'{MEASURED}/Images/'), "pattern='phenix'"), (voyager('A'), "pattern='cellvoyager'"),
+    (phenix(GALLERY), "pattern='cell-painting-gallery'"), (['HUVEC-01/Plate1/B02_s1_w1.png'], "pattern='rxrx1'"), (['a/x_1.tif', 'x.xml'], "pattern='{plate}_{well}_s{site}_w{channel}.tif'")])
+def test_a_folder_that_nothing_fits_shows_a_file_and_the_way_in(tmp_path, files, says):
+    draw(tmp_path, files)
+    for f in (lambda: open_screen(tmp_path), lambda: open_screen(tmp_path, cell_types=['X'])):
+        refused(f, 'is no kind of screen', 'neither metadata.csv', f'{len(files)} files' if len(files) > 1 else '1 file', min(o for o in files if 'xml' not in o), says)
+
+
+def test_what_the_message_names_works_when_it_fits(tmp_path):
+    for pattern, files in dict(imagexpress=imagexpress(), phenix=phenix(f'{MEASURED}/Images/')).items():
+        draw(tmp_path/pattern, files)
+        says = refused(lambda: open_screen(tmp_path/pattern))
+        assert f"pattern='{pattern}'" in says and len(open_screen(tmp_path/pattern, pattern=pattern)) == 4
+        refused(lambda: open_screen(tmp_path/pattern, pattern=PLAIN.replace('_s', '-s')), f"give pattern='{pattern}', which fits")
+
+
+def test_it_is_said_in_a_shell_and_of_tables_and_layouts(folder, by_well, tmp_path, capsys):
+    assert rcic_pack([str(folder), 'no.zarr']) == 2
+    assert "P0012_A01_s1_w1.tif" in (err := capsys.readouterr().err) and '--pattern ' in err and err.count('\n') == 1
+    refused(lambda: open_screen(folder, layout=by_well), 'layout is about files', 'pattern=')
+    (tmp_path/'empty').mkdir()
+    refused(lambda: open_screen(tmp_path/'empty'), 'holds no files')
+    (folder/'export.csv').write_text('plate,well,channel,path\nP,A01,DNA,P0012_A01_s1_w1.tif\n')
+    refused(lambda: open_screen(folder), 'export.csv, which names files')

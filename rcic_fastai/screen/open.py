@@ -19,6 +19,7 @@ from .pack import *
 from .files import *
 from .plates import *
 from .pattern import *
+from .pattern import _example, _list_files
 
 # %% ../../nbs/08_screen.open.ipynb #2a58096a
 @dataclass(frozen=True)
@@ -46,12 +47,23 @@ def _next_channel(source):
         for name in (f'{stem}{w}.png' for _, stem in sites):
             if name in files: return name
 
+def _check_any_screen(path):
+    "Raise a `ScreenError` that shows a file of a folder without tables, and what can be done with it"
+    if any((path/n).is_file() for n in ('sites.parquet', 'metadata.csv', 'train.csv', 'test.csv')) or (path/'metadata').is_dir(): return
+    paths = _list_files(path)
+    if not paths: raise ScreenError(f'{path} holds no files: give the folder, the table or the packed store of a screen.')
+    table = next((o for o in paths if o.endswith(('.csv', '.csv.gz', '.parquet')) and names_files(table_columns(path/o))), None)
+    do = f'give {path/table}, which names files' if table else f'say where their names give plate and well, as in {show_pattern(paths)}'
+    raise ScreenError(f'{path} is no kind of screen that is known, as it holds neither metadata.csv nor train.csv; it holds {plural(len(paths), "file")}, '
+                      f'such as {_example(paths)}: {do}.')
+
 def _read_folder(
     path, # RxRx1's folder, or its table
     channels=None, # Names of the channels w1, w2, …; `None`: the six of RxRx1
     cell_types=None, # Allowed cell types; `None`: RxRx1's four
 ):
     "Return the table and the images of a folder in RxRx1's layout; print which channels are left out unless they were chosen"
+    if Path(path).is_dir(): _check_any_screen(Path(path))
     table = read_metadata(path, cell_types=cell_types)
     source = PngTree(path if Path(path).is_dir() else Path(path).parent, table, CHANNELS if channels is None else channels)
     if channels is None and (name := _next_channel(source)):
@@ -108,6 +120,9 @@ def screen_kind(
 def _check_options(path, kind, how):
     "Raise a `ScreenError` for an option that the reader of this kind does not have"
     strange = [k for k in how if k not in inspect.signature(kind.read).parameters]
+    if 'layout' in strange:
+        raise ScreenError(f'{option("layout")} is about files whose names say their wells: add {option("pattern", "{plate}_{well}_s{site}_w{channel}.tif")}, '
+                          'or leave it out.')
     if strange:
         raise ScreenError(f'{path} is {kind.what}, for which {option(strange[0])} cannot be given: leave it out{kind.hint}.')
 
