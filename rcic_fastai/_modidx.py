@@ -2014,6 +2014,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'rcic_fastai/screen/pattern.py'),
                                             'rcic_fastai.screen.pattern._renamed': ( 'screen.pattern.html#_renamed',
                                                                                      'rcic_fastai/screen/pattern.py'),
+                                            'rcic_fastai.screen.pattern._spelled': ( 'screen.pattern.html#_spelled',
+                                                                                     'rcic_fastai/screen/pattern.py'),
                                             'rcic_fastai.screen.pattern._unreadable': ( 'screen.pattern.html#_unreadable',
                                                                                         'rcic_fastai/screen/pattern.py'),
                                             'rcic_fastai.screen.pattern._well_of': ( 'screen.pattern.html#_well_of',

@@ -49,13 +49,16 @@ def _next_channel(source):
 
 def _check_any_screen(path):
     "Raise a `ScreenError` that shows a file of a folder without tables, and what can be done with it"
-    if any((path/n).is_file() for n in ('sites.parquet', 'metadata.csv', 'train.csv', 'test.csv')) or (path/'metadata').is_dir(): return
+    tables = ('sites.parquet', 'metadata.csv', 'train.csv', 'test.csv')
+    if any((path/n).is_file() for n in tables) or (path/'metadata').is_dir(): return
     paths = _list_files(path)
-    if not paths: raise ScreenError(f'{path} holds no files: give the folder, the table or the packed store of a screen.')
-    table = next((o for o in paths if o.endswith(('.csv', '.csv.gz', '.parquet')) and names_files(table_columns(path/o))), None)
-    do = f'give {path/table}, which names files' if table else f'say where their names give plate and well, as in {show_pattern(paths)}'
-    raise ScreenError(f'{path} is no kind of screen that is known, as it holds neither metadata.csv nor train.csv; it holds {plural(len(paths), "file")}, '
-                      f'such as {_example(paths)}: {do}.')
+    if not paths:
+        raise ScreenError(f'{path} holds no files: give the folder, the table or the packed store of a screen.')
+    tables = [o for o in paths if o.endswith(('.csv', '.csv.gz', '.parquet')) and names_files(table_columns(path/o))]
+    do = f'say where their names give plate and well, as in {show_pattern(paths)}'
+    if tables: do = f'give {path/tables[0]}, which names files'
+    raise ScreenError(f'{path} is no kind of screen that is known, as it holds neither metadata.csv nor train.csv; '
+                      f'it holds {plural(len(paths), "file")}, such as {_example(paths)}: {do}.')
 
 def _read_folder(
     path, # RxRx1's folder, or its table
@@ -121,8 +124,9 @@ def _check_options(path, kind, how):
     "Raise a `ScreenError` for an option that the reader of this kind does not have"
     strange = [k for k in how if k not in inspect.signature(kind.read).parameters]
     if 'layout' in strange:
-        raise ScreenError(f'{option("layout")} is about files whose names say their wells: add {option("pattern", "{plate}_{well}_s{site}_w{channel}.tif")}, '
-                          'or leave it out.')
+        example = '{plate}_{well}_s{site}_w{channel}.tif'
+        raise ScreenError(f'{option("layout")} is about files whose names say their wells: add '
+                          f'{option("pattern", example)}, or leave it out.')
     if strange:
         raise ScreenError(f'{path} is {kind.what}, for which {option(strange[0])} cannot be given: leave it out{kind.hint}.')
 
@@ -140,7 +144,7 @@ def open_screen(
     path, # A packed screen, RxRx1's folder, a table of image files, OME-Zarr plates; a `Screen` is returned unchanged
     only_present:bool=False, # Leave out sites whose files are absent, and print how many
     check:bool=True, # Check the files of all sites now; otherwise `screen[rows].complete()` checks those of some rows
-    **how # Options of the reader, such as those of `read_files`, `read_plates` and `read_pattern`, or `channels` and `cell_types` for RxRx1's folders
+    **how # Options of the reader: of `read_files`, `read_plates`, `read_pattern`; `channels` and `cell_types` for RxRx1's folders
 )->Screen:
     "Open a screen of any kind"
     if isinstance(path, Screen): return path
@@ -163,10 +167,10 @@ def _place_lines(screen):
     wells, by_plate = screen.wells, screen.wells.groupby(['experiment', 'plate'], sort=False).size()
     names = [str(p) if str(p) == e else f'{e} {p}' for e, p in by_plate.index]
     sets = wells.groupby('experiment', sort=False).dataset.unique()
+    kinds = first_few(f'{n} {k}' for k, n in wells.well_type.value_counts(sort=False).items())
     return [f'experiments: {len(sets)} ({first_few(f"{e}: {first_few(d)}" for e, d in sets.items())})',
             f'plates: {len(names)} ({first_few(names)}), {_plate_format(wells)}{_amount(by_plate)} in use',
-            f'wells: {len(wells)} ({first_few(f"{n} {k}" for k, n in wells.well_type.value_counts(sort=False).items())}), '
-            f'sites of each: {_amount(screen.table.groupby("well_id").size())}',
+            f'wells: {len(wells)} ({kinds}), sites of each: {_amount(screen.table.groupby("well_id").size())}',
             f'cell types: {first_few(wells.cell_type.unique())}']
 
 # %% ../../nbs/08_screen.open.ipynb #1f64a3e6
@@ -174,13 +178,16 @@ _DOSE = re.compile(r'(?i)dose|concentration|(?<![a-z])conc(?![a-z])')
 
 def _names(wells):
     "Return 'DMSO in 4 wells, x in 2 wells' for the perturbations of some wells"
-    return first_few(f'{k} in {plural(n, "well")}' for k, n in wells.sirna.fillna('(no name)').value_counts(sort=False).items())
+    counts = wells.sirna.fillna('(no name)').value_counts(sort=False)
+    return first_few(f'{k} in {plural(n, "well")}' for k, n in counts.items())
 
 def _dose_line(wells, column):
     "Return the doses in a column, and how many of them a perturbation has"
     doses = wells.loc[wells.well_type == 'treatment'].groupby('sirna')[column].nunique()
-    several = f'; {plural((doses > 1).sum(), "perturbation has several and is", "perturbations have several and each is")} one class' if (doses > 1).any() else ''
-    return f'doses ({column}): {first_few(sorted(wells[column].dropna().unique(), key=lambda o: (isinstance(o, str), o)), 12)}{several}'
+    n, values = (doses > 1).sum(), list(wells[column].dropna().unique())
+    values = sorted(values, key=str if any(isinstance(o, str) for o in values) else None)
+    several = f'; {plural(n, "perturbation has several and is", "perturbations have several and each is")} one class'
+    return f'doses ({column}): {first_few(values, 12)}{several if n else ""}'
 
 def _content_lines(screen):
     "Return the controls, perturbations, doses and further columns of a screen, a line for each"
@@ -188,9 +195,10 @@ def _content_lines(screen):
     treated = wells[wells.well_type == 'treatment']
     lines = [f'{k}: {_names(w)}' for k, w in wells[wells.well_type != 'treatment'].groupby('well_type')]
     bare, further = treated.sirna.isna().sum(), [c for c in screen.table if c not in SITE_COLUMNS]
-    named = f' ({first_few(treated.sirna.dropna().unique())}), wells of each: {_amount(treated.sirna.value_counts())}' if bare < len(treated) else ''
-    lines.append(f'perturbations: {treated.sirna.nunique()}{named}' + (f'; {plural(bare, "treatment well has", "treatment wells have")} no name' if bare else ''))
-    lines += [_dose_line(wells, c) for c in further if c in wells and _DOSE.search(c)]
+    line, names = f'perturbations: {treated.sirna.nunique()}', treated.sirna.dropna()
+    if len(names): line += f' ({first_few(names.unique())}), wells of each: {_amount(names.value_counts())}'
+    if bare: line += f'; {plural(bare, "treatment well has", "treatment wells have")} no name'
+    lines += [line, *(_dose_line(wells, c) for c in further if c in wells and _DOSE.search(c))]
     return lines + ([f'further columns: {first_few(further, 20)}'] if further else [])
 
 # %% ../../nbs/08_screen.open.ipynb #8e6a404c
@@ -200,7 +208,8 @@ def missing_parts(
     "Return what a screen lacks for a prediction: controls and test experiments"
     wells, lines = screen.wells, []
     if (wells.well_type == 'treatment').all():
-        lines.append(f'no well is a control; in a table of files or a layout, {option("controls", "DMSO=negative_control")} names perturbations that are')
+        lines.append(f'no well is a control; in a table of files or a layout, '
+                     f'{option("controls", "DMSO=negative_control")} names perturbations that are')
     if (wells.dataset != 'test').all():
         lines.append(f'no experiment is a test: a prediction needs some; {option("test", "EXP,EXP")} marks them')
     return lines
@@ -224,6 +233,7 @@ def describe_screen(
     what = 'a screen' if isinstance(path, Screen) else _kind_for(path, how).what
     screen = open_screen(path, check=False, **how)
     size = '×'.join(map(str, screen.shape[1:]))
-    return '\n'.join([f'{screen.name}: {what}', f'pictures: {plural(len(screen), "site")} of {size} px, {screen.bits} bits, '
-                      f'{len(screen.channels)} channels ({first_few(screen.channels, 16)})', *_place_lines(screen), *_content_lines(screen),
+    pictures = (f'pictures: {plural(len(screen), "site")} of {size} px, {screen.bits} bits, '
+                f'{plural(len(screen.channels), "channel")} ({first_few(screen.channels, 16)})')
+    return '\n'.join([f'{screen.name}: {what}', pictures, *_place_lines(screen), *_content_lines(screen),
                       _missing_line(screen, only_present), *missing_parts(screen)])
