@@ -20,8 +20,9 @@ from .screen.pack import PackedScreen, pack_screen, picture_kinds, picture_notes
 from .screen.tiff import read_planes
 from .screen.files import FileSource, check_files, plate_format, read_files
 from .screen.plates import PlateSource, read_plates
+from .screen.pattern import PATTERNS, name_fields, pattern_files, read_pattern
 from .screen.download import download_rxrx1
-from .screen.open import open_screen
+from .screen.open import describe_screen, open_screen
 from .batch.site import (SiteBatch, TensorSite, TensorWell, channel_colors, gray_panels, plot_channels,
     plot_top_losses, rgb_3d, rgb_composite, show_batch, show_results, small_figures)
 from .batch.augment import (CLAHE, ChannelJitter, FoldSites, IntToFloat, NormalizeGlobal, NormalizeGroup,

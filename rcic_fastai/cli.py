@@ -215,13 +215,16 @@ def rcic_download(argv=None):
 
 # %% ../nbs/72_cli.ipynb #4846adc5
 def pack(
-    screen, # RxRx1's folder, a CSV or parquet table of image files (such as load_data.csv), or OME-Zarr plates
+    screen, # RxRx1's folder, a CSV or parquet table of image files (such as load_data.csv), OME-Zarr plates, or any folder with --pattern
     dest, # Packed screen to write, such as screen.zarr
     codec:str='fast', # fast: about 1.5 times the size of the PNGs; small: about 1.2 times, half as fast to read
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
-    channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=ER; empty: all
+    dry_run:store_true=False, # Print what the screen is taken for and what is missing, and write nothing
+    pattern:str='', # For files whose names say what they show: where, in quotes, such as '{plate}_{well}_s{site}_w{channel}.tif'; or a known one: imagexpress, phenix, cellvoyager, cell-painting-gallery or rxrx1
+    layout:str='', # For --pattern: CSV with what is in each well, or in each well of each plate
+    channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=2; empty: all
     columns:str='', # For a table of files or of wells: what its columns are, such as experiment=Batch,plate=Barcode,sirna=treatment; dataset= for no such column
     controls:str='', # For a table of files or of wells: perturbations that are controls, such as DMSO=negative_control; =negative_control for wells whose cell is empty
     test:str='', # Experiments to mark as test, with commas
@@ -232,24 +235,25 @@ def pack(
     t:str='', # Time point, in the same way
     root:str='', # For a table of files: folder that its paths start from
     replace:str='', # For a table of files: new beginnings of its paths, such as s3://bucket/=/data/
-    plate_wells:int=0, # For a table of files: wells of a plate, to check well names against; 0: any
+    plate_wells:int=0, # For a table of files and --pattern: wells of a plate, to check well names against; 0: any
     wells:str='', # For OME-Zarr plates: CSV with what is in each well
     experiment:str='', # For OME-Zarr plates: experiment of plates that name none; empty: their folder
     empty:str='', # For OME-Zarr plates: chunks that are absent are an error, or fill: read as the array's fill value
-    partial:store_true=False, # For OME-Zarr plates: leave out wells without a field, and wells that are only in one of plates and table
+    partial:store_true=False, # For OME-Zarr plates and --pattern: leave out wells without a picture, and wells that are only in one of pictures and table
     acquisition:int=-1, # For OME-Zarr plates that were imaged several times: the number of the acquisition to read; -1: all
     workers:int=0, # Threads; 0: one per core
 ):
     "Pack a screen; interrupted, the same command continues"
-    from rcic_fastai.screen.open import open_screen
+    from rcic_fastai.screen.open import describe_screen, open_screen
     from rcic_fastai.screen.pack import is_store, pack_screen, verify_store
     from rcic_fastai.workflow import folder_bytes, screen_summary
     check_numbers(workers=workers)
     given = dict(channels=_channels(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls), test=as_names(test),
                  cell_type=cell_type, cell_types=as_names(cell_types), dataset=dataset, z=_plane(z), t=_plane(t), root=root,
                  replace=_mapping(replace, 'replace'), plate_wells=plate_wells, wells=wells, experiment=experiment, empty=empty,
-                 partial=partial, acquisition=acquisition if acquisition >= 0 else None)
+                 pattern=pattern, layout=layout, partial=partial, acquisition=acquisition if acquisition >= 0 else None)
     start, given = time.time(), {k: v for k, v in given.items() if v or v == 0 and k in ('z', 't', 'acquisition')}
+    if dry_run: return print(describe_screen(screen, only_present, **given))
     packed = open_screen(screen, only_present, **given)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
@@ -257,7 +261,7 @@ def pack(
         print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
     if verify: print(f'{dest}: {verify_store(dest, packed, workers or None)} sites are the same as in {screen}')
 
-pack.groups = {'what the source means': ['channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'dataset', 'wells', 'experiment'],
+pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'dataset', 'wells', 'experiment'],
                'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'plate_wells', 'empty', 'partial', 'only_present']}
 
 def rcic_pack(argv=None):

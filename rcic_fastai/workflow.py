@@ -45,11 +45,7 @@ def screen_summary(
     wells = screen.wells
     def counts(column): return ', '.join(f'{n} {k}' for k, n in wells[column].value_counts(sort=False).items())
     lines = [f'{len(wells)} wells: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; {wells.sirna.nunique()} perturbations']
-    if (wells.well_type == 'treatment').all():
-        lines.append(f'no well is a control; in a table of files, {option("controls", "DMSO=negative_control")} names perturbations that are')
-    if (wells.dataset != 'test').all():
-        lines.append(f'no experiment is a test: a prediction needs some; {option("test", "EXP,EXP")} marks them')
-    return '\n'.join([*lines, *picture_notes(screen)])
+    return '\n'.join([*lines, *missing_parts(screen), *picture_notes(screen)])
 
 # %% ../nbs/71_workflow.ipynb #95879d22
 def folder_bytes(

@@ -69,4 +69,4 @@ def test_one_entry_adds_a_reader(tmp_path, monkeypatch):
 
 
 def test_only_screens_without_a_table_of_their_own_need_options():
-    assert {n for n, k in SCREEN_KINDS.items() if k.needs_options} == {'files', 'plates'}
+    assert {n for n, k in SCREEN_KINDS.items() if k.needs_options} == {'files', 'plates', 'pattern'}

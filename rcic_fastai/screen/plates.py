@@ -733,14 +733,14 @@ def _load_wells(wells):
     w.index = range(2, len(w) + 2)
     return w, where
 
-def _read_wells(wells, columns=None, controls=None):
+def _read_wells(wells, columns=None, controls=None, need=('plate', 'well')):
     "Return a checked table of wells, under our names, and its name for messages"
     d, where = _load_wells(wells)
     found = usual_columns(d, columns, where, ('channel', 'file', 'folder', 'page', 'site', 'site_id', 'well_id'))
-    lacks = [c for c in ('plate', 'well') if not found[c]]
-    if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs plate and well.')
+    lacks = [c for c in need if not found[c]]
+    if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs {" and ".join(need)}.')
     w = pd.DataFrame({c: identifiers(d[found[c][0]], where) for c in ('plate', 'well', *_ANNOTATIONS) if found[c]})
-    for c in ('plate', 'well'):
+    for c in [c for c in ('plate', 'well') if c in w]:
         if w[c].isna().any(): raise ScreenError(f'{where}, row {w.index[w[c].isna()][0]}: {c} is empty; fill that cell.')
     w['well'] = _well_names(w.well, where)
     if found['well_type'] or controls: w['well_type'] = _types(d, w, found, controls, where)
