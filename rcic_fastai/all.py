@@ -20,7 +20,7 @@ from .screen.pack import PackedScreen, pack_screen, picture_kinds, picture_notes
 from .screen.tiff import read_planes
 from .screen.files import FileSource, check_files, plate_format, read_files
 from .screen.plates import PlateSource, read_plates
-from .screen.pattern import PATTERNS, name_fields, pattern_files, read_pattern
+from .screen.pattern import read_pattern
 from .screen.download import download_rxrx1
 from .screen.open import describe_screen, open_screen
 from .batch.site import (SiteBatch, TensorSite, TensorWell, channel_colors, gray_panels, plot_channels,

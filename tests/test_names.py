@@ -40,7 +40,7 @@ def test_all_stays_small(): assert 150 < len(own_names()) <= 220
 
 def test_all_has_the_verbs():
     assert {'open_screen', 'screen_dls', 'screen_learner', 'train_screen', 'load_model', 'evaluate_screen', 'plate_map', 'pack_screen',
-            'read_files', 'read_plates', 'Recipe', 'Stage', 'TrainedModel', 'embedding_map', 'CutMix', 'ScreenError'} <= own_names()
+            'read_files', 'read_pattern', 'read_plates', 'Recipe', 'Stage', 'TrainedModel', 'embedding_map', 'CutMix', 'ScreenError'} <= own_names()
 
 
 def test_what_other_modules_patch_is_there_too():

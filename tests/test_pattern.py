@@ -218,6 +218,8 @@ def test_controls_of_names_without_a_layout(tmp_path):
     draw(tmp_path, ['P1_A01_DMSO_w1.tif', 'P1_A02_x_w1.tif'])
     table, _ = read_pattern(tmp_path, '{plate}_{well}_{compound}_w{channel}.tif', controls=dict(negative_control=['DMSO']))
     assert table.sirna.tolist() == ['DMSO', 'x'] and table.well_type.tolist() == ['negative_control', 'treatment']
+    table, _ = read_pattern(tmp_path, '{plate}_{well}_{compound}_w{channel}.tif', pd.DataFrame(dict(well=[*WELLS], cell_line=['A', 'B'])), controls=dict(negative_control=['DMSO']))
+    assert table.well_type.tolist() == ['negative_control', 'treatment'] and table.cell_type.tolist() == ['A', 'B']
     refused(lambda: read_pattern(tmp_path, '{plate}_{well}_*_w{channel}.tif', columns=dict(sirna='x')), 'about the layout', 'there is none')
 
 

@@ -339,7 +339,7 @@ def _with_layout(files, layout, partial, columns, controls, dataset):
     for o in what: print(f'left out: {where} {o}')
     return files.merge(w, on=keys, how='inner')
 
-# %% ../../nbs/06b_screen.pattern.ipynb #f3ec6669
+# %% ../../nbs/06b_screen.pattern.ipynb #23fba496
 def read_pattern(
     folder, # Folder of the pictures
     pattern:str, # From the folder on, such as '{plate}/{well}_s{site}_w{channel}.tif'; or a key of `PATTERNS`
@@ -365,8 +365,10 @@ def read_pattern(
     files, channels = _choose_channels(files, channels, folder)
     planes = _choose_planes(files, z=z, t=t)
     files = _expected(files, pattern, planes)
-    if layout is not None: files = _with_layout(files, layout, partial, columns, controls, dataset)
-    if layout is not None and 'well_type' in files: controls = None
+    if layout is not None:
+        of_layout = None if 'sirna' in files else controls      # the names may say what is in the wells
+        files = _with_layout(files, layout, partial, columns, of_layout, dataset)
+        if of_layout: controls = None
     own = {k: k if k in files else None for k in USUAL_NAMES}
     inside = {k: v for k, v in dict(z=z, t=t).items() if k not in planes}      # planes of files that hold several
     return read_files(files.set_index('file', drop=False), folder, channels, own, controls, test, cell_type, dataset,
