@@ -239,7 +239,7 @@ def pack(
     wells:str='', # For OME-Zarr plates: CSV with what is in each well
     experiment:str='', # For OME-Zarr plates: experiment of plates that name none; empty: their folder
     empty:str='', # For OME-Zarr plates: chunks that are absent are an error, or fill: read as the array's fill value
-    partial:store_true=False, # For OME-Zarr plates and --pattern: leave out wells without a picture, and wells that are only in one of pictures and table
+    partial:store_true=False, # For OME-Zarr plates and --pattern: leave out wells without a picture, and with --pattern those that the layout lacks; on plates these have no perturbation
     acquisition:int=-1, # For OME-Zarr plates that were imaged several times: the number of the acquisition to read; -1: all
     workers:int=0, # Threads; 0: one per core
 ):

@@ -783,7 +783,7 @@ def _annotate(t, wells, partial, columns=None, controls=None):
     if none_fits or not (all_fit or partial):
         raise ScreenError(f'{where} has {plural(len(extra), "well")} not on the plates ({spelt(extra)}), and the plates have '
                           f'{plural(len(lacking), "well")} not in it ({spelt(lacking)}): correct it, or '
-                          f'add {option("partial", True)} to continue with the wells that both have.')
+                          f'add {option("partial", True)}: wells that are not on the plates are left out, and those not in it have no perturbation.')
     if 'experiment' in w and not several: t['experiment'] = _experiments(t, w, where)
     new = w.drop(columns=['plate', 'well', 'experiment'], errors='ignore').set_axis(index)
     for c, s in new.items():
