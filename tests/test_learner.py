@@ -2,6 +2,7 @@
 import pytest, sys, timm, torch
 from functools import partial
 from fastai.vision.all import Callback, ClassificationInterpretation, Interpretation, Learner, params, plt, steep, valley
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 from helpers import same
 from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import screen_dls
@@ -230,3 +231,40 @@ def test_other_channel_counts(screen, channels, tmp_path):
         learn.show_results(max_n=2)
         Interpretation.from_learner(learn).plot_top_losses(2)
     plt.close('all')
+
+
+def tfms(learn): return [type(f).__name__ for f in learn.dls.train.after_batch.fs]
+NOTHING = Recipe('nothing', [Stage('a', 0, 1e-3, augs=dict(max_rotate=0, max_zoom=1, max_warp=0))])
+
+def test_a_recipe_does_not_replace_your_own_augmentation(screen):
+    for augs in (None, []):
+        learn = screen_learner(screen_dls(screen, bs=8, augs=augs, device='cpu', valid='HUVEC-02'), 'test_resnet', pretrained=None, emb_dim=16)
+        before = tfms(learn)
+        quietly(learn, lambda: learn.fit_recipe(NOTHING))
+        assert tfms(learn) == before and 'SiteDihedral' not in before
+    for augs in ('default', dict(max_rotate=45)):
+        learn = screen_learner(screen_dls(screen, bs=8, augs=augs, device='cpu', valid='HUVEC-02'), 'test_resnet', pretrained=None, emb_dim=16)
+        assert 'SiteAffine' in tfms(learn)
+        quietly(learn, lambda: learn.fit_recipe(NOTHING))
+        assert 'SiteAffine' not in tfms(learn) and 'SiteDihedral' in tfms(learn)
+
+@pytest.mark.parametrize('augs', [dict(max_rotat=0), dict(size=16), ['flip'], 5, dict(max_rotate='a lot')], ids=str)
+def test_augmentation_of_any_stage_is_checked_before_the_first(screen, augs):
+    learn = make(screen)
+    before = kept(learn)
+    with pytest.raises(ScreenError, match='Stage 2 of the recipe'): learn.fit_recipe(Recipe('r', [Stage('a', 1, 1e-3), Stage('b', 1, 1e-3, augs=augs)]))
+    assert not moved(learn, before)
+
+def test_a_training_begun_in_half_precision_goes_on_in_full(screen, tmp_path):
+    class Stop(Callback):
+        order = 90
+        def before_train(self):
+            if self.epoch == 1 and on: raise KeyboardInterrupt
+    recipe = Recipe('two', [Stage('a', 2, 1e-3)])
+    for on, cbs in ((True, [MixedPrecision(AMPMode.BF16)]), (False, [])):
+        learn = screen_learner(screen_dls(screen, bs=8, device='cpu', valid='HUVEC-02'), 'test_resnet', pretrained=None, emb_dim=16)
+        fit = lambda: learn.fit_recipe(recipe, cbs=[*cbs, Stop()], folder=tmp_path/'c', resume=not on)
+        if not on: quietly(learn, fit)
+        else:
+            with pytest.raises(KeyboardInterrupt): quietly(learn, fit)
+    assert len(learn.history) == 2

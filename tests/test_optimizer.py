@@ -100,3 +100,19 @@ def test_maps_are_channels_last_and_weights_are_not(arch):
     assert spread and all(x.is_contiguous(memory_format=torch.channels_last) for x in spread)
     assert all(v.is_contiguous() for v in model.state_dict().values() if torch.is_tensor(v))
     assert all(opt.state[p]['grad_avg'].stride() == p.stride() for ps in model_parts(model).values() for p in ps if p.grad is not None)
+
+
+def test_a_parameter_that_is_a_slice_is_trained_whole():
+    "It lies in memory with gaps, which the fused operation of a CPU does not know"
+    torch.manual_seed(0)
+    whole = torch.rand(6, 3, 2, 2)
+    first = nn.Parameter(whole[:, :1])
+    start, others = first.detach().clone(), whole[:, 1:].clone()
+    theirs = nn.Parameter(start.clone())
+    for opt, p in ((FusedAdam([first], lr=.1), first), (Adam([theirs], lr=.1), theirs)):
+        for _ in range(3):
+            (p - 2).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+    assert (first != start).all() and torch.equal(whole[:, 1:], others)
+    torch.testing.assert_close(first.detach(), theirs.detach())

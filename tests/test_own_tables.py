@@ -507,3 +507,88 @@ def test_a_further_column_is_never_a_second_plate_of_the_profiles(tmp_path):
     assert [c for c in t if c not in SITE_COLUMNS] == ['Plate_', 'Batch_', 'dose', 'Dose_']
     p = profile_table(make_emb_table(t, np.ones((3, 4))))
     assert set(p.Metadata_Barcode) == {'BR1'} and set(p.Metadata_Plate_) == {'P1'} and set(p.Metadata_Plate) == {'b1_BR1'}
+
+
+# channels by name, on every route
+
+def test_channels_of_a_plate_are_renamed_by_name(tmp_path):
+    "Whatever the order of the names: a new name belongs to the pixels of the old one"
+    p = plate(tmp_path/'P.zarr')
+    plain = read_plates(p, progress=False)[1]
+    first = plain.site_ids[0]
+    t, s = read_plates(p, channels=dict(reticulum='ER', nucleus='dna'), progress=False)
+    assert s.channels == ('nucleus', 'reticulum') and (s[first] == plain[first]).all()
+    for odd in (dict(a='nothing', b='such'), dict(a='DNA'), dict(a='DNA', b='DNA')):
+        with pytest.raises(ScreenError, match='each channel of the plates once: DNA, ER'): read_plates(p, channels=odd, progress=False)
+    with pytest.raises(ScreenError, match='1 names .DNA.'): read_plates(p, channels='DNA', progress=False)
+
+
+def test_channels_by_number_in_a_table_of_files(tmp_path):
+    df = table(tmp_path/'f', channels=('1', '2'))
+    for channels in ([2], ['2'], {'ER': 2}): assert len(read_files(df, tmp_path/'f', channels)[1].channels) == 1
+    assert read_files(df, tmp_path/'f', {'ER': 2})[1].channels == ('ER',)
+
+
+def test_names_of_rxrx1_stay_with_their_files(tmp_path):
+    from rcic_fastai.screen.simulate.layout import simulate_screen
+    simulate_screen(tmp_path/'s', ['HUVEC-01'], sirnas=4, size=32, controls=0, sites=1, progress=False)
+    plain = open_screen(tmp_path/'s')
+    site = plain.table.site_id[0]
+    named = open_screen(tmp_path/'s', channels=dict(DNA='nucleus', MT='actin', reticulum='ER'))
+    assert named.channels == ('DNA', 'reticulum', 'MT') and (named.source[site] == plain.source[site][:3]).all()
+    for odd in (['nucleus', 'actin'], dict(DNA='nucleus', MT='mitochondria')):
+        with pytest.raises(ScreenError, match='channels'): open_screen(tmp_path/'s', channels=odd)
+
+
+# tables as people store them
+
+@pytest.mark.parametrize('index', ['Metadata_Plate', ['Metadata_Plate', 'Metadata_Well']], ids=str)
+def test_the_index_of_a_parquet_table_is_columns(tmp_path, index):
+    df = table(tmp_path/'f', plates=('P1', 'P2'))
+    df.set_index(index).to_parquet(tmp_path/'f/t.parquet')
+    got, want = read_files(tmp_path/'f/t.parquet')[0], read_files(df, tmp_path/'f')[0]
+    assert got.well_id.tolist() == want.well_id.tolist()
+
+
+def test_a_column_of_lists_is_left_alone(tmp_path):
+    df = table(tmp_path/'f')
+    df['tags'] = [['a', 'b']]*len(df)
+    df.to_parquet(tmp_path/'f/t.parquet')
+    assert len(read_files(tmp_path/'f/t.parquet')[0]) == len(df)
+
+
+def test_an_empty_dataset_is_the_default(tmp_path):
+    df = table(tmp_path/'f', split=['test', None, None])
+    assert read_files(df, tmp_path/'f', dataset='val')[0].dataset.tolist() == ['test', 'val', 'val']
+
+
+@pytest.mark.parametrize('word', ['valid', 'Test', 'holdout'])
+def test_an_official_table_has_the_official_words_for_datasets(tmp_path, word):
+    with pytest.raises(ScreenError, match=f"dataset '{word}'; use train, val, test, id_test"): read_metadata(official(tmp_path, dataset=word))
+
+
+@pytest.mark.parametrize('n', [9, 12, 110])
+def test_leading_zeros_that_a_spreadsheet_took_off_some_plates(tmp_path, n):
+    "Also where some plates need none"
+    width = len(str(n))
+    for i in range(1, n + 1, max(n//11, 1)): plate(tmp_path/'all'/f'{i:0{width}d}.zarr', wells=('A/1',))
+    names = [int(p.stem) for p in sorted((tmp_path/'all').glob('*.zarr'))]
+    wells = pd.DataFrame(dict(plate=[str(i) for i in names], well='A01', sirna=[f's{i}' for i in names]))
+    t = read_plates(tmp_path/'all', wells, progress=False)[0]
+    assert t.sirna.tolist() == [f's{int(p)}' for p in t.plate]
+
+
+# advice that works
+
+@pytest.mark.parametrize('kind', ['folder', 'packed', 'files'])
+def test_advice_about_what_is_missing_is_of_the_kind_of_screen(tmp_path, kind):
+    from rcic_fastai.screen.pack import pack_screen
+    if kind == 'files': s = open_screen(saved(table(tmp_path/'f'), tmp_path/'f/load_data.csv'))
+    else:
+        from rcic_fastai.screen.simulate.layout import simulate_screen
+        simulate_screen(tmp_path/'s', ['HUVEC-01'], sirnas=4, size=32, controls=0, sites=1, progress=False)
+        s = open_screen(tmp_path/'s')
+        if kind == 'packed': s = open_screen(pack_screen(s, tmp_path/'s.zarr', progress=False))
+    said = '; '.join(missing_parts(s))
+    assert ('test=' in said) == (kind == 'files') and ('column dataset' in said) == (kind != 'files')
+    if kind == 'files': assert "controls=dict(negative_control=['DMSO'])" in said

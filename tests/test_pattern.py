@@ -401,3 +401,10 @@ def test_it_is_said_in_a_shell_and_of_tables_and_layouts(folder, by_well, tmp_pa
     refused(lambda: open_screen(tmp_path/'empty'), 'holds no files')
     (folder/'export.csv').write_text('plate,well,channel,path\nP,A01,DNA,P0012_A01_s1_w1.tif\n')
     refused(lambda: open_screen(folder), 'export.csv, which names files')
+
+
+@pytest.mark.parametrize('column', ['folder', 'page'])
+def test_a_column_of_the_layout_is_not_about_files(tmp_path, folder, column):
+    f = layout(tmp_path/'layout.csv', Well=WELLS, Compound=['DMSO', 'x'], **{column: ['3', '4']})
+    t, source = read_pattern(folder, PLAIN, f)
+    assert source[t.site_id[0]].shape[0] == 2 and t[column].astype(str).unique().tolist() == ['3', '4']

@@ -338,7 +338,7 @@ def screen_dls(
     bs:int=32, # Batch size
     norm:str='own', # own, plate, experiment, global or none
     norm_from:str='all', # For plate and experiment: statistics of all wells, or of controls only
-    augs='default', # Batch transforms for training; `None` for none
+    augs='default', # Batch transforms for training, or arguments of `site_augs`; `None` for none
     clahe:bool=False, # Equalize each channel
     seed:int=0, # Order of the training samples
     num_workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
@@ -360,14 +360,15 @@ def screen_dls(
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))
     how = dict(sites=sites, size=size, norm=norm, norm_from=norm_from, clahe=clahe)
     spec = _training_spec(rows, train, source, target, vocabs, **how)
-    if augs == 'default': augs = site_augs()
+    if augs == 'default': augs = {}
+    if isinstance(augs, dict): augs = site_augs(**augs)
     both = pd.concat([train, held], ignore_index=True)
     block = screen_block(spec, source, statistics_rows(spec, both, table), partial(_split_at, n_train=len(train)),
                          [*(augs or ()), *more])
     with no_random(seed): dls = block.dataloaders(both, bs=min(bs, len(train)), num_workers=num_workers, device=device,
                                                   verbose=False, group_by=batch_by, groups=batch_groups)
     dls = ScreenLoaders(*dls.loaders, path=dls.path, device=dls.device)
-    dls.spec, dls.screen, dls.held_out = spec, screen, sorted(held.experiment.unique())
+    dls.spec, dls.screen, dls.held_out, dls.augs = spec, screen, sorted(held.experiment.unique()), args['augs']
     def rebuild(**changes): return screen_dls(**{**args, 'vocabs': spec.vocabs, **changes})
     dls.rebuild = rebuild
     return dls

@@ -106,7 +106,7 @@ def take(self:ResidentSource,
     strange = [i for i in ids if i not in self._rows]
     if strange: raise self._unknown(strange[0])
     if self._pixels is None: return self._from_origin(ids)
-    rows = torch.tensor([self._at[i] for i in ids], device=self.device)
+    rows = torch.tensor([self._at[i] for i in ids], device=self._pixels.device)
     return _unsigned(self._pixels.index_select(0, rows))
 
 @patch

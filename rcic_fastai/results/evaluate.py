@@ -147,7 +147,8 @@ def evaluate(
                           'predict them, or allow a partial evaluation.')
     r = _asked(every, target)
     by_exp = r.groupby('experiment').right.mean()
-    reach = _reach(r, table, target, pred.attrs.get('classes'))
+    classes = pred.attrs.get('classes') if (r.well_type == 'treatment').any() else None     # of treatments
+    reach = _reach(r, table, target, classes)
     return dict(protocol=str(protocols[0]), target=target, accuracy=float(r.right.mean()), n_wells=len(r), **reach,
                 chance=1/reach['n_classes'], n_missing=len(absent),
                 by_cell_type=r.groupby('cell_type').right.mean().to_dict(), by_experiment=by_exp.to_dict(),

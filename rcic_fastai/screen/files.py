@@ -235,6 +235,7 @@ def _choose(channels, have, where):
     if isinstance(channels, dict): chosen = dict(channels)
     elif isinstance(channels, str): chosen = {channels: channels}
     else: chosen = {c: c for c in (have if channels is None else channels)}
+    chosen = {str(k): v if v in have else str(v) for k, v in chosen.items()}         # a number is its text
     strange = [c for c in chosen.values() if c not in have]
     if strange: raise ScreenError(f'{where} has no channel {first_few(strange)}: it has {first_few(have, 20)}.')
     if not 1 <= len(chosen) <= 16:
@@ -294,6 +295,7 @@ def _datasets(given, experiment, dataset, test, where, else_=None):
     "Return the dataset of each row, from a column, the default and the list of test experiments"
     check_choice('dataset', dataset, DATASET_NAMES)
     if given is None: given = pd.Series(dataset, experiment.index, dtype=object)
+    given = given.astype(object).where(given.notna(), dataset)
     known = pd.Series([DATASET_NAMES.get(str(o).lower()) for o in given], given.index, dtype=object)
     if known.isna().any():
         i = known.index[known.isna()][0]

@@ -60,15 +60,27 @@ def _check_any_screen(path):
     raise ScreenError(f'{path} is no kind of screen that is known, as it holds neither metadata.csv nor train.csv; '
                       f'it holds {plural(len(paths), "file")}, such as {_example(paths)}: {do}.')
 
+def _folder_channels(channels):
+    "Return the names of w1, w2, …; raise where one of RxRx1's names is given to another channel"
+    if channels is None: return CHANNELS
+    names = [channels] if isinstance(channels, str) else [str(o) for o in channels]
+    have = [*CHANNELS, *map(str, range(len(CHANNELS) + 1, len(names) + 1))][:len(names)]
+    if isinstance(channels, dict): return renamed_channels(channels, have, "the folder's w1, w2, …")
+    known = {c.casefold(): i for i, c in enumerate(CHANNELS)}
+    odd = [n for i, n in enumerate(names) if known.get(n.casefold(), i) != i]
+    if not odd: return names
+    raise ScreenError(f'{odd[0]} is w{known[odd[0].casefold()] + 1} in such a folder, whose files are read in order: leave out '
+                      f'{option("channels")}, or name w1, w2, … as they are.')
+
 def _read_folder(
     path, # RxRx1's folder, or its table
-    channels=None, # Names of the channels w1, w2, …; `None`: the six of RxRx1
+    channels=None, # Names of the channels w1, w2, …, or {new name: RxRx1's}; `None`: the six of RxRx1
     cell_types=None, # Allowed cell types; `None`: RxRx1's four
 ):
     "Return the table and the images of a folder in RxRx1's layout; print which channels are left out unless they were chosen"
     if Path(path).is_dir(): _check_any_screen(Path(path))
     table = read_metadata(path, cell_types=cell_types)
-    source = PngTree(path if Path(path).is_dir() else Path(path).parent, table, CHANNELS if channels is None else channels)
+    source = PngTree(path if Path(path).is_dir() else Path(path).parent, table, _folder_channels(channels))
     if channels is None and (name := _next_channel(source)):
         print(f'{path} has files of more channels, such as {name}, which are left out: name all channels with '
               f'{option("channels")} to read them.')
@@ -209,9 +221,11 @@ def missing_parts(
     wells, lines = screen.wells, []
     if (wells.well_type == 'treatment').all():
         lines.append(f'no well is a control; in a table of files or a layout, '
-                     f'{option("controls", "DMSO=negative_control")} names perturbations that are')
+                     f'{option("controls", {"negative_control": ["DMSO"]})} names perturbations that are')
     if (wells.dataset != 'test').all():
-        lines.append(f'no experiment is a test: a prediction needs some; {option("test", "EXP,EXP")} marks them')
+        is_ours = isinstance(screen.source, (PngTree, PackedScreen))
+        do = 'the word test in the column dataset of its table' if is_ours else option('test', 'EXP,EXP')
+        lines.append(f'no experiment is a test: a prediction needs some; {do} marks them')
     return lines
 
 def _missing_line(screen, only_present):

@@ -369,7 +369,7 @@ def read_pattern(
         of_layout = None if 'sirna' in files else controls      # the names may say what is in the wells
         files = _with_layout(files, layout, partial, columns, of_layout, dataset)
         if of_layout: controls = None
-    own = {k: k if k in files else None for k in USUAL_NAMES}
+    own = {k: k if k in files and k not in ('folder', 'page') else None for k in USUAL_NAMES}
     inside = {k: v for k, v in dict(z=z, t=t).items() if k not in planes}      # planes of files that hold several
     return read_files(files.set_index('file', drop=False), folder, channels, own, controls, test, cell_type, dataset,
                       plate_wells, **inside)

@@ -25,7 +25,7 @@ from ..core import ScreenError, check_choice, first_few, open_plain, option, plu
 from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
                                         read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
                                         _complete_types, _well_names, _whole_numbers)
-from .images import MOST_PIXELS, ImageSource
+from .images import MOST_PIXELS, ImageSource, renamed_channels
 from .tiff import check_channel_names, check_planes, choose_plane
 from .files import _datasets
 
@@ -604,8 +604,10 @@ class PlateSource(ImageSource):
     ):
         _check_arguments(t, z, empty)
         if 'field' not in table: raise ScreenError('the site table has no column \'field\': make it with read_plates.')
-        super().__init__(root, table, 'c' if channels is None else channels)
-        named, known, fields = None if channels is None else self.channels, {}, table.field.tolist()
+        if isinstance(channels, str): channels = [channels]
+        are_named = channels is not None and not isinstance(channels, dict)
+        super().__init__(root, table, channels if are_named else 'c')
+        named, known, fields = self.channels if are_named else None, {}, table.field.tolist()
         self.empty, self._where, names = empty, {}, {}
         opened = _in_threads(lambda f: _open_field(os.path.join(root, f), t, z, named, known), fields, progress)
         for i, f, found in zip(table.site_id, fields, opened):
@@ -613,6 +615,7 @@ class PlateSource(ImageSource):
             else: *self._where[i], names[f] = found
         self.shape, self.dtype = _agree(root, fields, [o[1] for o in self._where.values()])
         self.channels = named or _agree_names(root, names, dict(zip(fields, table.acquisition)) if 'acquisition' in table else {})
+        if isinstance(channels, dict): self.channels = renamed_channels(channels, self.channels, 'the plates')
         if len(self.channels) != self.shape[0]:
             raise ScreenError(f'{option("channels")} has {len(self.channels)} names ({", ".join(self.channels)}), but the fields '
                               f'have {self.shape[0]} channels: name each.')
@@ -761,7 +764,9 @@ def _called_as(w, t):
     "Return the plates of a table of wells as `t` calls them, where a spreadsheet took off, or added, leading zeros"
     names, bare = t.plate.astype(str).unique(), w.plate.str.lstrip('0')
     by_bare = pd.Series(names, [n.lstrip('0') for n in names], dtype=object)
-    is_clear = by_bare.index.is_unique and bare.nunique() == w.plate.nunique() and not set(w.plate) & set(names)
+    is_padded = len({len(n) for n in names}) == 1
+    is_clear = by_bare.index.is_unique and bare.nunique() == w.plate.nunique()
+    is_clear = is_clear and (is_padded or not set(w.plate) & set(names))
     return bare.map(by_bare).fillna(w.plate) if is_clear else w.plate
 
 def _annotate(t, wells, partial, columns=None, controls=None):
@@ -807,7 +812,7 @@ def read_plates(
     cell_type:str='unknown', # Cell type, where `wells` names none
     experiment:str=None, # Experiment, where `wells` names none; None = the folder that a plate is in
     dataset:str='train', # 'train', 'val' or 'test', where `wells` names none
-    channels=None, # Names of the channels, in order; None = as the plates name them
+    channels=None, # Names of all channels, in order; or {new name: name in the plates}; None = as the plates name them
     t=None, # Time point from 0, 'max' (brightest of each pixel), or None where there is one
     z=None, # Plane from 0, 'max', or None where there is one
     empty:str='error', # Chunks that are absent: 'error', or 'fill' with the array's fill value, usually 0

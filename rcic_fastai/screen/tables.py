@@ -138,7 +138,8 @@ def numbers_if_exact(
 )->pd.Series: # int, Int64 beside gaps, or float; `s` itself when it is no text, or not all of it is numbers
     "Return a column of text as numbers, if nothing is lost by it"
     if pd.api.types.is_numeric_dtype(s) or not s.notna().any(): return s
-    numbers = {o: _number(o.strip()) if isinstance(o, str) else None for o in s.dropna().unique()}
+    if not all(isinstance(o, str) for o in s.dropna()): return s
+    numbers = {o: _number(o.strip()) for o in s.dropna().unique()}
     are_whole, has_gap = all(isinstance(o, int) for o in numbers.values()), s.isna().any()
     if None in numbers.values() or not are_whole and max(map(abs, numbers.values())) >= 2**53: return s
     kind, gap = ('Int64', pd.NA) if are_whole and has_gap else (int, None) if are_whole else (float, np.nan)
@@ -273,12 +274,16 @@ def table_columns(
     except Exception: return []
 
 # %% ../../nbs/01_screen.tables.ipynb #b90462a2
+def _with_index(df):
+    "Return a table whose named index, as pandas stores it in parquet, are columns as the others"
+    return df.reset_index([n for n in df.index.names if n is not None and n not in df]).reset_index(drop=True)
+
 def read_table(
     path, # CSV (also .csv.gz, .csv.bz2) or parquet
 )->pd.DataFrame:
     "Read a table that someone made, whichever of the two it is"
     _check_header(table_columns(path), path)
-    try: return read_parquet(path) if is_parquet(path) else _read_csv(path)
+    try: return _with_index(read_parquet(path)) if is_parquet(path) else _read_csv(path)
     except ScreenError: raise
     except Exception as e:
         why = getattr(e, 'strerror', None) or (str(e) or type(e).__name__).split('\n')[0]
@@ -551,6 +556,10 @@ def check_table(
         a, b = places[places.well_id == places.well_id[shared].iloc[0]].iloc[:2].itertuples()
         raise ScreenError(f'{where} calls two wells {a.well_id} ({a.experiment}, plate {a.plate}, {a.well} and {b.experiment}, plate '
                           f'{b.plate}, {b.well}): give each well a well_id of its own.')
+    odd = ~t['dataset'].isin(DATASET_NAMES.values())
+    if odd.any():
+        raise ScreenError(f'{where}: site {t.site_id[odd].iloc[0]} has dataset {t.dataset[odd].iloc[0]!r}; '
+                          f'use {", ".join(dict.fromkeys(DATASET_NAMES.values()))}.')
     odd = ~t['well_type'].isin(WELL_TYPES)
     if odd.any():
         raise ScreenError(f'{where}: site {t.site_id[odd].iloc[0]} has well_type {t.well_type[odd].iloc[0]!r}; '

@@ -25,8 +25,9 @@ def _adam_state(p, state):
 def _fused_step(ps, states, lr, mom, sqr_mom, eps, wd, **kwargs):
     "Update parameters that share their hyperparameters, in place"
     from torch.optim.adamw import adamw
-    fused = {p.device.type for p in ps} in ({'cpu'}, {'cuda'})
     averages, squares, steps = ([s[k] for s in states] for k in ('grad_avg', 'sqr_avg', 'step'))
+    are_dense = all(a.stride() == p.stride() for a, p in zip(averages, ps))        # a slice of a larger tensor is not
+    fused = are_dense and {p.device.type for p in ps} in ({'cpu'}, {'cuda'})
     with torch.no_grad():
         adamw([*ps], [_like(p.grad, p) for p in ps], averages, squares, [], steps, fused=fused, amsgrad=False,
               maximize=False, lr=lr, beta1=mom, beta2=sqr_mom, eps=eps, weight_decay=wd)

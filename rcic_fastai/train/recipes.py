@@ -32,7 +32,7 @@ class Stage:
     mixup:float=0. # Share of batches with MixUp (of those without CutMix)
     loss:object=None # Loss on cosines: name or config
     size:int=None # Side the model sees, pixels
-    augs:dict=None # Arguments of `site_augs`: augmentation from this stage on
+    augs:dict=None # Arguments of `site_augs`: augmentation from this stage on, unless the loaders were made with transforms of your own
     bs:int=None # Batch size
     neck:str=None # Put a fresh neck of this kind in
     metadata:bool=None # Use the metadata embeddings, or show every entry as unknown
@@ -73,9 +73,13 @@ def _known(cls, o, what):
 # %% ../../nbs/33_train.recipes.ipynb #9d46ec58
 def _check_augs(augs, what):
     "Raise for augmentations that `site_augs` does not have"
-    names = list(inspect.signature(site_augs).parameters)
-    odd = sorted(set(augs or ()) - set(names))
+    if augs is None: return
+    if not isinstance(augs, dict): raise ScreenError(f'{what} has augs={augs!r}: give a dict of arguments of site_augs.')
+    names = [n for n in inspect.signature(site_augs).parameters if n != 'size']       # that is the size of the stage
+    odd = sorted(set(augs) - set(names))
     if odd: raise ScreenError(f'{what} has the unknown augmentation {first_few(odd)}: choose from {", ".join(names)}.')
+    try: site_augs(**augs)
+    except (TypeError, ValueError) as e: raise ScreenError(f'{what} has augs={augs!r}, which do not fit ({e}): correct them.') from None
 
 def _stage_from_dict(d, i):
     d = dict(_known(Stage, d, f'Stage {i+1} of the recipe'))
@@ -159,7 +163,8 @@ def part_lrs(
 def _stage_data(learn, stage):
     "Change size, batch size and held-out experiments, where the stage says so"
     changes = {k:v for k,v in dict(size=stage.size, bs=stage.bs).items() if v is not None}
-    if stage.augs is not None: changes['augs'] = site_augs(**stage.augs)
+    may_choose = isinstance(getattr(learn.dls, 'augs', 'default'), (str, dict))
+    if stage.augs is not None and may_choose: changes['augs'] = stage.augs
     if stage.full_data: changes['valid'] = 'none'
     if changes: learn.dls = learn.dls.rebuild(**changes)
 
@@ -264,6 +269,7 @@ def fit_recipe(self:Learner,
 )->pd.DataFrame: # One row per stage: what it was and what it reached
     "Run a recipe, one 1cycle per stage; an interrupted run can continue from its last finished epoch"
     recipe, log = get_recipe(recipe), StageHistory()
+    for i, s in enumerate(recipe.stages): _check_augs(s.augs, f'Stage {i+1} of the recipe')
     agreed = getattr(self, 'all_agree', nullcontext)        # in a sharded fit, an error in one process ends all
     facts = dict(recipe=recipe.to_dict(), seed=seed, callbacks=_callback_facts(L(cbs) + self.cbs), **(facts or {}))
     with agreed(): found, first, reached, spent = _begin(folder, resume, facts)
