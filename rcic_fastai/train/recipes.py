@@ -74,12 +74,12 @@ def _known(cls, o, what):
 def _check_augs(augs, what):
     "Raise for augmentations that `site_augs` does not have"
     if augs is None: return
-    if not isinstance(augs, dict): raise ScreenError(f'{what} has augs={augs!r}: give a dict of arguments of site_augs.')
+    if not isinstance(augs, dict): raise ScreenError(f'{what} has {augs!r} as its augs: give a dict of arguments of site_augs.')
     names = [n for n in inspect.signature(site_augs).parameters if n != 'size']       # that is the size of the stage
     odd = sorted(set(augs) - set(names))
     if odd: raise ScreenError(f'{what} has the unknown augmentation {first_few(odd)}: choose from {", ".join(names)}.')
     try: site_augs(**augs)
-    except (TypeError, ValueError) as e: raise ScreenError(f'{what} has augs={augs!r}, which do not fit ({e}): correct them.') from None
+    except (TypeError, ValueError) as e: raise ScreenError(f'{what} has {augs!r} as its augs, which do not fit ({e}): correct them.') from None
 
 def _stage_from_dict(d, i):
     d = dict(_known(Stage, d, f'Stage {i+1} of the recipe'))
