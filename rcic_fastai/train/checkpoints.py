@@ -297,7 +297,7 @@ def load_learner_state(
     "Put a learner in the state that `learner_state` returned"
     state, tensors = _mine(learn, state, tensors)
     live, device = _parts_of(learn), getattr(learn.dls, 'device', 'cpu')
-    if live.get('scaler') is None: state = {**state, 'scaler': None}        # it was begun in half precision and goes on in full
+    if live.get('scaler') is None: state = {**state, 'scaler': None}        # begun in half precision, continued in full
     s = {k: unpack_state(v, tensors, live.get(k), device) for k, v in state.items()}
     same_loaders = [a is b for a, b in zip(s['loaders'], live['loaders'], strict=True)]
     if not (s['model'] is live['model'] and s['optimizer'] is learn.opt and all(same_loaders)):
