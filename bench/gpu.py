@@ -73,17 +73,16 @@ def bare(learn, mode, device):
 
 def training(screen, arch, bs, mode, compiled, device, seconds):
     "Return samples per second of `fit_recipe`, and of a bare loop, or what went wrong"
-    learn = made(screen, arch, bs, device)
-    if compiled: compile_model(learn.model, device)
-    other = made(screen, arch, bs, device)
-    if compiled: compile_model(other.model, device)
+    learn, other = (made(screen, arch, bs, device) for _ in range(2))
+    for o in (learn, other):
+        if compiled: compile_model(o.model, device)
     step, n = bare(other, mode, device), len(learn.dls.train)
     def steps():
         for _ in range(n): step()
     recipe, cbs = Recipe('bench', [Stage('all', 1, 1e-3, cutmix=.5)]), precision_callbacks(mode, device)
     def epoch():
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe(recipe, cbs=cbs)
-    ours = per_second(len(learn.dls.train)*bs, epoch, device, seconds)
+    ours = per_second(n*bs, epoch, device, seconds)
     plain = per_second(n*bs, steps, device, seconds)
     return dict(samples_per_s=round(ours, 1), bare_samples_per_s=round(plain, 1), share_of_time_waiting=round(1 - ours/plain, 3))
 

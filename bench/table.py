@@ -3,7 +3,7 @@
     python bench/table.py [--experiments 13,26,51]
 
 The screen has RxRx1's layout (51 experiments, 1,108 siRNAs, 125,664 sites) and pictures of 8×8 pixels that are made up as they
-are asked for; the network takes their means. What is left is the library: tables, batches, plans, index, search, votes, groups,
+are asked for; the network is one small matrix. What is left is the library: tables, batches, plans, index, search, votes, groups,
 assignment and the file of answers. Every line is a process of its own, whose largest resident memory the operating system tells.
 """
 import argparse, json, resource, subprocess, sys, tempfile, time, zlib
