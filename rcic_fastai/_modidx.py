@@ -2499,6 +2499,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'rcic_fastai/screen/tables.py'),
                                            'rcic_fastai.screen.tables._check_columns': ( 'screen.tables.html#_check_columns',
                                                                                          'rcic_fastai/screen/tables.py'),
+                                           'rcic_fastai.screen.tables._check_commas': ( 'screen.tables.html#_check_commas',
+                                                                                        'rcic_fastai/screen/tables.py'),
                                            'rcic_fastai.screen.tables._check_header': ( 'screen.tables.html#_check_header',
                                                                                         'rcic_fastai/screen/tables.py'),
                                            'rcic_fastai.screen.tables._check_named': ( 'screen.tables.html#_check_named',

@@ -83,6 +83,7 @@ def _pairs(mapping):
 def _typed(value):
     "Return a value as it is typed in a shell: lists with commas, pairs as name=value"
     if isinstance(value, dict): return ','.join(f'{a}={b}' for a, b in _pairs(value))
+    if value is None: return 'no'
     return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 def _written(value):

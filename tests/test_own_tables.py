@@ -592,3 +592,32 @@ def test_advice_about_what_is_missing_is_of_the_kind_of_screen(tmp_path, kind):
     said = '; '.join(missing_parts(s))
     assert ('test=' in said) == (kind == 'files') and ('column dataset' in said) == (kind != 'files')
     if kind == 'files': assert "controls=dict(negative_control=['DMSO'])" in said
+
+
+# what a newcomer met
+
+@pytest.mark.parametrize('sep, word', [(';', 'semicolons'), ('\t', 'tabs')])
+def test_another_separator_is_said(tmp_path, sep, word):
+    table(tmp_path/'f').to_csv(tmp_path/'f/t.csv', index=False, sep=sep)
+    with pytest.raises(ScreenError, match=f'separated by {word}: save it as comma-separated'): read_files(tmp_path/'f/t.csv')
+
+
+def test_plates_taken_for_experiments_are_said(tmp_path, capsys):
+    df = table(tmp_path/'f', plates=('P1', 'P2'))
+    read_files(df, tmp_path/'f')
+    assert 'each plate is taken for one' in capsys.readouterr().out
+    read_files(df.assign(batch='May'), tmp_path/'f')
+    read_files(df[df.Metadata_Plate == 'P1'], tmp_path/'f')
+    assert 'taken for' not in capsys.readouterr().out
+
+
+def test_a_screen_without_names_of_perturbations_is_said(tmp_path):
+    said = '; '.join(missing_parts(open_screen(saved(table(tmp_path/'f', molecule='x'), tmp_path/'f/load_data.csv'))))
+    assert "no well has a perturbation" in said and "columns=dict(sirna='COLUMN')" in said
+    named = '; '.join(missing_parts(open_screen(saved(table(tmp_path/'g', compound='x'), tmp_path/'g/load_data.csv'))))
+    assert 'no well has' not in named
+
+
+def test_no_weights_are_advised_as_each_route_says_it():
+    assert option('pretrained', None) == 'pretrained=None'
+    with as_command(): assert option('pretrained', None) == '--pretrained no'

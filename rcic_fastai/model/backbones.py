@@ -361,7 +361,7 @@ def _hub_state(arch):
 # %% ../../nbs/20_model.backbones.ipynb #46d0b28e
 def _no_hub(arch, e):
     return ScreenError(f'The pretrained weights of {arch} could not be fetched ({type(e).__name__}): connect to the '
-                       f'network, give a local .safetensors or .pth file as {option("pretrained")}, or none.')
+                       f'network, give a local .safetensors or .pth file as {option("pretrained")}, or use no weights with {option("pretrained", None)}.')
 
 # %% ../../nbs/20_model.backbones.ipynb #e9425199
 def _offline_if_unreachable():
@@ -377,7 +377,7 @@ def _timm_pretrained(arch, **kwargs):
     "Create a timm model with its published weights"
     import timm
     if not timm.is_model_pretrained(arch):
-        raise ScreenError(f'timm has no pretrained weights for {arch}: give a local file as {option("pretrained")}, or none.')
+        raise ScreenError(f'timm has no pretrained weights for {arch}: give a local file as {option("pretrained")}, or use no weights with {option("pretrained", None)}.')
     try:
         with _offline_if_unreachable(): return _timm_create(arch, pretrained=True, **kwargs)
     except ScreenError: raise

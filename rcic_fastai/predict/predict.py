@@ -35,8 +35,8 @@ def groups_of_classes(
     l = index.labels
     known = l[(l.get('well_type', 'treatment') == 'treatment') & l.plate_group.notna()] if 'plate_group' in l else l[:0]
     if not len(known):
-        raise ScreenError(f'The index knows no plate groups, so {index.target} cannot be predicted transductively: '
-                          'index siRNAs of labeled treatment plates, or use the inductive protocol.')
+        raise ScreenError(f'The index knows no plate groups, so {index.target} cannot be predicted transductively, which needs plates '
+                          f'that hold fixed groups of it, as those of RxRx1 do (column plate_group): use {option("protocol", "adapted")} or inductive.')
     per = known.groupby(known[index.target].astype(str)).plate_group
     if (per.nunique() > 1).any():
         raise ScreenError(f'{index.target} {first_few(per.nunique()[lambda n: n > 1].index, 3)} is on plates of several groups: '
@@ -154,7 +154,7 @@ def learned_names(
 )->list: # Text
     "Return the labels that a treatment well can be given: those of the treatment wells that were trained on"
     treated = _treatment_classes(index)
-    return [str(c) for c in (np.array(index.classes, object) if treated is None else np.array(index.classes, object)[treated])]
+    return [str(c) for i, c in enumerate(index.classes) if treated is None or treated[i]]
 
 def _search_wells(queries, known, index, how, merge, cell, wells=None, classes=None):
     "Class scores of the wells, or of some `wells` among some `classes`, and their ids"

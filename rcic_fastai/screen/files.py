@@ -458,6 +458,9 @@ def read_files(
     unused = ('channel', 'file', 'folder', 'page') if _wide_columns(df, where)[0] and not own_file else ()
     found = usual_columns(df, columns, where, unused)
     s, extra, files, names, pages = _gather(df, found, channels, own_file, where, facts)
+    if not found['experiment'] and s['plate'].nunique() > 1:
+        print(f'note: no column of {where} names the experiment (batch), so each plate is taken for one. Plates of one batch must not be '
+              f'split into training and test: name it with {option("columns", {"experiment": "COLUMN"})}.')
     plate_format(s['well'].unique(), plate_wells)
     files = _local(files.ravel(), replace, where).reshape(files.shape)
     s = pd.concat([s, extra], axis=1).reset_index(drop=True)

@@ -222,6 +222,8 @@ def missing_parts(
     if (wells.well_type == 'treatment').all():
         lines.append(f'no well is a control; in a table of files or a layout, '
                      f'{option("controls", {"negative_control": ["DMSO"]})} names perturbations that are')
+    if wells[wells.well_type == 'treatment'].sirna.isna().all():
+        lines.append(f'no well has a perturbation: name the column that says it with {option("columns", {"sirna": "COLUMN"})}')
     if (wells.dataset != 'test').all():
         is_ours = isinstance(screen.source, (PngTree, PackedScreen))
         do = 'the word test in the column dataset of its table' if is_ours else option('test', 'EXP,EXP')

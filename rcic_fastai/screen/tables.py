@@ -233,29 +233,6 @@ def read_parquet(
         f.seek(0)
         return pd.read_parquet(f, columns=columns)
 
-# %% ../../nbs/01_screen.tables.ipynb #d0fcbe95
-def _check_needed(df, path, needed):
-    "Raise a `ScreenError` when a table lacks rows or columns; return it"
-    if not len(df): raise ScreenError(f'{path} has no rows: point to the table that lists the screen.')
-    missing = [c for c in needed if c not in df]
-    if missing: raise ScreenError(f'{path} has no column {first_few(missing)}: it needs {", ".join(needed)}.')
-    return df
-
-def _read_csv(path, needed=()):
-    "Read a CSV with text kept as text; every error names the file"
-    try: df = read_csv(path)
-    except ScreenError: raise
-    except pd.errors.EmptyDataError: df = pd.DataFrame()
-    except Exception as e:
-        if getattr(e, 'strerror', None):
-            raise ScreenError(f'{path} cannot be read ({e.strerror}): check the path and the permissions.') from None
-        raise ScreenError(f'{path} is not a readable CSV ({" ".join(str(e).split()).rstrip(".")}): save it again as '
-                          'comma-separated UTF-8 text.') from None
-    if not isinstance(df.index, pd.RangeIndex):
-        raise ScreenError(f'{path} has rows with more cells than its header: give every column a name, and quote cells '
-                          'that hold commas.')
-    return _check_needed(df, path, needed)
-
 # %% ../../nbs/01_screen.tables.ipynb #26386c73
 def is_parquet(
     path, # A file
@@ -272,6 +249,36 @@ def table_columns(
         if not is_parquet(path): return list(_parsed(path, nrows=0))
         with open_plain(path) as f: return pq.ParquetFile(f).schema_arrow.names
     except Exception: return []
+
+# %% ../../nbs/01_screen.tables.ipynb #d0fcbe95
+def _check_needed(df, path, needed):
+    "Raise a `ScreenError` when a table lacks rows or columns; return it"
+    if not len(df): raise ScreenError(f'{path} has no rows: point to the table that lists the screen.')
+    missing = [c for c in needed if c not in df]
+    if missing: raise ScreenError(f'{path} has no column {first_few(missing)}: it needs {", ".join(needed)}.')
+    return df
+
+def _check_commas(path):
+    "Raise a `ScreenError` for a table whose columns are separated by semicolons or tabs, as a spreadsheet may write it"
+    header = table_columns(path)
+    used = [name for name, o in dict(semicolons=';', tabs='\t').items() if len(header) == 1 and o in str(header[0])]
+    if used: raise ScreenError(f'{path} has its columns separated by {used[0]}: save it as comma-separated UTF-8 text.')
+
+def _read_csv(path, needed=()):
+    "Read a CSV with text kept as text; every error names the file"
+    _check_commas(path)
+    try: df = read_csv(path)
+    except ScreenError: raise
+    except pd.errors.EmptyDataError: df = pd.DataFrame()
+    except Exception as e:
+        if getattr(e, 'strerror', None):
+            raise ScreenError(f'{path} cannot be read ({e.strerror}): check the path and the permissions.') from None
+        raise ScreenError(f'{path} is not a readable CSV ({" ".join(str(e).split()).rstrip(".")}): save it again as '
+                          'comma-separated UTF-8 text.') from None
+    if not isinstance(df.index, pd.RangeIndex):
+        raise ScreenError(f'{path} has rows with more cells than its header: give every column a name, and quote cells '
+                          'that hold commas.')
+    return _check_needed(df, path, needed)
 
 # %% ../../nbs/01_screen.tables.ipynb #b90462a2
 def _with_index(df):
