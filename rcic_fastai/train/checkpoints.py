@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
+from .schedule import KeepBest
 
 # %% ../../nbs/32_train.checkpoints.ipynb #f1b8e79e
 class _NoState: "What is made again, not kept"
@@ -481,9 +482,13 @@ def _not_finite(x): return x.is_floating_point() and not x.isfinite().all()
 # %% ../../nbs/32_train.checkpoints.ipynb #a47618ab
 @patch
 def _stop(self:Checkpoint, number, why, sites=''):
-    "Cancel the fit in all processes, with the reason of the process that had it"
+    "Cancel the fit in all processes, with the reason of the process that had it; a problem, unless `KeepBest` has weights to go on with"
     told = _everybody(self.learn, (math.isfinite(number), why, sites))
     _, why, sites = min(told, key=_most_telling)
+    best = next((cb for cb in getattr(self.learn, 'cbs', ()) if isinstance(cb, KeepBest) and cb.weights), None)
+    if best:
+        if not rank_distrib(): print(f'The stage ends, as {why} {self.where()}{sites}: the best weights, of epoch {best.best_epoch + 1}, are back.')
+        raise CancelFitException
     look = ', look at those sites' if sites else ''
     then = f', then {self.kept()}' if self.folder else ''
     self.problem = (f'Training stopped, as {why} {self.where()}{sites}: the weights of the last good epoch are back; '
