@@ -132,11 +132,11 @@ MODEL_FILES = ('weights.safetensors', 'history.csv', 'index.json', *INDEX_FILES)
 _again = partial(copy_again, do='copy or train the model again')
 
 def _saved_index(model):
-    "Return one index of all embeddings, plain and adapted"
-    plain, adapted = model.index, model.adapted_index
-    if adapted is None: return plain
-    both = pd.concat([plain.table(), adapted.table()], ignore_index=True)
-    return EmbeddingIndex(both, plain.target, plain.kind, model.fingerprint)
+    "Return one index of all embeddings: plain, adapted, told"
+    plain, *others = [i for i in (model.index, model.adapted_index, model.told_index) if i is not None]
+    if not others: return plain
+    tables = pd.concat([plain.table(), *(i.table() for i in others)], ignore_index=True)
+    return EmbeddingIndex(tables, plain.target, plain.kind, model.fingerprint)
 
 def _write_files(folder, model, state, config):
     "Write the files of a model folder, config.json after those that it describes"
@@ -427,5 +427,5 @@ def load_model(
     set_provenance(model, config)
     dim, rows = model.classifier.weight.shape[1], index.dim
     if rows != dim: raise _again(f'{folder/"index.json"} is of rows of {rows} numbers and the model embeds into {dim}')
-    plain, adapted = split_index(index)
-    return TrainedModel(model.to(device).eval(), spec, plain, config, adapted, folder=folder)
+    parts = split_index(index)
+    return TrainedModel(model.to(device).eval(), spec, parts[0], config, *parts[1:], folder=folder)

@@ -78,7 +78,7 @@ def _search_groups(wells, scores, groups, class_groups, search):
         scores[at] = np.where(np.isneginf(s), scores[at], s)
     return scores
 
-def _transduce(wells, scores, index, search):
+def _transduce(wells, scores, index, search, assign=True):
     "Column of each well after group restriction and assignment (untreated wells: their best), the groups, the scores, and notes"
     choice, class_groups = best_class(scores), groups_of_classes(index)
     treated = np.flatnonzero((wells['well_type'] == 'treatment').to_numpy())
@@ -92,8 +92,8 @@ def _transduce(wells, scores, index, search):
     for (e, p), idx in w.groupby(['experiment', 'plate']).indices.items():
         at, usable = treated[idx], np.isfinite(s[idx]).any(0)
         mine, plate = s[idx][:, usable], f'{e}_{p}'
-        choice[at] = np.flatnonzero(usable)[assign_plate(mine, plate)]
-        soft, note = _ranking(mine, plate)
+        choice[at] = np.flatnonzero(usable)[assign_plate(mine, plate) if assign else best_class(mine)]
+        soft, note = _ranking(mine, plate) if assign else (mine - mine.max() - 1, [])
         ranked[at] = -np.inf
         ranked[np.ix_(at, usable)] = soft
         notes += note
@@ -217,6 +217,7 @@ def predict_wells(
     merge:str='best', # Sites into wells: best or mean
     k:int=5, # Neighbors kept for `votes`, and averaged by vote 'mean'
     restrict_cell_type:bool=False, # Only rows of the well's own cell type
+    assign:bool=True, # Transductive: use each label once per plate; if not, only the plate groups are used
 )->tuple: # (one row a well: id_code, target, score, margin, runner_up, votes, protocol, …; one row a neighbor)
     "Name the wells, and say who their neighbors are"
     protocol = Protocol(protocol).value
@@ -235,7 +236,7 @@ def predict_wells(
     if np.isneginf(scores.max(1)).any():
         raise ScreenError(f'The index has no row of cell type {wells.cell_type[np.isneginf(scores.max(1))].iloc[0]}: search all cell types.')
     choice, groups, how, ranked, notes = best_class(scores), None, {}, scores, []
-    if protocol == 'transductive': choice, groups, how, ranked, scores, notes = _transduce(wells, scores, index, search)
+    if protocol == 'transductive': choice, groups, how, ranked, scores, notes = _transduce(wells, scores, index, search, assign)
     for n in notes: warnings.warn(n, stacklevel=2)
     names, rows = np.array(index.classes, object), np.arange(len(ids))
     others = scores.copy(); others[rows, choice] = -np.inf

@@ -42,41 +42,55 @@ def remove_index_parts(
     folder, # Where `build_index` kept unfinished embeddings
 ):
     "Remove the unfinished embeddings of an index; other files in the folder stay"
-    for sub in ('plain', 'adapted'): PARTS_FOLDER.remove(Path(folder)/sub)
+    for kind in ('plain', 'adapted', 'told'):
+        for sub in (Path(folder)/kind, *Path(folder).glob(f'{kind}-*')): PARTS_FOLDER.remove(sub)
     remove_empty(folder)
 
 # %% ../../nbs/53_predict.trained.ipynb #5e711c15
+def _reads_groups(model):
+    "Check whether a model reads the plate group"
+    return model.metadata is not None and model.use_metadata and 'plate_group' in getattr(model.metadata, 'vocab_sizes', ())
+
 def build_index(
     learn:Learner, # A trained `screen_learner`
-    tta:int=4, # Dihedral views per sample
+    tta:int=4, # Views per sample
     progress:bool=True, # Show a progress bar
     rows=None, # Site-table rows to index; `None`: those trained on
     folder=None, # Where `embed_parts` keeps finished parts, so that the same call continues; removed at the end
+    views:str='dihedral', # 'dihedral', or 'random': as in training
+    separate:bool=False, # Keep each random view as a row of its own, instead of their mean
 )->EmbeddingIndex:
-    "Embed the rows trained on, plain and (with BatchNorm) adapted to their experiments, and index them"
-    how = dict(tta=tta, mask=INDUCTIVE_MASK, progress=progress)
+    "Embed the rows trained on: plain, (with BatchNorm) adapted to their experiments, and told their plate groups if the model reads them"
+    if separate and views != 'random': raise ScreenError(f'{option("separate", True)} keeps random views apart: add {option("views", "random")}.')
     if rows is None: rows = index_rows(learn)
-    def make(adapt, sub): return learn.embed(rows, adapt=adapt, folder=folder and Path(folder)/sub, **how)
-    can_adapt = not learn.dls.spec.per_group and has_batchnorm(get_model(learn.model))
+    model = get_model(learn.model)
+    def once(adapt, mask, sub, n, seed): return learn.embed(rows, adapt=adapt, mask=mask, tta=n, seed=seed, views=views, progress=progress, folder=sub)
+    def make(adapt, sub, mask=INDUCTIVE_MASK):
+        if not separate: return once(adapt, mask, folder and Path(folder)/sub, tta, 0)
+        return pd.concat([once(adapt, mask, folder and Path(folder)/f'{sub}-{i}', 1, i) for i in range(tta)], ignore_index=True)
+    how = 'experiment' if not learn.dls.spec.per_group and has_batchnorm(model) else None
     with all_agree() if folder else nullcontext():
-        emb = make(None, 'plain')
-        if can_adapt: emb = pd.concat([emb, make('experiment', 'adapted')], ignore_index=True)
+        parts = [make(None, 'plain')]
+        if how: parts.append(make(how, 'adapted'))
+        if _reads_groups(model): parts.append(make(how, 'told', mask=('experiment',)).assign(**{f'{META}told': 'plate_group'}))
     if folder and not rank_world()[0]: remove_index_parts(folder)
-    return EmbeddingIndex(emb, target=learn.dls.spec.target)
+    return EmbeddingIndex(pd.concat(parts, ignore_index=True), target=learn.dls.spec.target)
 
 # %% ../../nbs/53_predict.trained.ipynb #cb64d325
 def split_index(
     index:EmbeddingIndex, # From `build_index`
-)->tuple: # (EmbeddingIndex, EmbeddingIndex or None)
-    "Return the index of plain embeddings, and that of embeddings adapted by BatchNorm statistics if there are both"
+)->tuple: # Three `EmbeddingIndex`, the last two `None` where there is none
+    "Return the index of plain embeddings, of those adapted by BatchNorm statistics, and of those told their plate group"
     labels = index.labels
-    is_adapted = labels['batchnorm'].notna().to_numpy() if 'batchnorm' in labels else np.zeros(len(labels), bool)
-    if is_adapted.all() or not is_adapted.any(): return index, None
+    def has(column): return labels[column].notna().to_numpy() if column in labels else np.zeros(len(labels), bool)
+    is_told = has('told')
+    is_adapted = has('batchnorm') & ~is_told
+    if is_adapted.all() or not (is_adapted | is_told).any(): return index, None, None
     def part(keep):
-        facts = labels[keep].dropna(axis=1, how='all') if not is_adapted[keep].any() else labels[keep]
-        facts = labels.loc[keep, [c for c in labels if c in facts or c not in ('protocol', 'batchnorm')]]
-        return EmbeddingIndex(make_emb_table(facts, index.vectors(np.flatnonzero(keep))), index.target, index.kind, index.model)
-    return part(~is_adapted), part(is_adapted)
+        if not keep.any(): return None
+        empty = [c for c in ('protocol', 'batchnorm', 'told') if c in labels and labels[c][keep].isna().all()]
+        return EmbeddingIndex(make_emb_table(labels[keep].drop(columns=empty), index.vectors(np.flatnonzero(keep))), index.target, index.kind, index.model)
+    return part(~is_adapted & ~is_told), part(is_adapted), part(is_told)
 
 # %% ../../nbs/53_predict.trained.ipynb #ee98ef10
 def data_fingerprint(
@@ -185,6 +199,7 @@ class TrainedModel:
         index:EmbeddingIndex, # Over plain embeddings of the wells trained on
         config:dict, # What is known about the model, as plain data
         adapted_index:EmbeddingIndex=None, # Over the same wells, with BatchNorm statistics of their experiments
+        told_index:EmbeddingIndex=None, # Over the same wells, when the model is told their plate groups
         history:pd.DataFrame=None, # One row per epoch; `None`: read from the folder when it is looked at
         folder=None, # Where it was loaded from
     ):
@@ -237,9 +252,9 @@ def to_model(self:Learner,
     index.check_model(config['fingerprint'])
     dim = model.classifier.weight.shape[1]
     if index.dim != dim: raise ScreenError(f'The index has rows of {index.dim} numbers and the model embeds into {dim}: build it with this model.')
-    plain, adapted = split_index(index)
+    parts = split_index(index)
     history = getattr(self, 'history', pd.DataFrame(columns=['stage', 'epoch']))
-    return TrainedModel(model, self.dls.spec, plain, config, adapted, history)
+    return TrainedModel(model, self.dls.spec, parts[0], config, *parts[1:], history=history)
 
 # %% ../../nbs/53_predict.trained.ipynb #1e463b43
 @patch
