@@ -1015,6 +1015,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'rcic_fastai/model/backbones.py'),
                                              'rcic_fastai.model.backbones._cannot_build': ( 'model.backbones.html#_cannot_build',
                                                                                             'rcic_fastai/model/backbones.py'),
+                                             'rcic_fastai.model.backbones._check_colors': ( 'model.backbones.html#_check_colors',
+                                                                                            'rcic_fastai/model/backbones.py'),
                                              'rcic_fastai.model.backbones._check_front': ( 'model.backbones.html#_check_front',
                                                                                            'rcic_fastai/model/backbones.py'),
                                              'rcic_fastai.model.backbones._effnet': ( 'model.backbones.html#_effnet',

@@ -108,6 +108,12 @@ class FixedColors(nn.Module):
         return F.conv2d(x, self.weight.to(x.dtype))
 
 # %% ../../nbs/20_model.backbones.ipynb #0746cead
+def _check_colors(how, n_channels):
+    "Check that the fixed table has a color for each channel"
+    if how == 'rgb' and n_channels != len(RXRX1_COLORS):
+        raise ScreenError(f"{option('stem', 'rgb')} is a table of six stains, and the pictures have {n_channels} channels: "
+                          f"choose {option('stem', 'project')}.")
+
 def front_of_stem(
     stem:nn.Module, # The first convolution of a model
     n_channels:int=6, # Channels of a picture, 1 to 16
@@ -115,9 +121,7 @@ def front_of_stem(
     input_bn:bool=False, # Standardize each channel with BatchNorm first?
 )->nn.Module: # `stem`, or a `Sequential` that ends with it
     "Put BatchNorm and a layer of colors in front of a stem, where they are wanted"
-    if how == 'rgb' and n_channels != 6:
-        raise ScreenError(f"{option('stem', 'rgb')} is a table of six stains, and the pictures have {n_channels} channels: "
-                          f"choose {option('stem', 'project')}.")
+    _check_colors(how, n_channels)
     parts = OrderedDict()
     if input_bn: parts['norm'] = nn.BatchNorm2d(n_channels)
     if how in TO_RGB: parts['colors'] = FixedColors() if how == 'rgb' else tile_projection(n_channels)
@@ -537,10 +541,10 @@ def _check_front(n_channels, stem, arch_args):
     "Check what comes before the architecture, before anything is fetched"
     check_choice('stem', stem, (*STEMS, *TO_RGB))
     adapt_filters(torch.empty(1, 3, 1, 1, device='cpu'), n_channels)
-    front_of_stem(nn.Identity(), n_channels, stem)
+    _check_colors(stem, n_channels)
     if arch_args is not None and not is_arch_args(arch_args):
         raise ScreenError(f"{option('arch_args')} is {arch_args!r:.200}: give a dict of plain arguments of the architecture, such as "
-                          "dict(act_layer='mish'), without weights and channels.")
+                          f"{{'act_layer': 'mish'}}, without weights and channels.")
 
 def _bare(arch, family, pretrained, kwargs, added):
     "Return an architecture before its stem is widened, and the published weights that are to be loaded into it, if any"

@@ -49,32 +49,38 @@ class CosineLoss(nn.Module):
     ):
         "Update the loss from a training batch; most losses have nothing to update"
 
-    def per_item(self,
-        cos:torch.Tensor, # Cosines [B,K]
-        y:torch.Tensor, # Labels [B]
-    )->torch.Tensor: # [B]
-        "Return the loss of each item"
-        if self.training and cos.requires_grad: self.update(cos, y)
-        c,y = self._plain(cos, y)
-        if not self.training: return F.cross_entropy(self._scale(c)*c, y, reduction='none')
-        return F.cross_entropy(self.logits(c, y), y, reduction='none', label_smoothing=self.label_smoothing)
+# %% ../../nbs/22_model.losses.ipynb #0528958a
+@patch
+def per_item(self:CosineLoss,
+    cos:torch.Tensor, # Cosines [B,K]
+    y:torch.Tensor, # Labels [B]
+)->torch.Tensor: # [B]
+    "Return the loss of each item"
+    if self.training and cos.requires_grad: self.update(cos, y)
+    c,y = self._plain(cos, y)
+    if not self.training: return F.cross_entropy(self._scale(c)*c, y, reduction='none')
+    return F.cross_entropy(self.logits(c, y), y, reduction='none', label_smoothing=self.label_smoothing)
 
-    def forward(self, cos, y):
-        loss = self.per_item(cos, y)
-        if self.reduction == 'mean': return loss.mean()
-        return loss.sum() if self.reduction == 'sum' else loss
+@patch
+def forward(self:CosineLoss, cos, y):
+    loss = self.per_item(cos, y)
+    if self.reduction == 'mean': return loss.mean()
+    return loss.sum() if self.reduction == 'sum' else loss
 
-    def activation(self,
-        cos:torch.Tensor, # Cosines [B,K]
-    )->torch.Tensor: # Probabilities [B,K]
-        "Return softmax(s·cos)"
-        return F.softmax(cos.float()*self.s.to(cos.device), dim=-1)
+# %% ../../nbs/22_model.losses.ipynb #a95dd35f
+@patch
+def activation(self:CosineLoss,
+    cos:torch.Tensor, # Cosines [B,K]
+)->torch.Tensor: # Probabilities [B,K]
+    "Return softmax(s·cos)"
+    return F.softmax(cos.float()*self.s.to(cos.device), dim=-1)
 
-    def decodes(self,
-        cos:torch.Tensor, # Cosines or probabilities [B,K]
-    )->torch.Tensor: # Labels [B]
-        "Return the class of the largest cosine"
-        return cos.argmax(dim=-1)
+@patch
+def decodes(self:CosineLoss,
+    cos:torch.Tensor, # Cosines or probabilities [B,K]
+)->torch.Tensor: # Labels [B]
+    "Return the class of the largest cosine"
+    return cos.argmax(dim=-1)
 
 # %% ../../nbs/22_model.losses.ipynb #d072bf4d
 class SoftmaxLoss(CosineLoss):
