@@ -312,14 +312,18 @@ def predict(
     out, # CSV to write, such as test.csv: id_code and the predicted label; test.json beside it records how, test.top.csv has the five best
     protocol:str='inductive', # inductive: nothing of the test batch is used; adapted: its unlabeled pictures (AdaBN, plate statistics, --correct); transductive: plate groups and one-to-one assignment
     wells:str='treatment', # Wells to embed: treatment, or all for the controls too (named only if the model learned them)
-    tta:int=8, # Dihedral views per site, 1 to 8
-    vote:str='nearest', # nearest neighbor, mean of the k nearest of a class, or class prototype
-    k:int=5, # Neighbors that are kept, and averaged by --vote mean
-    merge:str='best', # Sites into wells: best cosine or mean
+    tta:int=0, # Views per site, 1 to 8; 0: as the model's recipe says, or 8
+    views:str='', # dihedral, or random: as in training; empty: the recipe's, or dihedral
+    by:str='', # index names wells after neighbors, classifier by what was trained with the embedding; empty: the recipe's, or index
+    vote:str='', # nearest neighbor, mean of the k nearest of a class, or class prototype; empty: the recipe's, or nearest
+    k:int=0, # Neighbors that are kept, and averaged by --vote mean; 0: the recipe's, or 5
+    merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best (mean with --by classifier)
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
-    adapt:str='auto', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive
+    assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
+    tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; empty: the recipe's, or nothing
+    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index (treatments; with --controls in training, controls too), or controls
-    correct:str='none', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls)
+    correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); empty: the recipe's, or none
     neighbors:str='', # Parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
@@ -334,8 +338,8 @@ def predict(
     pred = opened.predict(**given)
     if pred is not None: print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
-predict.groups = {'what is used of the test batch': ['protocol', 'adapt', 'adapt_from', 'correct'],
-                  'how wells are named': ['vote', 'k', 'merge', 'same_cell_type', 'tta'], 'what is written': ['neighbors', 'embeddings'],
+predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
+                  'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings'],
                   'run': ['wells', 'only_present', 'workers', 'bs']}
 
 def rcic_predict(argv=None):

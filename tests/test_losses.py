@@ -7,7 +7,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import NoneReduce
 from fastai.learner import Learner
-from rcic_fastai.model.losses import (LOSSES, AdaCos, ArcFace, CosFace, MixLoss, SoftmaxLoss, loss_from_config)
+from rcic_fastai.model.losses import (LOSSES, AdaCos, ArcFace, CosFace, CrossEntropy, MixLoss, SoftmaxLoss, loss_from_config)
 from rcic_fastai.core import ScreenError
 
 
@@ -24,16 +24,16 @@ def one_hot(y, n, eps=0.): return [(1-eps)*(i == y) + eps/n for i in range(n)]
 def ref_softmax(cos, y, s, eps=0.):
     return [cross_entropy([s*c for c in row], one_hot(t, len(row), eps)) for row,t in zip(cos, y)]
 
-def ref_cosface(cos, y, s, m):
+def ref_cosface(cos, y, s, m, eps=0.):
     moved = lambda row, t: [s*(c - m*(j == t)) for j,c in enumerate(row)]
-    return [cross_entropy(moved(row, t), one_hot(t, len(row))) for row,t in zip(cos, y)]
+    return [cross_entropy(moved(row, t), one_hot(t, len(row), eps)) for row,t in zip(cos, y)]
 
-def ref_arcface(cos, y, s, m):
+def ref_arcface(cos, y, s, m, eps=0.):
     losses = []
     for row,t in zip(cos, y):
         theta = row[t].acos()
         moved = (theta+m).cos() if float(theta.detach()) < math.pi-m else row[t] - m*math.sin(m)
-        losses.append(cross_entropy([s*(moved if j == t else c) for j,c in enumerate(row)], one_hot(t, len(row))))
+        losses.append(cross_entropy([s*(moved if j == t else c) for j,c in enumerate(row)], one_hot(t, len(row), eps)))
     return losses
 
 def ref_adacos_scale(cos, y, s):
@@ -50,6 +50,12 @@ MADE = dict(
     arcface_wide=(lambda: ArcFace(8., 1.2), lambda c, y: ref_arcface(c, y, 8., 1.2)),
     fixed=(lambda: AdaCos(7, dynamic=False), lambda c, y: ref_softmax(c, y, 2**.5*math.log(6))),
     adacos=(lambda: AdaCos(7), lambda c, y: ref_softmax(c, y, ref_adacos_scale(c, y, 2**.5*math.log(6)))),
+    cosface_smooth=(lambda: CosFace(label_smoothing=.1), lambda c, y: ref_cosface(c, y, 30., .5, .1)),
+    arcface_smooth=(lambda: ArcFace(label_smoothing=.2), lambda c, y: ref_arcface(c, y, 30., .5, .2)),
+    adacos_smooth=(lambda: AdaCos(7, label_smoothing=.1),
+                   lambda c, y: ref_softmax(c, y, ref_adacos_scale(c, y, 2**.5*math.log(6)), .1)),
+    plain=(lambda: CrossEntropy(), lambda c, y: ref_softmax(c, y, 1.)),
+    plain_smooth=(lambda: CrossEntropy(.1), lambda c, y: ref_softmax(c, y, 1., .1)),
     mix=(lambda: MixLoss(SoftmaxLoss(12.), ArcFace(), (.8, .1)),
          lambda c, y: [.8*a + .1*b for a,b in zip(ref_softmax(c, y, 12.), ref_arcface(c, y, 30., .5))]))
 
@@ -103,9 +109,9 @@ def test_mixing_labels(name, lam):
     loss,other = make().double(),y.flip(0)
     with NoneReduce(loss) as lf: a,b = lf(cos, y),lf(cos, other)
     assert a.shape == b.shape == (5,)
-    if name == 'adacos':                               # the second call does not change the scale again
+    if name.startswith('adacos'):                      # the second call does not change the scale again
         s = ref_adacos_scale(cos, y.tolist(), 2**.5*math.log(6))
-        ref = lambda c, y: ref_softmax(c, y, s)
+        ref = lambda c, y: ref_softmax(c, y, s, loss.label_smoothing)
     expected = [lam*p + (1-lam)*q for p,q in zip(ref(cos, y.tolist()), ref(cos, other.tolist()))]
     assert torch.lerp(b, a, lam).tolist() == pytest.approx([e.item() for e in expected], rel=1e-6)
     assert loss.reduction == 'mean'
@@ -250,6 +256,26 @@ def test_config_round_trip():
 def test_bad_configs(config, word):
     with pytest.raises(ScreenError) as e: loss_from_config(config)
     assert word in str(e.value) and '\n' not in str(e.value)
+
+# --- two heads -------------------------------------------------------------------------------------------------
+
+def test_two_heads_by_hand():
+    "0.8·softmax of the logits + 0.2·ArcFace of the cosines / 2, one number per item"
+    (cos,y),(logits,_) = batch(),batch(seed=1)
+    loss = loss_from_config(dict(name='mix', a='cross_entropy', b=dict(name='arcface', s=30., m=.5), weights=[.8, .1]))
+    expected = [.8*a + .1*b for a,b in zip(ref_softmax(logits, y, 1.), ref_arcface(cos, y, 30., .5))]
+    with NoneReduce(loss): assert torch.allclose(loss((logits, cos), y), torch.stack(expected), rtol=1e-6)
+    loss((logits, cos), y).backward()
+    assert all(o.grad.abs().sum() > 0 for o in (logits, cos))
+    assert torch.allclose(loss.eval()(logits, y), torch.stack(ref_softmax(logits, y, 1.)).mean())
+
+def test_a_mix_in_a_mix_reads_the_pair():
+    (cos,y),(logits,_) = batch(),batch(seed=1)
+    inner = MixLoss(CrossEntropy(), CosFace())
+    outer = MixLoss(inner, ArcFace(), (1., .5))
+    assert outer.reads == 'both' and outer.main is inner
+    assert torch.allclose(outer((logits, cos), y), inner((logits, cos), y) + .5*ArcFace()(cos, y))
+    assert torch.allclose(outer.eval()(logits, y), CrossEntropy()(logits, y))
 
 def test_a_loss_of_your_own_cannot_be_written_down():
     class Mine(CosFace): pass

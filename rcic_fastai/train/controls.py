@@ -64,11 +64,12 @@ def change_classes(self:Learner,
     model, old, new = get_model(self.model), self.dls.spec.labels, dls.spec.labels
     self.dls, self.opt = dls, None
     if new == old: return
-    w = model.classifier.weight
-    with no_random(seed): fresh = CosineClassifier(w.shape[1], len(new)).to(w.device)
+    w, kept = model.classifier.weight, [*model.classifier.parameters()]
+    with no_random(seed): fresh = create_classifier(model.classifier.kind, w.shape[1], len(new)).to(w.device)
     both = [l for l in new if l in set(old)]
     there, here = [new.index(l) for l in both], [old.index(l) for l in both]
-    with torch.no_grad(): fresh.weight[there] = w[here]
+    with torch.no_grad():
+        for p, q in zip(fresh.parameters(), kept): p[there] = q[here]
     model.classifier = fresh
     self.set_loss(_countless(model.loss.config()))
 

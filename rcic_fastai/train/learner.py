@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'part_names', 'screen_splitter', 'TrainedOn', 'screen_learner', 'precision_callbacks', 'compile_model']
 
 # %% ../../nbs/31_train.learner.ipynb #e8320f04
-import warnings
+import inspect, warnings
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.vision.all import *
 from ..core import *
@@ -68,27 +68,30 @@ def _metadata_sizes(spec, columns):
     return {c: len(spec.vocabs[c]) for c in columns}
 
 # %% ../../nbs/31_train.learner.ipynb #ae4f801f
+_MODEL = [k for k, p in inspect.signature(create_screen_model).parameters.items() if p.kind is not p.VAR_KEYWORD]
+
+@delegates(create_screen_model, keep=True, but=['n_classes', 'n_channels', 'inputs', 'n_sites', 'metadata'])
 def screen_learner(
     dls, # From `screen_dls`
     arch='efficientnet-lite0', # Name or function of an architecture, see `create_backbone`
     metadata=(), # Metadata columns the model uses: any of cell_type, plate_group, experiment
-    loss='adacos', # Name or config of a loss on cosines, or a `CosineLoss`
+    loss='adacos', # Name or config of a loss, or a `CosineLoss`
     pretrained=True, # True: the published weights; a weights file or model folder; or None for random ones
-    stem:str='tile', # How the n-channel stem is made: tile, copy or fresh
-    neck:str='linear', # linear, rcic117 or rcic117_meta
+    stem:str='tile', # How the n-channel stem is made: tile, copy, mean, fresh, project or rgb
+    neck:str='linear', # Name of a neck, see `create_neck`
     emb_dim:int=512, # Length of the embedding
     meta_dropout:float=.2, # Share of metadata entries shown as unknown in training
     bn_momentum:float=.1, # Of BatchNorm; EfficientNet's own .01 lags behind in short trainings
     seed:int=0, # Initial weights
-    **kwargs # To `Learner`
+    **kwargs # To `create_screen_model` (classifier, pool, sites_join, …) and `Learner`
 )->Learner:
-    "Create a `Learner` for a screen: `dls.spec` says how many channels, classes and metadata entries there are"
-    spec = dls.spec
+    "Create a `Learner` for a screen: `dls.spec` says how many channels, classes, sites and metadata entries there are"
+    spec, more = dls.spec, {k: kwargs.pop(k) for k in [*kwargs] if k in _MODEL}
     with no_random(seed):
         model = create_screen_model(arch, len(spec.labels), n_channels=len(spec.channels), pretrained=pretrained,
                                     stem=stem, metadata=_metadata_sizes(spec, metadata), inputs=tuple(spec.vocabs),
                                     emb_dim=emb_dim, neck=neck, meta_dropout=meta_dropout, loss=loss,
-                                    bn_momentum=bn_momentum)
+                                    bn_momentum=bn_momentum, **{'n_sites': spec.sites, **more})
     kwargs = {**dict(metrics=[accuracy], splitter=screen_splitter, opt_func=FusedAdam), **kwargs}
     learn = Learner(dls, model, loss_func=model.loss, **kwargs)
     learn.add_cb(TrainedOn())
@@ -128,6 +131,7 @@ def set_loss(self:Learner,
 ):
     "Set the loss of the model and of the learner"
     loss = loss_from_config(loss, self.model.classifier.n_classes)
+    check_loss(loss, self.model.classifier)
     self.model.loss = loss.to(next(self.model.parameters()).device)
     self.loss_func = self.model.loss
 
@@ -135,7 +139,7 @@ def set_loss(self:Learner,
 @patch
 def train_only(self:Learner,
     parts='all', # Parts to train; see `part_names`
-    train_bn:bool=True, # Keep training the normalization layers of frozen parts
+    train_bn:bool=True, # Keep training the normalization layers of frozen parts? If not, they keep their statistics too
 ):
     "Train these parts of the model and freeze the others"
     wanted = part_names(parts)
@@ -146,6 +150,7 @@ def train_only(self:Learner,
     for m in self.model.modules():
         if train_bn and isinstance(m, norm_types):
             for p in m.parameters(recurse=False): p.requires_grad_(True)
+    hold_statistics(get_model(self.model), () if train_bn else [p for p in PARTS if p not in wanted])
 
 # %% ../../nbs/31_train.learner.ipynb #5bf71a71
 _fastai_freeze_to = Learner.freeze_to
