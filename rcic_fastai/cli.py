@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG_SECONDS', 'command_parser', 'run_command', 'simulate', 'rcic_simulate', 'download', 'rcic_download', 'pack',
            'rcic_pack', 'train', 'rcic_train', 'predict', 'rcic_predict', 'evaluate_csv', 'rcic_evaluate', 'demo',
-           'rcic_demo']
+           'rcic_demo', 'ensemble', 'rcic_ensemble']
 
 # %% ../nbs/72_cli.ipynb #382aea03
 import os
@@ -13,6 +13,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/72_cli.ipynb #f4863b1e
 import contextlib, inspect, re, sys, time
+from typing import Annotated
 from fastcore.script import anno_parser, store_true
 from .core import *
 
@@ -395,3 +396,20 @@ def demo(
 def rcic_demo(argv=None):
     "Run the console script"
     return run_command(demo, argv, 'rcic_demo')
+
+# %% ../nbs/72_cli.ipynb #8562e1e3
+def ensemble(
+    out, # CSV to write; OUT's .json names the members and their weights
+    members:Annotated[str, dict(nargs='+')], # CSVs of predictions to average, two or more, with their .scores.parquet beside them
+    weights:str='', # A number above 0 for each, with commas, such as 1,2; empty: all count alike
+):
+    "Name wells by the average of several predictions"
+    from rcic_fastai.predict.ensemble import ensemble_files
+    try: numbers = [float(w) for w in as_names(weights)] or None
+    except ValueError: raise ScreenError(f'{option("weights", weights)} is not understood: write numbers with commas, such as 1,2.') from None
+    pred = ensemble_files(out, *members, weights=numbers)
+    print(f'{out}: {len(pred)} wells, {len(members)} predictions averaged, protocol {pred.protocol.iloc[0]}')
+
+def rcic_ensemble(argv=None):
+    "Run the console script"
+    return run_command(ensemble, argv, 'rcic_ensemble')

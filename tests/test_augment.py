@@ -348,6 +348,99 @@ def test_shuffle_sites_is_a_permutation_of_each_well():
     assert torch.equal(ShuffleSites()(w, split_idx=1), w)
 
 
+# ---- published settings
+
+def old_site_augs(size=None, min_scale=1., flip=True, max_lighting=.2, gain=.1, offset=.1):
+    "What `site_augs` returned before it knew crops, ranges and holes, by hand"
+    from fastai.vision.all import Brightness, Contrast, setup_aug_tfms
+    crop = [partial(crop_mat, min_scale=min_scale, ratio=(1., 1.))] if min_scale < 1 else []
+    geo = [Rotate(90., p=.75), Zoom(max_zoom=1.1, p=.75), Warp(.2, p=.75)]
+    res = ([SiteDihedral()] if flip else []) + [SiteAffine(geo, crop, size=size if crop else None)]
+    if size is not None: res.append(SiteResize(size, order=31 if crop else 15))
+    if max_lighting: res += setup_aug_tfms([Brightness(max_lighting, p=.75), Contrast(max_lighting, p=.75)])
+    return res + ([ChannelJitter(gain, offset, .75)] if gain or offset else [])
+
+
+@pytest.mark.parametrize('how', [{}, dict(size=12), dict(size=12, min_scale=.3), dict(flip=False, max_lighting=0), dict(gain=0, offset=0)])
+def test_the_defaults_are_what_they_were_bit_for_bit(how):
+    x, outs = IntToFloat()(batch(6, 6, 24)), []
+    for make in (site_augs, old_site_augs):
+        pipe = Pipeline(make(**how), split_idx=0)
+        random.seed(1); torch.manual_seed(1)
+        outs.append(pipe(x.clone()))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize('side, size, out', [(9, None, (9, 9)), ((9, 20), None, (20, 24)), ((9, 20), 12, (12, 12)), ((20, 20), (10, 14), (10, 14))])
+def test_crops_are_pieces_of_the_site(side, size, out):
+    "In float64 by hand: the piece, resized as PyTorch does"
+    x, tfm = IntToFloat()(batch(6, 3, 20, 24)), SiteCrop(side, size)
+    torch.manual_seed(4)
+    got = tfm(x, split_idx=0)
+    torch.manual_seed(4)
+    sides = torch.randint(tfm.side[0], tfm.side[1] + 1, (6,)).tolist()
+    for i, s in enumerate(sides):
+        top, left = int(torch.randint(20 - s + 1, ())), int(torch.randint(24 - s + 1, ()))
+        piece = x[i:i+1, :, top:top+s, left:left+s].as_subclass(torch.Tensor).double()
+        if out != (s, s): piece = torch.nn.functional.interpolate(piece, out, mode='bilinear', antialias=True, align_corners=False) if s % out[0] or s % out[1] else torch.nn.functional.avg_pool2d(piece, (s//out[0], s//out[1]))
+        assert torch.allclose(got[i:i+1].as_subclass(torch.Tensor).double(), piece, atol=1e-6)
+    assert got.shape[-2:] == out and torch.equal(tfm(x, split_idx=1), x)
+
+
+def test_crops_are_everywhere_and_of_every_side():
+    x = torch.arange(20.).view(1, 1, 1, 20).expand(400, 1, 20, 20).contiguous().as_subclass(TensorSite)
+    torch.manual_seed(0)
+    left = SiteCrop(15)(x, split_idx=0)[:, 0, 0, 0]
+    assert sorted(set(left.tolist())) == list(range(6))
+    torch.manual_seed(0)
+    assert set(torch.randint(5, 20 + 1, (400,)).tolist()) == set(range(5, 21))
+
+
+@pytest.mark.parametrize('p', [0., .5, 1.])
+def test_holes(p):
+    x = TensorSite(torch.ones(300, 2, 30, 40))
+    torch.manual_seed(0)
+    out = SiteCutout((1, 3), (4, 10), p)(x, split_idx=0)
+    has = (out == 0).flatten(1).any(1)
+    assert abs(has.float().mean() - p) < .08 and torch.equal(out[:, 0], out[:, 1])      # all channels alike
+    area = (out[has, 0] == 0).flatten(1).sum(1) if p else torch.tensor([1.])
+    assert area.max() <= 3*100 and area.min() >= 1
+
+
+@pytest.mark.parametrize('how', [dict(crop=9), dict(crop=(9, 16), size=8), dict(cutout=(1, 2), cutout_side=(3, 5)), dict(brightness=(.3, .5), contrast=(1., 2.)), dict(min_zoom=.5)])
+@pytest.mark.parametrize('sites', [None, 2])
+def test_new_augmentations_go_the_whole_way(how, sites):
+    x = batch(4) if sites is None else wells(4, sites)
+    pipe, outs = Pipeline(site_tfms(how.get('size'), sites=sites, **{k: v for k, v in how.items() if k != 'size'}), split_idx=0), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(pipe((x, torch.zeros(4)))[0])
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2]) and torch.isfinite(outs[0]).all()
+    assert outs[0].shape[-1] == how.get('size', how.get('crop', 16)) and type(outs[0]) is type(x)
+
+
+@pytest.mark.parametrize('name', PUBLISHED_AUGS)
+def test_published_settings_run_and_are_plain_data(name):
+    import json
+    augs = json.loads(json.dumps(PUBLISHED_AUGS[name]))
+    x = IntToFloat()(batch(2, 6, 512))
+    torch.manual_seed(0)
+    out = Pipeline(site_augs(**augs), split_idx=0)(x)
+    assert out.shape[-1] == {'rcic16': 384, 'rcic117_crop': 300}.get(name, 512) and torch.isfinite(out).all()
+
+
+def test_the_first_places_jitter_is_normal_and_of_every_site():
+    x = IntToFloat()(batch(400, 2, 8))
+    jitter = next(t for t in site_augs(**PUBLISHED_AUGS['rcic1']) if isinstance(t, ChannelJitter))
+    x = NormalizeOwn()(x)
+    torch.manual_seed(0)
+    y = jitter(x, split_idx=0).as_subclass(torch.Tensor)
+    gain, offset = y.std((2, 3), correction=0), y.mean((2, 3))
+    for draw, center in ((gain, 1.), (offset, 0.)):
+        assert abs(draw.mean() - center) < .01 and abs(draw.std() - .1) < .01
+        assert abs(((draw - center).abs() > .1).float().mean() - .317) < .05        # one standard deviation
+
+
 # ---- the whole way
 
 def test_order():

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from rcic_fastai.core import ScreenError
 from rcic_fastai.core import check_file, file_facts, is_facts, json_hash, parse_json, plain_file, read_json
 from rcic_fastai.embed import index as index_module
-from rcic_fastai.embed.index import INDEX_FILES, EmbeddingIndex, checked_rows, merge_wells
+from rcic_fastai.embed.index import INDEX_FILES, EmbeddingIndex, checked_rows, class_centroids, merge_wells, stack_views
 from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, toy_profiles
 
 TOY = toy_profiles(n_sirnas=24, dim=16)
@@ -389,3 +389,54 @@ def spoiled(value):
     (lambda: merge_wells(np.zeros((2, 2)), ['a', 'b'], 'loudest'), "'loudest'")])
 def test_bad_input(make, says):
     with pytest.raises(ScreenError, match=says): make()
+
+
+# ---- centroids and views
+
+def spread(x, found):
+    "Return the sum of squared distances to the mean of each cluster, float64"
+    return sum(((x[found == i] - x[found == i].mean(0))**2).sum() for i in np.unique(found))
+
+
+@pytest.mark.parametrize('by', [(), ('cell_type',)])
+def test_two_centroids_are_the_best_partition(by):
+    "Against all partitions of the rows of a class; k-means may stop at another, not much worse one"
+    x, m = emb_features(TRAIN).astype(float), emb_metadata(TRAIN)
+    exact = []
+    for _, at in list(m.groupby(['sirna', *by]).indices.items())[:12]:
+        found, centers = index_module._centers(checked_rows(x[at]), 2, 0)
+        means = [x[at][found == i].mean(0) for i in (0, 1)]
+        assert np.allclose(centers, [c/np.linalg.norm(c) for c in means], atol=1e-6)
+        every = [spread(x[at], np.array([0, *(n >> np.arange(len(at) - 1) & 1)])) for n in range(1, 2**(len(at) - 1))]
+        assert spread(x[at], found) <= 1.1*min(every)
+        exact.append(spread(x[at], found) <= min(every) + 1e-9)
+    assert np.mean(exact) > .7
+
+
+@pytest.mark.parametrize('k', [1, 3, 50])
+@pytest.mark.parametrize('by', [(), ('cell_type',)])
+def test_every_row_is_in_one_centroid(k, by):
+    emb, m = class_centroids(TRAIN, k=k, by=by), emb_metadata(TRAIN)
+    sizes = m.groupby(['sirna', *by]).size()
+    assert len(emb) == sizes.clip(upper=k).sum() and emb.Metadata_n_rows.sum() == len(m)
+    assert np.allclose(np.linalg.norm(emb_features(emb), axis=1), 1, atol=1e-6)
+    if k == 50: assert np.allclose(np.sort(emb_features(emb), 0), np.sort(checked_rows(emb_features(TRAIN)), 0))
+
+
+def test_centroids_are_saved_and_name_wells(tmp_path):
+    from rcic_fastai.predict.predict import predict_wells
+    few = EmbeddingIndex(TRAIN, model='a'*64).to_centroids(2, by=['cell_type'])
+    few.save(tmp_path/'i')
+    back = EmbeddingIndex.load(tmp_path/'i')
+    assert back.model == few.model == 'a'*64 and np.array_equal(back.features, few.features)
+    assert back.labels.sirna.tolist() == few.labels.sirna.tolist()
+    assert len(predict_wells(TEST, few, 'transductive')[0]) == TEST.Metadata_well_id.nunique()
+
+
+def test_stacked_views_are_rows_of_their_own():
+    shifted = make_emb_table(emb_metadata(TRAIN), emb_features(TRAIN)[:, ::-1].copy())
+    both = EmbeddingIndex(stack_views([TRAIN, shifted]))
+    assert np.array_equal(both.features[:len(TRAIN)], EmbeddingIndex(TRAIN).features) and len(both) == 2*len(TRAIN)
+    best = np.maximum(EmbeddingIndex(TRAIN).class_scores(Q), EmbeddingIndex(shifted).class_scores(Q))
+    assert np.allclose(both.class_scores(Q), best, atol=1e-6)
+    with pytest.raises(ScreenError, match='other samples'): stack_views([TRAIN, TRAIN.iloc[::-1]])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PIECE', 'EF_SEARCH', 'VOTES', 'DEPTH', 'TIE', 'INDEX_FORMAT', 'INDEX_FILES', 'checked_rows',
-           'EmbeddingIndex', 'merge_wells']
+           'EmbeddingIndex', 'stack_views', 'class_centroids', 'merge_wells']
 
 # %% ../../nbs/42_embed.index.ipynb #91533f69
 import json, os, re
@@ -401,6 +401,66 @@ def class_scores(self:EmbeddingIndex,
         rows = self.allowed(classes, **values)
         if len(rows): out[at] = scores(q[at], rows)
     return out
+
+# %% ../../nbs/42_embed.index.ipynb #ad379d95
+def stack_views(
+    tables, # Embeddings tables of the same samples, one per view
+)->pd.DataFrame: # Embeddings table, one row per sample and view; `Metadata_view` counts from 0
+    "Put views of the same samples under each other, each a row of its own"
+    tables = list(tables)
+    if not tables: raise ScreenError('There is no view to index: give one embeddings table or more.')
+    key = next((c for c in (f'{META}site_id', f'{META}well_id') if c in tables[0]), None)
+    for i, t in enumerate(tables):
+        same = key is None or t[key].tolist() == tables[0][key].tolist()
+        if len(t) != len(tables[0]) or not same: raise ScreenError(f'View {i} is of other samples than view 0: embed the same rows for each view.')
+    res = pd.concat([t.assign(**{f'{META}view': i}) for i, t in enumerate(tables)], ignore_index=True)
+    if 'model' in tables[0].attrs: res.attrs['model'] = tables[0].attrs['model']
+    return res
+
+# %% ../../nbs/42_embed.index.ipynb #164f8c10
+def _agreed(rows):
+    "Return the values that all rows share; None where they differ"
+    return {c: rows[c].iloc[0] if rows[c].nunique(dropna=False) == 1 else None for c in rows}
+
+def _centers(x, k, seed):
+    "Return the cluster of each row, and the unit-length centers of the clusters that have rows"
+    from sklearn.cluster import KMeans
+    if len(x) <= k: return np.arange(len(x)), x
+    found = KMeans(k, n_init=4, random_state=seed).fit(x.astype(np.float64)).labels_
+    present, found = np.unique(found, return_inverse=True)
+    return found, unit_rows(np.stack([x[found == i].mean(0, dtype=np.float64) for i in range(len(present))]))
+
+# %% ../../nbs/42_embed.index.ipynb #386b1f39
+def class_centroids(
+    emb:pd.DataFrame, # Embeddings table of labeled rows
+    target:str='sirna', # Column with the labels
+    k:int=3, # Centroids per class, at most; 1 is the mean
+    by=(), # Columns that divide a class first, such as ('cell_type',)
+    seed:int=0, # Of k-means
+)->pd.DataFrame: # Embeddings table, one row per centroid; `Metadata_n_rows` says of how many
+    "Return k-means centroids of each class, of length 1"
+    if k < 1: raise ScreenError(f'{option("k", k)} centroids per class are not possible: ask for 1 or more.')
+    labels = emb_metadata(emb)
+    absent = [c for c in by if c not in labels]
+    if absent: raise ScreenError(f'The labels have no column {absent[0]} to divide the classes by: choose from {first_few(labels, 9)}.')
+    x, codes = checked_rows(emb_features(emb), labels=labels), labels.assign(**{target: _names_of(labels, target)})
+    rows, vectors = [], []
+    for _, at in codes.groupby([target, *by], dropna=False, sort=True).indices.items():
+        found, centers = _centers(x[at], k, seed)
+        for i in range(len(centers)): rows.append({**_agreed(labels.iloc[at[found == i]]), 'n_rows': int((found == i).sum())})
+        vectors.append(centers)
+    res = make_emb_table(pd.DataFrame(rows, columns=[*labels, 'n_rows']), np.concatenate(vectors).astype(np.float32))
+    return res.astype({c: emb[c].dtype for c in res if c in emb and c.startswith(META) and res[c].notna().all()})
+
+# %% ../../nbs/42_embed.index.ipynb #ab624d54
+@patch
+def to_centroids(self:EmbeddingIndex,
+    k:int=3, # Centroids per class, at most; 1 is the mean
+    by=(), # Columns that divide a class first, such as ('cell_type',)
+    seed:int=0, # Of k-means
+)->EmbeddingIndex: # Of the centroids, always an exact one
+    "Return an index of k-means centroids of each class"
+    return EmbeddingIndex(class_centroids(self.table(), self.target, k, by, seed), self.target, model=self.model)
 
 # %% ../../nbs/42_embed.index.ipynb #1da85b9d
 def merge_wells(
