@@ -273,10 +273,10 @@ def rcic_pack(argv=None):
 def train(
     screen, # A screen: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
-    recipe:str='demo', # demo, features, rcic117, or a JSON file
+    recipe:str='demo', # RECIPES, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
-    valid:str='auto', # Held-out experiments EXP,EXP; auto: the last of each cell type that has two; none
+    valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has two; none
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict
@@ -287,7 +287,7 @@ def train(
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
     bs:int=0, # Batch size; 0: 32, or the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
-    tta:int=4, # Dihedral views of each indexed site, 1 to 8
+    tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:store_true=False, # Compile the model for a GPU, in some minutes
     resident:store_true=False, # Hold all pictures in the memory of the GPU (without one, of the computer)

@@ -24,6 +24,7 @@ from .model.model import *
 from .train.checkpoints import *
 from .train.learner import *
 from .train.recipes import *
+from .train.systems import *
 from .train.distributed import *
 from .embed.protocol import *
 from .embed.table import *
@@ -95,10 +96,10 @@ def is_finished(
     return True
 
 # %% ../nbs/71_workflow.ipynb #f8ecbeb7
-def _index_parts(out, learn, tta):
+def _index_parts(out, learn, views):
     "Return where several processes keep parts of the index; what another model or other views left there is removed"
     folder = _index_folder(out)
-    now = [model_fingerprint(get_model(learn.model), learn.dls.spec), tta]
+    now = [model_fingerprint(get_model(learn.model), learn.dls.spec), 1 if views.get('separate') else views['tta']]
     with all_agree():
         if rank_world()[0]: return folder
         for f in folder.glob('*/parts.json'):
@@ -138,15 +139,35 @@ def _without_sizes(recipe, size, bs):
     gone = {k: None for k, v in dict(size=size, bs=bs).items() if v}
     return replace(recipe, stages=[replace(s, **gone) for s in recipe.stages])
 
+# %% ../nbs/71_workflow.ipynb #23664140
+def _held_out(screen, recipe, valid):
+    "Return the experiments to hold out: those asked for, those of the recipe if the screen has any of them, or 'auto'"
+    if valid != 'auto' or not recipe.valid: return valid
+    have = [e for e in recipe.valid if e in set(screen.table.experiment[screen.table.dataset.isin(('train', 'val'))])]
+    if not have: print(f'note: the screen has none of the experiments that {recipe.name} held out ({first_few(recipe.valid, 4)}): the last of each cell type that has two is.')
+    return have or 'auto'
+
+def _rows_of(table, only):
+    "Return the rows that a recipe is trained on, test rows included"
+    for column, value in only.items():
+        if column not in table: raise ScreenError(f'The recipe is for {column} {value}, and the table has no column {column}: choose another recipe.')
+        mine = table[(table[column].astype(object).map(str, na_action='ignore') == str(value)) | (table.dataset == 'test')]
+        if not len(mine[mine.dataset != 'test']): raise ScreenError(f'No training well has the {column} {value}: it can be {first_few(table[column].dropna().unique(), 6)}.')
+        table = mine
+    return table
+
 # %% ../nbs/71_workflow.ipynb #dafbbbf4
 def _training_learner(screen, recipe, given, workers):
     "Return the learner of a recipe, where what was given wins over what the recipe says"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
     data = {'bs': 32, 'norm': 'own', **recipe.data, **chosen}
-    controls = given['controls'] or None
+    if data['norm'] != 'global': data.pop('norm_stats', None)
+    controls = given['controls'] or recipe.data.get('controls') or None
     whole = open_screen(screen, check=False)
-    learned = whole[training_rows(whole.table, given['target'], controls, data['norm'], data.get('sites', 1))].complete(given['only_present'])
+    rows = training_rows(_rows_of(whole.table, recipe.only), given['target'], controls, data['norm'], data.get('sites', 1))
+    learned = whole[rows].complete(given['only_present'])
     if given['resident']: learned = learned.resident(default_device(), given['size'] or None)
+    given = {**given, 'valid': _held_out(learned, recipe, given['valid'])}
     dls = screen_dls(learned, **{**data, **{k: given[k] for k in ('valid', 'target', 'seed')}, 'controls': controls, 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
           f'{len(dls.spec.labels)} {given["target"]} classes, {len(learned.channels)} channels')
@@ -163,7 +184,7 @@ def train_screen(
     recipe:str='demo', # Name of a recipe, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
-    valid:str='auto', # Held-out experiments EXP,EXP; auto: the last of each cell type that has two; none
+    valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has two; none
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict
@@ -174,7 +195,7 @@ def train_screen(
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
     bs:int=0, # Batch size; 0: 32, or the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
-    tta:int=4, # Dihedral views of each indexed site, 1 to 8
+    tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:bool=False, # Compile the model for a GPU, in some minutes
     resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
@@ -183,8 +204,10 @@ def train_screen(
 )->TrainedModel: # Also saved in `out`; None in all processes but the first
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
     given = {k: v for k, v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'workers', 'resume')}
-    _check_training(size, bs, tta, seed=seed, sites=sites, workers=workers)
-    info = dict(seed=seed, only_present=only_present, controls=controls, tta=tta, precision=precision, compile=compile, mask=list(INDUCTIVE_MASK))
+    r = get_recipe(recipe)
+    views = {'tta': 4, **r.index, **({'tta': tta} if tta else {})}
+    _check_training(size, bs, views['tta'], seed=seed, sites=sites, workers=workers)
+    info = dict(seed=seed, only_present=only_present, controls=controls, tta=views['tta'], precision=precision, compile=compile, mask=list(INDUCTIVE_MASK))
     is_first = not rank_world()[0]
     with ExitStack() as run:
         with all_agree():
@@ -192,20 +215,21 @@ def train_screen(
             if resume and is_finished(out):
                 print(f'{out} is finished: there is nothing to continue.')
                 return load_model(out) if is_first else None
-            out, r = new_folder(out), get_recipe(recipe)
+            out = new_folder(out)
             info['recipe'] = r.to_dict()
+            if is_first and r.about: print(f'{r.name}: {r.about}')
             if not resume and is_first: begin_checkpoints(_checkpoints(out))
             device = rank_device()
             torch.backends.cudnn.benchmark = device.type == 'cuda'
             faster = precision_callbacks(precision, device)
             learn = _training_learner(screen, r, given, workers)
             if compile: compile_model(learn.model, device)
-            if is_first: try_all(learn, out, **info)
+            if is_first: try_all(learn, out, **{**info, 'tta': views['tta']})
         with learn.sharded():
             reached = learn.fit_recipe(_without_sizes(r, size, bs), seed=seed, cbs=faster, folder=_checkpoints(out), resume=resume,
                                        facts=dict(arguments=given))
         if len(reached): print(reached.to_string(index=False))
-        index = build_index(learn, tta, folder=_index_parts(out, learn, tta) if rank_world()[1] > 1 else None)
+        index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
         if not is_first: return
         model = learn.to_model(index, **info, stages=reached.to_dict('records'))
         model.folder = model.save(out)

@@ -317,12 +317,20 @@ def _after_ours(item_tfms, batch_tfms):
                           'on the device, and size to resize.')
     return [t if isinstance(t, Transform) else Transform(t, order=101, split_idx=0) for t in L(batch_tfms)]
 
-def _training_spec(rows, train, source, target, vocabs, **kwargs):
+def _given_stats(norm, stats, channels):
+    "Return the means and standard deviations that were given for the channels"
+    if norm != 'global': raise ScreenError(f'{option("norm_stats")} is for {option("norm", "global")}: leave it out, or add that.')
+    if [len(o) for o in stats] != [len(channels)]*2:
+        raise ScreenError(f'{option("norm_stats")} has {" and ".join(str(len(o)) for o in stats)} numbers: give two lists of {len(channels)}, the means and the standard deviations of the channels.')
+    return [list(map(float, o)) for o in stats]
+
+def _training_spec(rows, train, source, target, vocabs, norm_stats=None, **kwargs):
     "Return the `ScreenSpec` of training rows"
     vocabs = vocabs or {c: meta_vocab(train[c]) for c in META_COLUMNS}
     spec = ScreenSpec(target, label_order(rows, target), list(source.channels), vocabs,
                       bits=source.dtype.itemsize*8, **kwargs)
-    if spec.norm == 'global':
+    if norm_stats is not None: spec.norm_mean, spec.norm_std = _given_stats(spec.norm, norm_stats, source.channels)
+    elif spec.norm == 'global':
         stats, columns = screen_stats(source, train), stat_columns(source.channels)
         spec.norm_mean, spec.norm_std = (stats[c].iloc[0].tolist() for c in columns)
     return spec
@@ -338,6 +346,7 @@ def screen_dls(
     bs:int=32, # Batch size
     norm:str='own', # own, plate, experiment, global or none
     norm_from:str='all', # For plate and experiment: statistics of all wells, or of controls only
+    norm_stats:tuple=None, # For global: (means, standard deviations) of the channels, shares of full scale; `None`: of the training rows
     augs='default', # Batch transforms for training, or arguments of `site_augs`; `None` for none
     clahe:bool=False, # Equalize each channel
     seed:int=0, # Order of the training samples
@@ -358,7 +367,7 @@ def screen_dls(
     train, held = split_experiments(rows, valid)
     check_id_test(table, rows, sites)
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))
-    how = dict(sites=sites, size=size, norm=norm, norm_from=norm_from, clahe=clahe)
+    how = dict(sites=sites, size=size, norm=norm, norm_from=norm_from, clahe=clahe, norm_stats=norm_stats)
     spec = _training_spec(rows, train, source, target, vocabs, **how)
     if augs == 'default': augs = {}
     if isinstance(augs, dict): augs = site_augs(**augs)
