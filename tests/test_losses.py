@@ -7,7 +7,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import NoneReduce
 from fastai.learner import Learner
-from rcic_fastai.model.losses import (LOSSES, AdaCos, ArcFace, CosFace, CrossEntropy, MixLoss, SoftmaxLoss, loss_from_config)
+from rcic_fastai.model.losses import (LOSSES, AdaCos, ArcFace, CosFace, CrossEntropy, MixLoss, SoftmaxLoss, TripletLoss, loss_from_config)
 from rcic_fastai.core import ScreenError
 
 
@@ -277,11 +277,58 @@ def test_a_mix_in_a_mix_reads_the_pair():
     assert torch.allclose(outer((logits, cos), y), inner((logits, cos), y) + .5*ArcFace()(cos, y))
     assert torch.allclose(outer.eval()(logits, y), CrossEntropy()(logits, y))
 
+# --- triplets --------------------------------------------------------------------------------------------------
+
+def ref_triplet(e, y, m):
+    "The farthest of its class and the nearest of another, for each item that has both"
+    losses = []
+    unit = [[float(v)/math.sqrt(sum(float(w)**2 for w in row)) for v in row] for row in e]
+    for i in range(len(y)):
+        far = [math.dist(unit[i], unit[j]) for j in range(len(y)) if j != i and y[j] == y[i]]
+        near = [math.dist(unit[i], unit[j]) for j in range(len(y)) if y[j] != y[i]]
+        losses.append(max(0., max(far) - min(near) + m) if far and near else 0.)
+    return losses
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('dtype, tol', ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)))
+def test_triplets_by_hand(seed, dtype, tol):
+    g = torch.Generator().manual_seed(seed)
+    e,y = torch.randn(12, 5, generator=g, dtype=torch.float64).to(dtype).requires_grad_(),torch.randint(0, 5, (12,), generator=g)
+    loss = TripletLoss(.3)
+    with NoneReduce(loss), torch.autocast('cpu', dtype=torch.bfloat16, enabled=dtype == torch.bfloat16): found = loss(e, y)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.tolist() == pytest.approx(ref_triplet(e.double().tolist(), y.tolist(), .3), abs=tol)
+    loss(e, y).backward()
+    assert e.grad.isfinite().all() and e.grad.abs().sum() > 0
+
+def test_triplets_pull_a_class_together():
+    torch.manual_seed(0)
+    e,y = torch.randn(16, 3, requires_grad=True),torch.arange(16) % 4
+    opt,loss = torch.optim.Adam([e], .05),TripletLoss(.5)
+    for _ in range(300): opt.zero_grad(); loss(e, y).backward(); opt.step()
+    d = torch.cdist(*[torch.nn.functional.normalize(e.detach())]*2) + 9*torch.eye(16)
+    assert (y[d.argmin(1)] == y).all() and loss(e, y) < .05
+
+@pytest.mark.parametrize('turned', (False, True))
+def test_triplets_with_two_heads(turned):
+    "((logits, cosines), embeddings): a mix in a mix, in either order"
+    (cos,y),(logits,_) = batch(),batch(seed=1)
+    e,heads,triplet = torch.randn(5, 3, dtype=torch.float64),MixLoss(CrossEntropy(), ArcFace()),TripletLoss()
+    mix = MixLoss(triplet, heads, (.5, 1.)) if turned else MixLoss(heads, triplet, (1., .5))
+    assert mix.reads == 'both' and mix.embeds and mix.main is heads
+    assert torch.allclose(mix(((logits, cos), e), y), heads((logits, cos), y) + .5*triplet(e, y))
+    assert torch.allclose(mix.eval()(logits, y), CrossEntropy()(logits, y))
+    assert torch.equal(mix.activation(((logits, cos), e)), mix.activation(logits))
+    inner = MixLoss(MixLoss(CrossEntropy(), triplet), CosFace())            # the triplets inside
+    assert inner.reads == 'both' and inner.embeds
+    expected = .8*(.8*CrossEntropy()(logits, y) + .1*triplet(e, y)) + .1*CosFace()(cos, y)
+    assert torch.allclose(inner(((logits, cos), e), y), expected)
+
 def test_a_loss_of_your_own_cannot_be_written_down():
     class Mine(CosFace): pass
     with pytest.raises(ScreenError, match='Mine'): Mine().config()
 
-@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('name', [n for n in LOSSES if n != 'triplet'])
 def test_learns(name):
     "A small problem is learned by each loss"
     torch.manual_seed(0)

@@ -271,7 +271,8 @@ def test_sites_side_by_side():
 def test_a_loss_reads_what_the_classifier_returns(loss, classifier):
     reads = loss_from_config(loss, 5).reads
     make = partial(create_screen_model, 'test_resnet', 5, loss=loss, classifier=classifier, emb_dim=8)
-    if reads != classifier: refused(make, f"classifier='{reads}'")
+    if reads == 'embedding': refused(make, "b='triplet'")
+    elif reads != classifier: refused(make, f"classifier='{reads}'")
     else: assert make().loss(make()(torch.rand(4, 6, 64, 64)), torch.arange(4)).isfinite()
 
 def test_logits_by_hand():
@@ -293,6 +294,21 @@ def test_two_heads_predict_by_the_linear_one(screen):
     scores = torch.cat([model(*b[:-1]) for b in learn.dls.valid])
     assert torch.allclose(p, scores.softmax(1), atol=1e-4)
     assert learn.validate()[1] == pytest.approx((scores.argmax(1) == y).float().mean().item())
+
+@pytest.mark.parametrize('classifier, loss', [('cosine', dict(name='mix', a='adacos', b=dict(name='triplet', margin=.1), weights=[1., .5])),
+    ('both', dict(name='mix', a=TWO, b='triplet', weights=[1., .5]))])
+def test_triplets_in_a_learner(screen, classifier, loss, tmp_path):
+    "Trained with and without CutMix, evaluated by the classifier alone, kept in a folder"
+    learn = learn_of(screen, arch='resnet10t', emb_dim=8, classifier=classifier, loss=loss)
+    for cbs in (None, CutMix(), MixUp(per_item=True)): quiet(learn, lambda: learn.fit(1, 1e-3, cbs=cbs))
+    assert np.isfinite(learn.validate()[0]) and learn.get_preds()[0].shape[1] == len(learn.dls.spec.labels)
+    index = EmbeddingIndex(learn.embed(learn.dls.train.items, tta=1, progress=False))
+    opened,x = load_model(learn.to_model(index).save(tmp_path/'m')).model,learn.dls.one_batch()[:-1]
+    with torch.no_grad(): assert torch.equal(opened(*x), learn.model.eval()(*x))
+    assert opened.config == learn.model.config
+    learn.model.train()
+    out,e = learn.model(*x)
+    assert e.shape == (8, 8)
 
 @pytest.mark.parametrize('classifier, loss', [('linear', 'cross_entropy'), ('both', TWO)])
 def test_controls_first_with_any_classifier(screen, classifier, loss):

@@ -36,6 +36,9 @@ def check_loss(
     "Raise a `ScreenError` when a loss does not read what the classifier returns"
     kind = getattr(classifier, 'kind', None)
     if kind is None or loss.reads == kind: return
+    if loss.reads == 'embedding':
+        raise ScreenError(f'The loss {type(loss).__name__} does not train the classifier: mix it with one that does, as in '
+                          f"{option('loss', dict(name='mix', a='adacos', b='triplet'))}.")
     raise ScreenError(f"The loss {type(loss).__name__} reads {_RETURNS[loss.reads]}, and {option('classifier', kind)} returns "
                       f"{_RETURNS[kind]}: choose {option('classifier', loss.reads)}, or another loss.")
 
@@ -160,9 +163,11 @@ def embed(self:ScreenModel,
 def forward(self:ScreenModel,
     x:torch.Tensor, # Sites [B,C,H,W] or wells [B,S,C,H,W]
     *meta, # Metadata in the order of `inputs`
-): # Cosines or logits [B,K], 32-bit; with two classifiers both of them in training
+): # Cosines or logits [B,K], 32-bit; in training also what the loss reads besides: both of them, embeddings
     "Return what the classifier says: the cosine of each item with each class, or its logits"
-    return self.classifier(self.neck(self.features(x, *meta)))
+    e = self.neck(self.features(x, *meta))
+    out = self.classifier(e)
+    return (out, e) if self.training and getattr(self.loss, 'embeds', False) else out
 
 # %% ../../nbs/23_model.model.ipynb #564af3b9
 @patch(as_prop=True)
