@@ -9,6 +9,7 @@ from rcic_fastai.train.cutmix import CutMix
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.train.domain import *
 from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.model.losses import AdaCos
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
@@ -263,3 +264,79 @@ def test_what_is_canceled_inside_an_epoch_leaves_the_training_weights_alone(scre
     alone, averaged = begun(screen, CANCELED[what]()), begun(screen, CANCELED[what](), EMA(.5))
     assert len(alone) == 4 and not torch.equal(alone[1], alone[3])
     for a, b in zip(alone, averaged): assert torch.equal(a, b)
+
+# The loss of each group
+
+class Keep(Callback):
+    "Keep predictions, labels and groups of each batch, before any term"
+    order = DomainLoss.order - 1
+    run_valid = False
+    def before_fit(self): self.kept, self.at = [], 1 + list(self.learn.dls.spec.vocabs).index('experiment')
+    def after_loss(self): self.kept.append((self.pred.detach().double(), self.yb[0].clone(), self.xb[self.at].tolist(), self.loss.item()))
+    def after_batch(self): self.kept[-1] = (*self.kept[-1], self.loss.item())
+
+def cross_entropy_learner(screen, **kwargs):
+    learn = make(screen, **kwargs)
+    learn.loss_func = torch.nn.CrossEntropyLoss()
+    return learn
+
+def ce(p, y): return float(torch.logsumexp(p, 0) - p[y])
+
+def test_irm_of_a_training_is_that_of_a_loop_in_double_precision(screen):
+    irm, keep = IRM(weight=3.), Keep()
+    fit(cross_entropy_learner(screen), irm, keep, epochs=1)
+    assert len(irm.terms) == len(keep.kept) > 1
+    def slope(p, y, rows): return sum(float((p[i].softmax(0)*p[i]).sum() - p[i, y[i]]) for i in rows)/len(rows)      # d/dw of log Σe^(wp) − wp_y at 1
+    for term, (p, y, groups, plain, total) in zip(irm.terms, keep.kept):
+        rows = [[i for i, o in enumerate(groups) if o == g] for g in sorted(set(groups))]
+        hand = sum(slope(p, y, r[::2])*slope(p, y, r[1::2]) for r in rows)/len(rows)
+        assert abs(term - hand) < 1e-6 and abs(total - plain - 3*hand) < 1e-5
+
+def test_groupdro_of_a_training_is_that_of_a_loop_in_double_precision(screen):
+    dro, keep = GroupDRO(step=.5), Keep()
+    learn = fit(cross_entropy_learner(screen), dro, keep)
+    known = set(learn.dls.train.items.experiment)
+    q = {i: 1/len(known) for i, n in enumerate(learn.dls.spec.vocabs['experiment']) if n in known}
+    for p, y, groups, plain, total in keep.kept:
+        losses = {g: [ce(p[i], y[i]) for i, o in enumerate(groups) if o == g] for g in q}
+        losses = {g: sum(l)/len(l) if l else 0. for g, l in losses.items()}
+        q = {g: v*torch.tensor(.5*losses[g], dtype=torch.float64).exp().item() for g, v in q.items()}
+        q = {g: v/sum(q.values()) for g, v in q.items()}
+        assert abs(total - sum(q[g]*losses[g] for g in q)) < 1e-5
+    assert all(abs(dro.q[g].item() - v) < 1e-5 for g, v in q.items()) and abs(dro.q.sum().item() - 1) < 1e-6 and len(q) == 2
+
+def test_groupdro_takes_batches_of_one_group(screen):
+    dro = GroupDRO()
+    fit(make(screen, batch_groups=1), dro, epochs=1)
+    assert len(dro.terms) > 1
+
+@pytest.mark.parametrize('make_cb', [IRM, GroupDRO])
+def test_mixed_batches_keep_their_loss(screen, make_cb):
+    cb, keep = make_cb(), Keep()
+    fit(make(screen), cb, CutMix(p=.6, seed=0), keep, epochs=3)
+    same = sum(k[3] == k[4] for k in keep.kept)
+    assert len(cb.terms) == len(keep.kept) - same and 0 < same < len(keep.kept)
+
+@pytest.mark.parametrize('make_cb', [IRM, GroupDRO])
+def test_adacos_learns_once_a_batch_beside_a_term_of_the_loss(screen, make_cb):
+    def scale(*cbs):
+        learn = make(screen, bs=16)
+        learn.loss_func = learn.model.loss = AdaCos(len(learn.dls.spec.labels))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 0., cbs=[*cbs, One()])
+        return learn.model.loss.s.item()
+    class One(Callback):
+        def after_batch(self):
+            if self.training: raise CancelFitException
+    torch.manual_seed(0); alone = scale()
+    torch.manual_seed(0); assert scale(make_cb()) == alone
+
+@pytest.mark.parametrize('name', DOMAIN_METHODS)
+def test_methods_by_name(screen, name):
+    cb = domain_callback({'name': name, 'by': 'experiment'})
+    fit(make(screen), cb, epochs=1)
+    assert type(cb) is DOMAIN_METHODS[name] and len(cb.terms) > 0
+
+def test_a_loss_without_reduction_is_refused(screen):
+    learn = make(screen)
+    learn.loss_func = lambda p, y: torch.nn.functional.cross_entropy(p, y)
+    with pytest.raises(ScreenError, match='The loss has no reduction'): fit(learn, IRM())

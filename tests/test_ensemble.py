@@ -8,7 +8,7 @@ from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, toy_profiles
 from rcic_fastai.predict.ensemble import average_scores, ensemble_files, ensemble_predictions, name_wells
 from rcic_fastai.predict.predict import predict_wells, read_predictions, write_predictions
-from rcic_fastai.predict.scores import SCORE, read_scores, score_classes, score_matrix, score_table, scores_path, well_scores, write_scores
+from rcic_fastai.predict.scores import SCORE, read_scores, score_classes, score_matrix, score_table, scores_path, score_wells, write_scores
 
 EMB = toy_profiles(signal=.7, seed=1)
 META, X = emb_metadata(EMB), emb_features(EMB)
@@ -17,7 +17,7 @@ TREATED, TRAIN = (META.well_type == 'treatment').to_numpy(), (META.dataset == 't
 def member(i, protocol='inductive', controls=False):
     half = make_emb_table(META, X[:, 32*i:32*(i+1)])
     keep = TREATED | controls
-    return well_scores(half[keep & ~TRAIN], EmbeddingIndex(half[keep & TRAIN]), protocol)
+    return score_wells(half[keep & ~TRAIN], EmbeddingIndex(half[keep & TRAIN]), protocol)
 
 def write(folder, name, scores):
     path = write_predictions(name_wells(scores), folder/f'{name}.csv')

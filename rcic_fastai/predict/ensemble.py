@@ -86,15 +86,15 @@ def _stand_in(facts, classes):
         raise ScreenError('The scores do not say which plate holds which group, which transductive answers need: average predictions of another protocol.')
     return SimpleNamespace(labels=pd.DataFrame(facts['groups']), classes=classes, target=facts['target'], kind='exact')
 
-# %% ../../nbs/55_predict.ensemble.ipynb #be877b68
+# %% ../../nbs/55_predict.ensemble.ipynb #572eb0b4
 def ensemble_predictions(
-    tables, # Score tables of the same wells and classes, from `well_scores` or `model.class_scores`
+    tables, # Score tables of the same wells and classes, from `score_wells` or `model.class_scores`
     weights=None, # One number above 0 per table; `None`: all count alike
 )->pd.DataFrame: # One row per well, as from `predict_wells`, without `votes`
     "Name the wells by the average of several predictions"
     return name_wells(average_scores(tables, weights))
 
-# %% ../../nbs/55_predict.ensemble.ipynb #1c809ff1
+# %% ../../nbs/55_predict.ensemble.ipynb #c4919fcc
 @patch
 @delegates(plan_prediction, but=['model', 'screen', 'protocol'])
 def class_scores(self:TrainedModel,
@@ -110,7 +110,7 @@ def class_scores(self:TrainedModel,
     emb.attrs['model'] = self.fingerprint
     tables = list(nameable([emb], plan.index))
     if not tables: raise ScreenError('There is no well to name: the model learned no control wells, and the screen has no treatment among its test wells.')
-    return well_scores(tables[0], plan.index, plan.protocol, **plan.search)
+    return score_wells(tables[0], plan.index, plan.protocol, **plan.search)
 
 # %% ../../nbs/55_predict.ensemble.ipynb #73157a83
 def read_member(
