@@ -103,7 +103,7 @@ def _check_augs(augs, what):
     except (TypeError, ValueError) as e: raise ScreenError(f'{what} has {augs!r} as its augs, which do not fit ({e}): correct them.') from None
 
 # %% ../../nbs/33_train.recipes.ipynb #6765f2be
-CALLBACKS = {**MIXERS, 'coral': CORAL, 'sliced_wasserstein': SlicedWasserstein, 'gradient_reversal': GradientReversal, 'ema': EMA, 'mean_teacher': MeanTeacher}
+CALLBACKS = {**MIXERS, **DOMAIN_METHODS, 'ema': EMA, 'mean_teacher': MeanTeacher}
 
 def stage_callback(
     config, # Name from `CALLBACKS`, or a dict with `name` and settings

@@ -139,7 +139,9 @@ def _wilds(name, published, *callbacks, about='', **data):
         data=dict(norm='own', controls=True, bs=72, size=256, **data), valid=('HEPG2-08', 'HUVEC-17', 'RPE-08', 'U2OS-04'), predict=_BY_CLASSIFIER,
         about=f'WILDS {name.upper()} (arXiv 2012.07421): {published} on experiments never seen{about}. Reads nucleus, ER and actin: rcic_pack --channels nucleus,ER,actin.')
 
-_WILDS_RECIPES = [_wilds('erm', .299, about=', .359 on new sites of seen ones'), _wilds('coral', .284, dict(name='coral', weight=.1), batch_by='experiment', batch_groups=8)]
+_GROUPED = dict(batch_by='experiment', batch_groups=8)
+_WILDS_RECIPES = [_wilds('erm', .299, about=', .359 on new sites of seen ones'), _wilds('coral', .284, dict(name='coral', weight=.1), **_GROUPED),
+                  _wilds('irm', .082, dict(name='irm', weight=1.), **_GROUPED), _wilds('groupdro', .23, dict(name='groupdro', step=.01), **_GROUPED)]
 
 # %% ../../nbs/33b_train.systems.ipynb #a318f4a6
 six_channels = Recipe('six_channels', [Stage('head', 2, 1e-2, 'stem,head', loss='adacos', augs='wilds'), Stage('all', 30, 1e-3, cutmix=.5)], arch='efficientnet-b3',
