@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_rows', 'remove_unfinished', 'is_finished',
-           'try_all', 'train_screen', 'clear_demo', 'demo_report', 'run_demo']
+           'try_all', 'fold_experiments', 'train_screen', 'clear_demo', 'demo_report', 'run_demo']
 
 # %% ../nbs/71_workflow.ipynb #e0280784
 import contextlib, io, json, tempfile, time
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 from fastai.vision.all import *
 from .core import *
 from .screen.tables import *
 from .screen.simulate.layout import *
 from .screen.images import *
 from .screen.screen import *
+from .screen.channels import *
 from .screen.pack import *
 from .screen.open import *
 from .batch.data import *
@@ -156,21 +158,51 @@ def _rows_of(table, only):
         table = mine
     return table
 
+# %% ../nbs/71_workflow.ipynb #38594cc4
+def fold_experiments(
+    table:pd.DataFrame, # Site table; only training rows count
+    folds:int, # How many folds; 0: none
+    fold:int, # Which one to hold out, from 1
+    seed:int=0, # Which experiments go together
+)->list: # Names of the held-out experiments; empty without folds
+    "Return the experiments of one fold"
+    if not folds and not fold: return []
+    if not folds: raise ScreenError(f'{option("fold", fold)} is one of several: say how many with {option("folds")}.')
+    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}.')
+    if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
+    n = table.experiment[table.dataset.isin(('train', 'val'))].nunique()
+    if not 2 <= folds <= n: raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.' if n > 1 else f'{option("folds", folds)} needs two training experiments or more, and there is {n}: leave it out.')
+    which = experiment_folds(table, folds, seed)
+    return which.index[which == fold - 1].tolist()
+
 # %% ../nbs/71_workflow.ipynb #dafbbbf4
+def _picked_stats(data, whole, channels):
+    "Return the arguments of the batches with the given statistics of the picked channels only"
+    stats = data.get('norm_stats')
+    if not channels or stats is None or any(len(o) != len(whole.channels) for o in stats): return data
+    at = channel_positions(channels, whole.channels)
+    return {**data, 'norm_stats': [[o[i] for i in at] for o in stats]}
+
+def _screen_to_learn(screen, recipe, given, data):
+    "Return the rows and pictures that are learned from, and how batches are made of them"
+    whole, channels = open_screen(screen, check=False), given['channels'] or recipe.channels
+    data = _picked_stats(data, whole, channels)
+    if channels: whole = whole.pick(channels)
+    rows = training_rows(_rows_of(whole.table, recipe.only), given['target'], data['controls'], data['norm'], data.get('sites', 1))
+    learned = whole[rows].complete(given['only_present'])
+    return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
+
+# %% ../nbs/71_workflow.ipynb #cb504de1
 def _training_learner(screen, recipe, given, workers):
     "Return the learner of a recipe, where what was given wins over what the recipe says"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
-    data = {'bs': 32, 'norm': 'own', **recipe.data, **chosen}
+    data = {'bs': 32, 'norm': 'own', **recipe.data, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None}
     if data['norm'] != 'global': data.pop('norm_stats', None)
-    controls = given['controls'] or recipe.data.get('controls') or None
-    whole = open_screen(screen, check=False)
-    rows = training_rows(_rows_of(whole.table, recipe.only), given['target'], controls, data['norm'], data.get('sites', 1))
-    learned = whole[rows].complete(given['only_present'])
-    if given['resident']: learned = learned.resident(default_device(), given['size'] or None)
-    given = {**given, 'valid': _held_out(learned, recipe, given['valid'])}
-    dls = screen_dls(learned, **{**data, **{k: given[k] for k in ('valid', 'target', 'seed')}, 'controls': controls, 'num_workers': workers})
+    learned, data = _screen_to_learn(screen, recipe, given, data)
+    valid = fold_experiments(learned.table, given['folds'], given['fold'], given['seed']) or _held_out(learned, recipe, given['valid'])
+    dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
-          f'{len(dls.spec.labels)} {given["target"]} classes, {len(learned.channels)} channels')
+          f'{len(dls.spec.labels)} {given["target"]} classes, {plural(len(learned.channels), "channel")}')
     for note in picture_notes(learned): print(f'note: {note}')
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
@@ -178,13 +210,70 @@ def _training_learner(screen, recipe, given, workers):
     return screen_learner(dls, given['arch'] or recipe.arch, **model)
 
 # %% ../nbs/71_workflow.ipynb #f06ac3e8
+def _train_model(args, recipe):
+    "Train one model with the arguments of `train_screen`, and write its folder"
+    a = SimpleNamespace(**args)
+    given = {k: v for k, v in args.items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'workers', 'resume')}
+    views = {'tta': 4, **recipe.index, **({'tta': a.tta} if a.tta else {})}
+    info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, tta=views['tta'], precision=a.precision, compile=a.compile, mask=list(INDUCTIVE_MASK))
+    if a.folds: info['fold'] = dict(folds=a.folds, fold=a.fold)
+    is_first, out = not rank_world()[0], a.out
+    with ExitStack() as run:
+        with all_agree():
+            if is_first: run.enter_context(only_one(out))
+            if a.resume and is_finished(out):
+                print(f'{out} is finished: there is nothing to continue.')
+                return load_model(out) if is_first else None
+            out = new_folder(out)
+            info['recipe'] = recipe.to_dict()
+            if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
+            if not a.resume and is_first: begin_checkpoints(_checkpoints(out))
+            device = rank_device()
+            torch.backends.cudnn.benchmark = device.type == 'cuda'
+            faster = precision_callbacks(a.precision, device)
+            learn = _training_learner(a.screen, recipe, given, a.workers)
+            if a.compile: compile_model(learn.model, device)
+            if is_first: try_all(learn, out, **{**info, 'tta': views['tta']})
+        with learn.sharded():
+            reached = learn.fit_recipe(_without_sizes(recipe, a.size, a.bs), seed=a.seed, cbs=faster, folder=_checkpoints(out), resume=a.resume,
+                                       facts=dict(arguments=given))
+        if len(reached): print(reached.to_string(index=False))
+        index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
+        if not is_first: return
+        model = learn.to_model(index, **info, stages=reached.to_dict('records'))
+        model.folder = model.save(out)
+        remove_unfinished(out)
+        print(f'{out}: model, index of {len(index.labels)} embeddings, history')
+        return model
+
+# %% ../nbs/71_workflow.ipynb #638b3823
+def _train_several(args, each):
+    "Train a model for each name, in OUT/name, with other arguments; {name: model}"
+    out = Path(args['out'])
+    with all_agree():
+        if not args['resume']: new_folder(out)
+    models = {}
+    for i, (name, changes) in enumerate(each.items(), 1):
+        if not rank_world()[0]: print(f'== {name} ({i} of {len(each)})', flush=True)
+        models[name] = train_screen(**{**args, **changes, 'out': out/name})
+    return models
+
+def _channel_lists(screen, channels):
+    "Return the lists of channels for one model each; empty where one model is asked for"
+    if not isinstance(channels, str) or '-of-' not in channels: return {}
+    return leave_one_out(channels, open_screen(screen, check=False).channels)
+
+# %% ../nbs/71_workflow.ipynb #828eb844
 def train_screen(
     screen, # A `Screen`, or where one is: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
     recipe:str='demo', # Name of a recipe, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
+    channels:str='', # Channels that the model reads, by name and in this order; 5-of-6: six models OUT/without_NAME; empty: the recipe's, or all
     valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has two; none
+    folds:int=0, # Divide the training experiments into so many folds, by cell type and seed, instead of valid
+    fold:int=0, # The fold that is held out, from 1
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict
@@ -201,41 +290,14 @@ def train_screen(
     resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:bool=False, # Continue from the last finished epoch of the same call, in OUT.checkpoints
-)->TrainedModel: # Also saved in `out`; None in all processes but the first
+)->TrainedModel: # Also saved in `out`; None in all processes but the first. Of several models: {name: model}
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
-    given = {k: v for k, v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'workers', 'resume')}
+    args = dict(locals())
     r = get_recipe(recipe)
-    views = {'tta': 4, **r.index, **({'tta': tta} if tta else {})}
-    _check_training(size, bs, views['tta'], seed=seed, sites=sites, workers=workers)
-    info = dict(seed=seed, only_present=only_present, controls=controls, tta=views['tta'], precision=precision, compile=compile, mask=list(INDUCTIVE_MASK))
-    is_first = not rank_world()[0]
-    with ExitStack() as run:
-        with all_agree():
-            if is_first: run.enter_context(only_one(out))
-            if resume and is_finished(out):
-                print(f'{out} is finished: there is nothing to continue.')
-                return load_model(out) if is_first else None
-            out = new_folder(out)
-            info['recipe'] = r.to_dict()
-            if is_first and r.about: print(f'{r.name}: {r.about}')
-            if not resume and is_first: begin_checkpoints(_checkpoints(out))
-            device = rank_device()
-            torch.backends.cudnn.benchmark = device.type == 'cuda'
-            faster = precision_callbacks(precision, device)
-            learn = _training_learner(screen, r, given, workers)
-            if compile: compile_model(learn.model, device)
-            if is_first: try_all(learn, out, **{**info, 'tta': views['tta']})
-        with learn.sharded():
-            reached = learn.fit_recipe(_without_sizes(r, size, bs), seed=seed, cbs=faster, folder=_checkpoints(out), resume=resume,
-                                       facts=dict(arguments=given))
-        if len(reached): print(reached.to_string(index=False))
-        index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
-        if not is_first: return
-        model = learn.to_model(index, **info, stages=reached.to_dict('records'))
-        model.folder = model.save(out)
-        remove_unfinished(out)
-        print(f'{out}: model, index of {len(index.labels)} embeddings, history')
-        return model
+    _check_training(size, bs, tta or r.index.get('tta', 4), seed=seed, sites=sites, workers=workers, folds=folds, fold=fold)
+    if (folds or fold) and valid != 'auto': raise ScreenError(f'{option("valid", valid)} and {option("folds", folds)} both say what is held out: choose one.')
+    if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
+    return _train_model(args, r)
 
 # %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),
