@@ -13,6 +13,8 @@ from fastai.vision.all import *
 from .core import *
 from .screen.tables import *
 from .screen.images import *
+from .screen.screen import *
+from .screen.open import open_screen
 from .batch.augment import *
 from .batch.data import *
 from .model.backbones import TO_RGB, is_arch_args
@@ -431,3 +433,20 @@ def load_model(
     if rows != dim: raise _again(f'{folder/"index.json"} is of rows of {rows} numbers and the model embeds into {dim}')
     parts = split_index(index)
     return TrainedModel(model.to(device).eval(), spec, parts[0], config, *parts[1:], folder=folder)
+
+# %% ../nbs/70_folder.ipynb #04679d4a
+@patch
+def held_out(self:TrainedModel,
+    screen, # A `Screen` with training experiments, or where one is
+)->Screen: # Its test experiments are those that the model held out
+    "Return a screen in which the experiments that the model held out are those to predict"
+    screen = open_screen(screen, check=False)
+    learned = {*map(str, self.model.trained_experiments)}
+    names = [e for e in self.config['held_out'] if e not in learned]
+    if not names:
+        why = f'learned the labels of {first_few(self.config["held_out"], 4)} before' if self.config['held_out'] else 'was trained on all training experiments'
+        raise ScreenError(f'The model {why}, so it has none to name as held out: train one with {option("valid")}, or with {option("folds")} and {option("fold")}.')
+    rows = screen.table[screen.table.experiment.astype(str).isin(names)]
+    absent = sorted(set(names) - set(rows.experiment.astype(str)))
+    if absent: raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: give the screen that it was trained on.')
+    return screen[rows.assign(dataset='test')]

@@ -28,6 +28,11 @@ def channel_positions(
     return [have.index(n) for n in names]
 
 # %% ../../nbs/03c_screen.channels.ipynb #8042e4dd
+def _stats_of(stats, channels):
+    "Return the stored measures of some channels: mean_nucleus, std_nucleus, …"
+    kinds = dict.fromkeys(c.split('_', 1)[0] for c in stats)
+    return stats[[f'{k}_{c}' for k in kinds for c in channels if f'{k}_{c}' in stats]]
+
 class PickedSource(ImageSource):
     "An image source with some of the channels of another one"
     def __init__(self,
@@ -37,7 +42,7 @@ class PickedSource(ImageSource):
         self.at = channel_positions(channels, origin.channels)
         self.origin, self.root, self.channels = origin, origin.root, tuple(origin.channels[i] for i in self.at)
         self._rows, self._wells, self._sites = origin._rows, origin._wells, origin._sites
-        self.stats = None if origin.stats is None else origin.stats[sum(stat_columns(self.channels), [])]
+        self.stats = None if origin.stats is None else _stats_of(origin.stats, self.channels)
 
     @property
     def shape(self)->tuple: return (len(self.at), *self.origin.shape[1:])
