@@ -290,6 +290,9 @@ def train(
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
     bs:int=0, # Batch size; 0: 32, or the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
+    pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
+    cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
+    pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:store_true=False, # Compile the model for a GPU, in some minutes
@@ -303,7 +306,7 @@ def train(
     train_screen(**given)
 
 train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'valid', 'folds', 'fold', 'target', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'run': ['bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'workers', 'resume']}
+                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'workers', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"

@@ -175,3 +175,116 @@ def test_what_was_trained_on_is_not_named_as_held_out(here, capsys):
     assert cli.rcic_train(f'{here}/s.zarr {here}/later --recipe {here}/tiny.json --pretrained {here}/all --valid HUVEC-02 --tta 1'.split()) == 0
     predict(here, 'later', 'x', '--held-out', code=2)
     assert 'learned the labels of HUVEC-02 before' in capsys.readouterr().err and not (here/'x.csv').exists()
+
+
+# A model for each cell type
+
+def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
+    killed(here, 'cells', '--cell-types each', "self.dls.train.items.cell_type.eq('RPE').all() and self.epoch == 1")
+    assert {p.parent.name for p in (here/'cells').glob('*/config.json')} == {'common', 'HUVEC'} and not (here/'cells/cell_types.json').exists()
+    train(here, 'cells', '--cell-types each --resume')
+    assert capsys.readouterr().out.count('is finished: there is nothing to continue') == 2
+    models, screen = load_model(here/'cells'), open_screen(here/'s.zarr')
+    for c in ('HUVEC', 'RPE'):
+        m = load_model(here/'cells'/c)
+        assert set(m.index.labels.cell_type) == {c} and m.config['held_out'] == [f'{c}-02']
+        assert {*m.config['trained_experiments']} == {'HUVEC-01', 'RPE-01'}
+    got = read_predictions(predict(here, 'cells', 'cells')).set_index('id_code').sirna
+    assert not list(here.glob('cells.csv.*')) and len(got) == screen.test.treatments.table.well_id.nunique()
+    for c in ('HUVEC', 'RPE'):
+        alone = load_model(here/'cells'/c).predict(screen[screen.table.cell_type == c], tta=1, progress=False)
+        assert alone.sirna.tolist() == got[alone.id_code].tolist()
+    assert models.evaluate(screen, ['inductive', 'adapted', 'transductive'], tta=1, progress=False).columns['adapted']['n_wells'] == len(got)
+    emb = models.embed(screen, tta=1, progress=False)
+    assert emb.Metadata_site_id.tolist() == screen.table.site_id.tolist()
+    predict(here, 'cells', 'cells_held', '--held-out')
+    train(here, 'whole', '--cell-types each')
+    assert load_model(here/'whole').fingerprint == models.fingerprint
+
+
+def test_cell_types_begin_with_a_given_model(here):
+    train(here, 'base', '--valid HUVEC-02,RPE-02')
+    (here/'still.json').write_text(json.dumps(dict(name='still', arch='test_resnet', stages=[])))
+    line = f'{here}/s.zarr {here}/from_base --recipe {here}/still.json --pretrained {here}/base --cell-types RPE --tta 1'
+    assert cli.rcic_train(line.split()) == 0
+    a, b = load_model(here/'base'), load_model(here/'from_base').models['RPE']
+    assert all(torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items() if v.is_floating_point() and k != 'classifier.weight')
+    assert torch.equal(a.model.classifier.weight, b.model.classifier.weight) and list(load_model(here/'from_base').models) == ['RPE']
+
+
+def test_each_cell_type_has_its_own_stages(here):
+    own = dict(name='own', arch='test_resnet', stages=[dict(name='mine', epochs=1, lr=1e-3)])
+    (here/'own.json').write_text(json.dumps(own))
+    (here/'cells.json').write_text(json.dumps({**json.loads((here/'tiny.json').read_text()), 'cell_types': dict(RPE=str(here/'own.json'))}))
+    assert cli.rcic_train(f'{here}/s.zarr {here}/own --recipe {here}/cells.json --pretrained no --tta 1'.split()) == 0
+    assert list(load_model(here/'own').models) == ['RPE'] and load_model(here/'own/RPE').history.stage.tolist() == ['mine']
+
+
+def test_a_well_of_a_cell_type_without_a_model_is_refused(here, capsys):
+    predict(here, 'from_base', 'none', code=2)
+    assert 'no model of the cell type HUVEC: the folder has RPE' in capsys.readouterr().err and not list(here.glob('none*'))
+
+
+@pytest.mark.parametrize('more, words', [('--cell-types A549', 'No training well has the cell type A549'), ('--cell-types each --channels DNA', 'no channel DNA')])
+def test_wrong_cell_types(here, more, words, capsys): refused(here, more, words, capsys)
+
+
+# Control wells first
+
+def test_controls_first_and_resumed(here):
+    killed(here, 'after_controls', '--pretrain controls --valid HUVEC-02', "len(self.dls.spec.labels) < 8 and self.epoch == 1")
+    assert (here/'after_controls.controls.checkpoints').is_dir() and not (here/'after_controls').exists()
+    killed(here, 'after_controls', '--pretrain controls --valid HUVEC-02 --resume', "len(self.dls.spec.labels) == 8 and self.epoch == 1")
+    train(here, 'after_controls', '--pretrain controls --valid HUVEC-02 --resume')
+    train(here, 'at_once', '--pretrain controls --valid HUVEC-02')
+    a, b = load_model(here/'after_controls'), load_model(here/'at_once')
+    assert a.fingerprint == b.fingerprint and not list(here.glob('after_controls.*'))
+    assert b.config['pretrain'] == 'controls' and len(b.config['pretrain_stages']) == 1
+    assert b.history.stage.unique().tolist() == ['controls: all', 'all'] and set(b.index.labels.well_type) == {'treatment'}
+    assert set(b.config['trained_experiments']) == {'HUVEC-01', 'RPE-01', 'RPE-02'} and len(b.spec.labels) == 8
+    train(here, 'plain', '--valid HUVEC-02')
+    assert load_model(here/'plain').fingerprint != b.fingerprint
+
+
+def test_without_controls_there_is_nothing_to_learn_first(here, tmp_path, capsys):
+    simulate_screen(here/'bare', EXPS[:2], sirnas=8, size=48, controls=0, progress=False)
+    t = open_screen(here/'bare').treatments
+    pack_screen(t, here/'bare.zarr', progress=False)
+    capsys.readouterr()
+    train(here, 'never', '--pretrain controls', 2, 'bare.zarr')
+    assert 'no control well' in capsys.readouterr().err and not list(here.glob('never*'))
+    refused(here, '--pretrain everything', "choose from controls", capsys)
+
+
+# Pseudo-labels
+
+def test_pseudo_labels_are_transductive_and_resumed(here, capsys):
+    killed(here, 'pseudo', '--pseudo 3 --valid HUVEC-02', "len(getattr(self.learn, 'history', ())) == 4")
+    assert (here/'pseudo.pseudo.checkpoints').is_dir()
+    train(here, 'pseudo', '--pseudo 3 --valid HUVEC-02 --resume')
+    assert '2 rounds of pseudo-labels were finished' in capsys.readouterr().out
+    train(here, 'pseudo_at_once', '--pseudo 3 --valid HUVEC-02')
+    a, b = load_model(here/'pseudo'), load_model(here/'pseudo_at_once')
+    assert a.fingerprint == b.fingerprint and not list(here.glob('pseudo.p*')) + list(here.glob('pseudo.c*'))
+    assert b.config['pseudo_experiments'] == ['HUVEC-17', 'RPE-08'] and [round(r['share'], 2) for r in b.config['pseudo_rounds']] == [.41, .7, .98]
+    assert set(b.index.labels.experiment) == {'HUVEC-01', 'RPE-01', 'RPE-02'}
+    predict(here, 'pseudo', 'pseudo_inductive', code=2)
+    assert '--protocol transductive' in capsys.readouterr().err and not (here/'pseudo_inductive.csv').exists()
+    predict(here, 'pseudo', 'pseudo_all', '--protocol transductive')
+    predict(here, 'pseudo', 'pseudo_held', '--held-out')                        # it was not used, so this is inductive
+
+
+def test_no_label_of_a_test_well_is_read(here, tmp_path):
+    whole = open_screen(here/'s.zarr')
+    blank = whole.table.assign(sirna=whole.table.sirna.mask(whole.table.dataset == 'test'), sirna_id=whole.table.sirna_id.mask(whole.table.dataset == 'test'))
+    pack_screen(Screen(blank, whole.source), here/'blank.zarr', progress=False)
+    train(here, 'pseudo_blank', '--pseudo 3 --valid HUVEC-02', screen='blank.zarr')
+    assert load_model(here/'pseudo_blank').fingerprint == load_model(here/'pseudo_at_once').fingerprint
+
+
+def test_pseudo_labels_need_test_wells(here, capsys):
+    pack_screen(open_screen(here/'s.zarr').train, here/'train.zarr', progress=False)
+    capsys.readouterr()
+    train(here, 'never', '--pseudo 3', 2, 'train.zarr')
+    assert 'no test row of a treatment well' in capsys.readouterr().err and not list(here.glob('never*'))
+    refused(here, '--pseudo -1', '--pseudo -1', capsys)

@@ -69,7 +69,7 @@ class Recipe:
     channels:str='' # Channels that are read, by name and in this order; empty: all; 5-of-6: one model without each
     pretrain:str='' # controls: what is learned first; empty: nothing
     cell_types:dict=field(default_factory=dict) # Cell type → recipe of its own model, trained from the weights of this one
-    pseudo:dict=field(default_factory=dict) # Rounds of pseudo-labels that follow: rounds, and perhaps first, last, see `pseudo_schedule`
+    pseudo:dict=field(default_factory=dict) # Rounds of pseudo-labels that follow: rounds, and perhaps first and last share, see `pseudo_schedule`, lr and cutmix
     index:dict=field(default_factory=dict) # Views of the training sites in the index: tta, views, separate, see `build_index`
     predict:dict=field(default_factory=dict) # How its authors predicted: what `model.predict` does unless it is told
     about:str='' # Where it comes from
@@ -150,7 +150,7 @@ def _check_arguments(entry, given, func, but):
 
 # %% ../../nbs/33_train.recipes.ipynb #756da1d8
 _INDEX = ('tta', 'views', 'separate')
-_PSEUDO = ('rounds', 'first', 'last')
+_PSEUDO = ('rounds', 'first', 'last', 'lr', 'cutmix')
 _PREDICT = ('tta', 'views', 'vote', 'k', 'merge', 'by', 'tell', 'assign', 'adapt', 'correct', 'same_cell_type')
 
 def check_recipe(
