@@ -140,6 +140,11 @@ def _check_training(size, bs, tta, **numbers):
     if size and not 16 <= size <= 4096: raise ScreenError(f"{option('size', size)} is not possible: give 16 to 4096 pixels, or 0 for the screen's own.")
     check_tta(tta)
 
+def _check_counts(**counts):
+    "Raise for counts below 0"
+    for k, v in counts.items():
+        if type(v) is not int or v < 0: raise ScreenError(f'{option(k, v)} is not possible: give a whole number, 0 or more.')
+
 def _without_sizes(recipe, size, bs):
     "Return the recipe without the sizes that the caller overrules"
     gone = {k: None for k, v in dict(size=size, bs=bs).items() if v}
@@ -298,15 +303,23 @@ def _train_model(args, recipe, begin=None):
         return model
 
 # %% ../nbs/71_workflow.ipynb #638b3823
+@contextlib.contextmanager
+def _several_in(out, resume):
+    "Check that OUT may hold several models; where none was begun, it is removed again"
+    was_there = out.exists()
+    with all_agree():
+        if not resume: new_folder(out)
+    try: yield
+    finally:
+        if not rank_world()[0] and not was_there and out.is_dir() and not any(out.iterdir()): out.rmdir()
+
 def _train_several(args, each):
     "Train a model for each name, in OUT/name, with other arguments; {name: model}"
-    out = Path(args['out'])
-    with all_agree():
-        if not args['resume']: new_folder(out)
-    models = {}
-    for i, (name, changes) in enumerate(each.items(), 1):
-        if not rank_world()[0]: print(f'== {name} ({i} of {len(each)})', flush=True)
-        models[name] = train_screen(**{**args, **changes, 'out': out/name})
+    out, models = Path(args['out']), {}
+    with _several_in(out, args['resume']):
+        for i, (name, changes) in enumerate(each.items(), 1):
+            if not rank_world()[0]: print(f'== {name} ({i} of {len(each)})', flush=True)
+            models[name] = train_screen(**{**args, **changes, 'out': out/name})
     return models
 
 def _channel_lists(screen, channels):
@@ -348,25 +361,26 @@ def _common_model(args, recipe, out):
 def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
-    with all_agree():
-        names = _cell_type_names(table, args['cell_types'], recipe)
-        recipes = {c: _cell_type_recipe(recipe, c) for c in names}
-        if not args['resume']: new_folder(out)
-        elif is_cell_types(out):
-            print(f'{out} is finished: there is nothing to continue.')
-            return load_cell_types(out)
-    common = _common_model(args, recipe, out)
+    with all_agree(): recipes = {c: _cell_type_recipe(recipe, c) for c in _cell_type_names(table, args['cell_types'], recipe)}
+    if args['resume'] and is_cell_types(out):
+        print(f'{out} is finished: there is nothing to continue.')
+        return load_cell_types(out)
+    with _several_in(out, args['resume']): done = _each_cell_type(args, recipes, _common_model(args, recipe, out), table)
+    if rank_world()[0]: return
+    write_cell_types(out, {c: m.fingerprint for c, m in done.items()})
+    print(f'{out}: models of {", ".join(done)}, which answer as one')
+    return load_cell_types(out)
+
+def _each_cell_type(args, recipes, common, table):
+    "Train the model of each cell type from the common one; {cell type: model}"
     wait_for_all()
     asked = args['valid'] if args['valid'] not in ('auto', 'none') else fold_experiments(table, args['folds'], args['fold'], args['seed'])
     held, done = asked or common.config['held_out'], {}
     for i, (c, r) in enumerate(recipes.items(), 1):
         if not rank_world()[0]: print(f'== {c} ({i} of {len(recipes)})', flush=True)
         valid = _held_of(as_names(held), table, c) if held else args['valid']
-        done[c] = _train_model({**args, 'out': out/c, 'valid': valid, 'folds': 0, 'fold': 0, 'cell_types': '', 'pretrain': ''}, r, common)
-    if rank_world()[0]: return
-    write_cell_types(out, {c: m.fingerprint for c, m in done.items()})
-    print(f'{out}: models of {", ".join(done)}, which answer as one')
-    return load_cell_types(out)
+        done[c] = _train_model({**args, 'out': Path(args['out'])/c, 'valid': valid, 'folds': 0, 'fold': 0, 'cell_types': '', 'pretrain': ''}, r, common)
+    return done
 
 # %% ../nbs/71_workflow.ipynb #828eb844
 def train_screen(
@@ -402,8 +416,9 @@ def train_screen(
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
     args = dict(locals())
     r = get_recipe(recipe)
-    _check_training(size, bs, tta or r.index.get('tta', 4), seed=seed, sites=sites, workers=workers, folds=folds, fold=fold, pseudo=pseudo)
+    _check_training(size, bs, tta or r.index.get('tta', 4), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, ('controls',))
+    _check_counts(folds=folds, fold=fold, pseudo=pseudo)
     if (folds or fold) and valid != 'auto': raise ScreenError(f'{option("valid", valid)} and {option("folds", folds)} both say what is held out: choose one.')
     if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
     return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r)

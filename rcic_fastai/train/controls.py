@@ -102,11 +102,12 @@ def pretrain_on_controls(self:Learner,
     recipe, # A `Recipe`, its name, or a JSON file
     seed:int=0, # As in `fit_recipe`
     cbs=None, # Further callbacks
+    **kwargs # As `fit_recipe` has them, to continue after an interruption: folder, resume, facts
 )->pd.DataFrame: # One row per stage, as from `fit_recipe`
     "Run a recipe with the control wells as classes, then return to the classes of before"
     dls = self.dls
     self.change_classes(control_dls(dls), seed)
-    try: return self.fit_recipe(recipe, seed, cbs)
+    try: return self.fit_recipe(recipe, seed, cbs, **kwargs)
     finally: self.change_classes(dls, seed)
 
 # %% ../../nbs/35_train.controls.ipynb #f0817ab4
