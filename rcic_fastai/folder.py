@@ -134,7 +134,7 @@ _again = partial(copy_again, do='copy or train the model again')
 
 def _saved_index(model):
     "Return one index of all embeddings: plain, adapted, told"
-    plain, *others = [i for i in (model.index, model.adapted_index, model.told_index) if i is not None]
+    plain, *others = [i for i in (model.index, model.adapted_index, model.told_index, model.told_adapted_index) if i is not None]
     if not others: return plain
     tables = pd.concat([plain.table(), *(i.table() for i in others)], ignore_index=True)
     return EmbeddingIndex(tables, plain.target, plain.kind, model.fingerprint)

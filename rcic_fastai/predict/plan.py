@@ -150,10 +150,11 @@ def with_groups(
     return rows.assign(plate_group=pd.array(found.reindex(keys), dtype='Int64'))
 
 # %% ../../nbs/54_predict.plan.ipynb #5ff4094f
-def _told_index(model, by, correct):
+def _told_index(model, by, adapt, correct):
     "Return what is searched when the model is told the plate groups"
     if correct != 'none': raise ScreenError(f'{option("tell", "plate_group")} and {option("correct", correct)} cannot be had together: leave one of them out.')
-    return ClassifierIndex(model.told_index, model.spec.labels) if by == 'classifier' else model.told_index
+    index = model.told_adapted_index if adapt else model.told_index
+    return ClassifierIndex(index, model.spec.labels) if by == 'classifier' else index
 
 # %% ../../nbs/54_predict.plan.ipynb #b3ba4d46
 def _check_correctable(rows, correct):
@@ -270,7 +271,7 @@ def plan_prediction(
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=all_notes, versions=library_versions())
     record['correct'] = index.labels.correction.iloc[0] if correction else None
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
-    told = _told_index(model, c['by'], correct) if c['tell'] else None
+    told = _told_index(model, c['by'], how, correct) if c['tell'] else None
     return PredictionPlan(Protocol(protocol), asked, index, options, correction, search, tuple(notes), record, told)
 
 # %% ../../nbs/54_predict.plan.ipynb #7f14aab8
