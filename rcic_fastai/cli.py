@@ -321,7 +321,7 @@ def predict(
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best (mean with --by classifier)
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
-    tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; empty: the recipe's, or nothing
+    tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; no; empty: the recipe's, or no
     adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index (treatments; with --controls in training, controls too), or controls
     correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); empty: the recipe's, or none

@@ -38,6 +38,7 @@ def _decided(model, protocol, given):
     if protocol != 'transductive': said.pop('tell', None)
     if protocol == 'inductive': said = {k: v for k, v in said.items() if k not in ('adapt', 'correct')}
     chosen = {**_OPEN, **said, **{k: v for k, v in given.items() if v}}
+    if chosen['tell'] == 'no': chosen['tell'] = ''
     if not chosen['merge']: chosen['merge'] = 'mean' if chosen['by'] == 'classifier' else 'best'
     return chosen
 
@@ -129,12 +130,12 @@ def _index_for(model, adapt, protocol, correct, wells, by='index'):
     return corrected_index(index, correct, **_CORRECT[correct])
 
 # %% ../../nbs/54_predict.plan.ipynb #d89f5077
-TELL = ('', 'plate_group')
+TELL = ('plate_group', 'no')
 
 def _check_tell(model, protocol, tell, by):
     "Raise where the model cannot be told the plate group"
-    check_choice('tell', tell, TELL)
     if not tell: return
+    check_choice('tell', tell, TELL)
     asked = option('tell', tell)
     if protocol != 'transductive': raise ScreenError(f'{asked} uses which plates hold which group: ask for {option("protocol", "transductive")}.')
     if model.told_index is None:
@@ -233,7 +234,7 @@ def plan_prediction(
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best (mean by the classifier)
     same_cell_type:bool=False, # Only neighbors of the well's cell type
     assign:str='', # Transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
-    tell:str='', # Transductive: plate_group tells the model the groups that were found, and names again; empty: the recipe's, or nothing
+    tell:str='', # Transductive: plate_group tells the model the groups that were found, and names again; no; empty: the recipe's, or no
     adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
     correct:str='', # Correction of the embeddings per experiment: none, standardize, center, sphere or tvn; empty: the recipe's, or none
