@@ -1664,6 +1664,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'rcic_fastai/results/plots.py'),
                                            'rcic_fastai.results.plots.embedding_map': ( 'results.plots.html#embedding_map',
                                                                                         'rcic_fastai/results/plots.py'),
+                                           'rcic_fastai.results.plots.layout_map': ( 'results.plots.html#layout_map',
+                                                                                     'rcic_fastai/results/plots.py'),
                                            'rcic_fastai.results.plots.neighbor_strip': ( 'results.plots.html#neighbor_strip',
                                                                                          'rcic_fastai/results/plots.py'),
                                            'rcic_fastai.results.plots.plate_array': ( 'results.plots.html#plate_array',
