@@ -26,12 +26,12 @@ def count_wells(
     labels = wells[wells['well_type'] == 'treatment'].groupby(by)['sirna'].nunique().rename('sirnas')
     return res.join(kinds).join(labels).join(table.groupby(by).size().rename('sites')).fillna({'sirnas': 0}).astype(int)
 
-# %% ../../nbs/09_screen.look.ipynb #88301650
+# %% ../../nbs/09_screen.look.ipynb #6e0b2410
 def well_positions(
     table:pd.DataFrame, # Site table
     well_types=WELL_TYPES, # Which kinds of wells, such as ('negative_control',)
 )->pd.DataFrame: # One row per position and kind: well, row, column, well_type, plates (that have it there), share of all plates, labels (how many different)
-    "Say what each place on the plates of a screen holds"
+    "Count what each place on the plates of a screen holds"
     wells = table.drop_duplicates('well_id')
     n_plates = len(wells.drop_duplicates(['experiment', 'plate']))
     mine = wells[wells['well_type'].isin(list(well_types))]

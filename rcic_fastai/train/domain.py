@@ -340,7 +340,7 @@ class _LossTerm(DomainLoss):
         return [(g, _on_device(rows, self.pred)) for g, rows in self._rows().items() if len(rows) > 1]
 
 class IRM(_LossTerm):
-    "Ask for one classifier that is the best in every experiment (IRMv1, arXiv 1907.02893)"
+    "Train one classifier to be the best in every experiment at once (IRMv1, arXiv 1907.02893)"
     def term(self, groups):
         each = loss_of_each(self.loss_func, self.pred, self.yb)
         return irm_penalty(each, self.pred, [rows for _, rows in groups])
