@@ -3126,6 +3126,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                'rcic_fastai.train.distributed.wait_for_all': ( 'train.distributed.html#wait_for_all',
                                                                                                'rcic_fastai/train/distributed.py')},
             'rcic_fastai.train.domain': { 'rcic_fastai.train.domain.CORAL': ('train.domain.html#coral', 'rcic_fastai/train/domain.py'),
+                                          'rcic_fastai.train.domain.CORAL.__init__': ( 'train.domain.html#coral.__init__',
+                                                                                       'rcic_fastai/train/domain.py'),
                                           'rcic_fastai.train.domain.CORAL.term': ( 'train.domain.html#coral.term',
                                                                                    'rcic_fastai/train/domain.py'),
                                           'rcic_fastai.train.domain.DomainLoss': ( 'train.domain.html#domainloss',
