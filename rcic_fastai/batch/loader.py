@@ -232,10 +232,15 @@ def _buffer(self:ScreenDL, n):
     source = self.reader.source
     if get_worker_info() is not None:
         return torch.empty((n, *source.shape), dtype=getattr(torch, source.dtype.name)).share_memory_()
+    return self._buffers().get(n)
+
+@patch
+def _buffers(self:ScreenDL):
+    "Return the pool of buffers"
     if self._pool is None:
-        cuda = self.device is not None and self.device.type == 'cuda'
+        source, cuda = self.reader.source, self.device is not None and self.device.type == 'cuda'
         self._pool = BufferPool(source.shape, source.dtype, self.ahead + 2, cuda)
-    return self._pool.get(n)
+    return self._pool
 
 @patch
 def _sites(self:ScreenDL, ids):
@@ -256,9 +261,17 @@ def _read_batch(self:ScreenDL, idxs):
     return (self.reader.batch(x), *[codes[idxs].as_subclass(kind) for codes, kind in columns])
 
 @patch
+def _feeders(self:ScreenDL):
+    "Return how many batches may be in work: with two, no reader thread waits for the last site of a batch"
+    if self._in_memory: return 1
+    self._buffers()
+    is_only_read = all(isinstance(f, ToTensor) for f in self.after_item.fs)
+    return 2 if self.threads > 1 and self.ahead > 1 and is_only_read else 1
+
+@patch
 def _read_ahead(self:ScreenDL, chunks):
-    "Yield the batches of lists of samples; a thread prepares the next ones"
-    pool = ThreadPoolExecutor(1, 'rcic-feed')
+    "Yield the batches of lists of samples; one or two threads prepare the next ones"
+    pool = ThreadPoolExecutor(self._feeders(), 'rcic-feed')
     try:
         coming = deque(pool.submit(self._read_batch, c) for c in islice(chunks, self.ahead))
         while coming:

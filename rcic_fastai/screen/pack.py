@@ -34,7 +34,7 @@ def _differences(site):
     return res
 
 # %% ../../nbs/04_screen.pack.ipynb #d1ff0004
-_STRIP = 16     # rows
+_STRIP = 24     # rows: few steps, and few strips
 
 def _undo_differences(rows, continues=True):
     "Replace differences [R,W] by the pixels, in place; `continues`: a column begins where the one before ends"
@@ -42,12 +42,12 @@ def _undo_differences(rows, continues=True):
     strips = rows[:whole].reshape(-1, _STRIP, rows.shape[1])
     sums = strips.sum(1, dtype=rows.dtype)
     if continues:
-        ends = (sums.sum(0) + rows[whole:].sum(0)).astype(rows.dtype).cumsum(dtype=rows.dtype)[:-1]
+        ends = np.cumsum(sums.sum(0, dtype=rows.dtype) + rows[whole:].sum(0, dtype=rows.dtype), dtype=rows.dtype)[:-1]
         for first in (rows[0, 1:], sums[:1, 1:]): np.add(first, ends, out=first)
     if len(sums) > 1:
         _undo_differences(sums[:-1], continues=False)
         np.add(strips[1:, 0], sums[:-1], out=strips[1:, 0])
-    for r in range(1, _STRIP): np.add(strips[:, r], strips[:, r-1], out=strips[:, r])
+    for r in range(1, _STRIP if whole else 0): np.add(strips[:, r], strips[:, r-1], out=strips[:, r])
     for r in range(max(whole, 1), len(rows)): np.add(rows[r], rows[r-1], out=rows[r])
 
 # %% ../../nbs/04_screen.pack.ipynb #a1a01c36
