@@ -224,9 +224,11 @@ def _still_good(source, part, line, site_id):
     except (OSError, ScreenError): return False
     return line['site_id'] == site_id and _checked(data, line['crc32c']) and line['stamp'] == source.stamp(site_id)
 
+_WITH_OWN_CRC = 0x48674bc7     # CRC-32C of any bytes that end with their own CRC-32C; so none are copied to leave it out
+
 def _checked(data, crc):
     from google_crc32c import value as crc32c
-    return len(data) > 20 and data[-4:] == crc.to_bytes(4, 'little') and crc32c(data[:-4]) == crc
+    return len(data) > 20 and data[-4:] == crc.to_bytes(4, 'little') and crc32c(data) == _WITH_OWN_CRC
 
 # %% ../../nbs/04_screen.pack.ipynb #940e3118
 def _new_name(dest):
