@@ -218,7 +218,7 @@ def rcic_download(argv=None):
 def pack(
     screen, # RxRx1's folder, a CSV or parquet table of image files (such as load_data.csv), OME-Zarr plates, or any folder with --pattern
     dest, # Packed screen to write, such as screen.zarr
-    codec:str='fast', # fast: about 1.5 times the size of the PNGs; small: about 1.2 times, half as fast to read
+    codec:str='fast', # fast: about 1.4 times the size of the PNGs; small: about their size, half as fast to read; plain: 1.6 times, for readers of zarr other than Python's
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
