@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import *
+
 from helpers import refused
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.table import emb_features
