@@ -276,7 +276,10 @@ def train(
     recipe:str='demo', # demo, features, rcic117, rcic117_b4, rcic117_12d, rcic117_huvec, rcic117_u2os, rcic117_hepg2, rcic117_rpe, rcic117_groups, rcic16, rcic16_efficientnet_b4, rcic16_xception, rcic16_resnet101_cbam, rcic16_se_resnext101, rcic16_cyclic, rcic1, rxrx1_paper, rxrx1_resnet50, capstone_cnn, capstone_resnet50, wilds_erm, wilds_coral, wilds_irm, wilds_groupdro, six_channels, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
+    channels:str='', # Channels that the model reads, by name and in this order; 5-of-6: six models OUT/without_NAME; empty: the recipe's, or all
     valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has two; none
+    folds:int=0, # Divide the training experiments into so many folds, by cell type and --seed, instead of --valid
+    fold:int=0, # The fold that is held out, from 1
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict
@@ -287,6 +290,9 @@ def train(
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
     bs:int=0, # Batch size; 0: 32, or the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
+    pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
+    cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
+    pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:store_true=False, # Compile the model for a GPU, in some minutes
@@ -299,8 +305,8 @@ def train(
     from rcic_fastai.workflow import train_screen
     train_screen(**given)
 
-train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'valid', 'target', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'run': ['bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'workers', 'resume']}
+train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'valid', 'folds', 'fold', 'target', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
+                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'workers', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"
@@ -325,6 +331,7 @@ def predict(
     adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index (treatments; with --controls in training, controls too), or controls
     correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); empty: the recipe's, or none
+    held_out:store_true=False, # Name the wells of the training experiments that the model held out, instead of test experiments
     neighbors:str='', # Parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
@@ -332,16 +339,17 @@ def predict(
     bs:int=32, # Batch size
 ):
     "Name the test wells of a screen; interrupted, the same command continues"
-    given = {k: v for k, v in locals().items() if k != 'model'}
+    given = {k: v for k, v in locals().items() if k not in ('model', 'held_out')}
     from rcic_fastai.folder import load_model
     from rcic_fastai.train.distributed import all_agree, rank_device
     with all_agree(): opened = load_model(model, rank_device())
+    if held_out: given['screen'] = opened.held_out(screen)
     pred = opened.predict(**given)
     if pred is not None: print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
                   'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings'],
-                  'run': ['wells', 'only_present', 'workers', 'bs']}
+                  'run': ['wells', 'held_out', 'only_present', 'workers', 'bs']}
 
 def rcic_predict(argv=None):
     "Run the console script"

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_rows', 'remove_unfinished', 'is_finished',
-           'try_all', 'train_screen', 'clear_demo', 'demo_report', 'run_demo']
+           'try_all', 'fold_experiments', 'train_screen', 'clear_demo', 'demo_report', 'run_demo']
 
 # %% ../nbs/71_workflow.ipynb #e0280784
 import contextlib, io, json, tempfile, time
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 from fastai.vision.all import *
 from .core import *
 from .screen.tables import *
 from .screen.simulate.layout import *
 from .screen.images import *
 from .screen.screen import *
+from .screen.channels import *
 from .screen.pack import *
 from .screen.open import *
 from .batch.data import *
@@ -25,6 +27,7 @@ from .train.checkpoints import *
 from .train.learner import *
 from .train.recipes import *
 from .train.systems import *
+from .train.controls import *
 from .train.distributed import *
 from .embed.protocol import *
 from .embed.table import *
@@ -33,6 +36,7 @@ from .embed.index import *
 from .predict.predict import *
 from .predict.trained import *
 from .predict.plan import *
+from .predict.pseudo import *
 from .results.evaluate import *
 from .results.plots import *
 from .results.report import *
@@ -75,13 +79,15 @@ def training_rows(
 # %% ../nbs/71_workflow.ipynb #d0c0e82c
 def _beside(out, ending): return Path(os.path.abspath(out) + ending)
 def _checkpoints(out): return _beside(out, '.checkpoints')
+def _controls_checkpoints(out): return _beside(out, '.controls.checkpoints')
+def _pseudo_checkpoints(out): return _beside(out, '.pseudo.checkpoints')
 def _index_folder(out): return _beside(out, '.index.part')
 
 def remove_unfinished(
     out, # Model folder
 ):
     "Remove what a training keeps beside its output until the model is written"
-    remove_checkpoints(_checkpoints(out))
+    for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)): remove_checkpoints(folder)
     remove_index_parts(_index_folder(out))
 
 def is_finished(
@@ -134,6 +140,11 @@ def _check_training(size, bs, tta, **numbers):
     if size and not 16 <= size <= 4096: raise ScreenError(f"{option('size', size)} is not possible: give 16 to 4096 pixels, or 0 for the screen's own.")
     check_tta(tta)
 
+def _check_counts(**counts):
+    "Raise for counts below 0"
+    for k, v in counts.items():
+        if type(v) is not int or v < 0: raise ScreenError(f'{option(k, v)} is not possible: give a whole number, 0 or more.')
+
 def _without_sizes(recipe, size, bs):
     "Return the recipe without the sizes that the caller overrules"
     gone = {k: None for k, v in dict(size=size, bs=bs).items() if v}
@@ -156,35 +167,232 @@ def _rows_of(table, only):
         table = mine
     return table
 
+# %% ../nbs/71_workflow.ipynb #38594cc4
+def fold_experiments(
+    table:pd.DataFrame, # Site table; only training rows count
+    folds:int, # How many folds; 0: none
+    fold:int, # Which one to hold out, from 1
+    seed:int=0, # Which experiments go together
+)->list: # Names of the held-out experiments; empty without folds
+    "Return the experiments of one fold"
+    if not folds and not fold: return []
+    if not folds: raise ScreenError(f'{option("fold", fold)} is one of several: say how many with {option("folds")}.')
+    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}.')
+    if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
+    n = table.experiment[table.dataset.isin(('train', 'val'))].nunique()
+    if not 2 <= folds <= n: raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.' if n > 1 else f'{option("folds", folds)} needs two training experiments or more, and there is {n}: leave it out.')
+    which = experiment_folds(table, folds, seed)
+    return which.index[which == fold - 1].tolist()
+
 # %% ../nbs/71_workflow.ipynb #dafbbbf4
-def _training_learner(screen, recipe, given, workers):
-    "Return the learner of a recipe, where what was given wins over what the recipe says"
+def _picked_stats(data, whole, channels):
+    "Return the arguments of the batches with the given statistics of the picked channels only"
+    stats = data.get('norm_stats')
+    if not channels or stats is None or any(len(o) != len(whole.channels) for o in stats): return data
+    at = channel_positions(channels, whole.channels)
+    return {**data, 'norm_stats': [[o[i] for i in at] for o in stats]}
+
+def _also(table, recipe, given):
+    "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
+    needs = pd.Series(False, table.index)
+    if given['pretrain'] or recipe.pretrain: needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
+    if given['pseudo'] or recipe.pseudo:
+        is_mine = table.dataset == 'test'
+        for column, value in recipe.only.items(): is_mine &= table[column].astype(object).map(str, na_action='ignore') == str(value)
+        needs |= is_mine
+    return needs
+
+def _screen_to_learn(screen, recipe, given, data):
+    "Return the rows and pictures that are learned from, and how batches are made of them"
+    whole, channels = open_screen(screen, check=False), given['channels'] or recipe.channels
+    data = _picked_stats(data, whole, channels)
+    if channels: whole = whole.pick(channels)
+    mine = _rows_of(whole.table, recipe.only)
+    rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1))
+    learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
+    return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
+
+# %% ../nbs/71_workflow.ipynb #cb504de1
+def _training_learner(screen, recipe, given, workers, begin=None):
+    "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
-    data = {'bs': 32, 'norm': 'own', **recipe.data, **chosen}
+    data = {'bs': 32, 'norm': 'own', **recipe.data, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None}
     if data['norm'] != 'global': data.pop('norm_stats', None)
-    controls = given['controls'] or recipe.data.get('controls') or None
-    whole = open_screen(screen, check=False)
-    rows = training_rows(_rows_of(whole.table, recipe.only), given['target'], controls, data['norm'], data.get('sites', 1))
-    learned = whole[rows].complete(given['only_present'])
-    if given['resident']: learned = learned.resident(default_device(), given['size'] or None)
-    given = {**given, 'valid': _held_out(learned, recipe, given['valid'])}
-    dls = screen_dls(learned, **{**data, **{k: given[k] for k in ('valid', 'target', 'seed')}, 'controls': controls, 'num_workers': workers})
+    learned, data = _screen_to_learn(screen, recipe, given, data)
+    valid = fold_experiments(learned.table, given['folds'], given['fold'], given['seed']) or _held_out(learned, recipe, given['valid'])
+    if begin: data['vocabs'] = begin.spec.vocabs
+    dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
-          f'{len(dls.spec.labels)} {given["target"]} classes, {len(learned.channels)} channels')
+          f'{len(dls.spec.labels)} {given["target"]} classes, {plural(len(learned.channels), "channel")}')
     for note in picture_notes(learned): print(f'note: {note}')
+    if begin: return learner_from(begin.model, begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
     if given['metadata']: model['metadata'] = given['metadata']
     return screen_learner(dls, given['arch'] or recipe.arch, **model)
 
-# %% ../nbs/71_workflow.ipynb #f06ac3e8
+# %% ../nbs/71_workflow.ipynb #669f7e9a
+def _pseudo_plan(rounds, recipe):
+    "Return how many rounds of pseudo-labels there are, the shares of the first and the last, and the recipe of one; None without"
+    said = {**recipe.pseudo, **({'rounds': rounds} if rounds else {})}
+    if not said.get('rounds'): return None
+    stage = replace(PSEUDO.stages[0], **{k: said[k] for k in ('lr', 'cutmix') if k in said})
+    return dict(rounds=said['rounds'], first=said.get('first', .41), last=said.get('last', .98), recipe=replace(PSEUDO, stages=[stage]))
+
+def _check_steps(a, recipe, learn):
+    "Raise for steps before or after the training that cannot be made; return the plan of the pseudo-labels"
+    pretrain, pseudo = a.pretrain or recipe.pretrain, _pseudo_plan(a.pseudo, recipe)
+    if pretrain: control_dls(learn.dls)
+    if pseudo:
+        if rank_world()[1] > 1: raise ScreenError(f'Pseudo-labels are given by one process: train with one, or leave {option("pseudo")} out.')
+        check_pseudo(learn.dls, **{k: v for k, v in pseudo.items() if k != 'recipe'})
+    return pretrain, pseudo
+
+# %% ../nbs/71_workflow.ipynb #d0742e3d
+def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
+    "Train: control wells first, then the recipe, then pseudo-labels; return tables of what each reached"
+    how, res = dict(resume=a.resume, facts=dict(arguments=given)), {}
+    stages = _without_sizes(recipe, a.size, a.bs)
+    with learn.sharded():
+        if pretrain:
+            first = replace(stages, name=f'{recipe.name}, controls', stages=[replace(s, full_data=False) for s in stages.stages])
+            res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, folder=_controls_checkpoints(a.out), **how)
+            before = learn.history.assign(stage='controls: ' + learn.history.stage) if len(learn.history) else learn.history
+        res['stages'] = learn.fit_recipe(stages, seed=a.seed, cbs=cbs, folder=_checkpoints(a.out), **how)
+        if pretrain: learn.history = pd.concat([before, learn.history], ignore_index=True)
+    if pseudo: res['pseudo_rounds'] = learn.fit_pseudo(**pseudo, seed=a.seed, cbs=cbs, folder=_pseudo_checkpoints(a.out), **how)
+    return {k: v for k, v in res.items() if len(v)}
+
+# %% ../nbs/71_workflow.ipynb #0fe86f45
+def _train_model(args, recipe, begin=None):
+    "Train one model with the arguments of `train_screen`, and write its folder; it may `begin` with a trained one"
+    a = SimpleNamespace(**args)
+    given = {k: v for k, v in args.items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'workers', 'resume')}
+    views = {'tta': 4, **recipe.index, **({'tta': a.tta} if a.tta else {})}
+    info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, tta=views['tta'], precision=a.precision, compile=a.compile, mask=list(INDUCTIVE_MASK))
+    if a.folds: info['fold'] = dict(folds=a.folds, fold=a.fold)
+    is_first, out = not rank_world()[0], a.out
+    with ExitStack() as run:
+        with all_agree():
+            if is_first: run.enter_context(only_one(out))
+            if a.resume and is_finished(out):
+                print(f'{out} is finished: there is nothing to continue.')
+                return load_model(out) if is_first else None
+            out = new_folder(out)
+            info['recipe'] = recipe.to_dict()
+            if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
+            if not a.resume and is_first:
+                for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)): begin_checkpoints(folder)
+            device = rank_device()
+            torch.backends.cudnn.benchmark = device.type == 'cuda'
+            faster = precision_callbacks(a.precision, device)
+            learn = _training_learner(a.screen, recipe, given, a.workers, begin)
+            pretrain, pseudo = _check_steps(a, recipe, learn)
+            if pretrain: info['pretrain'] = pretrain
+            if pseudo: info['pseudo'] = {**pseudo, 'recipe': pseudo['recipe'].to_dict()}
+            if a.compile: compile_model(learn.model, device)
+            if is_first: try_all(learn, out, **{**info, 'tta': views['tta']})
+        reached = _fit_steps(learn, a, recipe, pretrain, pseudo, given, faster)
+        for table in reached.values(): print(table.to_string(index=False))
+        index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
+        if not is_first: return
+        model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
+        model.folder = model.save(out)
+        remove_unfinished(out)
+        print(f'{out}: model, index of {len(index.labels)} embeddings, history')
+        return model
+
+# %% ../nbs/71_workflow.ipynb #638b3823
+@contextlib.contextmanager
+def _several_in(out, resume):
+    "Check that OUT may hold several models; where none was begun, it is removed again"
+    was_there = out.exists()
+    with all_agree():
+        if not resume: new_folder(out)
+    try: yield
+    finally:
+        if not rank_world()[0] and not was_there and out.is_dir() and not any(out.iterdir()): out.rmdir()
+
+def _train_several(args, each):
+    "Train a model for each name, in OUT/name, with other arguments; {name: model}"
+    out, models = Path(args['out']), {}
+    with _several_in(out, args['resume']):
+        for i, (name, changes) in enumerate(each.items(), 1):
+            if not rank_world()[0]: print(f'== {name} ({i} of {len(each)})', flush=True)
+            models[name] = train_screen(**{**args, **changes, 'out': out/name})
+    return models
+
+def _channel_lists(screen, channels):
+    "Return the lists of channels for one model each; empty where one model is asked for"
+    if not isinstance(channels, str) or '-of-' not in channels: return {}
+    return leave_one_out(channels, open_screen(screen, check=False).channels)
+
+# %% ../nbs/71_workflow.ipynb #d968eaed
+def _cell_type_names(table, asked, recipe):
+    "Return the cell types that get a model of their own"
+    have = sorted(table.cell_type[table.dataset.isin(('train', 'val'))].dropna().astype(str).unique())
+    names = have if asked == 'each' else as_names(asked) or [c for c in recipe.cell_types if c in have]
+    lacks = [c for c in names if c not in have]
+    if lacks: raise ScreenError(f'No training well has the cell type {first_few(lacks)}: let {option("cell_types")} be each, or some of {first_few(have)}.')
+    if not names: raise ScreenError(f'The recipe has models of {first_few(recipe.cell_types)}, and the training wells are of {first_few(have)}: choose another recipe, or say {option("cell_types", "each")}.')
+    return [check_cell_name(c) for c in names]
+
+def _cell_type_recipe(recipe, cell_type):
+    "Return the recipe of the model of one cell type"
+    own = get_recipe(recipe.cell_types[cell_type]) if cell_type in recipe.cell_types else replace(recipe, name=f'{recipe.name}, {cell_type}', about='')
+    return replace(own, only={**own.only, 'cell_type': cell_type}, cell_types={}, pretrain='')
+
+def _held_of(held, table, cell_type):
+    "Return the held-out experiments of a cell type; 'none' where there are none"
+    return sorted({*held} & {*table.experiment[table.cell_type.astype(str) == cell_type]}) or 'none'
+
+# %% ../nbs/71_workflow.ipynb #289047af
+def _common_model(args, recipe, out):
+    "Return the model that the models of cell types begin with: the one that was given, or one that is trained in OUT/common"
+    given = Path(str(args['pretrained']))
+    if not (given/'config.json').is_file():
+        common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0}
+        _train_model(common, replace(recipe, cell_types={}, pseudo={}))
+        return load_model(out/'common')
+    model, arch = load_model(given), args['arch']
+    if arch and arch != model.config['model']['arch']: raise ScreenError(f'{given} is a {model.config["model"]["arch"]}: leave {option("arch", arch)} out.')
+    return model
+
+def _train_cell_types(args, recipe):
+    "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
+    out, table = Path(args['out']), open_screen(args['screen'], check=False).table
+    with all_agree(): recipes = {c: _cell_type_recipe(recipe, c) for c in _cell_type_names(table, args['cell_types'], recipe)}
+    if args['resume'] and is_cell_types(out):
+        print(f'{out} is finished: there is nothing to continue.')
+        return load_cell_types(out)
+    with _several_in(out, args['resume']): done = _each_cell_type(args, recipes, _common_model(args, recipe, out), table)
+    if rank_world()[0]: return
+    write_cell_types(out, {c: m.fingerprint for c, m in done.items()})
+    print(f'{out}: models of {", ".join(done)}, which answer as one')
+    return load_cell_types(out)
+
+def _each_cell_type(args, recipes, common, table):
+    "Train the model of each cell type from the common one; {cell type: model}"
+    wait_for_all()
+    asked = args['valid'] if args['valid'] not in ('auto', 'none') else fold_experiments(table, args['folds'], args['fold'], args['seed'])
+    held, done = asked or common.config['held_out'], {}
+    for i, (c, r) in enumerate(recipes.items(), 1):
+        if not rank_world()[0]: print(f'== {c} ({i} of {len(recipes)})', flush=True)
+        valid = _held_of(as_names(held), table, c) if held else args['valid']
+        done[c] = _train_model({**args, 'out': Path(args['out'])/c, 'valid': valid, 'folds': 0, 'fold': 0, 'cell_types': '', 'pretrain': ''}, r, common)
+    return done
+
+# %% ../nbs/71_workflow.ipynb #828eb844
 def train_screen(
     screen, # A `Screen`, or where one is: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
     recipe:str='demo', # Name of a recipe, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
+    channels:str='', # Channels that the model reads, by name and in this order; 5-of-6: six models OUT/without_NAME; empty: the recipe's, or all
     valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has two; none
+    folds:int=0, # Divide the training experiments into so many folds, by cell type and seed, instead of valid
+    fold:int=0, # The fold that is held out, from 1
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict
@@ -195,47 +403,25 @@ def train_screen(
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
     bs:int=0, # Batch size; 0: 32, or the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
+    pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
+    cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
+    pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:bool=False, # Compile the model for a GPU, in some minutes
     resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:bool=False, # Continue from the last finished epoch of the same call, in OUT.checkpoints
-)->TrainedModel: # Also saved in `out`; None in all processes but the first
+)->TrainedModel: # Also saved in `out`; None in all processes but the first. Of several models: {name: model}, or `CellTypeModels`
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
-    given = {k: v for k, v in locals().items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'workers', 'resume')}
+    args = dict(locals())
     r = get_recipe(recipe)
-    views = {'tta': 4, **r.index, **({'tta': tta} if tta else {})}
-    _check_training(size, bs, views['tta'], seed=seed, sites=sites, workers=workers)
-    info = dict(seed=seed, only_present=only_present, controls=controls, tta=views['tta'], precision=precision, compile=compile, mask=list(INDUCTIVE_MASK))
-    is_first = not rank_world()[0]
-    with ExitStack() as run:
-        with all_agree():
-            if is_first: run.enter_context(only_one(out))
-            if resume and is_finished(out):
-                print(f'{out} is finished: there is nothing to continue.')
-                return load_model(out) if is_first else None
-            out = new_folder(out)
-            info['recipe'] = r.to_dict()
-            if is_first and r.about: print(f'{r.name}: {r.about}')
-            if not resume and is_first: begin_checkpoints(_checkpoints(out))
-            device = rank_device()
-            torch.backends.cudnn.benchmark = device.type == 'cuda'
-            faster = precision_callbacks(precision, device)
-            learn = _training_learner(screen, r, given, workers)
-            if compile: compile_model(learn.model, device)
-            if is_first: try_all(learn, out, **{**info, 'tta': views['tta']})
-        with learn.sharded():
-            reached = learn.fit_recipe(_without_sizes(r, size, bs), seed=seed, cbs=faster, folder=_checkpoints(out), resume=resume,
-                                       facts=dict(arguments=given))
-        if len(reached): print(reached.to_string(index=False))
-        index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
-        if not is_first: return
-        model = learn.to_model(index, **info, stages=reached.to_dict('records'))
-        model.folder = model.save(out)
-        remove_unfinished(out)
-        print(f'{out}: model, index of {len(index.labels)} embeddings, history')
-        return model
+    _check_training(size, bs, tta or r.index.get('tta', 4), seed=seed, sites=sites, workers=workers)
+    if pretrain: check_choice('pretrain', pretrain, ('controls',))
+    _check_counts(folds=folds, fold=fold, pseudo=pseudo)
+    if (folds or fold) and valid != 'auto': raise ScreenError(f'{option("valid", valid)} and {option("folds", folds)} both say what is held out: choose one.')
+    if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
+    return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r)
 
 # %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),

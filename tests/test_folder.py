@@ -217,7 +217,7 @@ class Fake:
 NAMES = ['nucleus', 'ER', 'actin', 'nucleoli', 'mitochondria', 'golgi']
 
 @pytest.mark.parametrize('source, says', [
-    (Fake(['ER', 'nucleus', *NAMES[2:]]), 'nucleus, ER, actin.*ER, nucleus, actin.*same order'), (Fake(NAMES[:3]), '6 channels'), (Fake(['x', *NAMES[1:]]), 'same names'), (Fake(NAMES, 'uint16'), '8-bit')])
+    (Fake(NAMES[:3]), '6 channels'), (Fake(['x', *NAMES[1:]]), 'lacks nucleus.*same names'), (Fake(NAMES, 'uint16'), '8-bit')])
 def test_another_screen(made, source, says):
     with pytest.raises(ScreenError, match=says): load_model(made.folder).embed(Screen(made.table, source))
 

@@ -61,10 +61,8 @@ def test_what_the_model_knows_needs_no_note(made, capsys, tmp_path):
 
 CH = ('nucleus', 'ER', 'actin', 'nucleoli', 'mitochondria', 'golgi')
 @pytest.mark.parametrize('f, channels, says', [
-    (lambda x: x[:5], CH[:5], r'trained on 6 channels .* has 5'),
-    (lambda x: np.concatenate([x, x[:1]]), (*CH, 'brightfield'), r'trained on 6 channels .* has 7'),
-    (lambda x: x[::-1], CH[::-1], r'same names and in the same order'),
-    (lambda x: x, ('DNA', *CH[1:]), r'the screen has DNA, ER'),
+    (lambda x: x[:5], CH[:5], r'trained on 6 channels .* the screen lacks golgi'),
+    (lambda x: x, ('DNA', *CH[1:]), r'the screen lacks nucleus \(it has DNA, ER'),
     (lambda x: x.astype(np.uint16)*257, None, r'8-bit images and the screen has 16-bit'),
 ])
 def test_other_channels_and_depths_are_refused(made, capsys, tmp_path, f, channels, says):

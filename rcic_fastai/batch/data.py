@@ -6,14 +6,16 @@
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'TensorMeta', 'MetadataCategorize', 'MetadataBlock',
            'ExperimentSplitter', 'labeled_rows', 'label_order', 'control_plates_note', 'check_id_test', 'ScreenSpec',
            'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders', 'screen_dls',
-           'spec_dl']
+           'channels_note', 'spec_source', 'spec_dl']
 
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
 from ..screen.images import *
+from ..screen.channels import *
 from .site import *
 from .augment import *
 from .loader import *
@@ -383,19 +385,27 @@ def screen_dls(
     return dls
 
 # %% ../../nbs/13_batch.data.ipynb #2cbb812e
-def _check_images(spec, source):
-    "Raise a `ScreenError` when a source has other channels or bits than the model was trained on"
-    have = list(source.channels)
-    if len(have) != len(spec.channels):
-        raise ScreenError(f'The model was trained on {len(spec.channels)} channels ({", ".join(spec.channels)}) and the '
-                          f'screen has {len(have)} ({", ".join(have)}): give it images of those {len(spec.channels)} '
-                          'channels.')
-    if have != list(spec.channels):
-        raise ScreenError(f'The model was trained on the channels {", ".join(spec.channels)} and the screen has '
-                          f'{", ".join(have)}: give the channels under the same names and in the same order.')
+def channels_note(
+    spec:ScreenSpec, # What the model was trained on
+    source, # Image source
+)->str: # A sentence; empty where the channels are the same
+    "Return which channels of a source a model reads, where it has others or another order"
+    if list(source.channels) == list(spec.channels): return ''
+    return f'The screen has the channels {", ".join(source.channels)}, and the model reads {", ".join(spec.channels)} of them, by name.'
+
+def spec_source(
+    spec:ScreenSpec, # What the model was trained on
+    source, # Image source
+): # Image source with just the channels of the model
+    "Return a source with the channels of a model, by name; a `ScreenError` when it lacks some, or has other bits"
+    have, want = list(source.channels), list(spec.channels)
+    if lacks := [c for c in want if c not in have]:
+        raise ScreenError(f'The model was trained on {len(want)} channels ({", ".join(want)}) and the screen lacks {first_few(lacks)} '
+                          f'(it has {", ".join(have)}): give it images of those {len(want)} channels, under the same names.')
     if source.dtype.itemsize*8 != spec.bits:
         raise ScreenError(f'The model was trained on {spec.bits}-bit images and the screen has '
                           f'{source.dtype.itemsize*8}-bit ones: convert them, or train on this screen.')
+    return picked_source(source, want)
 
 # %% ../../nbs/13_batch.data.ipynb #bfccb76f
 def spec_dl(
@@ -409,8 +419,8 @@ def spec_dl(
     stat_rows:pd.DataFrame=None, # Rows that may give plate or experiment statistics; `None`: all that the source has of those plates or experiments
 )->ScreenDL: # Batches without target, in the order of `dl.rows`
     "Return batches of any screen for a trained model"
-    rows, source = screen.table, screen.source
-    _check_images(spec, source)
+    rows, source = screen.table, spec_source(spec, screen.source)
+    if note := channels_note(spec, screen.source): warnings.warn(note)
     among = whole_groups(spec, rows, source) if stat_rows is None else stat_rows
     stat_rows = statistics_rows(spec, rows, among)
     if spec.sites > 1: rows = rows.drop_duplicates('well_id')

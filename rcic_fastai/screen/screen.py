@@ -142,4 +142,4 @@ def store_fingerprint(self:Screen)->str:
 def fingerprint(self:Screen)->str:
     "Return 32 hexadecimal digits that stand for every row of the table and every picture"
     pictures = [self.store_fingerprint] if self.store_fingerprint else [self.source.stamp(i) for i in self.table.site_id]
-    return digest(self.table.to_csv(index=False), self.shape, self.source.dtype, *pictures)
+    return digest(self.table.to_csv(index=False), self.shape, self.source.dtype, *getattr(self.source, 'at', ()), *pictures)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['control_rows', 'control_dls', 'PlateControls', 'MinusControls', 'ControlMeans', 'difference_learner',
-           'control_similarity', 'fine_tune_cell_types']
+           'control_similarity', 'fine_tune_cell_types', 'learner_from']
 
 # %% ../../nbs/35_train.controls.ipynb #dc087b0c
 from contextlib import nullcontext
 from copy import copy, deepcopy
+from types import SimpleNamespace
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
@@ -19,6 +20,7 @@ from ..model.losses import *
 from ..model.model import *
 from ..model.batchnorm import *
 from .learner import *
+from .optimizer import *
 from .recipes import *
 from .domain import *
 
@@ -54,6 +56,16 @@ def _check_batches(learn, dls):
                           'make them with dls.rebuild(…), which keeps it.')
 
 # %% ../../nbs/35_train.controls.ipynb #7c4965cd
+def _with_classes(model, old, new, seed=0):
+    "Give a model a classifier of the labels `new`, where labels that are in `old` keep their direction"
+    w, kept = model.classifier.weight, [*model.classifier.parameters()]
+    with no_random(seed): fresh = create_classifier(model.classifier.kind, w.shape[1], len(new)).to(w.device)
+    both = [l for l in new if l in set(old)]
+    there, here = [new.index(l) for l in both], [old.index(l) for l in both]
+    with torch.no_grad():
+        for p, q in zip(fresh.parameters(), kept): p[there] = q[here]
+    model.classifier = fresh
+
 @patch
 def change_classes(self:Learner,
     dls, # From `dls.rebuild` or `control_dls`
@@ -64,13 +76,7 @@ def change_classes(self:Learner,
     model, old, new = get_model(self.model), self.dls.spec.labels, dls.spec.labels
     self.dls, self.opt = dls, None
     if new == old: return
-    w, kept = model.classifier.weight, [*model.classifier.parameters()]
-    with no_random(seed): fresh = create_classifier(model.classifier.kind, w.shape[1], len(new)).to(w.device)
-    both = [l for l in new if l in set(old)]
-    there, here = [new.index(l) for l in both], [old.index(l) for l in both]
-    with torch.no_grad():
-        for p, q in zip(fresh.parameters(), kept): p[there] = q[here]
-    model.classifier = fresh
+    _with_classes(model, old, new, seed)
     self.set_loss(_countless(model.loss.config()))
 
 # %% ../../nbs/35_train.controls.ipynb #67501148
@@ -96,11 +102,12 @@ def pretrain_on_controls(self:Learner,
     recipe, # A `Recipe`, its name, or a JSON file
     seed:int=0, # As in `fit_recipe`
     cbs=None, # Further callbacks
+    **kwargs # As `fit_recipe` has them, to continue after an interruption: folder, resume, facts
 )->pd.DataFrame: # One row per stage, as from `fit_recipe`
     "Run a recipe with the control wells as classes, then return to the classes of before"
     dls = self.dls
     self.change_classes(control_dls(dls), seed)
-    try: return self.fit_recipe(recipe, seed, cbs)
+    try: return self.fit_recipe(recipe, seed, cbs, **kwargs)
     finally: self.change_classes(dls, seed)
 
 # %% ../../nbs/35_train.controls.ipynb #f0817ab4
@@ -320,3 +327,21 @@ def fine_tune_cell_types(
         twin.change_classes(dls.rebuild(screen=dls.screen[mine], valid=valid), seed)
         twin.fit_recipe(recipe, seed, cbs)
     return res
+
+# %% ../../nbs/35_train.controls.ipynb #2ef78b6c
+def learner_from(
+    model, # A trained `ScreenModel`; it is not changed
+    spec, # Its `ScreenSpec`
+    dls, # From `screen_dls`, with `vocabs=spec.vocabs`
+    seed:int=0, # Directions of classes that the model does not have
+    **kwargs # To `Learner`
+)->Learner:
+    "Create a learner that goes on with a copy of a trained model"
+    _check_batches(SimpleNamespace(dls=SimpleNamespace(spec=spec), model=model), dls)
+    net = deepcopy(get_model(model))
+    if list(dls.spec.labels) != list(spec.labels):
+        _with_classes(net, spec.labels, dls.spec.labels, seed)
+        net.loss = loss_from_config(_countless(net.loss.config()), net.classifier.n_classes)
+    learn = Learner(dls, net, loss_func=net.loss, **{**dict(metrics=[accuracy], splitter=screen_splitter, opt_func=FusedAdam), **kwargs})
+    learn.add_cb(TrainedOn())
+    return learn

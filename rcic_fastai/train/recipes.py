@@ -66,6 +66,10 @@ class Recipe:
     data:dict=field(default_factory=dict) # Further arguments of `screen_dls`
     valid:list=() # Experiments that its authors held out; taken where nothing else is asked for and the screen has them
     only:dict=field(default_factory=dict) # Column → value: the rows that it is trained on, such as {'cell_type': 'HUVEC'}
+    channels:str='' # Channels that are read, by name and in this order; empty: all; 5-of-6: one model without each
+    pretrain:str='' # controls: what is learned first; empty: nothing
+    cell_types:dict=field(default_factory=dict) # Cell type → recipe of its own model, trained from the weights of this one
+    pseudo:dict=field(default_factory=dict) # Rounds of pseudo-labels that follow: rounds, and perhaps first and last share, see `pseudo_schedule`, lr and cutmix
     index:dict=field(default_factory=dict) # Views of the training sites in the index: tta, views, separate, see `build_index`
     predict:dict=field(default_factory=dict) # How its authors predicted: what `model.predict` does unless it is told
     about:str='' # Where it comes from
@@ -146,6 +150,7 @@ def _check_arguments(entry, given, func, but):
 
 # %% ../../nbs/33_train.recipes.ipynb #756da1d8
 _INDEX = ('tta', 'views', 'separate')
+_PSEUDO = ('rounds', 'first', 'last', 'lr', 'cutmix')
 _PREDICT = ('tta', 'views', 'vote', 'k', 'merge', 'by', 'tell', 'assign', 'adapt', 'correct', 'same_cell_type')
 
 def check_recipe(
@@ -156,9 +161,10 @@ def check_recipe(
     if 'valid' in recipe.data: raise ScreenError('The recipe has valid in its data: name held-out experiments in valid of the recipe itself.')
     _check_arguments('data', recipe.data, screen_dls, ('screen', 'valid', 'seed', 'device'))
     _check_arguments('model', recipe.model, screen_learner, ('dls', 'arch', 'seed'))
-    for entry, given, takes in (('predict', recipe.predict, _PREDICT), ('index', recipe.index, _INDEX)):
+    for entry, given, takes in (('predict', recipe.predict, _PREDICT), ('index', recipe.index, _INDEX), ('pseudo', recipe.pseudo, _PSEUDO)):
         odd = [k for k in given if k not in takes]
         if odd: raise ScreenError(f'The recipe has the unknown entry {odd[0]!r} in its {entry}: use {", ".join(takes)}.')
+    if recipe.pretrain: check_choice('pretrain', recipe.pretrain, ('controls',))
     return recipe
 
 def _stage_from_dict(d, i):

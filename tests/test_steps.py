@@ -1,0 +1,290 @@
+"Trainings of several steps as commands: channels, folds, a model for each cell type, controls first, pseudo-labels; killed and resumed."
+import json, os, subprocess, sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from fastai.torch_core import no_random
+from rcic_fastai import cli
+from rcic_fastai.batch import resident
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.folder import load_model
+from rcic_fastai.predict.predict import read_predictions
+from rcic_fastai.screen.channels import picked_source
+from rcic_fastai.screen.images import ImageSource
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.pack import pack_screen
+from rcic_fastai.screen.screen import Screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
+
+EXPS = ['HUVEC-01', 'HUVEC-02', 'RPE-01', 'RPE-02', 'HUVEC-17', 'RPE-08']
+
+
+@pytest.fixture(scope='module')
+def here(tmp_path_factory):
+    d = tmp_path_factory.mktemp('steps')
+    simulate_screen(d/'screen', EXPS, sirnas=8, size=48, controls=2, progress=False)
+    pack_screen(open_screen(d/'screen'), d/'s.zarr', progress=False)
+    (d/'tiny.json').write_text(json.dumps(dict(name='tiny', arch='test_resnet', model=dict(emb_dim=16), stages=[dict(name='all', epochs=2, lr=1e-2, loss='adacos')])))
+    return d
+
+
+def train(here, out, more='', code=0, screen='s.zarr'):
+    line = f'{here}/{screen} {here}/{out} --recipe {here}/tiny.json --pretrained no --tta 1 {more}'
+    assert cli.rcic_train(line.split()) == code
+    return here/out
+
+
+def predict(here, model, out, more='', code=0):
+    assert cli.rcic_predict(f'{here}/{model} {here}/s.zarr {here}/{out}.csv --tta 1 {more}'.split()) == code
+    return here/f'{out}.csv'
+
+
+def refused(here, more, words, capsys, out='never'):
+    "One sentence, and nothing is written"
+    before = sorted(here.rglob('*'))
+    capsys.readouterr()
+    train(here, out, more, code=2)
+    lines = [l for l in capsys.readouterr().err.splitlines() if l.startswith('rcic_train: ')]
+    assert len(lines) == 1 and words in lines[0], lines
+    assert sorted(here.rglob('*')) == before
+
+
+def killed(here, out, more, when):
+    "Run a training in a process of its own, which is killed at a moment that `when` tells: code that defines `Killed`"
+    code = f'''
+import os, signal, sys
+from fastai.vision.all import *
+from rcic_fastai import cli
+class Killed(Callback):
+    order = 90
+    def after_batch(self):
+        if self.training and {when}: os.kill(os.getpid(), signal.SIGKILL)
+defaults.callbacks.append(Killed)
+cli.rcic_train(sys.argv[1:])
+'''
+    line = f'{here}/s.zarr {here}/{out} --recipe {here}/tiny.json --pretrained no --tta 1 {more}'
+    done = subprocess.run([sys.executable, '-c', code, *line.split()], capture_output=True, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore'))
+    assert done.returncode == -9, done.stderr[-2000:]
+
+
+# Channels
+
+class Three(ImageSource):
+    "Three channels of a screen, as files of their own would be"
+    def __init__(self, source, table, at):
+        super().__init__(source.root, table, [source.channels[i] for i in at])
+        self.of, self.at = source, at
+    @property
+    def shape(self): return (len(self.at), *self.of.shape[1:])
+    @property
+    def dtype(self): return self.of.dtype
+    def _read(self, site_id, out): out[...] = self.of[site_id][self.at]
+
+
+def batches(screen, **kwargs):
+    dls = screen_dls(screen, valid='HUVEC-02', bs=8, seed=3, device='cpu', **kwargs)
+    with no_random(0): return [b for _ in range(2) for b in dls.train] + list(dls.valid)
+
+
+@pytest.mark.parametrize('how', [{}, dict(sites=2), dict(norm='plate'), dict(norm='global'), dict(size=32), dict(num_workers=2)], ids=str)
+@pytest.mark.parametrize('held', [False, True], ids=['read', 'resident'])
+def test_batches_are_those_of_a_screen_packed_with_these_channels(here, tmp_path, how, held):
+    whole = open_screen(here/'s.zarr')
+    packed = open_screen(pack_screen(Screen(whole.table, Three(whole.source, whole.table, [5, 0, 2])), tmp_path/'three.zarr', progress=False))
+    mine = whole.pick('golgi,nucleus,actin')
+    pd.testing.assert_frame_equal(mine.source.stats, packed.source.stats)
+    if held: mine = mine.resident('cpu', progress=False)
+    for a, b in zip(batches(packed, **{k: v for k, v in how.items() if k != 'num_workers'}), batches(mine, **how), strict=True):
+        for u, v in zip(a, b, strict=True):
+            assert type(u) is type(v) and torch.equal(u.as_subclass(torch.Tensor), v.as_subclass(torch.Tensor))
+
+
+def test_channels_of_pictures_in_memory_are_picked_from_there(here):
+    held = open_screen(here/'s.zarr').resident('cpu', progress=False)
+    mine, ids = held.pick('ER,golgi'), held.table.site_id.tolist()[:3]
+    assert mine.source.origin is held.source
+    assert torch.equal(mine.source.take(ids), held.source.take(ids)[:, [1, 5]])
+    assert len(mine.source.restrict(held.table[:2]).missing()) == 0
+
+
+def test_a_model_of_fewer_channels_reads_a_screen_of_all(here, tmp_path, recwarn):
+    train(here, 'two', '--channels golgi,ER --valid HUVEC-02')
+    model = load_model(here/'two')
+    assert model.spec.channels == ['golgi', 'ER'] and list(model.config['data']['channels']) == ['golgi', 'ER']
+    recwarn.clear()
+    got = read_predictions(predict(here, 'two', 'two_all'))
+    notes = {str(w.message) for w in recwarn if 'the model reads golgi, ER of them, by name' in str(w.message)}
+    assert len(notes) == 1
+    pack_screen(open_screen(here/'s.zarr').pick('ER,golgi'), tmp_path/'two.zarr', progress=False)
+    alone = model.predict(tmp_path/'two.zarr', tta=1, progress=False)
+    assert alone.sirna.tolist() == got.sirna.tolist() and np.allclose(alone.score, model.predict(here/'s.zarr', tta=1, progress=False).score, atol=1e-6)
+
+
+def test_a_screen_without_a_channel_of_the_model_is_refused(here, tmp_path, capsys):
+    train(here, 'golgi', '--channels golgi --valid none')
+    pack_screen(open_screen(here/'s.zarr').pick('ER,actin'), tmp_path/'er.zarr', progress=False)
+    assert cli.rcic_predict(f'{here}/golgi {tmp_path}/er.zarr {tmp_path}/x.csv --tta 1'.split()) == 2
+    assert 'the screen lacks golgi' in capsys.readouterr().err and not (tmp_path/'x.csv').exists()
+
+
+def test_six_models_without_a_channel_each_are_resumed(here, capsys):
+    killed(here, 'six', '--channels 5-of-6 --valid HUVEC-02', "'without_actin' in str(self.learn.checkpoint.folder) and self.epoch == 1")
+    assert {p.name for p in (here/'six').iterdir() if (p/'config.json').exists()} == {'without_nucleus', 'without_ER'}
+    train(here, 'six', '--channels 5-of-6 --valid HUVEC-02 --resume')
+    said = capsys.readouterr().out
+    assert said.count('is finished: there is nothing to continue') == 2
+    assert len(list((here/'six').iterdir())) == 6
+    assert load_model(here/'six/without_golgi').spec.channels == ['nucleus', 'ER', 'actin', 'nucleoli', 'mitochondria']
+    train(here, 'actin', '--channels nucleus,ER,nucleoli,mitochondria,golgi --valid HUVEC-02')
+    assert load_model(here/'actin').fingerprint == load_model(here/'six/without_actin').fingerprint
+
+
+@pytest.mark.parametrize('more, words', [('--channels DNA,ER', 'no channel DNA'), ('--channels ER,ER', 'named twice'), ('--channels 4-of-6', 'ask for 5-of-6')])
+def test_wrong_channels(here, more, words, capsys): refused(here, more, words, capsys)
+
+
+# Folds
+
+def test_folds_together_predict_every_training_well_once(here, capsys):
+    files, held = [], []
+    for i in (1, 2):
+        train(here, f'fold{i}', f'--folds 2 --fold {i} --seed 4')
+        config = load_model(here/f'fold{i}').config
+        assert config['fold'] == dict(folds=2, fold=i) and {e[:3] for e in config['held_out']} == {'HUV', 'RPE'}
+        assert not {*config['held_out']} & {*config['trained_experiments']}
+        held += config['held_out']
+        files.append(predict(here, f'fold{i}', f'fold{i}', '--held-out'))
+    table = open_screen(here/'s.zarr').table
+    wells = table[table.dataset.eq('train') & table.well_type.eq('treatment')].well_id.unique()
+    assert sorted(held) == EXPS[:4] and sorted(pd.concat(map(read_predictions, files)).id_code) == sorted(wells)
+    capsys.readouterr()
+    assert cli.rcic_evaluate([','.join(map(str, files)), str(here/'s.zarr'), '--json']) == 0
+    res = json.loads(capsys.readouterr().out)
+    assert list(res['columns']) == ['inductive'] and res['columns']['inductive']['n_wells'] == len(wells)
+    assert any('wells of training experiments are judged (HUVEC-01' in n for n in res['notes'])
+
+
+@pytest.mark.parametrize('more, words', [('--fold 1', 'say how many with --folds'), ('--folds 2', 'add --fold'), ('--folds 9 --fold 1', 'cannot be made of 4 training experiments: choose 2 to 4'),
+                                         ('--folds 2 --fold 3', 'choose 1 to 2'), ('--folds 2 --fold 1 --valid HUVEC-01', 'both say what is held out')])
+def test_wrong_folds(here, more, words, capsys): refused(here, more, words, capsys)
+
+
+def test_what_was_trained_on_is_not_named_as_held_out(here, capsys):
+    train(here, 'all', '--valid none')
+    predict(here, 'all', 'x', '--held-out', code=2)
+    assert 'was trained on all training experiments' in capsys.readouterr().err and not (here/'x.csv').exists()
+    assert cli.rcic_train(f'{here}/s.zarr {here}/later --recipe {here}/tiny.json --pretrained {here}/all --valid HUVEC-02 --tta 1'.split()) == 0
+    predict(here, 'later', 'x', '--held-out', code=2)
+    assert 'learned the labels of HUVEC-02 before' in capsys.readouterr().err and not (here/'x.csv').exists()
+
+
+# A model for each cell type
+
+def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
+    killed(here, 'cells', '--cell-types each', "self.dls.train.items.cell_type.eq('RPE').all() and self.epoch == 1")
+    assert {p.parent.name for p in (here/'cells').glob('*/config.json')} == {'common', 'HUVEC'} and not (here/'cells/cell_types.json').exists()
+    train(here, 'cells', '--cell-types each --resume')
+    assert capsys.readouterr().out.count('is finished: there is nothing to continue') == 2
+    models, screen = load_model(here/'cells'), open_screen(here/'s.zarr')
+    for c in ('HUVEC', 'RPE'):
+        m = load_model(here/'cells'/c)
+        assert set(m.index.labels.cell_type) == {c} and m.config['held_out'] == [f'{c}-02']
+        assert {*m.config['trained_experiments']} == {'HUVEC-01', 'RPE-01'}
+    got = read_predictions(predict(here, 'cells', 'cells')).set_index('id_code').sirna
+    assert not list(here.glob('cells.csv.*')) and len(got) == screen.test.treatments.table.well_id.nunique()
+    for c in ('HUVEC', 'RPE'):
+        alone = load_model(here/'cells'/c).predict(screen[screen.table.cell_type == c], tta=1, progress=False)
+        assert alone.sirna.tolist() == got[alone.id_code].tolist()
+    assert models.evaluate(screen, ['inductive', 'adapted', 'transductive'], tta=1, progress=False).columns['adapted']['n_wells'] == len(got)
+    emb = models.embed(screen, tta=1, progress=False)
+    assert emb.Metadata_site_id.tolist() == screen.table.site_id.tolist()
+    predict(here, 'cells', 'cells_held', '--held-out')
+    train(here, 'whole', '--cell-types each')
+    assert load_model(here/'whole').fingerprint == models.fingerprint
+
+
+def test_cell_types_begin_with_a_given_model(here):
+    train(here, 'base', '--valid HUVEC-02,RPE-02')
+    (here/'still.json').write_text(json.dumps(dict(name='still', arch='test_resnet', stages=[])))
+    line = f'{here}/s.zarr {here}/from_base --recipe {here}/still.json --pretrained {here}/base --cell-types RPE --tta 1'
+    assert cli.rcic_train(line.split()) == 0
+    a, b = load_model(here/'base'), load_model(here/'from_base').models['RPE']
+    assert all(torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items() if v.is_floating_point() and k != 'classifier.weight')
+    assert torch.equal(a.model.classifier.weight, b.model.classifier.weight) and list(load_model(here/'from_base').models) == ['RPE']
+
+
+def test_each_cell_type_has_its_own_stages(here):
+    own = dict(name='own', arch='test_resnet', stages=[dict(name='mine', epochs=1, lr=1e-3)])
+    (here/'own.json').write_text(json.dumps(own))
+    (here/'cells.json').write_text(json.dumps({**json.loads((here/'tiny.json').read_text()), 'cell_types': dict(RPE=str(here/'own.json'))}))
+    assert cli.rcic_train(f'{here}/s.zarr {here}/own --recipe {here}/cells.json --pretrained no --tta 1'.split()) == 0
+    assert list(load_model(here/'own').models) == ['RPE'] and load_model(here/'own/RPE').history.stage.tolist() == ['mine']
+
+
+def test_a_well_of_a_cell_type_without_a_model_is_refused(here, capsys):
+    predict(here, 'from_base', 'none', code=2)
+    assert 'no model of the cell type HUVEC: the folder has RPE' in capsys.readouterr().err and not list(here.glob('none*'))
+
+
+@pytest.mark.parametrize('more, words', [('--cell-types A549', 'No training well has the cell type A549'), ('--cell-types each --channels DNA', 'no channel DNA')])
+def test_wrong_cell_types(here, more, words, capsys): refused(here, more, words, capsys)
+
+
+# Control wells first
+
+def test_controls_first_and_resumed(here):
+    killed(here, 'after_controls', '--pretrain controls --valid HUVEC-02', "len(self.dls.spec.labels) < 8 and self.epoch == 1")
+    assert (here/'after_controls.controls.checkpoints').is_dir() and not (here/'after_controls').exists()
+    killed(here, 'after_controls', '--pretrain controls --valid HUVEC-02 --resume', "len(self.dls.spec.labels) == 8 and self.epoch == 1")
+    train(here, 'after_controls', '--pretrain controls --valid HUVEC-02 --resume')
+    train(here, 'at_once', '--pretrain controls --valid HUVEC-02')
+    a, b = load_model(here/'after_controls'), load_model(here/'at_once')
+    assert a.fingerprint == b.fingerprint and not list(here.glob('after_controls.*'))
+    assert b.config['pretrain'] == 'controls' and len(b.config['pretrain_stages']) == 1
+    assert b.history.stage.unique().tolist() == ['controls: all', 'all'] and set(b.index.labels.well_type) == {'treatment'}
+    assert set(b.config['trained_experiments']) == {'HUVEC-01', 'RPE-01', 'RPE-02'} and len(b.spec.labels) == 8
+    train(here, 'plain', '--valid HUVEC-02')
+    assert load_model(here/'plain').fingerprint != b.fingerprint
+
+
+def test_without_controls_there_is_nothing_to_learn_first(here, tmp_path, capsys):
+    simulate_screen(here/'bare', EXPS[:2], sirnas=8, size=48, controls=0, progress=False)
+    t = open_screen(here/'bare').treatments
+    pack_screen(t, here/'bare.zarr', progress=False)
+    capsys.readouterr()
+    train(here, 'never', '--pretrain controls', 2, 'bare.zarr')
+    assert 'no control well' in capsys.readouterr().err and not list(here.glob('never*'))
+    refused(here, '--pretrain everything', "choose from controls", capsys)
+
+
+# Pseudo-labels
+
+def test_pseudo_labels_are_transductive_and_resumed(here, capsys):
+    killed(here, 'pseudo', '--pseudo 3 --valid HUVEC-02', "len(getattr(self.learn, 'history', ())) == 4")
+    assert (here/'pseudo.pseudo.checkpoints').is_dir()
+    train(here, 'pseudo', '--pseudo 3 --valid HUVEC-02 --resume')
+    assert '2 rounds of pseudo-labels were finished' in capsys.readouterr().out
+    train(here, 'pseudo_at_once', '--pseudo 3 --valid HUVEC-02')
+    a, b = load_model(here/'pseudo'), load_model(here/'pseudo_at_once')
+    assert a.fingerprint == b.fingerprint and not list(here.glob('pseudo.p*')) + list(here.glob('pseudo.c*'))
+    assert b.config['pseudo_experiments'] == ['HUVEC-17', 'RPE-08'] and [round(r['share'], 2) for r in b.config['pseudo_rounds']] == [.41, .7, .98]
+    assert set(b.index.labels.experiment) == {'HUVEC-01', 'RPE-01', 'RPE-02'}
+    predict(here, 'pseudo', 'pseudo_inductive', code=2)
+    assert '--protocol transductive' in capsys.readouterr().err and not (here/'pseudo_inductive.csv').exists()
+    predict(here, 'pseudo', 'pseudo_all', '--protocol transductive')
+    predict(here, 'pseudo', 'pseudo_held', '--held-out')                        # it was not used, so this is inductive
+
+
+def test_no_label_of_a_test_well_is_read(here, tmp_path):
+    whole = open_screen(here/'s.zarr')
+    blank = whole.table.assign(sirna=whole.table.sirna.mask(whole.table.dataset == 'test'), sirna_id=whole.table.sirna_id.mask(whole.table.dataset == 'test'))
+    pack_screen(Screen(blank, whole.source), here/'blank.zarr', progress=False)
+    train(here, 'pseudo_blank', '--pseudo 3 --valid HUVEC-02', screen='blank.zarr')
+    assert load_model(here/'pseudo_blank').fingerprint == load_model(here/'pseudo_at_once').fingerprint
+
+
+def test_pseudo_labels_need_test_wells(here, capsys):
+    pack_screen(open_screen(here/'s.zarr').train, here/'train.zarr', progress=False)
+    capsys.readouterr()
+    train(here, 'never', '--pseudo 3', 2, 'train.zarr')
+    assert 'no test row of a treatment well' in capsys.readouterr().err and not list(here.glob('never*'))
+    refused(here, '--pseudo -1', '--pseudo -1', capsys)
