@@ -1,10 +1,10 @@
 """Every published recipe on one screen, in small, by one rule: what each idea is worth where all else is equal.
 
-    python bench/recipes.py [--epochs 16] [--seeds 0,1,2] [--only rcic117,rcic16] [--runs FOLDER] [--full --screen STORE]
+    python bench/recipes.py [--epochs 12] [--seeds 0,1,2] [--only rcic117,rcic16] [--runs FOLDER] [--full --screen STORE]
 
 The rule: each recipe as it is, with (1) EfficientNet-Lite0 with its published weights in place of its backbone, unless the backbone is the point
 (`capstone_cnn`); (2) pictures of 96 px for 512, sizes and crops in proportion; (3) so many epochs in all, shared among its stages as its own are;
-(4) batches of 32, the rate times the root of 32 over its own batch (SGD: times 32 over it); (5) all six channels; (6) nothing held out, so that all have the same
+(4) batches of 32, the rate times the root of 32 over its own batch (SGD: times 32 over it); (5) all six channels, no first task, one model; (6) nothing held out, so that all have the same
 wells, and what would choose by held-out experiments has nothing to choose by. All have the same epochs of the same pictures; the seconds that these took are
 stored. The screen is that of bench/time_to_accuracy.py: 8 training and 4 unseen experiments, 40 siRNAs. A recipe predicts as its authors did.
 
@@ -25,13 +25,15 @@ from time_to_accuracy import drawn
 
 SIDE, BATCH = 96, 32
 LEFT_OUT = ('features', 'rcic16_efficientnet_b4', 'rcic16_xception', 'rcic16_resnet101_cbam', 'rcic16_se_resnext101',   # the same with another backbone
-            'rcic117_huvec', 'rcic117_u2os', 'rcic117_hepg2', 'rcic117_rpe', 'rcic117_groups')                         # other wells are judged
+            'rcic117_huvec', 'rcic117_u2os', 'rcic117_hepg2', 'rcic117_rpe', 'rcic117_groups', 'rcic117_cell_types',   # other wells are judged
+            'rcic1_pseudo')   # learns what is judged
 NAMES = [n for n in RECIPES if n not in LEFT_OUT]
 
 
 def rate_for(lr, share, opt):
     "Return the learning rate for a batch that is `share` times as large"
-    f = share if opt and dict(name=opt).get('name', opt) == 'sgd' or isinstance(opt, dict) and opt['name'] == 'sgd' else share**.5
+    name = opt['name'] if isinstance(opt, dict) else opt
+    f = share if name == 'sgd' else share**.5
     if isinstance(lr, dict): return {k: v*f for k, v in lr.items()}
     return tuple(v*f for v in lr) if isinstance(lr, (tuple, list)) else lr*f
 
@@ -45,7 +47,7 @@ def in_small(recipe, epochs):
     model = {k: v for k, v in r.model.items() if k != 'arch_args'}
     keep = recipe.arch == 'capstone_cnn'
     groups = {'batch_groups': 4} if 'batch_groups' in r.data else {}
-    return replace(r, stages=stages, arch=recipe.arch if keep else 'efficientnet-lite0', model=model, data={**r.data, 'bs': BATCH, **groups}, valid=())
+    return replace(r, channels='', pretrain='', pseudo={}, stages=stages, arch=recipe.arch if keep else 'efficientnet-lite0', model=model, data={**r.data, 'bs': BATCH, **groups}, valid=())
 
 
 def one(recipe, screen, seed):
@@ -85,7 +87,7 @@ def table_of(runs, names, seeds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--epochs', type=int, default=16, help='(default: %(default)s)')
+    parser.add_argument('--epochs', type=int, default=12, help='(default: %(default)s)')
     parser.add_argument('--seeds', default='0,1,2', help='(default: %(default)s)')
     parser.add_argument('--only', default=','.join(NAMES), help='(default: all)')
     parser.add_argument('--runs', type=Path, default=Path(__file__).parent/'runs', help='(default: %(default)s)')

@@ -25,7 +25,13 @@ def tiny(name):
     r = RECIPES[name].scaled(min(3, len(RECIPES[name].stages)), side=64)
     arch = r.arch if r.arch == 'capstone_cnn' else 'mobilenetv3_small_050'
     model = {k: v for k, v in r.model.items() if k != 'arch_args'}
-    return replace(r, arch=arch, model={**model, 'emb_dim': 16} if 'neck' not in model else model, stages=[replace(s, bs=s.bs and 8) for s in r.stages], data={**r.data, 'bs': 8, **({'batch_groups': 2} if 'batch_groups' in r.data else {})})
+    return replace(r, channels=r.channels.replace('5-of-6', ''), arch=arch, model={**model, 'emb_dim': 16} if 'neck' not in model else model, stages=[replace(s, bs=s.bs and 8) for s in r.stages], data={**r.data, 'bs': 8, **({'batch_groups': 2} if 'batch_groups' in r.data else {})})
+
+
+def protocols_of(recipe):
+    "Return the protocols that a recipe can be asked for: one plate group alone has no pattern, pseudo-labels are of the test plates"
+    if 'plate_group' in recipe.only: return ['inductive']
+    return ['transductive'] if recipe.pseudo else ['inductive', 'transductive']
 
 
 @pytest.mark.parametrize('name', SYSTEMS)
@@ -35,7 +41,7 @@ def test_a_system_runs_through_the_commands(name, drawn, tmp_path, capsys):
     assert not cli.rcic_train([str(drawn), str(model), '--recipe', str(recipe), '--pretrained', 'no', '--tta', '1'])
     assert RECIPES[name].about.split('.')[0] in capsys.readouterr().out
     said = RECIPES[name].predict
-    for protocol in ('inductive', 'transductive')[:1 if 'plate_group' in RECIPES[name].only else 2]:      # one group alone has no pattern
+    for protocol in protocols_of(RECIPES[name]):
         out = tmp_path/f'{protocol}.csv'
         assert not cli.rcic_predict([str(model), str(drawn), str(out), '--protocol', protocol, '--tta', '1'])
         record = json.loads(out.with_suffix('.json').read_text())
@@ -43,8 +49,8 @@ def test_a_system_runs_through_the_commands(name, drawn, tmp_path, capsys):
         assert record['tell'] == (said.get('tell', '') if protocol == 'transductive' else '')
         assert len(pd.read_csv(out)) == 8
     partial = ['--partial'] if RECIPES[name].only else []
-    assert not cli.rcic_evaluate([str(tmp_path/'inductive.csv'), str(drawn), '--json', *partial])
-    assert 'inductive' in capsys.readouterr().out
+    assert not cli.rcic_evaluate([str(out), str(drawn), '--json', *partial])
+    assert protocol in capsys.readouterr().out
 
 
 def test_a_recipe_of_one_cell_type_is_trained_on_it_alone(drawn, tmp_path):
@@ -62,7 +68,7 @@ SAID = dict( # what the sources name: recipe → stage → field → value
     rcic117_b4=[(0, 'size', 380), (0, 'bs', 7), (0, 'opt', dict(name='ranger', mom=.95, sqr_mom=.99, eps=1e-4)), (0, 'schedule', dict(name='flat_cosine', start=.7)), (5, 'published', .327), (7, 'published', .356)],
     rcic16=[(0, 'lr', 5e-4), (0, 'schedule', dict(name='step', every=10, gamma=.1)), (0, 'accumulate', 2), (0, 'bs', 16), (0, 'patience', 5), (0, 'loss', dict(name='cosface', s=30., m=.5)), (0, 'epochs', 100)],
     rcic16_cyclic=[(0, 'lr', 2.5e-3), (0, 'schedule', dict(name='cyclic', low=.2, up=3, gamma=.96))],
-    rcic1=[(0, 'lr', 1.5e-4), (0, 'epochs', 90), (0, 'schedule', 'cosine'), (0, 'cutmix', 1.)],
+    rcic1=[(0, 'lr', 1.5e-4), (0, 'epochs', 90), (0, 'schedule', 'cosine'), (0, 'cutmix', 1.), (0, 'augs', 'rcic1')],
     rxrx1_paper=[(0, 'epochs', 100), (0, 'bs', 512), (0, 'published', .751)],
     capstone_cnn=[(0, 'epochs', 2), (0, 'lr', 3e-4), (0, 'published', .002)],
     capstone_resnet50=[(0, 'epochs', 2), (0, 'parts', 'classifier'), (0, 'lr', 3e-4), (1, 'patience', 6), (1, 'published', .104)],
@@ -81,4 +87,7 @@ def test_models_are_those_of_the_source():
     assert RECIPES['rcic117_12d'].model['sites_join'] == 'concat' and RECIPES['rcic117_12d'].data['sites'] == 2
     assert RECIPES['rcic117'].valid == ('HEPG2-06', 'HEPG2-07', 'HUVEC-15', 'HUVEC-16', 'RPE-06', 'RPE-07', 'U2OS-03')
     assert RECIPES['wilds_erm'].valid == ('HEPG2-08', 'HUVEC-17', 'RPE-08', 'U2OS-04')
+    assert RECIPES['rcic1_pseudo'].pseudo == dict(rounds=3, first=.41, last=.98, lr=6e-5, cutmix=1.)
+    assert (RECIPES['six_channels'].channels, RECIPES['six_channels'].pretrain) == ('5-of-6', 'controls')
+    assert RECIPES['wilds_coral'].channels == 'nucleus,ER,actin' and RECIPES['wilds_coral'].data['batch_groups'] == 9
     assert RECIPES['rxrx1_paper'].arch == RECIPES['rcic1'].arch == 'densenet161'
