@@ -334,6 +334,7 @@ def predict(
     held_out:store_true=False, # Name the wells of the training experiments that the model held out, instead of test experiments
     neighbors:str='', # Parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
+    scores:store_true=False, # Keep the score of every class beside OUT, in .scores.parquet, for rcic_ensemble
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
@@ -348,7 +349,7 @@ def predict(
     if pred is not None: print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
-                  'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings'],
+                  'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
                   'run': ['wells', 'held_out', 'only_present', 'workers', 'bs']}
 
 def rcic_predict(argv=None):

@@ -26,6 +26,7 @@ from ..embed.embed import *
 from ..embed.index import *
 from ..embed.correct import corrected_index
 from .predict import *
+from .scores import *
 from .classifier import *
 from .trained import *
 
@@ -344,10 +345,10 @@ def _first_pass(model, plan, out, progress):
         if not rank_world()[0]: pred = predict_tables(nameable(parts.experiments(), plan.index), plan.index, plan.protocol, **plan.search)
     return told_plan(plan, from_first(pred))
 
-def _write_answer(model, plan, out, neighbors, embeddings, progress):
+def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
     "Name the wells of a plan, one experiment in memory at a time, and write the files; predictions, or None in all processes but the first"
     if plan.told is not None:
-        pred = _write_answer(model, _first_pass(model, plan, out, progress), out, neighbors, embeddings, progress)
+        pred = _write_answer(model, _first_pass(model, plan, out, progress), out, neighbors, embeddings, scores, progress)
         if not rank_world()[0]: PARTS_FOLDER.remove(f'{out}.first.part')
         return pred
     parts = embed_parts(f'{out}.part', model.model, model.spec, plan.screen, **_options(plan, progress))
@@ -355,8 +356,9 @@ def _write_answer(model, plan, out, neighbors, embeddings, progress):
     def tables(): return map(plan.correction, parts.experiments()) if plan.correction else parts.experiments()
     pred = predict_tables(nameable(tables(), plan.index), plan.index, plan.protocol, neighbors=neighbors, **plan.search)
     if embeddings: write_tables(embeddings, tables() if plan.correction else parts)
+    if scores: write_scores((score_wells(t, plan.index, plan.protocol, **plan.search) for t in nameable(tables(), plan.index)), scores_path(out))
     write_predictions(pred, out, plan.record)
-    for f in (out, info_path(out), top_path(out), neighbors, embeddings):
+    for f in (out, info_path(out), top_path(out), scores_path(out), neighbors, embeddings):
         if f and Path(f).is_file(): sync_path(f)
     parts.remove()
     return pred
@@ -370,12 +372,13 @@ def predict(self:TrainedModel,
     out=None, # CSV to write, such as test.csv; test.json beside it records how, test.top.csv has the five best; `None`: no file
     neighbors:str='', # With `out`: parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # With `out`: parquet file for the embeddings of the test sites, corrected if asked
+    scores:bool=False, # With `out`: keep the score of every class in test.scores.parquet, for `ensemble_files`
     progress:bool=True, # Show a progress bar
     **kwargs
 )->pd.DataFrame: # One row per well: id_code, label, score, margin, votes, protocol, …; of several processes only the first has it
     "Name the test wells of a screen; interrupted with `out`, the same call continues"
-    if out is None and (neighbors or embeddings):
-        raise ScreenError('neighbors and embeddings are written beside the predictions: give out, or call .neighbors or .embed.')
+    if out is None and (neighbors or embeddings or scores):
+        raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, or call .neighbors, .embed or .class_scores.')
     if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
     with ExitStack() as run:
         with all_agree():
@@ -384,7 +387,7 @@ def predict(self:TrainedModel,
             if not rank_world()[0]:
                 for n in plan.notes: print(f'note: {n}', file=sys.stderr)
         if out is None: return _answer(self, plan, progress)[0]
-        return _write_answer(self, plan, out, neighbors, embeddings, progress)
+        return _write_answer(self, plan, out, neighbors, embeddings, scores, progress)
 
 # %% ../../nbs/54_predict.plan.ipynb #cb2527c9
 @patch
