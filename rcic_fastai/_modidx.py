@@ -3602,6 +3602,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'rcic_fastai/train/recipes.py'),
                                            'rcic_fastai.train.recipes._check_stage': ( 'train.recipes.html#_check_stage',
                                                                                        'rcic_fastai/train/recipes.py'),
+                                           'rcic_fastai.train.recipes._check_steps': ( 'train.recipes.html#_check_steps',
+                                                                                       'rcic_fastai/train/recipes.py'),
                                            'rcic_fastai.train.recipes._end_late': ( 'train.recipes.html#_end_late',
                                                                                     'rcic_fastai/train/recipes.py'),
                                            'rcic_fastai.train.recipes._extra': ( 'train.recipes.html#_extra',

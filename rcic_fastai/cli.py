@@ -367,7 +367,7 @@ def _tables(spec, read):
     return {n: read(p) for n, (_, p) in zip(names, parts)}
 
 def evaluate_csv(
-    out, # CSV from rcic_predict, or several with commas; NAME=CSV when two have the same protocol
+    out, # CSV from rcic_predict, or several with commas; files of different wells, such as those of folds, are judged together; NAME=CSV when two name the same wells under one protocol
     screen, # Folder of the screen, with its labels
     embeddings:str='', # Parquet of embeddings of the test wells and controls; several, or NAME=PARQUET by column
     sites:str='', # CSV of predicted sites; several, or NAME=CSV by column

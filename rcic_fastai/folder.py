@@ -450,6 +450,8 @@ def load_model(
     "Open a model folder; nothing is unpickled and the training data are not needed"
     folder = Path(folder)
     if is_cell_types(folder): return load_cell_types(folder, device)
+    several = [] if (folder/'config.json').exists() else sorted(f.parent.name for f in folder.glob('*/config.json'))
+    if several: raise ScreenError(f'{folder} holds {plural(len(several), "model")} ({first_few(several, 3)}): name one of them, or predict with each and average the files with rcic_ensemble.')
     config = read_config(folder)
     _check_files(folder, config)
     changes, weights, key = changed_versions(config['versions']), folder/'weights.safetensors', config['fingerprint']

@@ -251,16 +251,17 @@ def _check_steps(a, recipe, learn):
 # %% ../nbs/71_workflow.ipynb #d0742e3d
 def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     "Train: control wells first, then the recipe, then pseudo-labels; return tables of what each reached"
-    how, res = dict(resume=a.resume, facts=dict(arguments=given)), {}
+    res = {}
+    def how(folder, is_first): return dict(folder=folder, resume=a.resume and (is_first or folder.is_dir()), facts=dict(arguments=given))
     stages = _without_sizes(recipe, a.size, a.bs)
     with learn.sharded():
         if pretrain:
             first = replace(stages, name=f'{recipe.name}, controls', stages=[replace(s, full_data=False) for s in stages.stages])
-            res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, folder=_controls_checkpoints(a.out), **how)
+            res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, **how(_controls_checkpoints(a.out), True))
             before = learn.history.assign(stage='controls: ' + learn.history.stage) if len(learn.history) else learn.history
-        res['stages'] = learn.fit_recipe(stages, seed=a.seed, cbs=cbs, folder=_checkpoints(a.out), **how)
+        res['stages'] = learn.fit_recipe(stages, seed=a.seed, cbs=cbs, **how(_checkpoints(a.out), not pretrain))
         if pretrain: learn.history = pd.concat([before, learn.history], ignore_index=True)
-    if pseudo: res['pseudo_rounds'] = learn.fit_pseudo(**pseudo, seed=a.seed, cbs=cbs, folder=_pseudo_checkpoints(a.out), **how)
+    if pseudo: res['pseudo_rounds'] = learn.fit_pseudo(**pseudo, seed=a.seed, cbs=cbs, **how(_pseudo_checkpoints(a.out), False))
     return {k: v for k, v in res.items() if len(v)}
 
 # %% ../nbs/71_workflow.ipynb #0fe86f45
@@ -353,6 +354,7 @@ def _common_model(args, recipe, out):
     if not (given/'config.json').is_file():
         common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0}
         _train_model(common, replace(recipe, cell_types={}, pseudo={}))
+        wait_for_all()
         return load_model(out/'common')
     model, arch = load_model(given), args['arch']
     if arch and arch != model.config['model']['arch']: raise ScreenError(f'{given} is a {model.config["model"]["arch"]}: leave {option("arch", arch)} out.')

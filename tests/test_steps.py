@@ -7,6 +7,7 @@ from rcic_fastai import cli
 from rcic_fastai.batch import resident
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.folder import load_model
+from rcic_fastai.predict.ensemble import ensemble_predictions
 from rcic_fastai.predict.predict import read_predictions
 from rcic_fastai.screen.channels import picked_source
 from rcic_fastai.screen.images import ImageSource
@@ -134,6 +135,11 @@ def test_six_models_without_a_channel_each_are_resumed(here, capsys):
     assert said.count('is finished: there is nothing to continue') == 2
     assert len(list((here/'six').iterdir())) == 6
     assert load_model(here/'six/without_golgi').spec.channels == ['nucleus', 'ER', 'actin', 'nucleoli', 'mitochondria']
+    models, screen = [load_model(f) for f in sorted((here/'six').iterdir())], open_screen(here/'s.zarr')
+    both = ensemble_predictions([m.class_scores(screen, tta=1, progress=False) for m in models[:3]])
+    assert both.id_code.tolist() == models[0].predict(screen, tta=1, progress=False).id_code.tolist()
+    predict(here, 'six', 'six', code=2)
+    assert 'holds 6 models' in capsys.readouterr().err and not (here/'six.csv').exists()
     train(here, 'actin', '--channels nucleus,ER,nucleoli,mitochondria,golgi --valid HUVEC-02')
     assert load_model(here/'actin').fingerprint == load_model(here/'six/without_actin').fingerprint
 

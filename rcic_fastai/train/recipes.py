@@ -153,6 +153,14 @@ _INDEX = ('tta', 'views', 'separate')
 _PSEUDO = ('rounds', 'first', 'last', 'lr', 'cutmix')
 _PREDICT = ('tta', 'views', 'vote', 'k', 'merge', 'by', 'tell', 'assign', 'adapt', 'correct', 'same_cell_type')
 
+def _check_steps(recipe):
+    "Raise for steps before and after the training that there are not"
+    if recipe.pretrain: check_choice('pretrain', recipe.pretrain, ('controls',))
+    rounds, cells = recipe.pseudo.get('rounds', 1), recipe.cell_types
+    if type(rounds) is not int or rounds < 1: raise ScreenError(f'The recipe has {rounds!r} rounds in its pseudo: give a whole number, 1 or more.')
+    if not isinstance(cells, dict) or not all(isinstance(r, str) for r in cells.values()):
+        raise ScreenError(f'The recipe has {cells!r} as its cell_types: give names of cell types and of their recipes.')
+
 def check_recipe(
     recipe:Recipe, # Any recipe
 )->Recipe: # The same
@@ -161,10 +169,11 @@ def check_recipe(
     if 'valid' in recipe.data: raise ScreenError('The recipe has valid in its data: name held-out experiments in valid of the recipe itself.')
     _check_arguments('data', recipe.data, screen_dls, ('screen', 'valid', 'seed', 'device'))
     _check_arguments('model', recipe.model, screen_learner, ('dls', 'arch', 'seed'))
+    if not isinstance(recipe.pseudo, dict): raise ScreenError(f'The recipe has {recipe.pseudo!r} as its pseudo: give names and values.')
     for entry, given, takes in (('predict', recipe.predict, _PREDICT), ('index', recipe.index, _INDEX), ('pseudo', recipe.pseudo, _PSEUDO)):
         odd = [k for k in given if k not in takes]
         if odd: raise ScreenError(f'The recipe has the unknown entry {odd[0]!r} in its {entry}: use {", ".join(takes)}.')
-    if recipe.pretrain: check_choice('pretrain', recipe.pretrain, ('controls',))
+    _check_steps(recipe)
     return recipe
 
 def _stage_from_dict(d, i):
