@@ -20,14 +20,17 @@ import pandas as pd
 from machine import save
 from rcic_fastai.all import *
 from rcic_fastai.core import write_json
-from rcic_fastai.train.optimizer import optimizer_from_config
 from time_to_accuracy import drawn
 
 SIDE, BATCH = 96, 32
 LEFT_OUT = ('features', 'rcic16_efficientnet_b4', 'rcic16_xception', 'rcic16_resnet101_cbam', 'rcic16_se_resnext101',   # the same with another backbone
             'rcic117_huvec', 'rcic117_u2os', 'rcic117_hepg2', 'rcic117_rpe', 'rcic117_groups', 'rcic117_cell_types',   # other wells are judged
             'rcic1_pseudo')   # learns what is judged
-NAMES = [n for n in RECIPES if n not in LEFT_OUT]
+# what telling the plate group is worth by itself: the demo recipe with metadata, each well named alone
+TOLD = replace(RECIPES['demo'], name='demo_told', model=dict(metadata=['cell_type', 'plate_group', 'experiment']), predict=dict(tell='plate_group', assign='no'),
+               about='The demo recipe with metadata: the plate groups that were inferred are told')
+ALL = {**{n: r for n, r in RECIPES.items() if n not in LEFT_OUT}, 'demo_told': TOLD}
+NAMES = [*ALL]
 
 
 def rate_for(lr, share, opt):
@@ -77,7 +80,7 @@ def table_of(runs, names, seeds):
     for n in names:
         found = [json.loads(f.read_text()) for s in seeds if (f := runs/f'recipes-{n}-{s}.json').exists()]
         if not found: continue
-        row = dict(recipe=n, published=RECIPES[n].about.split(':')[0], seeds=len(found), seconds=sum(f['seconds'] for f in found)/len(found))
+        row = dict(recipe=n, published=ALL[n].about.split(':')[0], seeds=len(found), seconds=sum(f['seconds'] for f in found)/len(found))
         for p in ('inductive', 'adapted', 'transductive', 'transductive, not told'):
             a = [f['accuracy'][p] for f in found if isinstance(f['accuracy'].get(p), float)]
             if a: row[p] = dict(mean=round(sum(a)/len(a), 4), low=round(min(a), 4), high=round(max(a), 4))
@@ -101,7 +104,7 @@ def main():
         for n in names:
             kept = args.runs/f'recipes-{n}-{seed}.json'
             if kept.exists(): continue
-            res = one(RECIPES[n] if args.full else in_small(RECIPES[n], args.epochs), screen, seed)
+            res = one(ALL[n] if args.full else in_small(ALL[n], args.epochs), screen, seed)
             write_json(kept, {**res, 'epochs': args.epochs})
             print(n, seed, res, flush=True)
     rows = table_of(args.runs, names, seeds)
