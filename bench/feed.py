@@ -1,17 +1,17 @@
 """How fast whole sites are fed, from PNGs and packed, against the ways that people read them; what packing costs.
 
-    python bench/feed.py [--quick] [--part feed|cold|codecs|memory|waiting]
+    python bench/feed.py [--quick] [--part feed|decoders|cold|codecs|memory|waiting]
 
 Prints tables and stores bench/results/feed.json; `--part` measures one part and keeps the others as they are stored,
 `--quick` measures little, to see that everything runs, and stores nothing. All contenders of a table run in turns, in
-the same run; a figure is the median over the rounds, a ratio the median of the ratios within a round. Needs 1.5 GB in
+the same run; a figure is the median over the rounds, a ratio the median of the ratios within a round. Needs 2.5 GB in
 the temporary folder, and a quiet machine: `cores_used_by_others` tells whether it was one.
 """
 import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')  # for the processes that this one starts
 
-import argparse, json, sys, tempfile, time
+import argparse, json, sys, tempfile, time, warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +20,10 @@ from importlib.util import find_spec
 from itertools import chain, product, repeat
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
+from shutil import which
+from subprocess import PIPE, Popen
 
+import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -34,14 +37,14 @@ from rcic_fastai.screen.images import PngTree, only_present
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.batch.loader import ScreenDL, SiteReader
 from rcic_fastai.screen.tables import read_metadata, real_data
-from rcic_fastai.screen.pack import CODECS, PackedScreen, pack_screen
+from rcic_fastai.screen.pack import CODECS, PackedScreen, _differences, _undo_differences, pack_screen
 from rcic_fastai.train.recipes import Recipe, get_recipe
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.screen import Screen
 
 BATCH, WORKERS = 16, 2  # sites a batch; processes or threads of every contender that has any
 SLACK = 6               # batches before and after those that are timed: workers start, queues fill and run dry
-FULL = dict(sirnas=32, controls=4, rounds=7, seconds=2., codec_sites=12, packed_sites=96, small_sirnas=200,
+FULL = dict(sirnas=32, controls=4, rounds=5, seconds=1.5, codec_sites=12, packed_sites=96, small_sirnas=200,
             batches=10_000)
 QUICK = dict(sirnas=4, controls=0, rounds=2, seconds=.1, codec_sites=3, packed_sites=8, small_sirnas=12, batches=300)
 
@@ -49,12 +52,13 @@ QUICK = dict(sirnas=4, controls=0, rounds=2, seconds=.1, codec_sites=3, packed_s
 # the files
 
 def screen_files(home, sirnas, controls):
-    "A simulated screen of 512 px: PNGs, packed store, its chunks in one flat file, raw pixels in one file"
+    "A simulated screen of 512 px: PNGs, packed stores, their chunks in one flat file each, raw pixels in one file"
     table = simulate_screen(home/'png', ('HUVEC-01', 'HEPG2-01', 'RPE-01'), sirnas=sirnas, controls=controls, size=512,
                             progress=False)
     source = PngTree(home/'png', table)
-    pack_screen(Screen(table, source), home/'screen.zarr', progress=False)
-    write_flat(home/'flat', (p.read_bytes()[:-4] for p in chunks(home/'screen.zarr')))
+    for codec in CODECS:
+        pack_screen(Screen(table, source), home/f'{codec}.zarr', codec=codec, progress=False)
+        write_flat(home/f'{codec}.flat', (p.read_bytes()[:-4] for p in chunks(home/f'{codec}.zarr')))
     with open(home/'raw', 'wb') as f:
         for i in table.site_id: f.write(source[i].tobytes())
 
@@ -82,13 +86,14 @@ def write_flat(path, blobs):
 
 class Flat:
     "What reading can cost at least: blobs of one open file, decoded into their places by threads that do nothing else"
-    def __init__(self, path, threads):
+    def __init__(self, path, threads, differs):
         self.ends, self.file, self.threads = np.load(f'{path}.npy').tolist(), os.open(path, os.O_RDONLY), threads
-        self.pool = ThreadPoolExecutor(threads)
+        self.pool, self.differs = ThreadPoolExecutor(threads), differs
 
     def some(self, rows, out):
         for r, o in zip(rows, out):
             blosc.decompress(os.pread(self.file, self.ends[r+1] - self.ends[r], self.ends[r]), o)
+            if self.differs: _undo_differences(o.reshape(-1, o.shape[-1]))
 
     def batch(self, rows, out):
         if self.threads == 1: self.some(rows, out)
@@ -135,10 +140,48 @@ def epoch(dl, lists):
     return iter(dl)
 
 
+def spdl(home, packed):
+    "SPDL's pipeline of threads; OpenCV decodes its PNGs, since SPDL's own decoder needs FFmpeg's libraries"
+    from spdl.pipeline import PipelineBuilder
+    source, paths = PackedScreen(home/'fast.zarr'), site_paths(home)
+    def site(i):
+        if packed: return source[source.site_ids[i]]
+        return np.stack([cv2.imread(p, cv2.IMREAD_UNCHANGED) for p in paths[i]])
+    def read(lists):
+        sites = PipelineBuilder().add_source(chain(*lists)).pipe(site, concurrency=WORKERS, output_order='input')
+        pipeline = sites.aggregate(BATCH).pipe(np.stack).add_sink(2).build(num_threads=WORKERS)
+        with pipeline.auto_stop(): yield from map(torch.from_numpy, pipeline)
+    return read
+
+
+def free_python():
+    "The interpreter without a lock that is installed, if one is"
+    return next(filter(None, map(which, ('python3.14t', 'python3.13t'))), None)
+
+
+def free_threaded(home):
+    "Threads of an interpreter without a lock, in a process of its own, that decode into shared memory"
+    slots, size = 4, shape(home)
+    (home/'free.json').write_text(json.dumps(dict(paths=site_paths(home), threads=WORKERS, shape=[slots, BATCH, *size])))
+    out = np.memmap(home/'free', np.uint8, 'w+', shape=(slots, BATCH, *size))
+    command = [free_python(), str(Path(__file__).with_name('free_threaded.py')), str(home/'free.json'), str(home/'free')]
+    def read(lists):
+        with Popen(command, stdin=PIPE, stdout=PIPE, text=True, env={**os.environ, 'PYTHON_GIL': '0'}) as child:
+            ask = partial(print, file=child.stdin, flush=True)
+            for rows in lists[:2]: ask(json.dumps(rows))
+            for n in range(len(lists)):
+                slot = child.stdout.readline()
+                if not slot: raise RuntimeError(f'{command[0]} needs numpy, and kornia_rs or Pillow')
+                if n + 2 < len(lists): ask(json.dumps(lists[n + 2]))
+                yield torch.from_numpy(out[int(slot)])
+            child.stdin.close()
+    return read
+
+
 def screen_dl(home, packed, workers=0, whole=True):
-    "Ours: a complete iteration, with metadata and labels, or the bytes alone"
+    "Ours: a complete iteration, with metadata and labels, or the bytes alone, from the store of a codec or from PNGs"
     table = read_metadata(home/'png')
-    source = PackedScreen(home/'screen.zarr') if packed else PngTree(home/'png', table)
+    source = PackedScreen(home/f'{packed}.zarr') if packed else PngTree(home/'png', table)
     dl = screen_batches(table, source, whole, num_workers=workers)
     if whole: return lambda lists: (b[0] for b in epoch(dl, lists))
     return lambda lists: (b[0] for b in dl.create_batches(list(chain(*lists))))
@@ -155,9 +198,10 @@ def screen_batches(table, source, whole=True, **kwargs):
     return ScreenDL(sites, bs=BATCH, threads=WORKERS, device=torch.device('cpu'), **kwargs)
 
 
-def zarr_python(home, whole):
+def zarr_python(home, codec, whole):
     import zarr
-    images = zarr.open_group(home/'screen.zarr', mode='r')['images']
+    warnings.filterwarnings('ignore', 'Numcodecs codecs are not in')
+    images = zarr.open_group(home/f'{codec}.zarr', mode='r')['images']
     if whole: return lambda lists: (torch.from_numpy(images.oindex[np.array(rows)]) for rows in lists)
     return lambda lists: (torch.from_numpy(np.stack([images[i] for i in rows])) for rows in lists)
 
@@ -165,7 +209,7 @@ def zarr_python(home, whole):
 def tensorstore(home):
     import tensorstore as ts
     limits = {'data_copy_concurrency': {'limit': WORKERS}, 'file_io_concurrency': {'limit': WORKERS}}
-    images = ts.open({'driver': 'zarr3', 'kvstore': {'driver': 'file', 'path': f'{home}/screen.zarr/images/'},
+    images = ts.open({'driver': 'zarr3', 'kvstore': {'driver': 'file', 'path': f'{home}/plain.zarr/images/'},
                       'context': limits}).result()
     return lambda lists: (torch.from_numpy(images[rows].read().result()) for rows in lists)
 
@@ -186,8 +230,8 @@ def wilds(home):
     return lambda lists: torch.utils.data.DataLoader(sites, batch_sampler=lists, num_workers=WORKERS, collate_fn=three)
 
 
-def flat(home):
-    blobs, out = Flat(home/'flat', WORKERS), np.empty((BATCH, *shape(home)), np.uint8)
+def flat(home, codec):
+    blobs, out = Flat(home/f'{codec}.flat', WORKERS, codec != 'plain'), np.empty((BATCH, *shape(home)), np.uint8)
     return lambda lists: (torch.from_numpy(blobs.batch(rows, out)) for rows in lists)
 
 
@@ -197,28 +241,42 @@ def memmap(home):
 
 
 @lru_cache
-def shape(home): return PackedScreen(home/'screen.zarr').shape
+def shape(home): return PackedScreen(home/'fast.zarr').shape
 
 
-WILDS, TENSORSTORE = 'WILDS, three channels in one PNG, 2 workers', 'tensorstore, a batch at once, 2 threads'
+WILDS, TENSORSTORE = 'WILDS, three channels in one PNG, 2 workers', 'tensorstore, plain, a batch at once, 2 threads'
+SPDL, SPDL_PACKED, FREE = 'SPDL, PNG, 2 threads', 'SPDL, packed, 2 threads', 'free-threaded Python, PNG, 2 threads'
 REFERENCE, LIMIT = 'PIL ×6, DataLoader, 2 workers', 'flat file of blobs, 2 threads (the limit)'
 OURS, OURS_PNG = 'ScreenDL, packed, complete', 'ScreenDL, PNG, 2 threads'
 OURS_BYTES, OURS_PNG_WORKERS = 'ScreenDL, packed, bytes alone', 'ScreenDL, PNG, 2 workers'
+OURS_PLAIN, LIMIT_PLAIN = 'ScreenDL, packed plain, complete', 'flat file of plain blobs, 2 threads (its limit)'
 CONTENDERS = {
     REFERENCE: partial(pil, workers=WORKERS),
     'PIL ×6, DataLoader, no workers': partial(pil, workers=0),
     'fastai, six ImageBlocks, 2 workers': fastai_blocks,
     WILDS: wilds,
-    OURS_PNG: partial(screen_dl, packed=False),
-    OURS_PNG_WORKERS: partial(screen_dl, packed=False, workers=WORKERS),
-    'zarr-python, site by site': partial(zarr_python, whole=False),
-    'zarr-python, oindex of a batch': partial(zarr_python, whole=True),
+    SPDL: partial(spdl, packed=False),
+    FREE: free_threaded,
+    OURS_PNG: partial(screen_dl, packed=None),
+    OURS_PNG_WORKERS: partial(screen_dl, packed=None, workers=WORKERS),
+    'zarr-python, fast, site by site': partial(zarr_python, codec='fast', whole=False),
+    'zarr-python, plain, site by site': partial(zarr_python, codec='plain', whole=False),
+    'zarr-python, plain, oindex of a batch': partial(zarr_python, codec='plain', whole=True),
     TENSORSTORE: tensorstore,
-    OURS: partial(screen_dl, packed=True),
-    OURS_BYTES: partial(screen_dl, packed=True, whole=False),
-    LIMIT: flat,
+    SPDL_PACKED: partial(spdl, packed=True),
+    OURS: partial(screen_dl, packed='fast'),
+    OURS_BYTES: partial(screen_dl, packed='fast', whole=False),
+    LIMIT: partial(flat, codec='fast'),
+    'ScreenDL, packed small, complete': partial(screen_dl, packed='small'),
+    OURS_PLAIN: partial(screen_dl, packed='plain'),
+    LIMIT_PLAIN: partial(flat, codec='plain'),
     'raw memmap': memmap}
-OPTIONAL = {WILDS: 'wilds', TENSORSTORE: 'tensorstore'}  # and the package that each needs
+OPTIONAL = {WILDS: 'wilds', TENSORSTORE: 'tensorstore', SPDL: 'spdl', SPDL_PACKED: 'spdl', FREE: None}  # and their packages
+
+
+def is_installed(name):
+    package = OPTIONAL.get(name, 'numpy')
+    return bool(find_spec(package) if package else free_python())
 
 
 @lru_cache
@@ -226,7 +284,7 @@ def contender(name, home):
     "A contender, made once in its process, after a look at whether it delivers the right pixels"
     read, rows = CONTENDERS[name](home), list(range(BATCH))[::-1]
     got, *_ = read([rows])
-    source = PackedScreen(home/'screen.zarr')
+    source = PackedScreen(home/'fast.zarr')
     wanted = np.stack([source[source.site_ids[i]] for i in rows])[:, :got.shape[1]]
     if not np.array_equal(got, wanted): raise AssertionError(f'{name} delivers other pixels')
     return read
@@ -245,14 +303,14 @@ def turn(name, home, batches, seed):
 
 def measure_feed(home, rounds, seconds, **_):
     "One contender at work at a time; those with worker processes apart, as tensorstore cannot be forked"
-    times, notes = {}, {n: 'not installed' for n, package in OPTIONAL.items() if not find_spec(package)}
+    times, notes = {}, {n: 'not installed' for n in OPTIONAL if not is_installed(n)}
     with ExitStack() as stack:
         forks, threads = stack.enter_context(process()), stack.enter_context(process())
         def ask(n, batches, seed):
             return (forks if 'workers' in n else threads).submit(turn, n, home, batches, seed).result()
         batches = {}
         for n in [n for n in CONTENDERS if n not in notes]:
-            try: batches[n] = 2*int(np.clip(seconds/(ask(n, 4, 0)/1000*BATCH)/2, 6, 100))
+            try: batches[n] = 2*int(np.clip(seconds/(ask(n, 4, 0)/1000*BATCH)/2, 4, 100))
             except Exception as e:
                 if n not in OPTIONAL: raise
                 notes[n] = f'does not run with these versions ({type(e).__name__}: {e})'
@@ -260,15 +318,22 @@ def measure_feed(home, rounds, seconds, **_):
             for n in batches: times.setdefault(n, []).append(ask(n, batches[n], r + 1))
     rows = [dict(way=n, **feed_row(times, n)) if n in times else dict(way=n, note=notes[n]) for n in CONTENDERS]
     table = pd.DataFrame(rows).set_index('way')
-    asked = [ask_least('packed × reference', table.times_reference[OURS], 20),
-             ask_most('packed ÷ limit', table.over_limit[OURS], 1.5),
-             ask_least('PNG × reference', max(table.times_reference[[OURS_PNG, OURS_PNG_WORKERS]]), 2)]
+    times = {n: np.array(v) for n, v in times.items()}
+    asked = [ask_least('packed × reference', table.times_reference[OURS], 15),
+             ask_least('packed plain × reference', table.times_reference[OURS_PLAIN], 20),
+             ask_most('packed ÷ limit', table.over_limit[OURS], 1.2),
+             ask_most('packed plain ÷ its limit', np.median(times[OURS_PLAIN]/times[LIMIT_PLAIN]), 1.2),
+             ask_least('PNG × reference', max(table.times_reference[[OURS_PNG, OURS_PNG_WORKERS]]), 2),
+             ask_most('PNG, threads ÷ processes', np.median(times[OURS_PNG]/times[OURS_PNG_WORKERS]), 1)]
     sites = read_metadata(home/'png').site_id
-    kb = dict(png=png_kb(PngTree(home/'png', read_metadata(home/'png')), sites),
-              packed=os.path.getsize(home/'flat')/1000/len(sites), raw=os.path.getsize(home/'raw')/1000/len(sites))
+    kb = dict(png=png_kb(PngTree(home/'png', read_metadata(home/'png')), sites), raw=file_kb(home/'raw', sites),
+              **{codec: file_kb(home/f'{codec}.flat', sites) for codec in CODECS})
     kb = {f'kB_per_site_{k}': round(v, 1) for k, v in kb.items()}
     return dict(sites=len(sites), batch=BATCH, **kb, rounds=rounds, timed='steady state: workers started, '
                 f'{SLACK} batches before and after not timed; warm cache'), rows, asked
+
+
+def file_kb(path, sites): return os.path.getsize(path)/1000/len(sites)
 
 
 def feed_row(times, name):
@@ -286,7 +351,59 @@ def asked_for(what, value, asked, met):
     return dict(what=what, measured=round(float(value), 3), asked=asked, met=bool(met))
 
 
-# 2 cold cache
+# 2 decoders of PNG: what threads gain by each
+
+def decoders():
+    "Functions: the bytes of a PNG → its pixels"
+    from io import BytesIO
+    from kornia_rs import io
+    yield 'kornia_rs', lambda data: io.decode_image_png_u8(data, (512, 512), 'mono')
+    yield 'OpenCV', lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    yield 'Pillow', lambda data: np.asarray(Image.open(BytesIO(data)))
+    if find_spec('pywuffs'): yield 'Wuffs', wuffs()
+    if find_spec('imagecodecs'):
+        import imagecodecs
+        yield 'imagecodecs, libpng', imagecodecs.png_decode
+        yield 'imagecodecs, libspng', imagecodecs.spng_decode
+
+
+def wuffs():
+    from pywuffs import ImageDecoderType, PixelFormat
+    from pywuffs.aux import ImageDecoder, ImageDecoderConfig
+    config = ImageDecoderConfig()
+    config.enabled_decoders, config.pixel_format = [ImageDecoderType.PNG], PixelFormat.Y
+    return lambda data: ImageDecoder(config).decode(data).pixbuf
+
+
+def measure_decoders(home, rounds, codec_sites, **_):
+    "ms of wall clock and of processor per site, by one thread and by two that share Python's lock"
+    sites = site_paths(home)[:2*codec_sites]
+    files, times = [Path(p).read_bytes() for paths in sites for p in paths], {}
+    for _, (name, decode) in product(range(rounds), list(decoders())):
+        if not np.array_equal(np.asarray(decode(files[0])).squeeze(), cv2.imdecode(np.frombuffer(files[0], np.uint8), -1)):
+            raise AssertionError(f'{name} decodes other pixels')
+        for threads in (1, WORKERS): times.setdefault((name, threads), []).append(decode_ms(decode, files, threads))
+    rows = []
+    for name, threads in times:
+        if threads > 1: continue
+        (one, cpu), (more, _) = (np.median(times[name, n], 0) for n in (1, WORKERS))
+        rows.append(dict(decoder=name, ms_per_site_1=round(one, 2), cpu_ms_per_site=round(cpu, 2),
+                         ms_per_site_2=round(more, 2), gained=round(one/more, 2)))
+    return dict(sites=len(sites), rounds=rounds, note='gained: 1 thread ÷ 2 threads; 1 where a decoder keeps the lock'), \
+        rows, []
+
+
+def decode_ms(decode, files, threads):
+    "ms of wall clock, and of processor, per site of six files"
+    def some(k):
+        for data in files[k::threads]: decode(data)
+    with ThreadPoolExecutor(threads) as pool:
+        start, cpu = time.perf_counter(), time.process_time()
+        list(pool.map(some, range(threads)))
+        return [1000*o/len(files)*6 for o in (time.perf_counter() - start, time.process_time() - cpu)]
+
+
+# 3 cold cache
 
 def drop(paths):
     "Have the system forget the pages of files"
@@ -304,7 +421,7 @@ def measure_cold(home, rounds, **_):
     "A pass over the store after its pages were dropped: the bytes of the files alone, against ScreenDL"
     if not hasattr(os, 'posix_fadvise') or not Path('/proc/self/io').exists():
         return dict(note='this system cannot be told to drop pages: not measured'), [], []
-    files, read = chunks(home/'screen.zarr'), screen_dl(home, packed=True)
+    files, read = chunks(home/'fast.zarr'), screen_dl(home, packed='fast')
     total, times, fetched = sum(f.stat().st_size for f in files), {'bytes': [], 'ScreenDL': []}, []
     with ThreadPoolExecutor(WORKERS) as pool:
         for r in range(rounds):
@@ -329,9 +446,10 @@ def measure_cold(home, rounds, **_):
         rows, [ask_most('ScreenDL ÷ bytes alone', np.median(s/b), 1.5)]
 
 
-# 3 codecs
+# 4 codecs
 
-LEVELS = [(name, level) for name in ('lz4', 'lz4hc', 'zstd') for level in (1, 3, 5, 7, 9)]
+LEVELS = [*product(('lz4', 'lz4hc', 'zstd'), (1, 5, 9), (False,)), ('zstd', 7, False),  # Blosc's codec, level, differences
+          *product(('lz4hc',), (1, 5, 6, 7, 9), (True,)), *product(('zstd',), (1, 5, 7, 9), (True,))]
 
 
 def measure_codecs(home, rounds, codec_sites, packed_sites, **_):
@@ -341,24 +459,26 @@ def measure_codecs(home, rounds, codec_sites, packed_sites, **_):
     simulated, real_sites = [png[i] for i in ids], [real[i] for i in real.site_ids] if real else []
     kb, real_kb = png_kb(png, ids), png_kb(real, real.site_ids) if real else None
     rows, times = [], {}
-    for name, level in LEVELS:
+    for name, level, differs in LEVELS:
         cpu = time.thread_time()
-        blobs = [compress(s, name, level) for s in simulated]
+        blobs = [compress(s, name, level, differs) for s in simulated]
         cpu = time.thread_time() - cpu
-        write_flat(home/f'{name}{level}', blobs)
-        row = dict(codec=name, level=level, pack_ms_per_site_core=round(1000*cpu/len(ids), 1),
+        write_flat(home/f'{name}{level}{differs}', blobs)
+        row = dict(codec=name, level=level, differences=differs, pack_ms_per_site_core=round(1000*cpu/len(ids), 1),
                    times_png=round(np.mean([len(b) for b in blobs])/1000/kb, 3))
         if real:
-            row['times_png_real'] = round(np.mean([len(compress(s, name, level)) for s in real_sites])/1000/real_kb, 3)
+            real_size = np.mean([len(compress(s, name, level, differs)) for s in real_sites])
+            row['times_png_real'] = round(real_size/1000/real_kb, 3)
         rows.append(row)
     for _ in range(rounds):
         for key in product(LEVELS, (1, 2)):
-            times.setdefault(key, []).append(read_ms(home/'{}{}'.format(*key[0]), key[1], simulated))
+            path = home/'{}{}{}'.format(*key[0])
+            times.setdefault(key, []).append(read_ms(path, key[1], key[0][2], simulated))
     for row, (level, threads) in product(rows, product(LEVELS, (1, 2))):
-        if (row['codec'], row['level']) == level:
+        if (row['codec'], row['level'], row['differences']) == level:
             row[f'read_ms_{threads}'] = round(float(np.median(times[level, threads])), 3)
     packing = [packing_row(home, png, codec, packed_sites) for codec in CODECS]
-    default = next(r for r in rows if (r['codec'], r['level']) == CODECS['fast'])
+    default = next(r for r in rows if (r['codec'], r['level']) == CODECS['fast'] and r['differences'])
     asked = [ask_least('default codec, sites/s a core', packing[0]['sites_per_s_core'], 10),
              ask_most('default codec × PNG, simulated', default['times_png'], 1.45)]
     if real: asked.append(ask_most('default codec × PNG, real sites', default['times_png_real'], 1.45))
@@ -368,7 +488,8 @@ def measure_codecs(home, rounds, codec_sites, packed_sites, **_):
     return facts, rows, asked
 
 
-def compress(site, name, level): return blosc.compress(site, name.encode(), level, blosc.NOSHUFFLE)
+def compress(site, name, level, differs):
+    return blosc.compress(_differences(site) if differs else site, name.encode(), level, blosc.NOSHUFFLE)
 
 
 def real_source():
@@ -379,13 +500,13 @@ def real_source():
     return PngTree(root, table)
 
 
-def read_ms(path, threads, like):
-    "ms a site to read and decode all blobs of a flat file, over and over for a fifth of a second"
-    blobs, out = Flat(path, threads), np.empty((len(like), *like[0].shape), np.uint8)
+def read_ms(path, threads, differs, like):
+    "ms a site to read and decode all blobs of a flat file, over and over for a tenth of a second"
+    blobs, out = Flat(path, threads, differs), np.empty((len(like), *like[0].shape), np.uint8)
     rows = list(range(len(like)))
     blobs.batch(rows, out)
     start, passes = time.perf_counter(), 0
-    while time.perf_counter() < start + .2: blobs.batch(rows, out); passes += 1
+    while time.perf_counter() < start + .1: blobs.batch(rows, out); passes += 1
     ms = 1000*(time.perf_counter() - start)/passes/len(rows)
     blobs.close()
     if not np.array_equal(out[-1], like[-1]): raise AssertionError(f'{path} decodes to other pixels')
@@ -396,13 +517,13 @@ def packing_row(home, png, codec, n):
     "Whole packing of n sites: read, measured, compressed, written"
     table = read_metadata(home/'png').iloc[:n]
     start, cpu = time.perf_counter(), time.process_time()
-    pack_screen(Screen(table, png), home/f'{codec}.zarr', codec=codec, progress=False)
+    pack_screen(Screen(table, png), home/f'again_{codec}.zarr', codec=codec, progress=False)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     return dict(codec=codec, blosc=CODECS[codec], sites=len(table), sites_per_s=round(len(table)/wall, 1),
                 sites_per_s_core=round(len(table)/wall/cores(), 1), sites_per_cpu_s=round(len(table)/cpu, 1))
 
 
-# 4 memory
+# 5 memory
 
 def memory(store, batches):
     "Memory of a process that does nothing but read batches, MB"
@@ -441,7 +562,7 @@ def forking():
     set_start_method('fork' if sys.platform == 'linux' else None, force=True)
 
 
-# 5 waiting for data
+# 6 waiting for data
 
 class EpochTime(Callback):
     def before_train(self): self.start = time.perf_counter()
@@ -479,7 +600,7 @@ def measure_waiting(store, **_):
 
 # all of it
 
-PARTS = dict(feed=measure_feed, cold=measure_cold, codecs=measure_codecs, memory=measure_memory,
+PARTS = dict(feed=measure_feed, decoders=measure_decoders, cold=measure_cold, codecs=measure_codecs, memory=measure_memory,
              waiting=measure_waiting)
 SMALL = ('memory', 'waiting')
 

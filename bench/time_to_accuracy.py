@@ -1,6 +1,6 @@
 """What accuracy a user has after the same minutes of training: the `demo` recipe, the last release's, and what one would write otherwise.
 
-    python bench/time_to_accuracy.py [--seconds 90,180] [--seeds 0,1,2] [--only demo,plain] [--runs FOLDER]
+    python bench/time_to_accuracy.py [--seconds 90,180] [--seeds 0,1,2] [--only demo,plain] [--speeds] [--runs FOLDER]
 
 Four trainings of EfficientNet-Lite0 on one drawn screen (8 training and 4 unseen experiments, 40 siRNAs, 96 px):
 
@@ -9,8 +9,8 @@ release   that of version 0.1, with what else is faster since: any angle, pictur
 plain     a loop in PyTorch: each picture's own normalization, quarter turns, CutMix, softmax with label smoothing, AdamW, 1cycle
 fastai    the model that `vision_learner` builds, `fine_tune`, the screen's own normalization, fastai's augmentations
 
-How many epochs fit is measured with two epochs first; the epochs that were trained are stored with the seconds that they took. The
-first two answer with the nearest neighbor (inductive), the others with their classifier, both sites of a well averaged. What a run
+How many epochs fit is known from the speed of each, which is measured first: two epochs of each in turns, several rounds, on a quiet machine. The
+accuracy after so many epochs does not depend on how busy the machine is, so the trainings may run at any time. The first two answer with the nearest neighbor (inductive), the others with their classifier, both sites of a well averaged. What a run
 gave is kept in FOLDER (default: bench/runs), so that an interrupted benchmark continues. Settings were chosen on held-out
 training experiments of other screens; the four unseen experiments are read here only.
 """
@@ -139,19 +139,25 @@ def plain(screen, seed):
 CONTENDERS = dict(demo=demo, release=release, plain=plain, fastai=fastai)
 
 
-def one(name, screen, seconds, seed):
-    "Return what a contender reaches in about so many seconds"
+def speeds(screen, rounds):
+    "Return the training samples per second of each contender: the median over rounds, in which they take turns"
+    n, found, trains = len(screen.train.treatments), {c: [] for c in CONTENDERS}, {c: make(screen, 0)[0] for c, make in CONTENDERS.items()}
+    for train in trains.values(): train(2)                  # warm
+    for _ in range(rounds):
+        for name, train in trains.items():
+            start = time.perf_counter()
+            train(2)                                        # `fine_tune` trains two epochs at least
+            found[name].append(2*n/(time.perf_counter() - start))
+    return {c: round(float(np.median(v)), 1) for c, v in found.items()}
+
+
+def one(name, screen, seconds, speed, seed):
+    "Return what a contender reaches with the epochs that fit into so many seconds"
     train, judge = CONTENDERS[name](screen, seed)
-    train(1)                                                # warm
-    start = time.perf_counter()
-    train(2)                                                # `fine_tune` trains two epochs at least
-    epochs = max(2, round(2*seconds/(time.perf_counter() - start)))
-    train, judge = CONTENDERS[name](screen, seed)
-    start = time.perf_counter()
+    n = len(screen.train.treatments)
+    epochs = max(2, round(seconds*speed/n))
     train(epochs)
-    spent, n = time.perf_counter() - start, len(screen.train.treatments)
-    return dict(contender=name, seed=seed, asked_seconds=seconds, epochs=epochs, seconds=round(spent, 1),
-                samples_per_s=round(n*epochs/spent, 1), accuracy=round(judge(), 4))
+    return dict(contender=name, seed=seed, asked_seconds=seconds, epochs=epochs, seconds=round(epochs*n/speed, 1), samples_per_s=speed, accuracy=round(judge(), 4))
 
 
 def summary(lines):
@@ -166,20 +172,28 @@ def main():
     parser.add_argument('--seconds', default='90,180', help='seconds of training (default: %(default)s)')
     parser.add_argument('--seeds', default='0,1,2', help='(default: %(default)s)')
     parser.add_argument('--only', default=','.join(CONTENDERS), help='(default: %(default)s)')
+    parser.add_argument('--rounds', type=int, default=5, help='in which the speeds are measured (default: %(default)s)')
+    parser.add_argument('--speeds', action='store_true', help='measure the speeds only')
     parser.add_argument('--runs', type=Path, default=Path(__file__).parent/'runs', help='(default: %(default)s)')
     args = parser.parse_args()
     args.runs.mkdir(exist_ok=True)
     screen, kept = drawn(args.runs), args.runs/'time_to_accuracy.json'
-    lines = json.loads(kept.read_text()) if kept.exists() else []
+    said = json.loads(kept.read_text()) if kept.exists() else dict(lines=[])
+    if 'speeds' not in said:
+        said['speeds'] = speeds(screen, args.rounds)
+        kept.write_text(json.dumps(said))
+    print('samples/s:', said['speeds'], flush=True)
+    if args.speeds: return
+    lines = said['lines']
     for seed in map(int, args.seeds.split(',')):
         for seconds in map(int, args.seconds.split(',')):
             for name in args.only.split(','):
                 if any((l['contender'], l['seed'], l['asked_seconds']) == (name, seed, seconds) for l in lines): continue
-                lines.append(one(name, screen, seconds, seed))
+                lines.append(one(name, screen, seconds, said['speeds'][name], seed))
                 print(lines[-1], flush=True)
-                kept.write_text(json.dumps(lines))
+                kept.write_text(json.dumps(said))
     print(summary(lines).to_string(index=False))
-    save('time_to_accuracy', lines=lines, chance=1/40, unseen=UNSEEN, training=TRAIN)
+    save('time_to_accuracy', lines=lines, speeds=said['speeds'], chance=1/40, unseen=UNSEEN, training=TRAIN)
 
 
 if __name__ == '__main__': main()

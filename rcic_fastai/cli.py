@@ -218,7 +218,7 @@ def rcic_download(argv=None):
 def pack(
     screen, # RxRx1's folder, a CSV or parquet table of image files (such as load_data.csv), OME-Zarr plates, or any folder with --pattern
     dest, # Packed screen to write, such as screen.zarr
-    codec:str='fast', # fast: about 1.5 times the size of the PNGs; small: about 1.2 times, half as fast to read
+    codec:str='fast', # fast: about 1.4 times the size of the PNGs; small: about their size, half as fast to read; plain: 1.6 times, for readers of zarr other than Python's
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
@@ -273,7 +273,7 @@ def rcic_pack(argv=None):
 def train(
     screen, # A screen: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
-    recipe:str='demo', # RECIPES, or a JSON file
+    recipe:str='demo', # demo, features, rcic117, rcic117_b4, rcic117_12d, rcic117_huvec, rcic117_u2os, rcic117_hepg2, rcic117_rpe, rcic117_groups, rcic16, rcic16_efficientnet_b4, rcic16_xception, rcic16_resnet101_cbam, rcic16_se_resnext101, rcic16_cyclic, rcic1, rxrx1_paper, rxrx1_resnet50, capstone_cnn, capstone_resnet50, wilds_erm, wilds_coral, wilds_irm, wilds_groupdro, six_channels, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
     channels:str='', # Channels that the model reads, by name and in this order; 5-of-6: six models OUT/without_NAME; empty: the recipe's, or all
@@ -327,13 +327,14 @@ def predict(
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best (mean with --by classifier)
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
-    tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; empty: the recipe's, or nothing
+    tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; no; empty: the recipe's, or no
     adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index (treatments; with --controls in training, controls too), or controls
     correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); empty: the recipe's, or none
     held_out:store_true=False, # Name the wells of the training experiments that the model held out, instead of test experiments
     neighbors:str='', # Parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
+    scores:store_true=False, # Keep the score of every class beside OUT, in .scores.parquet, for rcic_ensemble
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
@@ -348,7 +349,7 @@ def predict(
     if pred is not None: print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
-                  'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings'],
+                  'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
                   'run': ['wells', 'held_out', 'only_present', 'workers', 'bs']}
 
 def rcic_predict(argv=None):

@@ -141,7 +141,7 @@ _again = partial(copy_again, do='copy or train the model again')
 
 def _saved_index(model):
     "Return one index of all embeddings: plain, adapted, told"
-    plain, *others = [i for i in (model.index, model.adapted_index, model.told_index) if i is not None]
+    plain, *others = [i for i in (model.index, model.adapted_index, model.told_index, model.told_adapted_index) if i is not None]
     if not others: return plain
     tables = pd.concat([plain.table(), *(i.table() for i in others)], ignore_index=True)
     return EmbeddingIndex(tables, plain.target, plain.kind, model.fingerprint)
@@ -576,10 +576,12 @@ def predict(self:CellTypeModels,
     out=None, # CSV to write, as of a model; `None`: no file
     neighbors:str='', # With `out`: parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # With `out`: parquet file for the embeddings of the test sites, each of the model of its cell type
+    scores:bool=False, # Not of several models
     progress:bool=True, # Show a progress bar
     **kwargs
 )->pd.DataFrame: # One row per well, as from a model
     "Name the test wells of a screen, each by the model of its cell type"
+    if scores: raise ScreenError(f'{option("scores", True)} keeps the scores of one model, and these are models of {first_few(self.models)}: leave it out.')
     if out is None and (neighbors or embeddings): raise ScreenError('neighbors and embeddings are written beside the predictions: give out, too.')
     if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
     with ExitStack() as run:

@@ -344,7 +344,7 @@ def test_columns_with_one_name(here, capsys):
     ('rcic_predict {d}/model {d}/screen {d}/folder.csv', 'is a folder'),
     ('rcic_predict {d}/model {d}/screen {d}/o.csv --merge max', '--merge max is not known'),
     ('rcic_predict {d}/model {d}/screen {d}/o.csv --bs 0', '--bs 0 is not possible'),
-    ('rcic_predict {d}/model {d}/screen {d}/o.csv --k 0', '--k 0 is not possible'),
+    ('rcic_predict {d}/model {d}/screen {d}/o.csv --k -1', '--k -1 is not possible'),
     ('rcic_predict {d}/model {d}/screen {d}/o.csv --workers -1', '--workers -1 is not possible'),
     ('rcic_train {d}/screen {d}/o --bs 1', '--bs 1 is not possible'),
     ('rcic_train {d}/screen {d}/o --bs -3', '--bs -3 is not possible'),

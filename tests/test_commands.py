@@ -56,9 +56,9 @@ def test_messages_name_options_on_the_route_of_the_caller(capsys):
     def job(out, adapt='', only_present:cli.store_true=False): raise core.ScreenError(f'{core.option("adapt", "none")} and {core.option("out")} and {core.option("only_present", True)}')
     assert cli.run_command(job, ['x'], 'job') == 2
     assert capsys.readouterr().err == 'job: --adapt none and OUT and --only-present\n'
-    def other(out): raise core.ScreenError(f'{core.option("adapt", "none")} and {core.option("only_present", True)} and {core.option("by", "plate")}')
+    def other(out): raise core.ScreenError(f'{core.option("adapt", "none")} and {core.option("only_present", True)} and {core.option("side", "plate")}')
     assert cli.run_command(other, ['x'], 'other') == 2
-    assert capsys.readouterr().err == "other: --adapt none (rcic_predict) and --only-present (rcic_pack) and by='plate' (in Python)\n"
+    assert capsys.readouterr().err == "other: --adapt none (rcic_predict) and --only-present (rcic_pack) and side='plate' (in Python)\n"
     with pytest.raises(core.ScreenError, match="adapt='none' and out and only_present=True"): job('x')
 
 def test_bars_in_a_log_are_a_line_now_and_then(monkeypatch):

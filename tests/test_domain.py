@@ -1,5 +1,5 @@
 "Terms against batch effects and averaged weights where they are easily wrong: mixed precision, nothing to compare, a validation outside a fit."
-import pytest, torch
+import numpy as np, pytest, torch
 from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
                                CancelStepException, CancelTrainException, CancelValidException, GradientAccumulation, L, MixedPrecision,
                                SaveModelCallback)
@@ -340,3 +340,22 @@ def test_a_loss_without_reduction_is_refused(screen):
     learn = make(screen)
     learn.loss_func = lambda p, y: torch.nn.functional.cross_entropy(p, y)
     with pytest.raises(ScreenError, match='The loss has no reduction'): fit(learn, IRM())
+
+@pytest.mark.parametrize('unit', [True, False])
+def test_coral_of_a_training_is_that_of_a_loop_in_double_precision(screen, unit):
+    "On directions times their length, and as WILDS has it, on the output of the neck"
+    class KeepNeck(Callback):
+        order, run_valid = DomainLoss.order - 1, False
+        def before_fit(self): self.kept, self.at = [], 1 + list(self.learn.dls.spec.vocabs).index('experiment')
+        def after_loss(self): self.kept.append((self.coral.emb.detach().double().numpy(), self.xb[self.at].tolist()))
+    cb, keep = CORAL(unit=unit), KeepNeck()
+    fit(make(screen), cb, keep, epochs=1)
+    assert len(cb.terms) == len(keep.kept) > 1
+    for term, (x, groups) in zip(cb.terms, keep.kept):
+        if unit: x = x/np.linalg.norm(x, axis=1, keepdims=True)
+        clouds, total = [x[np.array(groups) == g] for g in sorted(set(groups))], []
+        for i, a in enumerate(clouds):
+            for b in clouds[i+1:]:
+                means, covariances = a.mean(0) - b.mean(0), np.cov(a.T) - np.cov(b.T)
+                total.append(((means**2).mean() + (covariances**2).mean())*(x.shape[1] if unit else 1))
+        assert abs(term - np.mean(total)) < 1e-5*max(1, np.mean(total))

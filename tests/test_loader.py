@@ -397,6 +397,21 @@ def test_reading_and_working_overlap():
     assert more >= 10
 
 
+@pytest.mark.parametrize('threads,ahead,begun', [(2, 2, True), (2, 1, False), (1, 2, False)])
+def test_the_next_batch_is_begun_before_the_last_site_of_this_one_is_there(threads, ahead, begun):
+    "A site that takes long to read does not stop the other thread; batches come in order anyway"
+    dl = memory_dl(12, bs=4, threads=threads, ahead=ahead)
+    source, go, waited = dl.reader.source, threading.Event(), []
+    read = source._read
+    def slow(site_id, out):
+        if site_id == 'w3_1': waited.append(go.wait(5. if begun else .2))
+        if site_id == 'w4_1': go.set()
+        read(site_id, out)
+    source._read = slow
+    assert values(dl) == [list(range(i, i + 4)) for i in (0, 4, 8)]
+    assert waited == [begun]
+
+
 @pytest.mark.parametrize('workers,threads', [(0, 1), (0, 4), (2, 1)])
 @pytest.mark.parametrize('at', [0, 9, 49])
 def test_an_unreadable_site(at, workers, threads):

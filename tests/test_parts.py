@@ -1,16 +1,15 @@
 "The model parts that published systems need: each system is built from plain data, trained, saved in a folder, opened, copied"
-import copy, json, shutil, warnings
+import copy, json, shutil
 from functools import partial
 import numpy as np, pytest, torch
 from torch import nn
-from fastai.vision.all import Learner
-from helpers import learner, quiet, refused, same
+from helpers import quiet, refused, same
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import json_hash
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.folder import load_model
-from rcic_fastai.model.backbones import EFFNETS, STEMS, TO_RGB, FixedColors, adapt_filters, create_backbone
-from rcic_fastai.model.heads import NECKS, unit_length
+from rcic_fastai.model.backbones import TO_RGB, FixedColors, adapt_filters, create_backbone
+from rcic_fastai.model.heads import unit_length
 from rcic_fastai.model.losses import LOSSES, loss_from_config
 from rcic_fastai.model.model import PARTS, create_screen_model, hold_statistics, part_modules
 from rcic_fastai.screen.open import open_screen
@@ -344,3 +343,19 @@ def test_statistics_of_frozen_parts(screen, parts, train_bn):
     learn.train_only('all')
     learn.model.train()
     assert all(m.training for m in learn.model.modules())
+
+@pytest.mark.parametrize('free', ('unfreeze', 'freeze'))
+def test_fastais_own_freezing_lets_statistics_go(screen, free):
+    learn = learn_of(screen, arch='resnet10t', emb_dim=8)
+    learn.train_only('head', train_bn=False)
+    assert not learn.model.train().body.net.bn1.training
+    getattr(learn, free)()
+    assert all(m.training for m in learn.model.train().modules())
+
+def test_the_other_arguments_reach_the_model(screen):
+    learn = learn_of(screen, arch='resnet10t', metadata=['cell_type'], meta_dim='onehot', dropout=.4, use_metadata=False, emb_dim=8)
+    model = learn.model
+    assert [m.p for m in model.neck if isinstance(m, nn.Dropout)] == [.4] and not model.use_metadata
+    assert model.n_pooled == 2*512 + len(learn.dls.spec.vocabs['cell_type']) - 1
+    assert learn_of(screen, arch='resnet10t', metadata=['cell_type'], meta_dim=3, emb_dim=8).model.n_pooled == 2*512 + 3
+    with pytest.raises(TypeError): learn_of(screen, arch='resnet10t', clasifier='linear')

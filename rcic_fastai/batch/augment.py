@@ -330,7 +330,7 @@ def lighting_tfms(
 
 # %% ../../nbs/11_batch.augment.ipynb #ddd760f7
 class SiteCutout(DisplayedTransform):
-    "Cover square holes of sites with zeros, in training (arXiv 1708.04552)"
+    "Fill square holes of sites with zeros, in training (arXiv 1708.04552)"
     order, split_idx = 101, 0
     def __init__(self,
         holes:tuple=(1, 4), # Fewest and most holes of a site

@@ -225,17 +225,22 @@ def _columns(self:ScreenDL):
         self._made = None not in columns and (_values(tls[0].tfms.fs[0], tls[0].items), columns)
     return self._made
 
-# %% ../../nbs/12_batch.loader.ipynb #e4fa9208
+# %% ../../nbs/12_batch.loader.ipynb #d1ff0020
 @patch
 def _buffer(self:ScreenDL, n):
     "Return a tensor for n sites: from the pool, or in shared memory in a worker process"
     source = self.reader.source
     if get_worker_info() is not None:
         return torch.empty((n, *source.shape), dtype=getattr(torch, source.dtype.name)).share_memory_()
+    return self._buffers().get(n)
+
+@patch
+def _buffers(self:ScreenDL):
+    "Return the pool of buffers"
     if self._pool is None:
-        cuda = self.device is not None and self.device.type == 'cuda'
+        source, cuda = self.reader.source, self.device is not None and self.device.type == 'cuda'
         self._pool = BufferPool(source.shape, source.dtype, self.ahead + 2, cuda)
-    return self._pool.get(n)
+    return self._pool
 
 @patch
 def _sites(self:ScreenDL, ids):
@@ -243,6 +248,7 @@ def _sites(self:ScreenDL, ids):
     if self._in_memory: return self.reader.source.take(ids)
     return self.reader.source.read_into(ids, self._buffer(len(ids)), 1 if get_worker_info() else self.threads)
 
+# %% ../../nbs/12_batch.loader.ipynb #d1ff0022
 @patch
 def _read_batch(self:ScreenDL, idxs):
     "Return a batch as fastai would have collated it"
@@ -255,10 +261,19 @@ def _read_batch(self:ScreenDL, idxs):
             for site in x: site.copy_(f(TensorSite(site.cpu()), split_idx=self.after_item.split_idx))
     return (self.reader.batch(x), *[codes[idxs].as_subclass(kind) for codes, kind in columns])
 
+# %% ../../nbs/12_batch.loader.ipynb #e4fa9208
+@patch
+def _feeders(self:ScreenDL):
+    "Return how many batches may be in work: with two, no reader thread waits for the last site of a batch"
+    if self._in_memory: return 1
+    is_only_read = all(isinstance(f, ToTensor) for f in self.after_item.fs)
+    return 2 if self.threads > 1 and self.ahead > 1 and is_only_read else 1
+
 @patch
 def _read_ahead(self:ScreenDL, chunks):
-    "Yield the batches of lists of samples; a thread prepares the next ones"
-    pool = ThreadPoolExecutor(1, 'rcic-feed')
+    "Yield the batches of lists of samples; one or two threads prepare the next ones"
+    if not self._in_memory: self._buffers()      # before two threads ask for it
+    pool = ThreadPoolExecutor(self._feeders(), 'rcic-feed')
     try:
         coming = deque(pool.submit(self._read_batch, c) for c in islice(chunks, self.ahead))
         while coming:

@@ -290,7 +290,8 @@ def model_fingerprint(
     "Return the SHA-256 of what makes embeddings: weights, processing of the pixels, and metadata that the model reads"
     m = get_model(model)
     read = m.metadata.vocab_sizes if m.metadata is not None and m.use_metadata else {}
-    how = {k: getattr(spec, k) for k in _PIXELS}, {c: spec.vocabs[c] for c in read}
+    how = [{k: getattr(spec, k) for k in _PIXELS}, {c: spec.vocabs[c] for c in read}]
+    if act := getattr(m, '_args', {}).get('act'): how.append(act)
     text = json.dumps([weights_fingerprint(m), *how], sort_keys=True, default=lambda o: o.item())
     return sha256(text)
 

@@ -23,7 +23,7 @@ from .plan import *
 # %% ../../nbs/55_predict.ensemble.ipynb #f109cea5
 def _check_alike(first, other, name):
     "Raise a `ScreenError` when a score table is about something else than the first"
-    for what in ('target', 'protocol', 'kind'):
+    for what in ('target', 'protocol', 'kind', 'assign'):
         a, b = first.attrs.get(what), other.attrs.get(what)
         if a != b: raise ScreenError(f'{name} has the {what} {b} and the first member {a}: average predictions of one {what}.')
     for what, a, b in (('wells', first['id_code'], other['id_code']), ('classes', score_classes(first), score_classes(other))):
@@ -66,7 +66,7 @@ def name_wells(
     s, classes, facts = score_matrix(scores), score_classes(scores), scores.attrs
     wells, target = scores[[c for c in scores if not c.startswith(SCORE)]].rename(columns={'id_code': 'well_id'}), facts['target']
     choice, groups, how, ranked, notes = best_class(s), None, {}, s, []
-    if facts['protocol'] == 'transductive': choice, groups, how, ranked, s, notes = _transduce(wells, s, _stand_in(facts, classes), None)
+    if facts['protocol'] == 'transductive': choice, groups, how, ranked, s, notes = _transduce(wells, s, _stand_in(facts, classes), None, facts.get('assign', True))
     names, rows, others = np.array(classes, object), np.arange(len(s)), s.copy()
     others[rows, choice] = -np.inf
     pred = pd.DataFrame({'id_code': wells['well_id'], target: names[choice], 'score': s[rows, choice], 'margin': s[rows, choice] - others.max(1),
@@ -105,6 +105,7 @@ def class_scores(self:TrainedModel,
 )->pd.DataFrame: # A score table
     "Score the test wells of a screen with every class"
     plan = plan_prediction(self, screen, protocol, **kwargs)
+    if plan.told is not None: plan = told_plan(plan, self.predict(screen, protocol, progress=progress, **{**kwargs, 'tell': 'no'}))
     emb = embed_screen(self.model, self.spec, plan.screen, **{**vars(plan.options), 'progress': progress})
     if plan.correction: emb = plan.correction(emb)
     emb.attrs['model'] = self.fingerprint

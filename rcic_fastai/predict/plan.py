@@ -26,6 +26,7 @@ from ..embed.embed import *
 from ..embed.index import *
 from ..embed.correct import corrected_index
 from .predict import *
+from .scores import *
 from .classifier import *
 from .trained import *
 
@@ -38,6 +39,7 @@ def _decided(model, protocol, given):
     if protocol != 'transductive': said.pop('tell', None)
     if protocol == 'inductive': said = {k: v for k, v in said.items() if k not in ('adapt', 'correct')}
     chosen = {**_OPEN, **said, **{k: v for k, v in given.items() if v}}
+    if chosen['tell'] == 'no': chosen['tell'] = ''
     if not chosen['merge']: chosen['merge'] = 'mean' if chosen['by'] == 'classifier' else 'best'
     return chosen
 
@@ -129,12 +131,12 @@ def _index_for(model, adapt, protocol, correct, wells, by='index'):
     return corrected_index(index, correct, **_CORRECT[correct])
 
 # %% ../../nbs/54_predict.plan.ipynb #d89f5077
-TELL = ('', 'plate_group')
+TELL = ('plate_group', 'no')
 
 def _check_tell(model, protocol, tell, by):
     "Raise where the model cannot be told the plate group"
-    check_choice('tell', tell, TELL)
     if not tell: return
+    check_choice('tell', tell, TELL)
     asked = option('tell', tell)
     if protocol != 'transductive': raise ScreenError(f'{asked} uses which plates hold which group: ask for {option("protocol", "transductive")}.')
     if model.told_index is None:
@@ -150,10 +152,11 @@ def with_groups(
     return rows.assign(plate_group=pd.array(found.reindex(keys), dtype='Int64'))
 
 # %% ../../nbs/54_predict.plan.ipynb #5ff4094f
-def _told_index(model, by, correct):
+def _told_index(model, by, adapt, correct):
     "Return what is searched when the model is told the plate groups"
     if correct != 'none': raise ScreenError(f'{option("tell", "plate_group")} and {option("correct", correct)} cannot be had together: leave one of them out.')
-    return ClassifierIndex(model.told_index, model.spec.labels) if by == 'classifier' else model.told_index
+    index = model.told_adapted_index if adapt else model.told_index
+    return ClassifierIndex(index, model.spec.labels) if by == 'classifier' else index
 
 # %% ../../nbs/54_predict.plan.ipynb #b3ba4d46
 def _check_correctable(rows, correct):
@@ -232,7 +235,7 @@ def plan_prediction(
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best (mean by the classifier)
     same_cell_type:bool=False, # Only neighbors of the well's cell type
     assign:str='', # Transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
-    tell:str='', # Transductive: plate_group tells the model the groups that were found, and names again; empty: the recipe's, or nothing
+    tell:str='', # Transductive: plate_group tells the model the groups that were found, and names again; no; empty: the recipe's, or no
     adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
     correct:str='', # Correction of the embeddings per experiment: none, standardize, center, sphere or tvn; empty: the recipe's, or none
@@ -270,7 +273,7 @@ def plan_prediction(
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=all_notes, versions=library_versions())
     record['correct'] = index.labels.correction.iloc[0] if correction else None
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
-    told = _told_index(model, c['by'], correct) if c['tell'] else None
+    told = _told_index(model, c['by'], how, correct) if c['tell'] else None
     return PredictionPlan(Protocol(protocol), asked, index, options, correction, search, tuple(notes), record, told)
 
 # %% ../../nbs/54_predict.plan.ipynb #7f14aab8
@@ -342,10 +345,10 @@ def _first_pass(model, plan, out, progress):
         if not rank_world()[0]: pred = predict_tables(nameable(parts.experiments(), plan.index), plan.index, plan.protocol, **plan.search)
     return told_plan(plan, from_first(pred))
 
-def _write_answer(model, plan, out, neighbors, embeddings, progress):
+def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
     "Name the wells of a plan, one experiment in memory at a time, and write the files; predictions, or None in all processes but the first"
     if plan.told is not None:
-        pred = _write_answer(model, _first_pass(model, plan, out, progress), out, neighbors, embeddings, progress)
+        pred = _write_answer(model, _first_pass(model, plan, out, progress), out, neighbors, embeddings, scores, progress)
         if not rank_world()[0]: PARTS_FOLDER.remove(f'{out}.first.part')
         return pred
     parts = embed_parts(f'{out}.part', model.model, model.spec, plan.screen, **_options(plan, progress))
@@ -353,8 +356,9 @@ def _write_answer(model, plan, out, neighbors, embeddings, progress):
     def tables(): return map(plan.correction, parts.experiments()) if plan.correction else parts.experiments()
     pred = predict_tables(nameable(tables(), plan.index), plan.index, plan.protocol, neighbors=neighbors, **plan.search)
     if embeddings: write_tables(embeddings, tables() if plan.correction else parts)
+    if scores: write_scores((score_wells(t, plan.index, plan.protocol, **plan.search) for t in nameable(tables(), plan.index)), scores_path(out))
     write_predictions(pred, out, plan.record)
-    for f in (out, info_path(out), top_path(out), neighbors, embeddings):
+    for f in (out, info_path(out), top_path(out), scores_path(out), neighbors, embeddings):
         if f and Path(f).is_file(): sync_path(f)
     parts.remove()
     return pred
@@ -368,12 +372,13 @@ def predict(self:TrainedModel,
     out=None, # CSV to write, such as test.csv; test.json beside it records how, test.top.csv has the five best; `None`: no file
     neighbors:str='', # With `out`: parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # With `out`: parquet file for the embeddings of the test sites, corrected if asked
+    scores:bool=False, # With `out`: keep the score of every class in test.scores.parquet, for `ensemble_files`
     progress:bool=True, # Show a progress bar
     **kwargs
 )->pd.DataFrame: # One row per well: id_code, label, score, margin, votes, protocol, …; of several processes only the first has it
     "Name the test wells of a screen; interrupted with `out`, the same call continues"
-    if out is None and (neighbors or embeddings):
-        raise ScreenError('neighbors and embeddings are written beside the predictions: give out, or call .neighbors or .embed.')
+    if out is None and (neighbors or embeddings or scores):
+        raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, or call .neighbors, .embed or .class_scores.')
     if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
     with ExitStack() as run:
         with all_agree():
@@ -382,7 +387,7 @@ def predict(self:TrainedModel,
             if not rank_world()[0]:
                 for n in plan.notes: print(f'note: {n}', file=sys.stderr)
         if out is None: return _answer(self, plan, progress)[0]
-        return _write_answer(self, plan, out, neighbors, embeddings, progress)
+        return _write_answer(self, plan, out, neighbors, embeddings, scores, progress)
 
 # %% ../../nbs/54_predict.plan.ipynb #cb2527c9
 @patch

@@ -74,6 +74,7 @@ def score_wells(
     merge:str='best', # Sites into wells: best or mean
     k:int=5, # Rows per class, for vote 'mean'
     restrict_cell_type:bool=False, # Only rows of the well's own cell type
+    assign:bool=True, # Transductive: the answers will use each label once per plate
 )->pd.DataFrame: # A score table, wells sorted by `id_code`
     "Score every well with every class of an index, as `predict_wells` does before it chooses"
     known, protocol = _wells_of(queries, index.target), Protocol(protocol).value
@@ -85,7 +86,8 @@ def score_wells(
     scores, ids = _search_wells(queries, known, index, dict(vote=vote, k=k), merge, cell)
     wells = known.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index()
     order = np.argsort(ids.astype(str), kind='stable')
-    return score_table(scores[order], wells.iloc[order], index.classes, protocol, target=index.target,
+    kind = getattr(index, 'scores', 'cosine')
+    return score_table(scores[order], wells.iloc[order], index.classes, protocol, kind, index.target, assign=assign,
                        names=learned_names(index), groups=_group_rows(index))
 
 # %% ../../nbs/51b_predict.scores.ipynb #35c8233f

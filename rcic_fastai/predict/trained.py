@@ -72,25 +72,26 @@ def build_index(
     with all_agree() if folder else nullcontext():
         parts = [make(None, 'plain')]
         if how: parts.append(make(how, 'adapted'))
-        if _reads_groups(model): parts.append(make(how, 'told', mask=('experiment',)).assign(**{f'{META}told': 'plate_group'}))
+        if _reads_groups(model):
+            told = [make(None, 'told', mask=('experiment',)), *([make(how, 'told-adapted', mask=('experiment',))] if how else [])]
+            parts += [t.assign(**{f'{META}told': 'plate_group'}) for t in told]
     if folder and not rank_world()[0]: remove_index_parts(folder)
     return EmbeddingIndex(pd.concat(parts, ignore_index=True), target=learn.dls.spec.target)
 
 # %% ../../nbs/53_predict.trained.ipynb #cb64d325
 def split_index(
     index:EmbeddingIndex, # From `build_index`
-)->tuple: # Three `EmbeddingIndex`, the last two `None` where there is none
-    "Return the index of plain embeddings, of those adapted by BatchNorm statistics, and of those told their plate group"
+)->tuple: # Four `EmbeddingIndex`, the last three `None` where there is none
+    "Return the index of plain embeddings, of those adapted by BatchNorm statistics, and both again of those told their plate group"
     labels = index.labels
     def has(column): return labels[column].notna().to_numpy() if column in labels else np.zeros(len(labels), bool)
-    is_told = has('told')
-    is_adapted = has('batchnorm') & ~is_told
-    if is_adapted.all() or not (is_adapted | is_told).any(): return index, None, None
+    is_told, is_adapted = has('told'), has('batchnorm')
+    if is_adapted.all() or not (is_adapted | is_told).any(): return index, None, None, None
     def part(keep):
         if not keep.any(): return None
         empty = [c for c in ('protocol', 'batchnorm', 'told') if c in labels and labels[c][keep].isna().all()]
         return EmbeddingIndex(make_emb_table(labels[keep].drop(columns=empty), index.vectors(np.flatnonzero(keep))), index.target, index.kind, index.model)
-    return part(~is_adapted & ~is_told), part(is_adapted), part(is_told)
+    return part(~is_adapted & ~is_told), part(is_adapted & ~is_told), part(~is_adapted & is_told), part(is_adapted & is_told)
 
 # %% ../../nbs/53_predict.trained.ipynb #ee98ef10
 def data_fingerprint(
@@ -200,6 +201,7 @@ class TrainedModel:
         config:dict, # What is known about the model, as plain data
         adapted_index:EmbeddingIndex=None, # Over the same wells, with BatchNorm statistics of their experiments
         told_index:EmbeddingIndex=None, # Over the same wells, when the model is told their plate groups
+        told_adapted_index:EmbeddingIndex=None, # Both
         history:pd.DataFrame=None, # One row per epoch; `None`: read from the folder when it is looked at
         folder=None, # Where it was loaded from
     ):

@@ -26,12 +26,12 @@ def count_wells(
     labels = wells[wells['well_type'] == 'treatment'].groupby(by)['sirna'].nunique().rename('sirnas')
     return res.join(kinds).join(labels).join(table.groupby(by).size().rename('sites')).fillna({'sirnas': 0}).astype(int)
 
-# %% ../../nbs/09_screen.look.ipynb #88301650
+# %% ../../nbs/09_screen.look.ipynb #6e0b2410
 def well_positions(
     table:pd.DataFrame, # Site table
     well_types=WELL_TYPES, # Which kinds of wells, such as ('negative_control',)
 )->pd.DataFrame: # One row per position and kind: well, row, column, well_type, plates (that have it there), share of all plates, labels (how many different)
-    "Say what each place on the plates of a screen holds"
+    "Count what each place on the plates of a screen holds"
     wells = table.drop_duplicates('well_id')
     n_plates = len(wells.drop_duplicates(['experiment', 'plate']))
     mine = wells[wells['well_type'].isin(list(well_types))]
@@ -78,7 +78,7 @@ def find_nuclei(
     nearest = ndi.distance_transform_edt(centers == 0, return_distances=False, return_indices=True)
     return np.where(mask, centers[tuple(nearest)], 0).astype(np.int32)
 
-# %% ../../nbs/09_screen.look.ipynb #8497f2b2
+# %% ../../nbs/09_screen.look.ipynb #a9860921
 def count_nucleoli(
     rna:np.ndarray, # RNA stain [H,W] (w4 of RxRx1), any numbers
     nuclei:np.ndarray, # From `find_nuclei` [H,W]
@@ -87,9 +87,10 @@ def count_nucleoli(
 )->np.ndarray: # [N] number in each nucleus
     "Count the bright spots in each nucleus"
     from scipy import ndimage as ndi
-    n, x = int(nuclei.max()), rna.astype(np.float32)
+    n, x, inside = int(nuclei.max()), rna.astype(np.float32), (nuclei > 0).astype(np.float32)
     if not n: return np.zeros(0, int)
-    above = ndi.gaussian_filter(x, size/2) - ndi.gaussian_filter(x, 1.5*size)
+    def mean(sigma): return ndi.gaussian_filter(x*inside, sigma)/np.maximum(ndi.gaussian_filter(inside, sigma), 1e-6)
+    above = mean(size/2) - mean(1.5*size)          # of the nucleus only, or its bright side of the border would be a spot
     least = np.append(np.inf, contrast*np.asarray(ndi.median(x, nuclei, np.arange(1, n + 1))))
     is_spot = (above == ndi.maximum_filter(above, 2*round(.8*size) + 1)) & (above > least[nuclei]) & (nuclei > 0)
     return np.bincount(nuclei[is_spot], minlength=n + 1)[1:]

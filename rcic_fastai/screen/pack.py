@@ -7,7 +7,7 @@ __all__ = ['STORE_FORMAT', 'CODECS', 'PERCENTILES', 'STORE_FOLDER', 'site_measur
            'PackedScreen', 'picture_kinds', 'picture_notes', 'verify_store']
 
 # %% ../../nbs/04_screen.pack.ipynb #eb770107
-import json, os, time
+import json, os, time, warnings
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from math import prod
@@ -24,17 +24,54 @@ from ..core import (OwnFolder, ScreenError, check_choice, check_unchanged, first
 from .tables import check_table, read_metadata, read_parquet
 from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns
 
-# %% ../../nbs/04_screen.pack.ipynb #a1a01c36
-STORE_FORMAT = 1
-CODECS = {'fast': ('lz4hc', 5), 'small': ('zstd', 5)}
+# %% ../../nbs/04_screen.pack.ipynb #d1ff0001
+def _differences(site):
+    "Return the rows [C·H,W] of a site less the row above, modulo 256; the first row less the end of the column before"
+    rows = site.reshape(-1, site.shape[-1])
+    res = rows.copy()
+    res[1:] -= rows[:-1]
+    res[0, 1:] -= rows[-1, :-1]
+    return res
 
-def _codecs(codec, dtype):
-    "Return the zarr codecs of a chunk: raw bytes, Blosc, checksum"
+# %% ../../nbs/04_screen.pack.ipynb #d1ff0004
+_STRIP = 24     # rows: few steps, and few strips
+
+def _undo_differences(rows, continues=True):
+    "Replace differences [R,W] by the pixels, in place; `continues`: a column begins where the one before ends"
+    whole = len(rows)//_STRIP*_STRIP
+    strips = rows[:whole].reshape(-1, _STRIP, rows.shape[1])
+    sums = strips.sum(1, dtype=rows.dtype)
+    if continues:
+        ends = np.cumsum(sums.sum(0, dtype=rows.dtype) + rows[whole:].sum(0, dtype=rows.dtype), dtype=rows.dtype)[:-1]
+        for first in (rows[0, 1:], sums[:1, 1:]): np.add(first, ends, out=first)
+    if len(sums) > 1:
+        _undo_differences(sums[:-1], continues=False)
+        np.add(strips[1:, 0], sums[:-1], out=strips[1:, 0])
+    for r in range(1, _STRIP if whole else 0): np.add(strips[:, r], strips[:, r-1], out=strips[:, r])
+    for r in range(max(whole, 1), len(rows)): np.add(rows[r], rows[r-1], out=rows[r])
+
+# %% ../../nbs/04_screen.pack.ipynb #a1a01c36
+STORE_FORMAT = 2        # 1 had no differences
+CODECS = {'fast': ('lz4hc', 6), 'small': ('zstd', 5), 'plain': ('lz4hc', 5)}
+
+def _has_differences(codec, dtype): return codec != 'plain' and dtype.itemsize == 1
+
+def _difference_codecs(shape):
+    "Return the descriptions of zarr's codecs that give `_differences` of sites [C,H,W]: before and after they become bytes"
+    turn, subtract = dict(order=[0, 3, 1, 2]), dict(dtype='|u1')
+    return ([dict(name='transpose', configuration=turn), dict(name='numcodecs.delta', configuration=subtract)],
+            [dict(name='numcodecs.shuffle', configuration=dict(elementsize=shape[0]*shape[1]))])
+
+# %% ../../nbs/04_screen.pack.ipynb #d1ff0009
+def _codecs(codec, shape, dtype):
+    "Return the codecs of a chunk as arguments of zarr's `create_array`"
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
     check_choice('codec', codec, CODECS)
     name, level = CODECS[codec]
     shuffle = 'shuffle' if dtype.itemsize > 1 else 'noshuffle'
-    return BytesCodec(), BloscCodec(cname=name, clevel=level, shuffle=shuffle, typesize=dtype.itemsize), Crc32cCodec()
+    filters, more = _difference_codecs(shape) if _has_differences(codec, dtype) else ([], [])
+    blosc = BloscCodec(cname=name, clevel=level, shuffle=shuffle, typesize=dtype.itemsize)
+    return dict(filters=filters, serializer=BytesCodec(), compressors=[*more, blosc, Crc32cCodec()])
 
 def _compress(site, codec):
     "Return one site as the bytes of its chunk file, exactly as zarr writes it, and their checksum"
@@ -42,6 +79,7 @@ def _compress(site, codec):
     from google_crc32c import value as crc32c
     name, level = CODECS[codec]
     site = np.ascontiguousarray(site, site.dtype.newbyteorder('<'))
+    if _has_differences(codec, site.dtype): site = _differences(site)
     data = blosc.compress(site, name.encode(), level, blosc.SHUFFLE if site.itemsize > 1 else blosc.NOSHUFFLE)
     crc = crc32c(data)
     return data + crc.to_bytes(4, 'little'), crc
@@ -89,12 +127,13 @@ STORE_FOLDER = OwnFolder('packed screen', *_SUMMED, 'sums.json', 'journal', 'ima
 def _write_zarr(part, facts):
     "Write the metadata of the group and the array with zarr itself; no chunk yet"
     import zarr
-    dtype = np.dtype(facts['dtype'])
-    raw, *compress = _codecs(facts['codec'], dtype)
+    dtype, shape = np.dtype(facts['dtype']), facts['shape']
     group = zarr.create_group(str(part), zarr_format=3,
                               attributes={'rcic_fastai': {k: facts[k] for k in ('format', 'channels', 'codec')}})
-    group.create_array('images', shape=facts['shape'], dtype=dtype, chunks=(1, *facts['shape'][1:]), serializer=raw,
-                       compressors=compress, dimension_names=('site', 'channel', 'y', 'x'), fill_value=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Numcodecs codecs are not in the Zarr version 3 specification')
+        group.create_array('images', shape=shape, dtype=dtype, chunks=(1, *shape[1:]), fill_value=0,
+                           dimension_names=('site', 'channel', 'y', 'x'), **_codecs(facts['codec'], shape[1:], dtype))
 
 def _begin(part, table, source, codec, force):
     "Make the unfinished folder, or check that it was left by the same call"
@@ -185,9 +224,11 @@ def _still_good(source, part, line, site_id):
     except (OSError, ScreenError): return False
     return line['site_id'] == site_id and _checked(data, line['crc32c']) and line['stamp'] == source.stamp(site_id)
 
+_WITH_OWN_CRC = 0x48674bc7     # CRC-32C of any bytes that end with their own CRC-32C; so none are copied to leave it out
+
 def _checked(data, crc):
     from google_crc32c import value as crc32c
-    return len(data) > 20 and data[-4:] == crc.to_bytes(4, 'little') and crc32c(data[:-4]) == crc
+    return len(data) > 20 and data[-4:] == crc.to_bytes(4, 'little') and crc32c(data) == _WITH_OWN_CRC
 
 # %% ../../nbs/04_screen.pack.ipynb #940e3118
 def _new_name(dest):
@@ -258,7 +299,7 @@ def _name(part, dest):
 def pack_screen(
     screen, # A `Screen`: its sites are packed in the order of its table
     dest, # Folder to write, such as screen.zarr; must not exist yet
-    codec:str='fast', # fast (Blosc lz4hc, about 1.5 times the PNGs) or small (Blosc zstd, about 1.2 times, slower to read)
+    codec:str='fast', # fast (about 1.4 times the PNGs), small (about the size of the PNGs, half as fast to read) or plain (1.6 times, for any zarr reader)
     workers:int=None, # Threads; None = one per core
     progress:bool=True, # Show a progress bar with sites/s and the time left
     force:bool=False, # Start again: an unfinished `DEST.part` is removed
@@ -306,8 +347,8 @@ def _store_facts(path):
     try: facts = dict(_json(path/'zarr.json')['attributes']['rcic_fastai'])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ScreenError(f'{path/"zarr.json"} does not describe a packed screen: pack the screen again.') from None
-    if facts.get('format') != STORE_FORMAT:
-        raise ScreenError(f'{path} has layout version {facts.get("format")}, this rcic_fastai reads version {STORE_FORMAT}: '
+    if facts.get('format') not in (1, STORE_FORMAT):
+        raise ScreenError(f'{path} has layout version {facts.get("format")}, this rcic_fastai reads versions 1 and {STORE_FORMAT}: '
                           'install a newer rcic_fastai, or pack the screen again.')
     try: sums, found = _json(path/'sums.json'), _sums(path)
     except (ValueError, OSError) as e:
@@ -328,14 +369,19 @@ def _parquet(path):
         raise ScreenError(f'{path} {why}: pack the screen again.') from None
 
 def _array_facts(path, n_channels):
-    "Return the shape of a site and the type of a pixel, from the array's metadata"
+    "Return the shape of a site, the type of a pixel, and whether differences are stored, from the array's metadata"
     try:
         meta = _json(path/'images'/'zarr.json')
         shape, dtype = tuple(meta['shape'][1:]), dict(uint8=np.dtype('u1'), uint16=np.dtype('u2'))[meta['data_type']]
         is_site = len(shape) == 3 and shape[0] == n_channels and all(type(n) is int and n > 0 for n in shape)
-        is_packed_here = [c['name'] for c in meta['codecs']] == ['bytes', 'blosc', 'crc32c']
-        if is_site and is_packed_here and shape[1]*shape[2] <= MOST_PIXELS: return shape, dtype
-    except (OSError, ValueError, KeyError, TypeError): pass
+        names, differs = [c['name'] for c in meta['codecs']], False
+        if is_site and names[:1] == ['transpose'] and dtype.itemsize == 1:
+            before, after = _difference_codecs(shape)
+            differs = [*meta['codecs'][:2], meta['codecs'][3]] == [*before, *after]
+            names = names[2:3] + names[4:] if differs else names
+        is_packed_here = names == ['bytes', 'blosc', 'crc32c']
+        if is_site and is_packed_here and shape[1]*shape[2] <= MOST_PIXELS: return shape, dtype, differs
+    except (OSError, ValueError, KeyError, TypeError, IndexError): pass
     raise ScreenError(f'{path/"images"/"zarr.json"} does not describe an array of {n_channels} channels of 8 or 16 '
                       'bits, packed by Blosc: pack the screen again.')
 
@@ -350,7 +396,7 @@ class PackedScreen(ImageSource):
         self.table, chunks = read_metadata(path), _parquet(path/'chunks.parquet')
         super().__init__(path, self.table if table is None else table, facts['channels'])
         self.stats, self._folder = _parquet(path/'stats.parquet'), os.path.join(str(path), 'images', 'c')
-        self._shape, self._dtype = _array_facts(path, len(self.channels))
+        self._shape, self._dtype, self._differs = _array_facts(path, len(self.channels))
         nbytes = prod(self._shape)*self._dtype.itemsize
         self._most = nbytes + nbytes//8 + 2**12      # bytes of a chunk: Blosc never makes a site much longer
         self._at = dict(zip(self.table.site_id.tolist(), zip(range(len(self.table)), chunks.crc32c.tolist())))
@@ -379,6 +425,7 @@ def _read(self:PackedScreen, site_id, out):
     flat = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
     try: blosc.decompress(memoryview(data)[:-4], flat)
     except (RuntimeError, ValueError): raise self._damaged(site_id, path, 'it cannot be decompressed') from None
+    if self._differs: _undo_differences(flat.reshape(-1, flat.shape[-1]))
     if flat is not out: out[...] = flat
 
 @patch

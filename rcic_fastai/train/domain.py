@@ -95,6 +95,7 @@ def _on_device(rows, x):
 class DomainLoss(Callback):
     "Base class: a term of the loss that compares the groups in a batch; a subclass defines `term(groups)`"
     run_valid, order = False, GradientAccumulation.order - 1
+    unit = True     # embeddings are compared as directions, of length 1
     def __init__(self,
         weight:float=1., # Of the term, beside the loss
         by:str='experiment', # Metadata column that names the group
@@ -183,7 +184,7 @@ def after_pred(self:DomainLoss):
 @patch
 def groups(self:DomainLoss)->list: # [(entry, embeddings [n,D]), …]
     "Return the embeddings of each group that has at least two samples"
-    emb, rows = F.normalize(self.emb.float(), dim=1), defaultdict(list)
+    emb, rows = F.normalize(self.emb.float(), dim=1) if self.unit else self.emb.float(), defaultdict(list)
     for i, g in enumerate(self._group_of()): rows[g].append(i)
     return [(g, emb[_on_device(rows[g], emb)]) for g in sorted(rows) if g > 0 and len(rows[g]) > 1]
 
@@ -206,15 +207,22 @@ def after_loss(self:DomainLoss):
 def after_batch(self:DomainLoss): self.emb = None
 
 # %% ../../nbs/32b_train.domain.ipynb #2ff01574
-def _mean_of_pairs(distance, groups):
-    "Average a distance over all pairs of groups, in units of the length of the embedding"
-    pairs = [distance(a, b)*a.shape[1] for (_, a), (_, b) in itertools.combinations(groups, 2)]
+def _mean_of_pairs(distance, groups, unit=True):
+    "Average a distance over all pairs of groups, for directions in units of the length of the embedding"
+    pairs = [distance(a, b)*(a.shape[1] if unit else 1) for (_, a), (_, b) in itertools.combinations(groups, 2)]
     return sum(pairs)/len(pairs)
 
 # %% ../../nbs/32b_train.domain.ipynb #89483cc5
 class CORAL(DomainLoss):
     "Make means and covariances of the embeddings alike (arXiv 1607.01719)"
-    def term(self, groups): return _mean_of_pairs(coral, groups)
+    def __init__(self,
+        weight:float=1., # Of the term, beside the loss
+        by:str='experiment', # Metadata column that names the group
+        unit:bool=True, # Compare directions of length 1, in units of their length; if not, the numbers as they are, as WILDS does
+    ):
+        super().__init__(weight, by)
+        self.unit = unit
+    def term(self, groups): return _mean_of_pairs(coral, groups, self.unit)
 
 # %% ../../nbs/32b_train.domain.ipynb #20066aeb
 class SlicedWasserstein(DomainLoss):
@@ -340,7 +348,7 @@ class _LossTerm(DomainLoss):
         return [(g, _on_device(rows, self.pred)) for g, rows in self._rows().items() if len(rows) > 1]
 
 class IRM(_LossTerm):
-    "Ask for one classifier that is the best in every experiment (IRMv1, arXiv 1907.02893)"
+    "Train one classifier to be the best in every experiment at once (IRMv1, arXiv 1907.02893)"
     def term(self, groups):
         each = loss_of_each(self.loss_func, self.pred, self.yb)
         return irm_penalty(each, self.pred, [rows for _, rows in groups])

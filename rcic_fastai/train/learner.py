@@ -161,6 +161,7 @@ def freeze_to(self:Learner,
 ):
     "Freeze parameter groups up to `n`"
     _fastai_freeze_to(self, n)
+    if isinstance(get_model(self.model), ScreenModel): hold_statistics(get_model(self.model))
     for p in self.model.parameters():
         if not p.requires_grad: p.grad = None
 

@@ -136,21 +136,21 @@ class RICAP(ManyMix):
         self.parts = list(zip([None, *partners], self.boxes, starts))
         return paste_parts(x, self.parts), partners, [box_area(b)/(h*w) for b in self.boxes[1:]]
 
-# %% ../../nbs/30c_train.mixing.ipynb #45b54fc5
+# %% ../../nbs/30c_train.mixing.ipynb #669fd46c
 def grid_boxes(
     height:int, # Of the picture, px
     width:int, # Of the picture, px
     size:float, # Side of a patch, as a share of that of the picture, above 0 to 1
 )->list: # (y1, y2, x1, x2), px, in rows; together the whole picture
-    "Divide a picture into patches of nearly the same size"
+    "Split a picture into patches of nearly the same size"
     ys, xs = (np.linspace(0, n, max(n//max(int(n*size), 1), 1) + 1).round().astype(int).tolist() for n in (height, width))
     return [(y1, y2, x1, x2) for y1, y2 in zip(ys, ys[1:]) for x1, x2 in zip(xs, xs[1:])]
 
-# %% ../../nbs/30c_train.mixing.ipynb #3f839eae
+# %% ../../nbs/30c_train.mixing.ipynb #45c9eee4
 BLENDS = ('cut', 'mix', 'zero', 'noise')
 
 class Blend(ManyMix):
-    "Change some patches of a grid, each by another item's (the 117th place's), with labels and metadata"
+    "Replace some patches of a grid by those of other items (the 117th place's), with labels and metadata"
     def __init__(self,
         size:float=.1, # Side of a patch, as a share of that of the picture
         alpha:float=1., # The share of patches that stay is λ or 1−λ, the larger one, of Beta(alpha, alpha)

@@ -216,6 +216,51 @@ def get_recipe(
         if isinstance(e, ScreenError): raise
         raise ScreenError(f'{p} is not JSON ({e}): write a recipe as Recipe.to_dict gives it.') from None
 
+# %% ../../nbs/33_train.recipes.ipynb #3c560bba
+def _shared_epochs(epochs, total):
+    "Share `total` epochs among stages as `epochs` were, the largest remainders first"
+    exact = np.array(epochs)*total/max(sum(epochs), 1)
+    whole = np.floor(exact).astype(int)
+    first = np.argsort(whole - exact, kind='stable')[:total - whole.sum()]
+    whole[first] += 1
+    return whole.tolist()
+
+def _scaled_schedule(config, f):
+    "Return a schedule whose epochs are `f` times as many"
+    name, settings = parsed_schedule(config)
+    if name == 'exponential': settings['gamma'] = settings['gamma']**(1/f)
+    for k in ('every', 'up', 'patience'):
+        if k in settings: settings[k] = max(1, round(settings[k]*f))
+    return {'name': name, **settings} if settings else name
+
+# %% ../../nbs/33_train.recipes.ipynb #a7c88527
+def _scaled_augs(augs, g):
+    "Return augmentations whose crops and holes are `g` times as large"
+    augs = dict(PUBLISHED_AUGS[augs] if isinstance(augs, str) else augs or {})
+    for k in ('crop', 'cutout_side'):
+        v = augs.get(k)
+        if v is not None: augs[k] = tuple(max(8, round(o*g)) for o in v) if isinstance(v, (tuple, list)) else max(8, round(v*g))
+    return augs
+
+def _scaled_stage(stage, epochs, f, g):
+    "Return a stage with so many epochs"
+    size = stage.size and max(16, round(stage.size*g))
+    augs = stage.augs if g == 1 or stage.augs is None else _scaled_augs(stage.augs, g)
+    patience = stage.patience and max(1, round(stage.patience*f))
+    return replace(stage, epochs=epochs, size=size, augs=augs, patience=patience, schedule=_scaled_schedule(stage.schedule, f))
+
+@patch
+def scaled(self:Recipe,
+    epochs:int, # In all stages together
+    side:int=512, # Side of the pictures, px, in place of the 512 that the recipe was made for
+)->Recipe:
+    "Return the recipe in small: the same stages with fewer epochs, and sizes and crops for smaller pictures"
+    total, g = sum(s.epochs for s in self.stages), side/512
+    f = epochs/max(total, 1)
+    shares = _shared_epochs([s.epochs for s in self.stages], epochs)
+    data = {**self.data, **({'size': max(16, round(self.data['size']*g))} if self.data.get('size') else {})}
+    return replace(self, stages=[_scaled_stage(s, e, f, g) for s, e in zip(self.stages, shares)], data=data)
+
 # %% ../../nbs/33_train.recipes.ipynb #62bade25
 def _stage_data(learn, stage):
     "Change size, batch size and held-out experiments, where the stage says so"
