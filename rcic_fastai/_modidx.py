@@ -1046,6 +1046,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'rcic_fastai.folder.model_card': ('folder.html#model_card', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder.new_folder': ('folder.html#new_folder', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder.read_config': ('folder.html#read_config', 'rcic_fastai/folder.py'),
+                                    'rcic_fastai.folder.scores_together': ('folder.html#scores_together', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder.together': ('folder.html#together', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder.write_cell_types': ('folder.html#write_cell_types', 'rcic_fastai/folder.py')},
             'rcic_fastai.model.backbones': { 'rcic_fastai.model.backbones.Backbone': ( 'model.backbones.html#backbone',

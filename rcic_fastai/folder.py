@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MODEL_FILES', 'MODEL_FOLDER', 'CELLS_FOLDER', 'model_card', 'read_config', 'new_folder', 'check_cell_name',
-           'is_cell_types', 'write_cell_types', 'load_model', 'CellTypeModels', 'together', 'load_cell_types']
+           'is_cell_types', 'write_cell_types', 'load_model', 'CellTypeModels', 'together', 'scores_together',
+           'load_cell_types']
 
 # %% ../nbs/70_folder.ipynb #2263aa73
 import inspect, json, warnings
@@ -29,6 +30,7 @@ from .embed.embed import *
 from .embed.protocol import *
 from .train.distributed import *
 from .predict.predict import *
+from .predict.scores import *
 from .predict.trained import *
 from .predict.plan import *
 from .results.evaluate import *
@@ -549,19 +551,34 @@ def together(
     if known: pred.attrs['classes'] = list(dict.fromkeys(c for names in known for c in names))
     return pred
 
+def scores_together(
+    tables, # Score tables of different wells, of one kind and protocol
+)->pd.DataFrame: # A class that a model does not have is never its answer: −∞
+    "Return score tables of several models as one"
+    res = pd.concat(tables, ignore_index=True)
+    names = [c for c in res if c.startswith(SCORE)]
+    res = res[[c for c in res if c not in names] + names]
+    res[names] = res[names].fillna(-np.inf)
+    res.attrs.update(tables[0].attrs)
+    groups = [pd.DataFrame(t.attrs['groups']) for t in tables if t.attrs.get('groups')]
+    if groups: res.attrs['groups'] = pd.concat(groups, ignore_index=True).drop_duplicates().to_dict('list')
+    if 'names' in res.attrs: res.attrs['names'] = list(dict.fromkeys(n for t in tables for n in t.attrs['names']))
+    return res
+
 @patch
-def _write_parts(self:CellTypeModels, parts, protocol, out, more, progress, kwargs):
+def _write_parts(self:CellTypeModels, parts, protocol, out, more, scores, progress, kwargs):
     "Predict one cell type after the other beside `out`, and write all answers as one file"
     beside, preds, records = Path(f'{out}.cells'), {}, {}
     if not rank_world()[0]: CELLS_FOLDER.make(beside)
     for c, (m, s) in parts.items():
         files = {k: beside/f'{c}.{k}.parquet' for k, v in more.items() if v}
-        preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, **files, **kwargs)
+        preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files, **kwargs)
         records[c] = None if preds[c] is None else {k: v for k, v in read_json(info_path(beside/f'{c}.csv'), 2**26).items() if k not in ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')}
     if rank_world()[0]: return
     pred, first = together(list(preds.values())), next(iter(records.values()))
     for k, path in more.items():
         if path: write_tables(path, [pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts])
+    if scores: write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out))
     pred.attrs['notes'] = list(dict.fromkeys(n for r in records.values() for n in r.get('notes', ())))
     write_predictions(pred, out, {**{k: v for k, v in first.items() if k != 'notes'}, 'model': str(self.folder or self.fingerprint), 'cell_types': records})
     CELLS_FOLDER.remove(beside)
@@ -569,27 +586,26 @@ def _write_parts(self:CellTypeModels, parts, protocol, out, more, progress, kwar
 
 # %% ../nbs/70_folder.ipynb #aa51a36a
 @patch
-@delegates(TrainedModel.predict, but=['screen', 'protocol', 'out', 'neighbors', 'embeddings', 'progress'])
+@delegates(TrainedModel.predict, but=['screen', 'protocol', 'out', 'neighbors', 'embeddings', 'scores', 'progress'])
 def predict(self:CellTypeModels,
     screen, # A `Screen` with test experiments, or where one is
     protocol:str='inductive', # inductive, adapted or transductive
     out=None, # CSV to write, as of a model; `None`: no file
     neighbors:str='', # With `out`: parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # With `out`: parquet file for the embeddings of the test sites, each of the model of its cell type
-    scores:bool=False, # Not of several models
+    scores:bool=False, # With `out`: keep the score of every class beside it, for `ensemble_files`
     progress:bool=True, # Show a progress bar
     **kwargs
 )->pd.DataFrame: # One row per well, as from a model
     "Name the test wells of a screen, each by the model of its cell type"
-    if scores: raise ScreenError(f'{option("scores", True)} keeps the scores of one model, and these are models of {first_few(self.models)}: leave it out.')
-    if out is None and (neighbors or embeddings): raise ScreenError('neighbors and embeddings are written beside the predictions: give out, too.')
+    if out is None and (neighbors or embeddings or scores): raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
     if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
     with ExitStack() as run:
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
             parts = self.parts(screen)
             for m, s in parts.values(): plan_prediction(m, s, protocol, **kwargs)        # what is impossible is said first
-        if out is not None: return self._write_parts(parts, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), progress, kwargs)
+        if out is not None: return self._write_parts(parts, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
 
 @patch

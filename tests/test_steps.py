@@ -7,7 +7,7 @@ from rcic_fastai import cli
 from rcic_fastai.batch import resident
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.folder import load_model
-from rcic_fastai.predict.ensemble import ensemble_predictions
+from rcic_fastai.predict.ensemble import ensemble_files, ensemble_predictions
 from rcic_fastai.predict.predict import read_predictions
 from rcic_fastai.screen.channels import picked_source
 from rcic_fastai.screen.images import ImageSource
@@ -204,6 +204,8 @@ def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
     emb = models.embed(screen, tta=1, progress=False)
     assert emb.Metadata_site_id.tolist() == screen.table.site_id.tolist()
     predict(here, 'cells', 'cells_held', '--held-out')
+    kept = predict(here, 'cells', 'kept', '--scores --protocol transductive')
+    assert ensemble_files(here/'mean.csv', kept, kept).sirna.tolist() == read_predictions(kept).sirna.tolist() and not list(here.glob('kept.csv.*'))
     train(here, 'whole', '--cell-types each')
     assert load_model(here/'whole').fingerprint == models.fingerprint
 
