@@ -23,7 +23,7 @@ from .screen.plates import PlateSource, read_plates
 from .screen.pattern import read_pattern
 from .screen.download import download_rxrx1
 from .screen.open import describe_screen, open_screen
-from .screen.look import count_wells, screen_cells
+from .screen.look import count_wells
 from .batch.site import (SiteBatch, TensorSite, TensorWell, channel_colors, gray_panels, plot_channels,
     plot_top_losses, rgb_3d, rgb_composite, show_batch, show_results, small_figures)
 from .batch.augment import (CLAHE, ChannelJitter, FoldSites, IntToFloat, NormalizeGlobal, NormalizeGroup,
@@ -37,19 +37,18 @@ from .batch.data import (ExperimentSplitter, GroupCategorize, MetadataBlock, Met
 from .model.backbones import EffNetBody, TimmBody, adapt_stem, create_backbone
 from rcic_fastai.model.heads import (ConcatPool, CosineClassifier, MetadataEmbedding, MetadataEncoder, MetadataOneHot,
     create_neck)
-from .model.losses import AdaCos, ArcFace, CosFace, CosineLoss, CrossEntropy, MixLoss, SoftmaxLoss
+from .model.losses import AdaCos, ArcFace, CosFace, CosineLoss, MixLoss, SoftmaxLoss
 from .model.model import ScreenModel, create_screen_model, model_parts, parts_table
 from .model.batchnorm import adapted_batchnorm, batch_statistics, has_batchnorm
 from .train.cutmix import BatchMix, CutMix, MixUp
-from .train.mixing import RICAP, Blend
 from .train.optimizer import FusedAdam
 from .train.learner import screen_learner, screen_splitter
 from .train.checkpoints import Checkpoint, checkpointed, read_checkpoint
 from .train.recipes import RECIPES, Recipe, Stage, get_recipe, recipe_from_dict
-from .train.domain import CORAL, EMA, IRM, DomainLoss, GradientReversal, GroupDRO, MeanTeacher, SlicedWasserstein
+from .train.domain import CORAL, EMA, DomainLoss, GradientReversal, MeanTeacher, SlicedWasserstein
 from .train.controls import (ControlMeans, MinusControls, PlateControls, control_dls, control_rows,
     control_similarity, difference_learner, fine_tune_cell_types)
-from .train.distributed import ShardedDL, all_agree, rank_device, rank_world, shard_dl, wait_for_all
+from .train.distributed import all_agree, rank_device, rank_world
 
 # %% ../nbs/73_all.ipynb #c9bcbb2b
 from .embed.protocol import PROTOCOLS, Protocol
@@ -67,11 +66,10 @@ from .predict.predict import plate_groups_of, predict_wells, read_predictions, t
 from .predict.pseudo import pseudo_labels
 from .predict.trained import TrainedModel, build_index, split_index, unknown_metadata
 from .predict.plan import PredictionPlan, plan_prediction
-from .predict.ensemble import ensemble_files, ensemble_predictions
+from .predict.ensemble import ensemble_predictions
 from .results.evaluate import ScreenResult, bootstrap_interval, evaluate, evaluate_screen, right_wrong
 from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_strip, plate_array, plate_map, right_wrong_map,
     site_gallery, training_curve)
-from .results.wilds import wilds_scores
 from .results.report import write_report
 from .folder import load_model, model_card, read_config
 from .workflow import run_demo, screen_summary, train_screen

@@ -420,7 +420,6 @@ def spec_dl(
 )->ScreenDL: # Batches without target, in the order of `dl.rows`
     "Return batches of any screen for a trained model"
     rows, source = screen.table, spec_source(spec, screen.source)
-    if note := channels_note(spec, screen.source): warnings.warn(note)
     among = whole_groups(spec, rows, source) if stat_rows is None else stat_rows
     stat_rows = statistics_rows(spec, rows, among)
     if spec.sites > 1: rows = rows.drop_duplicates('well_id')

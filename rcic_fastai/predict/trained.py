@@ -313,5 +313,5 @@ def screen_notes(self:TrainedModel,
 )->list: # Sentences
     "Return what is odd about a screen, beside the one that the model was trained on"
     rows, source, data = screen.table, screen.source, self.config['data']
-    return [*picture_notes(screen), *_earlier_notes(self.model, self.trained, rows), *_size_notes(data, self.spec, source),
+    return [*picture_notes(screen), *([n] if (n := channels_note(self.spec, source)) else []), *_earlier_notes(self.model, self.trained, rows), *_size_notes(data, self.spec, source),
             *_brightness_notes(data, rows, source), *_store_notes(data, self.index, source)]
