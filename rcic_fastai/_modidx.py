@@ -1022,6 +1022,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'rcic_fastai.folder._is_measured': ('folder.html#_is_measured', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._learned_before': ('folder.html#_learned_before', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._list': ('folder.html#_list', 'rcic_fastai/folder.py'),
+                                    'rcic_fastai.folder._never_learned': ('folder.html#_never_learned', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._no_weights': ('folder.html#_no_weights', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._num': ('folder.html#_num', 'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder._one': ('folder.html#_one', 'rcic_fastai/folder.py'),

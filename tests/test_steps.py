@@ -182,6 +182,17 @@ def test_what_was_trained_on_is_not_named_as_held_out(here, capsys):
     assert 'learned the labels of HUVEC-02 before' in capsys.readouterr().err and not (here/'x.csv').exists()
 
 
+def test_groups_of_held_out_experiments_are_not_taken_from_their_labels(here):
+    train(here, 'held', '--valid HUVEC-02,RPE-02')
+    screen = open_screen(here/'s.zarr')
+    mine = screen.table.experiment.isin(['HUVEC-02', 'RPE-02'])
+    assert screen.table.plate_group[mine].notna().any()
+    swapped = Screen(screen.table.assign(plate_group=screen.table.plate_group.where(~mine, 3 - screen.table.plate_group)), screen.source)
+    model = load_model(here/'held')
+    a, b = (model.predict(model.held_out(s), 'transductive', tta=1, progress=False) for s in (screen, swapped))
+    assert a.group_source.eq('inferred').all() and a.sirna.tolist() == b.sirna.tolist()
+
+
 # A model for each cell type
 
 def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
@@ -202,7 +213,8 @@ def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
     assert models.evaluate(screen, ['inductive', 'adapted', 'transductive'], tta=1, progress=False).columns['adapted']['n_wells'] == len(got)
     emb = models.embed(screen, tta=1, progress=False)
     assert emb.Metadata_site_id.tolist() == screen.table.site_id.tolist()
-    predict(here, 'cells', 'cells_held', '--held-out')
+    held = read_predictions(predict(here, 'cells', 'cells_held', '--held-out --protocol transductive'))
+    assert set(held.experiment) == {'HUVEC-02', 'RPE-02'} and held.group_source.eq('inferred').all()
     kept = predict(here, 'cells', 'kept', '--scores --protocol transductive')
     assert ensemble_files(here/'mean.csv', kept, kept).sirna.tolist() == read_predictions(kept).sirna.tolist() and not list(here.glob('kept.csv.*'))
     train(here, 'whole', '--cell-types each')
