@@ -23,6 +23,8 @@ from .screen.pack import *
 from .screen.open import *
 from .batch.data import *
 from .batch.resident import *
+from .model.heads import *
+from .model.losses import *
 from .model.model import *
 from .train.checkpoints import *
 from .train.learner import *
@@ -159,6 +161,13 @@ def _held_out(screen, recipe, valid):
     if not have: print(f'note: the screen has none of the experiments that {recipe.name} held out ({first_few(recipe.valid, 4)}): the last of each cell type that has two is.')
     return have or 'auto'
 
+def _without_full_data(recipe, held):
+    "Return the recipe without the stages that would train on what is to be `held` out"
+    gone = [s.name for s in recipe.stages if s.full_data] if held else []
+    if not gone: return recipe
+    if not rank_world()[0]: print(f'note: experiments are to be held out, so what would train on them, too, is left out of {recipe.name}: {", ".join(gone)}.')
+    return replace(recipe, stages=[s for s in recipe.stages if not s.full_data])
+
 def _rows_of(table, only):
     "Return the rows that a recipe is trained on, test rows included"
     for column, value in only.items():
@@ -214,14 +223,22 @@ def _screen_to_learn(screen, recipe, given, data):
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
 # %% ../nbs/71_workflow.ipynb #cb504de1
+def _data_of(begin):
+    "Return how pictures become batches of a trained model: arguments of `screen_dls`"
+    s = begin.spec
+    return dict(sites=s.sites, size=s.size, norm=s.norm, norm_from=s.norm_from, norm_stats=[s.norm_mean, s.norm_std], clahe=s.clahe, vocabs=s.vocabs)
+
 def _training_learner(screen, recipe, given, workers, begin=None):
     "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
-    data = {'bs': 32, 'norm': 'own', **recipe.data, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None}
+    of_model = _data_of(begin) if begin else {}
+    if begin and not given['channels']: given = {**given, 'channels': ','.join(begin.spec.channels)}
+    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None}
     if data['norm'] != 'global': data.pop('norm_stats', None)
+    if data['norm'] not in ('plate', 'experiment') and not given['norm_from']: data.pop('norm_from', None)
     learned, data = _screen_to_learn(screen, recipe, given, data)
+    if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']      # in the order of its channels
     valid = fold_experiments(learned.table, given['folds'], given['fold'], given['seed']) or _held_out(learned, recipe, given['valid'])
-    if begin: data['vocabs'] = begin.spec.vocabs
     dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
           f'{len(dls.spec.labels)} {given["target"]} classes, {plural(len(learned.channels), "channel")}')
@@ -280,7 +297,7 @@ def _train_model(args, recipe, begin=None):
             if a.resume and is_finished(out):
                 print(f'{out} is finished: there is nothing to continue.')
                 return load_model(out) if is_first else None
-            out = new_folder(out)
+            out, recipe = new_folder(out), _without_full_data(recipe, a.folds or a.valid not in ('auto', 'none'))
             info['recipe'] = recipe.to_dict()
             if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
             if not a.resume and is_first:
@@ -333,7 +350,8 @@ def _channel_lists(screen, channels):
 def _cell_type_names(table, asked, recipe):
     "Return the cell types that get a model of their own"
     have = sorted(table.cell_type[table.dataset.isin(('train', 'val'))].dropna().astype(str).unique())
-    names = have if asked == 'each' else as_names(asked) or [c for c in recipe.cell_types if c in have]
+    mine = [c for c in have if str(recipe.only.get('cell_type', c)) == c] or have
+    names = mine if asked == 'each' else as_names(asked) or [c for c in recipe.cell_types if c in have]
     lacks = [c for c in names if c not in have]
     if lacks: raise ScreenError(f'No training well has the cell type {first_few(lacks)}: let {option("cell_types")} be each, or some of {first_few(have)}.')
     if not names: raise ScreenError(f'The recipe has models of {first_few(recipe.cell_types)}, and the training wells are of {first_few(have)}: choose another recipe, or say {option("cell_types", "each")}.')
@@ -342,29 +360,50 @@ def _cell_type_names(table, asked, recipe):
 def _cell_type_recipe(recipe, cell_type):
     "Return the recipe of the model of one cell type"
     own = get_recipe(recipe.cell_types[cell_type]) if cell_type in recipe.cell_types else replace(recipe, name=f'{recipe.name}, {cell_type}', about='')
-    return replace(own, only={**own.only, 'cell_type': cell_type}, cell_types={}, pretrain='')
+    for r in (recipe, own):
+        said = str(r.only.get('cell_type', cell_type))
+        if said != cell_type: raise ScreenError(f'The recipe {r.name} is for the cell type {said} and cannot make a model of {cell_type}: let {option("cell_types")} be {said}, or choose another recipe.')
+    also = {k: getattr(own, k) or getattr(recipe, k) for k in ('pseudo', 'index', 'predict')}
+    return replace(own, only={**own.only, 'cell_type': cell_type}, cell_types={}, pretrain='', **also)
+
+def _check_fits(recipe, recipes, channels):
+    "Raise for recipes of cell types that cannot go on with a model of the common recipe"
+    for c, r in recipes.items():
+        said = [(k, getattr(r, k), getattr(recipe, k)) for k in ('arch', 'channels') if getattr(r, k) not in (getattr(recipe, k), getattr(Recipe, k))]
+        for k, mine, first in said:
+            if k == 'arch' or not channels: raise ScreenError(f'The recipe {r.name} of the cell type {c} has {mine} as its {k}, and the model that it begins with has {first or "all"}: let them be the same.')
+        kind = create_classifier(recipe.model.get('classifier', 'cosine'), 2, 2)
+        for s in r.stages:
+            if s.loss is not None: check_loss(loss_from_config(s.loss, 2), kind)
 
 def _held_of(held, table, cell_type):
     "Return the held-out experiments of a cell type; 'none' where there are none"
     return sorted({*held} & {*table.experiment[table.cell_type.astype(str) == cell_type]}) or 'none'
 
 # %% ../nbs/71_workflow.ipynb #289047af
-def _common_model(args, recipe, out):
-    "Return the model that the models of cell types begin with: the one that was given, or one that is trained in OUT/common"
-    given = Path(str(args['pretrained']))
-    if not (given/'config.json').is_file():
-        common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0}
-        _train_model(common, replace(recipe, cell_types={}, pseudo={}))
-        wait_for_all()
-        return load_model(out/'common')
-    model, arch = load_model(given), args['arch']
+def _given_model(args):
+    "Return the model whose folder was given as pretrained; None without"
+    given, arch = Path(str(args['pretrained'])), args['arch']
+    if not (given/'config.json').is_file(): return None
+    model = load_model(given)
     if arch and arch != model.config['model']['arch']: raise ScreenError(f'{given} is a {model.config["model"]["arch"]}: leave {option("arch", arch)} out.')
     return model
+
+def _common_model(args, recipe, out):
+    "Return the model that the models of cell types begin with: the one that was given, or one that is trained in OUT/common"
+    model = _given_model(args)
+    if model is not None: return model
+    common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0}
+    _train_model(common, _without_full_data(replace(recipe, cell_types={}, pseudo={}), args['valid'] != 'none'))
+    wait_for_all()
+    return load_model(out/'common')
 
 def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
-    with all_agree(): recipes = {c: _cell_type_recipe(recipe, c) for c in _cell_type_names(table, args['cell_types'], recipe)}
+    with all_agree():
+        recipes = {c: _cell_type_recipe(recipe, c) for c in _cell_type_names(table, args['cell_types'], recipe)}
+        if not (Path(str(args['pretrained']))/'config.json').is_file(): _check_fits(recipe, recipes, args['channels'])
     if args['resume'] and is_cell_types(out):
         print(f'{out} is finished: there is nothing to continue.')
         return load_cell_types(out)
@@ -374,14 +413,21 @@ def _train_cell_types(args, recipe):
     print(f'{out}: models of {", ".join(done)}, which answer as one')
     return load_cell_types(out)
 
+def _held_of_all(args, common, table):
+    "Return what models of cell types hold out: what is asked for, or what the one that they begin with held out and never learned"
+    asked = args['valid'] if args['valid'] != 'auto' else fold_experiments(table, args['folds'], args['fold'], args['seed'])
+    if asked: return asked
+    learned, here = {*map(str, common.model.trained_experiments)}, {*table.experiment.astype(str)}
+    held = [e for e in common.config['held_out'] if e in here - learned]
+    return held or ('none' if learned & here else 'auto')
+
 def _each_cell_type(args, recipes, common, table):
     "Train the model of each cell type from the common one; {cell type: model}"
     wait_for_all()
-    asked = args['valid'] if args['valid'] not in ('auto', 'none') else fold_experiments(table, args['folds'], args['fold'], args['seed'])
-    held, done = asked or common.config['held_out'], {}
+    held, done = _held_of_all(args, common, table), {}
     for i, (c, r) in enumerate(recipes.items(), 1):
         if not rank_world()[0]: print(f'== {c} ({i} of {len(recipes)})', flush=True)
-        valid = _held_of(as_names(held), table, c) if held else args['valid']
+        valid = held if held in ('auto', 'none') else _held_of(as_names(held), table, c)
         done[c] = _train_model({**args, 'out': Path(args['out'])/c, 'valid': valid, 'folds': 0, 'fold': 0, 'cell_types': '', 'pretrain': ''}, r, common)
     return done
 

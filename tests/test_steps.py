@@ -34,6 +34,13 @@ def train(here, out, more='', code=0, screen='s.zarr'):
     return here/out
 
 
+def written(folder, name, **changes):
+    "Write a small recipe with some changes; where it is"
+    recipe = dict(name=name, arch='test_resnet', model=dict(emb_dim=16), stages=[dict(name='all', epochs=1, lr=1e-3, loss='adacos')])
+    (folder/f'{name}.json').write_text(json.dumps({**recipe, **changes}))
+    return str(folder/f'{name}.json')
+
+
 def predict(here, model, out, more='', code=0):
     assert cli.rcic_predict(f'{here}/{model} {here}/s.zarr {here}/{out}.csv --tta 1 {more}'.split()) == code
     return here/f'{out}.csv'
@@ -193,6 +200,58 @@ def test_groups_of_held_out_experiments_are_not_taken_from_their_labels(here):
     assert a.group_source.eq('inferred').all() and a.sirna.tolist() == b.sirna.tolist()
 
 
+@pytest.mark.parametrize('more', ['--valid HUVEC-02', '--folds 2 --fold 1', '--valid none', '', '--valid HUVEC-02 --pretrain controls'])
+def test_what_is_asked_to_be_held_out_is_in_no_stage(here, tmp_path, capsys, more):
+    stages = [dict(name='some', epochs=1, lr=1e-3, loss='adacos'), dict(name='everything', epochs=1, lr=1e-3, full_data=True)]
+    full = written(tmp_path, 'full', stages=stages)
+    train(here, f'{tmp_path.name}_full', f'{more} --recipe {full}')
+    model = load_model(here/f'{tmp_path.name}_full')
+    asked = more not in ('--valid none', '')
+    assert ('everything' in set(model.history.stage)) is not asked
+    assert bool({*model.config['held_out']} - {*model.config['trained_experiments']}) is asked
+    assert capsys.readouterr().out.count('is left out of full: everything') == asked
+
+
+def test_cell_types_hold_out_what_the_common_model_never_learned(here, tmp_path):
+    stages = [dict(name='some', epochs=1, lr=1e-3, loss='adacos'), dict(name='everything', epochs=1, lr=1e-3, full_data=True)]
+    train(here, 'cells_full', f'--cell-types each --recipe {written(tmp_path, "full", stages=stages)}')
+    for c, m in load_model(here/'cells_full').models.items():
+        assert m.config['held_out'] == [f'{c}-02'] and f'{c}-02' not in m.config['trained_experiments']
+    train(here, 'cells_learned', '--valid none')
+    for valid in ('auto', 'none'):
+        line = f'{here}/s.zarr {here}/after_{valid} --recipe {here}/tiny.json --pretrained {here}/cells_learned --cell-types RPE --valid {valid} --tta 1'
+        assert cli.rcic_train(line.split()) == 0
+        assert load_model(here/f'after_{valid}').models['RPE'].config['held_out'] == []
+    line = f'{here}/s.zarr {here}/without_held --recipe {here}/tiny.json --pretrained {here}/held --cell-types RPE --valid none --tta 1'
+    assert cli.rcic_train(line.split()) == 0
+    assert load_model(here/'without_held').models['RPE'].config['held_out'] == []
+
+
+def test_a_cell_type_that_the_recipe_is_not_for_is_refused(here, tmp_path, capsys):
+    only = written(tmp_path, 'only', only=dict(cell_type='HUVEC'))
+    refused(here, f'--cell-types RPE --recipe {only}', 'The recipe only is for the cell type HUVEC', capsys)
+    refused(here, f'--recipe {written(tmp_path, "odd", cell_types=dict(RPE=only))}', 'is for the cell type HUVEC', capsys)
+
+
+def test_models_of_cell_types_read_pictures_as_the_one_they_begin_with(here, tmp_path):
+    own = written(tmp_path, 'own', stages=[dict(name='mine', epochs=1, lr=1e-3)])
+    how = dict(data=dict(norm='global'), channels='golgi,ER', stages=[dict(name='all', epochs=1, lr=1e-3, loss='adacos', size=32)])
+    train(here, 'alike', f'--recipe {written(tmp_path, "alike", cell_types=dict(RPE=own), pseudo=dict(rounds=1), predict=dict(vote="mean"), **how)}')
+    a, b = load_model(here/'alike/common'), load_model(here/'alike').models['RPE']
+    for k in ('norm', 'norm_mean', 'norm_std', 'size', 'channels', 'sites', 'vocabs'): assert getattr(a.spec, k) == getattr(b.spec, k), k
+    assert (b.spec.norm, b.spec.size, b.spec.channels) == ('global', 32, ['golgi', 'ER'])
+    assert b.config['pseudo_experiments'] == ['RPE-08'] and b.config['recipe']['predict'] == dict(vote='mean')
+    line = f'{here}/s.zarr {here}/smaller --recipe {own} --pretrained {here}/alike/common --cell-types RPE --size 40 --norm own --tta 1'
+    assert cli.rcic_train(line.split()) == 0
+    assert (load_model(here/'smaller').models['RPE'].spec.size, load_model(here/'smaller').models['RPE'].spec.norm) == (40, 'own')
+
+
+@pytest.mark.parametrize('odd, words', [(dict(channels='ER'), 'has ER as its channels'), (dict(arch='resnet18'), 'has resnet18 as its arch'),
+                                        (dict(stages=[dict(name='all', epochs=1, lr=1e-3, loss='cross_entropy')]), 'linear')])
+def test_what_cannot_go_on_is_refused_before_the_common_model(here, tmp_path, capsys, odd, words):
+    refused(here, f'--recipe {written(tmp_path, "cells", cell_types=dict(RPE=written(tmp_path, "own", **odd)))}', words, capsys)
+
+
 # A model for each cell type
 
 def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
@@ -214,7 +273,7 @@ def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
     emb = models.embed(screen, tta=1, progress=False)
     assert emb.Metadata_site_id.tolist() == screen.table.site_id.tolist()
     held = read_predictions(predict(here, 'cells', 'cells_held', '--held-out --protocol transductive'))
-    assert set(held.experiment) == {'HUVEC-02', 'RPE-02'} and held.group_source.eq('inferred').all()
+    assert {i.rsplit('_', 2)[0] for i in held.id_code} == {'HUVEC-02', 'RPE-02'}
     kept = predict(here, 'cells', 'kept', '--scores --protocol transductive')
     assert ensemble_files(here/'mean.csv', kept, kept).sirna.tolist() == read_predictions(kept).sirna.tolist() and not list(here.glob('kept.csv.*'))
     train(here, 'whole', '--cell-types each')
