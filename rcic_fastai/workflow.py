@@ -243,7 +243,7 @@ def _training_learner(screen, recipe, given, workers, begin=None):
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
           f'{len(dls.spec.labels)} {given["target"]} classes, {plural(len(learned.channels), "channel")}')
     for note in picture_notes(learned): print(f'note: {note}')
-    if begin: return learner_from(begin.model, begin.spec, dls, given['seed'])
+    if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
     if given['metadata']: model['metadata'] = given['metadata']
@@ -254,7 +254,10 @@ def _pseudo_plan(rounds, recipe):
     "Return how many rounds of pseudo-labels there are, the shares of the first and the last, and the recipe of one; None without"
     said = {**recipe.pseudo, **({'rounds': rounds} if rounds else {})}
     if not said.get('rounds'): return None
-    stage = replace(PSEUDO.stages[0], **{k: said[k] for k in ('lr', 'cutmix') if k in said})
+    how = {k: said[k] for k in ('lr', 'cutmix') if k in said}
+    if recipe.stages: how.update(wd=recipe.stages[-1].wd, opt=next((s.opt for s in reversed(recipe.stages) if s.opt is not None), None))
+    if 'lr' in said: how['schedule'] = 'constant'
+    stage = replace(PSEUDO.stages[0], **how)
     return dict(rounds=said['rounds'], first=said.get('first', .41), last=said.get('last', .98), recipe=replace(PSEUDO, stages=[stage]))
 
 def _check_steps(a, recipe, learn):
@@ -267,6 +270,19 @@ def _check_steps(a, recipe, learn):
     return pretrain, pseudo
 
 # %% ../nbs/71_workflow.ipynb #d0742e3d
+def _as_built(learn):
+    "Return what stages may change of a model besides its weights"
+    model = get_model(learn.model)
+    return dict(neck=model._args['neck'], loss=model.loss.config(), use_metadata=model.use_metadata, opt=learn.opt_func)
+
+def _build_again(learn, was, seed):
+    "Undo what stages changed of a model besides its weights; a neck of another kind is fresh"
+    model = get_model(learn.model)
+    if model._args['neck'] != was['neck']:
+        with no_random(seed): model.set_neck(was['neck'])
+    if model.loss.config() != was['loss']: learn.set_loss(was['loss'])
+    model.use_metadata, learn.opt_func = was['use_metadata'], was['opt']
+
 def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     "Train: control wells first, then the recipe, then pseudo-labels; return tables of what each reached"
     res = {}
@@ -274,9 +290,11 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     stages = _without_sizes(recipe, a.size, a.bs)
     with learn.sharded():
         if pretrain:
+            built = _as_built(learn)
             first = replace(stages, name=f'{recipe.name}, controls', stages=[replace(s, full_data=False) for s in stages.stages])
             res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, **how(_controls_checkpoints(a.out), True))
             before = learn.history.assign(stage='controls: ' + learn.history.stage) if len(learn.history) else learn.history
+            _build_again(learn, built, a.seed)
         res['stages'] = learn.fit_recipe(stages, seed=a.seed, cbs=cbs, **how(_checkpoints(a.out), not pretrain))
         if pretrain: learn.history = pd.concat([before, learn.history], ignore_index=True)
     if pseudo: res['pseudo_rounds'] = learn.fit_pseudo(**pseudo, seed=a.seed, cbs=cbs, **how(_pseudo_checkpoints(a.out), False))
@@ -389,6 +407,13 @@ def _given_model(args):
     if arch and arch != model.config['model']['arch']: raise ScreenError(f'{given} is a {model.config["model"]["arch"]}: leave {option("arch", arch)} out.')
     return model
 
+def _begin_with(args, recipe):
+    "Return the trained model that a recipe says to begin with; None where it says nothing, or none was given"
+    if recipe.begin == 'backbone': return None
+    model = _given_model(args)
+    if model is None and not rank_world()[0]: print(f'note: {recipe.name} is meant to begin with a trained model: give its folder with {option("pretrained")}.')
+    return model
+
 def _common_model(args, recipe, out):
     "Return the model that the models of cell types begin with: the one that was given, or one that is trained in OUT/common"
     model = _given_model(args)
@@ -451,7 +476,7 @@ def train_screen(
     norm:str='', # own, plate, experiment, global or none; empty: own, or the recipe's
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
     bs:int=0, # Batch size; 0: 32, or the recipe's
-    pretrained:str='yes', # yes, no, a file with weights, or a model folder
+    pretrained:str='yes', # yes, no, a file with weights, or a model folder (its backbone, or all of it where the recipe says so)
     pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
@@ -470,7 +495,7 @@ def train_screen(
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
     if (folds or fold) and valid != 'auto': raise ScreenError(f'{option("valid", valid)} and {option("folds", folds)} both say what is held out: choose one.')
     if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
-    return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r)
+    return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r, _begin_with(args, r))
 
 # %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),

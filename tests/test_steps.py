@@ -2,6 +2,7 @@
 import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
+from fastai.learner import Learner
 from fastai.torch_core import no_random
 from rcic_fastai import cli
 from rcic_fastai.batch import resident
@@ -15,6 +16,7 @@ from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
+from rcic_fastai.train.recipes import get_recipe
 
 EXPS = ['HUVEC-01', 'HUVEC-02', 'RPE-01', 'RPE-02', 'HUVEC-17', 'RPE-08']
 
@@ -307,7 +309,45 @@ def test_a_well_of_a_cell_type_without_a_model_is_refused(here, capsys):
 def test_wrong_cell_types(here, more, words, capsys): refused(here, more, words, capsys)
 
 
+# A recipe that goes on with a model
+
+@pytest.mark.parametrize('name, begin', [('rcic117_huvec', 'all'), ('rcic117_groups', 'features')])
+def test_a_recipe_begins_with_all_weights_of_a_model(here, tmp_path, capsys, name, begin):
+    if not (here/'first').exists(): train(here, 'first', '--valid HUVEC-02,RPE-02 --metadata cell_type')
+    still = {**get_recipe(name).to_dict(), 'stages': [], 'data': {}}
+    (tmp_path/'still.json').write_text(json.dumps(still))
+    group = open_screen(here/'s.zarr').table.plate_group.dropna().min()
+    if begin == 'features': (tmp_path/'still.json').write_text(json.dumps({**still, 'only': dict(plate_group=int(group))}))
+    line = f'{here}/s.zarr {here}/{name} --recipe {tmp_path}/still.json --pretrained {here}/first --valid HUVEC-02 --tta 1'
+    capsys.readouterr()
+    assert cli.rcic_train(line.split()) == 0
+    assert 'is meant to begin' not in capsys.readouterr().out
+    a, b = load_model(here/'first').model, load_model(here/name).model
+    names = [k for k in a.state_dict() if not k.startswith(('classifier', 'loss', '_extra'))]
+    assert any(k.startswith('metadata') for k in names) and all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in names)
+    old, new = load_model(here/'first').spec.labels, load_model(here/name).spec.labels
+    kept = torch.equal(a.classifier.weight[[old.index(l) for l in new]], b.classifier.weight)
+    assert kept is (begin == 'all') and (len(new) < len(old)) is (begin == 'features')
+
+
+def test_a_recipe_that_goes_on_says_so_without_a_model(here, tmp_path, capsys):
+    train(here, 'alone', f'--recipe {written(tmp_path, "on", begin="all")}')
+    assert capsys.readouterr().out.count('note: on is meant to begin with a trained model: give its folder with --pretrained.') == 1
+
+
 # Control wells first
+
+def test_the_part_after_controls_begins_as_the_recipe_builds_the_model(here, tmp_path, monkeypatch):
+    stages = [dict(name='a', epochs=1, lr=1e-3, loss='adacos', metadata=False), dict(name='b', epochs=1, lr=1e-3, neck='rcic117', loss=dict(name='arcface', s=16.), opt='ranger', metadata=True)]
+    recipe, seen, fit = written(tmp_path, 'necks', stages=stages, model=dict(emb_dim=16, metadata=['cell_type'])), [], Learner.fit_recipe
+    def looked(learn, *args, **kwargs):
+        seen.append((learn.model._args['neck'], learn.model.loss.config()['name'], learn.model.use_metadata, learn.opt_func))
+        return fit(learn, *args, **kwargs)
+    monkeypatch.setattr(Learner, 'fit_recipe', looked)
+    train(here, 'necks', f'--pretrain controls --valid HUVEC-02 --recipe {recipe}')
+    assert len(seen) == 2 and seen[0] == seen[1] and seen[0][0] == 'linear'
+    assert load_model(here/'necks').model._args['neck'] == 'rcic117'
+
 
 def test_controls_first_and_resumed(here):
     killed(here, 'after_controls', '--pretrain controls --valid HUVEC-02', "len(self.dls.spec.labels) < 8 and self.epoch == 1")
@@ -350,6 +390,13 @@ def test_pseudo_labels_are_transductive_and_resumed(here, capsys):
     assert '--protocol transductive' in capsys.readouterr().err and not (here/'pseudo_inductive.csv').exists()
     predict(here, 'pseudo', 'pseudo_all', '--protocol transductive')
     predict(here, 'pseudo', 'pseudo_held', '--held-out')                        # it was not used, so this is inductive
+
+
+def test_rounds_of_pseudo_labels_are_trained_as_the_last_stage(here, tmp_path):
+    stages = [dict(name='a', epochs=1, lr=1e-3, loss='adacos', opt='ranger'), dict(name='b', epochs=1, lr=1e-3, wd=.2)]
+    train(here, 'like_last', f'--valid HUVEC-02 --recipe {written(tmp_path, "like", stages=stages, pseudo=dict(rounds=1, lr=6e-5))}')
+    stage, = load_model(here/'like_last').config['pseudo']['recipe']['stages']
+    assert (stage['wd'], stage['opt'], stage['schedule'], stage['lr']) == (.2, 'ranger', 'constant', 6e-5)
 
 
 def test_no_label_of_a_test_well_is_read(here, tmp_path):
