@@ -70,6 +70,7 @@ class EmbedOptions:
     tta:int=8 # Views per sample
     views:str='dihedral' # 'dihedral' (exact, up to 8) or 'random' (training augmentations)
     seed:int=0 # For random views
+    augs:dict=None # Of random views: arguments of `site_augs`; `None`: its own
     output:str='embedding' # 'embedding', or 'scores': what the classifier gives, as logarithms of probabilities
     mask:tuple=('plate_group', 'experiment') # Metadata passed as unknown
     adapt:str=None # BatchNorm statistics of each 'experiment' or 'plate' (AdaBN) instead of the training ones
@@ -237,7 +238,7 @@ def _features(model, spec, screen, plan, todo, o):
     "Yield (number, float32 [N,D]) of the parts `todo`, one after the other"
     rows = _RowsOf(spec, screen.table, o)
     fixed = dict(bs=o.bs, mask=o.mask, num_workers=o.num_workers, device=next(model.parameters()).device)
-    augs = site_augs() if o.views == 'random' else ()
+    augs = site_augs(**(o.augs or {})) if o.views == 'random' else ()
     if not rank_world()[0]:
         for note in adaptation_notes(spec, screen.table, o.adapt, o.adapt_rows): print(f'note: {note}', file=sys.stderr)
     tick = _ticks(plan, todo, o)
@@ -384,6 +385,7 @@ def _parts_facts(model, spec, screen, o):
     tables = dict(rows=screen.table, adapt_rows=o.adapt_rows, stat_rows=o.stat_rows)
     of_rows = {k: _of_rows(r, spec) for k, r in tables.items()}
     same = {k: getattr(o, k) for k in ('tta', 'views', 'seed', 'adapt', 'prior', 'bs', 'part')}
+    if o.augs is not None: same['augs'] = digest(sorted(o.augs.items()))
     if o.output != 'embedding': same.update(output=o.output, classifier=_of_classifier(model))
     return dict(format=1, model=model_fingerprint(model, spec), spec=digest(asdict(spec)),
                 pictures=_of_source(screen.source, screen.table), mask=sorted(o.mask), device=next(model.parameters()).device.type,

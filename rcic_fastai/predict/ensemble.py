@@ -111,7 +111,7 @@ def class_scores(self:TrainedModel,
     emb.attrs['model'] = self.fingerprint
     tables = list(nameable([emb], plan.index))
     if not tables: raise ScreenError('There is no well to name: the model learned no control wells, and the screen has no treatment among its test wells.')
-    return score_wells(tables[0], plan.index, plan.protocol, **plan.search)
+    return score_plan(plan, tables[0])
 
 # %% ../../nbs/55_predict.ensemble.ipynb #73157a83
 def read_member(
@@ -123,7 +123,9 @@ def read_member(
     if protocol == 'unknown': raise ScreenError(f'No record beside {path} says how it was made: predict again.')
     scores, file = read_scores(scores_path(path)), scores_path(path)
     alike = (scores.attrs['protocol'], scores.attrs['target']) == (protocol, target) and {*map(str, scores['id_code'])} == {*map(str, pred['id_code'])}
-    if alike and protocol != 'transductive':
+    said = read_json(info_path(path), 2**26).get('scores_sha256')
+    if alike and said: alike = said == file_facts(file)['sha256']
+    elif alike:
         answers = name_wells(scores).set_index('id_code')[target].astype(str)
         alike = answers.loc[pred['id_code']].tolist() == pred[target].astype(str).tolist()
     if not alike: raise ScreenError(f'{file} holds the scores of another prediction than {path}: predict again and keep the scores.')

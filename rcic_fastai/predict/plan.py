@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WELLS', 'ADAPT', 'ADAPT_FROM', 'TELL', 'BY', 'prediction_rows', 'with_groups', 'PredictionPlan', 'plan_prediction',
-           'nameable', 'check_outputs', 'told_plan']
+           'nameable', 'check_outputs', 'check_searches', 'told_plan', 'score_plan']
 
 # %% ../../nbs/54_predict.plan.ipynb #cd9dcb31
 import sys
@@ -17,6 +17,7 @@ from ..core import *
 from ..screen.tables import *
 from ..screen.screen import *
 from ..screen.open import *
+from ..batch.augment import PUBLISHED_AUGS
 from ..batch.data import control_plates_note
 from ..model.batchnorm import *
 from ..train.distributed import *
@@ -36,8 +37,11 @@ _OPEN = dict(tta=8, views='dihedral', vote='nearest', k=5, merge='', by='index',
 def _decided(model, protocol, given):
     "Return the choices of a prediction: those that were given, else those of the model's recipe, else the usual ones"
     said = dict((model.config.get('recipe') or {}).get('predict') or {})
-    if protocol != 'transductive': said.pop('tell', None)
+    corrects = given.get('correct') not in (None, '', 'none')
+    if protocol != 'transductive' or model.told_index is None or corrects: said.pop('tell', None)
+    if corrects or given.get('same_cell_type') or given.get('vote') or given.get('k'): said.pop('by', None)
     if protocol == 'inductive': said = {k: v for k, v in said.items() if k not in ('adapt', 'correct')}
+    if protocol == 'adapted' and said.get('adapt') == 'none': said.pop('adapt')
     chosen = {**_OPEN, **said, **{k: v for k, v in given.items() if v}}
     if chosen['tell'] == 'no': chosen['tell'] = ''
     if not chosen['merge']: chosen['merge'] = 'mean' if chosen['by'] == 'classifier' else 'best'
@@ -113,8 +117,9 @@ def _check_controls(index, correct, wells):
         raise ScreenError(f'{option("correct", correct)} needs control wells in the index: train with {option("controls", True)}, '
                           f'or take {option("correct", "standardize")}.')
 
-def _check_classifier(model, correct, same_cell_type):
+def _check_classifier(model, correct, same_cell_type, vote='', k=0):
     "Raise where the classifier cannot answer"
+    if vote or k: raise ScreenError(f'{option("vote", vote) if vote else option("k", k)} is of a search: leave it out, or leave out {option("by", "classifier")}.')
     stages = (model.config.get('recipe') or {}).get('stages')
     if stages is not None and not sum(s['epochs'] for s in stages):
         raise ScreenError(f'{option("by", "classifier")} needs a classifier that was trained, and the recipe of this model trains nothing: leave it out.')
@@ -182,6 +187,7 @@ class PredictionPlan:
     notes:tuple # Sentences that users should read
     record:dict # How it was made, for the file beside the predictions
     told:EmbeddingIndex=None # Searched in a second pass, in which the model is told the plate groups that the first found
+    first:pd.DataFrame=None # Of a second pass: what the first answered
 
     def __repr__(self):
         adapt = f', BatchNorm statistics of each {self.options.adapt}' if self.options.adapt else ''
@@ -202,6 +208,21 @@ def _control_plates(screen, wells):
     "Return a note of the test plates that are left out, if there are any"
     note = '' if wells == 'all' else control_plates_note(screen.test.table)
     return [note] if note else []
+
+def _only_notes(model, rows):
+    "Report wells that a model of some wells only cannot name"
+    notes = []
+    for column, value in ((model.config.get('recipe') or {}).get('only') or {}).items():
+        others = rows if column not in rows else rows[~(rows[column].astype(object).map(str, na_action='ignore') == str(value))]
+        if len(others): notes.append(f'The model was trained on wells with {column} {value} only: of {others.well_id.nunique()} wells that are others, or of which it is not known, it can hardly be right.')
+    return notes
+
+def _recipe_augs(model):
+    "Return the augmentation that a model was trained with last, as far as its recipe says"
+    stages = (model.config.get('recipe') or {}).get('stages') or []
+    said = [s['augs'] for s in stages if s.get('augs') is not None]
+    if not said: return None
+    return PUBLISHED_AUGS[said[-1]] if isinstance(said[-1], str) else dict(said[-1])
 
 # %% ../../nbs/54_predict.plan.ipynb #b0959111
 BY = ('index', 'classifier')
@@ -253,7 +274,7 @@ def plan_prediction(
     if protocol == 'inductive' and spec.per_group:
         raise ScreenError(f'The model normalizes by {spec.norm}, which uses pictures of the test batch: ask for {option("protocol", "adapted")} or transductive.')
     _check_tell(model, protocol, c['tell'], c['by'])
-    if c['by'] == 'classifier': _check_classifier(model, correct, c['same_cell_type'])
+    if c['by'] == 'classifier': _check_classifier(model, correct, c['same_cell_type'], vote, k)
     how = _adaptation(model, protocol, c['adapt'], adapt_from, correct)
     index, correction = _index_for(model, how, protocol, correct, wells, c['by'])
     if how and bs < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
@@ -265,9 +286,9 @@ def plan_prediction(
     _check_correctable(asked.table, correct)
     check_protocol_allows(protocol, model.protocols(asked.table, how), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
     adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
-    options = EmbedOptions(tta=c['tta'], views=c['views'], output='scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
+    options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_recipe_augs(model) if c['views'] == 'random' else None, output='scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
                            bs=bs, num_workers=workers, trained=tuple(model.trained))
-    notes = _notes(model, asked, how, adapt_from) + _control_plates(whole, wells)
+    notes = _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + _only_notes(model, asked.table)
     all_notes = notes + adaptation_notes(spec, asked.table, how, adapt_rows)
     record = dict(model=str(model.folder or model.fingerprint), screen=str(everything.name), **{**c, 'adapt': how}, adapt_from=adapt_from, wells=wells,
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=all_notes, versions=library_versions())
@@ -312,6 +333,13 @@ def check_outputs(
         if k in map(option, more): _check_parquet(k, f)
     check_beside(out)
 
+def check_searches(
+    plan:PredictionPlan, # Any plan
+):
+    "Raise where neighbors are asked for and nothing is searched"
+    if isinstance(plan.index, ClassifierIndex):
+        raise ScreenError(f'The classifier answers without looking for neighbors: add {option("by", "index")}, or leave the neighbors out.')
+
 # %% ../../nbs/54_predict.plan.ipynb #3b762f04
 def _options(plan, progress):
     "Return the plan's `EmbedOptions` as keyword arguments"
@@ -325,7 +353,24 @@ def told_plan(
     o = plan.options
     rows = {k: None if getattr(o, k) is None else with_groups(getattr(o, k), pred) for k in ('adapt_rows', 'stat_rows')}
     screen = Screen(with_groups(plan.screen.table, pred), plan.screen.source)
-    return replace(plan, screen=screen, index=plan.told, told=None, options=replace(o, mask=('experiment',), **rows))
+    return replace(plan, screen=screen, index=plan.told, told=None, first=pred, options=replace(o, mask=('experiment',), **rows))
+
+def _as_found(pred, plan):
+    "Return answers of a second pass that say how the groups were found in the first"
+    if plan.first is None: return pred
+    how = plan.first.drop_duplicates('experiment').set_index('experiment')
+    attrs, told = pred.attrs, {c: pred.experiment.map(how[c]) for c in ('group_source', 'group_confidence')}
+    pred = pred.assign(**told)
+    pred.attrs.update(attrs)
+    return pred
+
+def score_plan(
+    plan:PredictionPlan, # Any plan
+    table:pd.DataFrame, # Embeddings of some of its sites
+)->pd.DataFrame: # A score table
+    "Score the wells of a table as a plan says; groups that a first pass inferred are left to whoever averages"
+    if plan.first is not None and (plan.first.group_source != 'given').any(): table = table.drop(columns=f'{META}plate_group', errors='ignore')
+    return score_wells(table, plan.index, plan.protocol, **plan.search)
 
 def _answer(model, plan, progress):
     "Name the wells of a plan in memory: predictions and neighbors"
@@ -334,8 +379,8 @@ def _answer(model, plan, progress):
     emb.attrs['model'] = model.fingerprint
     tables = list(nameable([emb], plan.index))
     if not tables: raise ScreenError('There is no well to name: the model learned no control wells, and the screen has no treatment among its test wells.')
-    answer = predict_wells(tables[0], plan.index, plan.protocol, **plan.search)
-    return answer if plan.told is None else _answer(model, told_plan(plan, answer[0]), progress)
+    pred, near = predict_wells(tables[0], plan.index, plan.protocol, **plan.search)
+    return (_as_found(pred, plan), near) if plan.told is None else _answer(model, told_plan(plan, pred), progress)
 
 # %% ../../nbs/54_predict.plan.ipynb #c256ff34
 def _first_pass(model, plan, out, progress):
@@ -355,9 +400,11 @@ def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
     if rank_world()[0]: return
     def tables(): return map(plan.correction, parts.experiments()) if plan.correction else parts.experiments()
     pred = predict_tables(nameable(tables(), plan.index), plan.index, plan.protocol, neighbors=neighbors, **plan.search)
+    pred = _as_found(pred, plan)
     if embeddings: write_tables(embeddings, tables() if plan.correction else parts)
-    if scores: write_scores((score_wells(t, plan.index, plan.protocol, **plan.search) for t in nameable(tables(), plan.index)), scores_path(out))
-    write_predictions(pred, out, plan.record)
+    made = {}
+    if scores: made['scores_sha256'] = file_facts(write_scores((score_plan(plan, t) for t in nameable(tables(), plan.index)), scores_path(out)))['sha256']
+    write_predictions(pred, out, {**plan.record, **made})
     for f in (out, info_path(out), top_path(out), scores_path(out), neighbors, embeddings):
         if f and Path(f).is_file(): sync_path(f)
     parts.remove()
@@ -384,6 +431,7 @@ def predict(self:TrainedModel,
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
             plan = plan_prediction(self, screen, protocol, **kwargs)
+            if neighbors: check_searches(plan)
             if not rank_world()[0]:
                 for n in plan.notes: print(f'note: {n}', file=sys.stderr)
         if out is None: return _answer(self, plan, progress)[0]
@@ -399,5 +447,7 @@ def neighbors(self:TrainedModel,
     **kwargs
 )->pd.DataFrame: # One row per neighbor: id_code, query, rank, label, cosine, …, votes, protocol
     "Return the nearest training sites of every test site"
-    pred, near = _answer(self, plan_prediction(self, screen, protocol, **kwargs), progress)
+    plan = plan_prediction(self, screen, protocol, **kwargs)
+    check_searches(plan)
+    pred, near = _answer(self, plan, progress)
     return near.merge(pred[['id_code', 'votes', 'protocol']], on='id_code')

@@ -64,7 +64,9 @@ def build_index(
     if separate and views != 'random': raise ScreenError(f'{option("separate", True)} keeps random views apart: add {option("views", "random")}.')
     if rows is None: rows = index_rows(learn)
     model = get_model(learn.model)
-    def once(adapt, mask, sub, n, seed): return learn.embed(rows, adapt=adapt, mask=mask, tta=n, seed=seed, views=views, progress=progress, folder=sub)
+    augs = learn.dls.augs if views == 'random' and isinstance(getattr(learn.dls, 'augs', None), dict) else None
+    def once(adapt, mask, sub, n, seed):
+        return learn.embed(rows, adapt=adapt, mask=mask, tta=n, seed=seed, views=views, augs=augs, progress=progress, folder=sub)
     def make(adapt, sub, mask=INDUCTIVE_MASK):
         if not separate: return once(adapt, mask, folder and Path(folder)/sub, tta, 0)
         return pd.concat([once(adapt, mask, folder and Path(folder)/f'{sub}-{i}', 1, i) for i in range(tta)], ignore_index=True)
@@ -145,7 +147,10 @@ def _accuracy(learn):
     "Return the last accuracy on held-out experiments, and what it stands for; empty without one"
     h, spec, held_out = getattr(learn, 'history', None), learn.dls.spec, learn.dls.held_out
     if h is None or not held_out or 'accuracy' not in h or not h.accuracy.notna().any(): return {}
-    last, trained = h[h.accuracy.notna()].iloc[-1], learn.dls.train.items.experiment.astype(str).unique()
+    seen, trained = h[h.accuracy.notna()], learn.dls.train.items.experiment.astype(str).unique()
+    stage = seen[seen.stage == seen.stage.iloc[-1]]
+    kept = stage[stage.kept.fillna(False).astype(bool)] if 'kept' in stage else stage[:0]
+    last = (kept if len(kept) else seen).iloc[-1]
     used = row_protocols(get_model(learn.model), spec, learn.dls.valid.items, mask=(), trained=trained)
     return dict(accuracy=last.accuracy, valid_loss=last.get('valid_loss'), stage=last.get('stage'), held_out=held_out,
                 protocol=highest_protocol(used).value, samples='single sites' if spec.sites == 1 else f'wells of {spec.sites} sites')

@@ -82,6 +82,7 @@ def optimizer_from_config(
     config, # Name from `OPTIMIZERS`, or a dict with `name` and settings: mom, sqr_mom, eps; k and alpha of ranger; nesterov of sgd
 )->callable: # `opt_func` of a `Learner`
     "Return what makes the optimizer that `config` describes; rate and weight decay are those of the stage"
+    if not isinstance(config, (str, dict)): raise ScreenError(f'{option("opt", config)} is no optimizer: give a name, or a table with a name and settings.')
     settings = dict(name=config) if isinstance(config, str) else dict(config)
     name = settings.pop('name', None)
     check_choice('opt', name, OPTIMIZERS)

@@ -10,6 +10,7 @@ __all__ = ['CALLBACKS', 'RECIPES', 'Stage', 'Recipe', 'stage_callback', 'part_lr
 import inspect, json, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import SimpleNamespace
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
@@ -87,13 +88,21 @@ def _known(cls, o, what):
     if odd: raise ScreenError(f'{what} has the unknown entry {first_few(sorted(odd))}: use {", ".join(names)}.')
     lacks = [n for n in ('name', 'stages', 'epochs', 'lr') if n in names and n not in o]
     if lacks: raise ScreenError(f'{what} lacks {first_few(lacks)}: add it.')
+    if not isinstance(o.get('stages', []), (list, tuple)): raise ScreenError(f'{what} has {o["stages"]!r} as its stages: give a list.')
     return o
 
+def _is_number(v, low=0., high=math.inf): return type(v) in (int, float) and low <= v <= high
+
 def _check_numbers_of(stage, what):
-    "Raise for counts that are none"
+    "Raise for counts that are none, and for shares and rates that cannot be"
     for k, least in dict(epochs=0, accumulate=1, patience=1, bs=2, size=16).items():
         v = getattr(stage, k)
         if v is not None and (type(v) is not int or v < least): raise ScreenError(f'{what} has {k}={v!r}: give a whole number, {least} or more.')
+    for k in ('cutmix', 'mixup', 'pct_start'):
+        if not _is_number(getattr(stage, k), 0, 1): raise ScreenError(f'{what} has {k}={getattr(stage, k)!r}: give a share from 0 to 1.')
+    for k in ('wd', 'div_final'):
+        if not _is_number(getattr(stage, k)): raise ScreenError(f'{what} has {k}={getattr(stage, k)!r}: give a number, 0 or more.')
+    if stage.keep_best not in (None, 'accuracy', 'valid_loss'): raise ScreenError(f'{what} has keep_best={stage.keep_best!r}: choose accuracy or valid_loss.')
 
 # %% ../../nbs/33_train.recipes.ipynb #9d46ec58
 def _check_augs(augs, what):
@@ -122,6 +131,10 @@ def part_lrs(
     lr, # A number, (first, last), or {part: number}
 )->list: # One learning rate per part, in the order of `PARTS`
     "Return the learning rate of each part"
+    rates = [*lr.values()] if isinstance(lr, dict) else [*lr] if isinstance(lr, (tuple, list)) else [lr]
+    is_pair = not isinstance(lr, (tuple, list)) or len(lr) == 2
+    if not rates or not is_pair or not all(isinstance(o, (int, float, np.number)) and 0 <= o < math.inf for o in rates):
+        raise ScreenError(f'{option("lr", lr)} is no learning rate: give a number, (first, last), or a number for each part.')
     if isinstance(lr, dict):
         odd = sorted(set(lr) - set(PARTS))
         if odd:
@@ -141,6 +154,16 @@ def _check_stage(stage, i):
     part_names(stage.parts)
     part_lrs(stage.lr)
     for c in stage.callbacks: stage_callback(c)
+    if stage.neck is not None: check_choice('neck', stage.neck, [n for n in NECKS if n != 'identity'])
+
+def _check_losses(recipe):
+    "Raise where a loss does not read what the classifier of the recipe returns"
+    kind = recipe.model.get('classifier', 'cosine')
+    for i, s in enumerate(recipe.stages):
+        if s.loss is not None: check_loss(loss_from_config(s.loss, 2), SimpleNamespace(kind=kind))
+        alone = [c for c in s.callbacks if (c if isinstance(c, str) else c['name']) in ('irm', 'groupdro')]
+        if alone and (kind == 'both' or getattr(loss_from_config(s.loss or recipe.model.get('loss', 'adacos'), 2), 'embeds', False)):
+            raise ScreenError(f'Stage {i+1} of the recipe has {alone[0]!r}, which reads one classifier: leave it out, or the second part of the loss.')
 
 def _check_arguments(entry, given, func, but):
     "Raise for arguments that a function does not take"
@@ -168,6 +191,11 @@ def check_recipe(
 )->Recipe: # The same
     "Raise a `ScreenError` for a recipe that cannot be trained, before anything is"
     for i, s in enumerate(recipe.stages): _check_stage(s, i)
+    for entry in ('model', 'data', 'only', 'index', 'predict', 'pseudo', 'cell_types'):
+        if not isinstance(getattr(recipe, entry), dict): raise ScreenError(f'The recipe has {getattr(recipe, entry)!r} as its {entry}: give names and values.')
+    _check_losses(recipe)
+    if recipe.data.get('augs', 0) is None and any(s.augs is not None for s in recipe.stages):
+        raise ScreenError('The recipe has no augmentation in its data and some in a stage, which would have no effect: leave one of them out.')
     if 'valid' in recipe.data: raise ScreenError('The recipe has valid in its data: name held-out experiments in valid of the recipe itself.')
     _check_arguments('data', recipe.data, screen_dls, ('screen', 'valid', 'seed', 'device'))
     _check_arguments('model', recipe.model, screen_learner, ('dls', 'arch', 'seed'))
@@ -273,9 +301,16 @@ def _stage_data(learn, stage):
     if changes: learn.dls = learn.dls.rebuild(**changes)
 
 # %% ../../nbs/33_train.recipes.ipynb #da07435c
+def _fresh_neck(model, neck):
+    "Put a fresh neck in, and a fresh classifier, as its directions were those of the old one"
+    model.set_neck(neck)
+    old = model.classifier
+    weight = next(old.parameters())
+    model.classifier = create_classifier(old.kind, weight.shape[1], old.n_classes).to(weight.device).train(old.training)
+
 def _stage_model(learn, stage):
     "Change neck, loss, metadata, optimizer and what is trained"
-    if stage.neck: learn.model.set_neck(stage.neck)
+    if stage.neck: _fresh_neck(learn.model, stage.neck)
     if stage.loss is not None: learn.set_loss(stage.loss)
     if stage.metadata is not None: learn.model.use_metadata = stage.metadata
     if stage.opt is not None: learn.opt_func = optimizer_from_config(stage.opt)
@@ -299,7 +334,8 @@ def _fit_stage(learn, stage, cbs):
     "Run the epochs of a stage"
     lrs = part_lrs(stage.lr)
     if parsed_schedule(stage.schedule)[0] != '1cycle': return learn.fit(stage.epochs, lrs, wd=stage.wd, cbs=cbs)
-    learn.fit_one_cycle(stage.epochs, lrs, wd=stage.wd, pct_start=stage.pct_start, div_final=stage.div_final, cbs=cbs)
+    mom = stage.opt.get('mom') if isinstance(stage.opt, dict) else None
+    learn.fit_one_cycle(stage.epochs, lrs, wd=stage.wd, pct_start=stage.pct_start, div_final=stage.div_final, moms=mom and (mom,)*3, cbs=cbs)
 
 # %% ../../nbs/33_train.recipes.ipynb #13fa485c
 class StageHistory(Callback):
@@ -365,11 +401,19 @@ def _begin(folder, resume, facts):
     check_facts({k: v for k, v in found.facts.items() if k in facts}, facts, found.path)
     return found, found.stage, found.extra['reached'], found.extra['seconds']
 
+def _mark_kept(log, stage, cbs):
+    "Mark the row of the epoch whose weights a stage ends with, where that is not the last one"
+    best = next((cb.best_epoch for cb in cbs if isinstance(cb, KeepBest)), None)
+    if best is None: return
+    for r in log.rows:
+        if r['stage'] == stage.name: r['kept'] = r['epoch'] == best
+
 def _reached(stage, log, start):
-    "Return the row of a finished stage"
-    last = log.rows[-1] if stage.epochs and log.rows else {}
-    metrics = {k: v for k, v in last.items() if k not in ('stage', 'epoch')}
-    return dict(stage=stage.name, epochs=stage.epochs, parts=stage.parts, cutmix=stage.cutmix, **metrics,
+    "Return the row of a finished stage: what its weights reached"
+    rows = [r for r in log.rows if r['stage'] == stage.name] if stage.epochs else []
+    last = next((r for r in rows if r.get('kept')), rows[-1] if rows else {})
+    metrics = {k: v for k, v in last.items() if k not in ('stage', 'epoch', 'kept')}
+    return dict(stage=stage.name, epochs=len(rows) or stage.epochs, parts=stage.parts, cutmix=stage.cutmix, **metrics,
                 published=stage.published, seconds=round(time.time() - start, 1))
 
 def _extra(reached, start): return dict(reached=reached, seconds=time.time() - start)
@@ -402,7 +446,9 @@ def fit_recipe(self:Learner,
             epochs_before = sum(s.epochs for s in recipe.stages[:i])
             cp = Checkpoint(folder, known, i, stage.name, epochs_before, partial(_extra, reached, start), came)
             if stage.epochs:
-                with checkpointed(self, cp, found): _fit_stage(self, stage, [log, *_stage_cbs(self, stage, seed + i), *L(cbs)])
+                own = _stage_cbs(self, stage, seed + i)
+                with checkpointed(self, cp, found): _fit_stage(self, stage, [log, *own, *L(cbs)])
+                _mark_kept(log, stage, own)
             reached.append(_reached(stage, log, start))
             found, spent = None, 0.
         with agreed():

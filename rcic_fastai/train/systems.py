@@ -122,13 +122,13 @@ rxrx1_paper = Recipe('rxrx1_paper', [Stage('all', 100, 1e-3, bs=512, augs='wilds
     data=dict(norm='own', bs=512), predict=_BY_CLASSIFIER,
     about='RxRx1 paper (arXiv 2301.05768): .751 on experiments never seen, .871 adapted (AdaBN). It gives network, 512 px, batches of 512 and 100 epochs; '
           'optimizer and schedule are those of this library. Nobody has published code that reruns it.')
-rxrx1_resnet50 = Recipe('rxrx1_resnet50', [Stage('all', 100, .2, opt=dict(name='sgd', mom=.9, nesterov=True), schedule=dict(name='restarts', every=10), wd=1e-4, bs=512, augs=None, loss='cross_entropy')],
+rxrx1_resnet50 = Recipe('rxrx1_resnet50', [Stage('all', 100, .2, opt=dict(name='sgd', mom=.9, nesterov=True), schedule=dict(name='restarts', every=10), wd=1e-4, bs=512, loss='cross_entropy')],
     arch='resnet50', model=dict(stem='rgb', **_LINEAR), data=dict(bs=512, augs=None, **_GLOBAL), predict=_BY_CLASSIFIER,
     about='rxrx1-utils, the code that came with the data: ResNet-50 on its colors for the six channels. It gives no number of epochs; 100 are taken. Differs: no warm-up (it was computed and not used).')
 capstone_cnn = Recipe('capstone_cnn', [Stage('all', 2, 3e-4, opt=_ADAM, schedule='constant', wd=0., loss='cross_entropy', published=.002)], arch='capstone_cnn',
     model=dict(pretrained=None, stem='fresh', **_LINEAR), data=dict(norm='own', augs=None), predict=_BY_CLASSIFIER, about='Capstone project, baseline: two convolutions and two linear layers; .2 %.')
 _EXP = dict(schedule=dict(name='exponential', gamma=.95), wd=0.)
-capstone_resnet50 = Recipe('capstone_resnet50', [Stage('classifier', 2, 3e-4, 'classifier', opt=_ADAM, bs=32, loss='cross_entropy', **_EXP),
+capstone_resnet50 = Recipe('capstone_resnet50', [Stage('classifier', 2, 3e-4, 'classifier', train_bn=False, opt=_ADAM, bs=32, loss='cross_entropy', **_EXP),
                                                  Stage('all', 13, 3e-4*.95**2, patience=6, keep_best='valid_loss', published=.104, **_EXP)],
     arch='resnet50', model=dict(stem='mean', **_LINEAR), data=dict(norm='own', augs=None), predict=_BY_CLASSIFIER,
     about='Capstone project: ResNet-50 at 512 px; validation .104, test .125. Its second step, one model per cell type, was judged on wells of the experiments it had seen; '
@@ -141,7 +141,7 @@ def _wilds(name, published, *callbacks, about='', **data):
     "Return one of the recipes of WILDS"
     return Recipe(f'wilds_{name}', [Stage('all', 90, 1e-3, callbacks=callbacks, published=published, **_WILDS)], arch='resnet50', model=dict(**_LINEAR),
         data=dict(norm='own', controls=True, bs=72, size=256, **data), channels='nucleus,ER,actin', valid=('HEPG2-08', 'HUVEC-17', 'RPE-08', 'U2OS-04'), predict=_BY_CLASSIFIER,
-        about=f'WILDS {name.upper()} (arXiv 2012.07421): {published} on experiments never seen{about}. Reads nucleus, ER and actin, learns the controls as classes too, and is judged with both (wilds_scores).')
+        about=f'WILDS {name.upper()} (arXiv 2012.07421): {published} on experiments never seen{about}. Reads nucleus, ER and actin, learns the controls as classes too, and is judged with both (wilds_scores). On RxRx1 give it the table that wilds_split makes: site 1 of 33 experiments, its four validation experiments held out.')
 
 _GROUPED = dict(batch_by='experiment', batch_groups=9)
 _WILDS_RECIPES = [_wilds('erm', .299, about=', .359 on new sites of seen ones'), _wilds('coral', .284, dict(name='coral', weight=.1, unit=False), **_GROUPED),
