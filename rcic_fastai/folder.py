@@ -469,20 +469,21 @@ def load_model(
     return TrainedModel(model.to(device).eval(), spec, parts[0], config, *parts[1:], folder=folder)
 
 # %% ../nbs/70_folder.ipynb #04679d4a
+def _never_learned(model): return [e for e in model.config['held_out'] if e not in {*map(str, model.model.trained_experiments)}]
+
 @patch
 def held_out(self:TrainedModel,
     screen, # A `Screen` with training experiments, or where one is
-)->Screen: # Its test experiments are those that the model held out
+)->Screen: # Its test experiments are those that the model held out; their plate groups are left out
     "Return a screen in which the experiments that the model held out are those to predict"
-    screen = open_screen(screen, check=False)
-    learned = {*map(str, self.model.trained_experiments)}
-    names = [e for e in self.config['held_out'] if e not in learned]
+    screen, names = open_screen(screen, check=False), _never_learned(self)
     if not names:
         why = f'learned the labels of {first_few(self.config["held_out"], 4)} before' if self.config['held_out'] else 'was trained on all training experiments'
         raise ScreenError(f'The model {why}, so it has none to name as held out: train one with {option("valid")}, or with {option("folds")} and {option("fold")}.')
     rows = screen.table[screen.table.experiment.astype(str).isin(names)]
     absent = sorted(set(names) - set(rows.experiment.astype(str)))
     if absent: raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: give the screen that it was trained on.')
+    if 'plate_group' in rows: rows = rows.assign(plate_group=pd.array([pd.NA]*len(rows), dtype='Int64'))      # often derived from the labels
     return screen[rows.assign(dataset='test')]
 
 # %% ../nbs/70_folder.ipynb #c8ab8617
@@ -516,9 +517,12 @@ class CellTypeModels:
     def held_out(self,
         screen, # A `Screen` with training experiments, or where one is
     )->Screen:
-        "Return a screen in which the experiments that the models held out are those to predict"
-        parts = self.parts(screen, 'all')
-        return open_screen(screen, check=False)[pd.concat([m.held_out(s).table for m, s in parts.values()], ignore_index=True)]
+        "Return a screen in which the experiments that the models held out are those to predict; a cell type without one is left out"
+        screen = open_screen(screen, check=False)
+        cells = screen.table.cell_type.astype(object).map(str, na_action='ignore')
+        here = {c: m for c, m in self.models.items() if c in set(cells)} or self.models
+        able = {c: m for c, m in here.items() if _never_learned(m)} or here
+        return screen[pd.concat([m.held_out(screen[(cells == c).to_numpy()]).table for c, m in able.items()], ignore_index=True)]
 
 # %% ../nbs/70_folder.ipynb #70679597
 @patch

@@ -23,6 +23,8 @@ from .screen.pack import *
 from .screen.open import *
 from .batch.data import *
 from .batch.resident import *
+from .model.heads import *
+from .model.losses import *
 from .model.model import *
 from .train.checkpoints import *
 from .train.learner import *
@@ -159,6 +161,13 @@ def _held_out(screen, recipe, valid):
     if not have: print(f'note: the screen has none of the experiments that {recipe.name} held out ({first_few(recipe.valid, 4)}): the last of each cell type that has two is.')
     return have or 'auto'
 
+def _without_full_data(recipe, held):
+    "Return the recipe without the stages that would train on what is to be `held` out"
+    gone = [s.name for s in recipe.stages if s.full_data] if held else []
+    if not gone: return recipe
+    if not rank_world()[0]: print(f'note: experiments are to be held out, so what would train on them, too, is left out of {recipe.name}: {", ".join(gone)}.')
+    return replace(recipe, stages=[s for s in recipe.stages if not s.full_data])
+
 def _rows_of(table, only):
     "Return the rows that a recipe is trained on, test rows included"
     for column, value in only.items():
@@ -214,19 +223,27 @@ def _screen_to_learn(screen, recipe, given, data):
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
 # %% ../nbs/71_workflow.ipynb #cb504de1
+def _data_of(begin):
+    "Return how pictures become batches of a trained model: arguments of `screen_dls`"
+    s = begin.spec
+    return dict(sites=s.sites, size=s.size, norm=s.norm, norm_from=s.norm_from, norm_stats=[s.norm_mean, s.norm_std], clahe=s.clahe, vocabs=s.vocabs)
+
 def _training_learner(screen, recipe, given, workers, begin=None):
     "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
-    data = {'bs': 32, 'norm': 'own', **recipe.data, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None}
+    of_model = _data_of(begin) if begin else {}
+    if begin and not given['channels']: given = {**given, 'channels': ','.join(begin.spec.channels)}
+    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None}
     if data['norm'] != 'global': data.pop('norm_stats', None)
+    if data['norm'] not in ('plate', 'experiment') and not given['norm_from']: data.pop('norm_from', None)
     learned, data = _screen_to_learn(screen, recipe, given, data)
+    if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']      # in the order of its channels
     valid = fold_experiments(learned.table, given['folds'], given['fold'], given['seed']) or _held_out(learned, recipe, given['valid'])
-    if begin: data['vocabs'] = begin.spec.vocabs
     dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
           f'{len(dls.spec.labels)} {given["target"]} classes, {plural(len(learned.channels), "channel")}')
     for note in picture_notes(learned): print(f'note: {note}')
-    if begin: return learner_from(begin.model, begin.spec, dls, given['seed'])
+    if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
     if given['metadata']: model['metadata'] = given['metadata']
@@ -237,7 +254,10 @@ def _pseudo_plan(rounds, recipe):
     "Return how many rounds of pseudo-labels there are, the shares of the first and the last, and the recipe of one; None without"
     said = {**recipe.pseudo, **({'rounds': rounds} if rounds else {})}
     if not said.get('rounds'): return None
-    stage = replace(PSEUDO.stages[0], **{k: said[k] for k in ('lr', 'cutmix') if k in said})
+    how = {k: said[k] for k in ('lr', 'cutmix') if k in said}
+    if recipe.stages: how.update(wd=recipe.stages[-1].wd, opt=next((s.opt for s in reversed(recipe.stages) if s.opt is not None), None))
+    if 'lr' in said: how['schedule'] = 'constant'
+    stage = replace(PSEUDO.stages[0], **how)
     return dict(rounds=said['rounds'], first=said.get('first', .41), last=said.get('last', .98), recipe=replace(PSEUDO, stages=[stage]))
 
 def _check_steps(a, recipe, learn):
@@ -250,6 +270,19 @@ def _check_steps(a, recipe, learn):
     return pretrain, pseudo
 
 # %% ../nbs/71_workflow.ipynb #d0742e3d
+def _as_built(learn):
+    "Return what stages may change of a model besides its weights"
+    model = get_model(learn.model)
+    return dict(neck=model._args['neck'], loss=model.loss.config(), use_metadata=model.use_metadata, opt=learn.opt_func)
+
+def _build_again(learn, was, seed):
+    "Undo what stages changed of a model besides its weights; a neck of another kind is fresh"
+    model = get_model(learn.model)
+    if model._args['neck'] != was['neck']:
+        with no_random(seed): model.set_neck(was['neck'])
+    if model.loss.config() != was['loss']: learn.set_loss(was['loss'])
+    model.use_metadata, learn.opt_func = was['use_metadata'], was['opt']
+
 def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     "Train: control wells first, then the recipe, then pseudo-labels; return tables of what each reached"
     res = {}
@@ -257,9 +290,11 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     stages = _without_sizes(recipe, a.size, a.bs)
     with learn.sharded():
         if pretrain:
+            built = _as_built(learn)
             first = replace(stages, name=f'{recipe.name}, controls', stages=[replace(s, full_data=False) for s in stages.stages])
             res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, **how(_controls_checkpoints(a.out), True))
             before = learn.history.assign(stage='controls: ' + learn.history.stage) if len(learn.history) else learn.history
+            _build_again(learn, built, a.seed)
         res['stages'] = learn.fit_recipe(stages, seed=a.seed, cbs=cbs, **how(_checkpoints(a.out), not pretrain))
         if pretrain: learn.history = pd.concat([before, learn.history], ignore_index=True)
     if pseudo: res['pseudo_rounds'] = learn.fit_pseudo(**pseudo, seed=a.seed, cbs=cbs, **how(_pseudo_checkpoints(a.out), False))
@@ -280,7 +315,7 @@ def _train_model(args, recipe, begin=None):
             if a.resume and is_finished(out):
                 print(f'{out} is finished: there is nothing to continue.')
                 return load_model(out) if is_first else None
-            out = new_folder(out)
+            out, recipe = new_folder(out), _without_full_data(recipe, a.folds or a.valid not in ('auto', 'none'))
             info['recipe'] = recipe.to_dict()
             if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
             if not a.resume and is_first:
@@ -333,7 +368,8 @@ def _channel_lists(screen, channels):
 def _cell_type_names(table, asked, recipe):
     "Return the cell types that get a model of their own"
     have = sorted(table.cell_type[table.dataset.isin(('train', 'val'))].dropna().astype(str).unique())
-    names = have if asked == 'each' else as_names(asked) or [c for c in recipe.cell_types if c in have]
+    mine = [c for c in have if str(recipe.only.get('cell_type', c)) == c] or have
+    names = mine if asked == 'each' else as_names(asked) or [c for c in recipe.cell_types if c in have]
     lacks = [c for c in names if c not in have]
     if lacks: raise ScreenError(f'No training well has the cell type {first_few(lacks)}: let {option("cell_types")} be each, or some of {first_few(have)}.')
     if not names: raise ScreenError(f'The recipe has models of {first_few(recipe.cell_types)}, and the training wells are of {first_few(have)}: choose another recipe, or say {option("cell_types", "each")}.')
@@ -342,29 +378,57 @@ def _cell_type_names(table, asked, recipe):
 def _cell_type_recipe(recipe, cell_type):
     "Return the recipe of the model of one cell type"
     own = get_recipe(recipe.cell_types[cell_type]) if cell_type in recipe.cell_types else replace(recipe, name=f'{recipe.name}, {cell_type}', about='')
-    return replace(own, only={**own.only, 'cell_type': cell_type}, cell_types={}, pretrain='')
+    for r in (recipe, own):
+        said = str(r.only.get('cell_type', cell_type))
+        if said != cell_type: raise ScreenError(f'The recipe {r.name} is for the cell type {said} and cannot make a model of {cell_type}: let {option("cell_types")} be {said}, or choose another recipe.')
+    also = {k: getattr(own, k) or getattr(recipe, k) for k in ('pseudo', 'index', 'predict')}
+    return replace(own, only={**own.only, 'cell_type': cell_type}, cell_types={}, pretrain='', **also)
+
+def _check_fits(recipe, recipes, channels):
+    "Raise for recipes of cell types that cannot go on with a model of the common recipe"
+    for c, r in recipes.items():
+        said = [(k, getattr(r, k), getattr(recipe, k)) for k in ('arch', 'channels') if getattr(r, k) not in (getattr(recipe, k), getattr(Recipe, k))]
+        for k, mine, first in said:
+            if k == 'arch' or not channels: raise ScreenError(f'The recipe {r.name} of the cell type {c} has {mine} as its {k}, and the model that it begins with has {first or "all"}: let them be the same.')
+        kind = create_classifier(recipe.model.get('classifier', 'cosine'), 2, 2)
+        for s in r.stages:
+            if s.loss is not None: check_loss(loss_from_config(s.loss, 2), kind)
 
 def _held_of(held, table, cell_type):
     "Return the held-out experiments of a cell type; 'none' where there are none"
     return sorted({*held} & {*table.experiment[table.cell_type.astype(str) == cell_type]}) or 'none'
 
 # %% ../nbs/71_workflow.ipynb #289047af
-def _common_model(args, recipe, out):
-    "Return the model that the models of cell types begin with: the one that was given, or one that is trained in OUT/common"
-    given = Path(str(args['pretrained']))
-    if not (given/'config.json').is_file():
-        common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0}
-        _train_model(common, replace(recipe, cell_types={}, pseudo={}))
-        wait_for_all()
-        return load_model(out/'common')
-    model, arch = load_model(given), args['arch']
+def _given_model(args):
+    "Return the model whose folder was given as pretrained; None without"
+    given, arch = Path(str(args['pretrained'])), args['arch']
+    if not (given/'config.json').is_file(): return None
+    model = load_model(given)
     if arch and arch != model.config['model']['arch']: raise ScreenError(f'{given} is a {model.config["model"]["arch"]}: leave {option("arch", arch)} out.')
     return model
+
+def _begin_with(args, recipe):
+    "Return the trained model that a recipe says to begin with; None where it says nothing, or none was given"
+    if recipe.begin == 'backbone': return None
+    model = _given_model(args)
+    if model is None and not rank_world()[0]: print(f'note: {recipe.name} is meant to begin with a trained model: give its folder with {option("pretrained")}.')
+    return model
+
+def _common_model(args, recipe, out):
+    "Return the model that the models of cell types begin with: the one that was given, or one that is trained in OUT/common"
+    model = _given_model(args)
+    if model is not None: return model
+    common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0}
+    _train_model(common, _without_full_data(replace(recipe, cell_types={}, pseudo={}), args['valid'] != 'none'))
+    wait_for_all()
+    return load_model(out/'common')
 
 def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
-    with all_agree(): recipes = {c: _cell_type_recipe(recipe, c) for c in _cell_type_names(table, args['cell_types'], recipe)}
+    with all_agree():
+        recipes = {c: _cell_type_recipe(recipe, c) for c in _cell_type_names(table, args['cell_types'], recipe)}
+        if not (Path(str(args['pretrained']))/'config.json').is_file(): _check_fits(recipe, recipes, args['channels'])
     if args['resume'] and is_cell_types(out):
         print(f'{out} is finished: there is nothing to continue.')
         return load_cell_types(out)
@@ -374,14 +438,21 @@ def _train_cell_types(args, recipe):
     print(f'{out}: models of {", ".join(done)}, which answer as one')
     return load_cell_types(out)
 
+def _held_of_all(args, common, table):
+    "Return what models of cell types hold out: what is asked for, or what the one that they begin with held out and never learned"
+    asked = args['valid'] if args['valid'] != 'auto' else fold_experiments(table, args['folds'], args['fold'], args['seed'])
+    if asked: return asked
+    learned, here = {*map(str, common.model.trained_experiments)}, {*table.experiment.astype(str)}
+    held = [e for e in common.config['held_out'] if e in here - learned]
+    return held or ('none' if learned & here else 'auto')
+
 def _each_cell_type(args, recipes, common, table):
     "Train the model of each cell type from the common one; {cell type: model}"
     wait_for_all()
-    asked = args['valid'] if args['valid'] not in ('auto', 'none') else fold_experiments(table, args['folds'], args['fold'], args['seed'])
-    held, done = asked or common.config['held_out'], {}
+    held, done = _held_of_all(args, common, table), {}
     for i, (c, r) in enumerate(recipes.items(), 1):
         if not rank_world()[0]: print(f'== {c} ({i} of {len(recipes)})', flush=True)
-        valid = _held_of(as_names(held), table, c) if held else args['valid']
+        valid = held if held in ('auto', 'none') else _held_of(as_names(held), table, c)
         done[c] = _train_model({**args, 'out': Path(args['out'])/c, 'valid': valid, 'folds': 0, 'fold': 0, 'cell_types': '', 'pretrain': ''}, r, common)
     return done
 
@@ -405,7 +476,7 @@ def train_screen(
     norm:str='', # own, plate, experiment, global or none; empty: own, or the recipe's
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
     bs:int=0, # Batch size; 0: 32, or the recipe's
-    pretrained:str='yes', # yes, no, a file with weights, or a model folder
+    pretrained:str='yes', # yes, no, a file with weights, or a model folder (its backbone, or all of it where the recipe says so)
     pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
@@ -424,7 +495,7 @@ def train_screen(
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
     if (folds or fold) and valid != 'auto': raise ScreenError(f'{option("valid", valid)} and {option("folds", folds)} both say what is held out: choose one.')
     if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
-    return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r)
+    return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r, _begin_with(args, r))
 
 # %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),

@@ -2,6 +2,7 @@
 import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
+from fastai.learner import Learner
 from fastai.torch_core import no_random
 from rcic_fastai import cli
 from rcic_fastai.batch import resident
@@ -15,6 +16,7 @@ from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
+from rcic_fastai.train.recipes import get_recipe
 
 EXPS = ['HUVEC-01', 'HUVEC-02', 'RPE-01', 'RPE-02', 'HUVEC-17', 'RPE-08']
 
@@ -32,6 +34,13 @@ def train(here, out, more='', code=0, screen='s.zarr'):
     line = f'{here}/{screen} {here}/{out} --recipe {here}/tiny.json --pretrained no --tta 1 {more}'
     assert cli.rcic_train(line.split()) == code
     return here/out
+
+
+def written(folder, name, **changes):
+    "Write a small recipe with some changes; where it is"
+    recipe = dict(name=name, arch='test_resnet', model=dict(emb_dim=16), stages=[dict(name='all', epochs=1, lr=1e-3, loss='adacos')])
+    (folder/f'{name}.json').write_text(json.dumps({**recipe, **changes}))
+    return str(folder/f'{name}.json')
 
 
 def predict(here, model, out, more='', code=0):
@@ -182,6 +191,69 @@ def test_what_was_trained_on_is_not_named_as_held_out(here, capsys):
     assert 'learned the labels of HUVEC-02 before' in capsys.readouterr().err and not (here/'x.csv').exists()
 
 
+def test_groups_of_held_out_experiments_are_not_taken_from_their_labels(here):
+    train(here, 'held', '--valid HUVEC-02,RPE-02')
+    screen = open_screen(here/'s.zarr')
+    mine = screen.table.experiment.isin(['HUVEC-02', 'RPE-02'])
+    assert screen.table.plate_group[mine].notna().any()
+    swapped = Screen(screen.table.assign(plate_group=screen.table.plate_group.where(~mine, 3 - screen.table.plate_group)), screen.source)
+    model = load_model(here/'held')
+    a, b = (model.predict(model.held_out(s), 'transductive', tta=1, progress=False) for s in (screen, swapped))
+    assert a.group_source.eq('inferred').all() and a.sirna.tolist() == b.sirna.tolist()
+
+
+@pytest.mark.parametrize('more', ['--valid HUVEC-02', '--folds 2 --fold 1', '--valid none', '', '--valid HUVEC-02 --pretrain controls'])
+def test_what_is_asked_to_be_held_out_is_in_no_stage(here, tmp_path, capsys, more):
+    stages = [dict(name='some', epochs=1, lr=1e-3, loss='adacos'), dict(name='everything', epochs=1, lr=1e-3, full_data=True)]
+    full = written(tmp_path, 'full', stages=stages)
+    train(here, f'{tmp_path.name}_full', f'{more} --recipe {full}')
+    model = load_model(here/f'{tmp_path.name}_full')
+    asked = more not in ('--valid none', '')
+    assert ('everything' in set(model.history.stage)) is not asked
+    assert bool({*model.config['held_out']} - {*model.config['trained_experiments']}) is asked
+    assert capsys.readouterr().out.count('is left out of full: everything') == asked
+
+
+def test_cell_types_hold_out_what_the_common_model_never_learned(here, tmp_path):
+    stages = [dict(name='some', epochs=1, lr=1e-3, loss='adacos'), dict(name='everything', epochs=1, lr=1e-3, full_data=True)]
+    train(here, 'cells_full', f'--cell-types each --recipe {written(tmp_path, "full", stages=stages)}')
+    for c, m in load_model(here/'cells_full').models.items():
+        assert m.config['held_out'] == [f'{c}-02'] and f'{c}-02' not in m.config['trained_experiments']
+    train(here, 'cells_learned', '--valid none')
+    for valid in ('auto', 'none'):
+        line = f'{here}/s.zarr {here}/after_{valid} --recipe {here}/tiny.json --pretrained {here}/cells_learned --cell-types RPE --valid {valid} --tta 1'
+        assert cli.rcic_train(line.split()) == 0
+        assert load_model(here/f'after_{valid}').models['RPE'].config['held_out'] == []
+    line = f'{here}/s.zarr {here}/without_held --recipe {here}/tiny.json --pretrained {here}/held --cell-types RPE --valid none --tta 1'
+    assert cli.rcic_train(line.split()) == 0
+    assert load_model(here/'without_held').models['RPE'].config['held_out'] == []
+
+
+def test_a_cell_type_that_the_recipe_is_not_for_is_refused(here, tmp_path, capsys):
+    only = written(tmp_path, 'only', only=dict(cell_type='HUVEC'))
+    refused(here, f'--cell-types RPE --recipe {only}', 'The recipe only is for the cell type HUVEC', capsys)
+    refused(here, f'--recipe {written(tmp_path, "odd", cell_types=dict(RPE=only))}', 'is for the cell type HUVEC', capsys)
+
+
+def test_models_of_cell_types_read_pictures_as_the_one_they_begin_with(here, tmp_path):
+    own = written(tmp_path, 'own', stages=[dict(name='mine', epochs=1, lr=1e-3)])
+    how = dict(data=dict(norm='global'), channels='golgi,ER', stages=[dict(name='all', epochs=1, lr=1e-3, loss='adacos', size=32)])
+    train(here, 'alike', f'--recipe {written(tmp_path, "alike", cell_types=dict(RPE=own), pseudo=dict(rounds=1), predict=dict(vote="mean"), **how)}')
+    a, b = load_model(here/'alike/common'), load_model(here/'alike').models['RPE']
+    for k in ('norm', 'norm_mean', 'norm_std', 'size', 'channels', 'sites', 'vocabs'): assert getattr(a.spec, k) == getattr(b.spec, k), k
+    assert (b.spec.norm, b.spec.size, b.spec.channels) == ('global', 32, ['golgi', 'ER'])
+    assert b.config['pseudo_experiments'] == ['RPE-08'] and b.config['recipe']['predict'] == dict(vote='mean')
+    line = f'{here}/s.zarr {here}/smaller --recipe {own} --pretrained {here}/alike/common --cell-types RPE --size 40 --norm own --tta 1'
+    assert cli.rcic_train(line.split()) == 0
+    assert (load_model(here/'smaller').models['RPE'].spec.size, load_model(here/'smaller').models['RPE'].spec.norm) == (40, 'own')
+
+
+@pytest.mark.parametrize('odd, words', [(dict(channels='ER'), 'has ER as its channels'), (dict(arch='resnet18'), 'has resnet18 as its arch'),
+                                        (dict(stages=[dict(name='all', epochs=1, lr=1e-3, loss='cross_entropy')]), 'linear')])
+def test_what_cannot_go_on_is_refused_before_the_common_model(here, tmp_path, capsys, odd, words):
+    refused(here, f'--recipe {written(tmp_path, "cells", cell_types=dict(RPE=written(tmp_path, "own", **odd)))}', words, capsys)
+
+
 # A model for each cell type
 
 def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
@@ -202,7 +274,8 @@ def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
     assert models.evaluate(screen, ['inductive', 'adapted', 'transductive'], tta=1, progress=False).columns['adapted']['n_wells'] == len(got)
     emb = models.embed(screen, tta=1, progress=False)
     assert emb.Metadata_site_id.tolist() == screen.table.site_id.tolist()
-    predict(here, 'cells', 'cells_held', '--held-out')
+    held = read_predictions(predict(here, 'cells', 'cells_held', '--held-out --protocol transductive'))
+    assert {i.rsplit('_', 2)[0] for i in held.id_code} == {'HUVEC-02', 'RPE-02'}
     kept = predict(here, 'cells', 'kept', '--scores --protocol transductive')
     assert ensemble_files(here/'mean.csv', kept, kept).sirna.tolist() == read_predictions(kept).sirna.tolist() and not list(here.glob('kept.csv.*'))
     train(here, 'whole', '--cell-types each')
@@ -236,7 +309,45 @@ def test_a_well_of_a_cell_type_without_a_model_is_refused(here, capsys):
 def test_wrong_cell_types(here, more, words, capsys): refused(here, more, words, capsys)
 
 
+# A recipe that goes on with a model
+
+@pytest.mark.parametrize('name, begin', [('rcic117_huvec', 'all'), ('rcic117_groups', 'features')])
+def test_a_recipe_begins_with_all_weights_of_a_model(here, tmp_path, capsys, name, begin):
+    if not (here/'first').exists(): train(here, 'first', '--valid HUVEC-02,RPE-02 --metadata cell_type')
+    still = {**get_recipe(name).to_dict(), 'stages': [], 'data': {}}
+    (tmp_path/'still.json').write_text(json.dumps(still))
+    group = open_screen(here/'s.zarr').table.plate_group.dropna().min()
+    if begin == 'features': (tmp_path/'still.json').write_text(json.dumps({**still, 'only': dict(plate_group=int(group))}))
+    line = f'{here}/s.zarr {here}/{name} --recipe {tmp_path}/still.json --pretrained {here}/first --valid HUVEC-02 --tta 1'
+    capsys.readouterr()
+    assert cli.rcic_train(line.split()) == 0
+    assert 'is meant to begin' not in capsys.readouterr().out
+    a, b = load_model(here/'first').model, load_model(here/name).model
+    names = [k for k in a.state_dict() if not k.startswith(('classifier', 'loss', '_extra'))]
+    assert any(k.startswith('metadata') for k in names) and all(torch.equal(a.state_dict()[k], b.state_dict()[k]) for k in names)
+    old, new = load_model(here/'first').spec.labels, load_model(here/name).spec.labels
+    kept = torch.equal(a.classifier.weight[[old.index(l) for l in new]], b.classifier.weight)
+    assert kept is (begin == 'all') and (len(new) < len(old)) is (begin == 'features')
+
+
+def test_a_recipe_that_goes_on_says_so_without_a_model(here, tmp_path, capsys):
+    train(here, 'alone', f'--recipe {written(tmp_path, "on", begin="all")}')
+    assert capsys.readouterr().out.count('note: on is meant to begin with a trained model: give its folder with --pretrained.') == 1
+
+
 # Control wells first
+
+def test_the_part_after_controls_begins_as_the_recipe_builds_the_model(here, tmp_path, monkeypatch):
+    stages = [dict(name='a', epochs=1, lr=1e-3, loss='adacos', metadata=False), dict(name='b', epochs=1, lr=1e-3, neck='rcic117', loss=dict(name='arcface', s=16.), opt='ranger', metadata=True)]
+    recipe, seen, fit = written(tmp_path, 'necks', stages=stages, model=dict(emb_dim=16, metadata=['cell_type'])), [], Learner.fit_recipe
+    def looked(learn, *args, **kwargs):
+        seen.append((learn.model._args['neck'], learn.model.loss.config()['name'], learn.model.use_metadata, learn.opt_func))
+        return fit(learn, *args, **kwargs)
+    monkeypatch.setattr(Learner, 'fit_recipe', looked)
+    train(here, 'necks', f'--pretrain controls --valid HUVEC-02 --recipe {recipe}')
+    assert len(seen) == 2 and seen[0] == seen[1] and seen[0][0] == 'linear'
+    assert load_model(here/'necks').model._args['neck'] == 'rcic117'
+
 
 def test_controls_first_and_resumed(here):
     killed(here, 'after_controls', '--pretrain controls --valid HUVEC-02', "len(self.dls.spec.labels) < 8 and self.epoch == 1")
@@ -279,6 +390,13 @@ def test_pseudo_labels_are_transductive_and_resumed(here, capsys):
     assert '--protocol transductive' in capsys.readouterr().err and not (here/'pseudo_inductive.csv').exists()
     predict(here, 'pseudo', 'pseudo_all', '--protocol transductive')
     predict(here, 'pseudo', 'pseudo_held', '--held-out')                        # it was not used, so this is inductive
+
+
+def test_rounds_of_pseudo_labels_are_trained_as_the_last_stage(here, tmp_path):
+    stages = [dict(name='a', epochs=1, lr=1e-3, loss='adacos', opt='ranger'), dict(name='b', epochs=1, lr=1e-3, wd=.2)]
+    train(here, 'like_last', f'--valid HUVEC-02 --recipe {written(tmp_path, "like", stages=stages, pseudo=dict(rounds=1, lr=6e-5))}')
+    stage, = load_model(here/'like_last').config['pseudo']['recipe']['stages']
+    assert (stage['wd'], stage['opt'], stage['schedule'], stage['lr']) == (.2, 'ranger', 'constant', 6e-5)
 
 
 def test_no_label_of_a_test_well_is_read(here, tmp_path):

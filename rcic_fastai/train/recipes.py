@@ -69,6 +69,7 @@ class Recipe:
     only:dict=field(default_factory=dict) # Column → value: the rows that it is trained on, such as {'cell_type': 'HUVEC'}
     channels:str='' # Channels that are read, by name and in this order; empty: all; 5-of-6: one model without each
     pretrain:str='' # controls: what is learned first; empty: nothing
+    begin:str='backbone' # What pretrained gives when it is a model folder: backbone, all, or features (all but the classifier, which is fresh)
     cell_types:dict=field(default_factory=dict) # Cell type → recipe of its own model, trained from the weights of this one
     pseudo:dict=field(default_factory=dict) # Rounds of pseudo-labels that follow: rounds, and perhaps first and last share, see `pseudo_schedule`, lr and cutmix
     index:dict=field(default_factory=dict) # Views of the training sites in the index: tta, views, separate, see `build_index`
@@ -179,6 +180,7 @@ _PREDICT = ('tta', 'views', 'vote', 'k', 'merge', 'by', 'tell', 'assign', 'adapt
 def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
     if recipe.pretrain: check_choice('pretrain', recipe.pretrain, ('controls',))
+    check_choice('begin', recipe.begin, ('backbone', 'all', 'features'))
     rounds, cells = recipe.pseudo.get('rounds', 1), recipe.cell_types
     if type(rounds) is not int or rounds < 1: raise ScreenError(f'The recipe has {rounds!r} rounds in its pseudo: give a whole number, 1 or more.')
     if not isinstance(cells, dict) or not all(isinstance(r, str) for r in cells.values()):

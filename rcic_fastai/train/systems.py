@@ -75,14 +75,14 @@ _OF_CELLS = dict(HUVEC=(50, .779), U2OS=(300, .628), HEPG2=(230, .554), RPE=(209
 
 def _cell_type_recipe(cell_type, epochs, published):
     "Return the recipe that goes on from `rcic117` with one cell type"
-    return replace(rcic117, name=f'rcic117_{cell_type.lower()}', only={'cell_type': cell_type},
+    return replace(rcic117, name=f'rcic117_{cell_type.lower()}', only={'cell_type': cell_type}, begin='all',
         stages=[Stage('first', 1, 4e-6, bs=16, size=300, augs='rcic117', schedule='constant'), *_cycles('on', [epochs], 1e-4, published)],
         about=f'117th place, {cell_type} alone: {published} per site. Begins from a model of rcic117: add --pretrained MODEL.')
 
 _CELL_TYPE_RECIPES = [_cell_type_recipe(c, *o) for c, o in _OF_CELLS.items()]
 rcic117_cell_types = replace(rcic117, name='rcic117_cell_types', cell_types={r.only['cell_type']: r.name for r in _CELL_TYPE_RECIPES},
     about='117th place, one model for each cell type, from the weights of rcic117: HUVEC .779, U2OS .628, RPE .626, HEPG2 .554 per site. Each well is answered by the model of its cell type.')
-rcic117_groups = replace(rcic117, name='rcic117_groups', only={'plate_group': 0}, predict=dict(**_RANDOM3, assign='no', adapt='none'),
+rcic117_groups = replace(rcic117, name='rcic117_groups', only={'plate_group': 0}, begin='features', predict=dict(**_RANDOM3, assign='no', adapt='none'),
     stages=[*_cycles('group', [50], 1e-2, .616, size=300, augs='rcic117', bs=16), *_cycles('group, slower', [50], 1e-4, .652)],
     about='117th place, the 277 siRNAs of one plate group: .652 per site among these. Begins from a model of rcic117: add --pretrained MODEL.')
 
