@@ -60,7 +60,7 @@ def test_the_test_sees_what_it_looks_for():
 
 def test_every_argument_that_is_named_is_an_option():
     "Of the command that says it or, where another is meant, of any"
-    python_only = {'views', 'adapt_rows', 'stem', 'arch_args', 'label_smoothing', 'classifier', 'sites_join', 'n_sites', 'loss'}
+    python_only = {'views', 'adapt_rows', 'stem', 'arch_args', 'label_smoothing', 'classifier', 'sites_join', 'n_sites', 'loss', 'norm_stats', 'separate', 'lr', 'opt', 'schedule', 'augs'}
     found = []
     for name, tree in sources():
         home = COMMAND_OF.get(name.split('/')[0])
@@ -91,4 +91,4 @@ def test_what_is_said_can_be_typed(name, value, monkeypatch):
 def test_an_option_of_another_command_says_so():
     with as_command(['screen'], OPTIONS['rcic_train'], {k: o for k, o in OPTIONS.items() if k != 'rcic_train'}):
         assert option('z', 0) == '--z 0 (rcic_pack)' and option('controls', dict(negative_control=['DMSO'])) == '--controls DMSO=negative_control (rcic_pack)'
-        assert option('controls', True) == '--controls' and option('by', 'plate') == "by='plate' (in Python)" and option('screen') == 'SCREEN'
+        assert option('controls', True) == '--controls' and option('side', 'plate') == "side='plate' (in Python)" and option('screen') == 'SCREEN'

@@ -102,7 +102,7 @@ def _check_numbers_of(stage, what):
         if not _is_number(getattr(stage, k), 0, 1): raise ScreenError(f'{what} has {k}={getattr(stage, k)!r}: give a share from 0 to 1.')
     for k in ('wd', 'div_final'):
         if not _is_number(getattr(stage, k)): raise ScreenError(f'{what} has {k}={getattr(stage, k)!r}: give a number, 0 or more.')
-    if stage.keep_best not in (None, 'accuracy', 'valid_loss'): raise ScreenError(f'{what} has keep_best={stage.keep_best!r}: choose accuracy or valid_loss.')
+    if stage.keep_best not in (None, 'accuracy', 'valid_loss'): raise ScreenError(f'{what} keeps the best {stage.keep_best!r}: choose accuracy or valid_loss.')
 
 # %% ../../nbs/33_train.recipes.ipynb #9d46ec58
 def _check_augs(augs, what):

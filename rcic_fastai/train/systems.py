@@ -77,14 +77,14 @@ def _cell_type_recipe(cell_type, epochs, published):
     "Return the recipe that goes on from `rcic117` with one cell type"
     return replace(rcic117, name=f'rcic117_{cell_type.lower()}', only={'cell_type': cell_type}, begin='all',
         stages=[Stage('first', 1, 4e-6, bs=16, size=300, augs='rcic117', schedule='constant'), *_cycles('on', [epochs], 1e-4, published)],
-        about=f'117th place, {cell_type} alone: {published} per site. Begins from a model of rcic117: add --pretrained MODEL.')
+        about=f'117th place, {cell_type} alone: {published} per site. Begins from a model of rcic117, which is to be given as pretrained.')
 
 _CELL_TYPE_RECIPES = [_cell_type_recipe(c, *o) for c, o in _OF_CELLS.items()]
 rcic117_cell_types = replace(rcic117, name='rcic117_cell_types', cell_types={r.only['cell_type']: r.name for r in _CELL_TYPE_RECIPES},
     about='117th place, one model for each cell type, from the weights of rcic117: HUVEC .779, U2OS .628, RPE .626, HEPG2 .554 per site. Each well is answered by the model of its cell type.')
 rcic117_groups = replace(rcic117, name='rcic117_groups', only={'plate_group': 0}, begin='features', predict=dict(**_RANDOM3, assign='no', adapt='none'),
     stages=[*_cycles('group', [50], 1e-2, .616, size=300, augs='rcic117', bs=16), *_cycles('group, slower', [50], 1e-4, .652)],
-    about='117th place, the 277 siRNAs of one plate group: .652 per site among these. Begins from a model of rcic117: add --pretrained MODEL.')
+    about='117th place, the 277 siRNAs of one plate group: .652 per site among these. Begins from a model of rcic117, which is to be given as pretrained.')
 
 # %% ../../nbs/33b_train.systems.ipynb #515f2098
 def _rcic16(name, arch, dim, **model):
@@ -95,7 +95,7 @@ def _rcic16(name, arch, dim, **model):
         data=dict(norm='none', bs=16, clahe=True), predict=dict(by='classifier', tta=8, views='random', merge='mean', assign='yes'),
         about='16th place: .96343 public, .98871 private, all five models and a leak of the plate groups. Differs: the mean stem is that of the ImageNet filters, where theirs was '
               'that of a random convolution; CLAHE is of their text and was not in their code; BatchNorm takes the statistics of the experiment (adapted), where theirs stayed in '
-              'training mode at prediction, with dropout. Hold out with --valid; they made three folds by experiment.')
+              'training mode at prediction, with dropout. They held out one of three folds of the experiments.')
 
 _CBAM = dict(block_args=dict(attn_layer='cbam'))
 _RCIC16 = [_rcic16('rcic16', 'densenet201', 256), _rcic16('rcic16_efficientnet_b4', 'tf_efficientnet_b4', 256), _rcic16('rcic16_xception', 'legacy_xception', 1000),
@@ -111,7 +111,7 @@ rcic1 = Recipe('rcic1', [Stage('labels', 90, 1.5e-4, opt=_ADAM, schedule='cosine
     data=dict(norm='own', controls=True), predict=dict(by='classifier', tta=8, merge='mean', assign='yes'),
     about='1st place, before its pseudo-labels (rcic1_pseudo has them): .99784 private with these, the best of 24 orders of the plates and two models. Differs: batches of 32, as theirs are not known here.')
 rcic1_pseudo = replace(rcic1, name='rcic1_pseudo', pseudo=dict(rounds=3, first=.41, last=.98, lr=6e-5, cutmix=1.),
-    about='1st place: .99784 private, two models together. Learns the test plates under its own labels, so its answers are transductive: rcic_predict --protocol transductive. '
+    about='1st place: .99784 private, two models together. Learns the test plates under its own labels, so its answers are transductive. '
           'Differs: batches of 32, and three rounds of pseudo-labels, as theirs are not known here.')
 
 # %% ../../nbs/33b_train.systems.ipynb #1d99b8a4
@@ -132,7 +132,7 @@ capstone_resnet50 = Recipe('capstone_resnet50', [Stage('classifier', 2, 3e-4, 'c
                                                  Stage('all', 13, 3e-4*.95**2, patience=6, keep_best='valid_loss', published=.104, **_EXP)],
     arch='resnet50', model=dict(stem='mean', **_LINEAR), data=dict(norm='own', augs=None), predict=_BY_CLASSIFIER,
     about='Capstone project: ResNet-50 at 512 px; validation .104, test .125. Its second step, one model per cell type, was judged on wells of the experiments it had seen; '
-          'here it is --cell-types each.')
+          'here it is a model for each cell type.')
 
 # %% ../../nbs/33b_train.systems.ipynb #8c0b97d3
 _WILDS = dict(bs=72, size=256, opt=_ADAM, schedule=dict(name='cosine', warmup=.107), wd=1e-5, augs='wilds', loss='cross_entropy')
