@@ -582,7 +582,7 @@ def _write_parts(self:CellTypeModels, parts, protocol, out, more, scores, progre
     pred, first = together(list(preds.values())), next(iter(records.values()))
     for k, path in more.items():
         if path: write_tables(path, [pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts])
-    if scores: write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out))
+    if scores: first = {**first, 'scores_sha256': file_facts(write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out)))['sha256']}
     pred.attrs['notes'] = list(dict.fromkeys(n for r in records.values() for n in r.get('notes', ())))
     write_predictions(pred, out, {**{k: v for k, v in first.items() if k != 'notes'}, 'model': str(self.folder or self.fingerprint), 'cell_types': records})
     CELLS_FOLDER.remove(beside)

@@ -387,9 +387,11 @@ def _cell_type_recipe(recipe, cell_type):
 def _check_fits(recipe, recipes, channels):
     "Raise for recipes of cell types that cannot go on with a model of the common recipe"
     for c, r in recipes.items():
-        said = [(k, getattr(r, k), getattr(recipe, k)) for k in ('arch', 'channels') if getattr(r, k) not in (getattr(recipe, k), getattr(Recipe, k))]
-        for k, mine, first in said:
-            if k == 'arch' or not channels: raise ScreenError(f'The recipe {r.name} of the cell type {c} has {mine} as its {k}, and the model that it begins with has {first or "all"}: let them be the same.')
+        entries = ['arch'] if r.begin == 'backbone' else []           # the others take what they begin with
+        if not channels: entries.append('channels')
+        for k in entries:
+            mine, first = getattr(r, k), getattr(recipe, k)
+            if mine not in (first, getattr(Recipe, k)): raise ScreenError(f'The recipe {r.name} of the cell type {c} has {mine} as its {k}, and the model that it begins with has {first or "all"}: let them be the same.')
         kind = create_classifier(recipe.model.get('classifier', 'cosine'), 2, 2)
         for s in r.stages:
             if s.loss is not None: check_loss(loss_from_config(s.loss, 2), kind)
