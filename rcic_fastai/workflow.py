@@ -317,13 +317,13 @@ def _train_model(args, recipe, begin=None):
                 return load_model(out) if is_first else None
             out, recipe = new_folder(out), _without_full_data(recipe, a.folds or a.valid not in ('auto', 'none'))
             info['recipe'] = recipe.to_dict()
-            if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
             if not a.resume and is_first:
                 for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)): begin_checkpoints(folder)
             device = rank_device()
             torch.backends.cudnn.benchmark = device.type == 'cuda'
             faster = precision_callbacks(a.precision, device)
             learn = _training_learner(a.screen, recipe, given, a.workers, begin)
+            if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
             pretrain, pseudo = _check_steps(a, recipe, learn)
             if pretrain: info['pretrain'] = pretrain
             if pseudo: info['pseudo'] = {**pseudo, 'recipe': pseudo['recipe'].to_dict()}

@@ -167,7 +167,7 @@ def test_cell_types_that_rxrx1_does_not_have(tmp_path):
     said = refused(cli.rcic_pack, tmp_path/'s', tmp_path/'a.zarr')
     assert 'A549' in said and '--cell-types ' in said
     said = refused(cli.rcic_train, tmp_path/'s', tmp_path/'m', '--recipe', 'demo')
-    assert '(rcic_pack)' in said
+    assert 'pack the screen and allow others' in said
     ok(cli.rcic_pack, tmp_path/'s', tmp_path/'a.zarr', '--cell-types', 'A549')
     assert set(open_screen(tmp_path/'a.zarr').table.cell_type) == {'A549'}
     assert len(open_screen(tmp_path/'s', cell_types=['A549']))

@@ -97,7 +97,7 @@ def trained_index(made, d, ours):
     if ours: parts_of(made, d/'m.index.part/plain')
     folder = d/('m.index.part/plain' if ours else 'm.index.part')
     if not ours: (folder/'x').mkdir(parents=True); (folder/'x/parts.json').write_text('{}')
-    return folder, lambda: workflow._index_parts(d/'m', made.learn, 2)
+    return folder, lambda: workflow._index_parts(d/'m', made.learn, dict(tta=2))
 
 def checkpoint(name, keep=1):
     def one(made, d, ours):
@@ -120,7 +120,11 @@ def store_begun(made, d, ours):
     folder, _ = store_part(made, d, ours)
     return folder, lambda: pack_screen(Screen(made.table, made.source), d/'s.zarr', progress=False)
 
-REMOVE = dict(demo=demo, embedding_parts=embedding_parts, index_parts=index_parts, index_plain=index_plain, trained=trained,
+def cell_types(made, d, ours):
+    if ours: F.CELLS_FOLDER.make(d/'o.csv.cells')
+    return d/'o.csv.cells', lambda: F.CELLS_FOLDER.remove(d/'o.csv.cells')
+
+REMOVE = dict(demo=demo, cell_types=cell_types, embedding_parts=embedding_parts, index_parts=index_parts, index_plain=index_plain, trained=trained,
               trained_index=trained_index, checkpoint_old=checkpoint('epoch_0001'), checkpoint_same=checkpoint('epoch_0003'),
               checkpoint_part=checkpoint('epoch_0004.part'), model_part=model_part, store_part=store_part, store_begun=store_begun)
 MOVED = dict(store_part='s.zarr', store_begun='s.zarr', model_part='m', checkpoint_same='c/epoch_0003')    # what was finished has a new name
@@ -166,7 +170,7 @@ def test_what_is_ours_goes(made, tmp_path):
 
 def test_every_kind_of_folder_is_tried():
     from rcic_fastai.core import OwnFolder
-    assert {k for k in OwnFolder.kinds} == {'demo', 'embedding parts', 'checkpoint', 'unfinished model', 'packed screen', 'simulated screen'}
+    assert {k for k in OwnFolder.kinds} == {'demo', 'embedding parts', 'checkpoint', 'unfinished model', 'packed screen', 'simulated screen', 'predictions of cell types'}
 
 def test_a_demo_with_something_in_the_way_removes_nothing(tmp_path):
     out = workflow.DEMO_FOLDER.make(tmp_path/'demo')
@@ -241,7 +245,7 @@ def test_files_beside_a_report(tmp_path):
 
 REMOVERS = {'core.py': {'remove', 'remove_empty', 'unmark', 'write_atomic', '_remove_stale', '_put_lock', 'release'},
             'screen/download.py': {'_forget', '_receive', '_remove_fetched'}, 'screen/pack.py': {'_finish', '_name'},
-            'predict/predict.py': {'answers', 'write_predictions'}, 'folder.py': {'save'}}
+            'predict/predict.py': {'answers', 'write_predictions'}, 'folder.py': {'save'}, 'workflow.py': {'_several_in'}}
 
 def removals(path):
     "(function, what it calls) of each call that removes something"

@@ -574,7 +574,7 @@ def check_table(
     strange = sorted(set(t['cell_type']) - set(cell_types or t['cell_type']))
     if strange:
         raise ScreenError(f'{where} has the unknown cell type {first_few(strange)}: the known ones are '
-                          f'{", ".join(cell_types)}; correct it, or allow others with '
+                          f'{", ".join(cell_types)}; correct it, or pack the screen and allow others with '
                           f'{option("cell_types", [*cell_types, strange[0]])}.')
     return t
 
