@@ -158,7 +158,7 @@ def with_groups(
 
 # %% ../../nbs/54_predict.plan.ipynb #5ff4094f
 def _told_index(model, by, adapt, correct):
-    "Return what is searched when the model is told the plate groups"
+    "Return what is searched when the model is given the plate groups"
     if correct != 'none': raise ScreenError(f'{option("tell", "plate_group")} and {option("correct", correct)} cannot be had together: leave one of them out.')
     index = model.told_adapted_index if adapt else model.told_index
     return ClassifierIndex(index, model.spec.labels) if by == 'classifier' else index
@@ -186,7 +186,7 @@ class PredictionPlan:
     search:dict # How wells are named: vote, merge, k, restrict_cell_type for `predict_wells`
     notes:tuple # Sentences that users should read
     record:dict # How it was made, for the file beside the predictions
-    told:EmbeddingIndex=None # Searched in a second pass, in which the model is told the plate groups that the first found
+    told:EmbeddingIndex=None # Searched in a second pass, in which the model is given the plate groups that the first found
     first:pd.DataFrame=None # Of a second pass: what the first answered
 
     def __repr__(self):
@@ -349,7 +349,7 @@ def told_plan(
     plan:PredictionPlan, # With `tell`
     pred:pd.DataFrame, # What it answered: the plate groups of the wells
 )->PredictionPlan: # The second pass
-    "Return the plan in which the model is told the plate groups that were found"
+    "Return the plan in which the model is given the plate groups that were found"
     o = plan.options
     rows = {k: None if getattr(o, k) is None else with_groups(getattr(o, k), pred) for k in ('adapt_rows', 'stat_rows')}
     screen = Screen(with_groups(plan.screen.table, pred), plan.screen.source)

@@ -205,7 +205,7 @@ class TrainedModel:
         index:EmbeddingIndex, # Over plain embeddings of the wells trained on
         config:dict, # What is known about the model, as plain data
         adapted_index:EmbeddingIndex=None, # Over the same wells, with BatchNorm statistics of their experiments
-        told_index:EmbeddingIndex=None, # Over the same wells, when the model is told their plate groups
+        told_index:EmbeddingIndex=None, # Over the same wells, when the model is given their plate groups
         told_adapted_index:EmbeddingIndex=None, # Both
         history:pd.DataFrame=None, # One row per epoch; `None`: read from the folder when it is looked at
         folder=None, # Where it was loaded from

@@ -336,7 +336,7 @@ def learner_from(
     seed:int=0, # Directions of classes that the model does not have
     **kwargs # To `Learner`
 )->Learner:
-    "Create a learner that goes on with a copy of a trained model"
+    "Create a learner that continues with a copy of a trained model"
     _check_batches(SimpleNamespace(dls=SimpleNamespace(spec=spec), model=model), dls)
     net = deepcopy(get_model(model))
     if list(dls.spec.labels) != list(spec.labels):

@@ -73,7 +73,7 @@ class Recipe:
     cell_types:dict=field(default_factory=dict) # Cell type → recipe of its own model, trained from the weights of this one
     pseudo:dict=field(default_factory=dict) # Rounds of pseudo-labels that follow: rounds, and perhaps first and last share, see `pseudo_schedule`, lr and cutmix
     index:dict=field(default_factory=dict) # Views of the training sites in the index: tta, views, separate, see `build_index`
-    predict:dict=field(default_factory=dict) # How its authors predicted: what `model.predict` does unless it is told
+    predict:dict=field(default_factory=dict) # How its authors predicted: what `model.predict` does where its caller says nothing
     about:str='' # Where it comes from
 
     def to_dict(self): return asdict(self)

@@ -48,7 +48,7 @@ _PREDICT117 = dict(**_RANDOM3, tell='plate_group', assign='no', adapt='none')
 rcic117 = Recipe('rcic117', _RCIC117, arch='efficientnet-b3', model=_MODEL117, data=dict(bs=16, **_GLOBAL), valid=_HELD_OUT,
     index=dict(separate=True, **_RANDOM3), predict=_PREDICT117,
     about='117th place of the 2019 Kaggle competition (fastai v1): .613 per site, .596 to .650 per well, of held-out experiments whose plate group was told. '
-          'Differs: an unseen experiment is told as unknown, where they told an arbitrary one; the sixth channel is augmented, too; the search is exact.')
+          'Differs: an unseen experiment is given as unknown, where they gave an arbitrary one; the sixth channel is augmented, too; the search is exact.')
 
 # %% ../../nbs/33b_train.systems.ipynb #9a6cb6b2
 _B4 = [('first', 4, 1e-6, None), ('up', 4, 1e-3, None), ('all', 10, (1e-8, 1e-4), None), ('all, on', 22, (1e-6, 1e-4), None),
@@ -74,7 +74,7 @@ rcic117_12d = Recipe('rcic117_12d', [*_cycles('all', [70], 1e-3, cutmix=1., loss
 _OF_CELLS = dict(HUVEC=(50, .779), U2OS=(300, .628), HEPG2=(230, .554), RPE=(209, .626))
 
 def _cell_type_recipe(cell_type, epochs, published):
-    "Return the recipe that goes on from `rcic117` with one cell type"
+    "Return the recipe that continues from `rcic117` with one cell type"
     return replace(rcic117, name=f'rcic117_{cell_type.lower()}', only={'cell_type': cell_type}, begin='all',
         stages=[Stage('first', 1, 4e-6, bs=16, size=300, augs='rcic117', schedule='constant'), *_cycles('on', [epochs], 1e-4, published)],
         about=f'117th place, {cell_type} alone: {published} per site. Begins from a model of rcic117, which is to be given as pretrained.')
