@@ -529,45 +529,14 @@ def clear_demo(
                           'or name another folder.')
     DEMO_FOLDER.remove(out)
 
-# %% ../nbs/71_workflow.ipynb #2542f7d4
-def _examples(right, n=4):
-    "Return some right and some wrong wells"
-    return pd.concat([right[right.right].head(n - n//2), right[~right.right].head(n//2)]).id_code.tolist()
-
-def _strip(near, well, screen):
-    "Return the picture of a well beside its nearest training sites"
-    site = screen.table[screen.table.well_id == well].iloc[0]
-    return neighbor_strip(near[near['query'] == site.site_id], site.site_id, site.sirna, screen)
-
 # %% ../nbs/71_workflow.ipynb #3627a526
-def _map_table(m, screen, adapt):
-    "Return the embeddings of the index and of test sites, treated alike"
-    test = m.embed(screen, tta=1, mask=INDUCTIVE_MASK, adapt=adapt, progress=False)
-    return pd.concat([(m.adapted_index if adapt else m.index).table(), test], ignore_index=True)
-
 def demo_report(
     out, # Demo folder
-    res:ScreenResult, # Accuracy by protocol
 )->Path:
     "Write report.html of a demo folder"
-    out = Path(out)
-    screen, m = open_screen(out/'screen.zarr'), load_model(out/'model')
-    pred, near = read_predictions(out/'inductive.csv'), read_parquet(out/'neighbors.parquet')
-    before, after = (_map_table(m, screen.test.treatments, adapt) for adapt in (None, 'experiment'))
-    right = right_wrong(pred, screen.table)
-    strips = [_strip(near, w, screen) for w in _examples(right)]
-    first = right[right.experiment == right.experiment.iloc[0]]
-    return write_report(out/'report.html', 'rcic_fastai demo: naming siRNAs in experiments never seen', [
-        ('Accuracy of test wells', 'Every number names its protocol: inductive uses nothing of the test batch; adapted takes the BatchNorm '
-         'statistics of each test experiment (AdaBN); transductive uses the plate groups (inferred) and that each siRNA is on a plate once. '
-         f'Chance is 1 in {len(m.spec.labels)}. {" ".join(res.notes)}', [res.table(), accuracy_plot(res)]),
-        ('Sites', 'Six channels as one color picture, contrast stretched for the eye. The batch changes brightness more than the siRNA does.', [site_gallery(screen)]),
-        ('Training', 'Accuracy is that of the classifier on single sites of a held-out experiment.', [training_curve(m.history)]),
-        ('Embedding map', 'Principal components of the embeddings, before and after the BatchNorm statistics are those of each experiment. Left by '
-         'experiment: what the batch does; right by siRNA, of which a few are shown: what should remain. Hollow points are test wells.',
-         [embedding_map(before, 'experiment', 'sirna', adapted=after)]),
-        ('Nearest neighbors', 'Left the well to name, then the most similar training sites; green names are right.', strips),
-        ('Plate map', f'Experiment {first.experiment.iloc[0]}, inductive: right and wrong wells.', [right_wrong_map(first)])])
+    preds = {p: read_predictions(Path(out)/f'{p}.csv') for p in PROTOCOLS}
+    return report_screen(Path(out)/'report.html', load_model(Path(out)/'model'), Path(out)/'screen.zarr', preds, progress=False,
+                         title='rcic_fastai demo: naming siRNAs in experiments never seen')
 
 # %% ../nbs/71_workflow.ipynb #3a67aa50
 def _step(text, start): print(f'\n== {text} ({time.time()-start:.0f} s since start)', flush=True)
@@ -603,6 +572,6 @@ def _demo(out, force, seed):
     res = evaluate_screen(preds, read_metadata(out/'screen'))
     write_json(out/'results.json', as_plain(res.columns), indent=1)
     _step('report', start)
-    demo_report(out, res)
+    demo_report(out)
     print(f'\n{res.to_text()}\n\nopen {out/"report.html"}')
     return res

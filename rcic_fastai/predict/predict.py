@@ -394,7 +394,7 @@ def _record(path):
 
 def read_predictions(
     path, # CSV with id_code and one label column
-)->pd.DataFrame: # id_code, target and protocol ('unknown' when no JSON beside it is about these answers); `.attrs['target']`, and what the model can name in `.attrs['classes']`
+)->pd.DataFrame: # id_code, target and protocol ('unknown' when no JSON beside it is about these answers); `.attrs['target']`, what the model can name in `.attrs['classes']`, and how it was made in `.attrs['record']`
     "Read predictions back"
     path = Path(path)
     if not path.is_file(): raise ScreenError(f'There is no file {path}: write predictions with rcic_predict first.')
@@ -410,4 +410,5 @@ def read_predictions(
     pred['protocol'] = record.get('protocol', 'unknown')
     pred.attrs['target'] = target
     if isinstance(names := record.get('classes'), list): pred.attrs['classes'] = [str(n) for n in names]
+    pred.attrs['record'] = {k: v for k, v in record.items() if k not in ('classes', 'sha256')}
     return pred

@@ -1,0 +1,99 @@
+"The report of a model and its predictions: through the command, with wrong input, with names that are not ours to trust"
+import shutil
+
+import numpy as np, pandas as pd, pytest
+from helpers import learner, refused
+from rcic_fastai import cli
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.folder import load_model
+from rcic_fastai.predict.predict import read_predictions
+from rcic_fastai.results.evaluate import confused_pairs
+from rcic_fastai.results.report import how_table, report_screen, settings_table
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
+
+
+@pytest.fixture(scope='module')
+def screen(tmp_path_factory):
+    "Two experiments to train on, one to name"
+    path = tmp_path_factory.mktemp('report')/'screen'
+    simulate_screen(path, ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=0, progress=False)
+    return open_screen(path)
+
+
+@pytest.fixture(scope='module')
+def made(screen, tmp_path_factory):
+    "A model folder and its predictions under two protocols"
+    out = tmp_path_factory.mktemp('report')
+    model = learner(screen_dls(screen.train, valid='none', bs=8, device='cpu')).to_model(tta=1, progress=False)
+    model.save(out/'model')
+    for p in ('inductive', 'transductive'): model.predict(screen, p, out/f'{p}.csv', tta=1, progress=False)
+    return out, load_model(out/'model')
+
+
+def command(*args): return cli.rcic_report([*map(str, args)])
+
+
+def test_the_command_writes_what_the_function_writes(made, screen, close_figures):
+    out, model = made
+    given = f"{out/'inductive.csv'},{out/'transductive.csv'}"
+    assert command(out/'model', screen.source.root, given, out/'page.html') == 0
+    preds = {p: read_predictions(out/f'{p}.csv') for p in ('inductive', 'transductive')}
+    page = report_screen(out/'same.html', model, screen, preds, progress=False).read_text()
+    assert (out/'page.html').read_text() == page
+    assert [page.count(f'<h2>{h}</h2>') for h in ('Accuracy of test wells', 'Plates', 'How it was made')] == [1, 1, 1]
+
+
+def test_how_tells_the_protocols_apart(made):
+    out, _ = made
+    how = how_table({p: read_predictions(out/f'{p}.csv') for p in ('inductive', 'transductive')})
+    assert how.loc['BatchNorm statistics'].tolist() == ['of training', 'of each experiment']
+    assert how.loc['each name once on a plate'].tolist() == ['no', 'yes']
+    assert how.loc['plate groups', 'inductive'] == 'not used' and how.loc['plate groups', 'transductive'] != 'not used'
+
+
+def test_an_edited_file_has_no_record_to_show(made, tmp_path):
+    out, _ = made
+    for f in out.glob('inductive*'): shutil.copy(f, tmp_path)
+    pred = pd.read_csv(tmp_path/'inductive.csv')
+    pred.assign(sirna=pred.sirna[::-1].to_numpy()).to_csv(tmp_path/'inductive.csv', index=False)
+    assert not len(how_table({'edited': read_predictions(tmp_path/'inductive.csv')}).columns)
+
+
+@pytest.mark.parametrize('which, words', [('no_such.csv', 'There is no file'), ('inductive.csv,inductive.csv', 'would share a column')])
+def test_wrong_predictions_leave_no_page(made, screen, which, words, capsys):
+    out, _ = made
+    given = ','.join(str(out/o) for o in which.split(','))
+    assert command(out/'model', screen.source.root, given, out/'none.html') == 2
+    assert words in capsys.readouterr().err and not (out/'none.html').exists()
+
+
+def test_no_sites_for_the_maps_is_one_sentence(made, screen):
+    out, model = made
+    refused(lambda: report_screen(out/'none.html', model, screen, read_predictions(out/'inductive.csv'), most=0), 'most', 'give 1 or more')
+
+
+def test_names_from_tables_are_escaped(made, screen, close_figures):
+    out, model = made
+    evil = '<script>alert(1)</script>'
+    pred = read_predictions(out/'inductive.csv')
+    page = report_screen(out/'evil.html', model, screen, {evil: pred}, title=evil, progress=False).read_text()
+    assert '<script' not in page and '&lt;script&gt;' in page
+
+
+def test_confused_pairs_count_every_error_once():
+    draw = np.random.default_rng(0)
+    r = pd.DataFrame(dict(id_code=[*map(str, range(200))], truth=draw.choice([*'abcd'], 200), predicted=draw.choice([*'abcd'], 200),
+                          experiment=draw.choice(['E1', 'E2'], 200)))
+    r['right'] = r.truth == r.predicted
+    pairs = confused_pairs(r, most=100)
+    assert pairs.wells.sum() == (~r.right).sum() and pairs.wells.is_monotonic_decreasing
+    for p in pairs.itertuples():
+        back = pairs[(pairs.truth == p.predicted) & (pairs.predicted == p.truth)].wells
+        assert p._6 == (back.iloc[0] if len(back) else 0)
+
+
+def test_settings_name_what_was_held_out_and_seen(made, screen):
+    table = settings_table(made[1])['']
+    assert table['names'].startswith(str(screen.train.treatments.table.sirna.nunique()))
+    assert table['held out'] == 'none' and screen.train.table.experiment.iloc[0] in table['trained on']
