@@ -110,7 +110,7 @@ def test_several_protocols_have_columns_of_their_own(here, capsys):
     res = json.loads(ok(f'rcic_evaluate {here}/inductive.csv,{here}/adapted.csv {here}/screen --json'))
     assert list(res['columns']) == ['inductive', 'adapted']
     refused(f'rcic_predict {here}/model {here}/screen {here}/x.csv --adapt plate', 'adapted or transductive', capsys)
-    refused(f'rcic_predict {here}/model {here}/screen {here}/x.csv --protocol adapted --adapt none', 'adapt nothing', capsys)
+    refused(f'rcic_predict {here}/model {here}/screen {here}/x.csv --protocol adapted --adapt no', 'adapt nothing', capsys)
 
 def test_a_packed_screen_gives_the_same_predictions(here):
     ok(f'rcic_pack {here}/screen {here}/screen.zarr --verify', run)
@@ -148,8 +148,8 @@ def test_wells_and_controls(here):
     treated = t.index[(t.dataset == 'test') & (t.well_type == 'treatment')]
     assert set(pred.sirna[treated]) <= set(t.sirna[t.well_type == 'treatment']) and len(pred) == (t.dataset == 'test').sum()
 
-@pytest.mark.parametrize('method, more', [('standardize', '--adapt none'), ('standardize', '--wells all --neighbors {d}/c.near.parquet'), ('center', '--wells all'),
-                                          ('sphere', '--wells all --adapt none'), ('tvn', '--wells all --protocol transductive')])
+@pytest.mark.parametrize('method, more', [('standardize', '--adapt no'), ('standardize', '--wells all --neighbors {d}/c.near.parquet'), ('center', '--wells all'),
+                                          ('sphere', '--wells all --adapt no'), ('tvn', '--wells all --protocol transductive')])
 def test_corrected_embeddings(here, method, more):
     "The answers are those of correcting index and queries in Python"
     model = here/('wc' if method != 'standardize' else 'model')
@@ -158,7 +158,7 @@ def test_corrected_embeddings(here, method, more):
     assert cli.rcic_predict(f'{model} {here}/screen {here}/c.csv --tta 1 --protocol adapted --correct {method} --embeddings {here}/c.parquet {more}'.split()) == 0
     record, m = json.loads((here/'c.json').read_text()), workflow.load_model(model)
     protocol = 'transductive' if 'transductive' in more else 'adapted'
-    assert record['protocol'] == protocol and record['adapt'] == (None if '--adapt none' in more else 'experiment')
+    assert record['protocol'] == protocol and record['adapt'] == (None if '--adapt no' in more else 'experiment')
     options = dict(shrink='auto') if method in ('sphere', 'tvn') else dict(wells='treatment') if method == 'standardize' else {}
     index = m.adapted_index if record['adapt'] else m.index
     assert record['correct'].startswith(str(CORRECTIONS[method](**options)))
@@ -177,7 +177,7 @@ def test_corrected_embeddings(here, method, more):
     if '--neighbors' in more: assert (pd.read_parquet(here/'c.near.parquet').cosine.to_numpy() == pytest.approx(near.cosine.to_numpy(), abs=1e-4))
 
 @pytest.mark.parametrize('model', ['model', 'wc'])
-@pytest.mark.parametrize('how', ['--adapt none --correct standardize', '', '--adapt-from controls'])
+@pytest.mark.parametrize('how', ['--adapt no --correct standardize', '', '--adapt-from controls'])
 def test_adapted_answers_are_the_same_with_and_without_controls(here, model, how):
     "A test experiment is measured from the kinds of wells that the index was, whichever are to be named"
     if not (here/model).exists(): test_wells_and_controls(here)

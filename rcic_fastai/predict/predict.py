@@ -127,8 +127,8 @@ _ABOUT_WELLS = ('cell_type', 'experiment', 'plate', 'well', 'well_type')
 
 def _with_groups(pred, groups, how):
     "Add the plate groups to answers, and for each experiment whether they were given or inferred, and how sure that is"
-    source = pred['experiment'].map(how)
-    return pred.assign(plate_group=groups, group_source=source.str[0], group_confidence=source.str[1].astype(float))
+    source, confidence = (pred['experiment'].map({e: o[i] for e, o in how.items()}) for i in (0, 1))
+    return pred.assign(plate_group=groups, group_source=source, group_confidence=confidence.astype(float))
 
 def _in_order(pred):
     "Return answers sorted by well, with what is noted about them"
