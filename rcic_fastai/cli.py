@@ -231,6 +231,7 @@ def pack(
     test:str='', # Experiments to mark as test, with commas
     cell_type:str='', # Cell type of rows that name none
     cell_types:str='', # For RxRx1's folder: the cell types that are allowed, with commas; empty: RxRx1's four
+    split:str='', # For RxRx1's folder: wilds, the split of the WILDS benchmark; empty: as published
     dataset:str='', # Of rows that name none: train, val or test; empty: train
     z:str='', # Plane of files or plates with several: a number from 0, or max (the brightest of each pixel)
     t:str='', # Time point, in the same way
@@ -250,8 +251,8 @@ def pack(
     from rcic_fastai.workflow import folder_bytes, screen_summary
     check_numbers(workers=workers)
     given = dict(channels=_channels(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls), test=as_names(test),
-                 cell_type=cell_type, cell_types=as_names(cell_types), dataset=dataset, z=_plane(z), t=_plane(t), root=root,
-                 replace=_mapping(replace, 'replace'), plate_wells=plate_wells, wells=wells, experiment=experiment, empty=empty,
+                 cell_type=cell_type, cell_types=as_names(cell_types), split=split, dataset=dataset, z=_plane(z), t=_plane(t),
+                 root=root, replace=_mapping(replace, 'replace'), plate_wells=plate_wells, wells=wells, experiment=experiment, empty=empty,
                  pattern=pattern, layout=layout, partial=partial, acquisition=acquisition if acquisition >= 0 else None)
     start, given = time.time(), {k: v for k, v in given.items() if v or v == 0 and k in ('z', 't', 'acquisition')}
     if dry_run: return print(describe_screen(screen, only_present, **given))
@@ -262,7 +263,7 @@ def pack(
         print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
     if verify: print(f'{dest}: {verify_store(dest, packed, workers or None)} sites are the same as in {screen}')
 
-pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'dataset', 'wells', 'experiment'],
+pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'split', 'dataset', 'wells', 'experiment'],
                'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'plate_wells', 'empty', 'partial', 'only_present']}
 
 def rcic_pack(argv=None):
@@ -327,10 +328,10 @@ def predict(
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best (mean with --by classifier)
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
-    tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; no; empty: the recipe's, or no
-    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
+    tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; or no; empty: the recipe's, or no
+    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or no; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index (treatments; with --controls in training, controls too), or controls
-    correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); empty: the recipe's, or none
+    correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); or no; empty: the recipe's, or no
     held_out:store_true=False, # Name the wells of the training experiments that the model held out, instead of test experiments
     neighbors:str='', # Parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all

@@ -98,7 +98,7 @@ def _has(options, name, value):
 def option(
     name:str, # Argument, as in Python
     *value, # Its value, when the message names one
-)->str: # Such as `adapt='none'`, or in a command `--adapt none`
+)->str: # Such as `adapt='no'`, or in a command `--adapt no`
     "Return an argument as the caller writes it"
     in_python = f'{name}={_written(value[0])}' if value else name
     if _COMMAND[-1] is None: return in_python

@@ -483,6 +483,7 @@ def held_out(self:TrainedModel,
     rows = screen.table[screen.table.experiment.astype(str).isin(names)]
     absent = sorted(set(names) - set(rows.experiment.astype(str)))
     if absent: raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: give the screen that it was trained on.')
+    rows = rows[~other_wells(self, rows)]
     if 'plate_group' in rows: rows = rows.assign(plate_group=pd.array([pd.NA]*len(rows), dtype='Int64'))      # often derived from the labels
     return screen[rows.assign(dataset='test')]
 

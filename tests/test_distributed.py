@@ -1,6 +1,7 @@
 "Two CPU processes are one: the same index, the same predictions, the same weights; only process 0 speaks and writes."
 import json, os, subprocess, sys, time
 import numpy as np, pandas as pd, pytest, torch
+from helpers import python, two_processes
 from rcic_fastai import cli
 from rcic_fastai.train.checkpoints import read_checkpoint
 from rcic_fastai.core import ScreenError
@@ -31,7 +32,7 @@ def made(tmp_path_factory):
 def test_prediction_is_that_of_one_process(made, tmp_path, launcher):
     args = lambda name: [made/'model', made/'screen', tmp_path/f'{name}.csv', '--tta', 1, '--bs', 8, '--wells', 'all',
                          '--protocol', 'adapted', '--embeddings', tmp_path/f'{name}.parquet']
-    one = subprocess.run([sys.executable, made/'predict.py', *map(str, args('one'))], env=ENV, capture_output=True, text=True, timeout=200)
+    one = python((made/'predict.py').read_text(), *args('one'), env=ENV)
     two = launched(launcher, made/'predict.py', *args('two'))
     assert not one.returncode and not two.returncode, (one.stderr + two.stderr)[-3000:]
     assert (tmp_path/'one.csv').read_bytes() == (tmp_path/'two.csv').read_bytes()
@@ -63,16 +64,11 @@ if rank_world()[0] == 0:
 
 @pytest.mark.parametrize('by', [None, 'experiment'])
 def test_training_is_that_of_one_process(made, tmp_path, by):
-    (tmp_path/'fit.py').write_text(FIT)
-    args = [made/'screen', None, 8, *([by] if by else [])]
-    res = []
-    for n, start in (('one', [sys.executable]), ('two', TORCHRUN)):
-        args[1] = tmp_path/f'{n}.pt'
-        r = launched(start, tmp_path/'fit.py', *args)
-        assert not r.returncode, (r.stdout + r.stderr)[-3000:]
-        assert r.stdout.count('saved by 0') == 1
-        res.append(torch.load(tmp_path/f'{n}.pt', weights_only=True))
-    a, b = res
+    args = lambda name: [made/'screen', tmp_path/f'{name}.pt', 8, *([by] if by else [])]
+    for done in ([python(FIT, *args('one'), env=ENV)], two_processes(FIT, *args('two'), env=ENV)):
+        said = ''.join(r.stdout + r.stderr for r in done)
+        assert not any(r.returncode for r in done) and said.count(f'saved by 0 of {len(done)}') == 1, said[-3000:]
+    a, b = (torch.load(tmp_path/f'{n}.pt', weights_only=True) for n in ('one', 'two'))
     assert max((a['state'][k].float() - b['state'][k].float()).abs().max().item() for k in a['state']) < 1e-4
     assert np.allclose(a['history'], b['history'], atol=1e-4, equal_nan=True)
 
@@ -136,10 +132,9 @@ say(**fit('apart', folder=folder/('nowhere' if rank else 'nan'), resume=True))
 def scenes(tmp_path_factory):
     "What two processes said in each scene: {name: [process 0, process 1]}"
     d = tmp_path_factory.mktemp('scenes')
-    (d/'scenes.py').write_text(SCENES); (d/'said').mkdir()
+    (d/'said').mkdir()
     simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=0, progress=False)
-    r = launched(TORCHRUN, d/'scenes.py', d/'screen', d, d/'said')
-    assert not r.returncode, (r.stdout + r.stderr)[-3000:]
+    for r in two_processes(SCENES, d/'screen', d, d/'said', env=ENV): assert not r.returncode, (r.stdout + r.stderr)[-3000:]
     res = {}
     for p in sorted((d/'said').iterdir()): res.setdefault(p.name[:-7], []).append(json.loads(p.read_text()))
     return d, res
@@ -238,10 +233,8 @@ said['controls'] = fit('controls', [EMA(.8)], difference_learner)
 
 def test_what_callbacks_train_is_the_same_in_all_processes(tmp_path):
     "Also where each process draws numbers of its own"
-    (tmp_path/'fit.py').write_text(TRAINABLE)
     simulate_screen(tmp_path/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=2, progress=False)
-    r = launched(TORCHRUN, tmp_path/'fit.py', tmp_path/'screen', tmp_path)
-    assert not r.returncode, (r.stdout + r.stderr)[-3000:]
+    for r in two_processes(TRAINABLE, tmp_path/'screen', tmp_path, env=ENV): assert not r.returncode, (r.stdout + r.stderr)[-3000:]
     a, b = (json.loads((tmp_path/f'{i}.json').read_text()) for i in (0, 1))
     assert set(a) == {'coral', 'wasserstein', 'reversal', 'ema', 'teacher', 'own', 'controls'}
     for what in a:

@@ -1,7 +1,8 @@
 "One output, one run; and what one process of a run refuses ends all of them."
-import contextlib, json, os, signal, socket, subprocess, sys, time
+import contextlib, json, os, signal, sys, time
 from pathlib import Path
 import pytest
+from helpers import two_processes
 from rcic_fastai import cli, core, folder, workflow
 from rcic_fastai.core import OwnLock, ScreenError, only_one
 from rcic_fastai.screen.simulate.layout import simulate_screen
@@ -269,16 +270,8 @@ command('batch', cli.rcic_train, [*train, out/'new2'])
 @pytest.fixture(scope='module')
 def scenes(made, tmp_path_factory):
     out = tmp_path_factory.mktemp('scenes')
-    (out/'scenes.py').write_text(SCENES)
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     lines = [json.dumps(train_line(made)), json.dumps([str(made/'model'), str(made/'screen'), '--tta', '1'])]
-    start = lambda rank: subprocess.Popen([sys.executable, out/'scenes.py', made, out, *lines], stderr=subprocess.PIPE, text=True,
-        env={**ENV, 'RANK': str(rank), 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)})
-    runs = [start(0), start(1)]
-    try: errors = [r.communicate(timeout=100)[1][-2000:] for r in runs]
-    finally:
-        for r in runs: r.kill()
-    return out, errors
+    return out, [r.stderr[-2000:] for r in two_processes(SCENES, made, out, *lines, env=ENV, timeout=100)]
 
 @pytest.mark.parametrize('scene,who,why', [('lock', 0, 'held.lock is no lock'), ('screen', 1, 'open_screen refuses'), ('begun', 0, 'begin_checkpoints refuses'),
     ('stage', 1, '_stage_model refuses'), ('model', 0, 'load_model refuses'), ('parts', 0, '_write_part refuses'), ('rows', 1, 'prediction_rows refuses')])

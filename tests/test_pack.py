@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import cv2, numpy as np, pandas as pd, pytest, zarr
 from hypothesis import given, settings, strategies as st
-from helpers import refused
+from helpers import python, refused
 from rcic_fastai.screen import pack
 from rcic_fastai.screen.images import PngTree, only_present, screen_stats
 from rcic_fastai.core import ScreenError
@@ -79,7 +79,8 @@ def alone(func, *args, timeout=120, before=()):
     "Run a function of this file in a Python of its own; → what it returns, through JSON"
     code = (f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import json, test_pack; '
             f'print(json.dumps(test_pack.{func.__name__}(*{[str(a) if isinstance(a, Path) else a for a in args]!r})))')
-    got = subprocess.run([*before, sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=timeout)
+    if before: got = subprocess.run([*before, sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=timeout)
+    else: got = python(code, timeout=timeout)
     assert got.returncode == 0, f'exit {got.returncode}\n{got.stdout[-2000:]}\n{got.stderr[-4000:]}'
     return json.loads(got.stdout.splitlines()[-1])
 

@@ -1,9 +1,10 @@
 "Trainings of several steps as commands: channels, folds, a model for each cell type, controls first, pseudo-labels; killed and resumed."
-import json, os, subprocess, sys
+import json
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.learner import Learner
 from fastai.torch_core import no_random
+from helpers import python
 from rcic_fastai import cli
 from rcic_fastai.batch import resident
 from rcic_fastai.batch.data import screen_dls
@@ -72,7 +73,7 @@ defaults.callbacks.append(Killed)
 cli.rcic_train(sys.argv[1:])
 '''
     line = f'{here}/s.zarr {here}/{out} --recipe {here}/tiny.json --pretrained no --tta 1 {more}'
-    done = subprocess.run([sys.executable, '-c', code, *line.split()], capture_output=True, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore'))
+    done = python(code, *line.split())
     assert done.returncode == -9, done.stderr[-2000:]
 
 

@@ -4,8 +4,11 @@ Both were compared once with the package `wilds` 2.0.0 itself (`RxRx1Dataset.spl
 eight experiments): the split is equal, and no accuracy differs by more than its 32 bits do."""
 import numpy as np, pandas as pd, pytest
 from helpers import refused
+from rcic_fastai import cli
 from rcic_fastai.embed.table import emb_metadata, toy_profiles
 from rcic_fastai.results.wilds import WILDS_PARTS, wilds_parts, wilds_scores
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import WILDS_VAL, wilds_split
 
 TABLE = emb_metadata(toy_profiles(('HUVEC-01', 'RPE-01', 'U2OS-01'), ('HUVEC-17', 'U2OS-04', 'HUVEC-18', 'RPE-09'), n_sirnas=12))
@@ -58,3 +61,13 @@ def test_half_a_part_is_no_result():
     pred = guesses(TABLE[TABLE.experiment == 'HUVEC-18'])
     refused(lambda: wilds_scores(pred, TABLE), 'of test are not predicted')
     assert wilds_scores(pred, TABLE, partial=True).sites[0] == len(pred)
+
+
+def test_a_screen_is_packed_with_the_split(tmp_path, capsys):
+    simulate_screen(tmp_path/'screen', ['HUVEC-01', 'HUVEC-16', 'HUVEC-17', 'HUVEC-18'], sirnas=4, size=32, plates=1, controls=1, progress=False)
+    assert cli.rcic_pack(f'{tmp_path}/screen {tmp_path}/w.zarr --split wilds'.split()) == 0
+    packed, plain = open_screen(tmp_path/'w.zarr').table, open_screen(tmp_path/'screen').table
+    assert {s.site_id: s.dataset for s in packed.itertuples()} == {s.site_id: part_of(s) for s in plain.itertuples()}
+    assert set(packed.dataset) == {'train', 'id_test', 'val', 'test'}
+    assert cli.rcic_pack(f'{tmp_path}/screen {tmp_path}/k.zarr --split kaggle'.split()) == 2
+    assert '--split kaggle is not known: choose from wilds.' in capsys.readouterr().err

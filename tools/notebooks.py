@@ -1,27 +1,84 @@
 """Run every notebook, each in a process of its own, so that none can lean on what another has imported or set.
 
-    python tools/notebooks.py [--save] [--workers N] [NOTEBOOK ...]
+    python tools/notebooks.py [--save] [--workers N] [--new] [NOTEBOOK ...]
 
-One line a notebook; what a failed one said follows at the end, with the names of all that failed. `--save` stores the
+One line per notebook; what a failed one said follows at the end, with the names of all that failed. `--save` stores the
 outputs, cleaned.
+
+The packages of others take most of the time of a short notebook. They are imported once, here, and every notebook runs in
+a fork of this process; `rcic_fastai` itself is imported by each notebook. Where there is no safe fork (Windows, macOS), and
+with `--new`, every notebook starts a new Python.
 """
-import argparse, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor
+import argparse, importlib, os, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent   # not resolved: the commands stand beside the environment's python
+CAN_FORK = hasattr(os, 'fork') and sys.platform != 'darwin'
+WARM = 'nbdev.test nbdev.clean fastai.vision.all faiss timm cv2 sklearn scipy.stats pyarrow.parquet matplotlib_inline.backend_inline'.split()
 
 
-def run(nb, save):
-    "Run one notebook; its exit code and all it printed."
-    start = time.monotonic()
-    done = subprocess.run([BIN/'nbdev-test', '--n-workers', '0', *(['--save'] if save else []), nb], cwd=ROOT,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    failed = done.returncode or 'No files were eligible' in done.stdout
+class Fork:
+    "Call `f` in a fork of this process, which ends as a Python does: with its exit functions"
+    def __init__(self, f, out):
+        sys.stdout.flush()
+        self.code, self.pid = None, os.fork()
+        if self.pid: return
+        for fd in (1, 2): os.dup2(out.fileno(), fd)
+        f()
+        sys.exit()
+
+    def poll(self):
+        "The exit code; None while it runs"
+        if self.code is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]: self.code = os.waitstatus_to_exitcode(ended[1])
+        return self.code
+
+
+def warm():
+    "Import the packages of others; nothing may run beside a fork, and nothing of the library may be there before it"
+    for name in WARM: importlib.import_module(name)
+    assert threading.active_count() == 1 and 'rcic_fastai' not in sys.modules
+
+
+def test_forked(command):
+    "Do what `command`, a call of nbdev-test, does in a new process"
+    import random
+    import numpy as np
+    from nbdev.test import nbdev_test
+    random.seed()
+    np.random.seed()   # as in a new process: two forks draw different numbers
+    sys.argv, sys.path[0] = [str(c) for c in command], str(BIN)
+    nbdev_test(path=sys.argv[-1], n_workers=0, save='--save' in command)
+
+
+def start(nb, save, fork):
+    "Start one notebook; the process, the file that takes what it prints, and the time"
+    out = tempfile.TemporaryFile('w+', errors='replace')
+    command = [BIN/'nbdev-test', '--n-workers', '0', *(['--save'] if save else []), nb]
+    began = time.monotonic()
+    if fork: return Fork(lambda: test_forked(command), out), out, began
+    return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT), out, began
+
+
+def finish(nb, save, process, out, began):
+    "Report one notebook that has ended; whether it failed, and all it printed"
+    out.seek(0)
+    said = out.read()
+    failed = process.poll() or 'No files were eligible' in said
     if save and not failed: subprocess.run([BIN/'nbdev-clean', '--fname', nb], cwd=ROOT, check=True)
-    print(f"{'FAILED' if failed else 'passed'} {time.monotonic() - start:5.0f} s  {nb.relative_to(ROOT)}", flush=True)
-    return nb, failed, done.stdout
+    print(f"{'FAILED' if failed else 'passed'} {time.monotonic() - began:5.0f} s  {nb.relative_to(ROOT)}", flush=True)
+    return failed, said
+
+
+def run(nbs, save, workers, fork):
+    "Run the notebooks, `workers` at a time; for each, whether it failed and what it printed"
+    todo, running, results = list(nbs), {}, {}
+    while todo or running:
+        while todo and len(running) < workers: running[nb] = start(nb := todo.pop(0), save, fork)
+        for nb in [nb for nb, (process, *_) in running.items() if process.poll() is not None]:
+            results[nb] = finish(nb, save, *running.pop(nb))
+        time.sleep(.02)
+    return [(nb, *results[nb]) for nb in nbs]
 
 
 def main():
@@ -29,9 +86,13 @@ def main():
     parser.add_argument('notebooks', nargs='*', type=Path, help='default: index.ipynb and all in nbs/')
     parser.add_argument('--save', action='store_true', help='store the outputs')
     parser.add_argument('--workers', type=int, default=2, help='notebooks at a time (default: %(default)s)')
+    parser.add_argument('--new', action='store_true', help='start a new Python for each notebook')
     args = parser.parse_args()
     nbs = [nb.absolute() for nb in args.notebooks] or sorted((ROOT/'nbs').glob('*.ipynb'))
-    with ThreadPoolExecutor(args.workers) as pool: results = list(pool.map(lambda nb: run(nb, args.save), nbs))
+    fork = CAN_FORK and not args.new
+    os.chdir(ROOT)
+    if fork: warm()
+    results = run(nbs, args.save, args.workers, fork)
     failed = [(nb, said) for nb, wrong, said in results if wrong]
     for nb, said in failed: print(f'\n{"="*20} {nb.name}\n{said}')
     if failed: raise SystemExit(f"notebooks: failed: {' '.join(nb.name for nb, _ in failed)}")

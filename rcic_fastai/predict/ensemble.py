@@ -15,7 +15,6 @@ from ..screen.tables import *
 from ..embed.protocol import *
 from ..embed.embed import *
 from .predict import *
-from .predict import _transduce
 from .scores import *
 from .trained import *
 from .plan import *
@@ -63,20 +62,11 @@ def name_wells(
     scores:pd.DataFrame, # A score table
 )->pd.DataFrame: # One row per well: id_code, target, score, margin, runner_up, top_1…top_5, protocol, …
     "Name each well after its best class, or with transductive scores by plate group and one-to-one assignment"
-    s, classes, facts = score_matrix(scores), score_classes(scores), scores.attrs
-    wells, target = scores[[c for c in scores if not c.startswith(SCORE)]].rename(columns={'id_code': 'well_id'}), facts['target']
-    choice, groups, how, ranked, notes = best_class(s), None, {}, s, []
-    if facts['protocol'] == 'transductive': choice, groups, how, ranked, s, notes = _transduce(wells, s, _stand_in(facts, classes), None, facts.get('assign', True))
-    names, rows, others = np.array(classes, object), np.arange(len(s)), s.copy()
-    others[rows, choice] = -np.inf
-    pred = pd.DataFrame({'id_code': wells['well_id'], target: names[choice], 'score': s[rows, choice], 'margin': s[rows, choice] - others.max(1),
-                         'runner_up': np.where(np.isneginf(others.max(1)), None, names[best_class(others)])})
-    pred = pred.join(top_candidates(ranked, choice, names)).assign(protocol=facts['protocol'])
-    pred = pred.assign(**{c: wells[c] for c in ('cell_type', 'experiment', 'plate', 'well', 'well_type') if c in wells and c != target})
-    if groups is not None:
-        pred['plate_group'], source = groups, pred['experiment'].map(how)
-        pred['group_source'], pred['group_confidence'] = source.str[0], source.str[1].astype(float)
-    pred.attrs.update(target=target, notes=notes, classes=facts.get('names', classes))
+    classes, facts = score_classes(scores), scores.attrs
+    wells = scores[[c for c in scores if not c.startswith(SCORE)]].rename(columns={'id_code': 'well_id'})
+    index = _stand_in(facts, classes) if facts['protocol'] == 'transductive' else SimpleNamespace(classes=classes, target=facts['target'])
+    pred = name_scored(wells, score_matrix(scores), index, facts['protocol'], facts.get('assign', True))
+    pred.attrs['classes'] = facts.get('names', classes)
     return pred
 
 # %% ../../nbs/55_predict.ensemble.ipynb #8b4cd9ee

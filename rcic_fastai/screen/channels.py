@@ -56,6 +56,7 @@ class PickedSource(ImageSource):
 
     def _read(self, site_id, out):
         if site_id not in self._rows: raise self._unknown(site_id)
+        if self.origin.reads_channels: return self.origin._read(site_id, out, at=self.at)
         whole = np.empty(self.origin.shape, self.dtype)
         self.origin._read(site_id, whole)
         out[...] = whole[self.at]

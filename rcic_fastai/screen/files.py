@@ -138,14 +138,18 @@ def dtype(self:FileSource): # np.uint8 or np.uint16
     return np.dtype(np.uint8 if self._expect()[2] == 8 else np.uint16)
 
 # %% ../../nbs/05_screen.files.ipynb #f1592488
+@patch(as_prop=True)
+def reads_channels(self:FileSource)->bool: return self._whole() == 1
+
 @patch
-def _read(self:FileSource, site_id, out):
-    "Fill `out` [C,H,W] with one site; a file that holds several channels is opened once"
+def _read(self:FileSource, site_id, out, at=None):
+    "Fill `out` [C,H,W] with one site, or with its channels `at`; a file that holds several channels is opened once"
     if site_id not in self._rows: raise self._unknown(site_id)
     row, by_file = self._rows[site_id], {}
-    for c in range(len(self.channels)): by_file.setdefault(self._path(row, c % self._names.shape[1]), []).append(c)
-    for path, cs in by_file.items():
-        try: out[cs] = self._read_file(row, cs, self._expect())
+    for i, c in enumerate(range(len(self.channels)) if at is None else at): by_file.setdefault(self._path(row, c % self._names.shape[1]), []).append((i, c))
+    for path, both in by_file.items():
+        into, cs = map(list, zip(*both))
+        try: out[into] = self._read_file(row, cs, self._expect())
         except ScreenError:
             if os.path.exists(path): raise
             raise ScreenError(f'site {site_id} lacks {first_few(self.channels[c] for c in cs)} ({path}): restore the '

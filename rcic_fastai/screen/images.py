@@ -117,6 +117,8 @@ def find_experiment(
 # %% ../../nbs/03_screen.images.ipynb #19b48662
 class ImageSource:
     "The interface of all sources of pixels; a kind of source adds `shape`, `dtype` and `_read(site_id, out)`, and `missing` where files can be absent"
+    reads_channels = False # Whether `_read` can read some of the channels only: their positions in `at`
+
     def __init__(self,
         root:str|Path, # Folder or file that the pixels come from, for messages
         table:pd.DataFrame, # Site table, one row per site
@@ -243,6 +245,8 @@ def _unknown(self:ImageSource, site_id)->ScreenError:
 # %% ../../nbs/03_screen.images.ipynb #879e7ad1
 class PngTree(ImageSource):
     "An image source over a tree of gray PNGs, one file per channel, read strictly"
+    reads_channels = True
+
     def __init__(self,
         root:str|Path, # Folder of the screen
         table:pd.DataFrame, # Site table
@@ -322,17 +326,19 @@ def dtype(self:PngTree): # np.uint8 or np.uint16
 
 # %% ../../nbs/03_screen.images.ipynb #41017441
 @patch
-def _read(self:PngTree, site_id, out):
-    "Fill `out` [C,H,W] with one site"
+def _read(self:PngTree, site_id, out, at=None):
+    "Fill `out` [C,H,W] with one site, or with its channels `at`"
     if site_id not in self._where: raise self._unknown(site_id)
     if self._folders[self._where[site_id][0]] is None: raise self._lacking(site_id)
     h, w, bits = self._expect()
-    for c, path in enumerate(self._paths(site_id)):
+    paths = self._paths(site_id)
+    for i, c in enumerate(range(len(paths)) if at is None else at):
+        path = paths[c]
         try:
             data = read_plain(path, _most_packed(w, h, bits) + 2**24, _AGAIN)
         except FileNotFoundError: raise self._lacking(site_id) from None
         except OSError as err: raise _unreadable(path, err) from None
-        out[c] = decode_png(data, path, (h, w, bits))
+        out[i] = decode_png(data, path, (h, w, bits))
 
 @patch
 def _paths(self:PngTree, site_id)->list:

@@ -76,10 +76,13 @@ def _read_folder(
     path, # RxRx1's folder, or its table
     channels=None, # Names of the channels w1, w2, …, or {new name: RxRx1's}; `None`: the six of RxRx1
     cell_types=None, # Allowed cell types; `None`: RxRx1's four
+    split:str='', # wilds: the split of the WILDS benchmark, see `wilds_split`; empty: as published
 ):
     "Return the table and the images of a folder in RxRx1's layout; print which channels are left out unless they were chosen"
     if Path(path).is_dir(): _check_any_screen(Path(path))
     table = read_metadata(path, cell_types=cell_types)
+    if split: check_choice('split', split, ('wilds',))
+    if split: table = wilds_split(table)
     source = PngTree(path if Path(path).is_dir() else Path(path).parent, table, _folder_channels(channels))
     if channels is None and (name := _next_channel(source)):
         print(f'{path} has files of more channels, such as {name}, which are left out: name all channels with '
@@ -156,7 +159,7 @@ def open_screen(
     path, # A packed screen, RxRx1's folder, a table of image files, OME-Zarr plates; a `Screen` is returned unchanged
     only_present:bool=False, # Leave out sites whose files are absent, and print how many
     check:bool=True, # Check the files of all sites now; otherwise `screen[rows].complete()` checks those of some rows
-    **how # Options of the reader: of `read_files`, `read_plates`, `read_pattern`; `channels` and `cell_types` for RxRx1's folders
+    **how # Options of the reader: of `read_files`, `read_plates`, `read_pattern`; `channels`, `cell_types` and `split` for RxRx1's folders
 )->Screen:
     "Open a screen of any kind"
     if isinstance(path, Screen): return path

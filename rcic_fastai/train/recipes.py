@@ -181,6 +181,8 @@ def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
     if recipe.pretrain: check_choice('pretrain', recipe.pretrain, ('controls',))
     check_choice('begin', recipe.begin, ('backbone', 'all', 'features'))
+    old = [k for k, v in recipe.predict.items() if v == 'none']
+    if old: raise ScreenError(f"The recipe has {old[0]} 'none' in its predict: say 'no'.")
     rounds, cells = recipe.pseudo.get('rounds', 1), recipe.cell_types
     if type(rounds) is not int or rounds < 1: raise ScreenError(f'The recipe has {rounds!r} rounds in its pseudo: give a whole number, 1 or more.')
     if not isinstance(cells, dict) or not all(isinstance(r, str) for r in cells.values()):
@@ -240,7 +242,8 @@ def get_recipe(
     if recipe in RECIPES: return RECIPES[recipe]
     p = Path(str(recipe))
     if not p.is_file():
-        raise ScreenError(f'There is no recipe {str(recipe)!r}: choose from {", ".join(RECIPES)}, or name a JSON file.')
+        published = '' if 'rcic_fastai.train.systems' in sys.modules else ' (import rcic_fastai.train.systems for the published systems)'
+        raise ScreenError(f'There is no recipe {str(recipe)!r}: choose from {", ".join(RECIPES)}{published}, or name a JSON file.')
     try: return recipe_from_dict(json.loads(read_plain(p, 2**20)))
     except ValueError as e:
         if isinstance(e, ScreenError): raise

@@ -44,7 +44,7 @@ _RCIC117 = [
     *_cycles('full data, slower', [105], 1e-5, full_data=True)]
 
 _MODEL117 = dict(stem='copy', neck='rcic117', metadata=['cell_type', 'plate_group', 'experiment'], bn_momentum=None)
-_PREDICT117 = dict(**_RANDOM3, tell='plate_group', assign='no', adapt='none')
+_PREDICT117 = dict(**_RANDOM3, tell='plate_group', assign='no', adapt='no')
 rcic117 = Recipe('rcic117', _RCIC117, arch='efficientnet-b3', model=_MODEL117, data=dict(bs=16, **_GLOBAL), valid=_HELD_OUT,
     index=dict(separate=True, **_RANDOM3), predict=_PREDICT117,
     about='117th place of the 2019 Kaggle competition (fastai v1): .613 per site, .596 to .650 per well, of held-out experiments whose plate group was told. '
@@ -61,7 +61,7 @@ def _b4_stage(i, name, epochs, lr, published):
     return Stage(name, epochs, lr, schedule=dict(name='flat_cosine', start=.7), cutmix=float(name.startswith('CutMix')), published=published, **first)
 
 rcic117_b4 = Recipe('rcic117_b4', [_b4_stage(i, *o) for i, o in enumerate(_B4)], arch='efficientnet-b4', model=dict(stem='copy', neck='rcic117', act='mish', bn_momentum=None),
-    data=dict(bs=7, **_GLOBAL), valid=_HELD_OUT, index=rcic117.index, predict=dict(**_RANDOM3, assign='no', adapt='none'),
+    data=dict(bs=7, **_GLOBAL), valid=_HELD_OUT, index=rcic117.index, predict=dict(**_RANDOM3, assign='no', adapt='no'),
     about='117th place, notebook v43: EfficientNet-B4 at 380 px, Mish, Ranger, label smoothing; .356 per site without metadata.')
 
 rcic117_12d = Recipe('rcic117_12d', [*_cycles('all', [70], 1e-3, cutmix=1., loss='adacos', metadata=False, size=300, augs='rcic117', bs=16),
@@ -82,7 +82,7 @@ def _cell_type_recipe(cell_type, epochs, published):
 _CELL_TYPE_RECIPES = [_cell_type_recipe(c, *o) for c, o in _OF_CELLS.items()]
 rcic117_cell_types = replace(rcic117, name='rcic117_cell_types', cell_types={r.only['cell_type']: r.name for r in _CELL_TYPE_RECIPES},
     about='117th place, one model for each cell type, from the weights of rcic117: HUVEC .779, U2OS .628, RPE .626, HEPG2 .554 per site. Each well is answered by the model of its cell type.')
-rcic117_groups = replace(rcic117, name='rcic117_groups', only={'plate_group': 0}, begin='features', predict=dict(**_RANDOM3, assign='no', adapt='none'),
+rcic117_groups = replace(rcic117, name='rcic117_groups', only={'plate_group': 0}, begin='features', predict=dict(**_RANDOM3, assign='no', adapt='no'),
     stages=[*_cycles('group', [50], 1e-2, .616, size=300, augs='rcic117', bs=16), *_cycles('group, slower', [50], 1e-4, .652)],
     about='117th place, the 277 siRNAs of one plate group: .652 per site among these. Begins from a model of rcic117, which is to be given as pretrained.')
 
@@ -141,7 +141,7 @@ def _wilds(name, published, *callbacks, about='', **data):
     "Return one of the recipes of WILDS"
     return Recipe(f'wilds_{name}', [Stage('all', 90, 1e-3, callbacks=callbacks, published=published, **_WILDS)], arch='resnet50', model=dict(**_LINEAR),
         data=dict(norm='own', controls=True, bs=72, size=256, **data), channels='nucleus,ER,actin', valid=('HEPG2-08', 'HUVEC-17', 'RPE-08', 'U2OS-04'), predict=_BY_CLASSIFIER,
-        about=f'WILDS {name.upper()} (arXiv 2012.07421): {published} on experiments never seen{about}. Reads nucleus, ER and actin, learns the controls as classes too, and is judged with both (wilds_scores). On RxRx1 give it the table that wilds_split makes: site 1 of 33 experiments, its four validation experiments held out.')
+        about=f'WILDS {name.upper()} (arXiv 2012.07421): {published} on experiments never seen{about}. Reads nucleus, ER and actin, learns the controls as classes too, and is judged with both (wilds_scores). RxRx1 is packed for it with the split wilds: site 1 of 33 experiments, its four validation experiments held out.')
 
 _GROUPED = dict(batch_by='experiment', batch_groups=9)
 _WILDS_RECIPES = [_wilds('erm', .299, about=', .359 on new sites of seen ones'), _wilds('coral', .284, dict(name='coral', weight=.1, unit=False), **_GROUPED),
