@@ -185,7 +185,8 @@ def _pair_cosines(pairs, of_target): # [N] number of a row's (target, batch); [p
 def _replicate_rows(emb, target, across, within):
     "Return metadata, unit vectors and strata (experiment, plate) of the wells, sorted by stratum"
     m, x = _metric_rows(emb, [target, across] + [within]*(within is not None), one_per_well=True)
-    strata = _codes(m, [c for c in (across, 'plate', within) if c is not None and c in m])[0]
+    batch = 'experiment' if across == 'well_id' else across
+    strata = _codes(m, [c for c in (batch, 'plate', within) if c is not None and c in m])[0]
     order = np.argsort(strata, kind='stable')
     return m.iloc[order], unit_rows(x[order]), strata[order]
 
@@ -198,7 +199,7 @@ def _floors(of_row, strata, n_null):
 def replicate_consistency(
     emb:pd.DataFrame, # Embeddings table, one row per treatment well, with labels
     target:str='sirna', # What should be alike
-    across:str='experiment', # Only pairs that differ in this column count
+    across:str='experiment', # Only pairs that differ in this column count; 'well_id': all pairs of wells
     within:str=None, # Only pairs that agree in this column count, such as 'cell_type'
     n_null:int=1000, # Shuffles
     seed:int=0, # Of the shuffles
