@@ -62,6 +62,7 @@ from .embed.correct import (CORRECTIONS, TVN, CenterScale, Correction, Harmony, 
     corrected_index, load_correction, save_correction)
 from .embed.metrics import (average_precision, batch_predictability, energy_distance, perturbation_magnitude,
     replicate_consistency, retrieval_map)
+from .embed.choose import choose_correction
 from .embed.hits import find_hits, show_hits
 from .predict.assign import assign_plate, balance_plate, group_patterns, infer_groups, infer_rotation
 from .predict.predict import plate_groups_of, predict_wells, read_predictions, top_candidates, write_predictions

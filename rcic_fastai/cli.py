@@ -330,7 +330,7 @@ def predict(
     tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; no; empty: the recipe's, or no
     adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index (treatments; with --controls in training, controls too), or controls
-    correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); empty: the recipe's, or none
+    correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); auto: the one that finds labels best across training experiments; empty: the recipe's, or none
     held_out:store_true=False, # Name the wells of the training experiments that the model held out, instead of test experiments
     neighbors:str='', # Parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
@@ -461,6 +461,7 @@ def hits(
     target:str='sirna', # What a perturbation is: a column, or several, such as compound+dose
     dose:str='', # Column of the doses; empty: one of --target that is called dose or concentration
     measure:str='energy', # energy: distance from the controls; map: average precision of finding the other replicates among the controls
+    correct:str='none', # Correction of batch effects first: none; standardize, center, sphere or tvn; some also by plate, such as 'standardize by plate'; auto: what finds perturbations best across experiments
     level:float=.05, # Share of false ones among the hits (Benjamini–Hochberg)
     n_null:int=1000, # Shuffles for a p-value
     seed:int=0, # Of the shuffles
@@ -468,7 +469,7 @@ def hits(
 ):
     "Find the perturbations that differ from the negative controls of their plates"
     from rcic_fastai.embed.hits import find_hits, hits_text
-    found = find_hits(profiles, out, _named_controls(controls), target, dose, measure, level, n_null, seed, _mapping(columns, 'columns'))
+    found = find_hits(profiles, out, _named_controls(controls), target, dose, measure, correct, level, n_null, seed, _mapping(columns, 'columns'))
     print(f'{hits_text(found)}\n{out}: {len(found)} perturbations')
 
 def rcic_hits(argv=None):
