@@ -54,6 +54,7 @@ from .train.distributed import all_agree, rank_device, rank_world
 from .embed.protocol import PROTOCOLS, Protocol
 from .embed.table import (emb_features, emb_metadata, make_emb_table, merge_sites, profile_table, read_embeddings,
     to_anndata, toy_profiles, write_embeddings, write_profiles)
+from .embed.profiles import read_profiles
 from .embed.embed import EmbedOptions, embed_dl, embed_screen
 from .embed.index import EmbeddingIndex, merge_wells
 from .embed.plots import group_styles, legend_below, principal_plane, scatter_groups, show_correction
@@ -61,6 +62,8 @@ from .embed.correct import (CORRECTIONS, TVN, CenterScale, Correction, Harmony, 
     corrected_index, load_correction, save_correction)
 from .embed.metrics import (average_precision, batch_predictability, energy_distance, perturbation_magnitude,
     replicate_consistency, retrieval_map)
+from .embed.choose import choose_correction
+from .embed.hits import find_hits, show_hits
 from .predict.assign import assign_plate, balance_plate, group_patterns, infer_groups, infer_rotation
 from .predict.predict import plate_groups_of, predict_wells, read_predictions, top_candidates, write_predictions
 from .predict.pseudo import pseudo_labels

@@ -32,6 +32,7 @@ from .train.distributed import *
 from .predict.predict import *
 from .predict.scores import *
 from .predict.trained import *
+from .predict.profiles import *
 from .predict.plan import *
 from .results.evaluate import *
 from .embed.index import *
@@ -540,6 +541,27 @@ def embed(self:CellTypeModels,
     if key.endswith('well_id'): order = {i: n for n, i in enumerate(whole.table.well_id.unique())}
     emb = emb.iloc[np.argsort(emb[key].map(order).to_numpy(), kind='stable')].reset_index(drop=True)
     emb.attrs['model'] = self.fingerprint
+    return emb
+
+# %% ../nbs/70_folder.ipynb #2f6af570
+@patch
+@delegates(TrainedModel.profiles, but=['screen', 'out', 'wells', 'experiments'])
+def profiles(self:CellTypeModels,
+    screen, # A `Screen`, or where one is
+    out=None, # File to write, as of a model; `None`: no file
+    wells:str='all', # Wells to embed: all, treatment or control
+    experiments:str='', # Only these experiments, with commas; empty: all
+    **kwargs
+)->pd.DataFrame: # As from a model
+    "Embed wells of any screen, each by the model of its cell type"
+    if out is not None: profile_ending(out)
+    whole = open_screen(screen, check=False)
+    parts = self.parts(whole[profile_rows(whole.table, wells, experiments)], 'all')
+    tables = [m.profiles(s, **kwargs) for m, s in parts.values()]
+    if rank_world()[0]: return
+    emb = pd.concat(tables, ignore_index=True)
+    emb.attrs.update(model=self.fingerprint, notes=list(dict.fromkeys(n for t in tables for n in t.attrs['notes'])))
+    if out is not None: write_any_profiles(emb, out)
     return emb
 
 # %% ../nbs/70_folder.ipynb #7fdfd7c4

@@ -2,6 +2,7 @@
 import inspect, io, re, subprocess, sys, time
 import pytest
 from rcic_fastai import cli, core
+from rcic_fastai.embed.hits import MEASURES, find_hits
 from rcic_fastai.predict import plan
 from rcic_fastai.predict.predict import VOTES
 from rcic_fastai.predict.trained import TrainedModel
@@ -11,8 +12,8 @@ from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.recipes import RECIPES, get_recipe
 from rcic_fastai.workflow import run_demo, train_screen
 
-COMMANDS = ['simulate', 'download', 'pack', 'train', 'predict', 'evaluate', 'ensemble', 'demo']
-FUNCTIONS = dict(simulate=cli.simulate, download=cli.download, pack=cli.pack, train=cli.train, predict=cli.predict, evaluate=cli.evaluate_csv, ensemble=cli.ensemble, demo=cli.demo)
+COMMANDS = ['simulate', 'download', 'pack', 'train', 'predict', 'evaluate', 'ensemble', 'embed', 'hits', 'demo']
+FUNCTIONS = dict(simulate=cli.simulate, download=cli.download, pack=cli.pack, train=cli.train, predict=cli.predict, evaluate=cli.evaluate_csv, ensemble=cli.ensemble, embed=cli.embed, hits=cli.hits, demo=cli.demo)
 
 def parameters(f): return {n: p.default for n, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD}
 
@@ -26,6 +27,12 @@ def test_predict_has_the_options_of_the_model():
     mine, theirs = parameters(cli.predict), {**parameters(plan.plan_prediction), **parameters(TrainedModel.predict)}
     assert {*mine} - {"model", "held_out"} == {*theirs} - {'self', 'progress', 'model'}
     assert all(mine[k] == theirs[k] for k in mine if k not in ("model", "screen", "out", "held_out"))
+
+def test_profiles_and_hits_have_the_options_of_the_library():
+    for command, function in ((cli.embed, TrainedModel.profiles), (cli.hits, find_hits)):
+        mine, theirs = parameters(command), parameters(function)
+        assert {*mine} - {'model'} == {*theirs} - {'self', 'progress'}
+        assert all(mine[k] == (theirs[k] or '') for k in mine if k in theirs and mine[k] is not inspect.Parameter.empty and not isinstance(mine[k], (bool, int, float)))
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_help_is_quick_and_shows_every_option(name):
@@ -41,7 +48,7 @@ def test_version(capsys):
     with pytest.raises(SystemExit, match='0'): cli.rcic_train(['--version'])
     assert capsys.readouterr().out.startswith('rcic_fastai ')
 
-@pytest.mark.parametrize('name, choices', [('predict', plan.WELLS), ('predict', plan.ADAPT_FROM), ('predict', ['standardize', 'center', 'sphere', 'tvn']), ('train', RECIPES), ('predict', VOTES), ('predict', ['best', 'mean'])])
+@pytest.mark.parametrize('name, choices', [('predict', plan.WELLS), ('predict', plan.ADAPT_FROM), ('predict', ['standardize', 'center', 'sphere', 'tvn']), ('train', RECIPES), ('predict', VOTES), ('predict', ['best', 'mean']), ('hits', MEASURES)])
 def test_choices_are_in_the_help(name, choices):
     text = cli.command_parser(FUNCTIONS[name]).format_help()
     assert all(re.search(rf'\b{c}\b', text) for c in choices), [c for c in choices if c not in text]

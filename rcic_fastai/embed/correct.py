@@ -132,6 +132,12 @@ def fit_transform(self:Correction,
     "Learn from an embeddings table, and correct it"
     return self.fit(emb).transform(emb)
 
+# %% ../../nbs/43_embed.correct.ipynb #6cb42b06
+@patch(as_prop=True)
+def protocol(self:Correction)->Protocol:
+    "Return what a new batch is asked for: adapted when its own wells are measured, inductive when all was fitted beforehand"
+    return Protocol.adapted if self.by else Protocol.inductive
+
 # %% ../../nbs/43_embed.correct.ipynb #ba117bc4
 @patch
 def _mark(self:Correction, t, z):

@@ -26,6 +26,7 @@ from ..embed.table import *
 from ..embed.embed import *
 from ..embed.index import *
 from ..embed.correct import corrected_index
+from ..embed.choose import choose_correction
 from .predict import *
 from .scores import *
 from .classifier import *
@@ -97,7 +98,7 @@ def _adaptation(model, protocol, adapt, adapt_from, correct):
     "Return whose BatchNorm statistics are used: 'experiment', 'plate' or None"
     check_choice('adapt', adapt, ADAPT)
     check_choice('adapt_from', adapt_from, ADAPT_FROM)
-    check_choice('correct', correct, ('no', *_CORRECT))
+    check_choice('correct', correct, ('no', 'auto', *_CORRECT))
     if protocol == 'inductive': _check_inductive_request(adapt, adapt_from, correct)
     if adapt == 'auto': adapt = _useful_adaptation(model, protocol, correct)
     if adapt == 'no' and adapt_from == 'controls':
@@ -142,6 +143,30 @@ def _index_for(model, adapt, protocol, correct, wells, by='index'):
     if correct == 'no': return index, None
     if correct != 'standardize': _check_controls(index, correct, wells)
     return corrected_index(index, correct, **_CORRECT[correct])
+
+# %% ../../nbs/54_predict.plan.ipynb #1bc72410
+def _possible_corrections(index, wells):
+    "Return the corrections that index and queries have the wells for, as candidates of `choose_correction`"
+    has_controls = wells == 'all' and (index.labels.get('well_type', pd.Series(dtype=object)) != 'treatment').any()
+    usable = {k: (k, o) for k, o in _CORRECT.items() if k != 'standardize' and has_controls}
+    return {'no': (None, {}), 'standardize': ('standardize', dict(wells='treatment')), **usable}
+
+def _chosen_correction(model, adapt, correct, wells):
+    "Return the correction that 'auto' stands for, or the one that was asked for, and sentences on the choice"
+    if correct != 'auto': return correct, []
+    index = model.adapted_index if adapt else model.index
+    emb = index.table()
+    choice = choose_correction(merge_sites(emb) if 'site_id' in index.labels else emb, index.target, _possible_corrections(index, wells))
+    return choice.method or 'no', list(choice.notes)
+
+def _size_note(index, rows, correct):
+    "Report that new experiments hold far more or fewer treated wells than those that a correction was chosen for"
+    def per_experiment(t): return t[t.well_type == 'treatment'].groupby('experiment').well_id.nunique().median()
+    if correct != 'standardize' or 'well_type' not in index.labels: return []
+    then, now = per_experiment(index.labels), per_experiment(rows)
+    if 1/2 <= now/then <= 2: return []
+    return [f'An experiment to predict has {now:.0f} treated wells and one that was trained on {then:.0f}: {option("correct", "standardize")} takes the mean '
+            'of all of them for the batch effect, which need not be the same for both.']
 
 # %% ../../nbs/54_predict.plan.ipynb #d89f5077
 TELL = ('plate_group', 'no')
@@ -282,7 +307,7 @@ def plan_prediction(
     tell:str='', # Transductive: plate_group tells the model the groups that were found, and names again; or no; empty: the recipe's, or no
     adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or no; auto: of the experiment unless inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
-    correct:str='', # Correction of the embeddings per experiment: standardize, center, sphere or tvn, or no; empty: the recipe's, or no
+    correct:str='', # Correction of the embeddings per experiment: standardize, center, sphere or tvn, or no; auto: the one that finds labels best across training experiments; empty: the recipe's, or no
     only_present:bool=False, # Leave out sites whose files are absent
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
@@ -300,6 +325,7 @@ def plan_prediction(
     _check_tell(model, protocol, c['tell'], c['by'])
     if c['by'] == 'classifier': _check_classifier(model, correct, c['same_cell_type'], vote, k)
     how = _adaptation(model, protocol, c['adapt'], adapt_from, correct)
+    correct, chosen = _chosen_correction(model, how, correct, wells)
     index, correction = _index_for(model, how, protocol, correct, wells, c['by'])
     if how and bs < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
     kinds = _adapting_kinds(index, adapt_from)
@@ -313,7 +339,7 @@ def plan_prediction(
     adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
     options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_recipe_augs(model) if c['views'] == 'random' else None, output='scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
                            bs=bs, num_workers=workers, trained=tuple(model.trained))
-    notes = _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
+    notes = chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
     all_notes = notes + adaptation_notes(spec, asked.table, how, adapt_rows)
     record = dict(model=str(model.folder or model.fingerprint), screen=str(everything.name), **{**c, 'adapt': how}, adapt_from=adapt_from, wells=wells,
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=all_notes, versions=library_versions())
