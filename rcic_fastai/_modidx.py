@@ -1589,6 +1589,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._check_inductive_request': ( 'predict.plan.html#_check_inductive_request',
                                                                                                  'rcic_fastai/predict/plan.py'),
+                                          'rcic_fastai.predict.plan._check_known': ( 'predict.plan.html#_check_known',
+                                                                                     'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._check_parquet': ( 'predict.plan.html#_check_parquet',
                                                                                        'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._check_search': ( 'predict.plan.html#_check_search',

@@ -485,7 +485,8 @@ def held_out(self:TrainedModel,
     absent = sorted(set(names) - set(rows.experiment.astype(str)))
     if absent: raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: give the screen that it was trained on.')
     rows = rows[~other_wells(self, rows)]
-    if 'plate_group' in rows: rows = rows.assign(plate_group=pd.array([pd.NA]*len(rows), dtype='Int64'))      # often derived from the labels
+    is_of_one_group = 'plate_group' in ((self.config.get('recipe') or {}).get('only') or {})       # its wells are chosen by it
+    if 'plate_group' in rows and not is_of_one_group: rows = rows.assign(plate_group=pd.array([pd.NA]*len(rows), dtype='Int64'))      # often derived from the labels
     return screen[rows.assign(dataset='test')]
 
 # %% ../nbs/70_folder.ipynb #c8ab8617

@@ -329,6 +329,8 @@ def test_a_recipe_begins_with_all_weights_of_a_model(here, tmp_path, capsys, nam
     old, new = load_model(here/'first').spec.labels, load_model(here/name).spec.labels
     kept = torch.equal(a.classifier.weight[[old.index(l) for l in new]], b.classifier.weight)
     assert kept is (begin == 'all') and (len(new) < len(old)) is (begin == 'features')
+    held = load_model(here/name).held_out(here/'s.zarr').test.treatments.table
+    assert begin == 'all' and held.plate_group.isna().all() or held.plate_group.unique().tolist() == [group]
 
 
 def test_a_recipe_that_goes_on_says_so_without_a_model(here, tmp_path, capsys):

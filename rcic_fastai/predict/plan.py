@@ -260,17 +260,23 @@ def other_wells(
         if column in rows: is_other |= rows[column].notna() & (rows[column].astype(object).map(str, na_action='ignore') != str(value))
     return is_other
 
-def _without_others(model, rows):
-    "Return the rows that a model of some wells only can name, and notes on the others"
-    is_other, only = other_wells(model, rows), (model.config.get('recipe') or {}).get('only') or {}
-    what, notes = ' and '.join(f'{c} {v}' for c, v in only.items()), []
-    if is_other.all(): raise ScreenError(f'The model was trained on wells with {what} only, and the test wells are all others: give it a screen that has such wells.')
-    if is_other.any(): notes.append(f'{plural(rows[is_other].well_id.nunique(), "well")} of {rows.well_id.nunique()} left out: the model was trained on wells with {what} only.')
-    rows = rows[~is_other]
+def _check_known(rows, only, what):
+    "Raise for treatment wells of which it is not known whether the model can name them"
     treated = rows[rows.well_type == 'treatment']
-    is_open = pd.concat([treated[c].isna() if c in treated else pd.Series(True, treated.index) for c in only], axis=1).any(axis=1) if only else pd.Series(False, treated.index)
-    if is_open.any(): notes.append(f'Which {first_few(only)} {plural(treated[is_open].well_id.nunique(), "well")} of the test have is not known: those of another than {what} are named wrongly.')
-    return rows, notes
+    for c in only:
+        n = treated.well_id[treated[c].isna()].nunique() if c in treated else treated.well_id.nunique()
+        if n: raise ScreenError(f'The model was trained on wells with {what} only, and the {c} of {plural(n, "test well")} is not known: give the table a column {c}, or take a model of all wells.')
+
+def _without_others(model, rows):
+    "Return the rows that a model of some wells only can name, and a note on the others"
+    is_other, only = other_wells(model, rows), (model.config.get('recipe') or {}).get('only') or {}
+    what = ' and '.join(f'{c} {v}' for c, v in only.items())
+    if is_other.all(): raise ScreenError(f'The model was trained on wells with {what} only, and the test wells are all others: give it a screen that has such wells.')
+    _check_known(rows[~is_other], only, what)
+    if not is_other.any(): return rows, []
+    n = plural(rows[is_other].well_id.nunique(), 'well')
+    return rows[~is_other], [f'{n} of {rows.well_id.nunique()} left out: the model was trained on wells with {what} only.']
+
 
 # %% ../../nbs/54_predict.plan.ipynb #b0959111
 BY = ('index', 'classifier')
