@@ -10,10 +10,10 @@ function el(tag, attrs = {}, ...kids) {
     else if (v === true) e.setAttribute(k, '');
     else if (v !== false && v != null) e.setAttribute(k, v);
   }
-  e.append(...kids.flat().filter(o => o != null));
+  e.append(...kids.flat(Infinity).filter(o => o != null));
   return e;
 }
-const fill = (e, ...kids) => (e.replaceChildren(...kids.flat().filter(o => o != null)), e);
+const fill = (e, ...kids) => (e.replaceChildren(...kids.flat(Infinity).filter(o => o != null)), e);
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const digits = (v, n = 3) => v == null ? '–' : v.toFixed(n);
 const short = v => v == null ? '–' : String(Number(v.toPrecision(4)));
@@ -87,7 +87,7 @@ function go(change, isStep = true) {                          // a step can be t
   const a = address();
   if (a !== (location.hash || '#')) {
     if (isStep) location.hash = a;
-    else try { history.replaceState(history.state, '', a); } catch { location.replace(a); }
+    else try { history.replaceState(history.state, '', a); } catch { /* in the frame of a notebook the address stays, the state does not */ }
   }
   show();
 }
@@ -381,7 +381,7 @@ async function planes(site) {
 const hexOf = c => '#' + c.map(v => Math.round(255*v).toString(16).padStart(2, '0')).join('');
 const tune = D.channels.map((name, k) => ({name, on: true, color: hexOf(D.colors[k]), lo: 0, hi: 100}));   // as the channels are shown
 const HOWS = {composite: 'composite', '3d': '3D + 3D', panels: 'one panel per channel'};
-const SCALES = {own: 'each picture', plate: 'the plate', screen: 'the screen'};
+const SCALES = {own: 'its picture', plate: 'the plate', screen: 'the screen'};
 function lookup(site, k) {                                    // stored byte → share of the scale, 0…1
   const lo = D.sites.lo[site*C + k], hi = D.sites.hi[site*C + k], out = new Float32Array(256), t = tune[k];
   let [a, b] = [lo, hi];
@@ -511,7 +511,7 @@ function controls() {
     box.checked = t.on;
     return [el('label', {}, box, t.name), el('input', {type: 'color', value: t.color, 'aria-label': `${t.name}: color in the composite`, oninput: ev => { t.color = ev.target.value; redraw(); }}), slider(t, 'lo', 'black'), slider(t, 'hi', 'white')];
   });
-  return [el('div', {class: 'row'}, choice('how', 'Show', C > 1 ? HOWS : {composite: 'picture'}, 'm'), choice('scale', 'Black and white of', SCALES, 's')),
+  return [el('div', {class: 'row'}, choice('how', 'Show', C > 1 ? HOWS : {composite: 'picture'}, 'm'), choice('scale', 'Scale of', SCALES, 's')),
     el('details', {id: 'channels', open: channelsOpen, ontoggle: ev => { channelsOpen = ev.target.open; }}, el('summary', {}, 'Channels: on, color, black and white'), el('div', {class: 'channels'}, rows),
       el('button', {type: 'button', onclick: () => { tune.forEach((t, k) => Object.assign(t, {on: true, color: hexOf(D.colors[k]), lo: 0, hi: 100})); go({ch: ''}, false); showWell(true); }}, 'As they were'))];
 }
@@ -520,7 +520,7 @@ function neighbors(w) {
   const p = P[S.p], sp = p ? D.spaces[p.space] : D.spaces[0], i = p ? p.at[w] : -1;
   if (!sp) return null;
   const mine = sitesOf[w].filter(s => sp.from.has(s));
-  if (!mine.length) return [el('h3', {}, 'Nearest neighbors'), el('p', {class: 'soft'}, 'This well has no embedding in this prediction.')];
+  if (!mine.length) return [el('h3', {}, 'Nearest neighbors'), el('p', {class: 'soft'}, 'None are known: this well was not embedded for this prediction, or the index has no other experiment.')];
   const about = i >= 0 ? `Training sites that are most similar (cosine of the ${sp.name} embedding); a vote is a neighbor with the predicted name.`
     : `A well of the index: its most similar sites in other experiments (cosine of the ${sp.name} embedding). This is no prediction.`;
   return [el('h3', {}, 'Nearest neighbors'), el('p', {class: 'soft'}, about), mine.map(s => [mine.length > 1 || D.sites.name[s] !== '' ? el('h3', {}, `of site ${D.sites.name[s]}`) : null,

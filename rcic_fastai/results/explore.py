@@ -330,7 +330,7 @@ def picture_order(
     groups = pd.Series(np.arange(len(sites))).groupby([rank, pd.factorize(well)[0]], sort=True).indices
     return list(groups.values())
 
-# %% ../../nbs/64_results.explore.ipynb #29d04681
+# %% ../../nbs/64_results.explore.ipynb #08955261
 @dataclass
 class SitePictures:
     "The pictures of a page"
@@ -351,7 +351,8 @@ def site_pictures(
     quality:int=70, # Of the WebP
 )->SitePictures:
     "Read and encode the pictures of as many wells as the budget allows"
-    res, here, full = SitePictures(), set(screen.table['site_id']), float(np.iinfo(screen.source.dtype).max)
+    res, here = SitePictures(), set(screen.table['site_id'])
+    full = float(np.iinfo(screen.source.dtype).max) if order else 1.
     ids, wells, is_full = sites['site_id'].to_numpy(object), sites['well_id'].to_numpy(object), False
     for rows in order:
         mine = [i for i in ids[rows] if i in here]
@@ -444,10 +445,14 @@ def _page_space(space, near, sites, wells, umap):
     numbers = {c: _site_numbers(near[c].tolist(), sites).tolist() for c in ('query', 'site')}
     return dict(name=space.name, near=dict(**numbers, cosine=_short(near['cosine'])), maps=maps)
 
-# %% ../../nbs/64_results.explore.ipynb #5dde884c
+# %% ../../nbs/64_results.explore.ipynb #a9a94ada
+def _channels(screen):
+    "Return the names of the channels; none for a screen that is only a table"
+    return [] if screen.source is None else channel_names(screen.shape[0], screen.channels)
+
 def _page_pictures(pics, sites, screen, wells):
     "Return where the pictures of the sites are, and the scales, as plain data"
-    n, c = len(sites), screen.shape[0]
+    n, c = len(sites), len(_channels(screen))
     ids, plates = sites['site_id'].to_numpy(object), _codes(stat_groups(sites.astype({'experiment': str}), 'plate'))[0]
     lo, hi = np.zeros((2, n, c), int)
     for i, s in enumerate(ids):
@@ -462,12 +467,13 @@ def _page_pictures(pics, sites, screen, wells):
 
 def _brightness(pics, sites, screen):
     "Return the mean brightness of each well (percent of full scale), of all channels and of each; an empty table where nothing is known"
-    mean, _ = stat_columns(screen.channels)
+    mean, _ = stat_columns(_channels(screen))
+    if not mean: return pd.DataFrame()
     known = pd.DataFrame.from_dict(pics.means, orient='index', columns=mean) if pics.means else pd.DataFrame(columns=mean)
     if screen.source.stats is not None: known = screen.source.stats[mean].combine_first(known.astype(float))
     if not len(known): return pd.DataFrame()
     of = 100*known.astype(float).reindex(sites['site_id']).groupby(sites['well_id'].to_numpy(), sort=False).mean()
-    of.columns = [f'brightness of {c} (%)' for c in screen.channels]
+    of.columns = [f'brightness of {c} (%)' for c in _channels(screen)]
     return pd.DataFrame({'brightness (%)': of.mean(axis=1)}).join(of).reset_index(drop=True)
 
 # %% ../../nbs/64_results.explore.ipynb #c27b6e1f
@@ -487,7 +493,7 @@ def _accuracies(columns, table):
         except ScreenError as e: why.append(f'{c.name}: no accuracy. {e}')
     return found, why
 
-# %% ../../nbs/64_results.explore.ipynb #2faff020
+# %% ../../nbs/64_results.explore.ipynb #88e1147e
 _OVERHEAD = 300     # bytes of numbers that a picture needs in the data, at most
 
 def screen_page(
@@ -512,22 +518,31 @@ def screen_page(
     data = dict(target=target, labels=labels, experiments=_codes(sites.drop_duplicates('well_id')['experiment'])[1], plates=_codes(sites.drop_duplicates('well_id')['plate'])[1],
                 shape=list(plate_format(sites['well'].dropna().unique())), predictions=shown, accuracy=accuracy, accuracy_note=ACCURACY_NOTE,
                 spaces=[_page_space(s, n, sites, ids, umap) for s, n in zip(spaces, near)])
+    if screen.source is None: side = 0
     return _with_pictures(screen, sites, ids, columns, data, near, named, why, dict(max_mb=max_mb, side=side, quality=quality), title)
+
+def _room(max_mb, bare, n_sites, n_wells, n_channels):
+    "Return the bytes that are left for pictures in a page that needs `bare` bytes without them"
+    room = max_mb*1e6 - bare - _OVERHEAD*n_sites*bool(n_channels) - 40*n_wells*(n_channels + 1)
+    if room < 0: raise ScreenError(f'The page needs {max_mb - room/1e6 + .01:.2f} MB without pictures: allow more than {option("max_mb", max_mb)}, or choose fewer experiments.')
+    return room
+
+def _title(screen, title):
+    name = str(screen.name)
+    return title or (Path(name).name if Path(name).exists() else name) or 'Screen'
 
 def _with_pictures(screen, sites, ids, columns, data, near, named, why, how, title):
     "Add pictures to the data of a page, as many as there is room for"
-    name = str(screen.name)
-    title = title or (Path(name).name if Path(name).exists() else name) or 'Screen'
+    title, channels = _title(screen, title), _channels(screen)
     bare = len(page_html(title, {**data, 'wells': page_wells(sites, data['labels'], data['target'])}, []).encode())
-    room = how['max_mb']*1e6 - bare - _OVERHEAD*len(sites) - 40*len(ids)*(screen.shape[0] + 1)
-    if room < 0: raise ScreenError(f'The page needs {1.1*bare/1e6 + .1:.1f} MB without pictures: allow more than {option("max_mb", how["max_mb"])}, or choose fewer experiments.')
+    room = _room(how['max_mb'], bare, len(sites), len(ids), len(channels))
     near = pd.concat(near, ignore_index=True) if near else pd.DataFrame(dict(query=[], site=[]))
     order = picture_order(sites, named, near) if how['side'] else []
     pics = site_pictures(screen, sites, order, room, how['side'], how['quality'])
     where, scales = _page_pictures(pics, sites, screen, ids)
-    data.update(wells=page_wells(sites, data['labels'], data['target'], _brightness(pics, sites, screen)), sites=where, scales=scales, channels=channel_names(screen.shape[0], screen.channels),
-                colors=channel_colors(screen.shape[0], screen.channels).round(3).tolist(), notes=[*_page_notes(pics, screen, columns, how['max_mb']), *why],
-                pictures=dict(type='image/webp', cell=list(pics.cell), columns=min(screen.shape[0], SPRITE_COLUMNS), count=len(pics.texts)))
+    data.update(wells=page_wells(sites, data['labels'], data['target'], _brightness(pics, sites, screen)), sites=where, scales=scales, channels=channels,
+                colors=channel_colors(len(channels), channels).round(3).tolist(), notes=[*_page_notes(pics, screen, columns, how['max_mb']), *why],
+                pictures=dict(type='image/webp', cell=list(pics.cell), columns=min(len(channels), SPRITE_COLUMNS), count=len(pics.texts)))
     return ScreenPage(title, as_plain(data), pics)
 
 # %% ../../nbs/64_results.explore.ipynb #49749502
