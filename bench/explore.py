@@ -16,6 +16,11 @@ from rcic_fastai.predict.plan import embed_plan
 from rcic_fastai.results.explore import *
 
 ASKED = dict(megabytes=25, open_s=2, click_ms=100, map_fps=30, site_ms=5)
+WATCH = '''() => {     // milliseconds from a click until the pictures of the well are drawn
+  const well = document.getElementById('well');
+  addEventListener('click', () => { window.clicked = performance.now(); }, true);
+  new MutationObserver(() => { if (well.dataset.ready) window.took = performance.now() - window.clicked; }).observe(well, {attributes: true});
+}'''
 FRAMES = '''() => new Promise(done => {     // frames in two seconds in which the map moves in every frame
   const map = document.getElementById('map-canvas'), times = [];
   function step(t) {
@@ -76,11 +81,15 @@ def browse(small, large):
             tab.wait_for_selector('html[data-ready]')
             return time.perf_counter() - start
         seconds = [opened(small), (tab.goto('about:blank'), opened(small))[1]]
-        wells = tab.evaluate("JSON.parse(document.getElementById('data').textContent).predictions[0].wells.slice(0, 12).map(w => JSON.parse(document.getElementById('data').textContent).wells.id[w])")
-        clicks = [tab.evaluate('''w => new Promise(done => { const t = performance.now(), well = document.getElementById('well');
-            const look = () => well.dataset.ready === w ? done(performance.now() - t) : setTimeout(look, 1);
-            document.getElementById('search').value = w; document.getElementById('search').dispatchEvent(new Event('input'));
-            document.getElementById('search').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter'})); look(); })''', w) for w in wells]
+        data = json.loads(tab.evaluate("document.getElementById('data').textContent"))
+        tab.evaluate(WATCH)
+        clicks = []
+        for w in data['predictions'][0]['wells'][:12]:
+            wells, canvas = data['wells'], tab.locator(f'canvas[aria-label^="Plate {data["plates"][data["wells"]["plate"][w]]} of "]')
+            step = (canvas.bounding_box()['width'] - 20)/data['shape'][1]
+            canvas.click(position=dict(x=18 + (wells['col'][w] + .5)*step, y=14 + (wells['row'][w] + .5)*step))
+            tab.wait_for_selector(f'#well[data-ready="{wells["id"][w]}"]')
+            clicks.append(tab.evaluate('window.took'))
         tab.goto('about:blank')
         large_s = opened(large, 'v=map&c=label')
         fps = [tab.evaluate(FRAMES) for _ in range(2)]

@@ -246,8 +246,8 @@ function plateGeometry(width) {
   return {left, top, step, height: top + step*shape[0] + 2};
 }
 const rowName = r => r < 26 ? String.fromCharCode(65 + r) : String.fromCharCode(64 + Math.floor(r/26)) + String.fromCharCode(65 + r % 26);
-function drawPlate(canvas, plate) {
-  const geo = plateGeometry(canvas.clientWidth || 300), [g, , , ratio] = fit(canvas, geo.height), r = Math.max(1.2, .43*geo.step);
+function drawBase(g, plate, geo, ratio) {                     // the plate without what is open or under the cursor
+  const r = Math.max(1.2, .43*geo.step);
   g.font = `${clamp(.55*geo.step, 7, 12)}px system-ui,sans-serif`;
   g.fillStyle = css('--soft');
   g.textAlign = 'center';
@@ -262,6 +262,19 @@ function drawPlate(canvas, plate) {
     const s = stamp(paint.look(w), kind(w), r, !lit[w], ratio), size = s.width/ratio;
     g.drawImage(s, x - size/2, y - size/2, size, size);
   }
+}
+function drawPlate(canvas, plate) {
+  const geo = plateGeometry(canvas.clientWidth || 300), [g, width, , ratio] = fit(canvas, geo.height), key = `${drawn}|${width}|${ratio}`;
+  if (plate.key2 !== key) {
+    plate.key2 = key;
+    plate.base = document.createElement('canvas');
+    plate.base.width = canvas.width;
+    plate.base.height = canvas.height;
+    const b = plate.base.getContext('2d');
+    b.scale(ratio, ratio);
+    drawBase(b, plate, geo, ratio);
+  }
+  g.drawImage(plate.base, 0, 0, canvas.width/ratio, canvas.height/ratio);
   const ring = (row, col, color, wide) => {
     g.strokeStyle = color;
     g.lineWidth = wide;
@@ -351,13 +364,14 @@ function showPlates() {
 
 // ---- pictures: one gray picture per site, its channels side by side, decoded when they are looked at
 let lines = null;
+const readLines = () => { lines ??= $('pictures').textContent.split('\n'); };
 const decoded = new Map();
 async function planes(site) {
   const at = D.sites.picture[site];
   if (at < 0) return null;
   if (decoded.has(at)) return decoded.get(at);
   const job = (async () => {
-    lines ??= $('pictures').textContent.trim().split('\n');
+    readLines();
     const raw = atob(lines[at]), bytes = new Uint8Array(raw.length);
     for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
     const bitmap = await createImageBitmap(new Blob([bytes], {type: D.pictures.type})), {width: w, height: h} = bitmap;
@@ -570,27 +584,55 @@ function mapPoints() {                                        // points of the m
 }
 function toScreen(m, i, w, h) { const s = .92*Math.min(w, h)*view.k; return [w/2 + m.unit.x[i]*s + view.x, h/2 + m.unit.y[i]*s + view.y]; }
 function mapHeight(canvas) { return clamp(innerHeight - canvas.getBoundingClientRect().top - scrollY - 60, 320, 1600); }
+const asPixel = c => { const g = el('canvas', {width: 1, height: 1}).getContext('2d'); g.fillStyle = c; g.fillRect(0, 0, 1, 1); return new Uint32Array(g.getImageData(0, 0, 1, 1).data.buffer)[0]; };
+const dabs = new Map();                                       // stamp → its pixels, laid on the color of the page
+function dab(stampCanvas, ground) {
+  let d = dabs.get(stampCanvas);
+  if (d?.ground === ground) return d;
+  const {width, height} = stampCanvas, c = el('canvas', {width, height}), g = c.getContext('2d', {willReadFrequently: true});
+  g.drawImage(stampCanvas, 0, 0);
+  const a = g.getImageData(0, 0, width, height).data;
+  g.globalCompositeOperation = 'destination-over';
+  g.fillStyle = css('--bg');
+  g.fillRect(0, 0, width, height);
+  const px = new Uint32Array(g.getImageData(0, 0, width, height).data.buffer), at = [], color = [];
+  for (let i = 0; i < px.length; i++) if (a[4*i + 3] > 24) { at.push(i % width - (width >> 1), Math.floor(i/width) - (height >> 1)); color.push(px[i]); }
+  d = {ground, at: Int16Array.from(at), color: Uint32Array.from(color), half: Math.max(width, height)};
+  if (dabs.size > 2000) dabs.clear();
+  dabs.set(stampCanvas, d);
+  return d;
+}
+let sheet = null;                                             // the pixels of the map: thousands of points are written faster than drawn
 function drawMap() {
   const canvas = $('map-canvas'), m = mapPoints();
   if (!canvas || !m) return;
-  const [g, w, h, ratio] = fit(canvas, mapHeight(canvas)), n = m.wells.length, r = mapRadius(n);
-  const s = .92*Math.min(w, h)*view.k, x0 = w/2 + view.x, y0 = h/2 + view.y, {x, y} = m.unit;
-  for (const isLit of [0, 1]) for (let i = 0; i < n; i++) {
-    const o = m.wells[i];
-    if (lit[o] !== isLit) continue;
-    const px = x0 + x[i]*s, py = y0 + y[i]*s;
-    if (px < -9 || py < -9 || px > w + 9 || py > h + 9) continue;
-    const t = marks[i], size = t.width/ratio;
-    g.drawImage(t, px - size/2, py - size/2, size, size);
+  const [g, w, h, ratio] = fit(canvas, canvas.room ??= mapHeight(canvas)), W0 = canvas.width, H0 = canvas.height;
+  if (sheet?.width !== W0 || sheet?.height !== H0) sheet = g.createImageData(W0, H0);
+  const out = new Uint32Array(sheet.data.buffer), ground = marks.ground, {x, y} = m.unit;
+  const s = .92*Math.min(w, h)*view.k*ratio, x0 = (w/2 + view.x)*ratio, y0 = (h/2 + view.y)*ratio;
+  out.fill(ground);
+  for (const i of marks.order) {
+    const d = marks[i], px = Math.round(x0 + x[i]*s), py = Math.round(y0 + y[i]*s), {at, color, half} = d;
+    if (px < half || py < half || px >= W0 - half || py >= H0 - half) {
+      if (px < -half || py < -half || px > W0 + half || py > H0 + half) continue;
+      for (let j = 0; j < color.length; j++) { const u = px + at[2*j], v = py + at[2*j + 1]; if (u >= 0 && v >= 0 && u < W0 && v < H0) out[v*W0 + u] = color[j]; }
+    } else { const o = py*W0 + px; for (let j = 0; j < color.length; j++) out[o + at[2*j + 1]*W0 + at[2*j]] = color[j]; }
   }
-  const open = m.wells.indexOf(numberOf.get(S.w) ?? -1);
-  if (open >= 0) { const [px, py] = toScreen(m, open, w, h); g.strokeStyle = css('--fg'); g.lineWidth = 2.2; g.beginPath(); g.arc(px, py, r + 4, 0, 7); g.stroke(); }
+  g.putImageData(sheet, 0, 0);
+  const open = S.w ? m.wells.indexOf(numberOf.get(S.w)) : -1;
+  if (open >= 0) { const [px, py] = toScreen(m, open, w, h); g.strokeStyle = css('--fg'); g.lineWidth = 2.2; g.beginPath(); g.arc(px, py, mapRadius(m.wells.length) + 4, 0, 7); g.stroke(); }
   if (box) { g.strokeStyle = css('--accent'); g.lineWidth = 1.5; g.setLineDash([5, 3]); g.strokeRect(box.x, box.y, box.w, box.h); g.setLineDash([]); }
 }
 const mapRadius = n => clamp(Math.round(60/Math.sqrt(n)*4)/2, 2.5, 7)*Math.min(1 + .12*Math.log2(Math.max(view.k, 1)), 1.8);
 function setMarks() {
   const m = mapPoints(), ratio = Math.min(devicePixelRatio || 1, 3);
-  if (m) { const r = Math.round(2*mapRadius(m.wells.length))/2; marks = m.wells.map(w => stamp(paint.look(w), kind(w), r, !lit[w], ratio)); }
+  if (!m) return;
+  const r = Math.round(2*mapRadius(m.wells.length))/2, key = `${drawn}|${r}|${ratio}|${S.k}|${P[S.p]?.space}`, ground = asPixel(css('--bg'));
+  if (marks.key === key && marks.ground === ground) return;
+  marks = m.wells.map(w => dab(stamp(paint.look(w), kind(w), r, !lit[w], ratio), ground));
+  const all = Array.from(marks.keys()), isLit = i => lit[m.wells[i]];
+  marks.order = Int32Array.from([...all.filter(i => !isLit(i)), ...all.filter(isLit)]);
+  Object.assign(marks, {key, ground});
 }
 function later() { if (!frame) frame = requestAnimationFrame(() => { frame = 0; drawMap(); }); }
 function zoom(f, cx, cy) {
@@ -662,6 +704,7 @@ function selectBox() {
   if (!brush.size) brush = null;
   show();
 }
+function canvasRoom() { const c = $('map-canvas'); if (c) c.room = mapHeight(c); }
 function showMap() {
   const root = $('map'), sp = space();
   if (!sp?.maps.length) { fill(root, el('p', {class: 'none'}, 'This page holds no embeddings.')); mapOf = ''; return; }
@@ -681,6 +724,7 @@ function showMap() {
   $('which').value = S.k;
   const m = mapPoints();
   $('map-said').textContent = `${count(m.wells.length, 'well')}, ${sp.name} embeddings. ${m.about}`;
+  canvasRoom();
   setMarks();
   drawMap();
   const mine = m.wells.filter(w => lit[w]);
@@ -788,16 +832,27 @@ function showBar() {
   fill($('chips'), S.pair ? chip(as ? `${is} named ${as}` : is, () => go({pair: ''})) : null, brush ? chip(`${count(brush.size, 'selected well')}`, () => { brush = null; show(); }) : null);
   for (const [k] of Object.entries(VIEWS)) { const t = $('tab-' + k), is = k === S.v; t.setAttribute('aria-selected', String(is)); t.tabIndex = is ? 0 : -1; $(k).hidden = !is; }
 }
-function show() {
+let drawn = 0, drawnKey = '', turns = 0;                       // drawn: number of the look that wells have now
+function show(again = false) {
   if (S.ch) tune.forEach((t, k) => { t.on = S.ch[k] !== '0'; });
-  setPaint();
-  if (pick != null && !paint.groups?.has(pick)) pick = null;
-  setFilter();
+  const key = () => [S.p, S.c, S.q, S.r, S.f, S.x, S.pair, pick, brushNumber(), turns].join('\t');
+  if (again) { turns++; stamps.clear(); }
+  const isNew = key() !== drawnKey;
+  if (isNew) {
+    setPaint();
+    if (pick != null && !paint.groups?.has(pick)) pick = null;
+    setFilter();
+    drawnKey = key();
+    drawn++;
+  }
   showBar();
+  const view = `${S.v}|${drawn}`;
+  if (view !== showLegend.done) { showLegend(); showLegend.done = view; }
   showWell();
-  showLegend();
   ({plates: showPlates, map: showMap, confusions: showConfusions, accuracy: showAccuracy})[S.v]();
 }
+const brushes = new Map();
+function brushNumber() { if (brush && !brushes.has(brush)) brushes.set(brush, brushes.size + 1); return brush ? brushes.get(brush) : 0; }
 function start() {
   fill($('tabs'), Object.entries(VIEWS).map(([k, title]) => el('button', {type: 'button', role: 'tab', id: 'tab-' + k, 'aria-controls': k, onclick: () => go({v: k})}, title)));
   $('tabs').addEventListener('keydown', ev => {
@@ -817,13 +872,14 @@ function start() {
   $('clear').addEventListener('click', () => { brush = pick = null; $('search').value = ''; go({q: '', r: '', f: '', x: '', pair: ''}); });
   $('skip').addEventListener('click', ev => { ev.preventDefault(); ($('views').querySelector('canvas,button'))?.focus(); });
   document.addEventListener('keydown', ev => { if (ev.key === 'Escape' && S.w) closeWell(); });
-  addEventListener('resize', () => { clearTimeout(start.t); start.t = setTimeout(show, 60); });
-  matchMedia('(prefers-color-scheme:dark)').addEventListener('change', () => { stamps.clear(); show(); });
-  new ResizeObserver(() => { clearTimeout(start.t); start.t = setTimeout(show, 60); }).observe($('views'));
+  addEventListener('resize', () => { clearTimeout(start.t); start.t = setTimeout(() => show(), 60); });
+  matchMedia('(prefers-color-scheme:dark)').addEventListener('change', () => show(true));
+  new ResizeObserver(() => { clearTimeout(start.t); start.t = setTimeout(() => show(), 60); }).observe($('views'));
   fill($('foot'), D.notes.map(n => el('p', {}, n)));
   read();
   show();
   document.documentElement.dataset.ready = 'yes';
+  (window.requestIdleCallback ?? setTimeout)(readLines);
 }
 function toMatch() {                                          // the experiment of the first well that is found, when this one has none
   const e = byName.get(S.e);
