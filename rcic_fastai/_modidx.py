@@ -3881,6 +3881,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow._without_sizes': ('workflow.html#_without_sizes', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow.clear_demo': ('workflow.html#clear_demo', 'rcic_fastai/workflow.py'),
+                                      'rcic_fastai.workflow.demo_page': ('workflow.html#demo_page', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow.demo_report': ('workflow.html#demo_report', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow.fold_experiments': ( 'workflow.html#fold_experiments',
                                                                                  'rcic_fastai/workflow.py'),

@@ -394,7 +394,7 @@ def rcic_evaluate(argv=None):
 
 # %% ../nbs/72_cli.ipynb #2bdd7727
 def demo(
-    out, # Folder to write: screen/, model/, predictions and report.html
+    out, # Folder to write: screen/, model/, predictions, report.html and explore.html
     force:store_true=False, # Replace the folder when it exists
     seed:int=0, # Screen and training
 ):
