@@ -129,7 +129,7 @@ function setPaint() {
     let lo = Infinity, hi = -Infinity;
     for (let w = 0; w < N; w++) { const v = value(w); if (v != null) { lo = Math.min(lo, v); hi = Math.max(hi, v); } }
     if (lo > hi) lo = hi = 0;
-    const looks = Array.from({length: 65}, (_, i) => ({color: ramp(i/64), mark: ''}));
+    const looks = Array.from({length: 65}, (_, i) => ({color: ramp(i/64), mark: '', edge: true}));
     paint = {look: w => { const v = value(w); return v == null ? none : looks[Math.round(64*(hi > lo ? (v - lo)/(hi - lo) : .5))]; }, lo, hi, value, rest: 'no value'};
     return;
   }
@@ -169,7 +169,7 @@ const isFiltered = () => S.q || S.r || S.f && S.x !== '' || S.pair || brush || p
 // ---- stamps: a well as a small picture, drawn once for each look and size
 const stamps = new Map();
 function stamp(look, shape, r, dim, ratio) {
-  const key = `${look.color}|${look.mark}|${shape}|${r}|${dim}|${ratio}|${look.empty ?? ''}`;
+  const key = `${look.color}|${look.mark}|${shape}|${r}|${dim}|${ratio}|${look.empty ?? ''}${look.edge ?? ''}`;
   let s = stamps.get(key);
   if (s) return s;
   if (stamps.size > 4000) stamps.clear();
@@ -185,7 +185,7 @@ function stamp(look, shape, r, dim, ratio) {
   else g.arc(0, 0, r, 0, 7);
   g.fillStyle = look.color;
   g.fill();
-  if (look.empty) { g.strokeStyle = css('--hole'); g.lineWidth = .8; g.stroke(); }
+  if (look.empty || look.edge) { g.strokeStyle = css('--hole'); g.lineWidth = .8; g.stroke(); }
   drawMark(g, look.mark, r);
   stamps.set(key, c);
   return c;
@@ -526,7 +526,7 @@ function controls() {
     return [el('label', {}, box, t.name), el('input', {type: 'color', value: t.color, 'aria-label': `${t.name}: color in the composite`, oninput: ev => { t.color = ev.target.value; redraw(); }}), slider(t, 'lo', 'black'), slider(t, 'hi', 'white')];
   });
   return [el('div', {class: 'row'}, choice('how', 'Show', C > 1 ? HOWS : {composite: 'picture'}, 'm'), choice('scale', 'Scale of', SCALES, 's')),
-    el('details', {id: 'channels', open: channelsOpen, ontoggle: ev => { channelsOpen = ev.target.open; }}, el('summary', {}, 'Channels: on, color, black and white'), el('div', {class: 'channels'}, rows),
+    el('details', {id: 'channels', open: channelsOpen, ontoggle: ev => { channelsOpen = ev.target.open; }}, el('summary', {}, 'Channels: on, color, black and white'), el('div', {class: 'channels'}, el('span'), el('span'), el('span', {class: 'soft'}, 'black'), el('span', {class: 'soft hi'}, 'white'), rows),
       el('button', {type: 'button', onclick: () => { tune.forEach((t, k) => Object.assign(t, {on: true, color: hexOf(D.colors[k]), lo: 0, hi: 100})); go({ch: ''}, false); showWell(true); }}, 'As they were'))];
 }
 let channelsOpen = false;
@@ -746,13 +746,13 @@ function showConfusions() {
     as.set(l, (as.get(l) ?? 0) + 1);
     if (l === t) { o.right++; return; }
     o.away.set(l, (o.away.get(l) ?? 0) + 1);
-    const k = `${label(t)}\t${label(l)}`, e = pairs.get(k) ?? {key: k, truth: label(t), taken: label(l), n: 0, experiments: new Set()};
+    const k = `${label(t)}\t${label(l)}`, e = pairs.get(k) ?? {key: k, truth: label(t), taken: label(l), n: 0, of: o, experiments: new Set()};
     pairs.set(k, e);
     e.n++;
     e.experiments.add(W.experiment[w]);
   });
   if (!of.size) { fill(root, el('p', {class: 'none'}, isFiltered() ? 'No named well with a known label is shown: show all wells, or choose another filter.' : 'The labels of the named wells are not known.')); return; }
-  const list = [...pairs.values()].sort((a, b) => b.n - a.n || order(a.truth, b.truth) || order(a.taken, b.taken)), most = list[0]?.n ?? 1;
+  const list = [...pairs.values()].sort((a, b) => b.n - a.n || b.n/b.of.n - a.n/a.of.n || order(a.truth, b.truth) || order(a.taken, b.taken));
   const rows = [...of.entries()].map(([t, o]) => ({...o, share: o.right/o.n, named: as.get(t) ?? 0, worst: [...o.away.entries()].sort((a, b) => b[1] - a[1])[0]}));
   rows.sort((a, b) => (sorted.down ? -1 : 1)*(sorted.key === 'label' ? order(a.label, b.label) : a[sorted.key] - b[sorted.key]) || order(a.label, b.label));
   const meter = v => { const i = el('i'); i.style.width = `${100*v}%`; return el('span', {class: 'meter', 'aria-hidden': true}, i); };
@@ -762,7 +762,7 @@ function showConfusions() {
     S.pair ? el('div', {class: 'list'}, p.wells.filter(w => lit[w]).slice(0, 60).map(w => el('button', {type: 'button', onclick: () => openWell(w, true)}, `${W.id[w]} ${result(w) === 'right' ? '✓' : '✗'}`))) : null,
     el('div', {class: 'cols'},
       el('div', {}, el('h2', {}, 'Taken for another'), el('table', {}, el('thead', {}, el('tr', {}, el('th', {}, 'it is'), el('th', {}, 'named'), el('th', {class: 'n'}, 'wells'), el('th', {class: 'n'}, 'experiments'), el('th', {}, el('span', {class: 'unseen'}, 'bar')))),
-        el('tbody', {}, list.slice(0, 200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.key ? 'true' : 'false', onclick: open(o.key)}, o.truth)), el('td', {}, o.taken), el('td', {class: 'n'}, String(o.n)), el('td', {class: 'n'}, String(o.experiments.size)), el('td', {}, meter(o.n/most)))))),
+        el('tbody', {}, list.slice(0, 200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.key ? 'true' : 'false', onclick: open(o.key)}, o.truth)), el('td', {}, o.taken), el('td', {class: 'n'}, `${o.n} of ${o.of.n}`), el('td', {class: 'n'}, String(o.experiments.size)), el('td', {}, meter(o.n/o.of.n)))))),
         list.length > 200 ? el('p', {class: 'soft'}, `and ${list.length - 200} more pairs`) : null),
       el('div', {}, el('h2', {}, `Each ${D.target}`), el('table', {}, el('thead', {}, el('tr', {}, head('label', D.target), head('n', 'wells', true), head('share', 'right', true), head('named', 'named so', true), el('th', {}, 'most often taken for'))),
         el('tbody', {}, rows.slice(0, 1200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.label ? 'true' : 'false', onclick: open(o.label)}, o.label)), el('td', {class: 'n'}, String(o.n)), el('td', {class: 'n'}, share(o.right, o.n)), el('td', {class: 'n'}, String(o.named)), el('td', {}, o.worst ? `${label(o.worst[0])} (${o.worst[1]})` : '')))))) ));
