@@ -74,6 +74,7 @@ from .results.evaluate import ScreenResult, bootstrap_interval, evaluate, evalua
 from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_strip, plate_array, plate_map, right_wrong_map,
     site_gallery, training_curve)
 from .results.report import report_screen
+from .results.explore import explore
 from .folder import load_model, model_card, read_config
 from .workflow import run_demo, screen_summary, train_screen
 

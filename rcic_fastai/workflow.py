@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_rows', 'remove_unfinished', 'is_finished',
-           'try_all', 'fold_experiments', 'train_screen', 'clear_demo', 'demo_report', 'run_demo']
+           'try_all', 'fold_experiments', 'train_screen', 'clear_demo', 'demo_report', 'demo_page', 'run_demo']
 
 # %% ../nbs/71_workflow.ipynb #e0280784
 import contextlib, io, json, tempfile, time
@@ -43,6 +43,7 @@ from .predict.pseudo import *
 from .results.evaluate import *
 from .results.plots import *
 from .results.report import *
+from .results.explore import explore
 from .folder import *
 
 # %% ../nbs/71_workflow.ipynb #a68da92f
@@ -505,14 +506,14 @@ DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE
 
 def _demo_files():
     "Return the names of everything that a demo writes"
-    ends = ('.csv', '.json', '.top.csv', '.csv.lock')
+    ends = ('.csv', '.json', '.top.csv', '.csv.lock', '.embeddings.parquet')
     of_protocols = [f'{p}{end}' for p in PROTOCOLS for end in ends]
     of_parts = []
     for p in PROTOCOLS: of_parts += PARTS_FOLDER.inside(f'{p}.csv.part')
     folders = [*SCREEN_FOLDER.inside('screen'), *SCREEN_FOLDER.inside('.screen.*'), *STORE_FOLDER.inside('screen.zarr'),
                *STORE_FOLDER.inside('screen.zarr.part'), *MODEL_FOLDER.inside('model'), *MODEL_FOLDER.inside('model.part'),
                *CHECKPOINT_FOLDER.inside('model.checkpoints/epoch_*')]
-    return ['report.html', 'results.json', 'neighbors.parquet', 'model.lock', 'screen.zarr.lock', *of_protocols, *of_parts, *folders]
+    return ['report.html', 'explore.html', 'results.json', 'neighbors.parquet', 'model.lock', 'screen.zarr.lock', *of_protocols, *of_parts, *folders]
 
 DEMO_FOLDER = OwnFolder('demo', *_demo_files())
 
@@ -535,14 +536,28 @@ def demo_report(
 )->Path:
     "Write report.html of a demo folder"
     preds = {p: read_predictions(Path(out)/f'{p}.csv') for p in PROTOCOLS}
+    page = ('Every well', 'Plates, pictures, neighbors, maps and confusions, on a page of its own.', ['<p><a href="explore.html">explore.html</a></p>'])
     return report_screen(Path(out)/'report.html', load_model(Path(out)/'model'), Path(out)/'screen.zarr', preds, progress=False,
-                         title='rcic_fastai demo: naming siRNAs in experiments never seen')
+                         title='rcic_fastai demo: naming siRNAs in experiments never seen', more=[page])
+
+# %% ../nbs/71_workflow.ipynb #00a3ce6a
+def demo_page(
+    out, # Demo folder
+    model, # Its `TrainedModel`
+    screen, # Its `Screen`
+    preds:list, # Its predictions, in the order of `PROTOCOLS`
+)->Path:
+    "Write explore.html of a demo folder"
+    emb = {p: read_embeddings(Path(out)/f'{p}.embeddings.parquet') for p in ('inductive', 'adapted')}
+    page = explore(model, screen, preds, Path(out)/'explore.html', embeddings={**emb, 'transductive': emb['adapted']}, title='rcic_fastai demo', umap='no', progress=False)
+    print(page)
+    return Path(out)/'explore.html'
 
 # %% ../nbs/71_workflow.ipynb #3a67aa50
 def _step(text, start): print(f'\n== {text} ({time.time()-start:.0f} s since start)', flush=True)
 
 def run_demo(
-    out, # Folder to write: screen/, model/, predictions and report.html
+    out, # Folder to write: screen/, model/, predictions, report.html and explore.html
     force:bool=False, # Replace the folder when it exists
     seed:int=0, # Screen and training
 )->ScreenResult: # Accuracy by protocol
@@ -567,11 +582,14 @@ def _demo(out, force, seed):
     for protocol in PROTOCOLS:
         _step(f'predicting the test wells, {protocol}', start)
         near = out/'neighbors.parquet' if protocol == 'inductive' else None
-        model.predict(out/'screen.zarr', protocol, out/f'{protocol}.csv', neighbors=near)
+        emb = '' if protocol == 'transductive' else out/f'{protocol}.embeddings.parquet'    # the same as adapted
+        model.predict(out/'screen.zarr', protocol, out/f'{protocol}.csv', neighbors=near, embeddings=emb)
         preds.append(read_predictions(out/f'{protocol}.csv'))
     res = evaluate_screen(preds, read_metadata(out/'screen'))
     write_json(out/'results.json', as_plain(res.columns), indent=1)
     _step('report', start)
     demo_report(out)
-    print(f'\n{res.to_text()}\n\nopen {out/"report.html"}')
+    _step('page of all wells', start)
+    demo_page(out, model, screen, preds)
+    print(f'\n{res.to_text()}\n\nopen {out/"report.html"} and {out/"explore.html"}')
     return res

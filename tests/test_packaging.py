@@ -190,10 +190,11 @@ def imports(path):
 
 
 BRINGS = lru_cache(packages_distributions)
+OTHER_NAMES = dict(umap='umap-learn')     # of extras that are not installed
 
 def distribution(name):
-    "Name on PyPI of what brings a package; those of extras that are not installed have the same name"
-    return canonicalize_name(BRINGS().get(name, [name])[0])
+    "Name on PyPI of what brings a package; most of extras that are not installed have the same name"
+    return canonicalize_name(BRINGS().get(name, [OTHER_NAMES.get(name, name)])[0])
 
 
 def third_party(*folders):

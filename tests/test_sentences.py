@@ -14,7 +14,7 @@ PYTHON_ONLY = {'batch/augment.py', 'embed/correct.py', 'embed/metrics.py', 'embe
                'showdoc.py', '_modidx.py'}
 COMMAND_OF = dict(screen='rcic_pack', batch='rcic_train', train='rcic_train', model='rcic_train', predict='rcic_predict', embed='rcic_predict')
 OPTIONS = {name: cli._options(f) for name, f in {**cli._commands(), 'rcic_ensemble': cli.ensemble}.items()}
-ANY = {k for o in OPTIONS.values() for k in o}
+ANY = {k for o in [*OPTIONS.values(), cli._options(cli.explore_screen)] for k in o}
 
 def sources():
     "The modules whose sentences a command can say, with their syntax trees"

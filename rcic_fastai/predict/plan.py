@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WELLS', 'ADAPT', 'ADAPT_FROM', 'TELL', 'BY', 'prediction_rows', 'with_groups', 'PredictionPlan', 'other_wells',
-           'plan_prediction', 'nameable', 'check_outputs', 'check_searches', 'told_plan', 'score_plan']
+           'plan_prediction', 'nameable', 'check_outputs', 'check_searches', 'told_plan', 'score_plan', 'embed_plan']
 
 # %% ../../nbs/54_predict.plan.ipynb #cd9dcb31
 import sys
@@ -429,14 +429,22 @@ def score_plan(
     if plan.first is not None and (plan.first.group_source != 'given').any(): table = table.drop(columns=f'{META}plate_group', errors='ignore')
     return score_wells(table, plan.index, plan.protocol, **plan.search)
 
-def _answer(model, plan, progress):
-    "Name the wells of a plan in memory: predictions and neighbors"
+def embed_plan(
+    model:TrainedModel, # The model of the plan
+    plan:PredictionPlan, # Any plan
+    progress:bool=True, # Show a progress bar
+)->pd.DataFrame: # Embeddings table of the sites that can be named, corrected if the plan says so
+    "Embed the sites of a plan in memory, as it treats them"
     emb = embed_screen(model.model, model.spec, plan.screen, **_options(plan, progress))
     if plan.correction: emb = plan.correction(emb)
     emb.attrs['model'] = model.fingerprint
     tables = list(nameable([emb], plan.index))
     if not tables: raise ScreenError('There is no well to name: the model learned no control wells, and the screen has no treatment among its test wells.')
-    pred, near = predict_wells(tables[0], plan.index, plan.protocol, **plan.search)
+    return tables[0]
+
+def _answer(model, plan, progress):
+    "Name the wells of a plan in memory: predictions and neighbors"
+    pred, near = predict_wells(embed_plan(model, plan, progress), plan.index, plan.protocol, **plan.search)
     return (_as_found(pred, plan), near) if plan.told is None else _answer(model, told_plan(plan, pred), progress)
 
 # %% ../../nbs/54_predict.plan.ipynb #c256ff34
