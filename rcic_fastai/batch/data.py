@@ -87,12 +87,13 @@ def labeled_rows(
     table:pd.DataFrame, # Site table
     target:str='sirna', # Column to predict
     controls:bool=None, # With control wells (1139 classes) or without (1108); `None`: with, unless the target is `sirna`
+    several:bool=False, # Rows without a label are kept, for `check_labels` to judge
 )->pd.DataFrame: # Rows to train on or to hold out: of `dataset` train or val, and with a label
     "Return the rows that can be trained on"
     if target not in table:
         raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(table.columns)}.')
     if controls is None: controls = target != 'sirna'
-    is_labeled = table.dataset.isin(('train', 'val')) & table[target].notna()
+    is_labeled = table.dataset.isin(('train', 'val')) & (several | table[target].notna())
     rows = table[is_labeled & (controls | (table.well_type == 'treatment'))]
     if len(rows): return rows
     which, remedy = ('', '') if controls else (' and is a treatment well', ', or include the controls')
@@ -494,7 +495,7 @@ def screen_dls(
     "Return training and validation batches of a screen, split by experiment; images that are in none are split by themselves"
     args = dict(locals())
     table, source, more = screen.table, screen.source, _after_ours(item_tfms, batch_tfms)
-    rows = labeled_rows(table, target, controls)
+    rows = labeled_rows(table, target, controls, several)
     note = '' if controls or target != 'sirna' else control_plates_note(table[table.dataset.isin(('train', 'val'))])
     if note: print(f'note: {note}')
     if several: check_labels(rows, target, labels_of(rows, target, label_names), no_label)

@@ -303,7 +303,7 @@ class FocalLoss(BinaryLoss):
     ):
         super().__init__(reduction)
         self.alpha,self.gamma,self.rare = alpha,gamma,[int(i) for i in rare]
-        self.rare_alpha,self.rare_gamma = rare_alpha,rare_gamma
+        self.rare_alpha,self.rare_gamma,self._made = rare_alpha,rare_gamma,{}
         for name,most in dict(alpha=1, rare_alpha=1, gamma=math.inf, rare_gamma=math.inf).items():
             v = getattr(self, name)
             if not all(0 <= o <= most for o in (v if isinstance(v, (list, tuple)) else [v])):
@@ -315,10 +315,13 @@ class FocalLoss(BinaryLoss):
     )->torch.Tensor: # [K]
         "Return α or γ of each label"
         v,k = getattr(self, name),like.shape[-1]
-        if isinstance(v, (list, tuple)) and len(v) != k: raise ScreenError(f'{option(name)} has {len(v)} numbers for {k} labels: give one for each.')
-        res = torch.as_tensor(v, dtype=like.dtype, device=like.device).expand(k).clone()
-        res[[i for i in self.rare if 0 <= i < k]] = getattr(self, f'rare_{name}')
-        return res
+        key = name,k,like.dtype,like.device
+        if key not in self._made:
+            if isinstance(v, (list, tuple)) and len(v) != k: raise ScreenError(f'{option(name)} has {len(v)} numbers for {k} labels: give one for each.')
+            numbers = [*v] if isinstance(v, (list, tuple)) else [v]*k
+            numbers = [getattr(self, f'rare_{name}') if i in self.rare else o for i,o in enumerate(numbers)]
+            self._made[key] = torch.tensor(numbers, dtype=like.dtype, device=like.device)
+        return self._made[key]
 
     def of_labels(self, x, y):
         a,g,yes,no = self.each('alpha', x),self.each('gamma', x),F.logsigmoid(x),F.logsigmoid(-x)
