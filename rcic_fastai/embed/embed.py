@@ -33,7 +33,7 @@ def scaled_view(
     k:int, # View 0…3: flipped left–right, up–down, at .8 and at 1.2 times the size
 )->Tensor: # Of the same type; views 2 and 3 have other heights and widths
     "Return one of the four views of `views='scaled'`"
-    if not 0 <= k < len(SCALED_VIEWS): raise ScreenError(f'k={k} is not one of the four scaled views: give 0 to 3.')
+    if not 0 <= k < len(SCALED_VIEWS): raise ScreenError(f'There is no scaled view {k}: give 0 to 3.')
     how = SCALED_VIEWS[k]
     if 'flip' in how: return x.flip(how['flip'])
     size = [max(round(o*how['scale']), 8) for o in x.shape[-2:]]
