@@ -237,7 +237,7 @@ class TrainedModel:
 
     def __repr__(self):
         s = self.spec
-        return f'{self.config["model"]["arch"]}, {len(s.channels)} channels → {len(s.labels)} {s.target} {"labels" if s.several else "classes"}'
+        return f'{self.config["model"]["arch"]}, {len(s.channels)} channels → {len(s.labels)} {"labels" if s.several else f"{s.target} classes"}'
 
 # %% ../../nbs/53_predict.trained.ipynb #e752c170
 @patch(as_prop=True)
