@@ -294,6 +294,8 @@ def _pseudo_plan(rounds, recipe):
 def _check_steps(a, recipe, learn):
     "Raise for steps before or after the training that cannot be made; return the plan of the pseudo-labels"
     pretrain, pseudo = a.pretrain or recipe.pretrain, _pseudo_plan(a.pseudo, recipe)
+    if learn.dls.spec.several and (pretrain or pseudo):
+        raise ScreenError(f'{option("pseudo", a.pseudo) if pseudo else option("pretrain", pretrain)} gives each image one label, and those of {learn.dls.spec.target} have several: leave it out.')
     if pretrain: control_dls(learn.dls)
     if pseudo:
         if rank_world()[1] > 1: raise ScreenError(f'Pseudo-labels are given by one process: train with one, or leave {option("pseudo")} out.')

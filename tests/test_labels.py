@@ -149,6 +149,41 @@ def test_an_ensemble_is_the_mean_of_the_probabilities(models, atlas, tmp_path, c
     assert 'macro F1' in capsys.readouterr().out
 
 
+def test_all_images_can_be_answered(models, atlas):
+    m, screen = load_model(models/'hpa46'), open_screen(atlas)
+    every, test = m.answer_labels(screen, progress=False), m.predict(screen, progress=False)
+    assert len(every) == 40 and {c for c in every if c.startswith('score:')} == {f'score:{k}' for k in m.spec.labels}
+    mine = every.set_index('id_code').loc[test.id_code]
+    assert mine.labels.tolist() == test.labels.tolist() and np.allclose(mine['score:0'], test['score:0'], atol=1e-5)
+
+
+def test_labels_of_wells_on_plates(screen, tmp_path):
+    "Split by experiment, answered inductively and adapted, judged per well"
+    held = screen[screen.table.assign(dataset=np.where(screen.table.experiment == 'HUVEC-03', 'test', 'train'), labels=['0|1' if i < 4 else '2' for i in screen.table.sirna_id])]
+    r = tiny('hpa46', channels='')
+    m = train_screen(held, tmp_path/'m', replace(r, data={**{k: v for k, v in r.data.items() if k != 'norm_stats'}, 'norm': 'own'}), target='labels', pretrained='no')
+    assert m.config['held_out'] == ['HUVEC-02'] and m.model.trained_experiments == ('HUVEC-01',)
+    for protocol in ('inductive', 'adapted'):
+        res = m.evaluate(held, protocol, progress=False)
+        assert list(res.columns) == [protocol] and res.columns[protocol]['n_images'] == 8
+    for kwargs in (dict(pseudo=1), dict(pretrain='controls')):
+        refused(lambda: train_screen(held, tmp_path/'n', tiny('hpa46', channels='nucleus,ER,actin'), target='labels', pretrained='no', **kwargs), 'several')
+
+
+def test_fastai_habits(atlas, close_figures):
+    from fastai.vision.all import Interpretation
+    from helpers import learner, quiet
+    from rcic_fastai.train.cutmix import CutMix, MixUp
+    dls = screen_dls(open_screen(atlas), target='labels', several=True, bs=8)
+    learn = learner(dls, loss='focal', classifier='linear')
+    for cb in (CutMix(), MixUp()): quiet(learn, lambda: learn.fit(1, 1e-3, cbs=cb))
+    p, y, answers = learn.get_preds(with_decoded=True)
+    assert p.shape == y.shape == answers.shape and ((p > .5) == answers).all()
+    dls.show_batch()
+    learn.show_results()
+    Interpretation.from_learner(learn).plot_top_losses(2)
+
+
 def test_a_training_continues(atlas, tmp_path, monkeypatch):
     recipe = replace(tiny('hpa46_rare'), stages=[replace(tiny('hpa46_rare').stages[0], epochs=2)])
     kwargs = dict(recipe=recipe, target='labels', pretrained='no')

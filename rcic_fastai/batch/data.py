@@ -397,8 +397,9 @@ def _check_single(rows, target, label_names, no_label, rare):
     given = [k for k, v in dict(label_names=label_names, no_label=no_label, rare=rare).items() if v]
     if given: raise ScreenError(f'{option(given[0])} is for a target with several labels: leave it out, or take a recipe for several labels, such as hpa46.')
 
-def _check_no_plates(norm, batch_by):
-    "Raise for what needs plates or experiments"
+def _check_no_plates(norm, batch_by, sites):
+    "Raise for what needs plates, experiments or wells"
+    if sites > 1: raise ScreenError(f'{option("sites", sites)} needs wells with several sites, and each image stands for itself: leave it out.')
     for k, v in dict(norm=norm, batch_by=batch_by).items():
         if v in ('plate', 'experiment'): raise ScreenError(f'{option(k, v)} needs plates, and the images are on none: leave it out.')
 
@@ -501,7 +502,7 @@ def screen_dls(
     if several: check_labels(rows, target, labels_of(rows, target, label_names), no_label)
     else: _check_single(rows, target, label_names, no_label, rare)
     by_experiment = has_plates(table)
-    if not by_experiment: _check_no_plates(norm, batch_by)
+    if not by_experiment: _check_no_plates(norm, batch_by, sites)
     train, held = split_experiments(rows, valid) if by_experiment else split_images(rows, valid, target, seed=seed)
     check_id_test(table, rows, sites)
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))

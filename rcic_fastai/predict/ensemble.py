@@ -12,6 +12,7 @@ import numpy as np, pandas as pd
 from fastcore.all import delegates, patch
 from ..core import *
 from ..screen.tables import *
+from ..screen.open import open_screen
 from ..embed.protocol import *
 from ..embed.embed import *
 from .predict import *
@@ -115,6 +116,19 @@ def class_scores(self:TrainedModel,
     tables = list(nameable([emb], plan.index))
     if not tables: raise ScreenError('There is no well to name: the model learned no control wells, and the screen has no treatment among its test wells.')
     return score_plan(plan, tables[0])
+
+# %% ../../nbs/55_predict.ensemble.ipynb #684fee78
+@patch
+@delegates(plan_prediction, but=['model', 'screen', 'protocol'])
+def answer_labels(self:TrainedModel,
+    screen, # A `Screen`, or where one is; all its images are answered, whatever their dataset
+    progress:bool=True, # Show a progress bar
+    **kwargs
+)->pd.DataFrame: # One row per image: id_code, the target (cells such as '0|14'), `score:LABEL`, the probability of each label, protocol
+    "Return the labels of all images of a screen, and the probability of each"
+    if not self.spec.several: raise ScreenError('The model names one class for each image, not several labels: call predict.')
+    screen = open_screen(screen, check=False)
+    return name_labels(self.class_scores(screen[screen.table.assign(dataset='test')], progress=progress, **{'wells': 'all', **kwargs}))
 
 # %% ../../nbs/55_predict.ensemble.ipynb #73157a83
 def read_member(

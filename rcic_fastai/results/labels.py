@@ -23,6 +23,7 @@ def _label_rows(pred, table, target, partial):
     odd = ~pred.id_code.isin(rows.index)
     if odd.any(): raise ScreenError(f'{plural(odd.sum(), "image is", "images are")} predicted but not in the screen ({first_few(pred.id_code[odd], 3)}): evaluate with the table they were predicted from.')
     asked = rows[(rows.dataset == 'test') if (rows.dataset[pred.id_code] == 'test').any() else rows.index.isin(pred.id_code)]
+    if 'well_type' in asked: asked = asked[asked.well_type.isin(rows.well_type[pred.id_code].unique())]
     lacks = asked.index[~asked.index.isin(pred.id_code)]
     if len(lacks) and not partial: raise ScreenError(f'{len(lacks)} images for testing are not predicted ({first_few(lacks, 3)}): predict them, or allow a partial evaluation.')
     mine = rows.loc[pred.id_code]
