@@ -14,6 +14,7 @@ from rcic_fastai.screen.tables import (CELL_TYPES, CHANNELS, add_plate_groups, c
 from .screen.simulate.cells import draw_site, morphology, phenotype
 from .screen.simulate.batches import Studio, batch_stats
 from .screen.simulate.layout import screen_layout, simulate_screen
+from .screen.simulate.labels import simulate_labels
 from .screen.images import ImageSource, PngTree, load_site, only_present, screen_stats, site_stats
 from .screen.screen import Screen
 from .screen.pack import PackedScreen, pack_screen, picture_kinds, picture_notes, verify_store
@@ -37,7 +38,7 @@ from .batch.data import (ExperimentSplitter, GroupCategorize, MetadataBlock, Met
 from .model.backbones import EffNetBody, TimmBody, adapt_stem, create_backbone
 from rcic_fastai.model.heads import (ConcatPool, CosineClassifier, MetadataEmbedding, MetadataEncoder, MetadataOneHot,
     create_neck)
-from .model.losses import AdaCos, ArcFace, CosFace, CosineLoss, MixLoss, SoftmaxLoss
+from .model.losses import AdaCos, ArcFace, BinaryLoss, CosFace, CosineLoss, FocalLoss, MixLoss, SoftmaxLoss
 from .model.model import ScreenModel, create_screen_model, model_parts, parts_table
 from .model.batchnorm import adapted_batchnorm, batch_statistics, has_batchnorm
 from .train.cutmix import BatchMix, CutMix, MixUp
@@ -70,6 +71,7 @@ from .predict.pseudo import pseudo_labels
 from .predict.trained import TrainedModel, build_index, split_index, unknown_metadata
 from .predict.plan import PredictionPlan, plan_prediction
 from .predict.ensemble import ensemble_predictions
+from .results.labels import evaluate_labels
 from .results.evaluate import ScreenResult, bootstrap_interval, evaluate, evaluate_screen, right_wrong
 from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_strip, plate_array, plate_map, right_wrong_map,
     site_gallery, training_curve)

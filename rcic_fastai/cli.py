@@ -285,6 +285,8 @@ def train(
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict
+    label_names:str='', # Of a target with several labels: the labels there may be, A,B, or a table whose first column has them; empty: those of the training rows
+    no_label:store_true=False, # Of a target with several labels: allow images without any
     controls:store_true=False, # Train on control wells too (on RxRx1 1139 classes instead of 1108)
     only_present:store_true=False, # Leave out sites whose files are absent
     sites:int=0, # Sites per sample, 1 or 2; 0: 1, or the recipe's
@@ -307,7 +309,7 @@ def train(
     from rcic_fastai.workflow import train_screen
     train_screen(**given)
 
-train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'valid', 'folds', 'fold', 'target', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
+train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'valid', 'folds', 'fold', 'target', 'label_names', 'no_label', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
                 'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'workers', 'resume']}
 
 def rcic_train(argv=None):
@@ -322,7 +324,7 @@ def predict(
     protocol:str='inductive', # inductive: nothing of the test batch is used; adapted: its unlabeled pictures (AdaBN, plate statistics, --correct); transductive: plate groups and one-to-one assignment
     wells:str='treatment', # Wells to embed: treatment, or all for the controls too (named only if the model learned them)
     tta:int=0, # Views per site, 1 to 8; 0: as the model's recipe says, or 8
-    views:str='', # dihedral, or random: as in training; empty: the recipe's, or dihedral
+    views:str='', # dihedral, random (as in training) or scaled (both flips, .8 and 1.2 times the size); empty: the recipe's, or dihedral
     by:str='', # index names wells after neighbors, classifier by what was trained with the embedding; empty: the recipe's, or index
     vote:str='', # nearest neighbor, mean of the k nearest of a class, or class prototype; empty: the recipe's, or nearest
     k:int=0, # Neighbors that are kept, and averaged by --vote mean; 0: the recipe's, or 5
@@ -348,7 +350,11 @@ def predict(
     with all_agree(): opened = load_model(model, rank_device())
     if held_out: given['screen'] = opened.held_out(screen)
     pred = opened.predict(**given)
-    if pred is not None: print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
+    if pred is not None: print(f'{out}: {len(pred)} {_of_what(pred)}, protocol {protocol}')
+
+def _of_what(pred):
+    "Return what was predicted, for a sentence"
+    return f'wells of {pred.experiment.nunique()} experiments' if pred.experiment.astype(str).ne('').any() else 'images'
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
                   'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
@@ -382,11 +388,13 @@ def evaluate_csv(
     from rcic_fastai.results.evaluate import evaluate_screen
     from rcic_fastai.embed.table import read_embeddings
     from rcic_fastai.predict.predict import read_predictions
-    from rcic_fastai.screen.open import SCREEN_KINDS, screen_kind
+    from rcic_fastai.predict.ensemble import read_answers
+    from rcic_fastai.screen.open import SCREEN_KINDS, open_screen, screen_kind
     from rcic_fastai.screen.tables import read_metadata
     check_numbers(seed=seed)
     if SCREEN_KINDS[screen_kind(screen)].needs_options: raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: name the screen that rcic_pack made of it.')
-    res = evaluate_screen(_tables(out, read_predictions), read_metadata(screen), embeddings=_tables(embeddings, read_embeddings),
+    table = open_screen(screen, check=False).table if screen_kind(screen) == 'images' else read_metadata(screen)
+    res = evaluate_screen(_tables(out, read_answers), table, embeddings=_tables(embeddings, read_embeddings),
                           sites=_tables(sites, read_predictions), partial=partial, seed=seed)
     print(res.to_json() if json else res.to_text(full))
 

@@ -54,6 +54,8 @@ def _earlier(config): return sorted({*config.get('trained_experiments', ())} - {
 def _how_good(config):
     m, k = config['metrics'], len(config['spec']['labels'])
     if not m: return 'No experiment was held out, so nothing is known of its accuracy.'
+    if 'macro_f1' in m: return (f'{m["images"]} images were held out: macro F1 **{m["macro_f1"]:.3f}**, micro F1 **{m["micro_f1"]:.3f}** at a probability of one half (protocol {m["protocol"]}: {_USES[m["protocol"]]}). '
+                                f'With thresholds that were chosen for these images: {m["chosen"]["macro"]:.3f} and {m["chosen"]["micro"]:.3f}.')
     before = 'not trained on' if not {*m['held_out']} & {*_earlier(config)} else 'not trained on last, but before'
     return (f'Accuracy of the classifier on {m["samples"]} of {", ".join(map(markdown_text, m["held_out"]))}, '
             f'which it was {before}: **{m["accuracy"]:.3f}** '
@@ -92,21 +94,24 @@ def model_card(
     s, m, d = config['spec'], config['model'], config['data']
     k = len(s['labels'])
     stats = [(i+1, c, *(f'{d["channels"][c][n]:.3f}' for n in ('mean', 'std'))) for i, c in enumerate(s['channels'])]
+    several = s.get('several', False)
+    what, gives = ('labels', f'probabilities of {k} labels') if several else ('classes', f'cosines with {k} classes')
+    knows = f'{k} labels and answers those whose probability reaches their threshold' if several else f'{k} classes and answers one of them'
     cells = [v for v in s['vocabs'].get('cell_type', []) if v != UNKNOWN]
     return f'''---
 library_name: rcic_fastai
 license: other
 tags: [microscopy, high-content-screening, cell-painting, batch-effects]
 ---
-# {markdown_text(m["arch"])}: {len(s["channels"])} channels to {k} classes of {markdown_text(s["target"])}
+# {markdown_text(m["arch"])}: {len(s["channels"])} channels to {k} {what} of {markdown_text(s["target"])}
 
 A model of [rcic_fastai](https://github.com/rcic-fastai/rcic_fastai): fluorescence pictures in;
-cosines with {k} classes and embeddings of {m["emb_dim"]} numbers out.
+{gives} and embeddings of {m["emb_dim"]} numbers out.
 
 ## Trained on
 {d["rows"]} sites{" of " + markdown_text(first_few(cells)) if cells else ""}, by experiment:
 
-{_table(('experiment', 'sites'), d["sites"].items())}
+{_table(('experiment', 'sites'), [(e or "none", n) for e, n in d["sites"].items()])}
 
 ## How good it is
 {_how_good(config)}{_seen_under_its_own_labels(config)}{_learned_before(config)}
@@ -126,7 +131,7 @@ emb = model.embed(screen)
 or `rcic_predict FOLDER SCREEN answers.csv`. Loading runs no code from this folder.
 
 ## Limits
-It knows {k} classes and answers one of them, whatever it is shown. In batches that look unlike those above, and with
+It knows {knows}, whatever it is shown. In batches that look unlike those above, and with
 cell types it never saw, expect less. It was made for research, not for decisions about people.
 
 ## License
@@ -189,7 +194,7 @@ _SCALAR = _or(_NONE, _BOOL, _REAL, _WORD)
 def _is_loss(v, depth=0):
     "Check that a loss is one of ours, with plain numbers or other losses as arguments"
     if not isinstance(v, dict) or depth > 3 or not isinstance(v.get('name'), str) or v['name'] not in LOSSES: return False
-    _, ok = _or(_NONE, _BOOL, _REAL, _list(_REAL, 1, 2))
+    _, ok = _or(_NONE, _BOOL, _REAL, _list(_REAL, 0, 2**12))
     return all(_is_loss(o, depth+1) if k in ('a', 'b') else ok(o) for k, o in v.items() if k != 'name')
 
 # %% ../nbs/70_folder.ipynb #43bc57d3
@@ -208,10 +213,10 @@ _STATS = _or(_NONE, _list(_num(-1e6, 1e6), 1, 16))
 _SPEC = dict({f.name: _SCALAR for f in fields(ScreenSpec)},
     target=_WORD, labels=_list(_LABEL, 1, 2**20), channels=_list(_WORD, 1, 16), vocabs=_dict(_list(_LABEL, 1, 2**20), 100),
     sites=_int(1, 64), size=_or(_NONE, _int(8, 2**12)), norm=_one(*NORMALIZERS), norm_mean=_STATS, norm_std=_STATS,
-    bits=_one(8, 16), clahe=_BOOL, norm_from=_one('all', 'controls'))
+    bits=_one(8, 16), clahe=_BOOL, several=_BOOL, no_label=_BOOL, norm_from=_one('all', 'controls'))
 _NAMES = _list(_LABEL, 0, 2**16)
 _TOP = dict(model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
-            data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
+            held_images=_list(_LABEL, 0, 2**24), thresholds=_list(_SHARE, 1, 2**20), data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
 # %% ../nbs/70_folder.ipynb #01b7def6
 _COUNT = _int(0, 2**40)
@@ -259,13 +264,14 @@ def read_config(folder):
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
     if c['format'] < FORMAT: raise _written_before(folder, c['format'])
-    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, _TOP, f)
+    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('held_images', 'thresholds')], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
     _check_entries(c['spec'], _SPEC, ('target', 'labels', 'channels', 'vocabs'), f)
     _check_entries(c['data'], _DATA, [k for k in _DATA if k not in ('store', 'side')], f)
     _check_agreement(c['model'], c['spec'], c['data'], f)
+    if len(c.get('thresholds', c['spec']['labels'])) != len(c['spec']['labels']): raise _again(f'{f} contradicts itself about its thresholds')
     return c
 
 # %% ../nbs/70_folder.ipynb #99f1d4ab
@@ -472,12 +478,19 @@ def load_model(
 # %% ../nbs/70_folder.ipynb #04679d4a
 def _never_learned(model): return [e for e in model.config['held_out'] if e not in {*map(str, model.model.trained_experiments)}]
 
+def _held_images(screen, names):
+    "Return a screen in which some images are those to predict"
+    rows = screen.table[screen.table.site_id.isin(set(names))]
+    if len(rows) < len(names): raise ScreenError(f'The model held out {plural(len(names), "image")}, of which the screen has {len(rows)}: give the screen that it was trained on.')
+    return screen[rows.assign(dataset='test')]
+
 @patch
 def held_out(self:TrainedModel,
     screen, # A `Screen` with training experiments, or where one is
 )->Screen: # Its test experiments are those that the model held out; their plate groups are left out
     "Return a screen in which the experiments that the model held out are those to predict"
     screen, names = open_screen(screen, check=False), _never_learned(self)
+    if images := self.config.get('held_images'): return _held_images(screen, images)
     if not names:
         why = f'learned the labels of {first_few(self.config["held_out"], 4)} before' if self.config['held_out'] else 'was trained on all training experiments'
         raise ScreenError(f'The model {why}, so it has none to name as held out: train one with {option("valid")}, or with {option("folds")} and {option("fold")}.')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_rows', 'remove_unfinished', 'is_finished',
-           'try_all', 'fold_experiments', 'train_screen', 'clear_demo', 'demo_report', 'demo_page', 'run_demo']
+           'try_all', 'fold_experiments', 'fold_images', 'train_screen', 'clear_demo', 'demo_report', 'demo_page',
+           'run_demo']
 
 # %% ../nbs/71_workflow.ipynb #e0280784
 import contextlib, io, json, tempfile, time
@@ -51,6 +52,7 @@ def screen_summary(
     screen:Screen, # Any screen
 )->str: # One or more lines
     "Return the number of wells of each kind, cell type and data set, what is missing for a prediction, and pictures that cannot be right"
+    if not has_plates(screen.table): return '\n'.join([*describe_screen(screen).split('\n')[1:], *picture_notes(screen)])
     wells = screen.wells
     def counts(column): return ', '.join(f'{n} {k}' for k, n in wells[column].value_counts(sort=False).items())
     lines = [f'{len(wells)} wells: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; {wells.sirna.nunique()} perturbations']
@@ -70,11 +72,12 @@ def training_rows(
     controls:bool=None, # See `labeled_rows`
     norm:str='own', # See `screen_dls`: statistics of plates and experiments are taken of all their wells
     sites:int=1, # Sites per sample
+    several:bool=False, # Does a sample have several labels?
 )->pd.DataFrame:
     "Return the rows whose images training reads; where siRNAs are the target, a note names plates of controls only"
     able = table[table.dataset.isin(('train', 'val'))]
     note = '' if controls or target != 'sirna' else control_plates_note(able)
-    rows = labeled_rows(table, target, controls)
+    rows = labeled_rows(table, target, controls, several)
     check_id_test(table, rows, sites)
     if norm in ('plate', 'experiment'): return able      # `screen_dls` sees those plates, and says it
     if note: print(f'note: {note}')
@@ -179,6 +182,14 @@ def _rows_of(table, only):
     return table
 
 # %% ../nbs/71_workflow.ipynb #38594cc4
+def _asks_fold(folds, fold):
+    "Return whether one fold of several is asked for; a `ScreenError` for a half of the question"
+    if not folds and not fold: return False
+    if not folds: raise ScreenError(f'{option("fold", fold)} is one of several: say how many with {option("folds")}.')
+    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}.')
+    if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
+    return True
+
 def fold_experiments(
     table:pd.DataFrame, # Site table; only training rows count
     folds:int, # How many folds; 0: none
@@ -186,14 +197,29 @@ def fold_experiments(
     seed:int=0, # Which experiments go together
 )->list: # Names of the held-out experiments; empty without folds
     "Return the experiments of one fold"
-    if not folds and not fold: return []
-    if not folds: raise ScreenError(f'{option("fold", fold)} is one of several: say how many with {option("folds")}.')
-    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}.')
-    if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
+    if not _asks_fold(folds, fold): return []
     n = table.experiment[table.dataset.isin(('train', 'val'))].nunique()
     if not 2 <= folds <= n: raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.' if n > 1 else f'{option("folds", folds)} needs two training experiments or more, and there is {n}: leave it out.')
     which = experiment_folds(table, folds, seed)
     return which.index[which == fold - 1].tolist()
+
+# %% ../nbs/71_workflow.ipynb #60479f1b
+def fold_images(
+    rows:pd.DataFrame, # Training rows of images that are in no experiment
+    target:str, # Column with their labels
+    folds:int, # How many folds; 0: none
+    fold:int, # Which one to hold out, from 1
+    seed:int=0, # Which images go together
+)->list: # Names of the held-out images; empty without folds
+    "Return the images of one fold, every label spread evenly over the folds"
+    if not _asks_fold(folds, fold): return []
+    if not 2 <= folds <= len(rows): raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(len(rows), "image")}: choose 2 to {len(rows)}.')
+    if target not in rows: raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(rows.columns)}.')
+    try: from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
+    except ImportError: raise ScreenError('Folds of images with several labels need the package iterative-stratification: run pip install "rcic_fastai[labels]".') from None
+    truth = label_matrix(rows[target], sorted({o for p in split_labels(rows[target]) for o in p}))
+    parts = MultilabelStratifiedKFold(folds, shuffle=True, random_state=seed).split(truth, truth)
+    return rows.site_id.iloc[[*parts][fold - 1][1]].tolist()
 
 # %% ../nbs/71_workflow.ipynb #dafbbbf4
 def _picked_stats(data, whole, channels):
@@ -219,7 +245,7 @@ def _screen_to_learn(screen, recipe, given, data):
     data = _picked_stats(data, whole, channels)
     if channels: whole = whole.pick(channels)
     mine = _rows_of(whole.table, recipe.only)
-    rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1))
+    rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1), data.get('several', False))
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
@@ -229,20 +255,26 @@ def _data_of(begin):
     s = begin.spec
     return dict(sites=s.sites, size=s.size, norm=s.norm, norm_from=s.norm_from, norm_stats=[s.norm_mean, s.norm_std], clahe=s.clahe, vocabs=s.vocabs)
 
+def _fold_of(learned, given):
+    "Return the experiments of one fold, or the images where there are no experiments; empty without folds"
+    if has_plates(learned.table): return fold_experiments(learned.table, given['folds'], given['fold'], given['seed'])
+    return fold_images(learned.train.table, given['target'], given['folds'], given['fold'], given['seed'])
+
 def _training_learner(screen, recipe, given, workers, begin=None):
     "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
     of_model = _data_of(begin) if begin else {}
     if begin and not given['channels']: given = {**given, 'channels': ','.join(begin.spec.channels)}
-    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None}
+    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None, **{k: given[k] for k in ('label_names', 'no_label') if given[k]}}
     if data['norm'] != 'global': data.pop('norm_stats', None)
     if data['norm'] not in ('plate', 'experiment') and not given['norm_from']: data.pop('norm_from', None)
     learned, data = _screen_to_learn(screen, recipe, given, data)
     if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']      # in the order of its channels
-    valid = fold_experiments(learned.table, given['folds'], given['fold'], given['seed']) or _held_out(learned, recipe, given['valid'])
+    valid = _fold_of(learned, given) or _held_out(learned, recipe, given['valid'])
     dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
-    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
-          f'{len(dls.spec.labels)} {given["target"]} classes, {plural(len(learned.channels), "channel")}')
+    what = 'labels' if dls.spec.several else f'{given["target"]} classes'
+    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or ("images" if dls.held_images else "none")}), '
+          f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
     for note in picture_notes(learned): print(f'note: {note}')
     if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
@@ -264,6 +296,8 @@ def _pseudo_plan(rounds, recipe):
 def _check_steps(a, recipe, learn):
     "Raise for steps before or after the training that cannot be made; return the plan of the pseudo-labels"
     pretrain, pseudo = a.pretrain or recipe.pretrain, _pseudo_plan(a.pseudo, recipe)
+    if learn.dls.spec.several and (pretrain or pseudo):
+        raise ScreenError(f'{option("pseudo", a.pseudo) if pseudo else option("pretrain", pretrain)} gives each image one label, and those of {learn.dls.spec.target} have several: leave it out.')
     if pretrain: control_dls(learn.dls)
     if pseudo:
         if rank_world()[1] > 1: raise ScreenError(f'Pseudo-labels are given by one process: train with one, or leave {option("pseudo")} out.')
@@ -473,6 +507,8 @@ def train_screen(
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict
+    label_names:str='', # Of a target with several labels: the labels there may be, A,B, or a table whose first column has them; empty: those of the training rows
+    no_label:bool=False, # Of a target with several labels: allow images without any
     controls:bool=False, # Train on control wells too (on RxRx1 1139 classes instead of 1108)
     only_present:bool=False, # Leave out sites whose files are absent
     sites:int=0, # Sites per sample, 1 or 2; 0: 1, or the recipe's

@@ -9,9 +9,9 @@ __all__ = ['WELLS', 'ADAPT', 'ADAPT_FROM', 'TELL', 'BY', 'prediction_rows', 'wit
 # %% ../../nbs/54_predict.plan.ipynb #cd9dcb31
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-import pandas as pd
+import numpy as np, pandas as pd
 from fastcore.all import delegates, patch
 from ..core import *
 from ..screen.tables import *
@@ -62,14 +62,16 @@ WELLS = ('treatment', 'all')
 def prediction_rows(
     table:pd.DataFrame, # Site table
     wells:str='treatment', # 'treatment', or 'all' for the controls too
+    target:str='sirna', # Column whose labels are taken out, besides those of siRNAs
 )->pd.DataFrame: # Test rows, without labels
     "Return the rows to name: test rows, without their labels"
     check_choice('wells', wells, WELLS)
     rows = table[table.dataset == 'test']
-    if not len(rows): raise ScreenError(f'The screen has no test rows: set dataset to test for the experiments to predict, with {option("test", "EXP,EXP")}.')
+    if not len(rows): raise ScreenError(f'The screen has no test rows: set dataset to test for the experiments to predict, with {option("test", "EXP,EXP")}.' if has_plates(table) else 'The screen has no images for testing: list them in test.csv, or set their dataset to test.')
     if wells == 'treatment':
         control_plates_note(rows)       # raises where there is no treatment at all
         rows = rows[rows.well_type == 'treatment']
+    if target in rows and target not in SITE_COLUMNS: rows = rows.assign(**{target: None})
     return rows.assign(sirna=None, sirna_id=pd.array([pd.NA]*len(rows), 'Int64'))
 
 # %% ../../nbs/54_predict.plan.ipynb #4b83eb86
@@ -139,7 +141,7 @@ def _index_for(model, adapt, protocol, correct, wells, by='index'):
     "Return the index to search, treated as the queries will be, and the correction of the queries (or None)"
     index = model.adapted_index if adapt else model.index
     if protocol == 'transductive': groups_of_classes(index)       # raises when labels have no plate groups
-    if by == 'classifier': index = ClassifierIndex(index, model.spec.labels)
+    if by == 'classifier': index = (LabelIndex if model.spec.several else ClassifierIndex)(index, model.spec.labels)
     if correct == 'no': return index, None
     if correct != 'standardize': _check_controls(index, correct, wells)
     return corrected_index(index, correct, **_CORRECT[correct])
@@ -207,6 +209,24 @@ def _check_correctable(rows, correct):
         raise ScreenError(f'{option("correct", correct)} needs two {what} wells in each experiment, and {first_few(n[n < 2].index)} has {n.min()}: '
                           'choose another correction, or leave it out.')
 
+# %% ../../nbs/54_predict.plan.ipynb #2764fdb8
+def _label_choices(model, protocol, given):
+    "Return the choices of a prediction of several labels; a `ScreenError` for those that do not apply"
+    if protocol == 'transductive': raise ScreenError(f'{option("protocol", protocol)} gives each label once per plate, and an image of this model has several: ask for {option("protocol", "inductive")}.')
+    said = (model.config.get('recipe') or {}).get('predict') or {}
+    for k, usual in dict(vote='', k=0, same_cell_type=False, assign='', tell='', correct='').items():
+        v = given.get(k)
+        if v not in (usual, None, 'none', 'no'): raise ScreenError(f'{option(k, v)} is of a search or of one label per well, and this model answers several labels by probability: leave it out.')
+    if given.get('by') == 'index': raise ScreenError(f'{option("by", "index")} names the nearest image, and this model answers several labels by probability: leave it out.')
+    views = given.get('views') or said.get('views', 'dihedral')
+    tta = given.get('tta') or (4 if views == 'scaled' else said.get('tta', 8) if views == said.get('views', 'dihedral') else 8)
+    merge = given.get('merge') or said.get('merge') or 'mean'
+    return {**_OPEN, 'tta': tta, 'views': views, 'by': 'classifier', 'merge': merge, 'assign': 'no', 'adapt': given.get('adapt') or 'auto'}
+
+def _check_batches(model, protocol):
+    "Raise where statistics of the test batch are asked for and there are no batches"
+    if protocol == 'adapted' and not any(e for e in model.trained): raise ScreenError(f'{option("protocol", protocol)} takes statistics of each experiment, and the model learned images that are in none: ask for {option("protocol", "inductive")}.')
+
 # %% ../../nbs/54_predict.plan.ipynb #d66f73b1
 @dataclass(frozen=True, eq=False)
 class PredictionPlan:
@@ -219,6 +239,7 @@ class PredictionPlan:
     search:dict # How wells are named: vote, merge, k, restrict_cell_type for `predict_wells`
     notes:tuple # Sentences that users should read
     record:dict # How it was made, for the file beside the predictions
+    labels:dict=field(default_factory=dict) # Of several labels: their `thresholds`, and whether there may be `no_label`
     told:EmbeddingIndex=None # Searched in a second pass, in which the model is given the plate groups that the first found
     first:pd.DataFrame=None # Of a second pass: what the first answered
 
@@ -303,7 +324,7 @@ def plan_prediction(
     protocol:str='inductive', # inductive, adapted or transductive
     wells:str='treatment', # Wells to embed: treatment, or all for the controls too (named only if the model learned them)
     tta:int=0, # Views per site, 1 to 8; 0: as the model's recipe says, or 8
-    views:str='', # dihedral, or random: as in training; empty: the recipe's, or dihedral
+    views:str='', # dihedral, random (as in training) or scaled (both flips, .8 and 1.2 times the size); empty: the recipe's, or dihedral
     by:str='', # Name wells after neighbors in the index, or by the classifier; empty: the recipe's, or index
     vote:str='', # nearest neighbor, mean of the k nearest of a class, or class prototype; empty: the recipe's, or nearest
     k:int=0, # Neighbors that are kept, and averaged by vote mean; 0: the recipe's, or 5
@@ -321,8 +342,9 @@ def plan_prediction(
     "Decide everything about a prediction; a `ScreenError` for what is impossible, before an image is read"
     Protocol(protocol)
     _check_spelling(tell=tell, adapt=adapt, correct=correct, assign=assign)
-    c = _decided(model, protocol, dict(tta=tta, views=views, by=by, vote=vote, k=k, merge=merge, same_cell_type=same_cell_type, assign=assign,
-                                       tell=tell, adapt=adapt, correct=correct))
+    given = dict(tta=tta, views=views, by=by, vote=vote, k=k, merge=merge, same_cell_type=same_cell_type, assign=assign, tell=tell, adapt=adapt, correct=correct)
+    if model.spec.several: _check_batches(model, protocol)
+    c = (_label_choices if model.spec.several else _decided)(model, protocol, given)
     _check_search(protocol, c['vote'], c['merge'], c['by'], c['assign'], bs, k=c['k'], workers=workers)
     check_tta(c['tta'], c['views'])
     spec, correct = model.spec, c['correct']
@@ -338,12 +360,12 @@ def plan_prediction(
     needs_controls = spec.per_group or how and kinds != {'treatment'}
     whole = open_screen(screen, check=False)
     everything = whole[prediction_rows(whole.table, 'all' if needs_controls else wells)].complete(only_present or model.config.get('only_present', False))
-    rows, only_notes = _without_others(model, prediction_rows(everything.table, wells))
+    rows, only_notes = _without_others(model, prediction_rows(everything.table, wells, spec.target))
     asked = everything[rows]
     _check_correctable(asked.table, correct)
     check_protocol_allows(protocol, model.protocols(asked.table, how), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
     adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
-    options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_recipe_augs(model) if c['views'] == 'random' else None, output='scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
+    options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_recipe_augs(model) if c['views'] == 'random' else None, output='probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
                            bs=bs, num_workers=workers, trained=tuple(model.trained))
     notes = chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
     all_notes = notes + adaptation_notes(spec, asked.table, how, adapt_rows)
@@ -352,7 +374,8 @@ def plan_prediction(
     record['correct'] = index.labels.correction.iloc[0] if correction else None
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
     told = _told_index(model, c['by'], how, correct) if c['tell'] != 'no' else None
-    return PredictionPlan(Protocol(protocol), asked, index, options, correction, search, tuple(notes), record, told)
+    labels = dict(thresholds=list(model.thresholds), no_label=spec.no_label) if spec.several else {}
+    return PredictionPlan(Protocol(protocol), asked, index, options, correction, search, tuple(notes), {**record, **labels}, labels, told)
 
 # %% ../../nbs/54_predict.plan.ipynb #7f14aab8
 def nameable(
@@ -394,6 +417,7 @@ def check_searches(
     plan:PredictionPlan, # Any plan
 ):
     "Raise where neighbors are asked for and nothing is searched"
+    if isinstance(plan.index, LabelIndex): plan.index.search(None)
     if isinstance(plan.index, ClassifierIndex):
         raise ScreenError(f'The classifier answers without looking for neighbors: add {option("by", "index")}, or leave the neighbors out.')
 
@@ -427,7 +451,9 @@ def score_plan(
 )->pd.DataFrame: # A score table
     "Score the wells of a table as a plan says; groups that a first pass inferred are left to whoever averages"
     if plan.first is not None and (plan.first.group_source != 'given').any(): table = table.drop(columns=f'{META}plate_group', errors='ignore')
-    return score_wells(table, plan.index, plan.protocol, **plan.search)
+    res = score_wells(table, plan.index, plan.protocol, **plan.search)
+    res.attrs.update(plan.labels)
+    return res
 
 def embed_plan(
     model:TrainedModel, # The model of the plan
@@ -444,7 +470,9 @@ def embed_plan(
 
 def _answer(model, plan, progress):
     "Name the wells of a plan in memory: predictions and neighbors"
-    pred, near = predict_wells(embed_plan(model, plan, progress), plan.index, plan.protocol, **plan.search)
+    emb = embed_plan(model, plan, progress)
+    if plan.labels: return name_labels(score_plan(plan, emb)), None
+    pred, near = predict_wells(emb, plan.index, plan.protocol, **plan.search)
     return (_as_found(pred, plan), near) if plan.told is None else _answer(model, told_plan(plan, pred), progress)
 
 # %% ../../nbs/54_predict.plan.ipynb #c256ff34
@@ -455,6 +483,14 @@ def _first_pass(model, plan, out, progress):
         if not rank_world()[0]: pred = predict_tables(nameable(parts.experiments(), plan.index), plan.index, plan.protocol, **plan.search)
     return told_plan(plan, from_first(pred))
 
+def _label_answers(plan, tables):
+    "Return the answers of several labels of table after table, sorted by id_code"
+    done = [score_plan(plan, t) for t in tables]
+    res = pd.concat(done, ignore_index=True)
+    res = res.iloc[np.argsort(res.id_code.to_numpy(str), kind='stable')].reset_index(drop=True)
+    res.attrs.update(done[0].attrs)
+    return name_labels(res)
+
 def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
     "Name the wells of a plan, one experiment in memory at a time, and write the files; predictions, or None in all processes but the first"
     if plan.told is not None:
@@ -464,8 +500,8 @@ def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
     parts = embed_parts(f'{out}.part', model.model, model.spec, plan.screen, **_options(plan, progress))
     if rank_world()[0]: return
     def tables(): return map(plan.correction, parts.experiments()) if plan.correction else parts.experiments()
-    pred = predict_tables(nameable(tables(), plan.index), plan.index, plan.protocol, neighbors=neighbors, **plan.search)
-    pred = _as_found(pred, plan)
+    if plan.labels: pred, scores = _label_answers(plan, tables()), True
+    else: pred = _as_found(predict_tables(nameable(tables(), plan.index), plan.index, plan.protocol, neighbors=neighbors, **plan.search), plan)
     if embeddings: write_tables(embeddings, tables() if plan.correction else parts)
     made = {}
     if scores: made['scores_sha256'] = file_facts(write_scores((score_plan(plan, t) for t in nameable(tables(), plan.index)), scores_path(out)))['sha256']

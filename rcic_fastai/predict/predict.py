@@ -384,7 +384,8 @@ def write_predictions(
     if 'group_source' in pred:
         g = pred.dropna(subset=['group_source']).groupby('experiment')[['group_source', 'group_confidence']].first()
         groups = dict(plate_groups={e: dict(source=r.group_source, confidence=round(r.group_confidence, 2) if np.isfinite(r.group_confidence) else None) for e, r in g.iterrows()})
-    record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **(info or {}))
+    labels = {k: pred.attrs[k] for k in ('thresholds', 'no_label') if k in pred.attrs}
+    record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **{**(info or {}), **labels})
     if classes := pred.attrs.get('classes'): record['classes'] = classes
     if notes := pred.attrs.get('notes'): record['notes'] = [*record.get('notes', ()), *notes]
     def answers(p):
@@ -424,13 +425,15 @@ def read_predictions(
     except ScreenError: raise
     except ValueError as e: raise ScreenError(f'{path} is not a readable CSV ({str(e).splitlines()[0]}): write it with rcic_predict.') from None
     if 'id_code' not in pred or pred.shape[1] < 2: raise ScreenError(f'{path} has the columns {first_few(pred.columns)}: it needs id_code and the predicted label.')
-    if pred.iloc[:, :2].isna().any().any(): raise ScreenError(f'{path} has an empty cell in row {int(pred.isna().any(axis=1).idxmax())+2}: predict again.')
     record, tops = _record(path)
+    if record.get('no_label') and record.get('target') in pred: pred[record['target']] = pred[record['target']].fillna('')
+    if pred.iloc[:, :2].isna().any().any(): raise ScreenError(f'{path} has an empty cell in row {int(pred.isna().any(axis=1).idxmax())+2}: predict again.')
     target = record.get('target', next(c for c in pred if c != 'id_code'))
     if target not in pred: raise ScreenError(f'{info_path(path)} says that {target} was predicted, but {path} has no such column: keep the two files together.')
     if tops: pred = pred.merge(read_csv(top_path(path)).map(csv_name), on='id_code', how='left')
     pred['protocol'] = record.get('protocol', 'unknown')
     pred.attrs['target'] = target
+    if 'thresholds' in record: pred.attrs.update({k: record.get(k) for k in ('thresholds', 'no_label')})
     if isinstance(names := record.get('classes'), list): pred.attrs['classes'] = [str(n) for n in names]
     pred.attrs['record'] = {k: v for k, v in record.items() if k not in ('classes', 'sha256')}
     return pred

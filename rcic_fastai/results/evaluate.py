@@ -19,6 +19,8 @@ from ..predict.trained import *
 from ..predict.plan import *
 from ..screen.open import open_screen
 from ..embed.metrics import *
+from .labels import *
+
 
 # %% ../../nbs/60_results.evaluate.ipynb #db24e44e
 def _candidates(pred, target):
@@ -203,9 +205,9 @@ def bootstrap_interval(
     return tuple(float(q) for q in np.quantile(acc, [(1-level)/2, (1+level)/2]))
 
 # %% ../../nbs/60_results.evaluate.ipynb #2c2a2acf
-_COUNTS = ('wells', 'experiments', 'control wells')
+_COUNTS = ('wells', 'experiments', 'control wells', 'images', 'labels')
 _ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'control accuracy', 'chance', 'chance inside the plate group',
-          'embedding', 'cell_type', 'worst', 'experiment']
+          'embedding', 'cell_type', 'worst', 'experiment', 'images', 'labels', 'macro F1', 'micro F1', 'mAP', 'label']
 _ROW = dict(measure='', group='all', name='', cell_type='', value=np.nan, low=np.nan, high=np.nan, n=0, n_experiments=0,
             chance=np.nan, p=np.nan)
 
@@ -431,6 +433,7 @@ def _column_rows(r, s, res, table, k, n_top, how):
 def _label(r):
     "Return the name of a row of the table"
     if r.group == 'all': return r.measure
+    if r.group == 'label': return f'{r.measure} of {r.name} ({plural(r.n, "image")})'
     n = plural(r.n_experiments, 'experiment')
     who = {'worst': 'worst experiment', 'cell_type': f'{r.name} ({n})', 'experiment': r.name}[r.group]
     return who if r.measure == 'well accuracy' else f'{who}, {r.measure}'
@@ -459,14 +462,14 @@ class ScreenResult:
         full:bool=False, # Cell types and experiments for every accuracy, not only that of wells
     )->pd.DataFrame: # Text; a column for each prediction
         "Return the numbers side by side, every column under its protocol"
-        d = self.rows if full else self.rows[(self.rows.group == 'all') | (self.rows.measure == 'well accuracy')]
+        d = self.rows if full else self.rows[(self.rows.group == 'all') | self.rows.measure.isin(['well accuracy', 'F1'])]
         d = d.assign(label=[_label(r) for r in d.itertuples()], text=[_text(r) for r in d.itertuples()])
         wide = d.pivot(index='label', columns='column', values='text')
         return wide.loc[d.label.unique(), list(self.columns)].fillna('').rename_axis(index=None, columns=None)
 
     def _foot(self):
         said = 'Intervals: {level:.0%}, percentile bootstrap over experiments, {n_boot} draws, seed {seed}.'
-        return [said.format(**self.how), *self.notes]
+        return [*([said.format(**self.how)] if self.rows.low.notna().any() else []), *self.notes]
 
     def __repr__(self): return self.to_text()
     def _repr_html_(self): return self.table().to_html() + ''.join(f'<p>{html_text(o)}</p>' for o in self._foot())
@@ -512,6 +515,25 @@ def _headings(named):
         heads[n] = protocol if n == protocol else f'{n} ({protocol})'
     return heads
 
+# %% ../../nbs/60_results.evaluate.ipynb #863e3ede
+def _label_numbers(pred, table, target, partial):
+    "Return the rows of one prediction of several labels, its result, and notes"
+    res, each = evaluate_labels(pred, table, target, partial)
+    rows = [_row('images', res['n_images'], res['n_images']), _row('labels', res['n_labels'], res['n_images'])]
+    rows += [_row(name, res[k], res['n_images']) for name, k in (('macro F1', 'macro_f1'), ('micro F1', 'micro_f1'), ('mAP', 'mean_ap')) if res[k] is not None]
+    for o in each.itertuples():
+        rows.append(_row('F1', o.F1, o.images, group='label', name=str(o.label)))
+        if pd.notna(o.AP): rows.append(_row('AP', o.AP, o.images, group='label', name=str(o.label)))
+    notes = [f'the model never learned the labels {first_few(res["never_learned"])} and cannot answer them.'] if res['never_learned'] else []
+    if res['trained_on']: notes.append(f'{res["trained_on"]} images are of the training set: that is a score for new images only if the model did not train on them.')
+    return rows, {**res, 'labels': as_plain(each.to_dict('records'))}, notes
+
+def _have_several(preds):
+    "Return whether predictions are of several labels; a `ScreenError` where some are and some are not"
+    kinds = {'thresholds' in p.attrs for p in preds}
+    if len(kinds) > 1: raise ScreenError('Some predictions are of several labels and others of one: evaluate them apart.')
+    return kinds == {True}
+
 # %% ../../nbs/60_results.evaluate.ipynb #268f0bbc
 def evaluate_screen(
     preds, # Predictions of wells (from `predict_wells` or `read_predictions`): one, a list, or a dict by name
@@ -532,9 +554,17 @@ def evaluate_screen(
     _check_request(preds, table, screen)
     named = named_predictions(preds)
     heads = _headings(named)
+    if _have_several(named.values()) and (embeddings is not None or sites is not None): raise ScreenError('embeddings and sites are of one label per well: leave them out for several labels.')
     emb, site = _named(embeddings, 'embeddings', list(named)), _named(sites, 'site predictions', list(named))
+    several = _have_several(named.values())
     rows, notes, columns, draws = [], {}, {}, dict(n_boot=n_boot, level=level, seed=seed)
     for n, p in named.items():
+        if several:
+            mine, res, said = _label_numbers(p, table, target, partial)
+            rows += [{'column': heads[n], 'protocol': _protocol(p, str(n)), **o} for o in mine]
+            for o in said: notes.setdefault(o, []).append(heads[n])
+            columns[heads[n]] = res
+            continue
         res = evaluate(p, table, target, partial)
         target_, protocol = res['target'], res['protocol']
         r = right_wrong(p, table, target_)

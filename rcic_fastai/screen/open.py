@@ -10,6 +10,7 @@ import inspect, re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+import pandas as pd
 from fastcore.meta import delegates
 from ..core import *
 from .tables import *
@@ -19,6 +20,7 @@ from .pack import *
 from .files import *
 from .plates import *
 from .pattern import *
+from .labels import *
 from .pattern import _example, _list_files
 
 # %% ../../nbs/08_screen.open.ipynb #2a58096a
@@ -99,7 +101,7 @@ def _tables(folder):
 
 def _is_table(path):
     "Return whether there is a table of image files"
-    if path.is_file(): return not is_site_table(path)
+    if path.is_file(): return not is_site_table(path) and not lists_images(path)
     if (path/'load_data.csv').is_file(): return True
     return any(not is_site_table(f) for f in _tables(path)[:1])
 
@@ -113,6 +115,10 @@ def _is_plates(path):
     "Return whether there are OME-Zarr plates, and no table of RxRx1 beside them"
     return not _tables(path) and (any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr')))
 
+def _is_images(path):
+    "Return whether there is a table of images with labels, which are on no plate"
+    return lists_images(path) if path.is_file() else lists_images(path/'train.csv') if (path/'train.csv').is_file() else False
+
 def _is_any(path): return True
 def _is_never(path): return False      # a pattern says it, not the path
 
@@ -120,6 +126,7 @@ def _is_never(path): return False      # a pattern says it, not the path
 SCREEN_KINDS = dict(
     folder=ScreenKind(_is_any, _read_folder, "a folder with the tables of RxRx1"),
     pattern=ScreenKind(_is_never, read_pattern, 'a folder of files with names', needs_options=True),
+    images=ScreenKind(_is_images, read_labels, 'a table of images with labels'),
     plates=ScreenKind(_is_plates, read_plates, 'OME-Zarr plates', needs_options=True,
                       hint=', and say it in the table of wells (its column dataset)'),
     files=ScreenKind(_is_table, _read_table, 'a table of files', needs_options=True),
@@ -179,6 +186,7 @@ def _plate_format(wells):
 
 def _place_lines(screen):
     "Return the experiments, plates and wells of a screen, a line for each"
+    if not has_plates(screen.table): return [f'images: {len(screen)} ({first_few(f"{n} {k}" for k, n in screen.table.dataset.value_counts(sort=False).items())}), on no plate']
     wells, by_plate = screen.wells, screen.wells.groupby(['experiment', 'plate'], sort=False).size()
     names = [str(p) if str(p) == e else f'{e} {p}' for e, p in by_plate.index]
     sets = wells.groupby('experiment', sort=False).dataset.unique()
@@ -204,8 +212,17 @@ def _dose_line(wells, column):
     several = f'; {plural(n, "perturbation has several and is", "perturbations have several and each is")} one class'
     return f'doses ({column}): {first_few(values, 12)}{several if n else ""}'
 
+def _label_lines(table):
+    "Return which labels the images of an atlas have, and how often"
+    if 'labels' not in table: return [f'further columns: {first_few([c for c in table if c not in SITE_COLUMNS], 20) or "none"}']
+    parts = split_labels(table.labels)
+    counts = pd.Series([o for p in parts for o in p], dtype=object).value_counts()
+    bare = sum(not p for p in parts)
+    return [f'labels: {len(counts)} ({first_few((f"{k}: {n}" for k, n in counts.items()), 20)}), {plural(bare, "image")} without a label']
+
 def _content_lines(screen):
     "Return the controls, perturbations, doses and further columns of a screen, a line for each"
+    if not has_plates(screen.table): return _label_lines(screen.table)
     wells = screen.wells
     treated = wells[wells.well_type == 'treatment']
     lines = [f'{k}: {_names(w)}' for k, w in wells[wells.well_type != 'treatment'].groupby('well_type')]
@@ -222,6 +239,7 @@ def missing_parts(
 )->list: # Sentences
     "Return what a screen lacks for a prediction: controls and test experiments"
     wells, lines = screen.wells, []
+    if not has_plates(screen.table): return [] if (wells.dataset == 'test').any() else ['no image is for testing: a prediction needs some; list them in test.csv']
     if (wells.well_type == 'treatment').all():
         lines.append(f'no well is a control; in a table of files or a layout, '
                      f'{option("controls", {"negative_control": ["DMSO"]})} names perturbations that are')

@@ -64,6 +64,7 @@ def _counts(column, most=4):
 @patch
 def __repr__(self:Screen):
     wells = self.wells
+    if not has_plates(self.table): return f'Screen {self.name}: {len(self)} images of {"×".join(map(str, self.shape))} ({self.bits} bits; {_counts(wells.dataset)}), on no plate'
     pictures = '×'.join(map(str, self.shape)) + f' ({self.bits} bits)'
     return (f'Screen {self.name}: {len(self)} sites of {pictures}, {len(wells)} wells ({_counts(wells.well_type)}), '
             f'{len(self.experiments)} experiments ({_counts(wells.drop_duplicates("experiment").dataset)}), '

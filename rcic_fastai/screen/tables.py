@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'CONTROLS', 'SITE_COLUMNS', 'PLATE_SHAPE', 'USUAL_NAMES', 'WELL_TYPE_NAMES',
-           'DATASET_NAMES', 'IMAGE_COLUMN', 'WILDS_VAL', 'package_table', 'well_to_rowcol', 'rowcol_to_well',
-           'inner_wells', 'control_wells', 'treatment_wells', 'identifiers', 'numbers_if_exact', 'read_csv',
-           'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table', 'usual_name', 'well_type_of',
-           'usual_columns', 'names_files', 'well_types', 'further_columns', 'is_site_table', 'check_table',
-           'sirna_groups', 'most_frequent', 'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments',
-           'experiment_folds', 'wilds_split', 'real_data']
+           'DATASET_NAMES', 'IMAGE_COLUMN', 'LABEL_SEPARATOR', 'WILDS_VAL', 'package_table', 'well_to_rowcol',
+           'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'identifiers', 'numbers_if_exact',
+           'read_csv', 'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table', 'usual_name',
+           'well_type_of', 'usual_columns', 'names_files', 'well_types', 'further_columns', 'is_site_table',
+           'has_plates', 'check_table', 'split_labels', 'join_labels', 'label_matrix', 'sirna_groups', 'most_frequent',
+           'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments', 'experiment_folds',
+           'wilds_split', 'real_data']
 
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
 from importlib.resources import files
@@ -538,6 +539,23 @@ def is_site_table(
     is_kaggle = {'id_code', 'experiment', 'plate', 'well'} <= set(columns) and Path(path).name in ('train.csv', 'test.csv')
     return (is_kaggle or len(set(_OFFICIAL) & set(columns)) > len(_OFFICIAL)//2) and not names_files(columns)
 
+# %% ../../nbs/01_screen.tables.ipynb #f335d642
+_PLACE = ['experiment', 'plate', 'well']
+
+def has_plates(
+    table:pd.DataFrame, # A site table
+)->bool:
+    "Return whether the images are of wells on plates; those of an atlas are of none"
+    return bool((table['well'].astype(str) != '').any())
+
+def _are_on_plates(t, where):
+    "Return whether a table has plates; raise a `ScreenError` when only some of its images are on one"
+    is_blank = t[_PLACE].astype(str) == ''
+    if is_blank.all(axis=None): return False
+    if not is_blank.any(axis=None): return True
+    row = t.index[is_blank.any(axis=1)][0] + 2
+    raise ScreenError(f'{where}, row {row}: some of experiment, plate and well are blank; fill them in, or leave all three blank in every row.')
+
 # %% ../../nbs/01_screen.tables.ipynb #858ea788
 def check_table(
     t:pd.DataFrame, # A site table
@@ -556,7 +574,7 @@ def check_table(
     if twice.any():
         raise ScreenError(f'{where} lists {plural(twice.sum(), "site")} more than once ({first_few(t.site_id[twice].unique())}): '
                           'keep one row per site.')
-    _well_names(t['well'].set_axis(range(2, len(t) + 2)), where)
+    if _are_on_plates(t, where): _well_names(t['well'].set_axis(range(2, len(t) + 2)), where)
     places = t.drop_duplicates(['well_id', 'experiment', 'plate', 'well'])
     shared = places['well_id'].duplicated(keep=False)
     if shared.any():
@@ -577,6 +595,42 @@ def check_table(
                           f'{", ".join(cell_types)}; correct it, or pack the screen and allow others with '
                           f'{option("cell_types", [*cell_types, strange[0]])}.')
     return t
+
+# %% ../../nbs/01_screen.tables.ipynb #abb990a3
+LABEL_SEPARATOR = '|'
+
+def split_labels(
+    cells, # Cells of a column, such as '0|14'; an empty one holds no label
+)->list: # A list of labels per cell, each label once
+    "Return the labels in each cell"
+    text = ['' if pd.isna(c) else str(c).strip() for c in cells]
+    known = {c: list(dict.fromkeys(o.strip() for o in c.split(LABEL_SEPARATOR))) if c else [] for c in dict.fromkeys(text)}
+    return [[*known[c]] for c in text]
+
+def join_labels(
+    labels, # Labels of one image
+)->str: # '' for none
+    "Return the cell that holds some labels"
+    return LABEL_SEPARATOR.join(map(str, labels))
+
+# %% ../../nbs/01_screen.tables.ipynb #9f658f44
+def label_matrix(
+    cells, # Cells of a column, such as '0|14'
+    labels, # [K] known labels, in order
+    ids=None, # Names of the images, for messages
+    where='the table', # Its name in messages
+)->np.ndarray: # float32 [N,K]: 1 where an image has a label
+    "Return which image has which label; a `ScreenError` for a label that is not known"
+    names, parts = list(map(str, labels)), split_labels(cells)
+    at = {o: i for i, o in enumerate(names)}
+    res = np.zeros((len(parts), len(names)), np.float32)
+    for row, mine in enumerate(parts):
+        odd = [o for o in mine if o not in at]
+        if odd:
+            who = f'row {row+2}' if ids is None else f'image {list(ids)[row]}'
+            raise ScreenError(f'{where}: {who} has the label {odd[0]!r}, which is none of {first_few(names, 20)}: correct the cell, or name that label, too.')
+        res[row, [at[o] for o in mine]] = 1
+    return res
 
 # %% ../../nbs/01_screen.tables.ipynb #cccc1f72
 def sirna_groups(

@@ -54,7 +54,7 @@ class Stage:
     wd:float=.01 # Weight decay
     pct_start:float=.25 # Of 1cycle: share of the stage in which the rate rises
     div_final:float=1e5 # Of 1cycle: highest rate divided by the last
-    published:float=None # Validation accuracy per site that its authors reached
+    published:float=None # Validation accuracy per site that its authors reached; of several labels, the macro F1
 
 # %% ../../nbs/33_train.recipes.ipynb #27e7af65
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ def _known(cls, o, what):
     if not isinstance(o.get('stages', []), (list, tuple)): raise ScreenError(f'{what} has {o["stages"]!r} as its stages: give a list.')
     return o
 
+_KEPT = ('accuracy', 'macro_f1', 'micro_f1', 'valid_loss')
+
 def _is_number(v, low=0., high=math.inf): return type(v) in (int, float) and low <= v <= high
 
 def _check_numbers_of(stage, what):
@@ -102,7 +104,7 @@ def _check_numbers_of(stage, what):
         if not _is_number(getattr(stage, k), 0, 1): raise ScreenError(f'{what} has {k}={getattr(stage, k)!r}: give a share from 0 to 1.')
     for k in ('wd', 'div_final'):
         if not _is_number(getattr(stage, k)): raise ScreenError(f'{what} has {k}={getattr(stage, k)!r}: give a number, 0 or more.')
-    if stage.keep_best not in (None, 'accuracy', 'valid_loss'): raise ScreenError(f'{what} keeps the best {stage.keep_best!r}: choose accuracy or valid_loss.')
+    if stage.keep_best not in (None, *_KEPT): raise ScreenError(f'{what} keeps the best {stage.keep_best!r}: choose {", ".join(_KEPT[:-1])} or {_KEPT[-1]}.')
 
 # %% ../../nbs/33_train.recipes.ipynb #9d46ec58
 def _check_augs(augs, what):
@@ -158,9 +160,12 @@ def _check_stage(stage, i):
 
 def _check_losses(recipe):
     "Raise where a loss does not read what the classifier of the recipe returns"
-    kind = recipe.model.get('classifier', 'cosine')
+    kind, several = recipe.model.get('classifier', 'cosine'), bool(recipe.data.get('several'))
+    if recipe.stages: check_target(loss_from_config(recipe.stages[0].loss or recipe.model.get('loss', 'adacos'), 2), several, 'the target of the recipe')
     for i, s in enumerate(recipe.stages):
-        if s.loss is not None: check_loss(loss_from_config(s.loss, 2), SimpleNamespace(kind=kind))
+        if s.loss is not None:
+            check_loss(loss_from_config(s.loss, 2), SimpleNamespace(kind=kind))
+            check_target(loss_from_config(s.loss, 2), several, 'the target of the recipe')
         alone = [c for c in s.callbacks if (c if isinstance(c, str) else c['name']) in ('irm', 'groupdro')]
         if alone and (kind == 'both' or getattr(loss_from_config(s.loss or recipe.model.get('loss', 'adacos'), 2), 'embeds', False)):
             raise ScreenError(f'Stage {i+1} of the recipe has {alone[0]!r}, which reads one classifier: leave it out, or the second part of the loss.')
