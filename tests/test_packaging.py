@@ -194,9 +194,6 @@ OTHER_NAMES = dict(umap='umap-learn', iterstrat='iterative-stratification')     
 
 def distribution(name):
     "Name on PyPI of what brings a package; most of extras that are not installed have the same name"
-
-def distribution(name):
-    "Name on PyPI of what brings a package; most of extras that are not installed have the same name"
     return canonicalize_name(BRINGS().get(name, [OTHER_NAMES.get(name, name)])[0])
 
 
