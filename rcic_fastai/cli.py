@@ -333,8 +333,16 @@ def predict(
     correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); empty: the recipe's, or none
     held_out:store_true=False, # Name the wells of the training experiments that the model held out, instead of test experiments
     neighbors:str='', # Parquet file for the neighbors, cosines and votes of each well
-    embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
-    scores:store_true=False, # Keep the score of every class beside OUT, in .scores.parquet, for rcic_ensemble
+    embeddings:str='', # Parquet file for the embeddings of the test sites (with --cells, of the cells), corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
+    scores:store_true=False, # Keep the score of every class beside OUT, in .scores.parquet, for rcic_ensemble; with --cells also of every cell
+    cells:str='', # Folder of masks, one per site and named after it, or watershed: name single cells, in OUT's .cells.parquet, and wells after them; empty: whole sites
+    cell_merge:str='mean', # Cells into wells: mean or median of their embeddings
+    cell_side:int=128, # Side of the picture around each cell, px of the site
+    cell_masked:store_true=False, # Set what is outside of the cell to 0
+    cell_border:str='drop', # Cells that the border of a picture cuts: drop or keep
+    cell_channels:str='nucleus,ER', # With --cells watershed: the nuclear stain and a stain of the whole cell
+    cell_radius:float=10., # With --cells watershed: typical radius of a nucleus, px
+    cell_partial:store_true=False, # Leave out pictures without a mask or a cell, and masks without a picture, instead of an error
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
@@ -350,6 +358,7 @@ def predict(
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
                   'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
+                  'single cells': ['cells', 'cell_merge', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
                   'run': ['wells', 'held_out', 'only_present', 'workers', 'bs']}
 
 def rcic_predict(argv=None):

@@ -32,6 +32,7 @@ from .train.distributed import *
 from .predict.predict import *
 from .predict.scores import *
 from .predict.trained import *
+from .predict.cells import *
 from .predict.plan import *
 from .results.evaluate import *
 from .embed.index import *
@@ -582,6 +583,7 @@ def _write_parts(self:CellTypeModels, parts, protocol, out, more, scores, progre
     pred, first = together(list(preds.values())), next(iter(records.values()))
     for k, path in more.items():
         if path: write_tables(path, [pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts])
+    if kwargs.get('cells'): first = {**first, 'cells_sha256': file_facts(write_tables(cells_path(out), [pd.read_parquet(cells_path(beside/f'{c}.csv')) for c in parts]))['sha256']}
     if scores: first = {**first, 'scores_sha256': file_facts(write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out)))['sha256']}
     pred.attrs['notes'] = list(dict.fromkeys(n for r in records.values() for n in r.get('notes', ())))
     write_predictions(pred, out, {**{k: v for k, v in first.items() if k != 'notes'}, 'model': str(self.folder or self.fingerprint), 'cell_types': records})
@@ -604,6 +606,7 @@ def predict(self:CellTypeModels,
     "Name the test wells of a screen, each by the model of its cell type"
     if out is None and (neighbors or embeddings or scores): raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
     if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
+    if out is not None and kwargs.get('cells'): check_cells_file(out, neighbors, embeddings)
     with ExitStack() as run:
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
