@@ -71,18 +71,32 @@ def measure_cells(
     d['area'] = np.bincount(codes.ravel(), minlength=len(d) + 1)[1:]
     return d.assign(at_border=(at[:, :2] == 0).any(1) | (at[:, 2:] == mask.shape).any(1))
 
-# %% ../../nbs/09b_screen.cells.ipynb #f5ec089a
+# %% ../../nbs/09b_screen.cells.ipynb #a9b88f5a
+def _pixel_pairs(inside, is_nucleus, brightness):
+    "Return the neighboring pixels of a foreground as (from, to, cost), of which one at most is in a nucleus; the cost is the darkness of the darker one"
+    number = np.arange(inside.size).reshape(inside.shape)
+    low, high, pairs = float(brightness.min()), float(brightness.max()), []
+    dark = (high - brightness)/max(high - low, 1e-9)
+    for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        keep = inside[a] & inside[b] & ~(is_nucleus[a] & is_nucleus[b])
+        pairs.append((number[a][keep], number[b][keep], np.maximum(dark[a], dark[b])[keep]))
+    return [np.concatenate(o) for o in zip(*pairs)]
+
 def _fill_from(nuclei, brightness, inside):
     "Return cells that grow from nuclei, brightest places first, within `inside`"
-    from scipy import ndimage as ndi
-    low, high = float(brightness.min()), float(brightness.max())
-    dark = np.round((high - brightness)/max(high - low, 1e-9)*65000)
-    cells = ndi.watershed_ift(np.where(inside, dark, 65535).astype(np.uint16), nuclei.astype(np.int32))
-    pieces, n = ndi.label(inside)
-    has_nucleus = np.zeros(n + 1, bool)
-    has_nucleus[np.unique(pieces[nuclei > 0])] = True
-    return np.where(has_nucleus[pieces] & inside, cells, 0).astype(np.int32)
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+    a, b, cost = _pixel_pairs(inside, nuclei > 0, brightness)
+    seeds, root, n = np.flatnonzero(nuclei), inside.size, inside.size + 1          # the root joins all pixels of nuclei, at no cost
+    a, b, cost = np.append(a, seeds), np.append(b, np.full(len(seeds), root)), np.append(cost + 1, np.full(len(seeds), .5))
+    tree = minimum_spanning_tree(coo_array((cost, (a, b)), (n, n)).tocsr()).tocoo()
+    keep = (tree.row != root) & (tree.col != root)
+    _, of = connected_components(coo_array((tree.data[keep], (tree.row[keep], tree.col[keep])), (n, n)), directed=False)
+    names = np.zeros(n, np.int32)
+    names[of[seeds]] = nuclei.ravel()[seeds]
+    return np.where(inside, names[of[:-1]].reshape(inside.shape), 0).astype(np.int32)
 
+# %% ../../nbs/09b_screen.cells.ipynb #f66a7cde
 def find_cells(
     nucleus:np.ndarray, # Nuclear stain [H,W], any numbers
     cytoplasm:np.ndarray, # A stain of the whole cell [H,W], such as ER
@@ -270,26 +284,32 @@ class CellSource(ImageSource):
         if not self.masked: return pixels, None
         return pixels, self.masks.of(pixels) if hasattr(self.masks, 'of') else self.masks[image_id]
 
-# %% ../../nbs/09b_screen.cells.ipynb #0013b2a1
+# %% ../../nbs/09b_screen.cells.ipynb #75d74cca
 @patch
-def _read(self:CellSource, site_id, out):
-    "Fill `out` [C,side,side] with one cell"
-    if site_id not in self._rows: raise self._unknown(site_id)
-    image, cell, top, left = self._where[site_id]
-    pixels, mask = self._recent[image]
+def _cut(self:CellSource, image, site_id, out):
+    "Fill `out` [C,side,side] with one cell of an image"
+    (pixels, mask), (_, cell, top, left) = image, self._where[site_id]
     cut_window(pixels, top, left, self.side, out)
     if mask is not None: out *= cut_window(mask, top, left, self.side) == cell
 
 @patch
+def _read(self:CellSource, site_id, out):
+    "Fill `out` [C,side,side] with one cell"
+    if site_id not in self._rows: raise self._unknown(site_id)
+    self._cut(self._recent[self._where[site_id][0]], site_id, out)
+
+@patch
 def read_into(self:CellSource, ids, buffer, threads:int=1):
     "Read cells into the first rows of `buffer`; each thread takes the cells of one site"
-    ids, arr = list(ids), np.asarray(buffer)
+    ids, arr, images = list(ids), np.asarray(buffer), {}
     if threads < 2 or len(arr) < len(ids): return ImageSource.read_into(self, ids, buffer)
-    images = {}
-    for n, i in enumerate(ids): images.setdefault(self._where.get(i, [i])[0], []).append(n)
-    def read(at):
-        for n in at: self._read(ids[n], arr[n])
-    list(_pool(threads, os.getpid()).map(read, images.values()))
+    for n, i in enumerate(ids):
+        if i not in self._rows: raise self._unknown(i)
+        images.setdefault(self._where[i][0], []).append(n)
+    def read(image, at):
+        pixels = self._recent[image]
+        for n in at: self._cut(pixels, ids[n], arr[n])
+    list(_pool(threads, os.getpid()).map(read, images, images.values()))
     return buffer
 
 # %% ../../nbs/09b_screen.cells.ipynb #482c9e58
