@@ -282,6 +282,26 @@ def test_the_command_writes_cells_beside_wells(here, model, plates, tmp_path, pr
     assert any('whole pictures' in n for n in record['notes']) == ('classifier' not in more)
 
 
+def test_a_model_of_cells_answers_from_cells(here, plates, tmp_path):
+    "Packed cells are trained on like sites, and cells are looked up among cells"
+    run(f'rcic_pack {here}/screen {tmp_path}/c.zarr --cells {here}/masks --cell-side 24 --verify')
+    packed = open_screen(tmp_path/'c.zarr')
+    assert packed.shape == (6, 24, 24) and set(packed.wells.well_id) == set(plates.wells.well_id)
+    learn = learner(screen_dls(packed.train.treatments, valid='none', bs=4, size=48))
+    m = learn.to_model(tta=1, progress=False)
+    assert m.spec_for(plates.cells(here/'masks', cell_side=12)).size == 24           # half the field, half the pixels
+    pred = m.predict(plates, cells=here/'masks', cell_side=24, tta=1, progress=False, out=tmp_path/'a.csv')
+    assert len(pred) and not any('whole pictures' in n for n in json.loads((tmp_path/'a.json').read_text())['notes'])
+    direct = m.predict(packed, tta=1, progress=False)
+    assert set(direct.id_code) == set(pred.id_code)
+
+
+def test_packing_says_what_cells_lack(here, tmp_path, capsys):
+    for options, says in (('--cell-side 24', '--cell-side 24 is of single cells'), (f'--cells {tmp_path}/no', 'There is no folder'), ('--cells watershed --cell-channels a,b', '--cell-channels a,b')):
+        run(f'rcic_pack {here}/screen {tmp_path}/c.zarr {options}', 2)
+        assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_python_and_the_command_name_the_same_cells(here, model, plates, tmp_path):
     of_python = model.predict_cells(plates, here/'masks', by='classifier', tta=1, progress=False, cell_side=24)
     run(f'rcic_predict {here}/model {here}/screen {tmp_path}/a.csv --tta 1 --by classifier --cells {here}/masks --cell-side 24')
