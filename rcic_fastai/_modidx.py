@@ -1004,6 +1004,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder.CellTypeModels.predict': ( 'folder.html#celltypemodels.predict',
                                                                                    'rcic_fastai/folder.py'),
+                                    'rcic_fastai.folder.CellTypeModels.predict_cells': ( 'folder.html#celltypemodels.predict_cells',
+                                                                                         'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder.TrainedModel.held_out': ( 'folder.html#trainedmodel.held_out',
                                                                                   'rcic_fastai/folder.py'),
                                     'rcic_fastai.folder.TrainedModel.save': ('folder.html#trainedmodel.save', 'rcic_fastai/folder.py'),

@@ -616,6 +616,16 @@ def predict(self:CellTypeModels,
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
 
 @patch
+@delegates(TrainedModel.predict_cells, but=['screen', 'cells'])
+def predict_cells(self:CellTypeModels,
+    screen, # A `Screen` with test experiments, or where one is
+    cells, # Folder of masks, one per site, or 'watershed'
+    **kwargs
+)->pd.DataFrame: # One row per cell
+    "Name the single cells of the test wells, each by the model of its cell type"
+    return pd.concat([m.predict_cells(s, cells, **kwargs) for m, s in self.parts(screen).values()], ignore_index=True)
+
+@patch
 @delegates(plan_prediction, but=['model', 'screen', 'protocol'])
 def evaluate(self:CellTypeModels,
     screen, # A `Screen` with labeled test experiments, or where one is

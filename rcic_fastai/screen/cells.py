@@ -337,7 +337,7 @@ def cell_side(
     "Return the side of the pictures of a source of cells"
     return getattr(source if isinstance(source, CellSource) else getattr(source, 'origin', None), 'side', None)
 
-# %% ../../nbs/09b_screen.cells.ipynb #9b3c8f51
+# %% ../../nbs/09b_screen.cells.ipynb #f6254cc5
 def open_masks(
     screen:Screen, # Whole sites
     masks, # Folder of masks, or 'watershed'
@@ -359,11 +359,12 @@ def cell_screen(
     cell_radius:float=10., # For the watershed: typical radius of a nucleus, px
     cell_partial:bool=False, # Leave out pictures without a mask or a cell, and masks without a picture, instead of an error
     known=None, # All sites that a mask may be of; `None`: those of the screen's source
-    progress:bool=False, # Show a progress bar
+    progress:bool=None, # Show a progress bar; `None`: for more than 200 sites
 )->tuple: # (`Screen` with one row per cell, sentences about what was left out)
     "Cut the cells of a screen"
     if not 8 <= cell_side <= 4096: raise ScreenError(f'{option("cell_side", cell_side)} is not possible: give 8 to 4096 pixels.')
     found = open_masks(screen, masks, cell_channels, cell_radius, known)
+    if progress is None: progress = len(screen) > 200
     table, notes = cell_table(screen.table, found, cell_border, cell_partial, progress)
     return Screen(table, CellSource(screen.source, found, table, cell_side, cell_masked), screen.name), notes
 
