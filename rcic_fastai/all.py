@@ -25,6 +25,7 @@ from .screen.pattern import read_pattern
 from .screen.download import download_rxrx1
 from .screen.open import describe_screen, open_screen
 from .screen.look import count_wells
+from .screen.cells import find_cells
 from .batch.site import (SiteBatch, TensorSite, TensorWell, channel_colors, gray_panels, plot_channels,
     plot_top_losses, rgb_3d, rgb_composite, show_batch, show_results, small_figures)
 from .batch.augment import (CLAHE, ChannelJitter, FoldSites, IntToFloat, NormalizeGlobal, NormalizeGroup,
@@ -61,6 +62,7 @@ from .embed.index import EmbeddingIndex, merge_wells
 from .embed.plots import group_styles, legend_below, principal_plane, scatter_groups, show_correction
 from .embed.correct import (CORRECTIONS, TVN, CenterScale, Correction, Harmony, Sphering, Standardize, correct,
     corrected_index, load_correction, save_correction)
+from .embed.cells import merge_cells
 from .embed.metrics import (average_precision, batch_predictability, energy_distance, perturbation_magnitude,
     replicate_consistency, retrieval_map)
 from .embed.choose import choose_correction
@@ -77,6 +79,7 @@ from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_s
     site_gallery, training_curve)
 from .results.report import report_screen
 from .results.explore import explore
+from .results.submission import cell_map, submission_rows, write_submission
 from .folder import load_model, model_card, read_config
 from .workflow import run_demo, screen_summary, train_screen
 

@@ -175,6 +175,16 @@ def _roles(s):
         res.setdefault(kind, []).append(name)
     return res
 
+_SAID = ('cell_type', 'split', 'dataset', 'root', 'plate_wells', 'wells', 'experiment', 'empty', 'pattern', 'layout', 'partial')
+
+def _meaning(o):
+    "Return what was said about the meaning of a source, as arguments of `open_screen`, from the options of `pack`"
+    lists = {k: as_names(o[k]) for k in ('test', 'cell_types')}
+    pairs = dict(channels=_channels(o['channels']), columns=_mapping(o['columns'], 'columns'), controls=_roles(o['controls']), replace=_mapping(o['replace'], 'replace'))
+    planes = dict(z=_plane(o['z']), t=_plane(o['t']), acquisition=o['acquisition'] if o['acquisition'] >= 0 else None)
+    given = {**pairs, **lists, **planes, **{k: o[k] for k in _SAID}}
+    return {k: v for k, v in given.items() if v or v == 0 and k in planes}
+
 # %% ../nbs/72_cli.ipynb #60bed445
 def simulate(
     dest, # Folder to write: metadata.csv and images/; must not exist yet
@@ -244,27 +254,37 @@ def pack(
     empty:str='', # For OME-Zarr plates: chunks that are absent are an error, or fill: read as the array's fill value
     partial:store_true=False, # For OME-Zarr plates and --pattern: leave out wells without a picture, and with --pattern those that the layout lacks; on plates these have no perturbation
     acquisition:int=-1, # For OME-Zarr plates that were imaged several times: the number of the acquisition to read; -1: all
+    cells:str='', # Folder of masks, one per site and named after it, or watershed: pack single cells, a picture each; empty: whole sites
+    cell_side:int=128, # Side of the picture around each cell, px of the site
+    cell_masked:store_true=False, # Set what is outside of the cell to 0
+    cell_border:str='drop', # Cells that the border of a picture cuts: drop or keep
+    cell_channels:str='nucleus,ER', # With --cells watershed: the nuclear stain and a stain of the whole cell
+    cell_radius:float=10., # With --cells watershed: typical radius of a nucleus, px
+    cell_partial:store_true=False, # Leave out pictures without a mask or a cell, and masks without a picture, instead of an error
     workers:int=0, # Threads; 0: one per core
 ):
     "Pack a screen; interrupted, the same command continues"
+    options = dict(locals())
+    from rcic_fastai.screen.cells import CELL_OPTIONS, check_cell_options
     from rcic_fastai.screen.open import describe_screen, open_screen
     from rcic_fastai.screen.pack import is_store, pack_screen, verify_store
     from rcic_fastai.workflow import folder_bytes, screen_summary
+    of_cells = {k: options[k] for k in CELL_OPTIONS}
     check_numbers(workers=workers)
-    given = dict(channels=_channels(channels), columns=_mapping(columns, 'columns'), controls=_roles(controls), test=as_names(test),
-                 cell_type=cell_type, cell_types=as_names(cell_types), split=split, dataset=dataset, z=_plane(z), t=_plane(t),
-                 root=root, replace=_mapping(replace, 'replace'), plate_wells=plate_wells, wells=wells, experiment=experiment, empty=empty,
-                 pattern=pattern, layout=layout, partial=partial, acquisition=acquisition if acquisition >= 0 else None)
-    start, given = time.time(), {k: v for k, v in given.items() if v or v == 0 and k in ('z', 't', 'acquisition')}
+    check_cell_options(cells, **of_cells)
+    start, given = time.time(), _meaning(options)
     if dry_run: return print(describe_screen(screen, only_present, **given))
     packed = open_screen(screen, only_present, **given)
+    if cells: packed = packed.cells(cells, **of_cells)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
         sites = f'{len(packed)} sites of {"×".join(map(str, packed.shape))}'
         print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
     if verify: print(f'{dest}: {verify_store(dest, packed, workers or None)} sites are the same as in {screen}')
 
+# %% ../nbs/72_cli.ipynb #06681e4c
 pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'split', 'dataset', 'wells', 'experiment'],
+               'single cells': ['cells', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
                'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'plate_wells', 'empty', 'partial', 'only_present']}
 
 def rcic_pack(argv=None):
@@ -337,8 +357,16 @@ def predict(
     correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); auto: the one that finds labels best across training experiments; or no; empty: the recipe's, or no
     held_out:store_true=False, # Name the wells of the training experiments that the model held out, instead of test experiments
     neighbors:str='', # Parquet file for the neighbors, cosines and votes of each well
-    embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
-    scores:store_true=False, # Keep the score of every class beside OUT, in .scores.parquet, for rcic_ensemble
+    embeddings:str='', # Parquet file for the embeddings of the test sites (with --cells, of the cells), corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
+    scores:store_true=False, # Keep the score of every class beside OUT, in .scores.parquet, for rcic_ensemble; with --cells also of every cell
+    cells:str='', # Folder of masks, one per site and named after it, or watershed: name single cells, in OUT's .cells.parquet, and wells after them; empty: whole sites
+    cell_merge:str='mean', # Cells into wells: mean or median of their embeddings
+    cell_side:int=128, # Side of the picture around each cell, px of the site
+    cell_masked:store_true=False, # Set what is outside of the cell to 0
+    cell_border:str='drop', # Cells that the border of a picture cuts: drop or keep
+    cell_channels:str='nucleus,ER', # With --cells watershed: the nuclear stain and a stain of the whole cell
+    cell_radius:float=10., # With --cells watershed: typical radius of a nucleus, px
+    cell_partial:store_true=False, # Leave out pictures without a mask or a cell, and masks without a picture, instead of an error
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
@@ -358,6 +386,7 @@ def _of_what(pred):
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
                   'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
+                  'single cells': ['cells', 'cell_merge', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
                   'run': ['wells', 'held_out', 'only_present', 'workers', 'bs']}
 
 def rcic_predict(argv=None):

@@ -33,6 +33,7 @@ from .predict.predict import *
 from .predict.scores import *
 from .predict.trained import *
 from .predict.profiles import *
+from .predict.cells import *
 from .predict.plan import *
 from .results.evaluate import *
 from .embed.index import *
@@ -619,6 +620,7 @@ def _write_parts(self:CellTypeModels, parts, protocol, out, more, scores, progre
     pred, first = together(list(preds.values())), next(iter(records.values()))
     for k, path in more.items():
         if path: write_tables(path, [pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts])
+    if kwargs.get('cells'): first = {**first, 'cells_sha256': file_facts(write_tables(cells_path(out), [pd.read_parquet(cells_path(beside/f'{c}.csv')) for c in parts]))['sha256']}
     if scores: first = {**first, 'scores_sha256': file_facts(write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out)))['sha256']}
     pred.attrs['notes'] = list(dict.fromkeys(n for r in records.values() for n in r.get('notes', ())))
     write_predictions(pred, out, {**{k: v for k, v in first.items() if k != 'notes'}, 'model': str(self.folder or self.fingerprint), 'cell_types': records})
@@ -641,6 +643,7 @@ def predict(self:CellTypeModels,
     "Name the test wells of a screen, each by the model of its cell type"
     if out is None and (neighbors or embeddings or scores): raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
     if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
+    if out is not None and kwargs.get('cells'): check_cells_file(out, neighbors, embeddings)
     with ExitStack() as run:
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
@@ -648,6 +651,16 @@ def predict(self:CellTypeModels,
             for m, s in parts.values(): plan_prediction(m, s, protocol, **kwargs)        # what is impossible is said first
         if out is not None: return self._write_parts(parts, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
+
+@patch
+@delegates(TrainedModel.predict_cells, but=['screen', 'cells'])
+def predict_cells(self:CellTypeModels,
+    screen, # A `Screen` with test experiments, or where one is
+    cells, # Folder of masks, one per site, or 'watershed'
+    **kwargs
+)->pd.DataFrame: # One row per cell
+    "Name the single cells of the test wells, each by the model of its cell type"
+    return pd.concat([m.predict_cells(s, cells, **kwargs) for m, s in self.parts(screen).values()], ignore_index=True)
 
 @patch
 @delegates(plan_prediction, but=['model', 'screen', 'protocol'])

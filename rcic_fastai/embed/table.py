@@ -110,6 +110,7 @@ def _well_protocols(meta, wells):
 def merge_sites(
     df:pd.DataFrame,   # embeddings table with one row per site
     how:str='mean',    # `mean` or `median` of the unit vectors of a well's sites
+    unit:bool=True,    # unit vectors; `False`: the numbers as they are, such as class scores
 )->pd.DataFrame:       # embeddings table with one row per well, unit vectors, wells in order of first appearance
     "Average the sites of each well into one unit vector."
     if how not in ('mean', 'median'): raise ScreenError(f"how={how!r} is unknown: use 'mean' or 'median'.")
@@ -118,12 +119,12 @@ def merge_sites(
     if meta.well_id.isna().any():
         raise ScreenError(f'Row {int(np.flatnonzero(meta.well_id.isna())[0])} of the table has no well_id: fill it in.')
     _check_alike(meta)
-    x = pd.DataFrame(unit_rows(emb_features(df)))
+    x = pd.DataFrame(unit_rows(emb_features(df)) if unit else emb_features(df))
     merged = x.groupby(meta.well_id.to_numpy(), sort=False).agg(how)
     first = meta.drop_duplicates('well_id').drop(columns=['site_id', 'site'], errors='ignore')
     if 'protocol' in first: first = first.assign(protocol=_well_protocols(meta, first))
     n = meta.well_id.map(meta.well_id.value_counts())[first.index]
-    return make_emb_table(first.assign(n_sites=n), unit_rows(merged.to_numpy()))
+    return make_emb_table(first.assign(n_sites=n), unit_rows(merged.to_numpy()) if unit else merged.to_numpy())
 
 # %% ../../nbs/40_embed.table.ipynb #5bd99ba6
 def _toy_layout(rng, n_sirnas, plates):

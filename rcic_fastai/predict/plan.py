@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WELLS', 'ADAPT', 'ADAPT_FROM', 'TELL', 'BY', 'prediction_rows', 'with_groups', 'PredictionPlan', 'other_wells',
-           'plan_prediction', 'nameable', 'check_outputs', 'check_searches', 'told_plan', 'score_plan', 'embed_plan']
+           'plan_prediction', 'nameable', 'check_outputs', 'check_cells_file', 'check_searches', 'told_plan',
+           'score_plan', 'embed_plan']
 
 # %% ../../nbs/54_predict.plan.ipynb #cd9dcb31
 import sys
@@ -17,8 +18,9 @@ from ..core import *
 from ..screen.tables import *
 from ..screen.screen import *
 from ..screen.open import *
+from ..screen.cells import *
 from ..batch.augment import PUBLISHED_AUGS
-from ..batch.data import control_plates_note
+from ..batch.data import ScreenSpec, control_plates_note
 from ..model.batchnorm import *
 from ..train.distributed import *
 from ..embed.protocol import *
@@ -27,9 +29,11 @@ from ..embed.embed import *
 from ..embed.index import *
 from ..embed.correct import corrected_index
 from ..embed.choose import choose_correction
+from ..embed.cells import *
 from .predict import *
 from .scores import *
 from .classifier import *
+from .cells import *
 from .trained import *
 
 # %% ../../nbs/54_predict.plan.ipynb #084e98b1
@@ -242,11 +246,14 @@ class PredictionPlan:
     labels:dict=field(default_factory=dict) # Of several labels: their `thresholds`, and whether there may be `no_label`
     told:EmbeddingIndex=None # Searched in a second pass, in which the model is given the plate groups that the first found
     first:pd.DataFrame=None # Of a second pass: what the first answered
+    spec:ScreenSpec=None # How pictures become batches
+    cell_merge:str='' # Of single cells: mean or median of the cells of a well; empty: the pictures are sites
 
+    def _cells(self): return f'{plural(len(self.screen), "cell")} of ' if self.cell_merge else ''
     def __repr__(self):
         adapt = f', BatchNorm statistics of each {self.options.adapt}' if self.options.adapt else ''
         correct = f', {self.record["correct"]}' if self.correction else ''
-        return (f'PredictionPlan: {self.protocol}, {self.screen.table.well_id.nunique()} wells of {first_few(self.screen.experiments)}'
+        return (f'PredictionPlan: {self.protocol}, {self._cells()}{self.screen.table.well_id.nunique()} wells of {first_few(self.screen.experiments)}'
                 f'{adapt}{correct}, {self.options.tta} views, index of {len(self.index)}')
 
 # %% ../../nbs/54_predict.plan.ipynb #2058c06b
@@ -312,10 +319,52 @@ def _check_search(protocol, vote, merge, by, assign, bs, **numbers):
     check_choice('merge', merge, ('best', 'mean'))
     if bs < 1: raise ScreenError(f'{option("bs", bs)} is not possible: give 1 or more.')
 
+def _check_request(model, protocol, c, given):
+    "Raise for choices that the model or the protocol does not allow"
+    check_cell_options(given['cells'], **{k: given[k] for k in CELL_OPTIONS})
+    _check_cell_merge(given['cells'], given['cell_merge'])
+    _check_search(protocol, c['vote'], c['merge'], c['by'], c['assign'], given['bs'], k=c['k'], workers=given['workers'])
+    check_tta(c['tta'], c['views'])
+    if protocol == 'inductive' and model.spec.per_group:
+        raise ScreenError(f'The model normalizes by {model.spec.norm}, which uses pictures of the test batch: ask for {option("protocol", "adapted")} or transductive.')
+    _check_tell(model, protocol, c['tell'], c['by'])
+    if c['by'] == 'classifier': _check_classifier(model, c['correct'], c['same_cell_type'], given['vote'], given['k'])
+
 def _adapting_kinds(index, adapt_from):
     "Return the kinds of wells that BatchNorm statistics are taken of"
     if adapt_from == 'controls': return {'negative_control', 'positive_control'}
     return set(index.labels.get('well_type', ['treatment']))
+
+# %% ../../nbs/54_predict.plan.ipynb #55dcdff3
+_AMONG_SITES = ('The index holds whole pictures, and cells are looked up in it: a cell does not look like its site, so compare with {by}, '
+                'which shows cells to what learned from sites, or train on cells.')
+
+def _check_cell_merge(cells, cell_merge):
+    "Raise for a way of merging cells that is not known, or given without cells"
+    check_choice('cell_merge', cell_merge, ('mean', 'median'))
+    if cell_merge != 'mean' and not cells: raise ScreenError(f'{option("cell_merge", cell_merge)} is of single cells: say where their masks are with {option("cells")}, or leave it out.')
+
+def _among_sites(cells, index):
+    "Return a note where cells are looked up among whole pictures"
+    is_odd = cells and not isinstance(index, ClassifierIndex) and 'image_id' not in index.labels
+    return [_AMONG_SITES.format(by=option('by', 'classifier'))] if is_odd else []
+
+def _cut_cells(
+    whole, # The screen, with all sites that masks may be of
+    screen, # The sites to cut
+    cells, # Folder of masks, or 'watershed'
+    **how # Options of `cell_screen`
+):
+    "Return the screen of the cells, and sentences about what was left out and wells that have no cell"
+    cut, notes = cell_screen(screen, cells, known=whole.source.site_ids, **how)
+    lost = sorted(set(screen.table.well_id) - set(cut.table.well_id))
+    if lost: notes.append(f'{len(lost)} of {screen.table.well_id.nunique()} wells have no cell left and no answer ({first_few(lost, 3)})')
+    return cut, [f'{n}.' for n in notes]
+
+def _pictures(model, whole, wells, only_present, cells, of_cells):
+    "Return the sites that a prediction reads, or their cells, and sentences about what was left out"
+    sites = whole[prediction_rows(whole.table, wells)].complete(only_present or model.config.get('only_present', False))
+    return _cut_cells(whole, sites, cells, **of_cells) if cells else (sites, [])
 
 # %% ../../nbs/54_predict.plan.ipynb #925755f1
 def plan_prediction(
@@ -335,47 +384,53 @@ def plan_prediction(
     adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or no; auto: of the experiment unless inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
     correct:str='', # Correction of the embeddings per experiment: standardize, center, sphere or tvn, or no; auto: the one that finds labels best across training experiments; empty: the recipe's, or no
+    cells:str='', # Folder of masks, one per site, or watershed: name single cells, and wells after them; empty: whole sites
+    cell_merge:str='mean', # Cells into wells: mean or median of their embeddings
+    cell_side:int=128, # Side of the picture around each cell, px of the site
+    cell_masked:bool=False, # Set what is outside of the cell to 0
+    cell_border:str='drop', # Cells that the border of a picture cuts: drop or keep
+    cell_channels:str='nucleus,ER', # For the watershed: the nuclear stain and a stain of the whole cell
+    cell_radius:float=10., # For the watershed: typical radius of a nucleus, px
+    cell_partial:bool=False, # Leave out pictures without a mask or a cell, and masks without a picture, instead of an error
     only_present:bool=False, # Leave out sites whose files are absent
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
 )->PredictionPlan:
-    "Decide everything about a prediction; a `ScreenError` for what is impossible, before an image is read"
+    "Decide everything about a prediction; a `ScreenError` for what is impossible, before an image is read (but for the masks of cells)"
+    given = dict(locals())
     Protocol(protocol)
     _check_spelling(tell=tell, adapt=adapt, correct=correct, assign=assign)
-    given = dict(tta=tta, views=views, by=by, vote=vote, k=k, merge=merge, same_cell_type=same_cell_type, assign=assign, tell=tell, adapt=adapt, correct=correct)
+    of_cells, asked = {k: given[k] for k in CELL_OPTIONS}, {k: given[k] for k in _OPEN}
     if model.spec.several: _check_batches(model, protocol)
-    c = (_label_choices if model.spec.several else _decided)(model, protocol, given)
-    _check_search(protocol, c['vote'], c['merge'], c['by'], c['assign'], bs, k=c['k'], workers=workers)
-    check_tta(c['tta'], c['views'])
-    spec, correct = model.spec, c['correct']
-    if protocol == 'inductive' and spec.per_group:
-        raise ScreenError(f'The model normalizes by {spec.norm}, which uses pictures of the test batch: ask for {option("protocol", "adapted")} or transductive.')
-    _check_tell(model, protocol, c['tell'], c['by'])
-    if c['by'] == 'classifier': _check_classifier(model, correct, c['same_cell_type'], vote, k)
+    c = (_label_choices if model.spec.several else _decided)(model, protocol, asked)
+    _check_request(model, protocol, c, given)
+    correct = c['correct']
     how = _adaptation(model, protocol, c['adapt'], adapt_from, correct)
     correct, chosen = _chosen_correction(model, how, correct, wells)
     index, correction = _index_for(model, how, protocol, correct, wells, c['by'])
     if how and bs < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
     kinds = _adapting_kinds(index, adapt_from)
-    needs_controls = spec.per_group or how and kinds != {'treatment'}
+    needs_controls = model.spec.per_group or how and kinds != {'treatment'}
     whole = open_screen(screen, check=False)
-    everything = whole[prediction_rows(whole.table, 'all' if needs_controls else wells)].complete(only_present or model.config.get('only_present', False))
-    rows, only_notes = _without_others(model, prediction_rows(everything.table, wells, spec.target))
+    everything, left_out = _pictures(model, whole, 'all' if needs_controls else wells, only_present, cells, of_cells)
+    rows, only_notes = _without_others(model, prediction_rows(everything.table, wells, model.spec.target))
     asked = everything[rows]
+    spec = model.spec_for(asked)
     _check_correctable(asked.table, correct)
     check_protocol_allows(protocol, model.protocols(asked.table, how), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
     adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
     options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_recipe_augs(model) if c['views'] == 'random' else None, output='probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
                            bs=bs, num_workers=workers, trained=tuple(model.trained))
-    notes = chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
+    notes = left_out + _among_sites(cells, index) + chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
     all_notes = notes + adaptation_notes(spec, asked.table, how, adapt_rows)
     record = dict(model=str(model.folder or model.fingerprint), screen=str(everything.name), **{**c, 'adapt': how}, adapt_from=adapt_from, wells=wells,
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=all_notes, versions=library_versions())
+    if cells: record.update(cells=str(cells), cell_merge=cell_merge, n_cells=len(asked), **of_cells)
     record['correct'] = index.labels.correction.iloc[0] if correction else None
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
     told = _told_index(model, c['by'], how, correct) if c['tell'] != 'no' else None
     labels = dict(thresholds=list(model.thresholds), no_label=spec.no_label) if spec.several else {}
-    return PredictionPlan(Protocol(protocol), asked, index, options, correction, search, tuple(notes), {**record, **labels}, labels, told)
+    return PredictionPlan(Protocol(protocol), asked, index, options, correction, search, tuple(notes), {**record, **labels}, labels, told, spec=spec, cell_merge=cell_merge if cells else '')
 
 # %% ../../nbs/54_predict.plan.ipynb #7f14aab8
 def nameable(
@@ -412,6 +467,16 @@ def check_outputs(
         if other: raise ScreenError(f'{f} would be written twice, as {k} and as {other}: give each its own name.')
         if k in map(option, more): _check_parquet(k, f)
     check_beside(out)
+
+def check_cells_file(
+    out, # CSV to write
+    *more # Other files to write; empty: none
+):
+    "Raise when the answers of cells would be written over another file"
+    path = cells_path(out)
+    if any(f and Path(f).resolve() == path.resolve() for f in more): raise ScreenError(f'{path} is where the answers of the cells are written: give the other file another name.')
+    if path.is_dir(): raise ScreenError(f'{path} is a folder: name another {option("out")}.')
+    _check_parquet('it', path)
 
 def check_searches(
     plan:PredictionPlan, # Any plan
@@ -455,32 +520,55 @@ def score_plan(
     res.attrs.update(plan.labels)
     return res
 
+# %% ../../nbs/54_predict.plan.ipynb #d6737126
+def _wells_of_plan(plan, table):
+    "Return embeddings as they are searched: those of cells merged into wells, and corrected"
+    if plan.cell_merge: table = merge_cells(table, plan.cell_merge, unit=plan.options.output == 'embedding')
+    return plan.correction(table) if plan.correction else table
+
+def _named_cells(plan, tables, scores=False):
+    "Yield the answers of single cells, table by table"
+    search = {k: v for k, v in plan.search.items() if k in ('vote', 'k', 'restrict_cell_type')}
+    for t in nameable(map(plan.correction, tables) if plan.correction else tables, plan.index): yield name_cells(t, plan.index, scores=scores, **search)
+
+# %% ../../nbs/54_predict.plan.ipynb #71c24284
+def _as_embedded(model, plan, progress):
+    "Return the embeddings of the sites, or of the single cells, of a plan in memory"
+    emb = embed_screen(model.model, plan.spec, plan.screen, **_options(plan, progress))
+    emb.attrs['model'] = model.fingerprint
+    return emb
+
+def _to_name(plan, emb):
+    "Return what a plan searches of its embeddings: that of wells which can be named"
+    wells = _wells_of_plan(plan, emb)
+    wells.attrs['model'] = emb.attrs['model']
+    tables = list(nameable([wells], plan.index))
+    if not tables: raise ScreenError('There is no well to name: the model learned no control wells, and the screen has no treatment among its test wells.')
+    return tables[0]
+
 def embed_plan(
     model:TrainedModel, # The model of the plan
     plan:PredictionPlan, # Any plan
     progress:bool=True, # Show a progress bar
-)->pd.DataFrame: # Embeddings table of the sites that can be named, corrected if the plan says so
+)->pd.DataFrame: # Embeddings table of the sites that can be named (of single cells: of their wells), corrected if the plan says so
     "Embed the sites of a plan in memory, as it treats them"
-    emb = embed_screen(model.model, model.spec, plan.screen, **_options(plan, progress))
-    if plan.correction: emb = plan.correction(emb)
-    emb.attrs['model'] = model.fingerprint
-    tables = list(nameable([emb], plan.index))
-    if not tables: raise ScreenError('There is no well to name: the model learned no control wells, and the screen has no treatment among its test wells.')
-    return tables[0]
+    return _to_name(plan, _as_embedded(model, plan, progress))
 
 def _answer(model, plan, progress):
-    "Name the wells of a plan in memory: predictions and neighbors"
-    emb = embed_plan(model, plan, progress)
-    if plan.labels: return name_labels(score_plan(plan, emb)), None
-    pred, near = predict_wells(emb, plan.index, plan.protocol, **plan.search)
-    return (_as_found(pred, plan), near) if plan.told is None else _answer(model, told_plan(plan, pred), progress)
+    "Name the wells of a plan in memory: predictions, neighbors, the embeddings, and the plan of the last pass"
+    emb = _as_embedded(model, plan, progress)
+    wells = _to_name(plan, emb)
+    if plan.labels: return name_labels(score_plan(plan, wells)), None, emb, plan
+    pred, near = predict_wells(wells, plan.index, plan.protocol, **plan.search)
+    return (_as_found(pred, plan), near, emb, plan) if plan.told is None else _answer(model, told_plan(plan, pred), progress)
 
 # %% ../../nbs/54_predict.plan.ipynb #c256ff34
 def _first_pass(model, plan, out, progress):
     "Return the plan of the second pass, after the first has found the plate groups"
-    parts, pred = embed_parts(f'{out}.first.part', model.model, model.spec, plan.screen, **_options(plan, progress)), None
+    parts, pred = embed_parts(f'{out}.first.part', model.model, plan.spec, plan.screen, **_options(plan, progress)), None
     with all_agree():
-        if not rank_world()[0]: pred = predict_tables(nameable(parts.experiments(), plan.index), plan.index, plan.protocol, **plan.search)
+        tables = (_wells_of_plan(plan, t) for t in parts.experiments())
+        if not rank_world()[0]: pred = predict_tables(nameable(tables, plan.index), plan.index, plan.protocol, **plan.search)
     return told_plan(plan, from_first(pred))
 
 def _label_answers(plan, tables):
@@ -497,16 +585,17 @@ def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
         pred = _write_answer(model, _first_pass(model, plan, out, progress), out, neighbors, embeddings, scores, progress)
         if not rank_world()[0]: PARTS_FOLDER.remove(f'{out}.first.part')
         return pred
-    parts = embed_parts(f'{out}.part', model.model, model.spec, plan.screen, **_options(plan, progress))
+    parts = embed_parts(f'{out}.part', model.model, plan.spec, plan.screen, **_options(plan, progress))
     if rank_world()[0]: return
-    def tables(): return map(plan.correction, parts.experiments()) if plan.correction else parts.experiments()
+    def tables(): return (_wells_of_plan(plan, t) for t in parts.experiments())
     if plan.labels: pred, scores = _label_answers(plan, tables()), True
     else: pred = _as_found(predict_tables(nameable(tables(), plan.index), plan.index, plan.protocol, neighbors=neighbors, **plan.search), plan)
-    if embeddings: write_tables(embeddings, tables() if plan.correction else parts)
+    if embeddings: write_tables(embeddings, map(plan.correction, parts.experiments()) if plan.correction else parts)
     made = {}
+    if plan.cell_merge: made['cells_sha256'] = file_facts(write_tables(cells_path(out), _named_cells(plan, parts.experiments(), scores)))['sha256']
     if scores: made['scores_sha256'] = file_facts(write_scores((score_plan(plan, t) for t in nameable(tables(), plan.index)), scores_path(out)))['sha256']
     write_predictions(pred, out, {**plan.record, **made})
-    for f in (out, info_path(out), top_path(out), scores_path(out), neighbors, embeddings):
+    for f in (out, info_path(out), top_path(out), scores_path(out), cells_path(out), neighbors, embeddings):
         if f and Path(f).is_file(): sync_path(f)
     parts.remove()
     return pred
@@ -519,15 +608,16 @@ def predict(self:TrainedModel,
     protocol:str='inductive', # inductive, adapted or transductive
     out=None, # CSV to write, such as test.csv; test.json beside it records how, test.top.csv has the five best; `None`: no file
     neighbors:str='', # With `out`: parquet file for the neighbors, cosines and votes of each well
-    embeddings:str='', # With `out`: parquet file for the embeddings of the test sites, corrected if asked
-    scores:bool=False, # With `out`: keep the score of every class in test.scores.parquet, for `ensemble_files`
+    embeddings:str='', # With `out`: parquet file for the embeddings of the test sites (or cells), corrected if asked
+    scores:bool=False, # With `out`: keep the score of every class in test.scores.parquet, for `ensemble_files`, and in test.cells.parquet
     progress:bool=True, # Show a progress bar
     **kwargs
 )->pd.DataFrame: # One row per well: id_code, label, score, margin, votes, protocol, …; of several processes only the first has it
-    "Name the test wells of a screen; interrupted with `out`, the same call continues"
+    "Name the test wells of a screen; interrupted with `out`, the same call continues; with `cells`, test.cells.parquet has the answers of single cells"
     if out is None and (neighbors or embeddings or scores):
         raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, or call .neighbors, .embed or .class_scores.')
     if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
+    if out is not None and kwargs.get('cells'): check_cells_file(out, neighbors, embeddings)
     with ExitStack() as run:
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
@@ -550,5 +640,22 @@ def neighbors(self:TrainedModel,
     "Return the nearest training sites of every test site"
     plan = plan_prediction(self, screen, protocol, **kwargs)
     check_searches(plan)
-    pred, near = _answer(self, plan, progress)
+    pred, near, *_ = _answer(self, plan, progress)
     return near.merge(pred[['id_code', 'votes', 'protocol']], on='id_code')
+
+# %% ../../nbs/54_predict.plan.ipynb #8fc99d0c
+@patch
+@delegates(plan_prediction, but=['model', 'screen', 'cells', 'protocol'])
+def predict_cells(self:TrainedModel,
+    screen, # A `Screen` with test experiments, or where one is
+    cells, # Folder of masks, one per site, or 'watershed'
+    protocol:str='inductive', # inductive, adapted or transductive
+    scores:bool=False, # Keep the score of every class, in columns `score:CLASS`
+    progress:bool=True, # Show a progress bar
+    **kwargs
+)->pd.DataFrame: # One row per cell: id_code, image_id, well_id, cell, its place, label, score, margin, runner_up, protocol
+    "Name the single cells of the test wells of a screen"
+    plan = plan_prediction(self, screen, protocol, cells=cells, **kwargs)
+    for n in plan.notes: print(f'note: {n}', file=sys.stderr)
+    *_, emb, plan = _answer(self, plan, progress)
+    return pd.concat(_named_cells(plan, [emb], scores), ignore_index=True)

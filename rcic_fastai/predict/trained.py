@@ -10,13 +10,14 @@ __all__ = ['INDUCTIVE_MASK', 'MODEL_LICENSE', 'OWN_FACTS', 'index_rows', 'remove
 # %% ../../nbs/53_predict.trained.ipynb #9dc5e702
 import io, platform
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
 from ..screen.images import *
 from ..screen.screen import *
 from ..screen.pack import picture_notes
+from ..screen.cells import cell_side
 from ..batch.data import *
 from ..model.model import *
 from ..model.batchnorm import *
@@ -291,6 +292,18 @@ def to_model(self:Learner,
     history = getattr(self, 'history', pd.DataFrame(columns=['stage', 'epoch']))
     return TrainedModel(model, self.dls.spec, parts[0], config, *parts[1:], history=history)
 
+# %% ../../nbs/53_predict.trained.ipynb #3bae8892
+@patch
+def spec_for(self:TrainedModel,
+    screen:Screen, # Sites or cells
+)->ScreenSpec: # That of the model; for cells with the `size` at which they are as large as in training
+    "Return how the pictures of a screen become batches"
+    spec, side, then = self.spec, cell_side(screen.source), self.config['data'].get('side')
+    if side is None: return spec
+    if spec.sites > 1: raise ScreenError(f'The model reads {spec.sites} sites of a well at once, so it cannot be shown one cell: train with {option("sites", 1)}.')
+    if not spec.size or not then: return spec
+    return replace(spec, size=max(16, round(spec.size*side/then)))
+
 # %% ../../nbs/53_predict.trained.ipynb #1e463b43
 @patch
 @delegates(embed_screen, but=['model', 'spec', 'screen'])
@@ -300,7 +313,7 @@ def embed(self:TrainedModel,
 )->pd.DataFrame: # `Metadata_…` columns and float32 `emb_0000`…; `.attrs['model']` is the fingerprint
     "Return the embeddings of a screen"
     for n in unknown_notes(self.spec, screen.table, kwargs.get('mask', INDUCTIVE_MASK)): warnings.warn(n, stacklevel=2)
-    emb = embed_screen(self.model, self.spec, screen, **{'trained': self.trained, **kwargs})
+    emb = embed_screen(self.model, self.spec_for(screen), screen, **{'trained': self.trained, **kwargs})
     emb.attrs['model'] = self.fingerprint
     return emb
 
@@ -315,7 +328,7 @@ def _earlier_notes(model, trained, rows):
 def _size_notes(data, spec, source):
     "Report images of another side, which the model sees as they are"
     now, then = source.shape[-1], data.get('side')
-    if spec.size or not then or now == then: return []
+    if spec.size or not then or now == then or cell_side(source): return []
     return [f'The pictures are {now} px wide and the model was trained on {then}: if they are of the same field, cells look '
             f'{now/then:.2g} times as large to it; scale them to {then} px, or train with {option("size", then)}.']
 
