@@ -12,7 +12,7 @@ import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/72_cli.ipynb #f4863b1e
-import contextlib, inspect, re, sys, time
+import contextlib, inspect, re, sys, time, warnings
 from typing import Annotated
 from fastcore.script import anno_parser, store_true
 from .core import *
@@ -129,7 +129,8 @@ def run_command(
     by_position = [a.dest for a in parser._actions if not a.option_strings]
     others = {c: _options(f) for c, f in _commands().items() if f is not func}
     out, err = _OwnLines(sys.stdout if _is_first() else open(os.devnull, 'w')), _OwnLines(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), as_command(by_position, _options(func), others):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), as_command(by_position, _options(func), others), warnings.catch_warnings():
+        if not sys.warnoptions: warnings.simplefilter('ignore', FutureWarning)      # what other packages will change is nothing that a user can mend
         try: return _called(func, args, prog, err)
         finally: out.end()
 
@@ -223,11 +224,11 @@ def pack(
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
     dry_run:store_true=False, # Print what the screen is taken for and what is missing, and write nothing
-    pattern:str='', # For files whose names say what they show: where, in quotes, such as '{plate}_{well}_s{site}_w{channel}.tif'; or a known one: imagexpress, phenix, cellvoyager, cell-painting-gallery or rxrx1
+    pattern:str='', # For files whose names say what they show: where, in quotes, such as '{plate}_{well}_s{site}_w{channel}.tif'; or a known one: imagexpress, phenix, operetta, cellvoyager, cell-painting-gallery or rxrx1
     layout:str='', # For --pattern: CSV with what is in each well, or in each well of each plate
     channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=2; empty: all
     columns:str='', # For a table of files or of wells: what its columns are, such as experiment=Batch,plate=Barcode,sirna=treatment; dataset= for no such column
-    controls:str='', # For a table of files or of wells: perturbations that are controls, such as DMSO=negative_control; =negative_control for wells whose cell is empty
+    controls:str='', # For a table of files or of wells: perturbations that are controls, such as DMSO=negative_control; =negative_control for wells whose cell is empty (--controls of rcic_train is a switch: to learn them too)
     test:str='', # Experiments to mark as test, with commas
     cell_type:str='', # Cell type of rows that name none
     cell_types:str='', # For RxRx1's folder: the cell types that are allowed, with commas; empty: RxRx1's four
@@ -282,13 +283,17 @@ def train(
     fold:int=0, # The fold that is held out, from 1
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
-    target:str='sirna', # Column of the site table to predict
-    controls:store_true=False, # Train on control wells too (on RxRx1 1139 classes instead of 1108)
+    target:str='sirna', # Column of the site table to predict, or two as a pair, such as compound+dose
+    controls:store_true=False, # Train on control wells too (on RxRx1 1139 classes instead of 1108); which wells these are, --controls of rcic_pack has said
     only_present:store_true=False, # Leave out sites whose files are absent
     sites:int=0, # Sites per sample, 1 or 2; 0: 1, or the recipe's
     norm:str='', # own, plate, experiment, global or none; empty: own, or the recipe's
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
+    experiments:str='', # Training experiments to learn from and to hold out, EXP,EXP; empty: all
+    test:str='', # Experiments that are neither learned from nor held out, besides those that are marked as test
     bs:int=0, # Batch size; 0: 32, or the recipe's
+    epochs:int=0, # In all stages together, shared as the recipe shares them; 0: the recipe's
+    lr:float=0., # Highest learning rate of any stage, the others in proportion; 0: the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
     pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
@@ -297,6 +302,7 @@ def train(
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:store_true=False, # Compile the model for a GPU, in some minutes
     resident:store_true=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
+    device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:store_true=False, # Continue from the last finished epoch of the same command, in OUT.checkpoints
 ):
@@ -305,8 +311,8 @@ def train(
     from rcic_fastai.workflow import train_screen
     train_screen(**given)
 
-train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'valid', 'folds', 'fold', 'target', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'workers', 'resume']}
+train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'experiments', 'test', 'valid', 'folds', 'fold', 'target', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
+                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'device', 'workers', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"
@@ -318,6 +324,7 @@ def predict(
     screen, # A screen with test experiments: packed, or a folder
     out, # CSV to write, such as test.csv: id_code and the predicted label; test.json beside it records how, test.top.csv has the five best
     protocol:str='inductive', # inductive: nothing of the test batch is used; adapted: its unlabeled pictures (AdaBN, plate statistics, --correct); transductive: plate groups and one-to-one assignment
+    experiments:str='', # Experiments to predict, EXP,EXP, none of which the model learned; empty: those that are marked as test
     wells:str='treatment', # Wells to embed: treatment, or all for the controls too (named only if the model learned them)
     tta:int=0, # Views per site, 1 to 8; 0: as the model's recipe says, or 8
     views:str='', # dihedral, or random: as in training; empty: the recipe's, or dihedral
@@ -336,21 +343,23 @@ def predict(
     embeddings:str='', # Parquet file for the embeddings of the test sites, corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
     scores:store_true=False, # Keep the score of every class beside OUT, in .scores.parquet, for rcic_ensemble
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
+    device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
 ):
     "Name the test wells of a screen; interrupted, the same command continues"
-    given = {k: v for k, v in locals().items() if k not in ('model', 'held_out')}
+    given = {k: v for k, v in locals().items() if k not in ('model', 'held_out', 'device')}
     from rcic_fastai.folder import load_model
-    from rcic_fastai.train.distributed import all_agree, rank_device
-    with all_agree(): opened = load_model(model, rank_device())
-    if held_out: given['screen'] = opened.held_out(screen)
-    pred = opened.predict(**given)
-    if pred is not None: print(f'{out}: {len(pred)} wells of {pred.experiment.nunique()} experiments, protocol {protocol}')
+    from rcic_fastai.train.distributed import all_agree, on_device
+    with on_device(device) as at:
+        with all_agree(): opened = load_model(model, at)
+        if held_out: given['screen'] = opened.held_out(screen)
+        pred = opened.predict(**given)
+    if pred is not None: print(f'{out}: {plural(len(pred), "well")} of {plural(pred.experiment.nunique(), "experiment")}, protocol {protocol}')
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
                   'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
-                  'run': ['wells', 'held_out', 'only_present', 'workers', 'bs']}
+                  'run': ['experiments', 'wells', 'held_out', 'only_present', 'device', 'workers', 'bs']}
 
 def rcic_predict(argv=None):
     "Run the console script"

@@ -280,7 +280,7 @@ def _check_files(folder, config):
     check_file(folder/'index.json', files['index.json'], 2**22)
     inner = read_json(folder/'index.json', 2**22).get('files')
     if inner != {n: files[n] for n in INDEX_FILES}: raise not_the_file(folder/'index.json')
-    known = (*MODEL_FILES, 'config.json', 'README.md')
+    known = (*MODEL_FILES, 'config.json', 'README.md', 'history.png')
     stray = _quote(first_few(sorted(n for n in os.listdir(folder) if n not in known and not n.startswith('.')), 3))
     if stray != "''": warnings.warn(f'{folder} also holds {stray}, which is no part of the model and is not read.', stacklevel=3)
 
@@ -375,7 +375,7 @@ def new_folder(
     return path
 
 # %% ../nbs/70_folder.ipynb #45b05f52
-MODEL_FOLDER = OwnFolder('unfinished model', *MODEL_FILES, 'config.json', 'README.md')
+MODEL_FOLDER = OwnFolder('unfinished model', *MODEL_FILES, 'config.json', 'README.md', 'history.png')
 
 def _write_part(model, folder):
     "Write the model folder beside its final place, and check it"
@@ -483,8 +483,7 @@ def held_out(self:TrainedModel,
     rows = screen.table[screen.table.experiment.astype(str).isin(names)]
     absent = sorted(set(names) - set(rows.experiment.astype(str)))
     if absent: raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: give the screen that it was trained on.')
-    if 'plate_group' in rows: rows = rows.assign(plate_group=pd.array([pd.NA]*len(rows), dtype='Int64'))      # often derived from the labels
-    return screen[rows.assign(dataset='test')]
+    return screen[as_test(rows)]
 
 # %% ../nbs/70_folder.ipynb #c8ab8617
 class CellTypeModels:
@@ -604,10 +603,11 @@ def predict(self:CellTypeModels,
     "Name the test wells of a screen, each by the model of its cell type"
     if out is None and (neighbors or embeddings or scores): raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
     if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
+    experiments = kwargs.pop('experiments', '')
     with ExitStack() as run:
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
-            parts = self.parts(screen)
+            parts = self.parts(asked_experiments(self.models.values(), screen, experiments))
             for m, s in parts.values(): plan_prediction(m, s, protocol, **kwargs)        # what is impossible is said first
         if out is not None: return self._write_parts(parts, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])

@@ -84,13 +84,15 @@ def ExperimentSplitter(
 # %% ../../nbs/13_batch.data.ipynb #86408b2c
 def labeled_rows(
     table:pd.DataFrame, # Site table
-    target:str='sirna', # Column to predict
-    controls:bool=None, # With control wells (1139 classes) or without (1108); `None`: with, unless the target is `sirna`
+    target:str='sirna', # Column to predict, or several, such as compound+dose
+    controls:bool=None, # With control wells (1139 classes) or without (1108); `None`: with, unless the target names perturbations
 )->pd.DataFrame: # Rows to train on or to hold out: of `dataset` train or val, and with a label
     "Return the rows that can be trained on"
-    if target not in table:
-        raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(table.columns)}.')
-    if controls is None: controls = target != 'sirna'
+    table = with_target(table, target)
+    if controls is None: controls = not names_perturbations(target)
+    if len(table) and (table.dataset == 'test').all():
+        raise ScreenError(f'Every experiment of the screen is a test ({first_few(table.experiment.unique())}), so there is nothing to train on: '
+                          f'leave some out of {option("test")}.')
     is_labeled = table.dataset.isin(('train', 'val')) & table[target].notna()
     rows = table[is_labeled & (controls | (table.well_type == 'treatment'))]
     if len(rows): return rows
@@ -341,7 +343,7 @@ def _training_spec(rows, train, source, target, vocabs, norm_stats=None, **kwarg
 def screen_dls(
     screen, # A `Screen`
     valid='auto', # Held-out experiments: names, 'A,B', 'auto' or 'none'
-    target:str='sirna', # Column to predict
+    target:str='sirna', # Column to predict, or several, such as compound+dose
     controls:bool=None, # Train on control wells too; see `labeled_rows`
     sites:int=1, # 1: a sample is a site; 2: a well of two sites
     size:int=None, # Side that the model sees, pixels; `None`: as stored
@@ -362,9 +364,10 @@ def screen_dls(
 )->ScreenLoaders: # with `.spec` (a `ScreenSpec`) and `.rebuild(**changes)`
     "Return training and validation batches of a screen, split by experiment"
     args = dict(locals())
+    if target not in screen.table: screen = screen[with_target(screen.table, target)]
     table, source, more = screen.table, screen.source, _after_ours(item_tfms, batch_tfms)
     rows = labeled_rows(table, target, controls)
-    note = '' if controls or target != 'sirna' else control_plates_note(table[table.dataset.isin(('train', 'val'))])
+    note = '' if controls or not names_perturbations(target) else control_plates_note(table[table.dataset.isin(('train', 'val'))])
     if note: print(f'note: {note}')
     train, held = split_experiments(rows, valid)
     check_id_test(table, rows, sites)

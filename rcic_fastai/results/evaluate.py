@@ -43,12 +43,16 @@ def _check_names(names, table, target):
                       'the two name their classes differently; evaluate with the tables the model was trained on.')
 
 # %% ../../nbs/60_results.evaluate.ipynb #506a981b
+def _with_target(table, target):
+    "Return the table with the column of a pair, such as compound+dose; a table that has none is left as it is"
+    return with_target(table, target) if '+' in target else table
+
 def _check_columns(pred, table, target):
     "Check that there are predictions of `target`, and a table that knows it"
     if not len(pred): raise ScreenError('There are no predictions: predict some wells first.')
     if target not in pred:
         raise ScreenError(f'The predictions have no column {target}: they have {first_few(pred.columns)}.')
-    if target not in table:
+    if target not in table:      # `with_target` made it where it can be
         raise ScreenError(f'The table has no column {target}, so {target} cannot be evaluated with it: '
                           'give the labeled table.')
 
@@ -80,6 +84,7 @@ def right_wrong(
     "Return the predictions beside the truth"
     key, what = ('site_id', 'site') if sites else ('well_id', 'well')
     target = target or pred.attrs.get('target', 'sirna')
+    table = _with_target(table, target)
     _check_columns(pred, table, target)
     rows = _labeled_rows(pred, table, target, key, what)
     out = pd.DataFrame(dict(id_code=pred['id_code'].to_numpy(), predicted=pred[target].astype(str).to_numpy(),
@@ -115,7 +120,7 @@ def _expected(table, pred_wells, target):
 def _asked(r, target):
     "Return the rows that count: no control wells beside treatments, which have an accuracy of their own"
     is_treated = (r.well_type == 'treatment').to_numpy()
-    has_both = target in ('sirna', 'sirna_id') and is_treated.any()
+    has_both = (names_perturbations(target) or target == 'sirna_id') and is_treated.any()
     return r[is_treated].reset_index(drop=True) if has_both else r
 
 # %% ../../nbs/60_results.evaluate.ipynb #472e68bf
@@ -152,6 +157,7 @@ def evaluate(
     if len(protocols) > 1:
         raise ScreenError(f'The predictions mix the protocols {first_few(protocols)}: evaluate each on its own.')
     target = target or pred.attrs.get('target', 'sirna')
+    table = _with_target(table, target)
     every = right_wrong(pred, table, target)
     absent = _expected(table, every.id_code, target)
     if absent and not partial:
@@ -390,10 +396,17 @@ def _held_out_note(res):
     return (f'wells of training experiments are judged ({first_few(res["held_out"], 4)}): that is an accuracy for new experiments '
             'only if the model did not train on them.')
 
+def _interval_note(r):
+    "Return why there is no interval, where the wells are of one experiment"
+    names = r.experiment.unique()
+    if len(names) > 1: return None
+    return (f'the wells are of one experiment ({names[0]}), and how much accuracy differs between experiments cannot be known from one: '
+            'there is no interval; predict two or more experiments for one.')
+
 def _column_rows(r, s, res, table, k, n_top, how):
     "Return the rows of one prediction (counts, accuracies, chance), and notes on what could not be measured"
     n_exp, has_candidates = r.experiment.nunique(), n_top >= min(k, res['n_classes'])
-    rows, notes = [*_count_rows(r, res), *_accuracies(r, 'well accuracy', res['chance'], how)], [o for o in [_reach_note(res, r), _held_out_note(res)] if o]
+    rows, notes = [*_count_rows(r, res), *_accuracies(r, 'well accuracy', res['chance'], how)], [o for o in [_reach_note(res, r), _held_out_note(res), _interval_note(r)] if o]
     if has_candidates:
         top = r.assign(top=r['rank'].le(k).fillna(False).astype(bool))
         rows += _accuracies(top, f'top-{k} accuracy', min(k/res['n_classes'], 1), how, 'top')
@@ -443,7 +456,7 @@ class ScreenResult:
 
     def _foot(self):
         said = 'Intervals: {level:.0%}, percentile bootstrap over experiments, {n_boot} draws, seed {seed}.'
-        return [said.format(**self.how), *self.notes]
+        return [*([said.format(**self.how)] if self.rows.low.notna().any() else []), *self.notes]
 
     def __repr__(self): return self.to_text()
     def _repr_html_(self): return self.table().to_html() + ''.join(f'<p>{html_text(o)}</p>' for o in self._foot())
@@ -515,6 +528,7 @@ def evaluate_screen(
     for n, p in named.items():
         res = evaluate(p, table, target, partial)
         target_, protocol = res['target'], res['protocol']
+        table = _with_target(table, target_)
         r = right_wrong(p, table, target_)
         s = _asked(_site_rows(site[n], r, table, target_, protocol, n, partial), target_) if n in site else None
         mine, said = _column_rows(_asked(r, target_), s, res, table, k, len(_candidates(p, target_)), draws)

@@ -22,7 +22,7 @@ from fastprogress.fastprogress import progress_bar
 from ..core import (OwnFolder, ScreenError, check_choice, check_unchanged, first_few, n_cores, only_one,
                               open_plain, option, parse_json, read_plain, sha256, write_atomic, write_json)
 from .tables import check_table, read_metadata, read_parquet
-from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns
+from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns, unfit_sites
 
 # %% ../../nbs/04_screen.pack.ipynb #d1ff0001
 def _differences(site):
@@ -256,7 +256,7 @@ def _pack_rows(source, part, ids, codec, workers, progress, done):
 
 # %% ../../nbs/04_screen.pack.ipynb #4093355c
 def _check_packable(source, table):
-    "Raise a `ScreenError` for what would fail half-way: a bad table, sites that are not in the source, absent files"
+    "Raise a `ScreenError` for what would fail half-way: a bad table, sites that are not in the source, absent files, files of another kind"
     check_table(table)
     strange = [i for i in table.site_id if i not in source]
     if strange: raise source._unknown(strange[0])
@@ -265,6 +265,7 @@ def _check_packable(source, table):
     if len(absent):
         raise ScreenError(f'{len(absent)} of {len(table)} sites lack channel files ({first_few(absent.file)}): restore '
                           f'them, or leave those sites out with {option("only_present", True)}.')
+    if why := unfit_sites(source, table.site_id): raise ScreenError(why)
 
 # %% ../../nbs/04_screen.pack.ipynb #32929567
 def _crc32c(path):
@@ -481,7 +482,7 @@ def picture_notes(
     if is_empty.any():
         names = wells[is_empty].unique()
         notes.append(f'{len(names)} of {wells.nunique()} wells are black or constant in every channel ({first_few(names, 5)}){of}: nothing in them '
-                     'tells what they hold; look at their pictures, or take them out of the table.')
+                     'tells what they hold; look at their pictures, or leave those wells out.')
     rest = list(_kind_counts(kinds[~is_empty]))
     if rest: notes.append(f'Some pictures cannot be right{of}: {first_few(rest, 6)}.')
     return notes

@@ -749,7 +749,7 @@ def _read_wells(wells, columns=None, controls=None, need=('plate', 'well')):
     if found['well_type'] or controls: w['well_type'] = _types(d, w, found, controls, where)
     if 'dataset' in w: w['dataset'] = w.dataset.map(lambda o: DATASET_NAMES.get(o.lower(), o), na_action='ignore')
     own = [c for k in SITE_COLUMNS for c in (found[k][:1] if k == 'well_type' else found[k])]
-    more = further_columns(d, [*own, *_FIELD], [*SITE_COLUMNS, *_FIELD])
+    more = further_columns(d, [*own, *_FIELD], [*SITE_COLUMNS, *_FIELD], where)
     return pd.concat([w, more], axis=1).reset_index(drop=True), where
 
 def _types(d, w, found, controls, where):
