@@ -194,7 +194,7 @@ def simulate(
     start = time.time()
     t = simulate_screen(dest, as_names(experiments), sirnas=sirnas, size=size, sites=sites, plates=plates, controls=controls,
                         seed=seed, test=as_names(test) or None, n_workers=workers or None, progress=True)
-    print(f'{dest}: {len(t)} sites of 6×{size}×{size}, {t.experiment.nunique()} experiments, {sirnas} siRNAs, in {time.time()-start:.0f} s')
+    print(f'{dest}: {plural(len(t), "site")} of 6×{size}×{size}, {plural(t.experiment.nunique(), "experiment")}, {sirnas} siRNAs, in {time.time()-start:.0f} s')
 
 def rcic_simulate(argv=None):
     "Run the console script"
@@ -259,9 +259,9 @@ def pack(
     packed = open_screen(screen, only_present, **given)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
-        sites = f'{len(packed)} sites of {"×".join(map(str, packed.shape))}'
+        sites = f'{plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}'
         print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
-    if verify: print(f'{dest}: {verify_store(dest, packed, workers or None)} sites are the same as in {screen}')
+    if verify: print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} the same as in {screen}')
 
 pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'dataset', 'wells', 'experiment'],
                'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'plate_wells', 'empty', 'partial', 'only_present']}
@@ -426,7 +426,7 @@ def ensemble(
     try: numbers = [float(w) for w in as_names(weights)] or None
     except ValueError: raise ScreenError(f'{option("weights", weights)} is not understood: write numbers with commas, such as 1,2.') from None
     pred = ensemble_files(out, *members, weights=numbers)
-    print(f'{out}: {len(pred)} wells, {len(members)} predictions averaged, protocol {pred.protocol.iloc[0]}')
+    print(f'{out}: {plural(len(pred), "well")}, {plural(len(members), "prediction")} averaged, protocol {pred.protocol.iloc[0]}')
 
 def rcic_ensemble(argv=None):
     "Run the console script"

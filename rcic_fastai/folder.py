@@ -97,7 +97,7 @@ library_name: rcic_fastai
 license: other
 tags: [microscopy, high-content-screening, cell-painting, batch-effects]
 ---
-# {markdown_text(m["arch"])}: {len(s["channels"])} channels to {k} classes of {markdown_text(s["target"])}
+# {markdown_text(m["arch"])}: {plural(len(s["channels"]), "channel")} to {k} classes of {markdown_text(s["target"])}
 
 A model of [rcic_fastai](https://github.com/rcic-fastai/rcic_fastai): fluorescence pictures in;
 cosines with {k} classes and embeddings of {m["emb_dim"]} numbers out.

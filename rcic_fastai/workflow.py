@@ -360,7 +360,7 @@ def _train_model(args, recipe, begin=None):
         model.folder = model.save(out)
         save_curve(model.history, out)
         remove_unfinished(out)
-        print(f'{out}: model, index of {len(index.labels)} embeddings, history')
+        print(f'{out}: model, index of {plural(len(index.labels), "embedding")}, history')
         return model
 
 # %% ../nbs/71_workflow.ipynb #0f078d65
@@ -629,7 +629,7 @@ def _demo(out, force, seed):
     DEMO_FOLDER.make(out)
     _step('simulating a screen', start)
     table = simulate_screen(out/'screen', **DEMO, seed=seed, progress=True)
-    print(f'{out/"screen"}: {len(table)} sites')
+    print(f'{out/"screen"}: {plural(len(table), "site")}')
     _step('packing it', start)
     screen = open_screen(pack_screen(open_screen(out/'screen'), out/'screen.zarr'))
     print(screen_summary(screen))

@@ -24,8 +24,8 @@ def test_options_are_those_of_the_function(command, function):
 
 def test_predict_has_the_options_of_the_model():
     mine, theirs = parameters(cli.predict), {**parameters(plan.plan_prediction), **parameters(TrainedModel.predict)}
-    assert {*mine} - {"model", "held_out"} == {*theirs} - {'self', 'progress', 'model'}
-    assert all(mine[k] == theirs[k] for k in mine if k not in ("model", "screen", "out", "held_out"))
+    assert {*mine} - {"model", "held_out", "device"} == {*theirs} - {'self', 'progress', 'model'}
+    assert all(mine[k] == theirs[k] for k in mine if k not in ("model", "screen", "out", "held_out", "device"))
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_help_is_quick_and_shows_every_option(name):

@@ -170,8 +170,8 @@ def __repr__(self:ScreenSpec):
     norm = self.norm
     if self.per_group: norm += ' (from control wells)' if self.norm_from == 'controls' else ' (from all wells)'
     if self.clahe: norm += ', equalized'
-    return (f'ScreenSpec: {len(self.labels)} classes of {self.target} ({first_few(self.labels, 3)}), {sample}\n'
-            f'  {len(self.channels)} channels ({first_few(self.channels)}), {self.bits} bits, size {size}, norm {norm}')
+    return (f'ScreenSpec: {plural(len(self.labels), "class", "classes")} of {self.target} ({first_few(self.labels, 3)}), {sample}\n'
+            f'  {plural(len(self.channels), "channel")} ({first_few(self.channels)}), {self.bits} bits, size {size}, norm {norm}')
 
 # %% ../../nbs/13_batch.data.ipynb #90b3ba9a
 class GroupCategorize(MetadataCategorize):
@@ -403,8 +403,8 @@ def spec_source(
     "Return a source with the channels of a model, by name; a `ScreenError` when it lacks some, or has other bits"
     have, want = list(source.channels), list(spec.channels)
     if lacks := [c for c in want if c not in have]:
-        raise ScreenError(f'The model was trained on {len(want)} channels ({", ".join(want)}) and the screen lacks {first_few(lacks)} '
-                          f'(it has {", ".join(have)}): give it images of those {len(want)} channels, under the same names.')
+        raise ScreenError(f'The model was trained on {plural(len(want), "channel")} ({", ".join(want)}) and the screen lacks {first_few(lacks)} '
+                          f'(it has {", ".join(have)}): give it images of those {plural(len(want), "channel")}, under the same names.')
     if source.dtype.itemsize*8 != spec.bits:
         raise ScreenError(f'The model was trained on {spec.bits}-bit images and the screen has '
                           f'{source.dtype.itemsize*8}-bit ones: convert them, or train on this screen.')

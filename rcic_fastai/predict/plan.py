@@ -219,7 +219,7 @@ class PredictionPlan:
     def __repr__(self):
         adapt = f', BatchNorm statistics of each {self.options.adapt}' if self.options.adapt else ''
         correct = f', {self.record["correct"]}' if self.correction else ''
-        return (f'PredictionPlan: {self.protocol}, {self.screen.table.well_id.nunique()} wells of {first_few(self.screen.experiments)}'
+        return (f'PredictionPlan: {self.protocol}, {plural(self.screen.table.well_id.nunique(), "well")} of {first_few(self.screen.experiments)}'
                 f'{adapt}{correct}, {self.options.tta} views, index of {len(self.index)}')
 
 # %% ../../nbs/54_predict.plan.ipynb #2058c06b
@@ -241,7 +241,7 @@ def _only_notes(model, rows):
     notes = []
     for column, value in ((model.config.get('recipe') or {}).get('only') or {}).items():
         others = rows if column not in rows else rows[~(rows[column].astype(object).map(str, na_action='ignore') == str(value))]
-        if len(others): notes.append(f'The model was trained on wells with {column} {value} only: of {others.well_id.nunique()} wells that are others, or of which it is not known, it can hardly be right.')
+        if len(others): notes.append(f'The model was trained on wells with {column} {value} only: of {plural(others.well_id.nunique(), "well")} that are others, or of which it is not known, it can hardly be right.')
     return notes
 
 def _recipe_augs(model):

@@ -205,7 +205,7 @@ def _say_shared(known, index):
     if 'experiment' not in index.labels or 'experiment' not in known: return
     same = known.experiment.isin(index.labels.experiment.unique()) & known.experiment.notna()
     if same.any():
-        warnings.warn(f'{same.sum()} of {len(known)} embeddings to name are of experiments that the index holds too ({first_few(sorted(known.experiment[same].unique()), 3)}): '
+        warnings.warn(f'{same.sum()} of {plural(len(known), "embedding")} to name are of experiments that the index holds too ({first_few(sorted(known.experiment[same].unique()), 3)}): '
                       'how often they are named rightly says nothing of experiments never seen.', stacklevel=3)
 
 # %% ../../nbs/51_predict.predict.ipynb #c70732d5

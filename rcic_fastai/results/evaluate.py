@@ -143,7 +143,7 @@ def _reach_note(res, r):
     n, names = res['n_never_learned'], res['never_learned']
     among = r.right[~r.truth.isin(names)]
     right = f'; of the {len(among)} others, {among.mean():.3f} are right' if len(among) else ''
-    return (f'{n} of {res["n_wells"]} wells hold {len(names)} labels that the model never learned ({first_few(names, 5)}), so it cannot name them and no '
+    return (f'{n} of {res["n_wells"]} wells hold {plural(len(names), "label")} that the model never learned ({first_few(names, 5)}), so it cannot name them and no '
             f'accuracy is above {res["ceiling"]:.3f}{right}. Chance is over the {res["n_classes"]} labels that it can name.')
 
 def evaluate(
@@ -161,7 +161,7 @@ def evaluate(
     every = right_wrong(pred, table, target)
     absent = _expected(table, every.id_code, target)
     if absent and not partial:
-        raise ScreenError(f'{len(absent)} test wells are not predicted ({first_few(absent)}): '
+        raise ScreenError(f'{plural(len(absent), "test well is", "test wells are")} not predicted ({first_few(absent)}): '
                           'predict them, or allow a partial evaluation.')
     r = _asked(every, target)
     by_exp = r.groupby('experiment').right.mean()
@@ -299,7 +299,7 @@ def _named(given, what, names=None):
         given = _joined(given)
         names = _protocol_names(given)
     if listed and len(given) != len(names):
-        raise ScreenError(f'There are {len(given)} {what} for {len(names)} predictions: '
+        raise ScreenError(f'There are {len(given)} {what} for {plural(len(names), "prediction")}: '
                           f'give one each, or a dict by column ({first_few(names)}).')
     lost = [] if listed or names is None else [n for n in given if n not in names]
     if lost:
@@ -317,10 +317,10 @@ def _site_rows(pred, r, table, target, protocol, name, partial):
     well = table.drop_duplicates('site_id').set_index('site_id').well_id[s.id_code]
     lost, extra = set(r.id_code) - set(well), set(well) - set(r.id_code)
     if extra:
-        raise ScreenError(f'The site predictions of {name!r} name sites of {len(extra)} wells that are not predicted '
+        raise ScreenError(f'The site predictions of {name!r} name sites of {plural(len(extra), "well")} that are not predicted '
                           f'({first_few(sorted(extra), 3)}): give sites and wells of the same prediction.')
     if lost and not partial:
-        raise ScreenError(f'{len(lost)} predicted wells of {name!r} have no site prediction '
+        raise ScreenError(f'{plural(len(lost), "predicted well")} of {name!r} have no site prediction '
                           f'({first_few(sorted(lost), 3)}): predict their sites, or allow a partial evaluation.')
     return s
 
@@ -333,7 +333,7 @@ def _labeled_wells(emb, table, target, experiments):
     wells = table.drop_duplicates('well_id').set_index('well_id')
     strange = ~m.well_id.isin(wells.index)
     if strange.any():
-        raise ScreenError(f'{strange.sum()} embedded rows are of wells that are not in the screen '
+        raise ScreenError(f'{plural(strange.sum(), "embedded row is", "embedded rows are")} of wells that are not in the screen '
                           f'({first_few(m.well_id[strange].unique(), 3)}): '
                           'evaluate with the table they were embedded from.')
     e = merge_sites(emb)

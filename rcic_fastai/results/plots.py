@@ -30,7 +30,7 @@ def plate_array(
     "Return values as an array of the plate: mean of numbers, most frequent of anything else"
     s = table[values] if isinstance(values, str) else pd.Series(to_np(values) if isinstance(values, Tensor) else values)
     if len(s) != len(table):
-        raise ScreenError(f'plate_map got {len(s)} values for {len(table)} rows: give one value per row.')
+        raise ScreenError(f'plate_map got {len(s)} values for {plural(len(table), "row")}: give one value per row.')
     number = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s)
     s = pd.Series(s.astype(float).values if number else s.values, index=table.well.values)
     g = s.dropna().groupby(level=0, sort=True)
@@ -184,7 +184,7 @@ def layout_map(
     fig, axs = _picture_grid(len(plates), min(2, len(plates)), 1.75)
     for ax, plate in zip(axs, plates):
         mine = wells[wells['plate'] == plate]
-        plate_map(mine, 'well_type', f'plate {short_text(plate, 12)}: {len(mine)} wells', ctx=ax, colors=_WELL_COLORS)
+        plate_map(mine, 'well_type', f'plate {short_text(plate, 12)}: {plural(len(mine), "well")}', ctx=ax, colors=_WELL_COLORS)
         ax.title.set_fontsize(8)
         if ax.get_legend(): ax.get_legend().remove()
     used = wells['well_type'].unique()

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import ScreenError, check_choice, first_few, option
+from ..core import ScreenError, check_choice, first_few, option, plural
 from .tables import (DATASET_NAMES, IMAGE_COLUMN, SITE_COLUMNS, USUAL_NAMES, check_table, further_columns,
                                        identifiers, read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
                                        _as_columns, _check_header, _complete_types, _integers, _well_names, _whole_numbers)
@@ -59,7 +59,7 @@ class FileSource(ImageSource):
         super().__init__(root, table, channels)
         files = np.asarray(files, object).reshape(len(table), -1)
         if files.shape[1] not in (1, len(self.channels)):
-            raise ScreenError(f'{name} has {files.shape[1]} files per site for {len(self.channels)} channels: give '
+            raise ScreenError(f'{name} has {files.shape[1]} files per site for {plural(len(self.channels), "channel")}: give '
                               'one for each channel, or one for all.')
         folders, names = zip(*[os.path.split(p) for p in files.ravel()])
         codes, unique = pd.factorize(np.array(folders, object))
@@ -253,7 +253,7 @@ def _choose(channels, have, where):
     strange = [c for c in chosen.values() if c not in have]
     if strange: raise ScreenError(f'{where} has no channel {first_few(strange)}: it has {first_few(have, 20)}.')
     if not 1 <= len(chosen) <= 16:
-        raise ScreenError(f'{where} has {len(chosen)} channels ({first_few(chosen, 20)}): choose 1 to 16 of them with '
+        raise ScreenError(f'{where} has {plural(len(chosen), "channel")} ({first_few(chosen, 20)}): choose 1 to 16 of them with '
                           f'{option("channels", ["DNA", "…"])}.')
     return chosen
 
@@ -299,7 +299,7 @@ def _local(paths, replace, where):
     if unused: raise ScreenError(f'No path in {where} begins with {first_few(unused)}: the first one is {paths[0]}.')
     if remote:
         start = '/'.join(remote[0].split('/')[:3]) + '/'
-        raise ScreenError(f'{len(remote)} of {len(paths)} files in {where} are URLs (the first: {remote[0]}), which '
+        raise ScreenError(f'{len(remote)} of {plural(len(paths), "file")} in {where} are URLs (the first: {remote[0]}), which '
                           f'are not fetched: download them and say where they are with '
                           f'{option("replace", {start: "FOLDER"})}.')
     return np.array(out, object)
@@ -378,7 +378,7 @@ def _channel_rows(t, key, names, where):
     lacks = (at < 0).any(1)
     if lacks.any():
         i = np.flatnonzero(lacks)[0]
-        raise ScreenError(f'{lacks.sum()} of {len(ids)} sites in {where} have no row for some channel ({ids[i]} has '
+        raise ScreenError(f'{lacks.sum()} of {plural(len(ids), "site")} in {where} have no row for some channel ({ids[i]} has '
                           f'none for {first_few(n for n, a in zip(names, at[i]) if a < 0)}): add the rows, leave '
                           f'those sites out, or choose {option("channels")}.')
     return ids, site, at

@@ -130,7 +130,7 @@ class ImageSource:
     def __len__(self): return len(self._rows)
     def __contains__(self, site_id): return site_id in self._rows
     def __repr__(self):
-        return f'{type(self).__name__}({str(self.root)!r}: {len(self)} sites, channels {", ".join(self.channels)})'
+        return f'{type(self).__name__}({str(self.root)!r}: {plural(len(self), "site")}, channels {", ".join(self.channels)})'
     @property
     def site_ids(self)->list: return list(self._rows)
     def missing(self)->pd.DataFrame:
@@ -190,7 +190,7 @@ def read_into(self:ImageSource,
     "Read the sites `ids` into the first rows of `buffer`, in place, and return it"
     ids, arr = list(ids), np.asarray(buffer)
     if len(arr) < len(ids) or arr.shape[1:] != self.shape or arr.dtype != self.dtype:
-        raise ScreenError(f'the buffer is {arr.dtype} {list(arr.shape)}, but {len(ids)} sites need {self.dtype} '
+        raise ScreenError(f'the buffer is {arr.dtype} {list(arr.shape)}, but {plural(len(ids), "site needs", "sites need")} {self.dtype} '
                           f'{[len(ids), *self.shape]}: allocate it from source.shape and source.dtype.')
     if threads > 1 and len(ids) > 1:
         reads = [_pool(threads, os.getpid()).submit(self._read, i, out) for i, out in zip(ids, arr)]
@@ -374,7 +374,7 @@ def only_present(
     absent = set(source.missing().site_id)
     keep = table[~table.site_id.isin(absent) & table.site_id.isin(set(source.site_ids))].reset_index(drop=True)
     if not len(keep):
-        raise ScreenError(f'none of the {len(table)} sites has all its channel files ({source!r}): '
+        raise ScreenError(f'none of the {plural(len(table), "site")} has all its channel files ({source!r}): '
                           'check the folder of the images.')
     return keep, len(table) - len(keep)
 

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from ..core import (OwnFolder, ScreenError, check_choice, check_unchanged, first_few, n_cores, only_one,
-                              open_plain, option, parse_json, read_plain, sha256, write_atomic, write_json)
+                              open_plain, option, plural, parse_json, read_plain, sha256, write_atomic, write_json)
 from .tables import check_table, read_metadata, read_parquet
 from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns, unfit_sites
 
@@ -323,7 +323,7 @@ def pack_screen(
             _name(part, dest)
     except OSError as e:
         raise ScreenError(f'{part} cannot be written ({e.strerror or e}): free some space or check the permissions, '
-                          f'then run the same again; the {len(done)} sites packed so far are kept.') from e
+                          f'then run the same again; the {plural(len(done), "site")} packed so far are kept.') from e
     return dest
 
 # %% ../../nbs/04_screen.pack.ipynb #46458f24
@@ -478,7 +478,7 @@ def picture_notes(
     kinds = _site_kinds(screen, most)
     wells = screen.table.set_index('site_id').well_id[kinds.index]
     is_empty = kinds.isin(['black', 'constant']).all(axis=1).groupby(wells.to_numpy()).transform('all').to_numpy()
-    of, notes = '' if len(kinds) == len(screen) else f' (of {len(kinds)} sites that were looked at)', []
+    of, notes = '' if len(kinds) == len(screen) else f' (of {plural(len(kinds), "site")} that were looked at)', []
     if is_empty.any():
         names = wells[is_empty].unique()
         notes.append(f'{len(names)} of {wells.nunique()} wells are black or constant in every channel ({first_few(names, 5)}){of}: nothing in them '
@@ -508,6 +508,6 @@ def verify_store(
         if what: (damaged if what == 'damaged' else changed).append(i)
     new = [] if source is None else [i for i in source.site_ids if i not in store]
     wrong = {'are damaged': damaged, 'differ from the source': changed, 'of the source are not packed': new}
-    told = [f'{len(found)} sites {what} ({first_few(sorted(found))})' for what, found in wrong.items() if found]
+    told = [f'{plural(len(found), "site")} {what} ({first_few(sorted(found))})' for what, found in wrong.items() if found]
     if told: raise ScreenError(f'{path}: {"; ".join(told)}: pack the screen again.')
     return len(ids)

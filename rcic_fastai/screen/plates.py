@@ -173,7 +173,7 @@ def _channel_names(omero, n, folder):
     do = f'correct it, or name the channels with {option("channels", ["DNA", "…"])}'
     with _sentence(f'the omero metadata of {folder} cannot be used', do):
         labels = [getattr(c, 'label', None) for c in Omero.model_validate(omero).channels]
-        if len(labels) != n: raise ValueError(f'it has {len(labels)} channels, the array {n}')
+        if len(labels) != n: raise ValueError(f'it has {plural(len(labels), "channel")}, the array {n}')
         odd = [o for o in labels if not isinstance(o, (str, type(None)))]
         if odd: raise ValueError(f'the label {odd[0]!r} is not text')
         names = tuple(o or f'c{i+1}' for i, o in enumerate(labels))

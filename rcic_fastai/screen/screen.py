@@ -65,9 +65,9 @@ def _counts(column, most=4):
 def __repr__(self:Screen):
     wells = self.wells
     pictures = '×'.join(map(str, self.shape)) + f' ({self.bits} bits)'
-    return (f'Screen {self.name}: {len(self)} sites of {pictures}, {len(wells)} wells ({_counts(wells.well_type)}), '
-            f'{len(self.experiments)} experiments ({_counts(wells.drop_duplicates("experiment").dataset)}), '
-            f'{wells.sirna[wells.well_type == "treatment"].nunique()} perturbations')
+    return (f'Screen {self.name}: {plural(len(self), "site")} of {pictures}, {plural(len(wells), "well")} ({_counts(wells.well_type)}), '
+            f'{plural(len(self.experiments), "experiment")} ({_counts(wells.drop_duplicates("experiment").dataset)}), '
+            f'{plural(wells.sirna[wells.well_type == "treatment"].nunique(), "perturbation")}')
 
 @patch(as_prop=True)
 def wells(self:Screen)->pd.DataFrame:
@@ -86,7 +86,7 @@ def __getitem__(self:Screen,
     if isinstance(rows, slice): return Screen(self.table.iloc[rows], self.source, self.name)
     rows = np.asarray(rows)
     if rows.dtype == bool and len(rows) != len(self):
-        raise ScreenError(f'The condition has {len(rows)} values and the screen {len(self)} sites: make it from screen.table.')
+        raise ScreenError(f'The condition has {len(rows)} values and the screen {plural(len(self), "site")}: make it from screen.table.')
     return Screen(self.table[rows] if rows.dtype == bool else self.table.iloc[rows], self.source, self.name)
 
 # %% ../../nbs/03b_screen.screen.ipynb #de365fad

@@ -771,7 +771,7 @@ def experiment_folds(
     "Return `k` folds of whole experiments, each cell type spread evenly over the folds"
     t = table[table.dataset.isin(('train', 'val'))]
     n = t['experiment'].nunique()
-    if not 2 <= k <= n: raise ScreenError(f'k={k} folds cannot be made of {n} training experiments: choose 2 to {n}.')
+    if not 2 <= k <= n: raise ScreenError(f'k={k} folds cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.')
     rng, fold, start = np.random.default_rng(seed), {}, 0
     for _, exps in t.groupby('cell_type')['experiment']:
         exps = rng.permutation(sorted(exps.unique()))

@@ -242,12 +242,12 @@ def page_meanings(
     last = full[-1].index + 1
     try: said, names = _says(full[0], last)
     except ValueError as e:
-        if len(full) > 1: raise ScreenError(f'{name} does not say what its {len(full)} pages are ({e}): save it again.') from None
+        if len(full) > 1: raise ScreenError(f'{name} does not say what its {plural(len(full), "page is", "pages are")} ({e}): save it again.') from None
         return None, ()
     if not isinstance(said, dict): return said and _by_order(*said, len(full), full[0].samplesperpixel, name), names
     at = [said.get(p.index) for p in full]
     if len(full) > 1 and said and None in at:
-        raise ScreenError(f'{name} says what {len(full) - at.count(None)} of its {len(full)} pages are: save it again.')
+        raise ScreenError(f'{name} says what {len(full) - at.count(None)} of its {plural(len(full), "page is", "pages are")}: save it again.')
     return None if None in at else at, names
 
 # %% ../../nbs/04b_screen.tiff.ipynb #cefaabc8
@@ -336,7 +336,7 @@ def _full_pages(tif, n, all_of_them):
 def _named_pages(tif, pages, name, asked, among):
     "Return the pages that a table names"
     have = list(islice(tif.pages, max(pages) + 1))
-    if len(have) <= max(pages): raise ScreenError(f'{name} has {len(have)} pages and no page {max(pages)} '
+    if len(have) <= max(pages): raise ScreenError(f'{name} has {plural(len(have), "page")} and no page {max(pages)} '
                                                   '(counted from 0): correct the page in the table.')
     text = have[0].description.strip()
     if asked and text.endswith('OME>'):
@@ -440,7 +440,7 @@ def _tiff_planes(f, name, n, pages, expect, header, t=None, z=None, asked=(), am
 def _png_planes(f, name, n, pages, expect, header, t=None, z=None):
     "Return the channel of an open PNG [1,H,W], or what its header says"
     if n > 1 or pages not in (None, [0]):
-        raise ScreenError(f'{name} is a PNG, which holds one channel: give a file for each of the {n} channels, or '
+        raise ScreenError(f'{name} is a PNG, which holds one channel: give a file for each of the {plural(n, "channel")}, or '
                           'TIFF stacks.')
     for axis, want in (('t', t), ('z', z)): choose_plane(axis, 1, want, name)
     w, h, bits, color = _png_header(f.read(33), name)
