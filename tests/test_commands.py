@@ -11,8 +11,8 @@ from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.recipes import RECIPES, get_recipe
 from rcic_fastai.workflow import run_demo, train_screen
 
-COMMANDS = ['simulate', 'download', 'pack', 'train', 'predict', 'evaluate', 'ensemble', 'demo']
-FUNCTIONS = dict(simulate=cli.simulate, download=cli.download, pack=cli.pack, train=cli.train, predict=cli.predict, evaluate=cli.evaluate_csv, ensemble=cli.ensemble, demo=cli.demo)
+COMMANDS = ['simulate', 'download', 'pack', 'train', 'predict', 'evaluate', 'show', 'ensemble', 'demo']
+FUNCTIONS = dict(simulate=cli.simulate, download=cli.download, pack=cli.pack, train=cli.train, predict=cli.predict, evaluate=cli.evaluate_csv, show=cli.show, ensemble=cli.ensemble, demo=cli.demo)
 
 def parameters(f): return {n: p.default for n, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD}
 

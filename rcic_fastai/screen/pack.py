@@ -507,7 +507,8 @@ def verify_store(
     for i, what in _timed_bar(_in_threads(one, ((i,) for i in ids), _workers(workers)), len(ids), progress, 'verifying'):
         if what: (damaged if what == 'damaged' else changed).append(i)
     new = [] if source is None else [i for i in source.site_ids if i not in store]
-    wrong = {'are damaged': damaged, 'differ from the source': changed, 'of the source are not packed': new}
-    told = [f'{plural(len(found), "site")} {what} ({first_few(sorted(found))})' for what, found in wrong.items() if found]
+    wrong = {('is damaged', 'are damaged'): damaged, ('differs from the source', 'differ from the source'): changed,
+             ('of the source is not packed', 'of the source are not packed'): new}
+    told = [f'{plural(len(found), "site " + one, "sites " + many)} ({first_few(sorted(found))})' for (one, many), found in wrong.items() if found]
     if told: raise ScreenError(f'{path}: {"; ".join(told)}: pack the screen again.')
     return len(ids)
