@@ -104,7 +104,7 @@ library_name: rcic_fastai
 license: other
 tags: [microscopy, high-content-screening, cell-painting, batch-effects]
 ---
-# {markdown_text(m["arch"])}: {len(s["channels"])} channels to {k} {what} of {markdown_text(s["target"])}
+# {markdown_text(m["arch"])}: {plural(len(s["channels"]), "channel")} to {k} {what} of {markdown_text(s["target"])}
 
 A model of [rcic_fastai](https://github.com/rcic-fastai/rcic_fastai): fluorescence pictures in;
 {gives} and embeddings of {m["emb_dim"]} numbers out.
@@ -288,7 +288,7 @@ def _check_files(folder, config):
     check_file(folder/'index.json', files['index.json'], 2**22)
     inner = read_json(folder/'index.json', 2**22).get('files')
     if inner != {n: files[n] for n in INDEX_FILES}: raise not_the_file(folder/'index.json')
-    known = (*MODEL_FILES, 'config.json', 'README.md')
+    known = (*MODEL_FILES, 'config.json', 'README.md', 'history.png')
     stray = _quote(first_few(sorted(n for n in os.listdir(folder) if n not in known and not n.startswith('.')), 3))
     if stray != "''": warnings.warn(f'{folder} also holds {stray}, which is no part of the model and is not read.', stacklevel=3)
 
@@ -383,7 +383,7 @@ def new_folder(
     return path
 
 # %% ../nbs/70_folder.ipynb #45b05f52
-MODEL_FOLDER = OwnFolder('unfinished model', *MODEL_FILES, 'config.json', 'README.md')
+MODEL_FOLDER = OwnFolder('unfinished model', *MODEL_FILES, 'config.json', 'README.md', 'history.png')
 
 def _write_part(model, folder):
     "Write the model folder beside its final place, and check it"
@@ -500,8 +500,7 @@ def held_out(self:TrainedModel,
     if absent: raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: give the screen that it was trained on.')
     rows = rows[~other_wells(self, rows)]
     is_of_one_group = 'plate_group' in ((self.config.get('recipe') or {}).get('only') or {})       # its wells are chosen by it
-    if 'plate_group' in rows and not is_of_one_group: rows = rows.assign(plate_group=pd.array([pd.NA]*len(rows), dtype='Int64'))      # often derived from the labels
-    return screen[rows.assign(dataset='test')]
+    return screen[as_test(rows, keep_groups=is_of_one_group)]
 
 # %% ../nbs/70_folder.ipynb #c8ab8617
 class CellTypeModels:
@@ -643,11 +642,12 @@ def predict(self:CellTypeModels,
     "Name the test wells of a screen, each by the model of its cell type"
     if out is None and (neighbors or embeddings or scores): raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
     if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
+    experiments = kwargs.pop('experiments', '')
     if out is not None and kwargs.get('cells'): check_cells_file(out, neighbors, embeddings)
     with ExitStack() as run:
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
-            parts = self.parts(screen)
+            parts = self.parts(asked_experiments(self.models.values(), screen, experiments))
             for m, s in parts.values(): plan_prediction(m, s, protocol, **kwargs)        # what is impossible is said first
         if out is not None: return self._write_parts(parts, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_rows', 'remove_unfinished', 'is_finished',
-           'try_all', 'fold_experiments', 'fold_images', 'train_screen', 'clear_demo', 'demo_report', 'demo_page',
-           'run_demo']
+           'try_all', 'fold_experiments', 'fold_images', 'training_notes', 'save_curve', 'train_screen', 'clear_demo',
+           'demo_report', 'demo_page', 'run_demo']
 
 # %% ../nbs/71_workflow.ipynb #e0280784
 import contextlib, io, json, tempfile, time
@@ -55,8 +55,9 @@ def screen_summary(
     if not has_plates(screen.table): return '\n'.join([*describe_screen(screen).split('\n')[1:], *picture_notes(screen)])
     wells = screen.wells
     def counts(column): return ', '.join(f'{n} {k}' for k, n in wells[column].value_counts(sort=False).items())
-    lines = [f'{len(wells)} wells: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; {wells.sirna.nunique()} perturbations']
-    return '\n'.join([*lines, *missing_parts(screen), *picture_notes(screen)])
+    lines = [f'{plural(len(wells), "well")}: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; '
+             f'{plural(wells.sirna[wells.well_type == "treatment"].nunique(), "perturbation")}']
+    return '\n'.join([*lines, *dose_notes(wells), *missing_parts(screen), *picture_notes(screen)])
 
 # %% ../nbs/71_workflow.ipynb #95879d22
 def folder_bytes(
@@ -74,10 +75,10 @@ def training_rows(
     sites:int=1, # Sites per sample
     several:bool=False, # Does a sample have several labels?
 )->pd.DataFrame:
-    "Return the rows whose images training reads; where siRNAs are the target, a note names plates of controls only"
+    "Return the rows whose images training reads; where perturbations are the target, a note names plates of controls only"
     able = table[table.dataset.isin(('train', 'val'))]
-    note = '' if controls or target != 'sirna' else control_plates_note(able)
     rows = labeled_rows(table, target, controls, several)
+    note = '' if controls or not names_perturbations(target) else control_plates_note(table[table.dataset.isin(('train', 'val'))])
     check_id_test(table, rows, sites)
     if norm in ('plate', 'experiment'): return able      # `screen_dls` sees those plates, and says it
     if note: print(f'note: {note}')
@@ -249,6 +250,24 @@ def _screen_to_learn(screen, recipe, given, data):
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
+# %% ../nbs/71_workflow.ipynb #8191c58d
+def training_notes(
+    table:pd.DataFrame, # Training rows of the site table
+    target:str, # What is predicted
+    held=(), # Held-out experiments that nobody asked for
+)->list: # Sentences
+    "Return what is held out and what that costs, which doses are one class, which wells have no name, and that numbers become classes"
+    wells, notes = table.drop_duplicates('well_id'), []
+    n = wells.experiment.nunique()
+    if len(held):
+        notes.append(f'{first_few(held, 6)} of {plural(n, "training experiment")} {"is" if len(held) == 1 else "are"} held out to measure accuracy while training, so '
+                     f'{n - len(held)} of {n} are learned from: {option("valid", "EXP")} holds out others, and {option("valid", "none")} learns from all and measures nothing.')
+    if names_perturbations(target):
+        notes += [f'{o}.' for o in ([] if '+' in target else dose_notes(wells)) + ([unnamed_note(wells)] if unnamed_note(wells) else [])]
+    is_number = target in wells and target not in SITE_COLUMNS and pd.api.types.is_numeric_dtype(wells[target])
+    if is_number: notes.append(f'{target} holds numbers, and this is a classifier: its {plural(wells[target].nunique(), "value")} are classes without an order, and no value between them can be named.')
+    return notes
+
 # %% ../nbs/71_workflow.ipynb #cb504de1
 def _data_of(begin):
     "Return how pictures become batches of a trained model: arguments of `screen_dls`"
@@ -275,7 +294,8 @@ def _training_learner(screen, recipe, given, workers, begin=None):
     what = 'labels' if dls.spec.several else f'{given["target"]} classes'
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or ("images" if dls.held_images else "none")}), '
           f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
-    for note in picture_notes(learned): print(f'note: {note}')
+    by_itself = valid == 'auto' and not (learned.table.dataset == 'val').any()
+    for note in [*training_notes(learned.train.table, given['target'], dls.held_out if by_itself else ()), *picture_notes(learned)]: print(f'note: {note}')
     if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
@@ -339,10 +359,11 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
 def _train_model(args, recipe, begin=None):
     "Train one model with the arguments of `train_screen`, and write its folder; it may `begin` with a trained one"
     a = SimpleNamespace(**args)
-    given = {k: v for k, v in args.items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'workers', 'resume')}
+    given = {k: v for k, v in args.items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed')}
     views = {'tta': 4, **recipe.index, **({'tta': a.tta} if a.tta else {})}
     info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, tta=views['tta'], precision=a.precision, compile=a.compile, mask=list(INDUCTIVE_MASK))
     if a.folds: info['fold'] = dict(folds=a.folds, fold=a.fold)
+    if a.changed: info['changed'] = a.changed
     is_first, out = not rank_world()[0], a.out
     with ExitStack() as run:
         with all_agree():
@@ -359,6 +380,7 @@ def _train_model(args, recipe, begin=None):
             faster = precision_callbacks(a.precision, device)
             learn = _training_learner(a.screen, recipe, given, a.workers, begin)
             if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
+            if is_first and a.changed: print('changed: ' + ', '.join(f'{k} {now:g} instead of {then:g}' for k, (then, now) in a.changed.items()))
             pretrain, pseudo = _check_steps(a, recipe, learn)
             if pretrain: info['pretrain'] = pretrain
             if pseudo: info['pseudo'] = {**pseudo, 'recipe': pseudo['recipe'].to_dict()}
@@ -370,9 +392,21 @@ def _train_model(args, recipe, begin=None):
         if not is_first: return
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
         model.folder = model.save(out)
+        save_curve(model.history, out)
         remove_unfinished(out)
-        print(f'{out}: model, index of {len(index.labels)} embeddings, history')
+        print(f'{out}: model, index of {plural(len(index.labels), "embedding")}, history')
         return model
+
+# %% ../nbs/71_workflow.ipynb #0f078d65
+def save_curve(
+    history:pd.DataFrame, # One row per epoch
+    folder, # Model folder
+):
+    "Write the learning curves to history.png of a model folder; nothing where nothing was trained"
+    if not {'train_loss', 'stage'} <= set(history) or not len(history): return
+    fig = training_curve(history)
+    write_atomic(Path(folder)/'history.png', lambda p: fig.savefig(p, format='png', dpi=90))
+    plt.close(fig)
 
 # %% ../nbs/71_workflow.ipynb #638b3823
 @contextlib.contextmanager
@@ -391,7 +425,7 @@ def _train_several(args, each):
     with _several_in(out, args['resume']):
         for i, (name, changes) in enumerate(each.items(), 1):
             if not rank_world()[0]: print(f'== {name} ({i} of {len(each)})', flush=True)
-            models[name] = train_screen(**{**args, **changes, 'out': out/name})
+            models[name] = train_screen(**{**{k: v for k, v in args.items() if k != 'changed'}, **changes, 'out': out/name})
     return models
 
 def _channel_lists(screen, channels):
@@ -464,7 +498,7 @@ def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
     with all_agree():
-        recipes = {c: _cell_type_recipe(recipe, c) for c in _cell_type_names(table, args['cell_types'], recipe)}
+        recipes = {c: _cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0] for c in _cell_type_names(table, args['cell_types'], recipe)}
         if not (Path(str(args['pretrained']))/'config.json').is_file(): _check_fits(recipe, recipes, args['channels'])
     if args['resume'] and is_cell_types(out):
         print(f'{out} is finished: there is nothing to continue.')
@@ -506,7 +540,7 @@ def train_screen(
     fold:int=0, # The fold that is held out, from 1
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
-    target:str='sirna', # Column of the site table to predict
+    target:str='sirna', # Column of the site table to predict, or two as a pair, such as compound+dose
     label_names:str='', # Of a target with several labels: the labels there may be, A,B, or a table whose first column has them; empty: those of the training rows
     no_label:bool=False, # Of a target with several labels: allow images without any
     controls:bool=False, # Train on control wells too (on RxRx1 1139 classes instead of 1108)
@@ -514,7 +548,11 @@ def train_screen(
     sites:int=0, # Sites per sample, 1 or 2; 0: 1, or the recipe's
     norm:str='', # own, plate, experiment, global or none; empty: own, or the recipe's
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
+    experiments:str='', # Training experiments to learn from and to hold out, EXP,EXP; empty: all
+    test:str='', # Experiments that are neither learned from nor held out, besides those that are marked as test
     bs:int=0, # Batch size; 0: 32, or the recipe's
+    epochs:int=0, # In all stages together, shared as the recipe shares them; 0: the recipe's
+    lr:float=0., # Highest learning rate of any stage, the others in proportion; 0: the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder (its backbone, or all of it where the recipe says so)
     pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
@@ -523,18 +561,20 @@ def train_screen(
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:bool=False, # Compile the model for a GPU, in some minutes
     resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
+    device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:bool=False, # Continue from the last finished epoch of the same call, in OUT.checkpoints
 )->TrainedModel: # Also saved in `out`; None in all processes but the first. Of several models: {name: model}, or `CellTypeModels`
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
     args = dict(locals())
-    r = get_recipe(recipe)
+    r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
     _check_training(size, bs, tta or r.index.get('tta', 4), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, ('controls',))
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
     if (folds or fold) and valid != 'auto': raise ScreenError(f'{option("valid", valid)} and {option("folds", folds)} both say what is held out: choose one.')
     if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
-    return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r, _begin_with(args, r))
+    if experiments or test: args['screen'] = open_screen(screen, check=False).choose(experiments, test)
+    with on_device(device): return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r, _begin_with(args, r))
 
 # %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),
@@ -608,7 +648,7 @@ def _demo(out, force, seed):
     DEMO_FOLDER.make(out)
     _step('simulating a screen', start)
     table = simulate_screen(out/'screen', **DEMO, seed=seed, progress=True)
-    print(f'{out/"screen"}: {len(table)} sites')
+    print(f'{out/"screen"}: {plural(len(table), "site")}')
     _step('packing it', start)
     screen = open_screen(pack_screen(open_screen(out/'screen'), out/'screen.zarr'))
     print(screen_summary(screen))

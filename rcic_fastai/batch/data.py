@@ -85,14 +85,16 @@ def ExperimentSplitter(
 # %% ../../nbs/13_batch.data.ipynb #86408b2c
 def labeled_rows(
     table:pd.DataFrame, # Site table
-    target:str='sirna', # Column to predict
-    controls:bool=None, # With control wells (1139 classes) or without (1108); `None`: with, unless the target is `sirna`
+    target:str='sirna', # Column to predict, or several, such as compound+dose
+    controls:bool=None, # With control wells (1139 classes) or without (1108); `None`: with, unless the target names perturbations
     several:bool=False, # Rows without a label are kept, for `check_labels` to judge
 )->pd.DataFrame: # Rows to train on or to hold out: of `dataset` train or val, and with a label
     "Return the rows that can be trained on"
-    if target not in table:
-        raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(table.columns)}.')
-    if controls is None: controls = target != 'sirna'
+    table = with_target(table, target)
+    if controls is None: controls = not names_perturbations(target)
+    if len(table) and (table.dataset == 'test').all():
+        raise ScreenError(f'Every experiment of the screen is a test ({first_few(table.experiment.unique())}), so there is nothing to train on: '
+                          f'leave some out of {option("test")}.')
     is_labeled = table.dataset.isin(('train', 'val')) & (several | table[target].notna())
     rows = table[is_labeled & (controls | (table.well_type == 'treatment'))]
     if len(rows): return rows
@@ -232,8 +234,9 @@ def __repr__(self:ScreenSpec):
     norm = self.norm
     if self.per_group: norm += ' (from control wells)' if self.norm_from == 'controls' else ' (from all wells)'
     if self.clahe: norm += ', equalized'
-    return (f'ScreenSpec: {len(self.labels)} {"labels" if self.several else "classes"} of {self.target} ({first_few(self.labels, 3)}), {sample}\n'
-            f'  {len(self.channels)} channels ({first_few(self.channels)}), {self.bits} bits, size {size}, norm {norm}')
+    classes = plural(len(self.labels), 'label') if self.several else plural(len(self.labels), 'class', 'classes')
+    return (f'ScreenSpec: {classes} of {self.target} ({first_few(self.labels, 3)}), {sample}\n'
+            f'  {plural(len(self.channels), "channel")} ({first_few(self.channels)}), {self.bits} bits, size {size}, norm {norm}')
 
 # %% ../../nbs/13_batch.data.ipynb #90b3ba9a
 class GroupCategorize(MetadataCategorize):
@@ -470,7 +473,7 @@ def rare_weights(
 def screen_dls(
     screen, # A `Screen`
     valid='auto', # Held-out experiments: names, 'A,B', 'auto' or 'none'
-    target:str='sirna', # Column to predict
+    target:str='sirna', # Column to predict, or several, such as compound+dose
     controls:bool=None, # Train on control wells too; see `labeled_rows`
     sites:int=1, # 1: a sample is a site; 2: a well of two sites
     size:int=None, # Side that the model sees, pixels; `None`: as stored
@@ -495,9 +498,10 @@ def screen_dls(
 )->ScreenLoaders: # with `.spec` (a `ScreenSpec`) and `.rebuild(**changes)`
     "Return training and validation batches of a screen, split by experiment; images that are in none are split by themselves"
     args = dict(locals())
+    if target not in screen.table: screen = screen[with_target(screen.table, target)]
     table, source, more = screen.table, screen.source, _after_ours(item_tfms, batch_tfms)
     rows = labeled_rows(table, target, controls, several)
-    note = '' if controls or target != 'sirna' else control_plates_note(table[table.dataset.isin(('train', 'val'))])
+    note = '' if controls or not names_perturbations(target) else control_plates_note(table[table.dataset.isin(('train', 'val'))])
     if note: print(f'note: {note}')
     if several: check_labels(rows, target, labels_of(rows, target, label_names), no_label)
     else: _check_single(rows, target, label_names, no_label, rare)
@@ -539,8 +543,8 @@ def spec_source(
     "Return a source with the channels of a model, by name; a `ScreenError` when it lacks some, or has other bits"
     have, want = list(source.channels), list(spec.channels)
     if lacks := [c for c in want if c not in have]:
-        raise ScreenError(f'The model was trained on {len(want)} channels ({", ".join(want)}) and the screen lacks {first_few(lacks)} '
-                          f'(it has {", ".join(have)}): give it images of those {len(want)} channels, under the same names.')
+        raise ScreenError(f'The model was trained on {plural(len(want), "channel")} ({", ".join(want)}) and the screen lacks {first_few(lacks)} '
+                          f'(it has {", ".join(have)}): give it images of those {plural(len(want), "channel")}, under the same names.')
     if source.dtype.itemsize*8 != spec.bits:
         raise ScreenError(f'The model was trained on {spec.bits}-bit images and the screen has '
                           f'{source.dtype.itemsize*8}-bit ones: convert them, or train on this screen.')

@@ -10,7 +10,7 @@ __all__ = ['META', 'EMB', 'make_emb_table', 'emb_features', 'emb_metadata', 'wri
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..core import ScreenError, first_few, write_atomic
+from ..core import ScreenError, first_few, write_atomic, plural
 from ..screen.tables import CELL_TYPES, identifiers, inner_wells, read_parquet
 from .protocol import Protocol
 
@@ -24,7 +24,7 @@ def make_emb_table(
     "Put the facts about N sites (or wells) and their N vectors into one embeddings table."
     x = np.asarray(features, dtype=np.float32)
     if x.ndim != 2 or len(x) != len(metadata):
-        raise ScreenError(f'{len(metadata)} metadata rows do not go with features of shape {x.shape}: '
+        raise ScreenError(f'{plural(len(metadata), "metadata row does", "metadata rows do")} not go with features of shape {x.shape}: '
                           'give an array with one row for every metadata row.')
     meta = metadata.reset_index(drop=True).rename(columns=lambda c: c if str(c).startswith(META) else f'{META}{c}')
     cols = [f'{EMB}{i:04d}' for i in range(x.shape[1])]

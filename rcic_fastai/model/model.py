@@ -13,7 +13,7 @@ from pathlib import Path
 import torch, pandas as pd
 from torch import nn
 from fastcore.basics import patch
-from ..core import ScreenError, check_choice, option, parse_json, read_json
+from ..core import ScreenError, check_choice, option, parse_json, read_json, plural
 from .backbones import Backbone, create_backbone, read_weights, set_activation, set_momentum
 from .heads import (MetadataEmbedding, MetadataOneHot, create_classifier, create_neck, create_pool,
                                      unit_length)
@@ -125,7 +125,7 @@ def _check(model, x):
     "Raise a `ScreenError` for pictures that `model` cannot read"
     if x.ndim not in (4, 5) or x.shape[-3] != model.n_channels:
         n = model.n_channels
-        raise ScreenError(f'The model reads pictures of {n} channels, [B,{n},H,W] or [B,S,{n},H,W], but was given '
+        raise ScreenError(f'The model reads pictures of {plural(n, "channel")}, [B,{n},H,W] or [B,S,{n},H,W], but was given '
                           f'{list(x.shape)}: give the channels it was trained on.')
     sites = x.shape[1] if x.ndim == 5 else 1
     if model.n_sites and sites != model.n_sites:

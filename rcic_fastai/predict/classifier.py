@@ -25,7 +25,7 @@ class ClassifierIndex:
         self.first = np.array([np.flatnonzero(index.codes == i)[0] for i in range(len(self.classes))])
 
     def __len__(self): return len(self.classes)
-    def __repr__(self): return f'ClassifierIndex: {len(self)} classes of {self.target}'
+    def __repr__(self): return f'ClassifierIndex: {plural(len(self), "class", "classes")} of {self.target}'
 
     def class_scores(self,
         q, # [Q,K] scores, in the order of `names`

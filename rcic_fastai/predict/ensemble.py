@@ -36,7 +36,7 @@ def _check_alike(first, other, name):
 def _member_weights(weights, n):
     "Return the weights of `n` members, which sum to 1"
     w = np.ones(n) if weights is None else np.asarray(list(weights), np.float64)
-    if len(w) != n: raise ScreenError(f'There are {len(w)} weights for {n} members: give {option("weights")} one number for each.')
+    if len(w) != n: raise ScreenError(f'There are {len(w)} weights for {plural(n, "member")}: give {option("weights")} one number for each.')
     if not (np.isfinite(w).all() and (w > 0).all()): raise ScreenError(f'A weight is {w[~(w > 0)][0] if (~(w > 0)).any() else w.max()}: let {option("weights")} be numbers above 0, and leave out members that do not count.')
     return w/w.sum()
 

@@ -181,7 +181,7 @@ def _vote_share(near, wells, labels):
 # %% ../../nbs/51_predict.predict.ipynb #57671352
 def _treatment_classes(index):
     "bool [K]: what a treatment well can be named after; None: anything"
-    if index.target not in ('sirna', 'sirna_id') or 'well_type' not in index.labels: return None
+    if not (names_perturbations(index.target) or index.target == 'sirna_id') or 'well_type' not in index.labels: return None
     treated = index.labels.loc[index.labels.well_type == 'treatment', index.target].astype(str).unique()
     is_treatment = pd.Index(index.classes).isin(treated)
     return is_treatment if is_treatment.any() and not is_treatment.all() else None
@@ -242,7 +242,7 @@ def _say_shared(known, index):
     if 'experiment' not in index.labels or 'experiment' not in known: return
     same = known.experiment.isin(index.labels.experiment.unique()) & known.experiment.notna()
     if same.any():
-        warnings.warn(f'{same.sum()} of {len(known)} embeddings to name are of experiments that the index holds too ({first_few(sorted(known.experiment[same].unique()), 3)}): '
+        warnings.warn(f'{same.sum()} of {plural(len(known), "embedding")} to name are of experiments that the index holds too ({first_few(sorted(known.experiment[same].unique()), 3)}): '
                       'how often they are named rightly says nothing of experiments never seen.', stacklevel=3)
 
 # %% ../../nbs/51_predict.predict.ipynb #c70732d5

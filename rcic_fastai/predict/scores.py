@@ -37,7 +37,7 @@ def score_table(
     check_choice('kind', kind, SCORE_KINDS)
     s, names = np.asarray(scores, np.float32), [f'{SCORE}{c}' for c in classes]
     if s.shape != (len(wells), len(names)):
-        raise ScreenError(f'The scores have shape {s.shape} for {len(wells)} wells and {len(names)} classes: give one row per well and one column per class.')
+        raise ScreenError(f'The scores have shape {s.shape} for {plural(len(wells), "well")} and {plural(len(names), "class", "classes")}: give one row per well and one column per class.')
     if np.isnan(s).any(): raise ScreenError('A score is not a number: embed the wells again.')
     known = pd.DataFrame({'id_code': wells['well_id'].to_numpy(object), **{c: wells[c].to_numpy() for c in _ABOUT if c in wells}})
     res = known.join(pd.DataFrame(s, columns=names))

@@ -238,7 +238,7 @@ class TrainedModel:
 
     def __repr__(self):
         s = self.spec
-        return f'{self.config["model"]["arch"]}, {len(s.channels)} channels → {len(s.labels)} {"labels" if s.several else f"{s.target} classes"}'
+        return f'{self.config["model"]["arch"]}, {plural(len(s.channels), "channel")} → {len(s.labels)} {"labels" if s.several else f"{s.target} classes"}'
 
 # %% ../../nbs/53_predict.trained.ipynb #e752c170
 @patch(as_prop=True)
@@ -349,7 +349,7 @@ def _store_notes(data, index, source):
     if not data.get('store') or table is None or data['store'] == store_fingerprint(source): return []
     n = int(table[key].isin(index.labels[key]).sum())
     if not n: return []
-    return [f'{source.root} holds {n} sites of the index, but it was packed again or changed since the model was trained: '
+    return [f'{source.root} holds {plural(n, "site")} of the index, but it was packed again or changed since the model was trained: '
             'if its pictures or labels are others, train again.']
 
 # %% ../../nbs/53_predict.trained.ipynb #287f9756

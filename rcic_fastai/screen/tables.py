@@ -6,11 +6,11 @@
 __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'CONTROLS', 'SITE_COLUMNS', 'PLATE_SHAPE', 'USUAL_NAMES', 'WELL_TYPE_NAMES',
            'DATASET_NAMES', 'IMAGE_COLUMN', 'LABEL_SEPARATOR', 'WILDS_VAL', 'package_table', 'well_to_rowcol',
            'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'identifiers', 'numbers_if_exact',
-           'read_csv', 'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table', 'usual_name',
-           'well_type_of', 'usual_columns', 'names_files', 'well_types', 'further_columns', 'is_site_table',
-           'has_plates', 'check_table', 'split_labels', 'join_labels', 'label_matrix', 'sirna_groups', 'most_frequent',
-           'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments', 'experiment_folds',
-           'wilds_split', 'real_data']
+           'decimal_commas', 'read_csv', 'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table',
+           'usual_name', 'well_type_of', 'usual_columns', 'names_files', 'well_types', 'further_columns', 'with_target',
+           'names_perturbations', 'is_site_table', 'has_plates', 'check_table', 'split_labels', 'join_labels',
+           'label_matrix', 'sirna_groups', 'most_frequent', 'add_plate_groups', 'read_metadata', 'write_metadata',
+           'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
 
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
 from importlib.resources import files
@@ -145,6 +145,29 @@ def numbers_if_exact(
     if None in numbers.values() or not are_whole and max(map(abs, numbers.values())) >= 2**53: return s
     kind, gap = ('Int64', pd.NA) if are_whole and has_gap else (int, None) if are_whole else (float, np.nan)
     return pd.Series([numbers.get(o, gap) for o in s], s.index, kind, s.name)
+
+# %% ../../nbs/01_screen.tables.ipynb #8381341d
+_COMMA, _THOUSANDS = re.compile(r'[+-]?\d+,\d+'), re.compile(r'[+-]?[1-9]\d{0,2}(,\d{3})+')
+
+def _are_numbers(texts):
+    "Return whether all of some texts are numbers"
+    try: return all(float(o) is not None for o in texts)
+    except ValueError: return False
+
+def decimal_commas(
+    s:pd.Series, # Further column of a table
+    where='the table', # Name of the table in messages
+)->pd.Series: # Numbers where the text has decimal commas, otherwise `s` itself
+    "Return a column with decimal commas as numbers, and print that; raise where a comma may divide thousands"
+    if not all(isinstance(o, str) for o in s.dropna()): return s
+    cells = [o.strip() for o in s.dropna().unique()]
+    commas = [o for o in cells if _COMMA.fullmatch(o) or _THOUSANDS.fullmatch(o)]
+    if not commas or not _are_numbers(o for o in cells if o not in commas): return s
+    unclear, clear = [o for o in commas if _THOUSANDS.fullmatch(o)], [o for o in commas if not _THOUSANDS.fullmatch(o)]
+    if not clear or not _are_numbers(o.replace(',', '.') for o in commas):
+        raise ScreenError(f'{where} has {unclear[0]} in the column {s.name}, which may be thousands or a decimal comma: write numbers with a point, as 0.5.')
+    print(f'note: the column {s.name} of {where} is read with decimal commas: {clear[0]} is {float(clear[0].replace(",", "."))}.')
+    return s.map(lambda o: float(o.strip().replace(',', '.')), na_action='ignore').astype(float)
 
 # %% ../../nbs/01_screen.tables.ipynb #aafac42c
 _MOST_TABLE = 2**31   # bytes of a table, unpacked, and of the text in it
@@ -465,6 +488,7 @@ def further_columns(
     df:pd.DataFrame, # A table that someone made
     used, # Columns that are left out
     names, # Names that are taken
+    where='the table', # Its name in messages
 )->pd.DataFrame: # The other columns, as numbers where that loses nothing
     "Return the other columns of a table, under names that are not taken"
     out, taken = {}, {str(o).lower() for o in names} | {'batch'}      # profiles call an experiment Batch
@@ -473,8 +497,37 @@ def further_columns(
         name = re.sub(r'(?i)^(image_)?(metadata_)?', '', str(c)) or str(c)
         while name.lower() in taken: name += '_'
         taken.add(name.lower())
-        out[name] = numbers_if_exact(df[c])
+        out[name] = numbers_if_exact(decimal_commas(df[c], where))
     return pd.DataFrame(out, index=df.index)
+
+# %% ../../nbs/01_screen.tables.ipynb #0eddd636
+def _target_column(table, name):
+    "Return the column of a table with a name, or with a usual name of its kind"
+    if name in table: return table[name]
+    alike = [k for k, names in USUAL_NAMES.items() if k in table and usual_name(name) in [usual_name(o) for o in names.split()]]
+    if alike: return table[alike[0]]
+    raise ScreenError(f'The site table has no column {name!r}: choose the target from {", ".join(map(str, table.columns))}, or two of them, such as sirna+dose.')
+
+def with_target(
+    table:pd.DataFrame, # Site table
+    target:str, # A column, by any of its usual names, or several with +, such as 'compound+dose'
+)->pd.DataFrame: # `table` itself where it has that column
+    "Return a site table with the column of a target; of a pair without its second half, the first stands alone"
+    if target in table: return table
+    first, *more = [_target_column(table, o.strip()) for o in str(target).split('+')]
+    for s in more:
+        pairs = list(zip(identifiers(first), identifiers(s)))
+        first = pd.Series([a if a is None or b is None else f'{a} @ {b}' for a, b in pairs], table.index, dtype=object, name=target)
+        if first.nunique() < len({p for p in pairs if p[0] is not None}):
+            raise ScreenError(f'Two pairs of {target} would have one name: rename those with @.')
+    return table.assign(**{target: first})
+
+def names_perturbations(
+    target:str, # As for `with_target`
+)->bool:
+    "Return whether a target names perturbations, alone or in a pair, so that control wells are no classes of their own"
+    usual = [usual_name(o) for o in USUAL_NAMES['sirna'].split()]
+    return any(usual_name(o) in usual for o in str(target).split('+'))
 
 # %% ../../nbs/01_screen.tables.ipynb #d8d4e758
 def _sirna_names(s, names, where):
@@ -525,7 +578,7 @@ def _read_official(f):
     t['well_type'] = [well_type_of(o) or o for o in t['well_type']]
     t['plate'] = _whole_numbers(t['plate'])
     extra = [c for c in t if c not in SITE_COLUMNS]
-    t[extra] = t[extra].apply(numbers_if_exact)
+    for c in extra: t[c] = numbers_if_exact(decimal_commas(t[c], f))
     t['sirna_id'] = _integers(t['sirna_id'], 'sirna_id', f) if 'sirna_id' in t else pd.array([pd.NA]*len(t), 'Int64')
     if 'plate_group' in t: t['plate_group'] = _integers(t['plate_group'], 'plate_group', f)
     return t
@@ -772,7 +825,7 @@ def experiment_folds(
     "Return `k` folds of whole experiments, each cell type spread evenly over the folds"
     t = table[table.dataset.isin(('train', 'val'))]
     n = t['experiment'].nunique()
-    if not 2 <= k <= n: raise ScreenError(f'k={k} folds cannot be made of {n} training experiments: choose 2 to {n}.')
+    if not 2 <= k <= n: raise ScreenError(f'k={k} folds cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.')
     rng, fold, start = np.random.default_rng(seed), {}, 0
     for _, exps in t.groupby('cell_type')['experiment']:
         exps = rng.permutation(sorted(exps.unique()))

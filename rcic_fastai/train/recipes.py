@@ -299,6 +299,27 @@ def scaled(self:Recipe,
     data = {**self.data, **({'size': max(16, round(self.data['size']*g))} if self.data.get('size') else {})}
     return replace(self, stages=[_scaled_stage(s, e, f, g) for s, e in zip(self.stages, shares)], data=data)
 
+# %% ../../nbs/33_train.recipes.ipynb #c9b4ea8c
+def _times(lr, f):
+    "Return learning rates, `f` times as high"
+    if isinstance(lr, dict): return {k: v*f for k, v in lr.items()}
+    return tuple(v*f for v in lr) if isinstance(lr, (tuple, list)) else lr*f
+
+@patch
+def changed(self:Recipe,
+    epochs:int=0, # In all stages together; 0: as it is
+    lr:float=0., # Highest rate of any stage; 0: as it is
+)->tuple: # The recipe, and what was changed: {name: [then, now]}
+    "Return the recipe with another number of epochs or another learning rate"
+    then = dict(epochs=sum(s.epochs for s in self.stages), lr=max((max(part_lrs(s.lr)) for s in self.stages), default=0.))
+    now = {k: v for k, v in dict(epochs=epochs, lr=lr).items() if v and v != then[k]}
+    for k, v in now.items():
+        if not then[k]: raise ScreenError(f'The recipe {self.name} trains nothing, so {option(k, v)} cannot be: leave it out, or choose another recipe.')
+        if not 0 < v < 1e6: raise ScreenError(f'{option(k, v)} is not possible: give a number above 0.')
+    res = self.scaled(epochs) if 'epochs' in now else self
+    if 'lr' in now: res = replace(res, stages=[replace(s, lr=_times(s.lr, lr/then['lr'])) for s in res.stages])
+    return res, {k: [then[k], v] for k, v in now.items()}
+
 # %% ../../nbs/33_train.recipes.ipynb #62bade25
 def _stage_data(learn, stage):
     "Change size, batch size and held-out experiments, where the stage says so"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REAL_TEST', 'SCREEN_FOLDER', 'spread_controls', 'split_groups', 'plate_rows', 'experiment_rows', 'screen_layout',
-           'simulate_screen']
+           'simulate_screen', 'write_file_table']
 
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #400c87e1
 import os, sys, tempfile
@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
-from ...core import OwnFolder, ScreenError, as_names, n_cores
-from ..tables import SITE_COLUMNS, control_wells, read_metadata, treatment_wells, well_to_rowcol
+from ...core import OwnFolder, ScreenError, as_names, n_cores, write_atomic
+from ..tables import CHANNELS, SITE_COLUMNS, control_wells, read_metadata, treatment_wells, well_to_rowcol
 from .cells import named_rng
 from .batches import Studio, cell_type_of
 
@@ -244,3 +244,21 @@ def simulate_screen(
         SCREEN_FOLDER.remove(tmp)
         raise
     return read_metadata(dest)
+
+# %% ../../../nbs/02c_screen.simulate.layout.ipynb #506cc193
+_MONTHS = 'May June July August September October November December January February March April'.split()
+
+def write_file_table(
+    folder, # From `simulate_screen`, of at most 12 experiments
+    channels=CHANNELS, # Stains, by the order of the files
+)->Path: # `plates.csv` in the folder: one row per file, as a facility might write it
+    "Write a table of the files of a simulated screen: Batch (a month), Barcode, Position, Field, Reagent, Stain, Path"
+    folder = Path(folder)
+    t = read_metadata(folder)
+    names = t.experiment.unique()
+    if len(names) > len(_MONTHS): raise ScreenError(f'{folder} has {len(names)} experiments, more than there are months to name them by: simulate at most 12.')
+    t['month'] = t.experiment.map(dict(zip(names, _MONTHS)))
+    rows = [dict(Batch=r.month, Barcode=f'{r.month}{r.plate}', Position=r.well, Field=r.site, Reagent='untreated' if r.sirna == 'EMPTY' else r.sirna,
+                 Stain=c, Path=f'images/{r.dataset}/{r.experiment}/Plate{r.plate}/{r.well}_s{r.site}_w{i}.png')
+            for r in t.itertuples() for i, c in enumerate(channels, 1)]
+    return write_atomic(folder/'plates.csv', lambda p: pd.DataFrame(rows).to_csv(p, index=False))
