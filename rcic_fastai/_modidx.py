@@ -1726,6 +1726,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._decided': ( 'predict.plan.html#_decided',
                                                                                  'rcic_fastai/predict/plan.py'),
+                                          'rcic_fastai.predict.plan._drop_cells': ( 'predict.plan.html#_drop_cells',
+                                                                                    'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._first_pass': ( 'predict.plan.html#_first_pass',
                                                                                     'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._index_for': ( 'predict.plan.html#_index_for',

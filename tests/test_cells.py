@@ -349,6 +349,17 @@ def test_an_interrupted_prediction_does_not_continue_with_other_masks(here, mode
     assert len(model.predict(plates, out=tmp_path/'a.csv', cell_side=24, **how)) and not (tmp_path/'a.csv.part').exists()
 
 
+def test_answers_of_cells_do_not_outlive_those_of_wells(here, model, plates, tmp_path):
+    how = dict(out=tmp_path/'a.csv', tta=1, progress=False)
+    model.predict(plates, cells=here/'masks', cell_side=24, **how)
+    assert cells_path(tmp_path/'a.csv').is_file()
+    model.predict(plates, **how)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ['a.csv', 'a.json', 'a.top.csv']
+    cells_path(tmp_path/'a.csv').write_bytes(b'PAR1, of another program')
+    model.predict(plates, **how)
+    assert cells_path(tmp_path/'a.csv').is_file()
+
+
 def test_no_test_label_is_read(here, model, plates):
     blind = Screen(plates.table.assign(sirna=plates.table.sirna.where(plates.table.dataset != 'test', 'x')), plates.source)
     how = dict(tta=1, progress=False, cell_side=24)

@@ -371,10 +371,12 @@ def _check_cell_merge(cells, cell_merge):
     check_choice('cell_merge', cell_merge, ('mean', 'median'))
     if cell_merge != 'mean' and not cells: raise ScreenError(f'{option("cell_merge", cell_merge)} is of single cells: say where their masks are with {option("cells")}, or leave it out.')
 
-def _among_sites(cells, index):
-    "Return a note where cells are looked up among whole pictures"
-    is_odd = cells and not isinstance(index, ClassifierIndex) and 'image_id' not in index.labels
-    return [_AMONG_SITES.format(by=option('by', 'classifier'))] if is_odd else []
+def _among_sites(cells, index, spec):
+    "Return notes where cells are shown to a model of whole pictures, and something differs from its training"
+    if not cells or 'image_id' in index.labels: return []
+    notes = [] if isinstance(index, ClassifierIndex) else [_AMONG_SITES.format(by=option('by', 'classifier'))]
+    if spec.per_group: notes.append(f'The model normalizes by {spec.norm}: here the statistics are of cells, and in its training of whole pictures, which are darker.')
+    return notes
 
 def _cut_cells(
     whole, # The screen, with all sites that masks may be of
@@ -449,7 +451,7 @@ def plan_prediction(
     adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
     options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_recipe_augs(model) if c['views'] == 'random' else None, output='probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
                            bs=bs, num_workers=workers, trained=tuple(model.trained))
-    notes = left_out + _among_sites(cells, index) + chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
+    notes = left_out + _among_sites(cells, index, spec) + chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
     all_notes = notes + adaptation_notes(spec, asked.table, how, adapt_rows)
     record = dict(model=str(model.folder or model.fingerprint), screen=str(everything.name), **{**c, 'adapt': how}, adapt_from=adapt_from, wells=wells,
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=all_notes, versions=library_versions())
@@ -607,6 +609,12 @@ def _label_answers(plan, tables):
     res.attrs.update(done[0].attrs)
     return name_labels(res)
 
+def _drop_cells(out):
+    "Remove the answers of cells that an earlier prediction of this name wrote"
+    path, record = cells_path(out), info_path(out)
+    if not path.is_file() or not record.is_file(): return
+    if read_json(record, 2**26).get('cells_sha256') == file_facts(path)['sha256']: path.unlink()
+
 def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
     "Name the wells of a plan, one experiment in memory at a time, and write the files; predictions, or None in all processes but the first"
     if plan.told is not None:
@@ -621,6 +629,7 @@ def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
     if embeddings: write_tables(embeddings, map(plan.correction, parts.experiments()) if plan.correction else parts)
     made = {}
     if plan.cell_merge: made['cells_sha256'] = file_facts(write_tables(cells_path(out), _named_cells(plan, parts.experiments(), scores)))['sha256']
+    else: _drop_cells(out)
     if scores: made['scores_sha256'] = file_facts(write_scores((score_plan(plan, t) for t in nameable(tables(), plan.index)), scores_path(out)))['sha256']
     write_predictions(pred, out, {**plan.record, **made})
     for f in (out, info_path(out), top_path(out), scores_path(out), cells_path(out), neighbors, embeddings):
