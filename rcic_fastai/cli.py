@@ -185,6 +185,7 @@ def simulate(
     controls:int=30, # Positive controls per plate, 0 to 30
     seed:int=0, # Same seed, same bytes
     test:str='', # Experiments to mark as test; empty: those whose real counterpart is
+    doses:str='', # Doses of each treatment, such as 0,0.1,1,10; 0 is a negative control; empty: one well per treatment
     workers:int=0, # Processes; 0: one per core
 ):
     "Draw a simulated six-channel screen in RxRx1's layout"
@@ -192,7 +193,7 @@ def simulate(
     check_numbers(seed=seed, workers=workers)
     start = time.time()
     t = simulate_screen(dest, as_names(experiments), sirnas=sirnas, size=size, sites=sites, plates=plates, controls=controls,
-                        seed=seed, test=as_names(test) or None, n_workers=workers or None, progress=True)
+                        seed=seed, test=as_names(test) or None, n_workers=workers or None, progress=True, doses=doses)
     print(f'{dest}: {len(t)} sites of 6×{size}×{size}, {t.experiment.nunique()} experiments, {sirnas} siRNAs, in {time.time()-start:.0f} s')
 
 def rcic_simulate(argv=None):
