@@ -197,6 +197,7 @@ def simulate(
     controls:int=30, # Positive controls per plate, 0 to 30
     seed:int=0, # Same seed, same bytes
     test:str='', # Experiments to mark as test; empty: those whose real counterpart is
+    doses:str='', # Doses of each treatment, such as 0,0.1,1,10; 0 is a negative control; empty: one well per treatment
     workers:int=0, # Processes; 0: one per core
     files:store_true=False, # Also write DEST/plates.csv: its files in the words of another facility, to try rcic_pack with
 ):
@@ -205,7 +206,7 @@ def simulate(
     check_numbers(seed=seed, workers=workers)
     start = time.time()
     t = simulate_screen(dest, as_names(experiments), sirnas=sirnas, size=size, sites=sites, plates=plates, controls=controls,
-                        seed=seed, test=as_names(test) or None, n_workers=workers or None, progress=True)
+                        seed=seed, test=as_names(test) or None, n_workers=workers or None, progress=True, doses=doses)
     if files: write_file_table(dest)
     print(f'{dest}: {plural(len(t), "site")} of 6×{size}×{size}, {plural(t.experiment.nunique(), "experiment")}, {sirnas} siRNAs, in {time.time()-start:.0f} s')
 
@@ -590,10 +591,11 @@ def explore_screen(
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
-    tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; no; empty: the recipe's, or no
-    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or none; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
+    tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; or no; empty: the recipe's, or no
+    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or no; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
-    correct:str='', # Correction of the embeddings per experiment: none, standardize, center, sphere or tvn; empty: the recipe's, or none
+    correct:str='', # Correction of the embeddings per experiment: standardize, center, sphere or tvn, or no; auto: the one that finds labels best across training experiments; empty: the recipe's, or no
+    experiments:str='', # Experiments to show, with commas; empty: those for testing, or all where the model learned none
     held_out:store_true=False, # The wells of the training experiments that the model held out, instead of test experiments
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
@@ -616,7 +618,7 @@ def explore_screen(
 
 explore_screen.groups = {'the page': ['max_mb', 'side', 'quality', 'umap', 'title'],
                          'how wells are named': ['wells', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],
-                         'run': ['held_out', 'only_present', 'workers', 'bs']}
+                         'run': ['experiments', 'held_out', 'only_present', 'workers', 'bs']}
 
 def rcic_explore(argv=None):
     "Run the console script"

@@ -9,6 +9,7 @@ from rcic_fastai.predict.trained import TrainedModel
 from rcic_fastai.results.evaluate import evaluate_screen
 from rcic_fastai.results.explore import explore
 from rcic_fastai.results.report import report_screen
+from rcic_fastai.screen.cells import CELL_OPTIONS
 from rcic_fastai.screen.download import download_rxrx1
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.recipes import RECIPES, get_recipe
@@ -42,7 +43,7 @@ def test_report_has_the_options_of_the_function():
 
 def test_explore_has_the_options_of_the_plan():
     mine, theirs = parameters(cli.explore_screen), {**parameters(plan.plan_prediction), **parameters(explore)}
-    assert {*mine} - {'held_out'} == {*theirs} - {'progress', 'by'}
+    assert {*mine} - {'held_out'} == {*theirs} - {'progress', 'by', 'cells', 'cell_merge', *CELL_OPTIONS}
     assert all(mine[k] == theirs[k] for k in mine if k not in ('held_out', 'out', 'predictions', 'embeddings'))
 
 @pytest.mark.parametrize('name', COMMANDS)
