@@ -285,7 +285,7 @@ G = guess()
     (lambda: evaluate_screen({'adapted': G}, TABLE), "'adapted' holds inductive"),
     (lambda: evaluate_screen(G[1:], TABLE), '1 test well is not predicted'),
     (lambda: evaluate_screen(G, TABLE, embeddings=dict(adapted=TEST)), "embeddings for 'adapted', which has no predictions"),
-    (lambda: evaluate_screen(G, TABLE, embeddings=[TEST, TEST]), '2 embeddings for 1 predictions'),
+    (lambda: evaluate_screen(G, TABLE, embeddings=[TEST, TEST]), '2 embeddings for 1 prediction'),
     (lambda: evaluate_screen([G, guess(1, .9, 'adapted')], TABLE, embeddings=TEST), '1 embeddings for 2 predictions'),
     (lambda: evaluate_screen(G, TABLE, embeddings=TEST.assign(Metadata_well_id='x')), 'not in the screen'),
     (lambda: evaluate_screen(G, TABLE, sites=site_guess(protocol='adapted')), 'are adapted, but its wells are inductive'),

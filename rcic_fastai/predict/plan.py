@@ -93,7 +93,7 @@ def asked_experiments(
     experiments='', # A list, or 'A,B'; empty: the test experiments or, where none is marked and none was learned, all
 )->Screen: # Its test experiments are those to predict
     "Return a screen in which the chosen experiments are those to predict; a `ScreenError` for one that was learned"
-    screen, names = open_screen(screen, check=False), as_names(experiments)
+    screen, names = open_screen(screen, check=False), list(as_names(experiments))
     have, learned = screen.experiments, {str(e) for m in models for e in (*m.trained, *m.model.trained_experiments)}
     if not names and ((screen.table.dataset == 'test').any() or learned & {*have}): return screen
     if not names: print(f'note: no experiment is marked as test, and the model learned none of {first_few(have, 4)}: all are predicted.', file=sys.stderr)

@@ -252,7 +252,7 @@ def contact_sheet(
     how:str='composite', # 3d+3d, composite or panels
 )->plt.Figure: # In rows of six
     "Show the first site of some wells, each under its id and what it holds"
-    rows, names = screen.table.drop_duplicates('well_id'), as_names(wells)
+    rows, names = screen.table.drop_duplicates('well_id'), list(as_names(wells))
     strange = [n for n in names if n not in {*rows.well_id, *rows.well}]
     if strange: raise ScreenError(f'{screen.name} has no well {first_few(strange)}: give ids such as {rows.well_id.iloc[0]}, or names such as {rows.well.iloc[0]}.')
     if not 1 <= most <= 600: raise ScreenError(f'{option("most", most)} is not possible: give 1 to 600.')

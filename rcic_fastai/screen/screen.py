@@ -118,7 +118,7 @@ def choose(self:Screen,
     test='', # Experiments that become tests, besides those that are; a list, or 'A,B'
 )->Screen:
     "Return the screen with a choice of experiments to learn from and to predict"
-    train, test, have = as_names(train), as_names(test), self.experiments
+    train, test, have = list(as_names(train)), list(as_names(test)), self.experiments
     strange = [e for e in [*train, *test] if e not in have]
     if strange: raise ScreenError(f'{self.name} has no experiment {first_few(strange)}: choose from {first_few(have, 60)}.')
     table = self.table.assign(dataset=self.table.dataset.where(~self.table.experiment.astype(str).isin(test), 'test'))
