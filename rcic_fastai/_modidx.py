@@ -432,6 +432,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rcic_fastai.cli.evaluate_csv': ('cli.html#evaluate_csv', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.pack': ('cli.html#pack', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.predict': ('cli.html#predict', 'rcic_fastai/cli.py'),
+                                 'rcic_fastai.cli.quick_imports': ('cli.html#quick_imports', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.rcic_demo': ('cli.html#rcic_demo', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.rcic_download': ('cli.html#rcic_download', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.rcic_ensemble': ('cli.html#rcic_ensemble', 'rcic_fastai/cli.py'),
