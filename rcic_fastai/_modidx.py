@@ -470,6 +470,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rcic_fastai.cli.hits': ('cli.html#hits', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.pack': ('cli.html#pack', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.predict': ('cli.html#predict', 'rcic_fastai/cli.py'),
+                                 'rcic_fastai.cli.quick_imports': ('cli.html#quick_imports', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.rcic_demo': ('cli.html#rcic_demo', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.rcic_download': ('cli.html#rcic_download', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.rcic_embed': ('cli.html#rcic_embed', 'rcic_fastai/cli.py'),

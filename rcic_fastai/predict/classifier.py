@@ -57,5 +57,5 @@ class LabelIndex(ClassifierIndex):
         self.index, self.labels, self.target, self.model = index, index.labels, index.target, index.model
         self.classes, self.order = list(map(str, names)), np.arange(len(names))
 
-    def __repr__(self): return f'LabelIndex: {len(self)} labels of {self.target}'
+    def __repr__(self): return f'LabelIndex: {plural(len(self), "label")} of {self.target}'
     def search(self, q, k=1, **kwargs): raise ScreenError('Several labels are answered by probability, not by a search: ask for no neighbors.')

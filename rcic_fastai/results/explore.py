@@ -163,7 +163,7 @@ class EmbeddingSpace:
     index:EmbeddingIndex # Over labeled embeddings
     k:int=5 # Neighbors of each site
 
-    def __repr__(self): return f'EmbeddingSpace {self.name}: {len(self.emb)} embeddings, index of {len(self.index)}'
+    def __repr__(self): return f'EmbeddingSpace {self.name}: {plural(len(self.emb), "embedding")}, index of {len(self.index)}'
 
 # %% ../../nbs/64_results.explore.ipynb #065bc731
 MOST_INDEXED = 20_000     # rows of an index whose own neighbors are searched

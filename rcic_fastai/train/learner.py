@@ -72,7 +72,7 @@ def _metadata_sizes(spec, columns):
 def _check_rare(loss, spec):
     "Print which positions a focal loss names behind the last label"
     odd = [i for i in getattr(loss, 'rare', ()) if i >= len(spec.labels)]
-    if odd: print(f'note: the loss gives labels {first_few(odd)} numbers of their own, and the screen has {len(spec.labels)} labels (from 0): without effect.')
+    if odd: print(f'note: the loss gives labels {first_few(odd)} numbers of their own, and the screen has {plural(len(spec.labels), "label")} (from 0): without effect.')
 
 _MODEL = [k for k, p in inspect.signature(create_screen_model).parameters.items() if p.kind is not p.VAR_KEYWORD]
 
