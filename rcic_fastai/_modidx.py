@@ -3890,6 +3890,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'rcic_fastai.workflow.fold_experiments': ( 'workflow.html#fold_experiments',
                                                                                  'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow.folder_bytes': ('workflow.html#folder_bytes', 'rcic_fastai/workflow.py'),
+                                      'rcic_fastai.workflow.held_out_note': ('workflow.html#held_out_note', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow.is_finished': ('workflow.html#is_finished', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow.remove_unfinished': ( 'workflow.html#remove_unfinished',
                                                                                   'rcic_fastai/workflow.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_rows', 'remove_unfinished', 'is_finished',
-           'try_all', 'fold_experiments', 'train_screen', 'clear_demo', 'demo_report', 'run_demo']
+           'try_all', 'fold_experiments', 'held_out_note', 'train_screen', 'clear_demo', 'demo_report', 'run_demo']
 
 # %% ../nbs/71_workflow.ipynb #e0280784
 import contextlib, io, json, tempfile, time
@@ -222,6 +222,17 @@ def _screen_to_learn(screen, recipe, given, data):
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
+# %% ../nbs/71_workflow.ipynb #0a2c09cd
+def held_out_note(
+    dls, # From `screen_dls`
+)->str: # A sentence; '' where nothing is held out
+    "Return what holding experiments out costs the training"
+    held, n = list(dls.held_out), dls.train.items.experiment.nunique()
+    if not held: return ''
+    cost = f'the model learns from {n} of {plural(n + len(held), "training experiment")}'
+    more = f'; with so few that costs accuracy: once epochs and settings are chosen, train again with {option("valid", "none")}' if n + len(held) < 10 else ''
+    return f'{first_few(held)} {"is" if len(held) == 1 else "are"} held out to measure accuracy, so {cost}{more}.'
+
 # %% ../nbs/71_workflow.ipynb #cb504de1
 def _data_of(begin):
     "Return how pictures become batches of a trained model: arguments of `screen_dls`"
@@ -242,6 +253,7 @@ def _training_learner(screen, recipe, given, workers, begin=None):
     dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
           f'{len(dls.spec.labels)} {given["target"]} classes, {plural(len(learned.channels), "channel")}')
+    if note := held_out_note(dls): print(f'note: {note}')
     for note in picture_notes(learned): print(f'note: {note}')
     if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
