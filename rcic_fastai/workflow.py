@@ -261,7 +261,8 @@ def training_notes(
     n = wells.experiment.nunique()
     if len(held):
         notes.append(f'{first_few(held, 6)} of {plural(n, "training experiment")} {"is" if len(held) == 1 else "are"} held out to measure accuracy while training, so '
-                     f'{n - len(held)} of {n} are learned from: {option("valid", "EXP")} holds out others, and {option("valid", "none")} learns from all and measures nothing.')
+                     f'{n - len(held)} of {n} are learned from: {option("valid", "EXP")} holds out others, and {option("valid", "none")} learns from all and measures nothing'
+                     + ('; with so few it costs accuracy: once epochs and settings are chosen, train again so.' if n < 10 else '.'))
     if names_perturbations(target):
         notes += [f'{o}.' for o in ([] if '+' in target else dose_notes(wells)) + ([unnamed_note(wells)] if unnamed_note(wells) else [])]
     is_number = target in wells and target not in SITE_COLUMNS and pd.api.types.is_numeric_dtype(wells[target])

@@ -126,6 +126,8 @@ def _read_doses(doses):
     if all(np.isfinite(d) and d >= 0 for d in found) and len(set(found)) == len(found): return found
     raise ScreenError(f'doses is {doses!r}: give different numbers, 0 or more, such as 0,0.1,1,10.')
 
+_VEHICLE = 'DMSO'     # drawn like a treatment without an effect; an EMPTY well has not even seen the reagents
+
 def dose_strength(
     dose # 0 or more
 ) -> float: # 0 to 2
@@ -136,12 +138,12 @@ def _with_doses(rows, doses, controls, sirnas):
     "Return the rows of a layout, whose treatments are numbered by siRNA and dose, with a column `dose`."
     t, n = rows.copy(), len(doses)
     treated = (t.well_type == 'treatment').to_numpy()
-    number = t.sirna_id.to_numpy()
+    number = t.sirna_id.to_numpy(copy=True)
     t['dose'] = np.where(treated, np.array(doses)[number % n], np.nan)
     t.loc[treated, 'sirna_id'] = number[treated]//n
     t.loc[treated, 'sirna'] = [f's{i:04}' for i in number[treated]//n]
-    empty = treated & (t.dose == 0).to_numpy()
-    t.loc[empty, ['well_type', 'sirna', 'sirna_id', 'dose']] = ['negative_control', 'EMPTY', sirnas + controls, np.nan]
+    empty = (treated & (t.dose == 0)) | (t.well_type == 'negative_control') & (0 in doses)
+    t.loc[empty, ['well_type', 'sirna', 'sirna_id', 'dose']] = ['negative_control', _VEHICLE, sirnas + controls, np.nan]
     return t
 
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #4f6972dc
@@ -177,8 +179,10 @@ def screen_layout(
 def _well_jobs(table):
     "Return what to draw, one tuple per well; the last entry is the numbers of its sites."
     keys = ['experiment', 'dataset', 'plate', 'well', 'well_type', 'sirna_id', 'strength']
-    strength = dose_strength(table.dose).fillna(1.) if 'dose' in table else 1.
-    return [(*key, tuple(sites)) for key, sites in table.assign(strength=strength).groupby(keys, sort=False)['site']]
+    strength = dose_strength(table.dose).fillna(1.) if 'dose' in table else pd.Series(1., table.index)
+    vehicle = table.sirna == _VEHICLE
+    drawn = table.assign(strength=strength.where(~vehicle, 0.), well_type=table.well_type.where(~vehicle, 'treatment'))
+    return [(*key, tuple(sites)) for key, sites in drawn.groupby(keys, sort=False)['site']]
 
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #cbbe4d4d
 _studio = None # set in each worker process
