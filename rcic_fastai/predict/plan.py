@@ -10,6 +10,8 @@ __all__ = ['WELLS', 'ADAPT', 'ADAPT_FROM', 'TELL', 'BY', 'prediction_rows', 'wit
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 import pandas as pd
 from fastcore.all import delegates, patch
@@ -424,10 +426,13 @@ def _as_found(pred, plan):
 def score_plan(
     plan:PredictionPlan, # Any plan
     table:pd.DataFrame, # Embeddings of some of its sites
+    untold:pd.DataFrame=None, # Of a second pass: the scores that the first gave these wells
 )->pd.DataFrame: # A score table
-    "Score the wells of a table as a plan says; groups that a first pass inferred are left to whoever averages"
-    if plan.first is not None and (plan.first.group_source != 'given').any(): table = table.drop(columns=f'{META}plate_group', errors='ignore')
-    return score_wells(table, plan.index, plan.protocol, **plan.search)
+    "Score the wells of a table as a plan says; plate groups that a first pass inferred are left open, for they are inferred of its scores"
+    scores = score_wells(table, plan.index, plan.protocol, **plan.search)
+    if plan.first is None: return scores
+    inferred = plan.first.experiment[plan.first.group_source == 'inferred'].unique()
+    return with_untold(scores.assign(plate_group=scores['plate_group'].mask(scores['experiment'].isin(inferred))), untold)
 
 def embed_plan(
     model:TrainedModel, # The model of the plan
@@ -449,16 +454,19 @@ def _answer(model, plan, progress):
 
 # %% ../../nbs/54_predict.plan.ipynb #c256ff34
 def _first_pass(model, plan, out, progress):
-    "Return the plan of the second pass, after the first has found the plate groups"
+    "Return the plan of the second pass, after the first has found the plate groups, and a function that gives the score tables of the first"
     parts, pred = embed_parts(f'{out}.first.part', model.model, model.spec, plan.screen, **_options(plan, progress)), None
+    def tables(): return nameable(parts.experiments(), plan.index)
+    def untold(): return (score_plan(plan, t) for t in tables())
     with all_agree():
-        if not rank_world()[0]: pred = predict_tables(nameable(parts.experiments(), plan.index), plan.index, plan.protocol, **plan.search)
-    return told_plan(plan, from_first(pred))
+        if not rank_world()[0]: pred = predict_tables(tables(), plan.index, plan.protocol, **plan.search)
+    return told_plan(plan, from_first(pred)), untold
 
-def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
+def _write_answer(model, plan, out, neighbors, embeddings, scores, progress, untold=partial(repeat, None)):
     "Name the wells of a plan, one experiment in memory at a time, and write the files; predictions, or None in all processes but the first"
     if plan.told is not None:
-        pred = _write_answer(model, _first_pass(model, plan, out, progress), out, neighbors, embeddings, scores, progress)
+        second, untold = _first_pass(model, plan, out, progress)
+        pred = _write_answer(model, second, out, neighbors, embeddings, scores, progress, untold)
         if not rank_world()[0]: PARTS_FOLDER.remove(f'{out}.first.part')
         return pred
     parts = embed_parts(f'{out}.part', model.model, model.spec, plan.screen, **_options(plan, progress))
@@ -468,7 +476,7 @@ def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
     pred = _as_found(pred, plan)
     if embeddings: write_tables(embeddings, tables() if plan.correction else parts)
     made = {}
-    if scores: made['scores_sha256'] = file_facts(write_scores((score_plan(plan, t) for t in nameable(tables(), plan.index)), scores_path(out)))['sha256']
+    if scores: made['scores_sha256'] = file_facts(write_scores((score_plan(plan, t, u) for t, u in zip(nameable(tables(), plan.index), untold())), scores_path(out)))['sha256']
     write_predictions(pred, out, {**plan.record, **made})
     for f in (out, info_path(out), top_path(out), scores_path(out), neighbors, embeddings):
         if f and Path(f).is_file(): sync_path(f)
