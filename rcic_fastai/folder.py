@@ -596,8 +596,9 @@ def scores_together(
     tables, # Score tables of different wells, of one kind and protocol
 )->pd.DataFrame: # A class that a model does not have is never its answer: −∞
     "Return score tables of several models as one"
+    if any(map(has_untold, tables)): tables = [t if has_untold(t) else with_untold(t) for t in tables]
     res = pd.concat(tables, ignore_index=True)
-    names = [c for c in res if c.startswith(SCORE)]
+    names = [c for c in res if c.startswith((SCORE, UNTOLD))]
     res = res[[c for c in res if c not in names] + names]
     res[names] = res[names].fillna(-np.inf)
     res.attrs.update(tables[0].attrs)

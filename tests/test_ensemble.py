@@ -127,3 +127,12 @@ def test_scores_of_another_prediction_of_the_same_model_are_rejected(tmp_path, p
     write_scores(swapped, scores_path(path))
     refused(lambda: ensemble_files(tmp_path/'mean.csv', path, other), 'mine.scores.parquet holds the scores of another prediction')
     assert not list(tmp_path.glob('mean*'))
+
+def test_given_groups_are_those_of_any_member_and_never_two():
+    tables = [member(i, 'transductive') for i in (0, 1)]
+    blind = tables[0].assign(plate_group=pd.NA)
+    blind.attrs.update(tables[0].attrs)
+    for members in ([blind, tables[1]], [tables[1], blind]): assert set(ensemble_predictions(members).group_source) == {'given'}
+    other = tables[0].assign(plate_group=(tables[0].plate_group + 1) % 4)
+    other.attrs.update(tables[0].attrs)
+    refused(lambda: ensemble_predictions([tables[1], other]), 'different plate groups')

@@ -10,8 +10,11 @@ from helpers import refused
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.table import emb_features
 from rcic_fastai.folder import load_model
+from rcic_fastai.predict.ensemble import ensemble_files, ensemble_predictions, name_wells
 from rcic_fastai.predict.plan import *
+from rcic_fastai.predict.predict import read_predictions
 from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import screen_learner
 
@@ -103,3 +106,39 @@ def test_class_scores_are_those_of_the_classifier(model, drawn):
     assert (x.idxmax(axis=1).loc[pred.id_code].to_numpy() == pred.sirna.to_numpy()).all()
     assert np.allclose(x.max(axis=1).loc[pred.id_code], pred.score, atol=1e-5)
     assert np.allclose(np.exp(emb_features(emb)).sum(1), 1, atol=1e-4)
+
+
+FOUND = ['plate_group', 'group_source', 'group_confidence']
+
+
+def some_given(drawn):
+    "Return a screen of two test experiments, the plate groups of one of them given: other groups than a weak model may find"
+    t = drawn.table
+    rest = t[t.experiment != 'HUVEC-17'].assign(plate_group=pd.NA)
+    rest = rest[rest.experiment == 'HUVEC-02'].assign(dataset='test')
+    last = t[t.experiment == 'HUVEC-17']
+    last = last.assign(plate_group=(last.plate.astype(int) + 1) % 4)
+    return Screen(pd.concat([rest, last], ignore_index=True).astype({'plate_group': 'Int64'}), drawn.source)
+
+
+@pytest.mark.parametrize('by, adapt', [('index', 'auto'), ('index', 'no'), ('classifier', 'auto')])
+def test_groups_are_not_inferred_from_scores_that_were_told_them(model, drawn, by, adapt):
+    how, screen = dict(tell='plate_group', tta=1, progress=False, by=by, adapt=adapt), some_given(drawn)
+    alone, scores = model.predict(screen, 'transductive', **how), model.class_scores(screen, 'transductive', **how)
+    for pred in (name_wells(scores), ensemble_predictions([scores, scores.iloc[::-1]])):
+        pd.testing.assert_frame_equal(pred[['id_code', 'sirna', *FOUND]], alone[['id_code', 'sirna', *FOUND]], check_dtype=False, atol=1e-4)
+        assert np.allclose(pred.score, alone.score, atol=1e-5)
+    assert alone.groupby('experiment').group_source.first().to_dict() == {'HUVEC-02': 'inferred', 'HUVEC-17': 'given'}
+    untold = model.class_scores(screen, 'transductive', **{**how, 'tell': 'no'})
+    for tables in ([scores, untold], [untold, scores]):
+        pd.testing.assert_frame_equal(ensemble_predictions(tables)[FOUND], alone[FOUND], check_dtype=False, atol=1e-4)
+
+
+def test_files_of_told_predictions_are_averaged_as_they_answer(model, drawn, tmp_path):
+    screen = some_given(drawn)
+    files = [tmp_path/'a.csv', tmp_path/'b.csv']
+    for f in files: alone = told(model, screen, out=f, scores=True)
+    mean = ensemble_files(tmp_path/'mean.csv', *files)
+    pd.testing.assert_frame_equal(mean[['id_code', 'sirna', *FOUND]], alone[['id_code', 'sirna', *FOUND]], check_dtype=False, atol=1e-4)
+    assert read_predictions(tmp_path/'mean.csv').attrs['record']['plate_groups'] == read_predictions(files[0]).attrs['record']['plate_groups']
+    assert not list(tmp_path.glob('*part*'))

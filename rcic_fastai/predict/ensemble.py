@@ -40,6 +40,18 @@ def _member_weights(weights, n):
     if not (np.isfinite(w).all() and (w > 0).all()): raise ScreenError(f'A weight is {w[~(w > 0)][0] if (~(w > 0)).any() else w.max()}: let {option("weights")} be numbers above 0, and leave out members that do not count.')
     return w/w.sum()
 
+# %% ../../nbs/55_predict.ensemble.ipynb #32be534f
+def _given_groups(tables):
+    "Return the plate group of each well of the first table that any table was given; a `ScreenError` where two differ"
+    wells, found = tables[0]['id_code'], None
+    for t in tables:
+        mine = t['plate_group'] if 'plate_group' in t else pd.Series(pd.NA, t.index)
+        mine = pd.Series(pd.array(mine, dtype='Int64'), t['id_code']).loc[wells]
+        if found is not None and (differ := (mine != found).fillna(False)).any():
+            raise ScreenError(f'The members were given different plate groups for the plate of well {wells.iloc[differ.argmax()]}: predict again, from one table.')
+        found = mine if found is None else found.fillna(mine)
+    return found.array
+
 # %% ../../nbs/55_predict.ensemble.ipynb #858481c1
 def average_scores(
     tables, # Score tables of the same wells and classes
@@ -48,13 +60,15 @@ def average_scores(
     "Average the scores of several predictions, in double precision"
     tables = list(tables)
     if not tables: raise ScreenError('There is no prediction to average: give two or more.')
+    if any(map(has_untold, tables)): tables = [t if has_untold(t) else with_untold(t) for t in tables]
     w, first = _member_weights(weights, len(tables)), tables[0]
-    names = [c for c in first if c.startswith(SCORE)]
+    names = [c for c in first if c.startswith((SCORE, UNTOLD))]
     for i, t in enumerate(tables):
         if t['id_code'].duplicated().any(): raise ScreenError(f'Member {i+1} has two rows of well {t["id_code"][t["id_code"].duplicated()].iloc[0]}: give one row per well.')
         if i: _check_alike(first, t, f'Member {i+1}')
     total = sum(a*t.set_index('id_code').loc[first['id_code'], names].to_numpy(np.float64) for a, t in zip(w, tables))
     res = first.drop(columns=names).join(pd.DataFrame(total, columns=names, index=first.index))
+    if first.attrs['protocol'] == 'transductive': res['plate_group'] = _given_groups(tables)
     res.attrs.update(first.attrs)
     cuts = [t.attrs.get('thresholds') for t in tables]
     if all(cuts): res.attrs['thresholds'] = np.average(cuts, axis=0, weights=w).tolist()      # the mean is as good a guess as there is
@@ -67,9 +81,10 @@ def name_wells(
     "Name each well after its best class, or with transductive scores by plate group and one-to-one assignment; several labels by their thresholds"
     if 'thresholds' in scores.attrs: return name_labels(scores)
     classes, facts = score_classes(scores), scores.attrs
-    wells = scores[[c for c in scores if not c.startswith(SCORE)]].rename(columns={'id_code': 'well_id'})
+    wells = scores[[c for c in scores if not c.startswith((SCORE, UNTOLD))]].rename(columns={'id_code': 'well_id'})
     index = _stand_in(facts, classes) if facts['protocol'] == 'transductive' else SimpleNamespace(classes=classes, target=facts['target'])
-    pred = name_scored(wells, score_matrix(scores), index, facts['protocol'], facts.get('assign', True))
+    untold = score_matrix(scores, UNTOLD) if has_untold(scores) else None
+    pred = name_scored(wells, score_matrix(scores), index, facts['protocol'], facts.get('assign', True), untold=untold)
     pred.attrs['classes'] = facts.get('names', classes)
     return pred
 
@@ -99,13 +114,12 @@ def class_scores(self:TrainedModel,
 )->pd.DataFrame: # A score table
     "Score the test wells of a screen with every class"
     plan = plan_prediction(self, screen, protocol, **kwargs)
-    if plan.told is not None: plan = told_plan(plan, self.predict(screen, protocol, progress=progress, **{**kwargs, 'tell': 'no'}))
-    emb = embed_screen(self.model, self.spec, plan.screen, **{**vars(plan.options), 'progress': progress})
-    if plan.correction: emb = plan.correction(emb)
-    emb.attrs['model'] = self.fingerprint
-    tables = list(nameable([emb], plan.index))
-    if not tables: raise ScreenError('There is no well to name: the model learned no control wells, and the screen has no treatment among its test wells.')
-    return score_plan(plan, tables[0])
+    table, untold = embed_plan(self, plan, progress), None
+    if plan.told is not None:
+        untold, first = score_plan(plan, table), predict_wells(table, plan.index, plan.protocol, **plan.search)[0]
+        plan = told_plan(plan, first)
+        table = embed_plan(self, plan, progress)
+    return score_plan(plan, table, untold)
 
 # %% ../../nbs/55_predict.ensemble.ipynb #684fee78
 @patch

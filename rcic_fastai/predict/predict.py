@@ -78,12 +78,12 @@ def _search_groups(wells, scores, groups, class_groups, search):
         scores[at] = np.where(np.isneginf(s), scores[at], s)
     return scores
 
-def _transduce(wells, scores, index, search, assign=True):
+def _transduce(wells, scores, index, search, assign=True, untold=None):
     "Column of each well after group restriction and assignment (untreated wells: their best), the groups, the scores, and notes"
     choice, class_groups = best_class(scores), groups_of_classes(index)
     treated = np.flatnonzero((wells['well_type'] == 'treatment').to_numpy())
     w = wells.iloc[treated].reset_index(drop=True)
-    groups, how = plate_groups_of(w, scores[treated], class_groups, index.labels)
+    groups, how = plate_groups_of(w, (scores if untold is None else untold)[treated], class_groups, index.labels)
     if index.kind != 'exact': scores = _search_groups(wells, scores, pd.Series(groups, w['well_id']), class_groups, search)
     of_class, of_well = (pd.array(g, dtype='Int64').to_numpy('float64', na_value=np.nan) for g in (class_groups, groups))
     allowed = of_class[None] == of_well[:, None]                 # a class without a group is in none
@@ -144,10 +144,11 @@ def name_scored(
     protocol:str='inductive', # inductive, adapted or transductive
     assign:bool=True, # Transductive: use each label once per plate; if not, only the plate groups are used
     search=None, # Scores of some `wells` among some `classes`, of an index that is not exact
+    untold=None, # [W,K] scores from before the model was told plate groups, which these are inferred of; `None`: `scores`
 )->pd.DataFrame: # One row per well, in this order: id_code, target, score, margin, runner_up, top_1…top_5, protocol, …
     "Name wells after their best classes, or with protocol transductive by plate group and one-to-one assignment"
     choice, groups, how, ranked, notes = best_class(scores), None, {}, scores, []
-    if protocol == 'transductive': choice, groups, how, ranked, scores, notes = _transduce(wells, scores, index, search, assign)
+    if protocol == 'transductive': choice, groups, how, ranked, scores, notes = _transduce(wells, scores, index, search, assign, untold)
     names, rows, others = np.array(index.classes, object), np.arange(len(scores)), scores.copy()
     others[rows, choice] = -np.inf
     second = others.max(1)
