@@ -11,6 +11,8 @@ __all__ = ['WELLS', 'ADAPT', 'ADAPT_FROM', 'TELL', 'BY', 'prediction_rows', 'as_
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.all import delegates, patch
@@ -543,12 +545,14 @@ def _as_found(pred, plan):
 def score_plan(
     plan:PredictionPlan, # Any plan
     table:pd.DataFrame, # Embeddings of some of its sites
+    untold:pd.DataFrame=None, # Of a second pass: the scores that the first gave these wells
 )->pd.DataFrame: # A score table
-    "Score the wells of a table as a plan says; groups that a first pass inferred are left to whoever averages"
-    if plan.first is not None and (plan.first.group_source != 'given').any(): table = table.drop(columns=f'{META}plate_group', errors='ignore')
-    res = score_wells(table, plan.index, plan.protocol, **plan.search)
-    res.attrs.update(plan.labels)
-    return res
+    "Score the wells of a table as a plan says; plate groups that a first pass inferred are left open, for they are inferred of its scores"
+    scores = score_wells(table, plan.index, plan.protocol, **plan.search)
+    scores.attrs.update(plan.labels)
+    if plan.first is None: return scores
+    inferred = plan.first.experiment[plan.first.group_source == 'inferred'].unique()
+    return with_untold(scores.assign(plate_group=scores['plate_group'].mask(scores['experiment'].isin(inferred))), untold)
 
 # %% ../../nbs/54_predict.plan.ipynb #d6737126
 def _wells_of_plan(plan, table):
@@ -594,12 +598,13 @@ def _answer(model, plan, progress):
 
 # %% ../../nbs/54_predict.plan.ipynb #c256ff34
 def _first_pass(model, plan, out, progress):
-    "Return the plan of the second pass, after the first has found the plate groups"
+    "Return the plan of the second pass, after the first has found the plate groups, and a function that gives the score tables of the first"
     parts, pred = embed_parts(f'{out}.first.part', model.model, plan.spec, plan.screen, **_options(plan, progress)), None
+    def tables(): return nameable((_wells_of_plan(plan, t) for t in parts.experiments()), plan.index)
+    def untold(): return (score_plan(plan, t) for t in tables())
     with all_agree():
-        tables = (_wells_of_plan(plan, t) for t in parts.experiments())
-        if not rank_world()[0]: pred = predict_tables(nameable(tables, plan.index), plan.index, plan.protocol, **plan.search)
-    return told_plan(plan, from_first(pred))
+        if not rank_world()[0]: pred = predict_tables(tables(), plan.index, plan.protocol, **plan.search)
+    return told_plan(plan, from_first(pred)), untold
 
 def _label_answers(plan, tables):
     "Return the answers of several labels of table after table, sorted by id_code"
@@ -615,10 +620,11 @@ def _drop_cells(out):
     if not path.is_file() or not record.is_file(): return
     if read_json(record, 2**26).get('cells_sha256') == file_facts(path)['sha256']: path.unlink()
 
-def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
+def _write_answer(model, plan, out, neighbors, embeddings, scores, progress, untold=partial(repeat, None)):
     "Name the wells of a plan, one experiment in memory at a time, and write the files; predictions, or None in all processes but the first"
     if plan.told is not None:
-        pred = _write_answer(model, _first_pass(model, plan, out, progress), out, neighbors, embeddings, scores, progress)
+        second, untold = _first_pass(model, plan, out, progress)
+        pred = _write_answer(model, second, out, neighbors, embeddings, scores, progress, untold)
         if not rank_world()[0]: PARTS_FOLDER.remove(f'{out}.first.part')
         return pred
     parts = embed_parts(f'{out}.part', model.model, plan.spec, plan.screen, **_options(plan, progress))
@@ -630,7 +636,7 @@ def _write_answer(model, plan, out, neighbors, embeddings, scores, progress):
     made = {}
     if plan.cell_merge: made['cells_sha256'] = file_facts(write_tables(cells_path(out), _named_cells(plan, parts.experiments(), scores)))['sha256']
     else: _drop_cells(out)
-    if scores: made['scores_sha256'] = file_facts(write_scores((score_plan(plan, t) for t in nameable(tables(), plan.index)), scores_path(out)))['sha256']
+    if scores: made['scores_sha256'] = file_facts(write_scores((score_plan(plan, t, u) for t, u in zip(nameable(tables(), plan.index), untold())), scores_path(out)))['sha256']
     write_predictions(pred, out, {**plan.record, **made})
     for f in (out, info_path(out), top_path(out), scores_path(out), cells_path(out), neighbors, embeddings):
         if f and Path(f).is_file(): sync_path(f)
