@@ -273,7 +273,7 @@ def rcic_pack(argv=None):
 def train(
     screen, # A screen: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
-    recipe:str='demo', # demo, features, rcic117, rcic117_b4, rcic117_12d, rcic117_huvec, rcic117_u2os, rcic117_hepg2, rcic117_rpe, rcic117_cell_types, rcic117_groups, rcic16, rcic16_efficientnet_b4, rcic16_xception, rcic16_resnet101_cbam, rcic16_se_resnext101, rcic16_cyclic, rcic1, rcic1_pseudo, rxrx1_paper, rxrx1_resnet50, capstone_cnn, capstone_resnet50, wilds_erm, wilds_coral, wilds_irm, wilds_groupdro, six_channels, or a JSON file
+    recipe:str='demo', # demo, features, rcic117, rcic117_b4, rcic117_12d, rcic117_huvec, rcic117_u2os, rcic117_hepg2, rcic117_rpe, rcic117_cell_types, rcic117_groups, rcic16, rcic16_efficientnet_b4, rcic16_xception, rcic16_resnet101_cbam, rcic16_se_resnext101, rcic16_cyclic, rcic1, rcic1_pseudo, rxrx1_paper, rxrx1_resnet50, capstone_cnn, capstone_resnet50, wilds_erm, wilds_coral, wilds_irm, wilds_groupdro, six_channels, hpa46, hpa46_rare, hpa46_se, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
     channels:str='', # Channels that the model reads, by name and in this order; 5-of-6: six models OUT/without_NAME; empty: the recipe's, or all
@@ -348,11 +348,14 @@ def predict(
     with all_agree(): opened = load_model(model, rank_device())
     if held_out: given['screen'] = opened.held_out(screen)
     pred = opened.predict(**given)
-    if pred is not None: print(f'{out}: {len(pred)} {_of_what(pred)}, protocol {protocol}')
+    if pred is None: return
+    of = f' of {pred.experiment.nunique()} experiments' if _of_what(pred) == 'wells' else ''
+    print(f'{out}: {len(pred)} {_of_what(pred)}{of}, protocol {protocol}')
 
 def _of_what(pred):
     "Return what was predicted, for a sentence"
-    return f'wells of {pred.experiment.nunique()} experiments' if pred.experiment.astype(str).ne('').any() else 'images'
+    has_experiments = pred.experiment.astype(str).ne('').any() if 'experiment' in pred else True
+    return 'wells' if has_experiments else 'images'
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
                   'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
@@ -425,7 +428,7 @@ def ensemble(
     try: numbers = [float(w) for w in as_names(weights)] or None
     except ValueError: raise ScreenError(f'{option("weights", weights)} is not understood: write numbers with commas, such as 1,2.') from None
     pred = ensemble_files(out, *members, weights=numbers)
-    print(f'{out}: {len(pred)} wells, {len(members)} predictions averaged, protocol {pred.protocol.iloc[0]}')
+    print(f'{out}: {len(pred)} {_of_what(pred)}, {len(members)} predictions averaged, protocol {pred.protocol.iloc[0]}')
 
 def rcic_ensemble(argv=None):
     "Run the console script"
