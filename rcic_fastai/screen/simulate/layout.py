@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
-from ...core import OwnFolder, ScreenError, as_names, n_cores, write_atomic
+from ...core import OwnFolder, ScreenError, as_names, n_cores, plural, write_atomic
 from ..tables import CHANNELS, SITE_COLUMNS, control_wells, read_metadata, treatment_wells, well_to_rowcol
 from .cells import named_rng
 from .batches import Studio, cell_type_of
@@ -256,7 +256,7 @@ def write_file_table(
     folder = Path(folder)
     t = read_metadata(folder)
     names = t.experiment.unique()
-    if len(names) > len(_MONTHS): raise ScreenError(f'{folder} has {len(names)} experiments, more than there are months to name them by: simulate at most 12.')
+    if len(names) > len(_MONTHS): raise ScreenError(f'{folder} has {plural(len(names), "experiment")}, more than there are months to name them by: simulate at most 12.')
     t['month'] = t.experiment.map(dict(zip(names, _MONTHS)))
     rows = [dict(Batch=r.month, Barcode=f'{r.month}{r.plate}', Position=r.well, Field=r.site, Reagent='untreated' if r.sirna == 'EMPTY' else r.sirna,
                  Stain=c, Path=f'images/{r.dataset}/{r.experiment}/Plate{r.plate}/{r.well}_s{r.site}_w{i}.png')
