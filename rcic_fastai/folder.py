@@ -35,6 +35,7 @@ from .predict.trained import *
 from .predict.profiles import *
 from .predict.cells import *
 from .predict.plan import *
+from .predict.ensemble import *
 from .results.evaluate import *
 from .embed.index import *
 from .embed.index import _written_before
@@ -540,6 +541,14 @@ class CellTypeModels:
         able = {c: m for c, m in here.items() if _never_learned(m)} or here
         return screen[pd.concat([m.held_out(screen[(cells == c).to_numpy()]).table for c, m in able.items()], ignore_index=True)]
 
+# %% ../nbs/70_folder.ipynb #44fba44c
+def _check_one_width(parts):
+    "Raise when the models of cell types give embeddings of different lengths, which cannot stand in one table"
+    widths = {c: m.model.classifier.weight.shape[1] for c, (m, _) in parts.items()}
+    if len({*widths.values()}) > 1:
+        raise ScreenError(f'The models of the cell types embed into different lengths ({first_few([f"{c} {n}" for c, n in widths.items()], 4)}): '
+                          'take the model of one cell type, in the folder of that name.')
+
 # %% ../nbs/70_folder.ipynb #70679597
 @patch
 @delegates(TrainedModel.embed, but=['screen'])
@@ -549,6 +558,7 @@ def embed(self:CellTypeModels,
 )->pd.DataFrame: # As from a model, in the order of the screen; embeddings of two cell types are of two models
     "Return the embeddings of a screen, each site by the model of its cell type"
     whole, parts = open_screen(screen, check=False), self.parts(screen, 'all')
+    _check_one_width(parts)
     emb = pd.concat([m.embed(s, **kwargs) for m, s in parts.values()], ignore_index=True)
     order = {i: n for n, i in enumerate(whole.table.site_id)}
     key = f'{META}site_id' if f'{META}site_id' in emb else f'{META}well_id'
@@ -571,6 +581,7 @@ def profiles(self:CellTypeModels,
     if out is not None: profile_ending(out)
     whole = open_screen(screen, check=False)
     parts = self.parts(whole[profile_rows(whole.table, wells, experiments)], 'all')
+    _check_one_width(parts)
     tables = [m.profiles(s, **kwargs) for m, s in parts.values()]
     if rank_world()[0]: return
     emb = pd.concat(tables, ignore_index=True)
@@ -592,20 +603,43 @@ def together(
     if known: pred.attrs['classes'] = list(dict.fromkeys(c for names in known for c in names))
     return pred
 
+def _check_same(what, each):
+    "Raise where score tables, or the models of cell types, differ in what one table has once"
+    if len({*each.values()}) == 1: return
+    way = option({'kind': 'by'}.get(what, what))
+    raise ScreenError(f'Scores with a different {what} ({first_few([f"{k}: {v}" for k, v in each.items()], 4)}) cannot stand in one table: '
+                      f'give {way} for all, or predict with the model of one cell type after the other.')
+
 def scores_together(
     tables, # Score tables of different wells, of one kind and protocol
 )->pd.DataFrame: # A class that a model does not have is never its answer: −∞
     "Return score tables of several models as one"
+    for what in ('target', 'protocol', 'kind', 'assign'): _check_same(what, {str(i+1): t.attrs.get(what) for i, t in enumerate(tables)})
     if any(map(has_untold, tables)): tables = [t if has_untold(t) else with_untold(t) for t in tables]
     res = pd.concat(tables, ignore_index=True)
     names = [c for c in res if c.startswith((SCORE, UNTOLD))]
-    res = res[[c for c in res if c not in names] + names]
+    res = res.iloc[np.argsort(res['id_code'].to_numpy(str), kind='stable')].reset_index(drop=True)[[c for c in res if c not in names] + names]
     res[names] = res[names].fillna(-np.inf)
     res.attrs.update(tables[0].attrs)
     groups = [pd.DataFrame(t.attrs['groups']) for t in tables if t.attrs.get('groups')]
     if groups: res.attrs['groups'] = pd.concat(groups, ignore_index=True).drop_duplicates().to_dict('list')
     if 'names' in res.attrs: res.attrs['names'] = list(dict.fromkeys(n for t in tables for n in t.attrs['names']))
     return res
+
+# %% ../nbs/70_folder.ipynb #6183925f
+def _plan_parts(parts, protocol, kwargs, neighbors='', embeddings='', scores=False):
+    "Plan the prediction of each cell type; a `ScreenError` for what is impossible, or what cannot stand in one file"
+    plans = {c: plan_prediction(m, s, protocol, **kwargs) for c, (m, s) in parts.items()}
+    if neighbors:
+        for plan in plans.values(): check_searches(plan)
+    if embeddings: _check_one_width(parts)
+    if scores or embeddings: _check_same('kind', {c: getattr(p.index, 'scores', 'cosine') for c, p in plans.items()})
+    if scores: _check_same('assign', {c: 'yes' if p.search['assign'] else 'no' for c, p in plans.items()})
+
+def _in_all(records):
+    "Return what the records of all cell types say alike"
+    first, *others = records
+    return {k: v for k, v in first.items() if k != 'notes' and all(k in r and r[k] == v for r in others)}
 
 @patch
 def _write_parts(self:CellTypeModels, parts, protocol, out, more, scores, progress, kwargs):
@@ -614,16 +648,21 @@ def _write_parts(self:CellTypeModels, parts, protocol, out, more, scores, progre
     if not rank_world()[0]: CELLS_FOLDER.make(beside)
     for c, (m, s) in parts.items():
         files = {k: beside/f'{c}.{k}.parquet' for k, v in more.items() if v}
-        preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files, **kwargs)
+        try: preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files, **kwargs)
+        except ScreenError:
+            if not rank_world()[0] and all(f.name.startswith('.') or f.suffix == '.lock' for f in beside.iterdir()): CELLS_FOLDER.remove(beside)
+            raise
         records[c] = None if preds[c] is None else {k: v for k, v in read_json(info_path(beside/f'{c}.csv'), 2**26).items() if k not in ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')}
     if rank_world()[0]: return
-    pred, first = together(list(preds.values())), next(iter(records.values()))
+    pred, said = together(list(preds.values())), _in_all(list(records.values()))
     for k, path in more.items():
-        if path: write_tables(path, [pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts])
-    if kwargs.get('cells'): first = {**first, 'cells_sha256': file_facts(write_tables(cells_path(out), [pd.read_parquet(cells_path(beside/f'{c}.csv')) for c in parts]))['sha256']}
-    if scores: first = {**first, 'scores_sha256': file_facts(write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out)))['sha256']}
+        if path: write_tables(path, [pd.concat([pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts], ignore_index=True)])
+    if kwargs.get('cells'):
+        of_cells = pd.concat([pd.read_parquet(cells_path(beside/f'{c}.csv')) for c in parts], ignore_index=True)
+        said = {**said, 'cells_sha256': file_facts(write_tables(cells_path(out), [of_cells]))['sha256']}
+    if scores: said = {**said, 'scores_sha256': file_facts(write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out)))['sha256']}
     pred.attrs['notes'] = list(dict.fromkeys(n for r in records.values() for n in r.get('notes', ())))
-    write_predictions(pred, out, {**{k: v for k, v in first.items() if k != 'notes'}, 'model': str(self.folder or self.fingerprint), 'cell_types': records})
+    write_predictions(pred, out, {**said, 'model': str(self.folder or self.fingerprint), 'cell_types': records})
     CELLS_FOLDER.remove(beside)
     return pred
 
@@ -649,7 +688,7 @@ def predict(self:CellTypeModels,
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
             parts = self.parts(asked_experiments(self.models.values(), screen, experiments))
-            for m, s in parts.values(): plan_prediction(m, s, protocol, **kwargs)        # what is impossible is said first
+            _plan_parts(parts, protocol, kwargs, neighbors, embeddings, scores)        # what is impossible is said first
         if out is not None: return self._write_parts(parts, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
 
@@ -674,6 +713,34 @@ def evaluate(self:CellTypeModels,
     "Predict the test wells of a screen and compare them with their labels"
     screen, protocols = open_screen(screen, check=False), [protocol] if isinstance(protocol, str) else list(protocol)
     return evaluate_screen({str(Protocol(p)): self.predict(screen, p, progress=progress, **kwargs) for p in protocols}, screen.table)
+
+# %% ../nbs/70_folder.ipynb #40d23fc7
+@patch
+@delegates(plan_prediction, but=['model', 'screen', 'protocol'])
+def class_scores(self:CellTypeModels,
+    screen, # A `Screen` with test experiments, or where one is
+    protocol:str='inductive', # inductive, adapted or transductive
+    progress:bool=True, # Show a progress bar
+    **kwargs
+)->pd.DataFrame: # A score table, as from a model
+    "Score the test wells of a screen with every class, each well by the model of its cell type"
+    parts = self.parts(asked_experiments(self.models.values(), screen, kwargs.pop('experiments', '')))
+    _plan_parts(parts, protocol, kwargs, scores=True)
+    return scores_together([m.class_scores(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
+
+@patch
+@delegates(plan_prediction, but=['model', 'screen', 'protocol'])
+def neighbors(self:CellTypeModels,
+    screen, # A `Screen` with test experiments, or where one is
+    protocol:str='inductive', # inductive, adapted or transductive
+    progress:bool=True, # Show a progress bar
+    **kwargs
+)->pd.DataFrame: # One row per neighbor, as from a model
+    "Return the nearest training sites of every test site, each found by the model of its cell type"
+    parts = self.parts(asked_experiments(self.models.values(), screen, kwargs.pop('experiments', '')))
+    _plan_parts(parts, protocol, kwargs, neighbors=True)
+    near = pd.concat([m.neighbors(s, protocol, progress=progress, **kwargs) for m, s in parts.values()], ignore_index=True)
+    return near.sort_values(['id_code', 'query', 'rank'], kind='stable').reset_index(drop=True)
 
 # %% ../nbs/70_folder.ipynb #cc11a4cb
 def load_cell_types(

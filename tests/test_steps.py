@@ -1,5 +1,6 @@
 "Trainings of several steps as commands: channels, folds, a model for each cell type, controls first, pseudo-labels; killed and resumed."
 import json
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.learner import Learner
@@ -8,10 +9,14 @@ from helpers import python
 from rcic_fastai import cli
 from rcic_fastai.batch import resident
 from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.core import ScreenError
+from rcic_fastai.embed.table import emb_features, read_embeddings
 from rcic_fastai.folder import load_model
-from rcic_fastai.predict.ensemble import ensemble_files, ensemble_predictions
+from rcic_fastai.predict.ensemble import ensemble_files, ensemble_predictions, name_wells
 from rcic_fastai.predict.predict import read_predictions
 from rcic_fastai.screen import images
+from rcic_fastai.predict.scores import read_scores
+from rcic_fastai.results.report import how_table
 from rcic_fastai.screen.channels import picked_source
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
@@ -291,6 +296,56 @@ def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
     assert ensemble_files(here/'mean.csv', kept, kept).sirna.tolist() == read_predictions(kept).sirna.tolist() and not list(here.glob('kept.csv.*'))
     train(here, 'whole', '--cell-types each')
     assert load_model(here/'whole').fingerprint == models.fingerprint
+
+
+OWN = dict(RPE=dict(by='index', merge='mean'), HUVEC=dict(by='classifier', merge='mean'))
+
+
+def of_own_ways(here, *cells):
+    "Return models of cell types with a way to predict each; that of RPE learned from wells of RPE-08 under its own labels"
+    if not (here/'cells/cell_types.json').exists(): train(here, 'cells', '--cell-types each')
+    models = load_model(here/'cells')
+    for c, m in models.models.items(): m.config['recipe'] = {**(m.config.get('recipe') or {}), 'predict': OWN[c]}
+    models.models['RPE'].model.pseudo_experiments = ('RPE-08',)
+    models.models = {c: models.models[c] for c in cells}
+    return models
+
+
+@pytest.mark.parametrize('cells', [('HUVEC', 'RPE'), ('RPE', 'HUVEC')])
+def test_what_cell_types_write_as_one_says_all_of_each(here, tmp_path, cells):
+    models, how = of_own_ways(here, *cells), dict(tta=1, adapt='no', progress=False)
+    screen = open_screen(here/'s.zarr')
+    pred = models.predict(screen, 'transductive', tmp_path/'a.csv', embeddings=tmp_path/'e.parquet', neighbors=tmp_path/'n.parquet', scores=True, by='index', **how)
+    emb = read_embeddings(tmp_path/'e.parquet')
+    protocols = emb.Metadata_protocol.fillna('inductive').groupby(emb.Metadata_cell_type).unique()
+    assert {c: p.tolist() for c, p in protocols.items()} == dict(HUVEC=['inductive'], RPE=['transductive'])
+    assert emb_features(emb).shape == (screen.test.treatments.table.site_id.nunique(), 16) and np.isfinite(emb_features(emb)).all()
+    near, scores = (f(screen, 'transductive', by='index', **how) for f in (models.neighbors, models.class_scores))
+    pd.testing.assert_frame_equal(near.drop(columns='protocol'), pd.read_parquet(tmp_path/'n.parquet').sort_values(['id_code', 'query', 'rank'], ignore_index=True).drop(columns='protocol'), check_dtype=False)
+    assert name_wells(scores).sirna.tolist() == name_wells(read_scores(tmp_path/'a.scores.parquet')).sirna.tolist() == pred.sirna.tolist()
+    models.predict(screen, 'transductive', tmp_path/'b.csv', **how)
+    record = json.loads((tmp_path/'b.json').read_text())
+    assert 'by' not in record and {c: r['by'] for c, r in record['cell_types'].items()} == dict(HUVEC='classifier', RPE='index') and record['merge'] == 'mean'
+    assert how_table({'b': read_predictions(tmp_path/'b.csv')}).b['answered by'].startswith(f'{cells[0]}: ')
+
+
+@pytest.mark.parametrize('more, words', [(dict(scores=True), "different kind"), (dict(embeddings='e.parquet'), 'different kind'), (dict(neighbors='n.parquet'), 'without looking for neighbors'),
+                                         (dict(neighbors='n.parquet', by='classifier'), 'without looking for neighbors')])
+def test_what_cell_types_cannot_write_as_one_is_said_first(here, tmp_path, more, words):
+    models = of_own_ways(here, 'RPE', 'HUVEC')
+    given = {k: tmp_path/v if k in ('embeddings', 'neighbors') else v for k, v in more.items()}
+    with pytest.raises(ScreenError, match=words): models.predict(here/'s.zarr', 'transductive', tmp_path/'out.csv', tta=1, progress=False, **given)
+    assert [f.name for f in tmp_path.iterdir() if f.suffix != '.lock'] == []
+    if 'scores' in more:
+        with pytest.raises(ScreenError, match=words): models.class_scores(here/'s.zarr', 'transductive', tta=1, progress=False)
+
+
+def test_models_of_other_lengths_are_not_put_in_one_table(here, tmp_path, monkeypatch):
+    models = of_own_ways(here, 'RPE', 'HUVEC')
+    monkeypatch.setattr(models.models['RPE'].model, 'classifier', torch.nn.Linear(7, 8))
+    for f in (models.embed, models.profiles, partial(models.predict, protocol='transductive', by='index', out=tmp_path/'o.csv', embeddings=tmp_path/'e.parquet')):
+        with pytest.raises(ScreenError, match='embed into different lengths'): f(here/'s.zarr', tta=1, progress=False)
+    assert [f.name for f in tmp_path.iterdir() if f.suffix != '.lock'] == []
 
 
 def test_cell_types_begin_with_a_given_model(here):

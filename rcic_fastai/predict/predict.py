@@ -300,6 +300,7 @@ def write_tables(
         try:
             for t in tables:
                 writer = writer or pq.ParquetWriter(p, _schema(t))
+                if odd := sorted({*t} ^ {*writer.schema.names}): raise ScreenError(f'Some of the tables for {path} have no column {first_few(odd, 3)}: give all of them the same columns.')
                 writer.write_table(pa.Table.from_pandas(t, writer.schema, preserve_index=False))
         finally:
             if writer: writer.close()

@@ -103,11 +103,18 @@ def _one_record(record):
             'BatchNorm statistics': f"of each {record['adapt']}" if record.get('adapt') not in _NOTHING else 'of training', 'correction': _said(record, 'correct', 'none'),
             'plate groups': _groups_said(record), 'the model was given': _said(record, 'tell', 'nothing of the batch'), 'each name once on a plate': assign}
 
+def _record_said(record):
+    "Return the same of a prediction by the models of several cell types: an entry of each where they differ"
+    if not record.get('cell_types'): return _one_record(record)
+    each = {c: _one_record({**record, **r}) for c, r in record['cell_types'].items()}
+    said = {k: {c: o[k] for c, o in each.items()} for k in next(iter(each.values()))}
+    return {k: '; '.join(f'{c}: {v}' for c, v in o.items()) if len({*o.values()}) > 1 else next(iter(o.values())) for k, o in said.items()}
+
 def how_table(
     predictions:dict, # Name → predictions
 )->pd.DataFrame: # One column for each that was read from a file with its record
     "Return how predictions were made, side by side"
-    return pd.DataFrame({n: _one_record(r) for n, p in predictions.items() if (r := p.attrs.get('record', {})).get('protocol')})
+    return pd.DataFrame({n: _record_said(r) for n, p in predictions.items() if (r := p.attrs.get('record', {})).get('protocol')})
 
 # %% ../../nbs/61_results.report.ipynb #ca6ee305
 def _trained_on(c): return f"{c['data']['rows']} sites of {plural(len(c['data']['sites']), 'experiment')}: {first_few(c['data']['sites'], 8)}"
