@@ -19,7 +19,7 @@ setup(
                       Changelog=f"{repository}/blob/{cfg['branch']}/CHANGELOG.md"),
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['rcic_fastai', 'rcic_fastai.*']),
-    package_data={'rcic_fastai': ['tables/*.csv']}, zip_safe=False,
+    package_data={'rcic_fastai': ['tables/*.csv'], 'rcic_fastai.results': ['explore.html', 'explore.css', 'explore.js']}, zip_safe=False,
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(),

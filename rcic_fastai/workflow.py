@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_rows', 'remove_unfinished', 'is_finished',
-           'try_all', 'fold_experiments', 'train_screen', 'clear_demo', 'demo_report', 'run_demo']
+           'try_all', 'fold_experiments', 'fold_images', 'training_notes', 'save_curve', 'train_screen', 'clear_demo',
+           'demo_report', 'demo_page', 'run_demo']
 
 # %% ../nbs/71_workflow.ipynb #e0280784
 import contextlib, io, json, tempfile, time
@@ -43,6 +44,7 @@ from .predict.pseudo import *
 from .results.evaluate import *
 from .results.plots import *
 from .results.report import *
+from .results.explore import explore
 from .folder import *
 
 # %% ../nbs/71_workflow.ipynb #a68da92f
@@ -50,10 +52,12 @@ def screen_summary(
     screen:Screen, # Any screen
 )->str: # One or more lines
     "Return the number of wells of each kind, cell type and data set, what is missing for a prediction, and pictures that cannot be right"
+    if not has_plates(screen.table): return '\n'.join([*describe_screen(screen).split('\n')[1:], *picture_notes(screen)])
     wells = screen.wells
     def counts(column): return ', '.join(f'{n} {k}' for k, n in wells[column].value_counts(sort=False).items())
-    lines = [f'{len(wells)} wells: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; {wells.sirna.nunique()} perturbations']
-    return '\n'.join([*lines, *missing_parts(screen), *picture_notes(screen)])
+    lines = [f'{plural(len(wells), "well")}: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; '
+             f'{plural(wells.sirna[wells.well_type == "treatment"].nunique(), "perturbation")}']
+    return '\n'.join([*lines, *dose_notes(wells), *missing_parts(screen), *picture_notes(screen)])
 
 # %% ../nbs/71_workflow.ipynb #95879d22
 def folder_bytes(
@@ -69,11 +73,12 @@ def training_rows(
     controls:bool=None, # See `labeled_rows`
     norm:str='own', # See `screen_dls`: statistics of plates and experiments are taken of all their wells
     sites:int=1, # Sites per sample
+    several:bool=False, # Does a sample have several labels?
 )->pd.DataFrame:
-    "Return the rows whose images training reads; where siRNAs are the target, a note names plates of controls only"
+    "Return the rows whose images training reads; where perturbations are the target, a note names plates of controls only"
     able = table[table.dataset.isin(('train', 'val'))]
-    note = '' if controls or target != 'sirna' else control_plates_note(able)
-    rows = labeled_rows(table, target, controls)
+    rows = labeled_rows(table, target, controls, several)
+    note = '' if controls or not names_perturbations(target) else control_plates_note(table[table.dataset.isin(('train', 'val'))])
     check_id_test(table, rows, sites)
     if norm in ('plate', 'experiment'): return able      # `screen_dls` sees those plates, and says it
     if note: print(f'note: {note}')
@@ -212,6 +217,14 @@ def _rows_of(table, only):
     return table
 
 # %% ../nbs/71_workflow.ipynb #38594cc4
+def _asks_fold(folds, fold):
+    "Return whether one fold of several is asked for; a `ScreenError` for a half of the question"
+    if not folds and not fold: return False
+    if not folds: raise ScreenError(f'{option("fold", fold)} is one of several: say how many with {option("folds")}.')
+    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}.')
+    if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
+    return True
+
 def fold_experiments(
     table:pd.DataFrame, # Site table; only training rows count
     folds:int, # How many folds; 0: none
@@ -219,26 +232,45 @@ def fold_experiments(
     seed:int=0, # Which experiments go together
 )->list: # Names of the held-out experiments; empty without folds
     "Return the experiments of one fold"
-    if not folds and not fold: return []
-    if not folds: raise ScreenError(f'{option("fold", fold)} is one of several: say how many with {option("folds")}.')
-    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}.')
-    if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
+    if not _asks_fold(folds, fold): return []
     n = table.experiment[table.dataset.isin(('train', 'val'))].nunique()
     if not 2 <= folds <= n: raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.' if n > 1 else f'{option("folds", folds)} needs two training experiments or more, and there is {n}: leave it out.')
     which = experiment_folds(table, folds, seed)
     return which.index[which == fold - 1].tolist()
 
+# %% ../nbs/71_workflow.ipynb #60479f1b
+def fold_images(
+    rows:pd.DataFrame, # Training rows of images that are in no experiment
+    target:str, # Column with their labels
+    folds:int, # How many folds; 0: none
+    fold:int, # Which one to hold out, from 1
+    seed:int=0, # Which images go together
+)->list: # Names of the held-out images; empty without folds
+    "Return the images of one fold, every label spread evenly over the folds"
+    if not _asks_fold(folds, fold): return []
+    if not 2 <= folds <= len(rows): raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(len(rows), "image")}: choose 2 to {len(rows)}.')
+    if target not in rows: raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(rows.columns)}.')
+    try: from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
+    except ImportError: raise ScreenError('Folds of images with several labels need the package iterative-stratification: run pip install "rcic_fastai[labels]".') from None
+    truth = label_matrix(rows[target], sorted({o for p in split_labels(rows[target]) for o in p}))
+    parts = MultilabelStratifiedKFold(folds, shuffle=True, random_state=seed).split(truth, truth)
+    return rows.site_id.iloc[[*parts][fold - 1][1]].tolist()
+
+# %% ../nbs/71_workflow.ipynb #043da215
 def _folded(args):
     "Return the arguments with the experiments of the fold as valid: of the whole screen, so that every model of it has the same folds"
-    if not args['folds'] and not args['fold']: return args
+    if not _asks_fold(args['folds'], args['fold']): return args
     if args['valid'] != 'auto': raise ScreenError(f'{option("valid", args["valid"])} and {option("folds", args["folds"])} both say what is held out: choose one.')
     table = open_screen(args['screen'], check=False).table
+    if not has_plates(table): return args
     labeled = labeled_rows(table, args['target'], True)
     treated = labeled[labeled.well_type == 'treatment']
     return {**args, 'valid': fold_experiments(treated if len(treated) else labeled, args['folds'], args['fold'], args['seed'])}
 
 def _fold_of(screen, given):
-    "Return which experiments of a fold a recipe is for"
+    "Return which experiments of the fold a recipe is for, or the images where there are no experiments; empty without folds"
+    if not given['folds']: return []
+    if not has_plates(screen.table): return fold_images(screen.train.table, given['target'], given['folds'], given['fold'], given['seed'])
     held = sorted({*given['valid']} & _training_names(screen.table))
     if held: return held
     raise ScreenError(f'Fold {given["fold"]} of {given["folds"]} has no experiment that the recipe is for, so nothing would be held out: choose another {option("fold")}.')
@@ -265,9 +297,27 @@ def _screen_to_learn(screen, recipe, given, data):
     data = _picked_stats(data, whole, channels)
     if channels: whole = whole.pick(channels)
     mine = _rows_of(whole.table, recipe.only)
-    rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1))
+    rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1), data.get('several', False))
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
+
+# %% ../nbs/71_workflow.ipynb #8191c58d
+def training_notes(
+    table:pd.DataFrame, # Training rows of the site table
+    target:str, # What is predicted
+    held=(), # Held-out experiments that nobody asked for
+)->list: # Sentences
+    "Return what is held out and what that costs, which doses are one class, which wells have no name, and that numbers become classes"
+    wells, notes = table.drop_duplicates('well_id'), []
+    n = wells.experiment.nunique()
+    if len(held):
+        notes.append(f'{first_few(held, 6)} of {plural(n, "training experiment")} {"is" if len(held) == 1 else "are"} held out to measure accuracy while training, so '
+                     f'{n - len(held)} of {n} are learned from: {option("valid", "EXP")} holds out others, and {option("valid", "none")} learns from all and measures nothing.')
+    if names_perturbations(target):
+        notes += [f'{o}.' for o in ([] if '+' in target else dose_notes(wells)) + ([unnamed_note(wells)] if unnamed_note(wells) else [])]
+    is_number = target in wells and target not in SITE_COLUMNS and pd.api.types.is_numeric_dtype(wells[target])
+    if is_number: notes.append(f'{target} holds numbers, and this is a classifier: its {plural(wells[target].nunique(), "value")} are classes without an order, and no value between them can be named.')
+    return notes
 
 # %% ../nbs/71_workflow.ipynb #cb504de1
 def _data_of(begin):
@@ -293,17 +343,19 @@ def _training_learner(screen, recipe, given, workers, begin=None):
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
     of_model = _data_of(begin) if begin else {}
     if begin and not given['channels']: given = {**given, 'channels': ','.join(begin.spec.channels)}
-    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None}
+    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None, **{k: given[k] for k in ('label_names', 'no_label') if given[k]}}
     if data['norm'] != 'global': data.pop('norm_stats', None)
     if data['norm'] not in ('plate', 'experiment') and not given['norm_from']: data.pop('norm_from', None)
     learned, data = _screen_to_learn(screen, recipe, given, data)
     if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']      # in the order of its channels
-    valid = _fold_of(learned, given) if given['folds'] else _held_out(learned, recipe, given['valid'], _before(given, begin))
+    valid = _fold_of(learned, given) or _held_out(learned, recipe, given['valid'], _before(given, begin) if has_plates(learned.table) else None)
     dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
-    if len(dls.spec.labels) < 2: raise ScreenError(f'All training wells have one {given["target"]}, {first_few(dls.spec.labels)}, so there is nothing to tell apart: choose another {option("target")}.')
-    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
-          f'{len(dls.spec.labels)} {given["target"]} classes, {plural(len(learned.channels), "channel")}')
-    for note in picture_notes(learned): print(f'note: {note}')
+    if len(dls.spec.labels) < 2 and not dls.spec.several: raise ScreenError(f'All training wells have one {given["target"]}, {first_few(dls.spec.labels)}, so there is nothing to tell apart: choose another {option("target")}.')
+    what = 'labels' if dls.spec.several else f'{given["target"]} classes'
+    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or ("images" if dls.held_images else "none")}), '
+          f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
+    by_itself = valid == 'auto' and not (learned.table.dataset == 'val').any()
+    for note in [*training_notes(learned.train.table, given['target'], dls.held_out if by_itself else ()), *picture_notes(learned)]: print(f'note: {note}')
     if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
@@ -324,6 +376,8 @@ def _pseudo_plan(rounds, recipe):
 def _check_steps(a, recipe, learn):
     "Raise for steps before or after the training that cannot be made; return the plan of the pseudo-labels"
     pretrain, pseudo = a.pretrain or recipe.pretrain, _pseudo_plan(a.pseudo, recipe)
+    if learn.dls.spec.several and (pretrain or pseudo):
+        raise ScreenError(f'{option("pseudo", a.pseudo) if pseudo else option("pretrain", pretrain)} gives each image one label, and those of {learn.dls.spec.target} have several: leave it out.')
     if pretrain: control_dls(learn.dls)
     if pseudo:
         if rank_world()[1] > 1: raise ScreenError(f'Pseudo-labels are given by one process: train with one, or leave {option("pseudo")} out.')
@@ -362,11 +416,11 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     return {k: v for k, v in res.items() if len(v)}
 
 # %% ../nbs/71_workflow.ipynb #0fe86f45
-_FREE = ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'workers', 'resume')
+_FREE = ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed')
 
 def _plain_arguments(args):
     "Return the arguments that decide what is learned, as plain data without the places of files"
-    given = {k: ','.join(as_names(v)) if k in ('channels', 'valid', 'metadata', 'cell_types') else v for k, v in args.items() if k not in _FREE}
+    given = {k: ','.join(as_names(v)) if k in ('channels', 'valid', 'metadata', 'cell_types', 'experiments', 'test') else v for k, v in args.items() if k not in _FREE}
     given['pretrained'] = (_before(args, None) or {}).get('fingerprint', Path(str(args['pretrained'])).name)
     return given
 
@@ -383,6 +437,7 @@ def _train_model(args, recipe, begin=None):
     views = {'tta': 4, **recipe.index, **({'tta': a.tta} if a.tta else {})}
     info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, precision=a.precision, compile=a.compile, mask=list(INDUCTIVE_MASK))
     if a.folds: info['fold'] = dict(folds=a.folds, fold=a.fold)
+    if a.changed: info['changed'] = a.changed
     is_first, out = not rank_world()[0], a.out
     with ExitStack() as run:
         with all_agree():
@@ -401,6 +456,7 @@ def _train_model(args, recipe, begin=None):
             faster = precision_callbacks(a.precision, device)
             learn = _training_learner(a.screen, recipe, given, a.workers, begin)
             if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
+            if is_first and a.changed: print('changed: ' + ', '.join(f'{k} {now:g} instead of {then:g}' for k, (then, now) in a.changed.items()))
             pretrain, pseudo = _check_steps(a, recipe, learn)
             if pretrain: info['pretrain'] = pretrain
             if pseudo: info['pseudo'] = {**pseudo, 'recipe': pseudo['recipe'].to_dict()}
@@ -412,9 +468,21 @@ def _train_model(args, recipe, begin=None):
         if not is_first: return
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
         model.folder = model.save(out)
+        save_curve(model.history, out)
         remove_unfinished(out)
-        print(f'{out}: model, index of {len(index.labels)} embeddings, history')
+        print(f'{out}: model, index of {plural(len(index.labels), "embedding")}, history')
         return model
+
+# %% ../nbs/71_workflow.ipynb #0f078d65
+def save_curve(
+    history:pd.DataFrame, # One row per epoch
+    folder, # Model folder
+):
+    "Write the learning curves to history.png of a model folder; nothing where nothing was trained"
+    if not {'train_loss', 'stage'} <= set(history) or not len(history): return
+    fig = training_curve(history)
+    write_atomic(Path(folder)/'history.png', lambda p: fig.savefig(p, format='png', dpi=90))
+    plt.close(fig)
 
 # %% ../nbs/71_workflow.ipynb #638b3823
 @contextlib.contextmanager
@@ -433,7 +501,7 @@ def _train_several(args, each):
     with _several_in(out, args['resume']):
         for i, (name, changes) in enumerate(each.items(), 1):
             if not rank_world()[0]: print(f'== {name} ({i} of {len(each)})', flush=True)
-            models[name] = train_screen(**{**args, **changes, 'out': out/name})
+            models[name] = train_screen(**{**{k: v for k, v in args.items() if k != 'changed'}, **changes, 'out': out/name})
     return models
 
 def _channel_lists(screen, channels):
@@ -534,7 +602,7 @@ def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
     with all_agree():
-        recipes = {c: _cell_type_recipe(recipe, c) for c in _cell_type_names(table, args['cell_types'], recipe)}
+        recipes = {c: _cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0] for c in _cell_type_names(table, args['cell_types'], recipe)}
         given = _given_model(args)
         _check_cell_types(args, table, recipe, recipes, given)
     facts = _training_facts(args, recipe, {'tta': args['tta']}, given)
@@ -576,13 +644,19 @@ def train_screen(
     fold:int=0, # The fold that is held out, from 1
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
-    target:str='sirna', # Column of the site table to predict
+    target:str='sirna', # Column of the site table to predict, or two as a pair, such as compound+dose
+    label_names:str='', # Of a target with several labels: the labels there may be, A,B, or a table whose first column has them; empty: those of the training rows
+    no_label:bool=False, # Of a target with several labels: allow images without any
     controls:bool=False, # Train on control wells too (on RxRx1 1139 classes instead of 1108)
     only_present:bool=False, # Leave out sites whose files are absent
     sites:int=0, # Sites per sample, 1 or 2; 0: 1, or the recipe's
     norm:str='', # own, plate, experiment, global or none; empty: own, or the recipe's
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
+    experiments:str='', # Training experiments to learn from and to hold out, EXP,EXP; empty: all
+    test:str='', # Experiments that are neither learned from nor held out, besides those that are marked as test
     bs:int=0, # Batch size; 0: 32, or the recipe's
+    epochs:int=0, # In all stages together, shared as the recipe shares them; 0: the recipe's
+    lr:float=0., # Highest learning rate of any stage, the others in proportion; 0: the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder (its backbone, or all of it where the recipe says so)
     pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
@@ -591,18 +665,20 @@ def train_screen(
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:bool=False, # Compile the model for a GPU, in some minutes
     resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
+    device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:bool=False, # Continue from the last finished epoch of the same call, in OUT.checkpoints
 )->TrainedModel: # Also saved in `out`; None in all processes but the first. Of several models: {name: model}, or `CellTypeModels`
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
     args = dict(locals())
-    r = get_recipe(recipe)
+    r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
     _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, ('controls',))
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
-    folded = _folded(args)
     if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
-    return _train_cell_types(folded, r) if cell_types or r.cell_types else _train_model(folded, r, _begin_with(args, r))
+    if experiments or test: args['screen'] = open_screen(screen, check=False).choose(experiments, test)
+    folded = _folded(args)
+    with on_device(device): return _train_cell_types(folded, r) if cell_types or r.cell_types else _train_model(folded, r, _begin_with(args, r))
 
 # %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),
@@ -610,14 +686,14 @@ DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE
 
 def _demo_files():
     "Return the names of everything that a demo writes"
-    ends = ('.csv', '.json', '.top.csv', '.csv.lock')
+    ends = ('.csv', '.json', '.top.csv', '.csv.lock', '.embeddings.parquet')
     of_protocols = [f'{p}{end}' for p in PROTOCOLS for end in ends]
     of_parts = []
     for p in PROTOCOLS: of_parts += PARTS_FOLDER.inside(f'{p}.csv.part')
     folders = [*SCREEN_FOLDER.inside('screen'), *SCREEN_FOLDER.inside('.screen.*'), *STORE_FOLDER.inside('screen.zarr'),
                *STORE_FOLDER.inside('screen.zarr.part'), *MODEL_FOLDER.inside('model'), *MODEL_FOLDER.inside('model.part'),
                *CHECKPOINT_FOLDER.inside('model.checkpoints/epoch_*')]
-    return ['report.html', 'results.json', 'neighbors.parquet', 'model.lock', 'screen.zarr.lock', *of_protocols, *of_parts, *folders]
+    return ['report.html', 'explore.html', 'results.json', 'neighbors.parquet', 'model.lock', 'screen.zarr.lock', *of_protocols, *of_parts, *folders]
 
 DEMO_FOLDER = OwnFolder('demo', *_demo_files())
 
@@ -640,14 +716,28 @@ def demo_report(
 )->Path:
     "Write report.html of a demo folder"
     preds = {p: read_predictions(Path(out)/f'{p}.csv') for p in PROTOCOLS}
+    page = ('Every well', 'Plates, pictures, neighbors, maps and confusions, on a page of its own.', ['<p><a href="explore.html">explore.html</a></p>'])
     return report_screen(Path(out)/'report.html', load_model(Path(out)/'model'), Path(out)/'screen.zarr', preds, progress=False,
-                         title='rcic_fastai demo: naming siRNAs in experiments never seen')
+                         title='rcic_fastai demo: naming siRNAs in experiments never seen', more=[page])
+
+# %% ../nbs/71_workflow.ipynb #00a3ce6a
+def demo_page(
+    out, # Demo folder
+    model, # Its `TrainedModel`
+    screen, # Its `Screen`
+    preds:list, # Its predictions, in the order of `PROTOCOLS`
+)->Path:
+    "Write explore.html of a demo folder"
+    emb = {p: read_embeddings(Path(out)/f'{p}.embeddings.parquet') for p in ('inductive', 'adapted')}
+    page = explore(model, screen, preds, Path(out)/'explore.html', embeddings={**emb, 'transductive': emb['adapted']}, title='rcic_fastai demo', umap='no', progress=False)
+    print(page)
+    return Path(out)/'explore.html'
 
 # %% ../nbs/71_workflow.ipynb #3a67aa50
 def _step(text, start): print(f'\n== {text} ({time.time()-start:.0f} s since start)', flush=True)
 
 def run_demo(
-    out, # Folder to write: screen/, model/, predictions and report.html
+    out, # Folder to write: screen/, model/, predictions, report.html and explore.html
     force:bool=False, # Replace the folder when it exists
     seed:int=0, # Screen and training
 )->ScreenResult: # Accuracy by protocol
@@ -662,7 +752,7 @@ def _demo(out, force, seed):
     DEMO_FOLDER.make(out)
     _step('simulating a screen', start)
     table = simulate_screen(out/'screen', **DEMO, seed=seed, progress=True)
-    print(f'{out/"screen"}: {len(table)} sites')
+    print(f'{out/"screen"}: {plural(len(table), "site")}')
     _step('packing it', start)
     screen = open_screen(pack_screen(open_screen(out/'screen'), out/'screen.zarr'))
     print(screen_summary(screen))
@@ -672,11 +762,14 @@ def _demo(out, force, seed):
     for protocol in PROTOCOLS:
         _step(f'predicting the test wells, {protocol}', start)
         near = out/'neighbors.parquet' if protocol == 'inductive' else None
-        model.predict(out/'screen.zarr', protocol, out/f'{protocol}.csv', neighbors=near)
+        emb = '' if protocol == 'transductive' else out/f'{protocol}.embeddings.parquet'    # the same as adapted
+        model.predict(out/'screen.zarr', protocol, out/f'{protocol}.csv', neighbors=near, embeddings=emb)
         preds.append(read_predictions(out/f'{protocol}.csv'))
     res = evaluate_screen(preds, read_metadata(out/'screen'))
     write_json(out/'results.json', as_plain(res.columns), indent=1)
     _step('report', start)
     demo_report(out)
-    print(f'\n{res.to_text()}\n\nopen {out/"report.html"}')
+    _step('page of all wells', start)
+    demo_page(out, model, screen, preds)
+    print(f'\n{res.to_text()}\n\nopen {out/"report.html"} and {out/"explore.html"}')
     return res

@@ -239,7 +239,7 @@ def test_errors_inside_callbacks_read_like_others(capsys):
 @pytest.mark.parametrize('command, says', [
     ('--adapt-from controls', '--adapt-from controls uses pictures of the test batch'), ('--protocol adapted --bs 1', 'give --bs 2'),
     ('--correct standardize', 'ask for --protocol adapted or transductive'), ('--protocol adapted --correct combat', '--correct combat is not known'),
-    ('--protocol adapted --correct harmony', '--correct harmony is not known'), ('--protocol adapted --correct tvn', 'add --wells all'),
+    ('--protocol adapted --adapt none', '--adapt none is spelled --adapt no now'), ('--protocol adapted --correct harmony', '--correct harmony is not known'), ('--protocol adapted --correct tvn', 'add --wells all'),
     ('--protocol adapted --correct tvn --wells all', 'train with --controls')])
 def test_correction_refused_before_any_work(here, command, says, capsys):
     refused(f'rcic_predict {here}/model {here}/screen {here}/o.csv {command}', says, capsys)

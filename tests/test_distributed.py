@@ -7,6 +7,9 @@ from rcic_fastai.train.checkpoints import read_checkpoint
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.embed.table import read_embeddings
+from rcic_fastai.folder import load_model
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTHONWARNINGS='ignore', MPLBACKEND='Agg', GLOO_SOCKET_IFNAME='lo')
@@ -71,6 +74,21 @@ def test_training_is_that_of_one_process(made, tmp_path, by):
     a, b = (torch.load(tmp_path/f'{n}.pt', weights_only=True) for n in ('one', 'two'))
     assert max((a['state'][k].float() - b['state'][k].float()).abs().max().item() for k in a['state']) < 1e-4
     assert np.allclose(a['history'], b['history'], atol=1e-4, equal_nan=True)
+
+def test_a_model_without_each_channel_is_that_of_one_process(made, tmp_path):
+    "All models of one command, one after the other"
+    pack_screen(open_screen(made/'screen').pick('nucleus,ER,actin'), tmp_path/'three.zarr', progress=False)
+    stages = [dict(name='all', epochs=1, lr=1e-2, loss='softmax')]
+    (tmp_path/'each.json').write_text(json.dumps(dict(name='each', arch='test_efficientnet_gn', model=dict(neck='identity'), data=dict(augs=None, bs=8), stages=stages)))
+    args = lambda out: [tmp_path/'three.zarr', tmp_path/out, *f'--recipe {tmp_path}/each.json --channels 2-of-3 --valid HUVEC-02 --pretrained no --tta 1'.split()]
+    code = (made/'train.py').read_text()
+    for done in ([python(code, *args('one'), env=ENV)], two_processes(code, *args('two'), env=ENV)):
+        assert not any(r.returncode for r in done), ''.join(r.stdout + r.stderr for r in done)[-3000:]
+    names = [f.name for f in sorted((tmp_path/'one').iterdir())]
+    assert names == [f.name for f in sorted((tmp_path/'two').iterdir())] == ['without_ER', 'without_actin', 'without_nucleus']
+    for name in names:
+        one, two = (load_model(tmp_path/out/name).model.state_dict() for out in ('one', 'two'))
+        assert max((one[k].float() - two[k].float()).abs().max().item() for k in one) < 1e-4
 
 SCENES = '''
 import contextlib, io, json, os, sys, threading, torch

@@ -4,6 +4,7 @@ import numpy as np, pandas as pd, pytest
 from scipy.optimize import linear_sum_assignment
 from helpers import refused
 from rcic_fastai import cli
+from rcic_fastai.core import file_facts
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, toy_profiles
 from rcic_fastai.predict.ensemble import average_scores, ensemble_files, ensemble_predictions, name_wells
@@ -106,3 +107,23 @@ def test_scores_come_back_bit_for_bit(tmp_path):
     write_scores(t.iloc[::-1], tmp_path/'s.parquet')
     back = read_scores(tmp_path/'s.parquet')
     assert np.array_equal(score_matrix(back), score_matrix(t)) and back.attrs == t.attrs and back.id_code.tolist() == t.id_code.tolist()
+
+@pytest.mark.parametrize('protocol', ['inductive', 'transductive'])
+def test_scores_of_another_prediction_of_the_same_model_are_rejected(tmp_path, protocol):
+    "Of a record with a checksum even where they give the same answers; of one without, by the answers, which are assigned where they are transductive"
+    mine, path, other = member(0, protocol), tmp_path/'mine.csv', write(tmp_path, 'other', member(1, protocol))
+    again = mine.assign(**{c: mine[c]*.99 for c in mine if c.startswith(SCORE)})
+    again.attrs.update(mine.attrs)
+    made = file_facts(write_scores(mine, scores_path(path)))['sha256']
+    write_predictions(name_wells(mine), path, dict(scores_sha256=made))
+    ensemble_files(tmp_path/'fine.csv', path, other)
+    assert name_wells(again).sirna.tolist() == name_wells(mine).sirna.tolist()
+    write_scores(again, scores_path(path))
+    refused(lambda: ensemble_files(tmp_path/'mean.csv', path, other), 'mine.scores.parquet holds the scores of another prediction')
+    write_predictions(name_wells(mine), path)
+    ensemble_files(tmp_path/'fine.csv', path, other)
+    swapped = again.assign(id_code=again.id_code.to_numpy()[::-1])
+    swapped.attrs.update(mine.attrs)
+    write_scores(swapped, scores_path(path))
+    refused(lambda: ensemble_files(tmp_path/'mean.csv', path, other), 'mine.scores.parquet holds the scores of another prediction')
+    assert not list(tmp_path.glob('mean*'))

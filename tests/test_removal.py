@@ -186,7 +186,7 @@ def test_what_a_demo_writes_is_all_its_own(made, tmp_path):
     made.learn.to_model(made.index).save(out/'model')
     C.write_checkpoint(out/'model.checkpoints', 1, FACTS, {})
     parts_of(made, out/'inductive.csv.part')
-    for f in ('report.html', 'adapted.csv', 'adapted.json', 'adapted.top.csv', 'neighbors.parquet', 'results.json', 'model.lock'): (out/f).touch()
+    for f in ('report.html', 'explore.html', 'adapted.embeddings.parquet', 'adapted.csv', 'adapted.json', 'adapted.top.csv', 'neighbors.parquet', 'results.json', 'model.lock'): (out/f).touch()
     assert workflow.DEMO_FOLDER.strangers(out) == []
     assert workflow.DEMO_FOLDER.remove(out) and not out.exists()
 

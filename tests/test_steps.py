@@ -12,6 +12,7 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.folder import CellTypeModels, load_model
 from rcic_fastai.predict.ensemble import ensemble_files, ensemble_predictions
 from rcic_fastai.predict.predict import read_predictions
+from rcic_fastai.screen import images
 from rcic_fastai.screen.channels import picked_source
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
@@ -118,6 +119,15 @@ def test_channels_of_pictures_in_memory_are_picked_from_there(here):
     assert mine.source.origin is held.source
     assert torch.equal(mine.source.take(ids), held.source.take(ids)[:, [1, 5]])
     assert len(mine.source.restrict(held.table[:2]).missing()) == 0
+
+
+def test_only_files_of_picked_channels_are_opened(here, monkeypatch):
+    screen, opened, real = open_screen(here/'screen'), [], images.read_plain
+    picked, one = screen.pick('golgi,nucleus'), screen.table.site_id[0]
+    picked.source.shape                                                          # a file of each plate is looked at first
+    monkeypatch.setattr(images, 'read_plain', lambda path, *args: (opened.append(path[-6:]), real(path, *args))[1])
+    assert np.array_equal(picked.source[one], screen.source[one][[5, 0]])
+    assert opened == ['w6.png', 'w1.png', *(f'w{i}.png' for i in range(1, 7))]
 
 
 def test_a_model_of_fewer_channels_reads_a_screen_of_all(here, tmp_path):
@@ -400,6 +410,8 @@ def test_a_recipe_begins_with_all_weights_of_a_model(here, tmp_path, capsys, nam
     old, new = load_model(here/'first').spec.labels, load_model(here/name).spec.labels
     kept = torch.equal(a.classifier.weight[[old.index(l) for l in new]], b.classifier.weight)
     assert kept is (begin == 'all') and (len(new) < len(old)) is (begin == 'features')
+    held = load_model(here/name).held_out(here/'s.zarr').test.treatments.table
+    assert begin == 'all' and held.plate_group.isna().all() or held.plate_group.unique().tolist() == [group]
 
 
 def test_a_recipe_that_goes_on_says_so_without_a_model(here, tmp_path, capsys):

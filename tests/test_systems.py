@@ -3,14 +3,24 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from fastai.vision.all import AvgMetric, Callback
+from helpers import learner, quiet, same
 from rcic_fastai import cli
+from rcic_fastai.batch.augment import PUBLISHED_AUGS
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.embed import embed
+from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
-from rcic_fastai.train.recipes import RECIPES, get_recipe
+from rcic_fastai.screen.tables import read_metadata
+from rcic_fastai.train.recipes import RECIPES, Recipe, Stage, get_recipe
 from rcic_fastai.train.systems import *  # noqa: F401,F403  (adds the recipes)
 
-SYSTEMS = [n for n in RECIPES if n not in ('demo', 'features')]
+LABELS = [n for n, r in RECIPES.items() if r.data.get('several')]      # tests/test_labels.py runs them
+SYSTEMS = [n for n in RECIPES if n not in ('demo', 'features', *LABELS)]
 CELLS = 'HUVEC-01,HUVEC-02,RPE-01,U2OS-01,HEPG2-01,HUVEC-17'.split(',')
 
 
@@ -37,21 +47,40 @@ def protocols_of(recipe):
     return ['transductive'] if recipe.pseudo else ['inductive', 'transductive']
 
 
+def with_groups(screen, folder):
+    "Return a copy of a screen whose test plates say which group they hold"
+    folder.mkdir()
+    (folder/'images').symlink_to(screen/'images')
+    table = read_metadata(screen)
+    table.assign(plate_group=table.plate_group.fillna(table.plate - 1).where(table.well_type == 'treatment')).to_csv(folder/'metadata.csv', index=False)
+    return folder
+
+
 @pytest.mark.parametrize('name', SYSTEMS)
 def test_a_system_runs_through_the_commands(name, drawn, tmp_path, capsys):
     recipe, model = tmp_path/'recipe.json', tmp_path/'model'
     recipe.write_text(json.dumps(tiny(name, tmp_path).to_dict()))
     assert not cli.rcic_train([str(drawn), str(model), '--recipe', str(recipe), '--pretrained', 'no', '--tta', '1'])
     assert RECIPES[name].about.split('.')[0] in capsys.readouterr().out
-    said = RECIPES[name].predict
+    said, only = RECIPES[name].predict, RECIPES[name].only
+    if only.get('cell_type', 'HUVEC') != 'HUVEC':
+        assert cli.rcic_predict([str(model), str(drawn), str(tmp_path/'x.csv'), '--tta', '1']) == 2
+        assert 'and the test wells are all others' in capsys.readouterr().err
+        return
+    asked = drawn
+    if 'plate_group' in only:
+        assert cli.rcic_predict([str(model), str(drawn), str(tmp_path/'x.csv'), '--tta', '1']) == 2
+        assert 'the plate_group of 4 test wells is not known: give the table a column plate_group' in capsys.readouterr().err
+        asked = with_groups(drawn, tmp_path/'groups')
     for protocol in protocols_of(RECIPES[name]):
         out = tmp_path/f'{protocol}.csv'
-        assert not cli.rcic_predict([str(model), str(drawn), str(out), '--protocol', protocol, '--tta', '1'])
+        assert not cli.rcic_predict([str(model), str(asked), str(out), '--protocol', protocol, '--tta', '1'])
         record = json.loads(out.with_suffix('.json').read_text())
         assert (record['protocol'], record['by'], record['views']) == (protocol, said.get('by', 'index'), said.get('views', 'dihedral'))
-        assert record['tell'] == (said.get('tell', '') if protocol == 'transductive' else '')
-        assert len(pd.read_csv(out)) == 4
-    partial = ['--partial'] if RECIPES[name].only else []
+        assert record['tell'] == (said.get('tell', 'no') if protocol == 'transductive' else 'no')
+        assert len(pd.read_csv(out)) == (1 if 'plate_group' in only else 4)
+        assert any('left out: the model was trained on wells with plate_group 0 only' in n for n in record['notes']) == ('plate_group' in only)
+    partial = ['--partial'] if only else []
     assert not cli.rcic_evaluate([str(out), str(drawn), '--json', *partial])
     assert protocol in capsys.readouterr().out
 
@@ -94,3 +123,27 @@ def test_models_are_those_of_the_source():
     assert (RECIPES['six_channels'].channels, RECIPES['six_channels'].pretrain) == ('5-of-6', 'controls')
     assert RECIPES['wilds_coral'].channels == 'nucleus,ER,actin' and RECIPES['wilds_coral'].data['batch_groups'] == 9
     assert RECIPES['rxrx1_paper'].arch == RECIPES['rcic1'].arch == 'densenet161'
+
+
+def test_a_run_reports_the_accuracy_of_the_epoch_that_it_kept(screen):
+    accuracies, states = [.2, .9, .1], []
+    def accuracy(pred, y): return torch.tensor(accuracies[min(len(states), 2)])
+    class States(Callback):
+        def after_epoch(self): states.append({k: v.clone() for k, v in self.model.state_dict().items()})
+    learn = learner(screen_dls(screen, valid='HUVEC-02', bs=8, device='cpu'))
+    learn.metrics = [AvgMetric(accuracy)]
+    reached = quiet(learn, lambda: learn.fit_recipe(Recipe('r', [Stage('all', 3, 1e-2, keep_best='accuracy')]), cbs=[States()]))
+    assert reached.accuracy.tolist() == [pytest.approx(.9)] and learn.history.kept.tolist() == [False, True, False]
+    assert same(learn.model.state_dict(), states[1]) and not same(states[1], states[2])
+
+
+@pytest.mark.parametrize('augs, said', [('wilds', PUBLISHED_AUGS['wilds']), (dict(max_rotate=7.), dict(max_rotate=7.)), (None, {})])
+def test_random_views_are_augmented_as_the_recipe_says(screen, monkeypatch, augs, said):
+    asked, real = [], embed.site_augs
+    monkeypatch.setattr(embed, 'site_augs', lambda **kwargs: (asked.append(kwargs), real(**kwargs))[1])
+    test = Screen(screen.table.assign(dataset=np.where(screen.table.experiment == 'HUVEC-03', 'test', 'train')), screen.source)
+    learn = learner(screen_dls(test.train, valid='HUVEC-02', bs=8, device='cpu'))
+    model = learn.to_model(tta=1, progress=False)
+    model.config['recipe'] = Recipe('r', [Stage('all', 1, 1e-3, augs=augs), Stage('on', 1, 1e-3)]).to_dict()
+    model.predict(test, views='random', tta=1, progress=False)
+    assert asked == [said]

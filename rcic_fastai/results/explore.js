@@ -1,0 +1,899 @@
+// The page of rcic_explore: plates, wells, pictures, maps. It reads the JSON of the page, draws on canvases, and asks no address for anything.
+'use strict';
+(() => {
+// ---- small helpers; text from tables only ever becomes a text node
+const $ = id => document.getElementById(id);
+function el(tag, attrs = {}, ...kids) {
+  const e = document.createElement(tag);
+  for (const [k, v] of Object.entries(attrs)) {
+    if (k.startsWith('on')) e.addEventListener(k.slice(2), v);
+    else if (v === true) e.setAttribute(k, '');
+    else if (v !== false && v != null) e.setAttribute(k, v);
+  }
+  e.append(...kids.flat(Infinity).filter(o => o != null));
+  return e;
+}
+const fill = (e, ...kids) => (e.replaceChildren(...kids.flat(Infinity).filter(o => o != null)), e);
+const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const digits = (v, n = 3) => v == null ? '–' : v.toFixed(n);
+const short = v => v == null ? '–' : String(Number(v.toPrecision(4)));
+const share = (a, n) => n ? `${Math.round(100*a/n)}%` : '–';
+const clamp = (v, a, b) => Math.min(b, Math.max(a, v));
+const count = (n, one, many) => `${n.toLocaleString('en')} ${n === 1 ? one : many || one + 's'}`;
+
+// ---- what the page holds
+const D = JSON.parse($('data').textContent), W = D.wells, N = W.id.length, P = D.predictions, C = D.channels.length;
+const columns = Object.fromEntries(W.columns.map(c => [c.name, c]));
+const numberOf = new Map(W.id.map((id, i) => [id, i]));
+const text = (name, w) => { const c = columns[name]; return !c ? '' : c.kind === 'text' ? c.names[c.codes[w]] ?? '' : short(c.values[w]); };
+const truth = w => W.truth[w], label = i => i < 0 || i == null ? '' : D.labels[i];
+const kind = w => W.kind[w];                                  // 0 treatment, 1 positive control, 2 negative control
+const KINDS = ['treatment', 'positive control', 'negative control'];
+for (const p of P) {                                          // by well, −1 where it is not named
+  p.at = new Int32Array(N).fill(-1);
+  p.wells.forEach((w, i) => { p.at[w] = i; });
+}
+const sitesOf = Array.from({length: N}, () => []);
+D.sites.well.forEach((w, s) => sitesOf[w].push(s));
+for (const sp of D.spaces) {                                  // site → its neighbors
+  sp.from = new Map();
+  sp.near.query.forEach((q, i) => { if (!sp.from.has(q)) sp.from.set(q, []); sp.from.get(q).push(i); });
+}
+const plateKey = w => `${W.experiment[w]}\t${W.plate[w]}`;
+const plates = new Map(), experiments = [];                   // wells of each plate; plates of each experiment
+for (let w = 0; w < N; w++) {
+  if (W.row[w] < 0) continue;
+  const k = plateKey(w);
+  if (!plates.has(k)) plates.set(k, {key: k, experiment: W.experiment[w], plate: W.plate[w], wells: [], at: new Map()});
+  const p = plates.get(k);
+  p.wells.push(w);
+  p.at.set(W.row[w]*100 + W.col[w], w);
+}
+for (const p of plates.values()) {
+  let e = experiments.find(o => o.code === p.experiment);
+  if (!e) experiments.push(e = {code: p.experiment, name: D.experiments[p.experiment], plates: []});
+  e.plates.push(p);
+}
+const order = new Intl.Collator('en', {numeric: true}).compare;
+for (const e of experiments) e.plates.sort((a, b) => order(D.plates[a.plate], D.plates[b.plate]));
+const isNamed = e => P.some(p => e.plates.some(o => o.wells.some(w => p.at[w] >= 0)));
+for (const e of experiments) e.named = isNamed(e);
+experiments.sort((a, b) => b.named - a.named || order(a.name, b.name));
+const byName = new Map(experiments.map(e => [e.name, e]));
+
+// ---- state, which the address keeps
+const VIEWS = {plates: 'Plates', map: 'Map', confusions: 'Confusions', accuracy: 'Accuracy'};
+const fresh = () => ({v: 'plates', p: 0, e: experiments[0]?.name ?? '', c: P.length ? 'result' : 'label', w: '', q: '', r: '', f: '', x: '', pair: '', m: 'composite', s: 'own', ch: '', k: 0});
+let S = fresh(), brush = null;                                // brush: Set of wells; it is no part of the address
+const FIRST = fresh();
+function address() {
+  const u = new URLSearchParams();
+  for (const [k, v] of Object.entries(S)) if (String(v) !== String(FIRST[k])) u.set(k, v);
+  return '#' + u;
+}
+function read() {
+  const u = new URLSearchParams(location.hash.slice(1)), next = fresh();
+  for (const k of Object.keys(next)) if (u.has(k)) next[k] = typeof next[k] === 'number' ? Number(u.get(k)) | 0 : u.get(k);
+  if (!VIEWS[next.v]) next.v = FIRST.v;
+  if (!P[next.p]) next.p = 0;
+  if (!byName.has(next.e)) next.e = FIRST.e;
+  if (!colorNames().includes(next.c)) next.c = FIRST.c;
+  if (!numberOf.has(next.w)) next.w = '';
+  if (!columns[next.f]) next.f = next.x = '';
+  S = next;
+}
+function go(change, isStep = true) {                          // a step can be taken back
+  Object.assign(S, change);
+  const a = address();
+  if (a !== (location.hash || '#')) {
+    if (isStep) location.hash = a;
+    else try { history.replaceState(history.state, '', a); } catch { /* in the frame of a notebook the address stays, the state does not */ }
+  }
+  show();
+}
+addEventListener('hashchange', () => { if ((location.hash || '#') !== address()) { read(); show(); } });
+
+// ---- colors: those of Okabe and Ito, which the color-blind tell apart, with a mark where there are more groups than colors
+const HUES = ['#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#b8a500'], MARKS = ['', 'dot', 'bar', 'cross', 'ring', 'line', 'tri', 'box'];
+const MOST = HUES.length*MARKS.length, GRAY = '#8b949e';
+// cividis (Nuñez, Anderton and Renslow 2018), nine of its colors
+const RAMP = [[0, 34, 78], [26, 56, 111], [67, 78, 108], [98, 101, 111], [125, 124, 120], [154, 149, 119], [187, 174, 107], [221, 203, 86], [254, 232, 56]];
+function ramp(t) {
+  const x = clamp(t, 0, 1)*(RAMP.length - 1), i = Math.min(Math.floor(x), RAMP.length - 2), f = x - i;
+  return `rgb(${RAMP[i].map((a, j) => Math.round(a + f*(RAMP[i + 1][j] - a))).join(',')})`;
+}
+const OWN = {result: 'right or wrong', label: `${D.target} (label)`, named: `${D.target} (predicted)`, score: 'score', margin: 'margin', votes: 'share of votes'};
+function colorNames() { return [...(P.length ? Object.keys(OWN) : ['label']), ...W.columns.map(c => 'column:' + c.name)]; }
+const colorTitle = c => OWN[c] ?? c.slice(7);
+const result = w => { const p = P[S.p], i = p ? p.at[w] : -1; return i < 0 || truth(w) < 0 ? 'none' : p.label[i] === truth(w) ? 'right' : 'wrong'; };
+function ranked(codes, names) {                               // groups by size; the largest have a look of their own
+  const n = new Map();
+  for (const c of codes) if (c >= 0) n.set(c, (n.get(c) ?? 0) + 1);
+  const list = [...n.keys()].sort(codes.ordered ? (a, b) => order(names[a], names[b]) : (a, b) => n.get(b) - n.get(a) || order(names[a], names[b]));
+  const looks = new Map(list.slice(0, MOST).map((c, i) => [c, {color: HUES[i % HUES.length], mark: MARKS[Math.floor(i/HUES.length)], name: names[c], n: n.get(c)}]));
+  return {groups: looks, more: list.length - looks.size};
+}
+let paint = null;                                             // {look(w), groups or numbers} of the current color
+function setPaint() {
+  const c = S.c, p = P[S.p], none = {color: css('--empty'), mark: '', empty: true};
+  if (c === 'result') {
+    const looks = {right: {color: css('--good'), mark: '', name: 'right'}, wrong: {color: css('--bad'), mark: 'cross', name: 'wrong'}};
+    const n = {right: 0, wrong: 0};
+    for (let w = 0; w < N; w++) { const r = result(w); if (n[r] != null) n[r]++; }
+    paint = {look: w => looks[result(w)] ?? none, code: result, groups: new Map(Object.keys(looks).map(k => [k, {...looks[k], n: n[k]}])), more: 0, rest: 'not named'};
+    return;
+  }
+  const column = columns[c.slice(7)], isNumber = ['score', 'margin', 'votes'].includes(c) || column?.kind === 'number';
+  if (isNumber) {
+    const value = column ? w => column.values[w] : w => { const i = p.at[w]; return i < 0 ? null : p[c]?.[i] ?? null; };
+    let lo = Infinity, hi = -Infinity;
+    for (let w = 0; w < N; w++) { const v = value(w); if (v != null) { lo = Math.min(lo, v); hi = Math.max(hi, v); } }
+    if (lo > hi) lo = hi = 0;
+    const looks = Array.from({length: 65}, (_, i) => ({color: ramp(i/64), mark: '', edge: true}));
+    paint = {look: w => { const v = value(w); return v == null ? none : looks[Math.round(64*(hi > lo ? (v - lo)/(hi - lo) : .5))]; }, lo, hi, value, rest: 'no value'};
+    return;
+  }
+  let code = w => column.codes[w], names = column?.names;
+  if (c === 'label') { code = truth; names = D.labels; }
+  if (c === 'named') { code = w => p.at[w] < 0 ? -1 : p.label[p.at[w]]; names = D.labels; }
+  const codes = Array.from({length: N}, (_, w) => code(w));
+  codes.ordered = new Set(codes).size <= MOST;
+  const {groups, more} = ranked(codes, names), other = {color: GRAY, mark: '', name: 'others'};
+  paint = {look: w => codes[w] < 0 ? none : groups.get(codes[w]) ?? other, code: w => codes[w], groups, more, names, rest: c === 'named' ? 'not named' : 'not known'};
+}
+
+// ---- which wells are shown: one filter for all views
+let lit = new Uint8Array(N), nLit = N, pick = null;           // pick: a group of the legend
+let words = null, wordsOf = -1;
+function hay() {                                              // what a search looks in
+  if (wordsOf === S.p) return words;
+  wordsOf = S.p;
+  const p = P[S.p];
+  return words = W.id.map((id, w) => `${id} ${label(truth(w))} ${p && p.at[w] >= 0 ? label(p.label[p.at[w]]) : ''} ${D.experiments[W.experiment[w]] ?? ''}_${D.plates[W.plate[w]] ?? ''} ${W.well[w] ?? ''}`.toLowerCase());
+}
+function setFilter() {
+  const tokens = S.q.toLowerCase().split(/\s+/).filter(Boolean), h = tokens.length ? hay() : null, p = P[S.p], col = columns[S.f];
+  const pair = S.pair ? S.pair.split('\t') : null;
+  nLit = 0;
+  for (let w = 0; w < N; w++) {
+    const i = p ? p.at[w] : -1;
+    const ok = (!tokens.length || tokens.every(t => h[w].includes(t))) && (!S.r || result(w) === S.r) && (!col || S.x === '' || text(S.f, w) === S.x)
+      && (!pair || i >= 0 && label(truth(w)) === pair[0] && (pair.length < 2 || label(p.label[i]) === pair[1]))
+      && (!brush || brush.has(w)) && (pick == null || paint.code?.(w) === pick);
+    lit[w] = ok ? 1 : 0;
+    nLit += ok;
+  }
+}
+const isFiltered = () => S.q || S.r || S.f && S.x !== '' || S.pair || brush || pick != null;
+
+// ---- stamps: a well as a small picture, drawn once for each look and size
+const stamps = new Map();
+function stamp(look, shape, r, dim, ratio) {
+  const key = `${look.color}|${look.mark}|${shape}|${r}|${dim}|${ratio}|${look.empty ?? ''}${look.edge ?? ''}`;
+  let s = stamps.get(key);
+  if (s) return s;
+  if (stamps.size > 4000) stamps.clear();
+  const size = Math.ceil(2*r + 2), c = document.createElement('canvas');
+  c.width = c.height = Math.ceil(size*ratio);
+  const g = c.getContext('2d');
+  g.scale(ratio, ratio);
+  g.translate(size/2, size/2);
+  if (dim) g.globalAlpha = .16;
+  g.beginPath();
+  if (shape === 1) { g.moveTo(0, -r); g.lineTo(r, 0); g.lineTo(0, r); g.lineTo(-r, 0); g.closePath(); }
+  else if (shape === 2) g.rect(-.82*r, -.82*r, 1.64*r, 1.64*r);
+  else g.arc(0, 0, r, 0, 7);
+  g.fillStyle = look.color;
+  g.fill();
+  if (look.empty || look.edge) { g.strokeStyle = css('--hole'); g.lineWidth = .8; g.stroke(); }
+  drawMark(g, look.mark, r);
+  stamps.set(key, c);
+  return c;
+}
+function drawMark(g, mark, r) {
+  if (!mark) return;
+  const a = .45*r;
+  g.strokeStyle = g.fillStyle = '#fff';
+  g.lineWidth = Math.max(1, .28*r);
+  g.beginPath();
+  if (mark === 'dot') { g.arc(0, 0, .36*r, 0, 7); g.fill(); }
+  else if (mark === 'box') g.fillRect(-.36*r, -.36*r, .72*r, .72*r);
+  else if (mark === 'tri') { g.moveTo(0, -a); g.lineTo(a, .8*a); g.lineTo(-a, .8*a); g.closePath(); g.fill(); }
+  else {
+    if (mark === 'bar') { g.moveTo(-a, 0); g.lineTo(a, 0); }
+    if (mark === 'line') { g.moveTo(0, -a); g.lineTo(0, a); }
+    if (mark === 'cross') { g.moveTo(-a, -a); g.lineTo(a, a); g.moveTo(a, -a); g.lineTo(-a, a); }
+    if (mark === 'ring') g.arc(0, 0, .42*r, 0, 7);
+    g.stroke();
+  }
+}
+function fit(canvas, h) {                                     // canvas as wide as its place; [context, width, height, ratio]
+  const w = canvas.clientWidth || 300, ratio = Math.min(devicePixelRatio || 1, 3);
+  const [cw, ch] = [Math.round(w*ratio), Math.round(h*ratio)];
+  if (canvas.width !== cw || canvas.height !== ch) { canvas.width = cw; canvas.height = ch; }
+  canvas.style.height = `${h}px`;
+  const g = canvas.getContext('2d');
+  g.setTransform(ratio, 0, 0, ratio, 0, 0);
+  g.clearRect(0, 0, w, h);
+  return [g, w, h, ratio];
+}
+
+// ---- a well in words
+function describe(w) {
+  const p = P[S.p], i = p ? p.at[w] : -1, said = [W.id[w]];
+  if (kind(w)) said.push(KINDS[kind(w)]);
+  if (truth(w) >= 0) said.push(label(truth(w)));
+  if (i >= 0) said.push(`named ${label(p.label[i])}` + (truth(w) < 0 ? '' : result(w) === 'right' ? ', right' : ', wrong'));
+  if (paint.value) said.push(`${colorTitle(S.c)} ${short(paint.value(w))}`);
+  else if (S.c.startsWith('column:')) said.push(`${colorTitle(S.c)} ${text(S.c.slice(7), w) || 'not known'}`);
+  return said;
+}
+const say = s => { $('said').textContent = s; };
+function tip(w, x, y) {
+  const t = $('tip');
+  t.hidden = w == null;
+  if (w == null) return;
+  t.textContent = describe(w).join('\n');
+  t.style.left = `${clamp(x + 14, 4, innerWidth - t.offsetWidth - 4)}px`;
+  t.style.top = `${y + 18 + t.offsetHeight > innerHeight ? y - t.offsetHeight - 10 : y + 18}px`;
+}
+
+// ---- plates
+let cursor = null;                                            // {plate, row, col} of the keyboard
+const shape = D.shape;
+function plateGeometry(width) {
+  const left = shape[0] > 26 ? 24 : 18, top = 14, step = (width - left - 2)/shape[1];
+  return {left, top, step, height: top + step*shape[0] + 2};
+}
+const rowName = r => r < 26 ? String.fromCharCode(65 + r) : String.fromCharCode(64 + Math.floor(r/26)) + String.fromCharCode(65 + r % 26);
+function drawBase(g, plate, geo, ratio) {                     // the plate without what is open or under the cursor
+  const r = Math.max(1.2, .43*geo.step);
+  g.font = `${clamp(.55*geo.step, 7, 12)}px system-ui,sans-serif`;
+  g.fillStyle = css('--soft');
+  g.textAlign = 'center';
+  g.textBaseline = 'middle';
+  const every = geo.step < 11 ? 4 : geo.step < 17 ? 2 : 1;
+  for (let c = 0; c < shape[1]; c += every) g.fillText(String(c + 1), geo.left + (c + .5)*geo.step, geo.top/2);
+  for (let w = 0; w < shape[0]; w += geo.step < 9 ? 2 : 1) g.fillText(rowName(w), geo.left/2, geo.top + (w + .5)*geo.step);
+  g.fillStyle = css('--hole');
+  for (let row = 0; row < shape[0]; row++) for (let col = 0; col < shape[1]; col++) {
+    const x = geo.left + (col + .5)*geo.step, y = geo.top + (row + .5)*geo.step, w = plate.at.get(row*100 + col);
+    if (w == null) { g.globalAlpha = .6; g.fillRect(x - .9, y - .9, 1.8, 1.8); g.globalAlpha = 1; continue; }
+    const s = stamp(paint.look(w), kind(w), r, !lit[w], ratio), size = s.width/ratio;
+    g.drawImage(s, x - size/2, y - size/2, size, size);
+  }
+}
+function drawPlate(canvas, plate) {
+  const geo = plateGeometry(canvas.clientWidth || 300), [g, width, , ratio] = fit(canvas, geo.height), key = `${drawn}|${width}|${ratio}`;
+  if (plate.key2 !== key) {
+    plate.key2 = key;
+    plate.base = document.createElement('canvas');
+    plate.base.width = canvas.width;
+    plate.base.height = canvas.height;
+    const b = plate.base.getContext('2d');
+    b.scale(ratio, ratio);
+    drawBase(b, plate, geo, ratio);
+  }
+  g.drawImage(plate.base, 0, 0, canvas.width/ratio, canvas.height/ratio);
+  const ring = (row, col, color, wide) => {
+    g.strokeStyle = color;
+    g.lineWidth = wide;
+    g.strokeRect(geo.left + col*geo.step + .5, geo.top + row*geo.step + .5, geo.step - 1, geo.step - 1);
+  };
+  const open = numberOf.get(S.w);
+  if (open != null && plate.key === plateKey(open)) ring(W.row[open], W.col[open], css('--fg'), 2.2);
+  if (cursor?.plate === plate && document.activeElement === canvas) ring(cursor.row, cursor.col, css('--accent'), 2);
+}
+function wellAt(canvas, plate, ev) {
+  const box = canvas.getBoundingClientRect(), geo = plateGeometry(canvas.clientWidth);
+  const col = Math.floor((ev.clientX - box.left - geo.left)/geo.step), row = Math.floor((ev.clientY - box.top - geo.top)/geo.step);
+  return plate.at.get(row*100 + col);
+}
+function fitPlates(root, n) {                                 // as large as possible, all plates in view where that leaves them readable
+  const W0 = root.clientWidth, H0 = Math.max(innerHeight - root.getBoundingClientRect().top - scrollY - 40, 300), ratio = shape[1]/(shape[0] + 2.6);
+  let best = [0, 1];
+  for (let k = 1; k <= n; k++) { const width = Math.min((W0 - 20*(k - 1))/k, ratio*(H0/Math.ceil(n/k))); if (width > best[0]) best = [width, k]; }
+  const least = Math.min(W0, 16*shape[1] + 20);
+  if (best[0] < least) best = [least, Math.max(1, Math.floor((W0 + 20)/(least + 20)))];
+  root.style.gridTemplateColumns = `repeat(${best[1]},minmax(0,${Math.floor(best[0])}px))`;
+}
+let canvases = [];                                            // of the plates shown: [canvas, plate, caption]
+function plateKeys(ev, canvas, plate) {
+  const move = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}[ev.key];
+  if (!cursor || cursor.plate !== plate) cursor = {plate, row: W.row[plate.wells[0]], col: W.col[plate.wells[0]]};
+  if (ev.key === 'Enter' || ev.key === ' ') {
+    const w = plate.at.get(cursor.row*100 + cursor.col);
+    if (w != null) openWell(w, true);
+    ev.preventDefault();
+    return;
+  }
+  if (ev.key === 'Home' || ev.key === 'End') { const row = plate.wells.filter(w => W.row[w] === cursor.row).map(w => W.col[w]); if (row.length) cursor.col = ev.key === 'Home' ? Math.min(...row) : Math.max(...row); }
+  else if (!move) return;
+  else {
+    let {row, col} = cursor;                                  // to the next well in this direction; positions without a well are passed over
+    do { row += move[0]; col += move[1]; } while (row >= 0 && row < shape[0] && col >= 0 && col < shape[1] && plate.at.get(row*100 + col) == null);
+    if (row < 0 || row >= shape[0] || col < 0 || col >= shape[1]) {
+      row = clamp(cursor.row + move[0], 0, shape[0] - 1);
+      col = clamp(cursor.col + move[1], 0, shape[1] - 1);
+    }
+    cursor = {plate, row, col};
+  }
+  ev.preventDefault();
+  drawPlate(canvas, plate);
+  const w = plate.at.get(cursor.row*100 + cursor.col), box = canvas.getBoundingClientRect(), geo = plateGeometry(canvas.clientWidth);
+  say(w == null ? `${rowName(cursor.row)}${String(cursor.col + 1).padStart(2, '0')}, no well` : describe(w).join(', '));
+  tip(w, box.left + geo.left + (cursor.col + .5)*geo.step, box.top + geo.top + (cursor.row + .5)*geo.step);
+}
+function plateCaption(plate) {
+  let right = 0, n = 0, shown = 0;
+  for (const w of plate.wells) { const r = result(w); right += r === 'right'; n += r !== 'none'; shown += lit[w]; }
+  const parts = [`Plate ${D.plates[plate.plate]}`, n ? `${right} of ${n} right` : count(plate.wells.length, 'well')];
+  if (isFiltered()) parts.push(`${shown} shown`);
+  return parts.join(' · ');
+}
+let platesOf = null;
+function showPlates() {
+  const e = byName.get(S.e), root = $('plates');
+  if (!e) { fill(root, el('p', {class: 'none'}, 'No well of this screen has a place on a plate.')); return; }
+  if (platesOf !== e) {
+    platesOf = e;
+    const i = experiments.indexOf(e), step = d => () => go({e: experiments[(i + d + experiments.length) % experiments.length].name});
+    const select = el('select', {id: 'experiment', onchange: ev => go({e: ev.target.value})}, experiments.map(o => el('option', {value: o.name}, o.name + (o.named ? '' : ' (not predicted)'))));
+    select.value = e.name;
+    canvases = e.plates.map(plate => {
+      const name = `Plate ${D.plates[plate.plate]} of ${e.name}`;
+      const canvas = el('canvas', {tabindex: 0, role: 'application', 'aria-roledescription': 'plate', 'aria-label': `${name}: arrow keys move between wells, Enter opens one`});
+      canvas.addEventListener('click', ev => { const w = wellAt(canvas, plate, ev); if (w != null) { cursor = {plate, row: W.row[w], col: W.col[w]}; openWell(w); } });
+      canvas.addEventListener('pointermove', ev => { if (ev.pointerType === 'mouse') tip(wellAt(canvas, plate, ev), ev.clientX, ev.clientY); });
+      canvas.addEventListener('pointerleave', () => tip(null));
+      canvas.addEventListener('keydown', ev => plateKeys(ev, canvas, plate));
+      canvas.addEventListener('focus', () => { cursor ??= {plate, row: W.row[plate.wells[0]], col: W.col[plate.wells[0]]}; drawPlate(canvas, plate); });
+      canvas.addEventListener('blur', () => { tip(null); drawPlate(canvas, plate); });
+      return [canvas, plate, el('figcaption')];
+    });
+    fill(root, el('div', {class: 'row'}, el('button', {type: 'button', 'aria-label': 'Previous experiment', onclick: step(-1)}, '‹'),
+      el('label', {}, el('span', {class: 'unseen'}, 'Experiment'), select), el('button', {type: 'button', 'aria-label': 'Next experiment', onclick: step(1)}, '›'), el('span', {class: 'soft', id: 'experiment-said'})),
+      el('div', {class: 'plates'}, canvases.map(([canvas, , caption]) => el('figure', {class: 'plate'}, caption, canvas))));
+  }
+  let right = 0, n = 0;
+  for (const p of e.plates) for (const w of p.wells) { const r = result(w); right += r === 'right'; n += r !== 'none'; }
+  $('experiment-said').textContent = n ? `${right} of ${n} wells right (${share(right, n)}), ${P[S.p].protocol}` : 'no well was named, or no label is known';
+  fitPlates(root.querySelector('.plates'), e.plates.length);
+  for (const [canvas, plate, caption] of canvases) { caption.textContent = plateCaption(plate); drawPlate(canvas, plate); }
+}
+
+// ---- pictures: one gray picture per site, its channels side by side, decoded when they are looked at
+let lines = null;
+const readLines = () => { lines ??= $('pictures').textContent.split('\n'); };
+const decoded = new Map();
+let scratch = null;
+async function planes(site) {
+  const at = D.sites.picture[site];
+  if (at < 0) return null;
+  if (decoded.has(at)) return decoded.get(at);
+  const job = (async () => {
+    readLines();
+    const raw = atob(lines[at]), bytes = new Uint8Array(raw.length);
+    for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
+    const bitmap = await createImageBitmap(new Blob([bytes], {type: D.pictures.type})), {width: w, height: h} = bitmap;
+    scratch ??= document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    if (scratch.canvas.width !== w || scratch.canvas.height !== h) Object.assign(scratch.canvas, {width: w, height: h});
+    scratch.drawImage(bitmap, 0, 0);
+    bitmap.close();
+    const px = new Uint32Array(scratch.getImageData(0, 0, w, h).data.buffer), [sh, sw] = D.pictures.cell, cols = D.pictures.columns, out = [];
+    for (let k = 0; k < C; k++) {
+      const x0 = (k % cols)*sw, y0 = Math.floor(k/cols)*sh, plane = new Uint8Array(sh*sw);
+      for (let y = 0, to = 0, from = y0*w + x0; y < sh; y++, from += w) for (let x = 0; x < sw; x++) plane[to++] = px[from + x] & 255;
+      out.push(plane);
+    }
+    return out;
+  })();
+  decoded.set(at, job);
+  if (decoded.size > 300) decoded.delete(decoded.keys().next().value);
+  return job;
+}
+const hexOf = c => '#' + c.map(v => Math.round(255*v).toString(16).padStart(2, '0')).join('');
+const tune = D.channels.map((name, k) => ({name, on: true, color: hexOf(D.colors[k]), lo: 0, hi: 100}));   // as the channels are shown
+const HOWS = {composite: 'composite', '3d': '3D + 3D', panels: 'one panel per channel'};
+const SCALES = {own: 'its picture', plate: 'the plate', screen: 'the screen'};
+function lookup(site, k) {                                    // stored byte → share of the scale, 0…1
+  const lo = D.sites.lo[site*C + k], hi = D.sites.hi[site*C + k], out = new Float32Array(256), t = tune[k];
+  let [a, b] = [lo, hi];
+  if (S.s === 'screen') [a, b] = [D.scales.screen[0][k], D.scales.screen[1][k]];
+  if (S.s === 'plate') { const p = D.scales.plate[D.sites.scale[site]]; [a, b] = [p[0][k], p[1][k]]; }
+  const from = t.lo/100, to = Math.max(t.hi/100, from + .01);
+  for (let v = 0; v < 256; v++) { const x = b > a ? (lo + v/255*(hi - lo) - a)/(b - a) : 0; out[v] = clamp((x - from)/(to - from), 0, 1); }
+  return out;
+}
+const bright = Float32Array.from({length: 1025}, (_, i) => (i/1024)**.8);
+function compose(px, plane, luts, use) {                      // the color of the strongest stains, the brightness of the strongest, as rgb_composite does
+  const n = plane[0].length, rgb = use.map(k => [1, 3, 5].map(i => parseInt(tune[k].color.slice(i, i + 2), 16)));
+  const cube = luts.map(l => l.map(v => v*v*v));
+  const used = use.map(k => plane[k]), m = use.length;
+  for (let i = 0; i < n; i++) {
+    let r = 0, g = 0, b = 0, sum = 0, top = 0;
+    for (let j = 0; j < m; j++) {
+      const v = used[j][i], w = cube[j][v], s = luts[j][v], c = rgb[j];
+      r += w*c[0]; g += w*c[1]; b += w*c[2];
+      sum += w;
+      if (s > top) top = s;
+    }
+    const f = sum > 0 ? bright[(1024*top + .5) | 0]/sum : 0;
+    px[4*i] = r*f; px[4*i + 1] = g*f; px[4*i + 2] = b*f; px[4*i + 3] = 255;
+  }
+}
+async function drawSite(canvas, site, how) {
+  const plane = await planes(site), [h, w] = D.pictures.cell;
+  if (!plane) return false;
+  const paste = (fillIn, x, y) => { const im = g.createImageData(w, h); fillIn(im.data); g.putImageData(im, x, y); };
+  const size = (cw, ch) => { canvas.width = cw; canvas.height = ch; return canvas.getContext('2d'); };
+  const luts = D.channels.map((_, k) => lookup(site, k)), gap = Math.max(1, w >> 6);
+  let g;
+  if (how === 'composite') {
+    const use = tune.map((t, k) => t.on ? k : -1).filter(k => k >= 0);
+    g = size(w, h);
+    paste(px => compose(px, plane, use.map(k => luts[k]), use), 0, 0);
+  } else if (how === '3d') {
+    const n = Math.ceil(C/3);
+    g = size(n*w + (n - 1)*gap, h);
+    for (let j = 0; j < n; j++) paste(px => {
+      for (let i = 0; i < w*h; i++) {
+        for (let c = 0; c < 3; c++) { const k = 3*j + c; px[4*i + c] = k < C && tune[k].on ? 255*luts[k][plane[k][i]] : 0; }
+        px[4*i + 3] = 255;
+      }
+    }, j*(w + gap), 0);
+  } else {
+    g = size(w, h);
+    const k = Number(how);
+    paste(px => { for (let i = 0; i < w*h; i++) { px[4*i] = px[4*i + 1] = px[4*i + 2] = 255*luts[k][plane[k][i]]; px[4*i + 3] = 255; } }, 0, 0);
+  }
+  return true;
+}
+function limits(site, k) {
+  if (S.s === 'screen') return [D.scales.screen[0][k], D.scales.screen[1][k]];
+  if (S.s === 'plate') { const p = D.scales.plate[D.sites.scale[site]]; return [p[0][k], p[1][k]]; }
+  return [D.sites.lo[site*C + k], D.sites.hi[site*C + k]];
+}
+let drawings = [];                                            // [canvas, site, how, is a neighbor] of the open well
+async function redraw() {                                     // its own pictures first
+  for (const late of [false, true]) {
+    await Promise.all(drawings.filter(d => d[3] === late).map(([c, s, how]) => drawSite(c, s, how ?? S.m)));
+    if (!late) $('well').dataset.own = S.w;
+  }
+}
+function picture(site, how, alt, late = false) {
+  const canvas = el('canvas', {role: 'img', 'aria-label': alt});
+  drawings.push([canvas, site, how, late]);
+  return canvas;
+}
+const noPicture = site => el('p', {class: 'none'}, D.pictures.count ? 'No picture: this well was left out of the page.' : 'This page holds no pictures.');
+
+// ---- the open well
+let trail = 0;                                                // steps from the first well that was opened
+function openWell(w, focus = false) {
+  const e = D.experiments[W.experiment[w]];
+  trail = S.w ? trail + 1 : 0;
+  go({w: W.id[w], ...(byName.has(e) && S.v === 'plates' ? {e} : {})});
+  if (focus || innerWidth <= 960) $('well').querySelector('h2')?.focus();
+  say(describe(w).join(', '));
+}
+function closeWell() {
+  const w = numberOf.get(S.w);
+  trail = 0;
+  go({w: ''});
+  const c = w == null ? null : canvases.find(([, p]) => p.key === plateKey(w));
+  if (S.v === 'plates') c?.[0].focus();
+}
+function verdict(w) {
+  const p = P[S.p], i = p ? p.at[w] : -1;
+  if (i < 0) return el('p', {class: 'verdict'}, truth(w) >= 0 ? [`${D.target} `, el('b', {}, label(truth(w)))] : 'label not known', el('span', {class: 'soft'}, P.length ? ' · not named in this prediction' : ''));
+  const r = result(w);
+  return el('p', {class: 'verdict'}, r === 'none' ? 'named ' : '', el('b', {}, label(p.label[i])), ' ',
+    r === 'right' ? el('span', {class: 'tag good'}, '✓ right') : r === 'wrong' ? [el('span', {class: 'tag bad'}, '✗ wrong'), ' it is ', el('b', {}, label(truth(w)))] : el('span', {class: 'soft'}, 'label not known'),
+    ' ', el('span', {class: 'tag soft'}, p.protocol));
+}
+function facts(w) {
+  const skip = new Set(['experiment', 'plate', 'well', 'well_type']), line = rows => el('dl', {class: 'facts'}, rows.filter(([, v]) => v != null && v !== '' && v !== '–').map(([k, v]) => el('div', {}, el('dt', {}, k), el('dd', {}, v))));
+  const of = kind => W.columns.filter(c => !skip.has(c.name) && c.kind === kind).map(c => [c.name, text(c.name, w)]), numbers = of('number');
+  return [line([['experiment', D.experiments[W.experiment[w]]], ['plate', D.plates[W.plate[w]]], ['well', W.well[w]], ['kind', KINDS[kind(w)]], ...of('text')]),
+    numbers.length > 4 ? el('details', {}, el('summary', {}, count(numbers.length, 'number')), line(numbers)) : line(numbers)];
+}
+function candidates(w) {
+  const p = P[S.p], i = p ? p.at[w] : -1;
+  if (i < 0 || !p.top.length) return null;
+  const list = p.top.map((t, j) => [t[i], p.top_scores[j]?.[i] ?? null]).filter(([t]) => t >= 0);
+  const best = Math.max(...list.map(([, s]) => s ?? -1)), least = Math.min(...list.map(([, s]) => s ?? 1), best - .01);
+  return [el('h3', {}, `Best ${list.length} candidates`), el('table', {}, el('thead', {}, el('tr', {}, el('th', {}, D.target), el('th', {class: 'n'}, p.kind), el('th', {}, el('span', {class: 'unseen'}, 'bar')))),
+    el('tbody', {}, list.map(([t, s]) => {
+      const bar = el('i');
+      bar.style.width = `${s == null ? 0 : clamp(100*(s - least)/(best - least || 1)*.9 + 10, 0, 100)}%`;
+      return el('tr', {}, el('td', {}, t === truth(w) ? el('b', {class: 'good'}, `${label(t)} ✓`) : label(t)), el('td', {class: 'n'}, digits(s)), el('td', {}, el('span', {class: 'meter', 'aria-hidden': true}, bar)));
+    }))), el('p', {class: 'soft'}, [['score', p.score?.[i]], ['margin', p.margin?.[i]], ['votes', p.votes?.[i]]].filter(([, v]) => v != null).map(([k, v]) => k === 'votes' ? `${Math.round(100*v)}% of neighbors vote for it` : `${k} ${digits(v)}`).join(' · '))];
+}
+function siteParts(w) {
+  const mine = sitesOf[w].filter(s => D.sites.picture[s] >= 0);
+  if (!mine.length) return [noPicture()];
+  const name = s => `Site ${D.sites.name[s]}`;
+  if (S.m !== 'panels') return [el('div', {class: 'pics' + (S.m === '3d' ? ' wide' : '')}, mine.map(s => el('figure', {}, el('figcaption', {class: 'soft'}, name(s)), picture(s, null, `${name(s)} of ${W.id[w]}, ${HOWS[S.m]}`))))];
+  return mine.map(s => [el('h3', {}, name(s)), el('div', {class: 'pics'}, D.channels.map((c, k) => {
+    const [lo, hi] = limits(s, k);
+    return el('figure', {}, picture(s, k, `${c}, ${name(s)} of ${W.id[w]}`), el('figcaption', {class: 'soft'}, `${c} ${digits(lo, 0)}…${digits(hi, 0)}`));
+  }))]).flat();
+}
+function controls() {
+  const choice = (id, title, all, key) => {
+    const s = el('select', {id, onchange: ev => { go({[key]: ev.target.value}, false); showWell(true); }}, Object.entries(all).map(([k, v]) => el('option', {value: k}, v)));
+    s.value = S[key];
+    return el('label', {}, title + ' ', s);
+  };
+  const slider = (t, end, word) => el('input', {type: 'range', min: 0, max: 100, value: t[end], class: end, 'aria-label': `${t.name}: ${word}, percent of the scale`, oninput: ev => { t[end] = Number(ev.target.value); redraw(); }});
+  const rows = tune.map((t, k) => {
+    const box = el('input', {type: 'checkbox', onchange: ev => { t.on = ev.target.checked; go({ch: tune.every(o => o.on) ? '' : tune.map(o => o.on ? 1 : 0).join('')}, false); redraw(); }});
+    box.checked = t.on;
+    return [el('label', {}, box, t.name), el('input', {type: 'color', value: t.color, 'aria-label': `${t.name}: color in the composite`, oninput: ev => { t.color = ev.target.value; redraw(); }}), slider(t, 'lo', 'black'), slider(t, 'hi', 'white')];
+  });
+  return [el('div', {class: 'row'}, choice('how', 'Show', C > 1 ? HOWS : {composite: 'picture'}, 'm'), choice('scale', 'Scale of', SCALES, 's')),
+    el('details', {id: 'channels', open: channelsOpen, ontoggle: ev => { channelsOpen = ev.target.open; }}, el('summary', {}, 'Channels: on, color, black and white'), el('div', {class: 'channels'}, el('span'), el('span'), el('span', {class: 'soft'}, 'black'), el('span', {class: 'soft hi'}, 'white'), rows),
+      el('button', {type: 'button', onclick: () => { tune.forEach((t, k) => Object.assign(t, {on: true, color: hexOf(D.colors[k]), lo: 0, hi: 100})); go({ch: ''}, false); showWell(true); }}, 'As they were'))];
+}
+let channelsOpen = false;
+function neighbors(w) {
+  const p = P[S.p], sp = p ? D.spaces[p.space] : D.spaces[0], i = p ? p.at[w] : -1;
+  if (!sp) return null;
+  const mine = sitesOf[w].filter(s => sp.from.has(s));
+  if (!mine.length) return [el('h3', {}, 'Nearest neighbors'), el('p', {class: 'soft'}, 'None are known: this well was not embedded for this prediction, or the index has no other experiment.')];
+  const about = i >= 0 ? `Training sites that are most similar (cosine of the ${sp.name} embedding); a vote is a neighbor with the predicted name.`
+    : `A well of the index: its most similar sites in other experiments (cosine of the ${sp.name} embedding). This is no prediction.`;
+  return [el('h3', {}, 'Nearest neighbors'), el('p', {class: 'soft'}, about), mine.map(s => [mine.length > 1 || D.sites.name[s] !== '' ? el('h3', {}, `of site ${D.sites.name[s]}`) : null,
+    el('div', {class: 'near'}, sp.from.get(s).map(j => neighborCard(w, sp, j)))]).flat()];
+}
+function neighborCard(w, sp, j) {
+  const s = sp.near.site[j], o = D.sites.well[s], p = P[S.p], i = p ? p.at[w] : -1, name = label(truth(o));
+  const isVote = i >= 0 ? p.label[i] === truth(o) : truth(w) === truth(o), isTrue = truth(w) >= 0 && truth(o) === truth(w);
+  const parts = [`${D.experiments[W.experiment[o]]} · plate ${D.plates[W.plate[o]]} · ${W.well[o]}`, `cosine ${digits(sp.near.cosine[j])}`];
+  const vote = i >= 0 ? (isVote ? 'votes for it' : 'another name') : isVote ? 'same label' : 'another label';
+  return el('button', {type: 'button', 'aria-label': `${name || 'no label'}, ${parts.join(', ')}, ${vote}${isTrue ? ', the label of this well' : ''}: open this well`, onclick: () => openWell(o, true)},
+    D.sites.picture[s] >= 0 ? picture(s, 'composite', `Neighbor ${W.id[o]}`, true) : el('div', {class: 'none'}, 'no picture'),
+    el('div', {class: 'name ' + (isTrue ? 'good' : '')}, name || '?', isTrue ? ' ✓' : ''), el('div', {class: 'soft'}, parts[0]), el('div', {}, parts[1]), el('div', {class: isVote ? '' : 'soft'}, vote));
+}
+let shownWell = '';
+function showWell(again = false) {
+  const root = $('well'), w = numberOf.get(S.w), key = `${S.w}|${S.p}|${S.m}|${S.s}`;
+  root.hidden = w == null;
+  if (w == null) { shownWell = ''; drawings = []; return; }
+  if (key === shownWell && !again) return;
+  const top = shownWell.startsWith(S.w + '|') ? root.scrollTop : 0, focus = root.contains(document.activeElement) ? document.activeElement.id : '';
+  shownWell = key;
+  drawings = [];
+  fill(root, el('div', {class: 'head'}, trail > 0 ? el('button', {type: 'button', id: 'back', onclick: () => { trail--; history.back(); }}, '← back') : null, el('h2', {tabindex: -1}, W.id[w]),
+    el('button', {type: 'button', id: 'close', 'aria-label': 'Close the well', onclick: closeWell}, '✕')),
+    verdict(w), ...facts(w), C ? controls() : null, siteParts(w), candidates(w), neighbors(w));
+  root.scrollTop = top;
+  if (focus) $(focus)?.focus();
+  root.dataset.ready = root.dataset.own = '';
+  redraw().then(() => { if (shownWell === key) root.dataset.ready = S.w; });
+}
+
+// ---- the map of embeddings
+const view = {k: 1, x: 0, y: 0};
+let looks = [], frame = 0, mapOf = '', select = false, box = null, marks = [];
+const space = () => D.spaces[P[S.p]?.space ?? 0];
+function mapPoints() {                                        // points of the map in 0…1, as large as fits
+  const m = space()?.maps[S.k] ?? space()?.maps[0];
+  if (!m) return null;
+  if (!m.unit) {
+    let [a, b, c, d] = [Infinity, -Infinity, Infinity, -Infinity];
+    for (let i = 0; i < m.x.length; i++) { a = Math.min(a, m.x[i]); b = Math.max(b, m.x[i]); c = Math.min(c, m.y[i]); d = Math.max(d, m.y[i]); }
+    const s = Math.max(b - a, d - c) || 1;
+    m.unit = {x: Float32Array.from(m.x, v => (v - (a + b)/2)/s), y: Float32Array.from(m.y, v => -(v - (c + d)/2)/s)};
+  }
+  return m;
+}
+function toScreen(m, i, w, h) { const s = .92*Math.min(w, h)*view.k; return [w/2 + m.unit.x[i]*s + view.x, h/2 + m.unit.y[i]*s + view.y]; }
+function mapHeight(canvas) { return clamp(innerHeight - canvas.getBoundingClientRect().top - scrollY - 60, 320, 1600); }
+const asPixel = c => { const g = el('canvas', {width: 1, height: 1}).getContext('2d'); g.fillStyle = c; g.fillRect(0, 0, 1, 1); return new Uint32Array(g.getImageData(0, 0, 1, 1).data.buffer)[0]; };
+const dabs = new Map();                                       // stamp → its pixels, laid on the color of the page
+function dab(stampCanvas, ground) {
+  let d = dabs.get(stampCanvas);
+  if (d?.ground === ground) return d;
+  const {width, height} = stampCanvas, c = el('canvas', {width, height}), g = c.getContext('2d', {willReadFrequently: true});
+  g.drawImage(stampCanvas, 0, 0);
+  const a = g.getImageData(0, 0, width, height).data;
+  g.globalCompositeOperation = 'destination-over';
+  g.fillStyle = css('--bg');
+  g.fillRect(0, 0, width, height);
+  const px = new Uint32Array(g.getImageData(0, 0, width, height).data.buffer), at = [], color = [];
+  for (let i = 0; i < px.length; i++) if (a[4*i + 3] > 24) { at.push(i % width - (width >> 1), Math.floor(i/width) - (height >> 1)); color.push(px[i]); }
+  d = {ground, at: Int16Array.from(at), color: Uint32Array.from(color), half: Math.max(width, height)};
+  if (dabs.size > 2000) dabs.clear();
+  dabs.set(stampCanvas, d);
+  return d;
+}
+let sheet = null;                                             // the pixels of the map: thousands of points are written faster than drawn
+function drawMap() {
+  const canvas = $('map-canvas'), m = mapPoints();
+  if (!canvas || !m) return;
+  const [g, w, h, ratio] = fit(canvas, canvas.room ??= mapHeight(canvas)), W0 = canvas.width, H0 = canvas.height;
+  if (sheet?.width !== W0 || sheet?.height !== H0) sheet = g.createImageData(W0, H0);
+  const out = new Uint32Array(sheet.data.buffer), ground = marks.ground, {x, y} = m.unit;
+  const s = .92*Math.min(w, h)*view.k*ratio, x0 = (w/2 + view.x)*ratio, y0 = (h/2 + view.y)*ratio;
+  out.fill(ground);
+  for (const i of marks.order) {
+    const d = marks[i], px = Math.round(x0 + x[i]*s), py = Math.round(y0 + y[i]*s), {at, color, half} = d;
+    if (px < half || py < half || px >= W0 - half || py >= H0 - half) {
+      if (px < -half || py < -half || px > W0 + half || py > H0 + half) continue;
+      for (let j = 0; j < color.length; j++) { const u = px + at[2*j], v = py + at[2*j + 1]; if (u >= 0 && v >= 0 && u < W0 && v < H0) out[v*W0 + u] = color[j]; }
+    } else { const o = py*W0 + px; for (let j = 0; j < color.length; j++) out[o + at[2*j + 1]*W0 + at[2*j]] = color[j]; }
+  }
+  g.putImageData(sheet, 0, 0);
+  const open = S.w ? m.wells.indexOf(numberOf.get(S.w)) : -1;
+  if (open >= 0) { const [px, py] = toScreen(m, open, w, h); g.strokeStyle = css('--fg'); g.lineWidth = 2.2; g.beginPath(); g.arc(px, py, mapRadius(m.wells.length) + 4, 0, 7); g.stroke(); }
+  if (box) { g.strokeStyle = css('--accent'); g.lineWidth = 1.5; g.setLineDash([5, 3]); g.strokeRect(box.x, box.y, box.w, box.h); g.setLineDash([]); }
+}
+const mapRadius = n => clamp(Math.round(60/Math.sqrt(n)*4)/2, 2.5, 7)*Math.min(1 + .12*Math.log2(Math.max(view.k, 1)), 1.8);
+function setMarks() {
+  const m = mapPoints(), ratio = Math.min(devicePixelRatio || 1, 3);
+  if (!m) return;
+  const r = Math.round(2*mapRadius(m.wells.length))/2, key = `${drawn}|${r}|${ratio}|${S.k}|${P[S.p]?.space}`, ground = asPixel(css('--bg'));
+  if (marks.key === key && marks.ground === ground) return;
+  marks = m.wells.map(w => dab(stamp(paint.look(w), kind(w), r, !lit[w], ratio), ground));
+  const layers = [[], [], []];                                // what is faded lies below what is gray, and that below colors
+  m.wells.forEach((w, i) => { const look = paint.look(w); layers[!lit[w] ? 0 : look.empty || look.name === 'others' && look.color === GRAY ? 1 : 2].push(i); });
+  marks.order = Int32Array.from(layers.flat());
+  Object.assign(marks, {key, ground});
+}
+function later() { if (!frame) frame = requestAnimationFrame(() => { frame = 0; drawMap(); }); }
+function zoom(f, cx, cy) {
+  const canvas = $('map-canvas'), w = canvas.clientWidth, h = canvas.clientHeight, k = clamp(view.k*f, .5, 200), q = k/view.k;
+  cx ??= w/2; cy ??= h/2;
+  view.x = (cx - w/2)*(1 - q) + view.x*q;
+  view.y = (cy - h/2)*(1 - q) + view.y*q;
+  view.k = k;
+  setMarks();
+  later();
+}
+function nearest(ev, reach = 12) {
+  const canvas = $('map-canvas'), b = canvas.getBoundingClientRect(), m = mapPoints(), x = ev.clientX - b.left, y = ev.clientY - b.top;
+  let best = null, d = reach*reach;
+  for (let i = 0; i < m.wells.length; i++) {
+    const [px, py] = toScreen(m, i, canvas.clientWidth, canvas.clientHeight), dist = (px - x)**2 + (py - y)**2 + (lit[m.wells[i]] ? 0 : 40);
+    if (dist < d) { d = dist; best = m.wells[i]; }
+  }
+  return best;
+}
+function mapPointers(canvas) {
+  const down = new Map();
+  let moved = 0, apart = 0;
+  const spread = () => { const [a, b] = [...down.values()]; return Math.hypot(a.x - b.x, a.y - b.y); };
+  canvas.addEventListener('pointerdown', ev => {
+    canvas.setPointerCapture(ev.pointerId);
+    down.set(ev.pointerId, {x: ev.clientX, y: ev.clientY});
+    moved = 0;
+    const b = canvas.getBoundingClientRect();
+    box = (select || ev.shiftKey) && down.size === 1 ? {x: ev.clientX - b.left, y: ev.clientY - b.top, w: 0, h: 0} : null;
+    if (down.size === 2) apart = spread();
+  });
+  canvas.addEventListener('pointermove', ev => {
+    const p = down.get(ev.pointerId);
+    if (!p) { if (ev.pointerType === 'mouse') tip(nearest(ev), ev.clientX, ev.clientY); return; }
+    const dx = ev.clientX - p.x, dy = ev.clientY - p.y, b = canvas.getBoundingClientRect();
+    moved += Math.abs(dx) + Math.abs(dy);
+    down.set(ev.pointerId, {x: ev.clientX, y: ev.clientY});
+    if (down.size === 2) { const now = spread(), [a, c] = [...down.values()]; zoom(now/(apart || now), (a.x + c.x)/2 - b.left, (a.y + c.y)/2 - b.top); apart = now; }
+    else if (box) { box.w += dx; box.h += dy; later(); }
+    else { view.x += dx; view.y += dy; later(); }
+    tip(null);
+  });
+  const up = ev => {
+    if (!down.delete(ev.pointerId)) return;
+    if (box && moved > 6) selectBox();
+    else if (moved <= 6 && ev.type === 'pointerup') { const w = nearest(ev, ev.pointerType === 'mouse' ? 12 : 24); if (w != null) openWell(w); }
+    box = null;
+    later();
+  };
+  canvas.addEventListener('pointerup', up);
+  canvas.addEventListener('pointercancel', up);
+  canvas.addEventListener('pointerleave', () => tip(null));
+  canvas.addEventListener('wheel', ev => { ev.preventDefault(); const b = canvas.getBoundingClientRect(); zoom(Math.exp(-ev.deltaY*.0015), ev.clientX - b.left, ev.clientY - b.top); }, {passive: false});
+  canvas.addEventListener('keydown', ev => {
+    const move = {ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60]}[ev.key];
+    if (move) { view.x += move[0]; view.y += move[1]; later(); }
+    else if (ev.key === '+' || ev.key === '=') zoom(1.3);
+    else if (ev.key === '-') zoom(1/1.3);
+    else if (ev.key === '0') resetMap();
+    else return;
+    ev.preventDefault();
+  });
+}
+function resetMap() { Object.assign(view, {k: 1, x: 0, y: 0}); if (paint) setMarks(); later(); }
+function selectBox() {
+  const canvas = $('map-canvas'), m = mapPoints(), [x0, x1] = [box.x, box.x + box.w].sort((a, b) => a - b), [y0, y1] = [box.y, box.y + box.h].sort((a, b) => a - b);
+  brush = new Set(m.wells.filter((_, i) => { const [x, y] = toScreen(m, i, canvas.clientWidth, canvas.clientHeight); return x >= x0 && x <= x1 && y >= y0 && y <= y1; }));
+  if (!brush.size) brush = null;
+  show();
+}
+function canvasRoom() { const c = $('map-canvas'); if (c) c.room = mapHeight(c); }
+function showMap() {
+  const root = $('map'), sp = space();
+  if (!sp?.maps.length) { fill(root, el('p', {class: 'none'}, 'This page holds no embeddings.')); mapOf = ''; return; }
+  if (!sp.maps[S.k]) S.k = 0;
+  if (mapOf !== `${P[S.p]?.space}`) {
+    mapOf = `${P[S.p]?.space}`;
+    const which = el('select', {id: 'which', onchange: ev => { resetMap(); go({k: Number(ev.target.value)}); }}, sp.maps.map((m, i) => el('option', {value: i}, m.name)));
+    const button = (t, name, f) => el('button', {type: 'button', 'aria-label': name, onclick: f}, t);
+    const canvas = el('canvas', {id: 'map-canvas', tabindex: 0, role: 'application', 'aria-roledescription': 'map', 'aria-label': 'Map of embeddings: arrow keys move it, plus and minus zoom, 0 shows all; the wells that are shown are listed below'});
+    const box = el('input', {type: 'checkbox', id: 'select', onchange: ev => { select = ev.target.checked; canvas.classList.toggle('select', select); }});
+    box.checked = select;
+    canvas.classList.toggle('select', select);
+    fill(root, el('div', {class: 'row'}, el('label', {}, 'Map ', which), button('+', 'Zoom in', () => zoom(1.4)), button('−', 'Zoom out', () => zoom(1/1.4)), button('All', 'Show all points', resetMap),
+      el('label', {}, box, ' select by dragging (or Shift)'), el('span', {class: 'soft', id: 'map-said'})), canvas, el('div', {class: 'list', id: 'map-list'}));
+    mapPointers(canvas);
+  }
+  $('which').value = S.k;
+  const m = mapPoints();
+  $('map-said').textContent = `${count(m.wells.length, 'well')}, ${sp.name} embeddings. ${m.about}`;
+  canvasRoom();
+  setMarks();
+  drawMap();
+  const mine = m.wells.filter(w => lit[w]);
+  fill($('map-list'), isFiltered() ? [...mine.slice(0, 40).map(w => el('button', {type: 'button', onclick: () => openWell(w, true)}, `${W.id[w]} ${label(truth(w))}`)), mine.length > 40 ? el('span', {class: 'soft'}, `and ${mine.length - 40} more`) : null] : null);
+}
+
+// ---- confusions
+let sorted = {key: 'n', down: true};
+function showConfusions() {
+  const root = $('confusions'), p = P[S.p];
+  if (!p) { fill(root, el('p', {class: 'none'}, 'This page holds no predictions.')); return; }
+  const pairs = new Map(), of = new Map(), as = new Map(), pairWas = S.pair;
+  p.wells.forEach((w, i) => {
+    const t = truth(w), l = p.label[i];
+    if (t < 0 || !S.pair && !lit[w]) return;
+    const o = of.get(t) ?? {label: label(t), n: 0, right: 0, away: new Map()};
+    of.set(t, o);
+    o.n++;
+    as.set(l, (as.get(l) ?? 0) + 1);
+    if (l === t) { o.right++; return; }
+    o.away.set(l, (o.away.get(l) ?? 0) + 1);
+    const k = `${label(t)}\t${label(l)}`, e = pairs.get(k) ?? {key: k, truth: label(t), taken: label(l), n: 0, of: o, experiments: new Set()};
+    pairs.set(k, e);
+    e.n++;
+    e.experiments.add(W.experiment[w]);
+  });
+  if (!of.size) { fill(root, el('p', {class: 'none'}, isFiltered() ? 'No named well with a known label is shown: show all wells, or choose another filter.' : 'The labels of the named wells are not known.')); return; }
+  const list = [...pairs.values()].sort((a, b) => b.n - a.n || b.n/b.of.n - a.n/a.of.n || order(a.truth, b.truth) || order(a.taken, b.taken));
+  const rows = [...of.entries()].map(([t, o]) => ({...o, share: o.right/o.n, named: as.get(t) ?? 0, worst: [...o.away.entries()].sort((a, b) => b[1] - a[1])[0]}));
+  rows.sort((a, b) => (sorted.down ? -1 : 1)*(sorted.key === 'label' ? order(a.label, b.label) : a[sorted.key] - b[sorted.key]) || order(a.label, b.label));
+  const meter = v => { const i = el('i'); i.style.width = `${100*v}%`; return el('span', {class: 'meter', 'aria-hidden': true}, i); };
+  const open = pair => () => go({pair: S.pair === pair ? '' : pair});
+  const head = (key, title, n) => el('th', {class: n ? 'n' : '', 'aria-sort': sorted.key === key ? sorted.down ? 'descending' : 'ascending' : 'none'}, el('button', {type: 'button', onclick: () => { sorted = {key, down: sorted.key === key ? !sorted.down : key !== 'label'}; showConfusions(); }}, title + (sorted.key === key ? sorted.down ? ' ↓' : ' ↑' : '')));
+  fill(root, el('p', {class: 'soft'}, `${p.protocol}: ${count(list.reduce((s, o) => s + o.n, 0), 'wrong well')}, ${count(list.length, 'pair')}. Choose a pair or a ${D.target} to see its wells in the other views.`),
+    S.pair ? el('div', {class: 'list'}, p.wells.filter(w => lit[w]).slice(0, 60).map(w => el('button', {type: 'button', onclick: () => openWell(w, true)}, `${W.id[w]} ${result(w) === 'right' ? '✓' : '✗'}`))) : null,
+    el('div', {class: 'cols'},
+      el('div', {}, el('h2', {}, 'Taken for another'), el('table', {}, el('thead', {}, el('tr', {}, el('th', {}, 'it is'), el('th', {}, 'named'), el('th', {class: 'n'}, 'wells'), el('th', {class: 'n'}, 'experiments'), el('th', {}, el('span', {class: 'unseen'}, 'bar')))),
+        el('tbody', {}, list.slice(0, 200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.key ? 'true' : 'false', onclick: open(o.key)}, o.truth)), el('td', {}, o.taken), el('td', {class: 'n'}, `${o.n} of ${o.of.n}`), el('td', {class: 'n'}, String(o.experiments.size)), el('td', {}, meter(o.n/o.of.n)))))),
+        list.length > 200 ? el('p', {class: 'soft'}, `and ${list.length - 200} more pairs`) : null),
+      el('div', {}, el('h2', {}, `Each ${D.target}`), el('table', {}, el('thead', {}, el('tr', {}, head('label', D.target), head('n', 'wells', true), head('share', 'right', true), head('named', 'named so', true), el('th', {}, 'most often taken for'))),
+        el('tbody', {}, rows.slice(0, 1200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.label ? 'true' : 'false', onclick: open(o.label)}, o.label)), el('td', {class: 'n'}, String(o.n)), el('td', {class: 'n'}, share(o.right, o.n)), el('td', {class: 'n'}, String(o.named)), el('td', {}, o.worst ? `${label(o.worst[0])} (${o.worst[1]})` : '')))))) ));
+}
+
+// ---- accuracy: every column under its protocol
+function showAccuracy() {
+  const root = $('accuracy'), A = D.accuracy;
+  if (!A.length) { fill(root, el('p', {class: 'none'}, 'The labels of the named wells are not known, so there is no accuracy.')); return; }
+  fill(root, el('p', {class: 'soft'}, D.accuracy_note), el('div', {class: 'blocks'}, A.map(a => el('div', {}, el('h2', {}, a.name, ' ', el('span', {class: 'tag soft'}, a.protocol)), el('div', {class: 'wide'}, el('table', {},
+    el('thead', {}, el('tr', {}, el('th', {}, 'wells of'), el('th', {class: 'n'}, 'wells'), el('th', {class: 'n'}, 'right'), el('th', {class: 'n'}, '95% interval'), el('th', {}, '0 … 1, chance in orange'))),
+    el('tbody', {}, a.rows.map(r => {
+      const bar = el('div', {class: 'interval', 'aria-hidden': true}), put = (tag, from, to) => { const o = el(tag); o.style.left = `${100*from}%`; if (to != null) o.style.width = `${100*(to - from)}%`; bar.append(o); };
+      if (r.low != null) put('i', r.low, r.high);
+      put('s', a.chance);
+      put('b', r.value);
+      const name = r.group === 'experiment' && byName.has(r.name) ? el('button', {type: 'button', class: 'link', onclick: () => go({v: 'plates', e: r.name, p: P.findIndex(p => p.name === a.name)})}, r.name) : r.name;
+      return el('tr', {}, el('td', {}, name), el('td', {class: 'n'}, String(r.n)), el('td', {class: 'n'}, digits(r.value)), el('td', {class: 'n'}, r.low == null ? '–' : `${digits(r.low)} – ${digits(r.high)}`), el('td', {}, bar));
+    }))))))));
+}
+
+// ---- legend, filters, tabs
+function swatch(look, shape = 0) {
+  const c = el('canvas', {'aria-hidden': true}), ratio = Math.min(devicePixelRatio || 1, 3), s = stamp(look, shape, 7, false, ratio);
+  c.width = s.width; c.height = s.height;
+  c.style.width = c.style.height = `${s.width/ratio}px`;
+  c.getContext('2d').drawImage(s, 0, 0);
+  return c;
+}
+function showLegend() {
+  const root = $('legend'), isShown = S.v === 'plates' || S.v === 'map';
+  root.hidden = !isShown;
+  if (!isShown) return;
+  const gray = {color: css('--empty'), mark: '', empty: true}, parts = [el('b', {}, colorTitle(S.c))];
+  if (paint.groups) {
+    for (const [code, look] of paint.groups) parts.push(el('button', {type: 'button', 'aria-pressed': pick === code ? 'true' : 'false', onclick: () => { pick = pick === code ? null : code; show(); }}, swatch(look), `${look.name} (${look.n})`));
+    if (paint.more) parts.push(el('span', {}, swatch({color: GRAY, mark: ''}), ` ${paint.more} more, too many for colors: search for one`));
+  } else {
+    const bar = el('span', {class: 'ramp', role: 'img', 'aria-label': 'from dark blue (low) to yellow (high)'});
+    bar.style.background = `linear-gradient(90deg,${RAMP.map(c => `rgb(${c})`).join(',')})`;
+    parts.push(short(paint.lo), bar, short(paint.hi));
+  }
+  const kinds = [...new Set(W.kind)].sort();
+  parts.push(el('span', {class: 'kinds'}, el('span', {}, swatch(gray), paint.rest), kinds.length > 1 ? kinds.map(k => el('span', {}, swatch({color: GRAY, mark: ''}, k), KINDS[k])) : null, S.v === 'plates' ? el('span', {}, '· no well') : null));
+  fill(root, ...parts);
+}
+function options(select, entries, value) {
+  const now = entries.map(([k, v]) => `${k}\t${v}`).join('\n');
+  if (select.dataset.now !== now) { fill(select, entries.map(([k, v]) => el('option', {value: k}, v))); select.dataset.now = now; }
+  select.value = value;
+}
+function showBar() {
+  options($('prediction'), P.map((p, i) => [i, p.name === p.protocol ? p.name : `${p.name} (${p.protocol})`]), S.p);
+  $('prediction').parentElement.hidden = !P.length;
+  $('result').parentElement.hidden = !P.length;
+  options($('color'), colorNames().map(c => [c, colorTitle(c)]), S.c);
+  $('result').value = S.r;
+  const texts = W.columns.filter(c => c.kind === 'text');
+  options($('column'), [['', 'any well'], ...texts.map(c => [c.name, c.name])], S.f);
+  $('value').parentElement.hidden = !S.f;
+  if (S.f) options($('value'), [['', 'anything'], ...columns[S.f].names.slice().sort(order).map(n => [n, n])], S.x);
+  if (document.activeElement !== $('search')) $('search').value = S.q;
+  $('count').textContent = isFiltered() ? `${nLit.toLocaleString('en')} of ${count(N, 'well')}` : count(N, 'well');
+  $('clear').hidden = !isFiltered();
+  const chip = (t, f) => el('button', {type: 'button', class: 'chip', onclick: f}, t + ' ✕');
+  const [is, as] = S.pair.split('\t');
+  fill($('chips'), S.pair ? chip(as ? `${is} named ${as}` : is, () => go({pair: ''})) : null, brush ? chip(`${count(brush.size, 'selected well')}`, () => { brush = null; show(); }) : null);
+  for (const [k] of Object.entries(VIEWS)) { const t = $('tab-' + k), is = k === S.v; t.setAttribute('aria-selected', String(is)); t.tabIndex = is ? 0 : -1; $(k).hidden = !is; }
+}
+let drawn = 0, drawnKey = '', turns = 0;                       // drawn: number of the look that wells have now
+function show(again = false) {
+  if (S.ch) tune.forEach((t, k) => { t.on = S.ch[k] !== '0'; });
+  const key = () => [S.p, S.c, S.q, S.r, S.f, S.x, S.pair, pick, brushNumber(), turns].join('\t');
+  if (again) { turns++; stamps.clear(); }
+  const isNew = key() !== drawnKey;
+  if (isNew) {
+    setPaint();
+    if (pick != null && !paint.groups?.has(pick)) pick = null;
+    setFilter();
+    drawnKey = key();
+    drawn++;
+  }
+  showBar();
+  const view = `${S.v}|${drawn}`;
+  if (view !== showLegend.done) { showLegend(); showLegend.done = view; }
+  showWell();
+  ({plates: showPlates, map: showMap, confusions: showConfusions, accuracy: showAccuracy})[S.v]();
+}
+const brushes = new Map();
+function brushNumber() { if (brush && !brushes.has(brush)) brushes.set(brush, brushes.size + 1); return brush ? brushes.get(brush) : 0; }
+function start() {
+  fill($('tabs'), Object.entries(VIEWS).map(([k, title]) => el('button', {type: 'button', role: 'tab', id: 'tab-' + k, 'aria-controls': k, onclick: () => go({v: k})}, title)));
+  $('tabs').addEventListener('keydown', ev => {
+    const keys = Object.keys(VIEWS), d = {ArrowRight: 1, ArrowLeft: -1}[ev.key];
+    if (d) { go({v: keys[(keys.indexOf(S.v) + d + keys.length) % keys.length]}); $('tab-' + S.v).focus(); }
+  });
+  $('prediction').addEventListener('change', ev => { pick = null; go({p: Number(ev.target.value)}); });
+  $('color').addEventListener('change', ev => { pick = null; go({c: ev.target.value}); });
+  $('result').addEventListener('change', ev => go({r: ev.target.value}));
+  $('column').addEventListener('change', ev => go({f: ev.target.value, x: ''}));
+  $('value').addEventListener('change', ev => go({x: ev.target.value}));
+  $('search').addEventListener('input', ev => { go({q: ev.target.value}, false); if (S.v === 'plates' && S.q) toMatch(); });
+  $('search').addEventListener('keydown', ev => {
+    if (ev.key === 'Enter') { const w = lit.indexOf(1); if (w >= 0) openWell(w, true); }
+    if (ev.key === 'Escape' && S.q) { ev.target.value = ''; go({q: ''}, false); ev.stopPropagation(); }
+  });
+  $('clear').addEventListener('click', () => { brush = pick = null; $('search').value = ''; go({q: '', r: '', f: '', x: '', pair: ''}); });
+  $('skip').addEventListener('click', ev => { ev.preventDefault(); ($('views').querySelector('canvas,button'))?.focus(); });
+  document.addEventListener('keydown', ev => { if (ev.key === 'Escape' && S.w) closeWell(); });
+  addEventListener('resize', () => { clearTimeout(start.t); start.t = setTimeout(() => show(), 60); });
+  matchMedia('(prefers-color-scheme:dark)').addEventListener('change', () => show(true));
+  new ResizeObserver(() => { clearTimeout(start.t); start.t = setTimeout(() => show(), 60); }).observe($('views'));
+  fill($('foot'), D.notes.map(n => el('p', {}, n)));
+  read();
+  show();
+  document.documentElement.dataset.ready = 'yes';
+  (window.requestIdleCallback ?? setTimeout)(readLines);
+}
+function toMatch() {                                          // the experiment of the first well that is found, when this one has none
+  const e = byName.get(S.e);
+  if (e?.plates.some(p => p.wells.some(w => lit[w]))) return;
+  const w = lit.findIndex((v, i) => v && W.row[i] >= 0);
+  if (w >= 0) go({e: D.experiments[W.experiment[w]]}, false);
+}
+start();
+})();

@@ -1,0 +1,417 @@
+"The page of `explore`: what its data hold, what it asks for, and how it answers in a browser."
+import json, os, re, shutil
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from helpers import learner, refused
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.results.explore import *
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.screen import Screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
+
+HOSTILE = ['</script><img src=x onerror=alert(1)>', '<b>bold</b>', '"quoted" & \'single\'', '{{pictures}}', '=cmd()', 'ä 細胞 \u2028 \u202e']
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "(screen, model, page, path): two experiments to name after two others, most of the names hostile"
+    top = tmp_path_factory.mktemp('explore')
+    simulate_screen(top/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-03', 'HUVEC-17', 'HUVEC-18'], sirnas=8, size=32, plates=2, controls=1, progress=False)
+    plain = open_screen(top/'screen')
+    names = sorted(plain.table.sirna[plain.table.well_type == 'treatment'].unique())
+    table = plain.table.replace({'sirna': dict(zip(names, HOSTILE))})
+    table['stain'] = np.where(table.plate == 1, '</script><script>alert(2)</script>', None)
+    table['dose'] = np.arange(len(table))/7
+    screen = Screen(table, plain.source, 'A <b>screen</b>')
+    model = learner(screen_dls(screen, valid='HUVEC-03', bs=16, device='cpu')).to_model(tta=1, progress=False)
+    path = top/'page.html'
+    page = explore(model, screen, out=path, protocol=['inductive', 'adapted'], side=32, umap='no', tta=1, progress=False)
+    return screen, model, page, path
+
+
+@pytest.fixture(scope='module')
+def preds(made):
+    "{protocol: what the model says}"
+    screen, model, *_ = made
+    return {p: model.predict(screen, p, tta=1, progress=False) for p in ('inductive', 'adapted')}
+
+
+def data_of(path): return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(encoding='utf-8'), re.S)[1])
+
+
+# ---- without a browser
+
+@pytest.mark.parametrize('protocol', ['inductive', 'adapted'])
+def test_the_page_holds_the_predictions(made, preds, protocol):
+    d, pred = data_of(made[3]), preds[protocol]
+    p = next(p for p in d['predictions'] if p['name'] == protocol)
+    assert [d['wells']['id'][i] for i in p['wells']] == pred.id_code.tolist() and p['protocol'] == protocol
+    assert [d['labels'][i] for i in p['label']] == pred.sirna.tolist()
+    for i in range(5): assert [d['labels'][j] if j >= 0 else None for j in p['top'][i]] == pred[f'top_{i+1}'].tolist()
+    for c in ('score', 'margin', 'votes'): np.testing.assert_allclose(p[c], pred[c], atol=1e-3)
+    np.testing.assert_allclose(p['top_scores'][0], p['score'])
+
+
+def test_the_page_holds_the_neighbors(made):
+    screen, model, page, path = made
+    d, near = data_of(path), model.neighbors(screen, 'adapted', tta=1, progress=False)
+    space = d['spaces'][d['predictions'][1]['space']]['near']
+    site = screen.table.site_id.tolist()
+    held = pd.DataFrame(dict(query=[site[i] for i in space['query']], site_id=[site[i] for i in space['site']], cosine=space['cosine']))
+    both = near.merge(held, on=['query', 'site_id'], how='left', suffixes=('', '_page'))
+    assert len(both) == len(near) and both.cosine_page.notna().all()
+    np.testing.assert_allclose(both.cosine_page, both.cosine, atol=1e-3)
+
+
+def test_the_page_holds_the_table(made):
+    screen, _, _, path = made
+    d, wells = data_of(path), screen.wells
+    assert [d['labels'][i] for i in d['wells']['truth']] == wells.sirna.tolist()
+    columns = {c['name']: c for c in d['wells']['columns']}
+    assert [columns['stain']['names'][i] if i >= 0 else None for i in columns['stain']['codes']] == wells.stain.astype(object).where(wells.stain.notna(), None).tolist()
+    assert columns['dose']['kind'] == 'number' and len(columns['dose']['values']) == len(wells)
+    assert 'sirna' not in columns and 'site_id' not in columns
+
+
+def test_accuracies_name_their_protocol(made):
+    a = made[2].data['accuracy']
+    assert [o['protocol'] for o in a] == ['inductive', 'adapted'] and [r['name'] for r in a[0]['rows'] if r['group'] == 'experiment'] == ['HUVEC-17', 'HUVEC-18']
+
+
+def test_nothing_is_asked_of_any_address(made):
+    text = made[3].read_text(encoding='utf-8')
+    markup = re.sub(r'<script type="application/json".*?</script>', '', text, flags=re.S)
+    assert not re.search(r'(?i)https?:|\b(?:fetch|XMLHttpRequest|WebSocket|EventSource|sendBeacon|importScripts|import)\b\s*\(|@import|url\(', markup)
+    assert not re.search(r'<(?:link|iframe|object|embed|base)\b', markup) and not re.search(r'\bsrc=', markup)
+
+
+def test_the_policy_allows_the_program_and_nothing_else(made):
+    import base64, hashlib
+    text = made[3].read_text(encoding='utf-8')
+    policy = dict(o.split(' ', 1) for o in re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1].split('; '))
+    assert policy['default-src'] == "'none'" and policy['img-src'] == 'data: blob:' and 'unsafe' not in ' '.join(policy.values())
+    for tag, key in (('script', 'script-src'), ('style', 'style-src')):
+        body = re.findall(rf'<{tag}>(.*?)</{tag}>', text, re.S)
+        assert len(body) == 1 and policy[key] == f"'sha256-{base64.b64encode(hashlib.sha256(body[0].encode()).digest()).decode()}'"
+
+
+def test_the_program_writes_text_only():
+    from rcic_fastai.results.explore import _own
+    assert not re.search(r'innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|setAttribute\(.on', _own('explore.js'))
+
+
+def test_names_stay_names(made):
+    text = made[3].read_text(encoding='utf-8')
+    assert text.count('<script') == text.count('</script>') == 3 and 'onerror=alert(1)>' not in text
+    assert set(HOSTILE) <= set(data_of(made[3])['labels'])
+    assert '<h1>A &lt;b&gt;screen&lt;/b&gt;</h1>' in text
+
+
+@pytest.mark.parametrize('max_mb', [.2, .3, 1])
+def test_a_page_keeps_its_budget(made, max_mb):
+    screen, _, page, path = made
+    p = screen_page(screen, [], max_mb=max_mb, side=32)
+    assert len(p.html.encode()) <= max_mb*1e6
+    left = set(p.pictures.left_out)
+    assert bool(left) == (len(p.pictures.texts) < len(screen)) and ('max_mb' in ' '.join(p.data['notes'])) == bool(left)
+    has = {w for w, n in zip(screen.table.well_id, p.data['sites']['picture']) if n >= 0}
+    assert not has & left and has | left == set(screen.wells.well_id)
+
+
+def test_pages_without_pictures_labels_or_model(made, preds):
+    screen, pred = made[0], preds['inductive']
+    assert screen_page(screen, [], side=0).data['pictures']['count'] == 0
+    unlabeled = Screen(screen.table.assign(sirna=screen.table.sirna.where(screen.table.dataset != 'test')), screen.source)
+    page = explore(None, unlabeled, pred, side=0)
+    assert page.data['accuracy'] == [] and any('no accuracy' in n for n in page.data['notes'])
+    assert page.data['spaces'] == [] and 'score' in page.data['predictions'][0]
+
+
+def test_predictions_made_otherwise_are_said(made, preds):
+    screen, model, pred = made[0], made[1], preds['inductive']
+    names = pred.sirna.unique()
+    other = pred[['id_code', 'sirna', 'protocol']].assign(sirna=names[0])
+    other.attrs = dict(pred.attrs)
+    page = explore(model, screen, dict(mine=other), side=0, umap='no', tta=1, progress=False)
+    n = (pred.sirna != names[0]).sum()
+    assert any(f'mine: {n} of {len(pred)} wells are named otherwise' in o for o in page.data['notes'])
+
+
+def test_wrong_requests_are_one_sentence(made, preds, tmp_path):
+    screen, model, pred = made[0], made[1], preds['inductive']
+    refused(lambda: explore(model, screen, max_mb=-1), 'max_mb=-1', 'no room')
+    refused(lambda: explore(model, screen, quality=101), 'quality=101')
+    refused(lambda: explore(model, screen, protocol='magic'), 'magic')
+    refused(lambda: explore(model, screen, pred, embeddings=[1]), 'embeddings')
+    refused(lambda: explore(model, screen[screen.table.experiment != 'HUVEC-18'], pred, tta=1, progress=False), 'not in the screen')
+    (tmp_path/'mine.html').write_text('<p>mine')
+    refused(lambda: explore(model, screen, out=tmp_path/'mine.html'), 'mine.html', 'choose another name')
+    assert (tmp_path/'mine.html').read_text() == '<p>mine'
+
+
+def test_a_frame_holds_the_whole_page(made):
+    import html
+    frame = made[2]._repr_html_()
+    assert html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1]) == made[2].html and 'allow-same-origin' not in frame
+
+
+def test_a_model_of_another_screen_brings_its_wells(made, tmp_path):
+    "Neighbors that this screen does not have are on the page, without a place and a picture"
+    screen, model, *_ = made
+    test = Screen(screen.test.table, screen.source)
+    d = explore(model, test, side=32, umap='no', tta=1, progress=False).data
+    outside = set(model.index.labels.well_id)
+    assert set(d['wells']['id']) == set(test.wells.well_id) | outside
+    at = {w: i for i, w in enumerate(d['wells']['id'])}
+    pictures = {d['sites']['well'][i]: n for i, n in enumerate(d['sites']['picture'])}
+    assert all(pictures[at[w]] == -1 for w in outside) and all(pictures[at[w]] >= 0 for w in test.wells.well_id)
+
+
+@pytest.mark.parametrize('channels, dtype', [(1, np.uint8), (5, np.uint16), (16, np.uint16)])
+def test_sprites_hold_any_channels(channels, dtype):
+    import io
+    from PIL import Image
+    x = (np.random.default_rng(0).random((channels, 40, 60))*np.iinfo(dtype).max).astype(dtype)
+    sprite, limits, cell = site_sprite(x, 30)
+    columns = min(channels, SPRITE_COLUMNS)
+    assert cell == (20, 30) and limits.shape == (2, channels) and (limits[0] <= limits[1]).all()
+    assert Image.open(io.BytesIO(sprite)).size == (30*columns, 20*-(-channels//columns))
+
+
+# ---- in a browser: playwright drives a Chromium that is installed, its own or that of EXPLORE_BROWSER
+
+def chromium():
+    "Where a browser is; None where there is none"
+    named = os.environ.get('EXPLORE_BROWSER')
+    return named or next((p for n in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (p := shutil.which(n))), None)
+
+
+@pytest.fixture(scope='module')
+def browser():
+    from playwright.sync_api import sync_playwright
+    if not chromium(): pytest.skip('no Chromium was found on this machine (install one, or name it with EXPLORE_BROWSER)')
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium(), args=['--no-sandbox'])
+        yield b
+        b.close()
+
+
+@pytest.fixture
+def tab(browser, made):
+    "A function that opens the page at an address; what it asked for and what went wrong are seen at the end"
+    context = browser.new_context(viewport=dict(width=1280, height=800))
+    page, asked, wrong = context.new_page(), [], []
+    page.on('request', lambda r: asked.append(r.url))
+    page.on('pageerror', lambda e: wrong.append(str(e)))
+    page.on('console', lambda m: wrong.append(m.text) if m.type in ('error', 'warning') else None)
+    page.on('dialog', lambda d: (wrong.append(d.message), d.dismiss()))
+    def go(state='', path=made[3]):
+        page.goto(f'{path.as_uri()}#{state}')
+        page.wait_for_selector('html[data-ready]')
+        return page
+    go.page, go.asked, go.wrong = page, asked, wrong
+    yield go
+    assert wrong == [] and all(u.startswith(('file:', 'data:', 'blob:')) for u in asked)
+    context.close()
+
+
+browses = pytest.mark.extra('playwright')
+
+
+def open_well(page, well):
+    "Wait until a well is open and its pictures are drawn"
+    page.wait_for_selector(f'#well[data-ready="{well}"]')
+    return page.inner_text('#well')
+
+
+def at(page, screen, well):
+    "Where a well is on its canvas: (canvas, x, y)"
+    r = screen.wells.set_index('well_id').loc[well]
+    canvas = page.locator(f'canvas[aria-label^="Plate {r.plate} of {r.experiment}:"]')
+    from rcic_fastai.screen.tables import well_to_rowcol
+    row, col = well_to_rowcol(r.well)
+    step = (canvas.bounding_box()['width'] - 20)/24
+    return canvas, 18 + (col + .5)*step, 14 + (row + .5)*step
+
+
+@browses
+def test_a_click_opens_a_well_its_neighbor_and_back(made, preds, tab):
+    screen, p = made[0], preds['inductive'].iloc[0]
+    page = tab()
+    canvas, x, y = at(page, screen, p.id_code)
+    canvas.click(position=dict(x=x, y=y))
+    text = open_well(page, p.id_code)
+    assert p.id_code in text and p.sirna in text and 'inductive' in text and f'{p.score:.3f}' in text
+    assert page.locator('#well .near button').count() == 2*5 and page.locator('#well .pics canvas').count() == 2
+    first = made[1].neighbors(screen, tta=1, progress=False).query('id_code == @p.id_code').iloc[0]
+    page.locator('#well .near button').first.click()
+    assert first.well_id in open_well(page, first.well_id) and 'This is no prediction' in page.inner_text('#well')
+    page.click('#back')
+    open_well(page, p.id_code)
+    page.go_back()
+    page.wait_for_selector('#well', state='hidden')
+    page.go_forward()
+    open_well(page, p.id_code)
+
+
+@browses
+def test_pictures_are_those_of_the_screen(made, tab):
+    "A panel on the scale of its own picture, against the site"
+    screen = made[0]
+    page, site = tab('w=HUVEC-17_1_B02&m=panels'), np.asarray(screen.source['HUVEC-17_1_B02_1'])
+    open_well(page, 'HUVEC-17_1_B02')
+    shown = page.evaluate('''() => { const c = document.querySelector('#well .pics canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        return [c.width, ...Array.from({length: c.width*c.height}, (_, i) => d[4*i])]; }''')
+    lo, hi = black_white(site)[:, 0]
+    wanted = np.clip((site[0] - float(lo))/(hi - lo)*255, 0, 255).ravel()
+    assert shown[0] == 32 and np.abs(np.array(shown[1:]) - wanted).mean() < 12 and np.corrcoef(shown[1:], wanted)[0, 1] > .95
+
+
+@browses
+def test_the_keyboard_reaches_wells(made, tab):
+    screen = made[0]
+    page = tab()
+    wells = screen.wells[(screen.wells.experiment == 'HUVEC-17') & (screen.wells.plate == 1)]
+    page.focus('canvas[aria-label^="Plate 1 of HUVEC-17"]')
+    page.keyboard.press('Enter')
+    first = page.evaluate('location.hash')
+    assert wells.well_id.iloc[0] in first
+    page.wait_for_selector('#well:not([hidden])')
+    page.keyboard.press('Escape')
+    page.wait_for_selector('#well', state='hidden')
+    for key in ('ArrowDown', 'ArrowRight', 'ArrowDown', 'Enter'): page.keyboard.press(key)
+    page.wait_for_function('document.getElementById("said").textContent.length > 0')
+    assert page.evaluate('document.activeElement.tagName') in ('CANVAS', 'H2')
+    page.focus('#tab-plates')
+    page.keyboard.press('ArrowRight')
+    assert page.evaluate('document.activeElement.id') == 'tab-map' and page.is_visible('#map-canvas')
+
+
+@browses
+@pytest.mark.parametrize('typed', ['HUVEC-18_2', 'bold', '{{pictures}}', 'no such well'])
+def test_search_finds_wells(made, tab, typed):
+    wells, page = made[0].wells, tab()
+    page.fill('#search', typed)
+    p = made[2].data['predictions'][0]
+    named = {made[2].data['wells']['id'][w]: made[2].data['labels'][l] for w, l in zip(p['wells'], p['label'])}
+    hay = wells.well_id + ' ' + wells.sirna.fillna('') + ' ' + wells.well_id.map(named).fillna('')
+    n = hay.str.lower().str.contains(typed.lower(), regex=False).sum() if typed != 'no such well' else 0
+    assert page.inner_text('#count').startswith(f'{n} of {len(wells)}')
+    if n:
+        page.press('#search', 'Enter')
+        page.wait_for_selector('#well:not([hidden])')
+
+
+@browses
+def test_filters_are_shared_and_kept_in_the_address(made, preds, tab):
+    page, pred = tab(), preds['inductive']
+    truth = made[0].wells.set_index('well_id').sirna[pred.id_code].to_numpy()
+    n = int((pred.sirna.to_numpy() == truth).sum())
+    page.select_option('#result', 'right')
+    assert page.inner_text('#count').startswith(f'{n} of')
+    page.click('#tab-map')
+    assert page.inner_text('#count').startswith(f'{n} of') and page.locator('#map-list button').count() == n
+    page.select_option('#prediction', '1')
+    state = page.evaluate('location.hash')
+    page.reload()
+    page.wait_for_selector('html[data-ready]')
+    assert page.input_value('#prediction') == '1' and page.input_value('#result') == 'right' and page.evaluate('location.hash') == state
+    page.click('#clear')
+    assert page.inner_text('#count') == f'{len(made[0].wells)} wells'
+
+
+@browses
+def test_the_map_selects_wells(made, tab):
+    page = tab('v=map')
+    box = page.locator('#map-canvas').bounding_box()
+    page.keyboard.down('Shift')
+    page.mouse.move(box['x'] + 2, box['y'] + 2)
+    page.mouse.down()
+    page.mouse.move(box['x'] + box['width'] - 2, box['y'] + box['height'] - 2, steps=3)
+    page.mouse.up()
+    page.keyboard.up('Shift')
+    n = len(made[2].data['spaces'][0]['maps'][0]['wells'])
+    assert page.inner_text('#count').startswith(f'{n} of')
+    page.click('#tab-plates')
+    assert page.inner_text('#count').startswith(f'{n} of')
+
+
+@browses
+def test_confusions_and_accuracy_name_the_protocol(made, tab):
+    page = tab('v=confusions&p=1')
+    assert page.inner_text('#confusions').startswith('adapted')
+    page.locator('#confusions button.link').first.click()
+    assert page.locator('#chips button').count() == 1
+    page.click('#tab-accuracy')
+    assert [t.inner_text() for t in page.locator('#accuracy .tag').all()] == ['inductive', 'adapted']
+
+
+@browses
+def test_hostile_names_are_shown_as_text(made, tab):
+    page = tab('c=label')
+    shown = page.inner_text('#legend')
+    assert '<b>bold</b>' in shown and '</script><img' in shown and page.locator('#legend img, #legend b b').count() == 0
+    page.select_option('#color', 'column:stain')
+    assert 'alert(2)' in page.inner_text('#legend')
+    for v in ('map', 'confusions', 'accuracy'): page.click(f'#tab-{v}')
+    assert page.evaluate('document.scripts.length') == 3
+
+
+@browses
+@pytest.mark.parametrize('width', [400, 3840])
+def test_it_fits_into_any_width(made, tab, width):
+    tab.page.set_viewport_size(dict(width=width, height=800))
+    for state in ('', 'v=map', 'v=confusions', 'v=accuracy', 'w=HUVEC-17_1_B02'):
+        page = tab(state)
+        assert page.evaluate('document.documentElement.scrollWidth') <= width
+    assert width > 400 or page.locator('#well').bounding_box()['width'] == 400
+
+
+@browses
+def test_it_works_in_the_frame_of_a_notebook(made, tab, tmp_path):
+    (tmp_path/'notebook.html').write_text(f'<!doctype html><meta charset="utf-8">{made[2]._repr_html_()}', encoding='utf-8')
+    tab.page.goto((tmp_path/'notebook.html').as_uri())
+    frame = tab.page.frame_locator('iframe')
+    frame.locator('html[data-ready]').wait_for()
+    frame.locator('#search').fill('HUVEC-17_1_B02')
+    frame.locator('#search').press('Enter')
+    frame.locator('#well[data-ready="HUVEC-17_1_B02"]').wait_for()
+    w = made[2].data['wells']['id'][made[2].data['predictions'][0]['wells'][0]]
+    frame.locator('#search').fill(w)
+    frame.locator('#search').press('Enter')
+    frame.locator(f'#well[data-ready="{w}"]').wait_for()
+    frame.locator('#well .near button').first.click()
+    frame.locator('#well', has_text='This is no prediction').wait_for()
+    frame.locator('#back').click()
+    frame.locator(f'#well[data-ready="{w}"]').wait_for()
+    frame.locator('#close').click()
+    frame.locator('#well').wait_for(state='hidden')
+
+
+@browses
+@pytest.mark.parametrize('state', ['', 'v=map', 'v=confusions', 'v=accuracy', 'w=HUVEC-17_1_B02'])
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_axe_finds_nothing(made, tab, state, scheme):
+    "With axe-core of npm, where EXPLORE_AXE names its axe.min.js"
+    axe = os.environ.get('EXPLORE_AXE')
+    if not axe: pytest.skip('axe-core is not here (npm install axe-core, and name its axe.min.js with EXPLORE_AXE)')
+    tab.page.emulate_media(color_scheme=scheme)
+    page = tab(state)
+    page.evaluate(Path(axe).read_text(encoding='utf-8'))     # the policy does not bind the debugger
+    found = page.evaluate('axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 120)).slice(0, 3)]))')
+    assert found == []
+
+
+@browses
+def test_a_finger_opens_a_well(browser, made, preds):
+    screen, well = made[0], preds['inductive'].id_code.iloc[1]
+    context = browser.new_context(viewport=dict(width=400, height=800), has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(made[3].as_uri())
+    page.wait_for_selector('html[data-ready]')
+    canvas, x, y = at(page, screen, well)
+    canvas.tap(position=dict(x=x, y=y))
+    open_well(page, well)
+    page.tap('#close')
+    page.wait_for_selector('#well', state='hidden')
+    context.close()
