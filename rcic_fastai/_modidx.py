@@ -2227,6 +2227,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore.space_maps': ( 'results.explore.html#space_maps',
                                                                                          'rcic_fastai/results/explore.py'),
+                                             'rcic_fastai.results.explore.umap_class': ( 'results.explore.html#umap_class',
+                                                                                         'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore.umap_plane': ( 'results.explore.html#umap_plane',
                                                                                          'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore.wilson_interval': ( 'results.explore.html#wilson_interval',
