@@ -14,6 +14,7 @@ from rcic_fastai.screen.tables import (CELL_TYPES, CHANNELS, add_plate_groups, c
 from .screen.simulate.cells import draw_site, morphology, phenotype
 from .screen.simulate.batches import Studio, batch_stats
 from .screen.simulate.layout import screen_layout, simulate_screen
+from .screen.simulate.labels import simulate_labels
 from .screen.images import ImageSource, PngTree, load_site, only_present, screen_stats, site_stats
 from .screen.screen import Screen
 from .screen.pack import PackedScreen, pack_screen, picture_kinds, picture_notes, verify_store
@@ -24,6 +25,7 @@ from .screen.pattern import read_pattern
 from .screen.download import download_rxrx1
 from .screen.open import describe_screen, open_screen
 from .screen.look import count_wells
+from .screen.cells import find_cells
 from .batch.site import (SiteBatch, TensorSite, TensorWell, channel_colors, gray_panels, plot_channels,
     plot_top_losses, rgb_3d, rgb_composite, show_batch, show_results, small_figures)
 from .batch.augment import (CLAHE, ChannelJitter, FoldSites, IntToFloat, NormalizeGlobal, NormalizeGroup,
@@ -37,7 +39,7 @@ from .batch.data import (ExperimentSplitter, GroupCategorize, MetadataBlock, Met
 from .model.backbones import EffNetBody, TimmBody, adapt_stem, create_backbone
 from rcic_fastai.model.heads import (ConcatPool, CosineClassifier, MetadataEmbedding, MetadataEncoder, MetadataOneHot,
     create_neck)
-from .model.losses import AdaCos, ArcFace, CosFace, CosineLoss, MixLoss, SoftmaxLoss
+from .model.losses import AdaCos, ArcFace, BinaryLoss, CosFace, CosineLoss, FocalLoss, MixLoss, SoftmaxLoss
 from .model.model import ScreenModel, create_screen_model, model_parts, parts_table
 from .model.batchnorm import adapted_batchnorm, batch_statistics, has_batchnorm
 from .train.cutmix import BatchMix, CutMix, MixUp
@@ -60,6 +62,7 @@ from .embed.index import EmbeddingIndex, merge_wells
 from .embed.plots import group_styles, legend_below, principal_plane, scatter_groups, show_correction
 from .embed.correct import (CORRECTIONS, TVN, CenterScale, Correction, Harmony, Sphering, Standardize, correct,
     corrected_index, load_correction, save_correction)
+from .embed.cells import merge_cells
 from .embed.metrics import (average_precision, batch_predictability, energy_distance, perturbation_magnitude,
     replicate_consistency, retrieval_map)
 from .embed.choose import choose_correction
@@ -70,11 +73,13 @@ from .predict.pseudo import pseudo_labels
 from .predict.trained import TrainedModel, build_index, split_index, unknown_metadata
 from .predict.plan import PredictionPlan, plan_prediction
 from .predict.ensemble import ensemble_predictions
+from .results.labels import evaluate_labels
 from .results.evaluate import ScreenResult, bootstrap_interval, evaluate, evaluate_screen, right_wrong
 from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_strip, plate_array, plate_map, right_wrong_map,
     site_gallery, training_curve)
 from .results.report import report_screen
 from .results.explore import explore
+from .results.submission import cell_map, submission_rows, write_submission
 from .folder import load_model, model_card, read_config
 from .workflow import run_demo, screen_summary, train_screen
 

@@ -33,6 +33,7 @@ from .predict.predict import *
 from .predict.scores import *
 from .predict.trained import *
 from .predict.profiles import *
+from .predict.cells import *
 from .predict.plan import *
 from .predict.ensemble import *
 from .results.evaluate import *
@@ -55,6 +56,8 @@ def _earlier(config): return sorted({*config.get('trained_experiments', ())} - {
 def _how_good(config):
     m, k = config['metrics'], len(config['spec']['labels'])
     if not m: return 'No experiment was held out, so nothing is known of its accuracy.'
+    if 'macro_f1' in m: return (f'{m["images"]} images were held out: macro F1 **{m["macro_f1"]:.3f}**, micro F1 **{m["micro_f1"]:.3f}** at a probability of one half (protocol {m["protocol"]}: {_USES[m["protocol"]]}). '
+                                f'With thresholds that were chosen for these images: {m["chosen"]["macro"]:.3f} and {m["chosen"]["micro"]:.3f}.')
     before = 'not trained on' if not {*m['held_out']} & {*_earlier(config)} else 'not trained on last, but before'
     return (f'Accuracy of the classifier on {m["samples"]} of {", ".join(map(markdown_text, m["held_out"]))}, '
             f'which it was {before}: **{m["accuracy"]:.3f}** '
@@ -93,21 +96,24 @@ def model_card(
     s, m, d = config['spec'], config['model'], config['data']
     k = len(s['labels'])
     stats = [(i+1, c, *(f'{d["channels"][c][n]:.3f}' for n in ('mean', 'std'))) for i, c in enumerate(s['channels'])]
+    several = s.get('several', False)
+    what, gives = ('labels', f'probabilities of {k} labels') if several else ('classes', f'cosines with {k} classes')
+    knows = f'{k} labels and answers those whose probability reaches their threshold' if several else f'{k} classes and answers one of them'
     cells = [v for v in s['vocabs'].get('cell_type', []) if v != UNKNOWN]
     return f'''---
 library_name: rcic_fastai
 license: other
 tags: [microscopy, high-content-screening, cell-painting, batch-effects]
 ---
-# {markdown_text(m["arch"])}: {len(s["channels"])} channels to {k} classes of {markdown_text(s["target"])}
+# {markdown_text(m["arch"])}: {plural(len(s["channels"]), "channel")} to {k} {what} of {markdown_text(s["target"])}
 
 A model of [rcic_fastai](https://github.com/rcic-fastai/rcic_fastai): fluorescence pictures in;
-cosines with {k} classes and embeddings of {m["emb_dim"]} numbers out.
+{gives} and embeddings of {m["emb_dim"]} numbers out.
 
 ## Trained on
 {d["rows"]} sites{" of " + markdown_text(first_few(cells)) if cells else ""}, by experiment:
 
-{_table(('experiment', 'sites'), d["sites"].items())}
+{_table(('experiment', 'sites'), [(e or "none", n) for e, n in d["sites"].items()])}
 
 ## How good it is
 {_how_good(config)}{_seen_under_its_own_labels(config)}{_learned_before(config)}
@@ -127,7 +133,7 @@ emb = model.embed(screen)
 or `rcic_predict FOLDER SCREEN answers.csv`. Loading runs no code from this folder.
 
 ## Limits
-It knows {k} classes and answers one of them, whatever it is shown. In batches that look unlike those above, and with
+It knows {knows}, whatever it is shown. In batches that look unlike those above, and with
 cell types it never saw, expect less. It was made for research, not for decisions about people.
 
 ## License
@@ -190,7 +196,7 @@ _SCALAR = _or(_NONE, _BOOL, _REAL, _WORD)
 def _is_loss(v, depth=0):
     "Check that a loss is one of ours, with plain numbers or other losses as arguments"
     if not isinstance(v, dict) or depth > 3 or not isinstance(v.get('name'), str) or v['name'] not in LOSSES: return False
-    _, ok = _or(_NONE, _BOOL, _REAL, _list(_REAL, 1, 2))
+    _, ok = _or(_NONE, _BOOL, _REAL, _list(_REAL, 0, 2**12))
     return all(_is_loss(o, depth+1) if k in ('a', 'b') else ok(o) for k, o in v.items() if k != 'name')
 
 # %% ../nbs/70_folder.ipynb #43bc57d3
@@ -209,10 +215,10 @@ _STATS = _or(_NONE, _list(_num(-1e6, 1e6), 1, 16))
 _SPEC = dict({f.name: _SCALAR for f in fields(ScreenSpec)},
     target=_WORD, labels=_list(_LABEL, 1, 2**20), channels=_list(_WORD, 1, 16), vocabs=_dict(_list(_LABEL, 1, 2**20), 100),
     sites=_int(1, 64), size=_or(_NONE, _int(8, 2**12)), norm=_one(*NORMALIZERS), norm_mean=_STATS, norm_std=_STATS,
-    bits=_one(8, 16), clahe=_BOOL, norm_from=_one('all', 'controls'))
+    bits=_one(8, 16), clahe=_BOOL, several=_BOOL, no_label=_BOOL, norm_from=_one('all', 'controls'))
 _NAMES = _list(_LABEL, 0, 2**16)
 _TOP = dict(model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
-            data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
+            held_images=_list(_LABEL, 0, 2**24), thresholds=_list(_SHARE, 1, 2**20), data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
 # %% ../nbs/70_folder.ipynb #01b7def6
 _COUNT = _int(0, 2**40)
@@ -260,13 +266,14 @@ def read_config(folder):
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
     if c['format'] < FORMAT: raise _written_before(folder, c['format'])
-    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, _TOP, f)
+    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('held_images', 'thresholds')], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
     _check_entries(c['spec'], _SPEC, ('target', 'labels', 'channels', 'vocabs'), f)
     _check_entries(c['data'], _DATA, [k for k in _DATA if k not in ('store', 'side')], f)
     _check_agreement(c['model'], c['spec'], c['data'], f)
+    if len(c.get('thresholds', c['spec']['labels'])) != len(c['spec']['labels']): raise _again(f'{f} contradicts itself about its thresholds')
     return c
 
 # %% ../nbs/70_folder.ipynb #99f1d4ab
@@ -282,7 +289,7 @@ def _check_files(folder, config):
     check_file(folder/'index.json', files['index.json'], 2**22)
     inner = read_json(folder/'index.json', 2**22).get('files')
     if inner != {n: files[n] for n in INDEX_FILES}: raise not_the_file(folder/'index.json')
-    known = (*MODEL_FILES, 'config.json', 'README.md')
+    known = (*MODEL_FILES, 'config.json', 'README.md', 'history.png')
     stray = _quote(first_few(sorted(n for n in os.listdir(folder) if n not in known and not n.startswith('.')), 3))
     if stray != "''": warnings.warn(f'{folder} also holds {stray}, which is no part of the model and is not read.', stacklevel=3)
 
@@ -377,7 +384,7 @@ def new_folder(
     return path
 
 # %% ../nbs/70_folder.ipynb #45b05f52
-MODEL_FOLDER = OwnFolder('unfinished model', *MODEL_FILES, 'config.json', 'README.md')
+MODEL_FOLDER = OwnFolder('unfinished model', *MODEL_FILES, 'config.json', 'README.md', 'history.png')
 
 def _write_part(model, folder):
     "Write the model folder beside its final place, and check it"
@@ -473,12 +480,19 @@ def load_model(
 # %% ../nbs/70_folder.ipynb #04679d4a
 def _never_learned(model): return [e for e in model.config['held_out'] if e not in {*map(str, model.model.trained_experiments)}]
 
+def _held_images(screen, names):
+    "Return a screen in which some images are those to predict"
+    rows = screen.table[screen.table.site_id.isin(set(names))]
+    if len(rows) < len(names): raise ScreenError(f'The model held out {plural(len(names), "image")}, of which the screen has {len(rows)}: give the screen that it was trained on.')
+    return screen[rows.assign(dataset='test')]
+
 @patch
 def held_out(self:TrainedModel,
     screen, # A `Screen` with training experiments, or where one is
 )->Screen: # Its test experiments are those that the model held out; their plate groups are left out
     "Return a screen in which the experiments that the model held out are those to predict"
     screen, names = open_screen(screen, check=False), _never_learned(self)
+    if images := self.config.get('held_images'): return _held_images(screen, images)
     if not names:
         why = f'learned the labels of {first_few(self.config["held_out"], 4)} before' if self.config['held_out'] else 'was trained on all training experiments'
         raise ScreenError(f'The model {why}, so it has none to name as held out: train one with {option("valid")}, or with {option("folds")} and {option("fold")}.')
@@ -487,8 +501,7 @@ def held_out(self:TrainedModel,
     if absent: raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: give the screen that it was trained on.')
     rows = rows[~other_wells(self, rows)]
     is_of_one_group = 'plate_group' in ((self.config.get('recipe') or {}).get('only') or {})       # its wells are chosen by it
-    if 'plate_group' in rows and not is_of_one_group: rows = rows.assign(plate_group=pd.array([pd.NA]*len(rows), dtype='Int64'))      # often derived from the labels
-    return screen[rows.assign(dataset='test')]
+    return screen[as_test(rows, keep_groups=is_of_one_group)]
 
 # %% ../nbs/70_folder.ipynb #c8ab8617
 class CellTypeModels:
@@ -644,6 +657,7 @@ def _write_parts(self:CellTypeModels, parts, protocol, out, more, scores, progre
     pred, said = together(list(preds.values())), _in_all(list(records.values()))
     for k, path in more.items():
         if path: write_tables(path, [pd.concat([pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts], ignore_index=True)])
+    if kwargs.get('cells'): said = {**said, 'cells_sha256': file_facts(write_tables(cells_path(out), [pd.concat([pd.read_parquet(cells_path(beside/f'{c}.csv')) for c in parts], ignore_index=True)]))['sha256']}
     if scores: said = {**said, 'scores_sha256': file_facts(write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out)))['sha256']}
     pred.attrs['notes'] = list(dict.fromkeys(n for r in records.values() for n in r.get('notes', ())))
     write_predictions(pred, out, {**said, 'model': str(self.folder or self.fingerprint), 'cell_types': records})
@@ -665,14 +679,26 @@ def predict(self:CellTypeModels,
 )->pd.DataFrame: # One row per well, as from a model
     "Name the test wells of a screen, each by the model of its cell type"
     if out is None and (neighbors or embeddings or scores): raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
-    if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
+    if out is not None: check_outputs(out, scores, neighbors=neighbors, embeddings=embeddings)
+    experiments = kwargs.pop('experiments', '')
+    if out is not None and kwargs.get('cells'): check_cells_file(out, neighbors, embeddings)
     with ExitStack() as run:
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
-            parts = self.parts(screen)
+            parts = self.parts(asked_experiments(self.models.values(), screen, experiments))
             _plan_parts(parts, protocol, kwargs, neighbors, embeddings, scores)        # what is impossible is said first
         if out is not None: return self._write_parts(parts, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
+
+@patch
+@delegates(TrainedModel.predict_cells, but=['screen', 'cells'])
+def predict_cells(self:CellTypeModels,
+    screen, # A `Screen` with test experiments, or where one is
+    cells, # Folder of masks, one per site, or 'watershed'
+    **kwargs
+)->pd.DataFrame: # One row per cell
+    "Name the single cells of the test wells, each by the model of its cell type"
+    return pd.concat([m.predict_cells(s, cells, **kwargs) for m, s in self.parts(screen).values()], ignore_index=True)
 
 @patch
 @delegates(plan_prediction, but=['model', 'screen', 'protocol'])
@@ -696,7 +722,7 @@ def class_scores(self:CellTypeModels,
     **kwargs
 )->pd.DataFrame: # A score table, as from a model
     "Score the test wells of a screen with every class, each well by the model of its cell type"
-    parts = self.parts(screen)
+    parts = self.parts(asked_experiments(self.models.values(), screen, kwargs.pop('experiments', '')))
     _plan_parts(parts, protocol, kwargs, scores=True)
     return scores_together([m.class_scores(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
 
@@ -709,7 +735,7 @@ def neighbors(self:CellTypeModels,
     **kwargs
 )->pd.DataFrame: # One row per neighbor, as from a model
     "Return the nearest training sites of every test site, each found by the model of its cell type"
-    parts = self.parts(screen)
+    parts = self.parts(asked_experiments(self.models.values(), screen, kwargs.pop('experiments', '')))
     _plan_parts(parts, protocol, kwargs, neighbors=True)
     near = pd.concat([m.neighbors(s, protocol, progress=progress, **kwargs) for m, s in parts.values()], ignore_index=True)
     return near.sort_values(['id_code', 'query', 'rank'], kind='stable').reset_index(drop=True)

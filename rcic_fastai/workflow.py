@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_rows', 'remove_unfinished', 'is_finished',
-           'try_all', 'fold_experiments', 'train_screen', 'clear_demo', 'demo_report', 'demo_page', 'run_demo']
+           'try_all', 'fold_experiments', 'fold_images', 'training_notes', 'save_curve', 'train_screen', 'clear_demo',
+           'demo_report', 'demo_page', 'run_demo']
 
 # %% ../nbs/71_workflow.ipynb #e0280784
 import contextlib, io, json, tempfile, time
@@ -51,10 +52,12 @@ def screen_summary(
     screen:Screen, # Any screen
 )->str: # One or more lines
     "Return the number of wells of each kind, cell type and data set, what is missing for a prediction, and pictures that cannot be right"
+    if not has_plates(screen.table): return '\n'.join([*describe_screen(screen).split('\n')[1:], *picture_notes(screen)])
     wells = screen.wells
     def counts(column): return ', '.join(f'{n} {k}' for k, n in wells[column].value_counts(sort=False).items())
-    lines = [f'{len(wells)} wells: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; {wells.sirna.nunique()} perturbations']
-    return '\n'.join([*lines, *missing_parts(screen), *picture_notes(screen)])
+    lines = [f'{plural(len(wells), "well")}: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; '
+             f'{plural(wells.sirna[wells.well_type == "treatment"].nunique(), "perturbation")}']
+    return '\n'.join([*lines, *dose_notes(wells), *missing_parts(screen), *picture_notes(screen)])
 
 # %% ../nbs/71_workflow.ipynb #95879d22
 def folder_bytes(
@@ -70,11 +73,12 @@ def training_rows(
     controls:bool=None, # See `labeled_rows`
     norm:str='own', # See `screen_dls`: statistics of plates and experiments are taken of all their wells
     sites:int=1, # Sites per sample
+    several:bool=False, # Does a sample have several labels?
 )->pd.DataFrame:
-    "Return the rows whose images training reads; where siRNAs are the target, a note names plates of controls only"
+    "Return the rows whose images training reads; where perturbations are the target, a note names plates of controls only"
     able = table[table.dataset.isin(('train', 'val'))]
-    note = '' if controls or target != 'sirna' else control_plates_note(able)
-    rows = labeled_rows(table, target, controls)
+    rows = labeled_rows(table, target, controls, several)
+    note = '' if controls or not names_perturbations(target) else control_plates_note(table[table.dataset.isin(('train', 'val'))])
     check_id_test(table, rows, sites)
     if norm in ('plate', 'experiment'): return able      # `screen_dls` sees those plates, and says it
     if note: print(f'note: {note}')
@@ -179,6 +183,14 @@ def _rows_of(table, only):
     return table
 
 # %% ../nbs/71_workflow.ipynb #38594cc4
+def _asks_fold(folds, fold):
+    "Return whether one fold of several is asked for; a `ScreenError` for a half of the question"
+    if not folds and not fold: return False
+    if not folds: raise ScreenError(f'{option("fold", fold)} is one of several: say how many with {option("folds")}.')
+    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}.')
+    if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
+    return True
+
 def fold_experiments(
     table:pd.DataFrame, # Site table; only training rows count
     folds:int, # How many folds; 0: none
@@ -186,14 +198,29 @@ def fold_experiments(
     seed:int=0, # Which experiments go together
 )->list: # Names of the held-out experiments; empty without folds
     "Return the experiments of one fold"
-    if not folds and not fold: return []
-    if not folds: raise ScreenError(f'{option("fold", fold)} is one of several: say how many with {option("folds")}.')
-    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}.')
-    if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
+    if not _asks_fold(folds, fold): return []
     n = table.experiment[table.dataset.isin(('train', 'val'))].nunique()
     if not 2 <= folds <= n: raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.' if n > 1 else f'{option("folds", folds)} needs two training experiments or more, and there is {n}: leave it out.')
     which = experiment_folds(table, folds, seed)
     return which.index[which == fold - 1].tolist()
+
+# %% ../nbs/71_workflow.ipynb #60479f1b
+def fold_images(
+    rows:pd.DataFrame, # Training rows of images that are in no experiment
+    target:str, # Column with their labels
+    folds:int, # How many folds; 0: none
+    fold:int, # Which one to hold out, from 1
+    seed:int=0, # Which images go together
+)->list: # Names of the held-out images; empty without folds
+    "Return the images of one fold, every label spread evenly over the folds"
+    if not _asks_fold(folds, fold): return []
+    if not 2 <= folds <= len(rows): raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(len(rows), "image")}: choose 2 to {len(rows)}.')
+    if target not in rows: raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(rows.columns)}.')
+    try: from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
+    except ImportError: raise ScreenError('Folds of images with several labels need the package iterative-stratification: run pip install "rcic_fastai[labels]".') from None
+    truth = label_matrix(rows[target], sorted({o for p in split_labels(rows[target]) for o in p}))
+    parts = MultilabelStratifiedKFold(folds, shuffle=True, random_state=seed).split(truth, truth)
+    return rows.site_id.iloc[[*parts][fold - 1][1]].tolist()
 
 # %% ../nbs/71_workflow.ipynb #dafbbbf4
 def _picked_stats(data, whole, channels):
@@ -219,9 +246,28 @@ def _screen_to_learn(screen, recipe, given, data):
     data = _picked_stats(data, whole, channels)
     if channels: whole = whole.pick(channels)
     mine = _rows_of(whole.table, recipe.only)
-    rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1))
+    rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1), data.get('several', False))
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
+
+# %% ../nbs/71_workflow.ipynb #8191c58d
+def training_notes(
+    table:pd.DataFrame, # Training rows of the site table
+    target:str, # What is predicted
+    held=(), # Held-out experiments that nobody asked for
+)->list: # Sentences
+    "Return what is held out and what that costs, which doses are one class, which wells have no name, and that numbers become classes"
+    wells, notes = table.drop_duplicates('well_id'), []
+    n = wells.experiment.nunique()
+    if len(held):
+        notes.append(f'{first_few(held, 6)} of {plural(n, "training experiment")} {"is" if len(held) == 1 else "are"} held out to measure accuracy while training, so '
+                     f'{n - len(held)} of {n} are learned from: {option("valid", "EXP")} holds out others, and {option("valid", "none")} learns from all and measures nothing'
+                     + ('; with so few it costs accuracy: once epochs and settings are chosen, train again so.' if n < 10 else '.'))
+    if names_perturbations(target):
+        notes += [f'{o}.' for o in ([] if '+' in target else dose_notes(wells)) + ([unnamed_note(wells)] if unnamed_note(wells) else [])]
+    is_number = target in wells and target not in SITE_COLUMNS and pd.api.types.is_numeric_dtype(wells[target])
+    if is_number: notes.append(f'{target} holds numbers, and this is a classifier: its {plural(wells[target].nunique(), "value")} are classes without an order, and no value between them can be named.')
+    return notes
 
 # %% ../nbs/71_workflow.ipynb #cb504de1
 def _data_of(begin):
@@ -229,21 +275,28 @@ def _data_of(begin):
     s = begin.spec
     return dict(sites=s.sites, size=s.size, norm=s.norm, norm_from=s.norm_from, norm_stats=[s.norm_mean, s.norm_std], clahe=s.clahe, vocabs=s.vocabs)
 
+def _fold_of(learned, given):
+    "Return the experiments of one fold, or the images where there are no experiments; empty without folds"
+    if has_plates(learned.table): return fold_experiments(learned.table, given['folds'], given['fold'], given['seed'])
+    return fold_images(learned.train.table, given['target'], given['folds'], given['fold'], given['seed'])
+
 def _training_learner(screen, recipe, given, workers, begin=None):
     "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
     of_model = _data_of(begin) if begin else {}
     if begin and not given['channels']: given = {**given, 'channels': ','.join(begin.spec.channels)}
-    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None}
+    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None, **{k: given[k] for k in ('label_names', 'no_label') if given[k]}}
     if data['norm'] != 'global': data.pop('norm_stats', None)
     if data['norm'] not in ('plate', 'experiment') and not given['norm_from']: data.pop('norm_from', None)
     learned, data = _screen_to_learn(screen, recipe, given, data)
     if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']      # in the order of its channels
-    valid = fold_experiments(learned.table, given['folds'], given['fold'], given['seed']) or _held_out(learned, recipe, given['valid'])
+    valid = _fold_of(learned, given) or _held_out(learned, recipe, given['valid'])
     dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
-    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or "none"}), '
-          f'{len(dls.spec.labels)} {given["target"]} classes, {plural(len(learned.channels), "channel")}')
-    for note in picture_notes(learned): print(f'note: {note}')
+    what = 'labels' if dls.spec.several else f'{given["target"]} classes'
+    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or ("images" if dls.held_images else "none")}), '
+          f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
+    by_itself = valid == 'auto' and not (learned.table.dataset == 'val').any()
+    for note in [*training_notes(learned.train.table, given['target'], dls.held_out if by_itself else ()), *picture_notes(learned)]: print(f'note: {note}')
     if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
@@ -264,6 +317,8 @@ def _pseudo_plan(rounds, recipe):
 def _check_steps(a, recipe, learn):
     "Raise for steps before or after the training that cannot be made; return the plan of the pseudo-labels"
     pretrain, pseudo = a.pretrain or recipe.pretrain, _pseudo_plan(a.pseudo, recipe)
+    if learn.dls.spec.several and (pretrain or pseudo):
+        raise ScreenError(f'{option("pseudo", a.pseudo) if pseudo else option("pretrain", pretrain)} gives each image one label, and those of {learn.dls.spec.target} have several: leave it out.')
     if pretrain: control_dls(learn.dls)
     if pseudo:
         if rank_world()[1] > 1: raise ScreenError(f'Pseudo-labels are given by one process: train with one, or leave {option("pseudo")} out.')
@@ -305,10 +360,11 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
 def _train_model(args, recipe, begin=None):
     "Train one model with the arguments of `train_screen`, and write its folder; it may `begin` with a trained one"
     a = SimpleNamespace(**args)
-    given = {k: v for k, v in args.items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'workers', 'resume')}
+    given = {k: v for k, v in args.items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed')}
     views = {'tta': 4, **recipe.index, **({'tta': a.tta} if a.tta else {})}
     info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, tta=views['tta'], precision=a.precision, compile=a.compile, mask=list(INDUCTIVE_MASK))
     if a.folds: info['fold'] = dict(folds=a.folds, fold=a.fold)
+    if a.changed: info['changed'] = a.changed
     is_first, out = not rank_world()[0], a.out
     with ExitStack() as run:
         with all_agree():
@@ -325,6 +381,7 @@ def _train_model(args, recipe, begin=None):
             faster = precision_callbacks(a.precision, device)
             learn = _training_learner(a.screen, recipe, given, a.workers, begin)
             if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
+            if is_first and a.changed: print('changed: ' + ', '.join(f'{k} {now:g} instead of {then:g}' for k, (then, now) in a.changed.items()))
             pretrain, pseudo = _check_steps(a, recipe, learn)
             if pretrain: info['pretrain'] = pretrain
             if pseudo: info['pseudo'] = {**pseudo, 'recipe': pseudo['recipe'].to_dict()}
@@ -336,9 +393,21 @@ def _train_model(args, recipe, begin=None):
         if not is_first: return
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
         model.folder = model.save(out)
+        save_curve(model.history, out)
         remove_unfinished(out)
-        print(f'{out}: model, index of {len(index.labels)} embeddings, history')
+        print(f'{out}: model, index of {plural(len(index.labels), "embedding")}, history')
         return model
+
+# %% ../nbs/71_workflow.ipynb #0f078d65
+def save_curve(
+    history:pd.DataFrame, # One row per epoch
+    folder, # Model folder
+):
+    "Write the learning curves to history.png of a model folder; nothing where nothing was trained"
+    if not {'train_loss', 'stage'} <= set(history) or not len(history): return
+    fig = training_curve(history)
+    write_atomic(Path(folder)/'history.png', lambda p: fig.savefig(p, format='png', dpi=90))
+    plt.close(fig)
 
 # %% ../nbs/71_workflow.ipynb #638b3823
 @contextlib.contextmanager
@@ -357,7 +426,7 @@ def _train_several(args, each):
     with _several_in(out, args['resume']):
         for i, (name, changes) in enumerate(each.items(), 1):
             if not rank_world()[0]: print(f'== {name} ({i} of {len(each)})', flush=True)
-            models[name] = train_screen(**{**args, **changes, 'out': out/name})
+            models[name] = train_screen(**{**{k: v for k, v in args.items() if k != 'changed'}, **changes, 'out': out/name})
     return models
 
 def _channel_lists(screen, channels):
@@ -430,7 +499,7 @@ def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
     with all_agree():
-        recipes = {c: _cell_type_recipe(recipe, c) for c in _cell_type_names(table, args['cell_types'], recipe)}
+        recipes = {c: _cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0] for c in _cell_type_names(table, args['cell_types'], recipe)}
         if not (Path(str(args['pretrained']))/'config.json').is_file(): _check_fits(recipe, recipes, args['channels'])
     if args['resume'] and is_cell_types(out):
         print(f'{out} is finished: there is nothing to continue.')
@@ -472,13 +541,19 @@ def train_screen(
     fold:int=0, # The fold that is held out, from 1
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
-    target:str='sirna', # Column of the site table to predict
+    target:str='sirna', # Column of the site table to predict, or two as a pair, such as compound+dose
+    label_names:str='', # Of a target with several labels: the labels there may be, A,B, or a table whose first column has them; empty: those of the training rows
+    no_label:bool=False, # Of a target with several labels: allow images without any
     controls:bool=False, # Train on control wells too (on RxRx1 1139 classes instead of 1108)
     only_present:bool=False, # Leave out sites whose files are absent
     sites:int=0, # Sites per sample, 1 or 2; 0: 1, or the recipe's
     norm:str='', # own, plate, experiment, global or none; empty: own, or the recipe's
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
+    experiments:str='', # Training experiments to learn from and to hold out, EXP,EXP; empty: all
+    test:str='', # Experiments that are neither learned from nor held out, besides those that are marked as test
     bs:int=0, # Batch size; 0: 32, or the recipe's
+    epochs:int=0, # In all stages together, shared as the recipe shares them; 0: the recipe's
+    lr:float=0., # Highest learning rate of any stage, the others in proportion; 0: the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder (its backbone, or all of it where the recipe says so)
     pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
@@ -487,18 +562,20 @@ def train_screen(
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:bool=False, # Compile the model for a GPU, in some minutes
     resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
+    device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     resume:bool=False, # Continue from the last finished epoch of the same call, in OUT.checkpoints
 )->TrainedModel: # Also saved in `out`; None in all processes but the first. Of several models: {name: model}, or `CellTypeModels`
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
     args = dict(locals())
-    r = get_recipe(recipe)
+    r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
     _check_training(size, bs, tta or r.index.get('tta', 4), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, ('controls',))
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
     if (folds or fold) and valid != 'auto': raise ScreenError(f'{option("valid", valid)} and {option("folds", folds)} both say what is held out: choose one.')
     if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
-    return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r, _begin_with(args, r))
+    if experiments or test: args['screen'] = open_screen(screen, check=False).choose(experiments, test)
+    with on_device(device): return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r, _begin_with(args, r))
 
 # %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),
@@ -572,7 +649,7 @@ def _demo(out, force, seed):
     DEMO_FOLDER.make(out)
     _step('simulating a screen', start)
     table = simulate_screen(out/'screen', **DEMO, seed=seed, progress=True)
-    print(f'{out/"screen"}: {len(table)} sites')
+    print(f'{out/"screen"}: {plural(len(table), "site")}')
     _step('packing it', start)
     screen = open_screen(pack_screen(open_screen(out/'screen'), out/'screen.zarr'))
     print(screen_summary(screen))

@@ -9,13 +9,14 @@ from rcic_fastai.predict.trained import TrainedModel
 from rcic_fastai.results.evaluate import evaluate_screen
 from rcic_fastai.results.explore import explore
 from rcic_fastai.results.report import report_screen
+from rcic_fastai.screen.cells import CELL_OPTIONS
 from rcic_fastai.screen.download import download_rxrx1
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.recipes import RECIPES, get_recipe
 from rcic_fastai.workflow import run_demo, train_screen
 
-COMMANDS = ['simulate', 'download', 'pack', 'train', 'predict', 'evaluate', 'ensemble', 'embed', 'hits', 'report', 'explore', 'demo']
-FUNCTIONS = dict(simulate=cli.simulate, download=cli.download, pack=cli.pack, train=cli.train, predict=cli.predict, evaluate=cli.evaluate_csv, ensemble=cli.ensemble, embed=cli.embed, hits=cli.hits, report=cli.report, explore=cli.explore_screen, demo=cli.demo)
+COMMANDS = ['simulate', 'download', 'pack', 'show', 'train', 'predict', 'evaluate', 'ensemble', 'embed', 'hits', 'report', 'explore', 'demo']
+FUNCTIONS = dict(simulate=cli.simulate, download=cli.download, pack=cli.pack, show=cli.show, train=cli.train, predict=cli.predict, evaluate=cli.evaluate_csv, ensemble=cli.ensemble, embed=cli.embed, hits=cli.hits, report=cli.report, explore=cli.explore_screen, demo=cli.demo)
 
 def parameters(f): return {n: p.default for n, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD}
 
@@ -27,8 +28,8 @@ def test_options_are_those_of_the_function(command, function):
 
 def test_predict_has_the_options_of_the_model():
     mine, theirs = parameters(cli.predict), {**parameters(plan.plan_prediction), **parameters(TrainedModel.predict)}
-    assert {*mine} - {"model", "held_out"} == {*theirs} - {'self', 'progress', 'model'}
-    assert all(mine[k] == theirs[k] for k in mine if k not in ("model", "screen", "out", "held_out"))
+    assert {*mine} - {"model", "held_out", "device"} == {*theirs} - {'self', 'progress', 'model'}
+    assert all(mine[k] == theirs[k] for k in mine if k not in ("model", "screen", "out", "held_out", "device"))
 
 def test_profiles_and_hits_have_the_options_of_the_library():
     for command, function in ((cli.embed, TrainedModel.profiles), (cli.hits, find_hits)):
@@ -42,7 +43,7 @@ def test_report_has_the_options_of_the_function():
 
 def test_explore_has_the_options_of_the_plan():
     mine, theirs = parameters(cli.explore_screen), {**parameters(plan.plan_prediction), **parameters(explore)}
-    assert {*mine} - {'held_out'} == {*theirs} - {'progress', 'by'}
+    assert {*mine} - {'held_out'} == {*theirs} - {'progress', 'by', 'cells', 'cell_merge', *CELL_OPTIONS}
     assert all(mine[k] == theirs[k] for k in mine if k not in ('held_out', 'out', 'predictions', 'embeddings'))
 
 @pytest.mark.parametrize('name', COMMANDS)

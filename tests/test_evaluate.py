@@ -75,7 +75,7 @@ def test_named_controls_are_counted_on_their_own():
     assert number(shown, 'wells').value == 72 and 'control wells' not in evaluate_screen(guess(), TABLE).rows.measure.tolist()
     alone = evaluate(pred[control.to_numpy()], TABLE, partial=True)
     assert alone['n_wells'] == control.sum() and 'n_controls' not in alone
-    with pytest.raises(ScreenError, match='are not predicted'): evaluate(pred[:-1], TABLE)
+    with pytest.raises(ScreenError, match='is not predicted'): evaluate(pred[:-1], TABLE)
 
 def test_partial():
     half = guess(share=1.)[::2]
@@ -283,15 +283,15 @@ G = guess()
     (lambda: evaluate_screen(G.drop(columns='protocol'), TABLE), 'not known how prediction 1 was made'),
     (lambda: evaluate_screen({'mine': G.assign(protocol='unknown')}, TABLE), 'not known how mine was made'),
     (lambda: evaluate_screen({'adapted': G}, TABLE), "'adapted' holds inductive"),
-    (lambda: evaluate_screen(G[1:], TABLE), '1 test wells are not predicted'),
+    (lambda: evaluate_screen(G[1:], TABLE), '1 test well is not predicted'),
     (lambda: evaluate_screen(G, TABLE, embeddings=dict(adapted=TEST)), "embeddings for 'adapted', which has no predictions"),
-    (lambda: evaluate_screen(G, TABLE, embeddings=[TEST, TEST]), '2 embeddings for 1 predictions'),
+    (lambda: evaluate_screen(G, TABLE, embeddings=[TEST, TEST]), '2 embeddings for 1 prediction'),
     (lambda: evaluate_screen([G, guess(1, .9, 'adapted')], TABLE, embeddings=TEST), '1 embeddings for 2 predictions'),
     (lambda: evaluate_screen(G, TABLE, embeddings=TEST.assign(Metadata_well_id='x')), 'not in the screen'),
     (lambda: evaluate_screen(G, TABLE, sites=site_guess(protocol='adapted')), 'are adapted, but its wells are inductive'),
     (lambda: evaluate_screen(G, TABLE, sites=site_guess()[5:]), 'have no site prediction'),
     (lambda: evaluate_screen(G, TABLE, sites=G), 'not in the screen'),
-    (lambda: evaluate_screen(G[:-1], TABLE, sites=site_guess(), partial=True), 'sites of 1 wells that are not predicted'),
+    (lambda: evaluate_screen(G[:-1], TABLE, sites=site_guess(), partial=True), 'sites of 1 well that are not predicted'),
     (lambda: evaluate_screen(candidates(G).assign(top_1='sirna_0'), TABLE), 'top_1 must equal sirna'),
     (lambda: evaluate_screen(candidates(G).drop(columns='top_2'), TABLE), 'without a gap'),
     (lambda: evaluate_screen(G, TABLE, level=95), 'level=95'),

@@ -155,6 +155,29 @@ def test_a_frame_holds_the_whole_page(made):
     assert html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1]) == made[2].html and 'allow-same-origin' not in frame
 
 
+def test_a_model_of_another_screen_brings_its_wells(made, tmp_path):
+    "Neighbors that this screen does not have are on the page, without a place and a picture"
+    screen, model, *_ = made
+    test = Screen(screen.test.table, screen.source)
+    d = explore(model, test, side=32, umap='no', tta=1, progress=False).data
+    outside = set(model.index.labels.well_id)
+    assert set(d['wells']['id']) == set(test.wells.well_id) | outside
+    at = {w: i for i, w in enumerate(d['wells']['id'])}
+    pictures = {d['sites']['well'][i]: n for i, n in enumerate(d['sites']['picture'])}
+    assert all(pictures[at[w]] == -1 for w in outside) and all(pictures[at[w]] >= 0 for w in test.wells.well_id)
+
+
+@pytest.mark.parametrize('channels, dtype', [(1, np.uint8), (5, np.uint16), (16, np.uint16)])
+def test_sprites_hold_any_channels(channels, dtype):
+    import io
+    from PIL import Image
+    x = (np.random.default_rng(0).random((channels, 40, 60))*np.iinfo(dtype).max).astype(dtype)
+    sprite, limits, cell = site_sprite(x, 30)
+    columns = min(channels, SPRITE_COLUMNS)
+    assert cell == (20, 30) and limits.shape == (2, channels) and (limits[0] <= limits[1]).all()
+    assert Image.open(io.BytesIO(sprite)).size == (30*columns, 20*-(-channels//columns))
+
+
 # ---- in a browser: playwright drives a Chromium that is installed, its own or that of EXPLORE_BROWSER
 
 def chromium():
@@ -377,3 +400,18 @@ def test_axe_finds_nothing(made, tab, state, scheme):
     page.evaluate(Path(axe).read_text(encoding='utf-8'))     # the policy does not bind the debugger
     found = page.evaluate('axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 120)).slice(0, 3)]))')
     assert found == []
+
+
+@browses
+def test_a_finger_opens_a_well(browser, made, preds):
+    screen, well = made[0], preds['inductive'].id_code.iloc[1]
+    context = browser.new_context(viewport=dict(width=400, height=800), has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(made[3].as_uri())
+    page.wait_for_selector('html[data-ready]')
+    canvas, x, y = at(page, screen, well)
+    canvas.tap(position=dict(x=x, y=y))
+    open_well(page, well)
+    page.tap('#close')
+    page.wait_for_selector('#well', state='hidden')
+    context.close()

@@ -162,7 +162,7 @@ def test_one_stack_a_site_in_every_layout(tmp_path):
     _, s = read_files(df.iloc[:1].assign(path='rgb.tif'), tmp_path, ['r', 'g', 'b'])
     assert (s['1_1_A01_1'] == rgb).all()
     _, s = read_files(df.iloc[:1], tmp_path, NAMES[:4])
-    refused(lambda: s.shape, 'pages.tif', 'more than 4 pages', 'names 4 channels')
+    refused(lambda: s.shape, 'pages.tif', 'more than 4 pages', '4 channels would be read')
     _, s = read_files(df.iloc[:1], tmp_path, NAMES + ['sixth'])
     refused(lambda: s.shape, '5 pages', 'names 6 channels')
 

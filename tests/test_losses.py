@@ -335,6 +335,7 @@ def test_learns(name):
     w,x,y = torch.nn.Parameter(torch.randn(4, 16)),torch.randn(32, 16),torch.arange(32) % 4
     x = x + 2*torch.randn(4, 16)[y]
     loss,opt = loss_from_config(name, 4),torch.optim.Adam([w], .05)
+    target = torch.eye(4)[y] if loss.several else y
     cosines = lambda: torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(w).T
-    for _ in range(60): opt.zero_grad(); loss(cosines(), y).backward(); opt.step()
+    for _ in range(60): opt.zero_grad(); loss(cosines(), target).backward(); opt.step()
     assert (cosines().argmax(1) == y).float().mean() > .95

@@ -736,14 +736,14 @@ def test_verify(tmp_path, screen, store):
     more = pd.concat([table, site_table(('H08',))], ignore_index=True)
     make(source.root, more[6:].reset_index(drop=True))
     chunk(store, 0).write_bytes(b'')
-    text = refused(lambda: verify_store(store, PngTree(source.root, more), progress=False), f'1 sites are damaged ({ids[0]})',
-                f'1 sites differ from the source ({ids[3]})', '2 sites of the source are not packed (HUVEC-01_1_H08_1, HUVEC-01_1_H08_2)')
+    text = refused(lambda: verify_store(store, PngTree(source.root, more), progress=False), f'1 site is damaged ({ids[0]})',
+                f'1 site differs from the source ({ids[3]})', '2 sites of the source are not packed (HUVEC-01_1_H08_1, HUVEC-01_1_H08_2)')
     assert ids[1] not in text
 
 
 def test_verify_with_a_source_that_lost_sites(screen, store):
     table, source, _ = screen
-    text = refused(lambda: verify_store(store, PngTree(source.root, table[1:]), progress=False), '1 sites differ', table.site_id[0])
+    text = refused(lambda: verify_store(store, PngTree(source.root, table[1:]), progress=False), '1 site differs', table.site_id[0])
     assert table.site_id[1] not in text
     for row in (1, 4): png(source, table, row).unlink()
     refused(lambda: verify_store(store, source, progress=False), table.site_id[1], table.site_id[4])

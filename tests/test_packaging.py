@@ -190,7 +190,7 @@ def imports(path):
 
 
 BRINGS = lru_cache(packages_distributions)
-OTHER_NAMES = dict(umap='umap-learn')     # of extras that are not installed
+OTHER_NAMES = dict(umap='umap-learn', iterstrat='iterative-stratification')     # of packages of extras, which may not be installed
 
 def distribution(name):
     "Name on PyPI of what brings a package; most of extras that are not installed have the same name"
@@ -444,11 +444,13 @@ def index_cell(begin):
 
 @pytest.mark.parametrize('labels', ['known', 'empty'])
 def test_readme_packs_ones_own_plates(labels, tmp_path, monkeypatch, capsys):
-    "The command of the README on the table of the README, also with the perturbations of the test left empty"
+    "The commands of the README on the table that the first of them draws, also with the perturbations of the test left empty"
     import rcic_fastai.all as library
+    from rcic_fastai import cli
     from rcic_fastai.cli import rcic_pack
     monkeypatch.chdir(tmp_path)
-    exec(index_cell('def draw_plates'), vars(library).copy())
+    own = commands()[next(i for i, words in enumerate(commands()) if words[:2] == ['rcic_simulate', 'plates']):]
+    assert cli.rcic_simulate(own[0][1:]) == 0
     if labels == 'empty':
         table = library.pd.read_csv('plates/plates.csv')
         table.loc[table.Batch == 'July', 'Reagent'] = None
@@ -460,6 +462,34 @@ def test_readme_packs_ones_own_plates(labels, tmp_path, monkeypatch, capsys):
     assert set(screen.train.controls.table.sirna) == {'untreated'} and set(screen.table.cell_type) == {'HUVEC'}
     assert screen.test.table.sirna.isna().all() == (labels == 'empty')
     assert 'sites are the same as in plates/plates.csv' in capsys.readouterr().out
+    if labels == 'empty': return
+    tiny = library.Recipe('demo', [library.Stage('all', 1, 1e-3)], arch='mobilenetv3_small_050', model=dict(pretrained=None))      # instead of minutes
+    monkeypatch.setitem(library.RECIPES, 'demo', tiny)
+    for words in own[2:5]: assert getattr(cli, words[0])(words[1:]) == 0, words
+    assert 'well accuracy' in capsys.readouterr().out and [words[0] for words in own[2:5]] == ['rcic_train', 'rcic_predict', 'rcic_evaluate']
+
+
+def shell_lines(text):
+    "Return the lines of a text that call our commands, as lists of words; `\\` continues a line"
+    text = re.sub(r'\\\n\s*', ' ', text)
+    return [shlex.split(line, comments=True) for line in re.findall(r'^ *(?:\$ )?(rcic_\w+ .*)$', text, re.MULTILINE)]
+
+
+def test_shell_commands_of_notebooks_are_understood():
+    "Those that stand in the text of a notebook, as a line of their own"
+    from rcic_fastai import cli
+    functions, seen = {**cli._commands(), 'rcic_simulate': cli.simulate, 'rcic_demo': cli.demo, 'rcic_ensemble': cli.ensemble, 'rcic_download': cli.download}, 0
+    for nb in NOTEBOOKS:
+        for name, *arguments in [w for c in cells(nb) if c['cell_type'] == 'markdown' for w in shell_lines(''.join(c['source']))]:
+            assert name in functions, (nb.name, name)
+            try: cli.command_parser(functions[name], name).parse_args(arguments)
+            except SystemExit: pytest.fail(f'{nb.name}: {name} {shlex.join(arguments)}')
+            seen += 1
+    assert seen > 20
+
+
+def test_shell_lines_are_found():
+    assert shell_lines('see rcic_pack a\n    rcic_pack a b \\\n        --test c   # why\n') == [['rcic_pack', 'a', 'b', '--test', 'c']]
 
 
 def test_readme_packs_ome_zarr_plates(tmp_path, monkeypatch):
@@ -576,4 +606,4 @@ def test_every_extra_mark_names_a_package_of_an_extra():
     text = ''.join(f.read_text(encoding='utf-8') for f in sorted((ROOT/'tests').glob('test_*.py')))
     named = set(re.findall(r"@pytest\.mark\.extra\('(\w+)'\)", text))
     assert {'tensorstore', 'pycytominer', 'copairs', 'anndata', 'harmonypy'} <= named
-    assert named <= required(*lock.extras()) - required('dev', 'lite', 'hcs')
+    assert {*map(distribution, named)} <= required(*lock.extras()) - required('dev', 'lite', 'hcs')

@@ -257,6 +257,7 @@ INSTRUMENTS = [
     ('imagexpress', imagexpress('IXM_A01', sites=()), 'IXM_A01', []),
     ('phenix', phenix(f'x/{MEASURED}/Images/'), 'BR00116991', [f'x/{MEASURED}/Images/Index.idx.xml']),
     ('phenix', phenix('Images/'), 's', ['Images/Index.idx.xml']), ('phenix', phenix(''), 's', []),
+    ('operetta', phenix(f'x/{MEASURED}/Images/'), 'BR00116991', [f'x/{MEASURED}/Images/Index.idx.xml']),
     ('cellvoyager', voyager('AssayPlate_Greiner_#655090'), 'AssayPlate_Greiner_#655090', ['MeasurementData.mlf', 'DC_sCMOS #1_CAM1.tif']),
     ('cellvoyager', voyager('20200812-Differentiation14-Cycle1'), '20200812-Differentiation14-Cycle1', []),
     ('cell-painting-gallery', phenix(f'cpg0016-jump/source_4/images/{GALLERY}'), 'BR00116991', ['cpg0016-jump/source_4/images/illum.npy']),
@@ -346,7 +347,8 @@ def test_a_dry_run_says_what_a_prediction_lacks(folder, tmp_path, capsys):
     assert rcic_pack([str(folder), 'no.zarr', '--dry-run', '--pattern', PLAIN, '--layout', str(f)]) == 0
     out = capsys.readouterr().out
     for words in ('no well is a control', 'no experiment is a test', '--test EXP,EXP', '1 treatment well has no name', 'perturbations: 2 (a, b), wells of each: 1 to 2',
-                  'doses (dose_um): 1, 2, 5; 1 perturbation has several and is one class', 'missing: no file'): assert words in out, (words, out)
+                  'doses (dose_um): 1, 2, 5', '1 perturbation has wells of several doses in the column dose_um (a)', '--target sirna+dose_um (rcic_train)',
+                  '1 training well names no perturbation and is left out of training (P0013_P0013_A02)', 'missing: no file'): assert words in out, (words, out)
 
 
 def test_a_dry_run_of_every_kind(folder, tmp_path, capsys):

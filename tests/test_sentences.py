@@ -10,7 +10,7 @@ from rcic_fastai.core import ScreenError, as_command, option
 ROOT = Path(rcic_fastai.__file__).parent
 # Functions that no command calls, or whose arguments are those of steps that a command chooses for itself: Python is their only route
 PYTHON_ONLY = {'batch/augment.py', 'embed/correct.py', 'embed/metrics.py', 'embed/table.py', 'embed/plots.py', 'predict/assign.py', 'predict/pseudo.py',
-               'train/controls.py', 'train/cutmix.py', 'train/domain.py', 'results/report.py', 'results/plots.py', 'results/evaluate.py', 'results/wilds.py', 'screen/look.py',
+               'train/controls.py', 'train/cutmix.py', 'train/domain.py', 'results/report.py', 'results/plots.py', 'results/evaluate.py', 'results/wilds.py', 'results/submission.py', 'screen/look.py',
                'showdoc.py', '_modidx.py'}
 COMMAND_OF = dict(screen='rcic_pack', batch='rcic_train', train='rcic_train', model='rcic_train', predict='rcic_predict', embed='rcic_predict')
 OPTIONS = {name: cli._options(f) for name, f in {**cli._commands(), 'rcic_ensemble': cli.ensemble}.items()}
@@ -60,12 +60,12 @@ def test_the_test_sees_what_it_looks_for():
 
 def test_every_argument_that_is_named_is_an_option():
     "Of the command that says it or, where another is meant, of any"
-    python_only = {'views', 'adapt_rows', 'stem', 'arch_args', 'label_smoothing', 'classifier', 'sites_join', 'n_sites', 'loss', 'norm_stats', 'separate', 'lr', 'opt', 'schedule', 'augs'}
+    python_only = {'views', 'adapt_rows', 'stem', 'arch_args', 'label_smoothing', 'classifier', 'sites_join', 'n_sites', 'loss', 'norm_stats', 'separate', 'lr', 'opt', 'schedule', 'augs', 'rare', 'several'}
     found = []
     for name, tree in sources():
         home = COMMAND_OF.get(name.split('/')[0])
         for line, a, value in called(tree):
-            known = set(OPTIONS[home]) if home == 'rcic_pack' else ANY
+            known = {*OPTIONS[home], 'target'} if home == 'rcic_pack' else ANY        # a target is of rcic_train, and option says so
             if a not in known | python_only | {'out', 'dest', 'screen', 'model'}: found.append((name, line, a))
     assert not found, found
 
@@ -92,3 +92,27 @@ def test_an_option_of_another_command_says_so():
     with as_command(['screen'], OPTIONS['rcic_train'], {k: o for k, o in OPTIONS.items() if k != 'rcic_train'}):
         assert option('z', 0) == '--z 0 (rcic_pack)' and option('controls', dict(negative_control=['DMSO'])) == '--controls DMSO=negative_control (rcic_pack)'
         assert option('controls', True) == '--controls' and option('side', 'plate') == "side='plate' (in Python)" and option('screen') == 'SCREEN'
+
+
+NOUNS = 'experiments wells sites plates files rows classes channels labels pictures perturbations samples pages predictions embeddings groups siRNAs models'.split()
+COUNT = re.compile(r'len\(.*\)|.*\.(sum|nunique)\(\)|n')
+
+def bare_counts(tree):
+    "(line, text) of every number of things that a sentence writes without `plural`, so that it could say '1 wells'; 'of 5 wells' counts nothing"
+    for n in ast.walk(tree):
+        if not isinstance(n, ast.JoinedStr): continue
+        before = [None, *n.values]
+        for last, v, text in zip(before, n.values, n.values[1:]):
+            if not isinstance(v, ast.FormattedValue) or not isinstance(text, ast.Constant): continue
+            of = isinstance(last, ast.Constant) and last.value == ' of '
+            found = re.match(rf' (?:\w+ )?({"|".join(NOUNS)})\b', str(text.value))
+            if found and not of and COUNT.fullmatch(ast.unparse(v.value)): yield n.lineno, ast.unparse(v.value) + found[0]
+
+def test_no_sentence_says_1_wells():
+    "A number and its noun agree, by `plural`, wherever the number is counted"
+    found = [(name, *o) for f in sorted(ROOT.rglob('*.py')) if (name := f.relative_to(ROOT).as_posix()) not in ('_modidx.py', 'showdoc.py') for o in bare_counts(ast.parse(f.read_text()))]
+    assert not found, '\n'.join(map(str, found))
+
+def test_the_test_of_counts_sees_what_it_looks_for():
+    assert [o for _, o in bare_counts(ast.parse("f'{len(a)} test wells are'"))] == ['len(a) test wells']
+    assert not [*bare_counts(ast.parse("f'{k} of {len(a)} wells, {plural(len(a), 1)} wells, {size} wells'"))]

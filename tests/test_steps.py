@@ -16,6 +16,7 @@ from rcic_fastai.predict.ensemble import ensemble_files, ensemble_predictions, n
 from rcic_fastai.predict.predict import read_predictions
 from rcic_fastai.predict.scores import read_scores
 from rcic_fastai.results.report import how_table
+from rcic_fastai.screen import images
 from rcic_fastai.screen.channels import picked_source
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
@@ -120,6 +121,15 @@ def test_channels_of_pictures_in_memory_are_picked_from_there(here):
     assert mine.source.origin is held.source
     assert torch.equal(mine.source.take(ids), held.source.take(ids)[:, [1, 5]])
     assert len(mine.source.restrict(held.table[:2]).missing()) == 0
+
+
+def test_only_files_of_picked_channels_are_opened(here, monkeypatch):
+    screen, opened, real = open_screen(here/'screen'), [], images.read_plain
+    picked, one = screen.pick('golgi,nucleus'), screen.table.site_id[0]
+    picked.source.shape                                                          # a file of each plate is looked at first
+    monkeypatch.setattr(images, 'read_plain', lambda path, *args: (opened.append(path[-6:]), real(path, *args))[1])
+    assert np.array_equal(picked.source[one], screen.source[one][[5, 0]])
+    assert opened == ['w6.png', 'w1.png', *(f'w{i}.png' for i in range(1, 7))]
 
 
 def test_a_model_of_fewer_channels_reads_a_screen_of_all(here, tmp_path):
@@ -328,6 +338,27 @@ def test_what_cell_types_cannot_write_as_one_is_said_first(here, tmp_path, more,
     assert [f.name for f in tmp_path.iterdir() if f.suffix != '.lock'] == []
     if 'scores' in more:
         with pytest.raises(ScreenError, match=words): models.class_scores(here/'s.zarr', 'transductive', tta=1, progress=False)
+
+
+@pytest.mark.parametrize('of', ['HUVEC', 'both'])
+def test_scores_are_written_over_nothing_but_scores(here, tmp_path, of):
+    models, how = of_own_ways(here, 'RPE', 'HUVEC'), dict(tta=1, progress=False, by='index', protocol='transductive')
+    model, screen = (models, here/'s.zarr') if of == 'both' else (models.models['HUVEC'], open_screen(here/'s.zarr'))
+    mine = tmp_path/'a.scores.parquet'
+    for write in (lambda: mine.write_text('my notes'), lambda: pd.DataFrame(dict(x=[1])).to_parquet(mine), mine.mkdir):
+        write()
+        with pytest.raises(ScreenError, match='a.scores.parquet (would be overwritten and is not a file of scores|is a folder)'): model.predict(screen, out=tmp_path/'a.csv', scores=True, **how)
+        if mine.is_file(): mine.unlink()
+    mine.rmdir()
+    with pytest.raises(ScreenError, match='written twice, as its scores and as embeddings'): model.predict(screen, out=tmp_path/'a.csv', scores=True, embeddings=mine, **how)
+    assert [f.name for f in tmp_path.iterdir() if f.suffix != '.lock'] == []
+    if of == 'both': return
+    for _ in range(2): model.predict(screen[screen.table.cell_type == 'HUVEC'], out=tmp_path/'a.csv', scores=True, **how)      # over its own
+
+
+def test_stages_of_one_name_are_refused(here, tmp_path, capsys):
+    twice = [dict(name='all', epochs=1, lr=1e-3), dict(name='all', epochs=2, lr=1e-3)]
+    refused(here, f'--recipe {written(tmp_path, "twice", stages=twice)}', "two stages called 'all'", capsys)
 
 
 def test_models_of_other_lengths_are_not_put_in_one_table(here, tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.recipes import RECIPES, Recipe, Stage, get_recipe
 from rcic_fastai.train.systems import *  # noqa: F401,F403  (adds the recipes)
 
-SYSTEMS = [n for n in RECIPES if n not in ('demo', 'features')]
+LABELS = [n for n, r in RECIPES.items() if r.data.get('several')]      # tests/test_labels.py runs them
+SYSTEMS = [n for n in RECIPES if n not in ('demo', 'features', *LABELS)]
 CELLS = 'HUVEC-01,HUVEC-02,RPE-01,U2OS-01,HEPG2-01,HUVEC-17'.split(',')
 
 

@@ -9,7 +9,7 @@ The packages of others take most of the time of a short notebook. They are impor
 a fork of this process; `rcic_fastai` itself is imported by each notebook. Where there is no safe fork (Windows, macOS), and
 with `--new`, every notebook starts a new Python.
 """
-import argparse, importlib, os, subprocess, sys, tempfile, threading, time
+import argparse, gc, importlib, os, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,9 @@ class Fork:
 
 def warm():
     "Import the packages of others; nothing may run beside a fork, and nothing of the library may be there before it"
+    gc.disable()   # it would walk over all of this again and again
     for name in WARM: importlib.import_module(name)
+    gc.enable()
     assert threading.active_count() == 1 and 'rcic_fastai' not in sys.modules
 
 

@@ -13,7 +13,7 @@ from operator import attrgetter
 import cv2
 from torch.utils.data import get_worker_info
 from fastai.vision.all import *
-from ..core import ScreenError, check_choice, option
+from ..core import ScreenError, check_choice, option, plural
 from ..screen.images import stat_columns, stat_groups
 from .site import TensorSite, TensorWell
 
@@ -459,7 +459,7 @@ class UnfoldSites(DisplayedTransform):
     def encodes(self, x:TensorSite)->TensorWell:
         if isinstance(x, TensorWell) and x.ndim == 5: return x
         if len(x) % self.sites:
-            raise ScreenError(f'{len(x)} sites are not a multiple of {self.sites}, so they cannot become wells: give '
+            raise ScreenError(f'{plural(len(x), "site is", "sites are")} not a multiple of {self.sites}, so they cannot become wells: give '
                               'all sites of each well.')
         return x.reshape(-1, self.sites, *x.shape[1:]).as_subclass(TensorWell)
 

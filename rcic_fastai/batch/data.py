@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'TensorMeta', 'MetadataCategorize', 'MetadataBlock',
-           'ExperimentSplitter', 'labeled_rows', 'label_order', 'control_plates_note', 'check_id_test', 'ScreenSpec',
-           'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders', 'screen_dls',
-           'channels_note', 'spec_source', 'spec_dl']
+           'ExperimentSplitter', 'labeled_rows', 'label_order', 'label_names', 'labels_of', 'check_labels',
+           'check_one_label', 'LabelRow', 'MultiLabelBlock', 'control_plates_note', 'check_id_test', 'ScreenSpec',
+           'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders', 'rarest_label',
+           'split_images', 'rare_weights', 'screen_dls', 'channels_note', 'spec_source', 'spec_dl']
 
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
-import warnings
+import re, warnings
 from dataclasses import asdict, dataclass, field, replace
 from fastai.vision.all import *
 from ..core import *
@@ -84,14 +85,17 @@ def ExperimentSplitter(
 # %% ../../nbs/13_batch.data.ipynb #86408b2c
 def labeled_rows(
     table:pd.DataFrame, # Site table
-    target:str='sirna', # Column to predict
-    controls:bool=None, # With control wells (1139 classes) or without (1108); `None`: with, unless the target is `sirna`
+    target:str='sirna', # Column to predict, or several, such as compound+dose
+    controls:bool=None, # With control wells (1139 classes) or without (1108); `None`: with, unless the target names perturbations
+    several:bool=False, # Rows without a label are kept, for `check_labels` to judge
 )->pd.DataFrame: # Rows to train on or to hold out: of `dataset` train or val, and with a label
     "Return the rows that can be trained on"
-    if target not in table:
-        raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(table.columns)}.')
-    if controls is None: controls = target != 'sirna'
-    is_labeled = table.dataset.isin(('train', 'val')) & table[target].notna()
+    table = with_target(table, target)
+    if controls is None: controls = not names_perturbations(target)
+    if len(table) and (table.dataset == 'test').all():
+        raise ScreenError(f'Every experiment of the screen is a test ({first_few(table.experiment.unique())}), so there is nothing to train on: '
+                          f'leave some out of {option("test")}.')
+    is_labeled = table.dataset.isin(('train', 'val')) & (several | table[target].notna())
     rows = table[is_labeled & (controls | (table.well_type == 'treatment'))]
     if len(rows): return rows
     which, remedy = ('', '') if controls else (' and is a treatment well', ', or include the controls')
@@ -106,6 +110,66 @@ def label_order(
     if target != 'sirna': return [str(o) for o in sorted(rows[target].dropna().unique())]
     by_id = rows.dropna(subset=['sirna']).sort_values(['sirna_id', 'sirna'])
     return [str(o) for o in by_id.sirna.unique()]
+
+# %% ../../nbs/13_batch.data.ipynb #a74ae79f
+def label_names(
+    given, # Labels in order: a list, 'A,B', or a CSV or parquet table whose first column has them
+)->list: # Text
+    "Return the labels that a target may have"
+    if not isinstance(given, str): names = [str(o) for o in given]
+    elif Path(given).suffix.lower() in ('.csv', '.parquet', '.gz', '.bz2'): names = identifiers(read_table(given).iloc[:, 0], given).dropna().tolist()
+    else: names = as_names(given)
+    twice = [o for o in names if names.count(o) > 1]
+    if not names or twice: raise ScreenError(f'{option("label_names", given)} names {"no label" if not names else twice[0] + " twice"}: name each label once.')
+    return names
+
+def labels_of(
+    rows:pd.DataFrame, # Labeled rows
+    target:str, # Column
+    names=None, # Labels that there may be, see `label_names`; `None`: those of the rows
+)->list: # Text: as they were named; else numbers by value, the rest by name
+    "Return the labels of a target with several, in order"
+    if names is not None and len(names): return label_names(names)
+    found = {o for p in split_labels(rows[target]) for o in p}
+    is_number = all(re.fullmatch('[0-9]{1,9}', o) for o in found)
+    return sorted(found, key=int if is_number else None)
+
+# %% ../../nbs/13_batch.data.ipynb #9b9f7640
+def check_labels(
+    rows:pd.DataFrame, # Rows to train on or to hold out
+    target:str, # Column
+    labels:list, # Labels that there may be
+    no_label:bool=False, # Are images without a label allowed?
+):
+    "Raise a `ScreenError` for a label that is not known, and for images without any"
+    bare = [i for i, p in zip(rows.site_id, split_labels(rows[target])) if not p]
+    if bare and not no_label:
+        raise ScreenError(f'{plural(len(bare), "training image")} without any label in {target} ({first_few(bare, 3)}): label them, leave them out of the table, or allow them '
+                          f'with {option("no_label", True)}.')
+    label_matrix(rows[target], labels, rows.site_id, f'The column {target}')
+
+def check_one_label(
+    rows:pd.DataFrame, # Rows to train on or to hold out
+    target:str, # Column, of one label per image
+):
+    "Raise a `ScreenError` where cells look as if they held several labels"
+    if target in ('sirna', 'sirna_id'): return
+    parts = [c for c in rows[target].dropna().astype(str).unique() if LABEL_SEPARATOR in c]
+    if parts: raise ScreenError(f'{target} has cells with several labels, such as {parts[0]}: take a recipe for several labels, such as hpa46, or another target.')
+
+# %% ../../nbs/13_batch.data.ipynb #43f8a813
+class LabelRow(DisplayedTransform):
+    "Turn a cell such as '0|14' into a row of zeros and ones; a label that is not known raises a `ScreenError`"
+    loss_func, order = None, 1
+    def __init__(self, labels): self.vocab = CategoryMap(list(map(str, labels)), sort=False)
+    def encodes(self, o:str): return TensorMultiCategory(label_matrix([o], self.vocab, ['shown here'], 'The target')[0])
+    def decodes(self, o:TensorMultiCategory): return MultiCategory([self.vocab[int(i)] for i in (o > .5).nonzero().flatten()])
+
+def MultiLabelBlock(
+    labels, # [K] labels, in order
+)->TransformBlock: # Cells such as '0|14' → float32 [K]
+    "Return the block of a target with several labels"
+    return TransformBlock(type_tfms=LabelRow(labels))
 
 # %% ../../nbs/13_batch.data.ipynb #9db9141f
 def control_plates_note(
@@ -147,6 +211,8 @@ class ScreenSpec:
     norm_std:list=None # Standard deviation of each channel (0–1), for `norm='global'`
     bits:int=8 # 8 or 16
     clahe:bool=False # Equalize each channel (clip 2, 8×8 tiles)
+    several:bool=False # Does a sample have several labels of the target, as in '0|14'?
+    no_label:bool=False # With several: may a sample have none of them?
     norm_from:str='all' # Wells whose pictures give the statistics of a plate or experiment: all or controls
 
     def __post_init__(self):
@@ -168,8 +234,9 @@ def __repr__(self:ScreenSpec):
     norm = self.norm
     if self.per_group: norm += ' (from control wells)' if self.norm_from == 'controls' else ' (from all wells)'
     if self.clahe: norm += ', equalized'
-    return (f'ScreenSpec: {len(self.labels)} classes of {self.target} ({first_few(self.labels, 3)}), {sample}\n'
-            f'  {len(self.channels)} channels ({first_few(self.channels)}), {self.bits} bits, size {size}, norm {norm}')
+    classes = plural(len(self.labels), 'label') if self.several else plural(len(self.labels), 'class', 'classes')
+    return (f'ScreenSpec: {classes} of {self.target} ({first_few(self.labels, 3)}), {sample}\n'
+            f'  {plural(len(self.channels), "channel")} ({first_few(self.channels)}), {self.bits} bits, size {size}, norm {norm}')
 
 # %% ../../nbs/13_batch.data.ipynb #90b3ba9a
 class GroupCategorize(MetadataCategorize):
@@ -222,6 +289,7 @@ def _normalize(spec, source, rows, pos):
 
 def _unknowns(rows): return [None]*len(rows)
 def _labels_of(rows, target): return rows[target].astype(str).tolist()
+def _cells_of(rows, target): return [join_labels(o) for o in split_labels(rows[target])]
 def _groups_of(rows, norm): return stat_groups(rows, norm).tolist()
 
 # %% ../../nbs/13_batch.data.ipynb #61e5321b
@@ -243,8 +311,8 @@ def screen_block(
     if group_block: blocks, getters = blocks + [group_block], getters + [RowValue(partial(_groups_of, norm=spec.norm))]
     n_inp = len(blocks)
     if labeled:
-        blocks.append(CategoryBlock(vocab=spec.labels, sort=False))
-        getters.append(RowValue(partial(_labels_of, target=spec.target)))
+        blocks.append(MultiLabelBlock(spec.labels) if spec.several else CategoryBlock(vocab=spec.labels, sort=False))
+        getters.append(RowValue(partial(_cells_of if spec.several else _labels_of, target=spec.target)))
     resize = [SiteResize(spec.size)] if spec.size else []
     return DataBlock(blocks, n_inp=n_inp, getters=getters, splitter=splitter, batch_tfms=[*resize, *augs, norm])
 
@@ -266,7 +334,7 @@ class ScreenLoaders(DataLoaders):
     def new_empty(self):
         "Return the same loaders without rows, as `learn.export` stores them; statistics of known groups are kept"
         res = super().new_empty()
-        res.spec, res.screen, res.held_out = self.spec, self.screen[:0], self.held_out
+        res.spec, res.screen, res.held_out, res.held_images = self.spec, self.screen[:0], self.held_out, getattr(self, 'held_images', [])
         return res
 
     def test_dl(self,
@@ -326,10 +394,23 @@ def _given_stats(norm, stats, channels):
         raise ScreenError(f'{option("norm_stats")} has {" and ".join(str(len(o)) for o in stats)} numbers: give two lists of {len(channels)}, the means and the standard deviations of the channels.')
     return [list(map(float, o)) for o in stats]
 
-def _training_spec(rows, train, source, target, vocabs, norm_stats=None, **kwargs):
+def _check_single(rows, target, label_names, no_label, rare):
+    "Raise for what is only for several labels"
+    check_one_label(rows, target)
+    given = [k for k, v in dict(label_names=label_names, no_label=no_label, rare=rare).items() if v]
+    if given: raise ScreenError(f'{option(given[0])} is for a target with several labels: leave it out, or take a recipe for several labels, such as hpa46.')
+
+def _check_no_plates(norm, batch_by, sites):
+    "Raise for what needs plates, experiments or wells"
+    if sites > 1: raise ScreenError(f'{option("sites", sites)} needs wells with several sites, and each image stands for itself: leave it out.')
+    for k, v in dict(norm=norm, batch_by=batch_by).items():
+        if v in ('plate', 'experiment'): raise ScreenError(f'{option(k, v)} needs plates, and the images are on none: leave it out.')
+
+def _training_spec(rows, train, source, target, vocabs, norm_stats=None, label_names=None, **kwargs):
     "Return the `ScreenSpec` of training rows"
     vocabs = vocabs or {c: meta_vocab(train[c]) for c in META_COLUMNS}
-    spec = ScreenSpec(target, label_order(rows, target), list(source.channels), vocabs,
+    labels = labels_of(rows, target, label_names) if kwargs.get('several') else label_order(rows, target)
+    spec = ScreenSpec(target, labels, list(source.channels), vocabs,
                       bits=source.dtype.itemsize*8, **kwargs)
     if norm_stats is not None: spec.norm_mean, spec.norm_std = _given_stats(spec.norm, norm_stats, source.channels)
     elif spec.norm == 'global':
@@ -337,11 +418,62 @@ def _training_spec(rows, train, source, target, vocabs, norm_stats=None, **kwarg
         spec.norm_mean, spec.norm_std = (stats[c].iloc[0].tolist() for c in columns)
     return spec
 
+# %% ../../nbs/13_batch.data.ipynb #f8b5bc94
+def rarest_label(
+    cells, # Cells of the target, such as '0|14'
+)->np.ndarray: # Text; '' for an image without a label
+    "Return the rarest label of each image"
+    parts = split_labels(cells)
+    n = pd.Series([o for p in parts for o in p], dtype=object).value_counts().to_dict()
+    return np.array([min(p, key=lambda o: (n[o], o)) if p else '' for p in parts], object)
+
+def split_images(
+    rows:pd.DataFrame, # Labeled rows of images that are in no experiment
+    valid='auto', # Held-out images: names (a list), 'auto' (those of dataset val, else a share of each label) or 'none'
+    target:str='labels', # Column whose labels are spread evenly
+    share:float=.2, # Of each label, with 'auto'
+    seed:int=0, # Which images, with 'auto'
+)->tuple: # (training rows, held-out rows)
+    "Return training and validation rows of images that are in no experiment"
+    is_val = (rows.dataset == 'val').to_numpy()
+    if not isinstance(valid, str): is_val = is_val | _named_images(rows, valid)
+    elif valid == 'auto' and not is_val.any(): is_val = _some_of_each(rarest_label(rows[target]), share, seed)
+    elif valid not in ('auto', 'none'): is_val = is_val | _named_images(rows, as_names(valid))
+    if is_val.all(): raise ScreenError('All images are held out: leave some to train on.')
+    return rows[~is_val], rows[is_val]
+
+def _named_images(rows, names):
+    "Return which rows are named: bool [N]"
+    odd = sorted(set(names) - set(rows.site_id))
+    if odd: raise ScreenError(f'{first_few(odd, 3)} cannot be held out, as no training image is called so: name images of the table.')
+    return rows.site_id.isin(set(names)).to_numpy()
+
+def _some_of_each(kinds, share, seed):
+    "Return a share of the positions of each kind at random: bool [N]"
+    rng, out, start = np.random.default_rng(seed), np.zeros(len(kinds), bool), 0.
+    for k in sorted(set(kinds)):
+        at = rng.permutation(np.flatnonzero(kinds == k))
+        n, start = int(start + share*len(at)), (start + share*len(at)) % 1      # what a rare label lacks, the next one gets
+        out[at[:n]] = True
+    return out
+
+# %% ../../nbs/13_batch.data.ipynb #e78b6abc
+def rare_weights(
+    cells, # Cells of the target, such as '0|14'
+    power:float=.5, # 0: every image alike; 1: as if all labels were as frequent as each other
+)->np.ndarray: # float64 [N], mean 1
+    "Return how often each image is drawn, by the rarest of its labels"
+    if not 0 <= power <= 1: raise ScreenError(f'{option("rare", power)} is not possible: give a number from 0 (as they are) to 1 (all labels alike).')
+    kinds = rarest_label(cells)
+    n = pd.Series(kinds).value_counts()
+    w = n[kinds].to_numpy(float)**-power
+    return w/w.mean()
+
 # %% ../../nbs/13_batch.data.ipynb #28c93395
 def screen_dls(
     screen, # A `Screen`
     valid='auto', # Held-out experiments: names, 'A,B', 'auto' or 'none'
-    target:str='sirna', # Column to predict
+    target:str='sirna', # Column to predict, or several, such as compound+dose
     controls:bool=None, # Train on control wells too; see `labeled_rows`
     sites:int=1, # 1: a sample is a site; 2: a well of two sites
     size:int=None, # Side that the model sees, pixels; `None`: as stored
@@ -354,22 +486,31 @@ def screen_dls(
     seed:int=0, # Order of the training samples
     num_workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     device=None, # Where batches go; `None`: fastai's default
+    several:bool=False, # Does a sample have several labels of the target, as in '0|14'?
+    label_names=None, # With several: labels in order, a list, 'A,B' or a table; `None`: those of the training rows
+    no_label:bool=False, # With several: allow images without any label
+    rare:float=0., # With several: show images of rare labels more often, see `rare_weights`
     batch_by:str=None, # Training batches from one 'experiment' or 'plate' each
     batch_groups:int=1, # Experiments or plates in a batch, with `batch_by`
     vocabs:dict=None, # Metadata vocabularies; `None`: from the training rows
     item_tfms=None, # Not supported, as sites are read in whole batches: use `batch_tfms`
     batch_tfms=None, # Batch transforms besides `augs`: functions of `x:TensorSite`, for training, or `Transform`s
 )->ScreenLoaders: # with `.spec` (a `ScreenSpec`) and `.rebuild(**changes)`
-    "Return training and validation batches of a screen, split by experiment"
+    "Return training and validation batches of a screen, split by experiment; images that are in none are split by themselves"
     args = dict(locals())
+    if target not in screen.table: screen = screen[with_target(screen.table, target)]
     table, source, more = screen.table, screen.source, _after_ours(item_tfms, batch_tfms)
-    rows = labeled_rows(table, target, controls)
-    note = '' if controls or target != 'sirna' else control_plates_note(table[table.dataset.isin(('train', 'val'))])
+    rows = labeled_rows(table, target, controls, several)
+    note = '' if controls or not names_perturbations(target) else control_plates_note(table[table.dataset.isin(('train', 'val'))])
     if note: print(f'note: {note}')
-    train, held = split_experiments(rows, valid)
+    if several: check_labels(rows, target, labels_of(rows, target, label_names), no_label)
+    else: _check_single(rows, target, label_names, no_label, rare)
+    by_experiment = has_plates(table)
+    if not by_experiment: _check_no_plates(norm, batch_by, sites)
+    train, held = split_experiments(rows, valid) if by_experiment else split_images(rows, valid, target, seed=seed)
     check_id_test(table, rows, sites)
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))
-    how = dict(sites=sites, size=size, norm=norm, norm_from=norm_from, clahe=clahe, norm_stats=norm_stats)
+    how = dict(sites=sites, size=size, norm=norm, norm_from=norm_from, clahe=clahe, norm_stats=norm_stats, several=several, label_names=label_names, no_label=no_label)
     spec = _training_spec(rows, train, source, target, vocabs, **how)
     if augs == 'default': augs = {}
     if isinstance(augs, dict): augs = site_augs(**augs)
@@ -379,7 +520,9 @@ def screen_dls(
     with no_random(seed): dls = block.dataloaders(both, bs=min(bs, len(train)), num_workers=num_workers, device=device,
                                                   verbose=False, group_by=batch_by, groups=batch_groups)
     dls = ScreenLoaders(*dls.loaders, path=dls.path, device=dls.device)
-    dls.spec, dls.screen, dls.held_out, dls.augs = spec, screen, sorted(held.experiment.unique()), args['augs']
+    if rare: dls.train.draw_by(rare_weights(train[target], rare))
+    dls.spec, dls.screen, dls.augs = spec, screen, args['augs']
+    dls.held_out, dls.held_images = (sorted(held.experiment.unique()), []) if by_experiment else ([], held.site_id.tolist())
     def rebuild(**changes): return screen_dls(**{**args, 'vocabs': spec.vocabs, **changes})
     dls.rebuild = rebuild
     return dls
@@ -400,8 +543,8 @@ def spec_source(
     "Return a source with the channels of a model, by name; a `ScreenError` when it lacks some, or has other bits"
     have, want = list(source.channels), list(spec.channels)
     if lacks := [c for c in want if c not in have]:
-        raise ScreenError(f'The model was trained on {len(want)} channels ({", ".join(want)}) and the screen lacks {first_few(lacks)} '
-                          f'(it has {", ".join(have)}): give it images of those {len(want)} channels, under the same names.')
+        raise ScreenError(f'The model was trained on {plural(len(want), "channel")} ({", ".join(want)}) and the screen lacks {first_few(lacks)} '
+                          f'(it has {", ".join(have)}): give it images of those {plural(len(want), "channel")}, under the same names.')
     if source.dtype.itemsize*8 != spec.bits:
         raise ScreenError(f'The model was trained on {spec.bits}-bit images and the screen has '
                           f'{source.dtype.itemsize*8}-bit ones: convert them, or train on this screen.')

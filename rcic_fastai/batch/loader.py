@@ -182,7 +182,7 @@ class ScreenDL(TfmdDL):
     ):
         self.reader, self.threads = _reader(dataset), threads or min(8, n_cores())
         self.ahead, self.group_by, self.groups = max(ahead, 1), group_by, groups
-        self._made = self._pool = self._by_group = None
+        self._made = self._pool = self._by_group = self._weights = None
         if self.reader and (isinstance(self.reader.source, PackedScreen) or self._in_memory): num_workers = 0
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
         if group_by and shuffle and self.n: self._by_group = GroupBatches(stat_groups(self.items, group_by), bs, groups)
@@ -191,7 +191,15 @@ class ScreenDL(TfmdDL):
         extra = dict(threads=self.threads, ahead=self.ahead, group_by=self.group_by, groups=self.groups)
         return super().new(dataset, cls, **merge(extra, kwargs))
     def __len__(self): return len(self._by_group) if self._by_group else super().__len__()
-    def get_idxs(self): return self._by_group.order(self.rng) if self._by_group else super().get_idxs()
+    def get_idxs(self):
+        if self._by_group: return self._by_group.order(self.rng)
+        if self._weights is None: return super().get_idxs()
+        return self.rng.choices(range(self.n), self._weights, k=self.n)
+    def draw_by(self,
+        weights, # One number per sample, 0 or more: how often it is drawn; `None`: each once per epoch
+    ):
+        "Draw the samples of an epoch at random, with replacement, by weight"
+        self._weights = None if weights is None else [float(w) for w in weights]
     def show_batch(self, *args, **kwargs): return super().show_batch(*args, **self._named(kwargs))
     def show_results(self, *args, **kwargs): return super().show_results(*args, **self._named(kwargs))
     def _named(self, kwargs):

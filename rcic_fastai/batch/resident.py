@@ -37,7 +37,7 @@ def check_memory(
     need, free = n*prod(shape)*np.dtype(dtype).itemsize, _free_memory(device)
     if free is None or need <= .9*free: return
     sizes = '×'.join(map(str, shape))
-    raise ScreenError(f'{n:,} sites of {sizes} pixels need {need/1e9:.1f} GB and {device} has {free/1e9:.1f} GB free: '
+    raise ScreenError(f'{plural(n, "site")} of {sizes} pixels need {need/1e9:.1f} GB and {device} has {free/1e9:.1f} GB free: '
                       f'read them from the packed screen, or take fewer pixels ({option("size", 256)}).')
 
 # %% ../../nbs/13b_batch.resident.ipynb #0ed90475

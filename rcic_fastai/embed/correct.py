@@ -217,7 +217,7 @@ def _spectrum(r, shrink, dims=None):
                                     'use more controls.')
     if k > rank and shrink == 0:
         keep = f', keep fewer of them (dims={rank})' if dims is not None else ''
-        raise ScreenError(f'The {n} control rows vary in only {rank} of {k} dimensions, too few to whiten them all: '
+        raise ScreenError(f'The {plural(n, "control row varies", "control rows vary")} in only {rank} of {k} dimensions, too few to whiten them all: '
                           f"shrink the covariance (shrink='auto'){keep}, or use more controls (controls='all').")
     if shrink == 'auto':
         from sklearn.covariance import ledoit_wolf_shrinkage

@@ -83,6 +83,14 @@ def _compared(emb, names):
     order = np.lexsort([m.well_id.astype(str), code])
     return m.assign(is_control=is_control, plate_code=code).iloc[order].reset_index(drop=True), x[order]
 
+# %% ../../nbs/45_embed.hits.ipynb #20c90542
+def _with_dose(emb, dose):
+    "Return profiles without positive controls that have no dose, and a sentence on them"
+    if not dose: return emb, []
+    alone = (emb[f'{META}well_type'] == 'positive_control') & emb[META + dose].isna()
+    if not alone.any(): return emb, []
+    return emb[~alone].reset_index(drop=True), [f'{plural(int(alone.sum()), "positive control well")} without a {dose} left out: look for hits without doses to measure them.']
+
 # %% ../../nbs/45_embed.hits.ipynb #633bfcf3
 def within_plates(
     x, # [N, D]
@@ -367,7 +375,7 @@ def _hits(m, x, names, dose, measure, level, n_null, seed, progress):
         t = t.merge(dose_responses(m[treated], effect[treated], only, dose, max(n_null, needed), seed), on=only, how='left')
     return t.sort_values(['p', 'activity'], ascending=[True, False], ignore_index=True, kind='stable'), alone
 
-# %% ../../nbs/45_embed.hits.ipynb #03e84320
+# %% ../../nbs/45_embed.hits.ipynb #0f8d2950
 def find_hits(
     profiles, # Embeddings table, any table of profiles (`read_profiles`), or the file of one
     out=None, # CSV or parquet to write; a picture and a record of how are written beside it; `None`: no file
@@ -389,10 +397,11 @@ def find_hits(
     if out is not None: _check_out(out)
     emb = screened_wells(profiles, controls, columns)
     names, dose = target_columns(emb_metadata(emb), target, dose)
+    emb, left = _with_dose(emb, dose)
     emb, notes = corrected_profiles(emb, names, correct)
     m, x = _compared(emb, names)
     hits, alone = _hits(m, within_plates(x, m.plate_code), names, dose, measure, level, n_null, seed, progress)
-    notes = [*notes, *hit_notes(m, hits, alone, level)]
+    notes = [*notes, *left, *hit_notes(m, hits, alone, level)]
     used = highest_protocol(m.protocol) if 'protocol' in m else Protocol.inductive
     hits.attrs.update(target=names, dose=dose, measure=measure, correct=correct, level=level, n_null=n_null, seed=seed, left_out=len(alone), notes=notes, embeddings=used.value)
     if out is not None: write_hits(hits, out)

@@ -135,8 +135,8 @@ class EmbeddingIndex:
 
     def __len__(self): return len(self.labels)
     def __repr__(self):
-        classes = f'{len(self.classes)} classes of {self.target}'
-        return f'EmbeddingIndex: {len(self)} embeddings of {self.dim} numbers, {classes}, {self.kind}'
+        classes = f'{plural(len(self.classes), "class", "classes")} of {self.target}'
+        return f'EmbeddingIndex: {plural(len(self), "embedding")} of {self.dim} numbers, {classes}, {self.kind}'
 
 # %% ../../nbs/42_embed.index.ipynb #e5966859
 @patch
@@ -540,7 +540,7 @@ def save(self:EmbeddingIndex,
     folder, rows = Path(folder), {str(c): _to_plain(s) for c, s in self.labels.items()}
     text = json.dumps(rows, allow_nan=False)
     if len(text) > _most_bytes(len(self), rows):
-        raise ScreenError(f'The {len(rows)} columns of the index hold more than 256 letters a cell: '
+        raise ScreenError(f'The {plural(len(rows), "column")} of the index hold more than 256 letters a cell: '
                           'drop those with long texts.')
     write_atomic(folder/'index.safetensors', partial(_write_vectors, self.features))
     write_atomic(folder/'index.rows.json', lambda p: p.write_text(text))
@@ -588,7 +588,7 @@ def _open_vectors(path, n, d, facts):
         part = safe_open(path, framework='numpy').get_slice('features')
         fits = part.get_shape() == [n, d] and part.get_dtype() == 'F32'
     except Exception as e: raise copy_again(f'{path} does not hold vectors ({first_line(e)})') from None
-    if not fits: raise copy_again(f'{path} does not hold {n} rows of {d} numbers')
+    if not fits: raise copy_again(f'{path} does not hold {plural(n, "row")} of {d} numbers')
     return lambda a, b: part[a:b]
 
 # %% ../../nbs/42_embed.index.ipynb #03b5820a
@@ -609,7 +609,7 @@ def _read_rows(path, n, columns):
     if list(d) != columns: raise copy_again(f'{path} has other columns than index.json says')
     try:
         table = pd.DataFrame({c: _to_column(o) for c, o in d.items()})
-        if len(table) != n: raise ValueError(f'it has {len(table)} rows')
+        if len(table) != n: raise ValueError(f'it has {plural(len(table), "row")}')
         return table
     except Exception as e: raise copy_again(f'{path} does not hold the rows of this index ({first_line(e)})') from None
 

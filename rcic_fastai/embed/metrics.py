@@ -300,7 +300,7 @@ def _folds(m, by, folds, seed):
         wells, _ = pd.factorize(m['well_id'].to_numpy()[idx])
         n = wells.max() + 1
         if n < folds:
-            raise ScreenError(f'{by} {b} has {n} wells, too few for {folds} folds: leave it out or ask for fewer.')
+            raise ScreenError(f'{by} {b} has {plural(n, "well")}, too few for {folds} folds: leave it out or ask for fewer.')
         out[idx] = (np.random.default_rng(seed).permutation(n) % folds)[wells]
     return out
 
@@ -376,7 +376,7 @@ def _with_controls(emb, target, controls):
     strata, plates = _codes(m, ['experiment', 'plate'])
     bare = np.setdiff1d(strata, strata[control])
     if len(bare):
-        raise ScreenError(f'{len(bare)} plates have no {controls} well (first: '
+        raise ScreenError(f'{plural(len(bare), "plate has", "plates have")} no {controls} well (first: '
                           f'plate {plates.plate[bare[0]]} of {plates.experiment[bare[0]]}): '
                           'leave them out, or name other controls.')
     if control.all(): raise ScreenError('The embeddings hold no treatment well: give some.')

@@ -10,7 +10,7 @@ __all__ = ['META', 'EMB', 'make_emb_table', 'emb_features', 'emb_metadata', 'wri
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..core import ScreenError, first_few, write_atomic
+from ..core import ScreenError, first_few, write_atomic, plural
 from ..screen.tables import CELL_TYPES, identifiers, inner_wells, read_parquet
 from .protocol import Protocol
 
@@ -24,7 +24,7 @@ def make_emb_table(
     "Put the facts about N sites (or wells) and their N vectors into one embeddings table."
     x = np.asarray(features, dtype=np.float32)
     if x.ndim != 2 or len(x) != len(metadata):
-        raise ScreenError(f'{len(metadata)} metadata rows do not go with features of shape {x.shape}: '
+        raise ScreenError(f'{plural(len(metadata), "metadata row does", "metadata rows do")} not go with features of shape {x.shape}: '
                           'give an array with one row for every metadata row.')
     meta = metadata.reset_index(drop=True).rename(columns=lambda c: c if str(c).startswith(META) else f'{META}{c}')
     cols = [f'{EMB}{i:04d}' for i in range(x.shape[1])]
@@ -110,6 +110,7 @@ def _well_protocols(meta, wells):
 def merge_sites(
     df:pd.DataFrame,   # embeddings table with one row per site
     how:str='mean',    # `mean` or `median` of the unit vectors of a well's sites
+    unit:bool=True,    # unit vectors; `False`: the numbers as they are, such as class scores
 )->pd.DataFrame:       # embeddings table with one row per well, unit vectors, wells in order of first appearance
     "Average the sites of each well into one unit vector."
     if how not in ('mean', 'median'): raise ScreenError(f"how={how!r} is unknown: use 'mean' or 'median'.")
@@ -118,12 +119,12 @@ def merge_sites(
     if meta.well_id.isna().any():
         raise ScreenError(f'Row {int(np.flatnonzero(meta.well_id.isna())[0])} of the table has no well_id: fill it in.')
     _check_alike(meta)
-    x = pd.DataFrame(unit_rows(emb_features(df)))
+    x = pd.DataFrame(unit_rows(emb_features(df)) if unit else emb_features(df))
     merged = x.groupby(meta.well_id.to_numpy(), sort=False).agg(how)
     first = meta.drop_duplicates('well_id').drop(columns=['site_id', 'site'], errors='ignore')
     if 'protocol' in first: first = first.assign(protocol=_well_protocols(meta, first))
     n = meta.well_id.map(meta.well_id.value_counts())[first.index]
-    return make_emb_table(first.assign(n_sites=n), unit_rows(merged.to_numpy()))
+    return make_emb_table(first.assign(n_sites=n), unit_rows(merged.to_numpy()) if unit else merged.to_numpy())
 
 # %% ../../nbs/40_embed.table.ipynb #5bd99ba6
 def _toy_layout(rng, n_sirnas, plates):

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 import torch, torch.nn.functional as F
 from torch import nn
-from ..core import ScreenError, check_choice, first_line, option
+from ..core import ScreenError, check_choice, first_line, option, plural
 
 # %% ../../nbs/20_model.backbones.ipynb #83a018a7
 class Slot(nn.Identity):
@@ -634,7 +634,7 @@ def body_groups(
     "Split the parameters of a body into `n` groups of about equally many blocks, early to late"
     blocks = body_blocks(body)
     if not 1 <= n <= len(blocks):
-        raise ScreenError(f'A body of {len(blocks)} blocks cannot be cut into {n} groups: ask for 1 to {len(blocks)}.')
+        raise ScreenError(f'A body of {len(blocks)} blocks cannot be cut into {plural(n, "group")}: ask for 1 to {len(blocks)}.')
     cuts = [round(i*len(blocks)/n) for i in range(n+1)]
     groups = [_all_parameters(blocks[i:j]) for i,j in zip(cuts, cuts[1:])]
     seen = {id(p) for p in _all_parameters(blocks)}

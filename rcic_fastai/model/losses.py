@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'CosineLoss', 'SoftmaxLoss', 'CrossEntropy', 'CosFace', 'ArcFace', 'adacos_scale', 'AdaCos', 'MixLoss',
-           'TripletLoss', 'loss_from_config']
+           'TripletLoss', 'BinaryLoss', 'FocalLoss', 'loss_from_config']
 
 # %% ../../nbs/22_model.losses.ipynb #d6ef986b
 import inspect, math, weakref
@@ -18,6 +18,7 @@ from .heads import unit_length
 class CosineLoss(nn.Module):
     "Cross-entropy of scaled cosines; the other losses override `logits` or `per_item`"
     y_int = True
+    several = False # Does an item have several labels, as a row of zeros and ones?
     reads,embeds = 'cosine',False # What it needs: 'cosine', 'linear' (logits), 'both' or 'embedding'; and does it need embeddings too?
     def __init__(self,
         s:float=16., # Scale of the cosines
@@ -197,6 +198,12 @@ class MixLoss(CosineLoss):
         return 'both' if len(kinds) > 1 else kinds.pop()
 
     @property
+    def several(self)->bool:
+        "Return whether both read several labels; a `ScreenError` when only one does"
+        if self.a.several == self.b.several: return self.a.several
+        raise ScreenError(f'{type(self.a).__name__} and {type(self.b).__name__} cannot be mixed, as one reads several labels and the other a single one: choose two of a kind.')
+
+    @property
     def embeds(self)->bool:
         "Return whether one of the two needs the embeddings"
         return self.a.embeds or self.b.embeds
@@ -259,9 +266,70 @@ class TripletLoss(CosineLoss):
         is_triplet = other.any(1) & ~same.all(1)
         return torch.where(is_triplet, (far - near + self.margin).clamp(min=0), 0.)
 
+# %% ../../nbs/22_model.losses.ipynb #2e14bb27
+class BinaryLoss(CosineLoss):
+    "Binary cross-entropy of each label, from logits; the mean over the labels"
+    reads,several,y_int = 'linear',True,False
+    def __init__(self,
+        reduction:str='mean', # 'mean', 'sum' or 'none'
+    ): super().__init__(1., reduction)
+
+    def of_labels(self,
+        x:torch.Tensor, # Logits [B,K]
+        y:torch.Tensor, # 1 where an item has a label, else 0 [B,K]; shares where items are mixed
+    )->torch.Tensor: # [B,K]
+        "Return the loss of each label of each item"
+        return F.binary_cross_entropy_with_logits(x, y, reduction='none')
+
+    def per_item(self, x, y):
+        x,y = (o.as_subclass(torch.Tensor) for o in (x, y))
+        x = x if x.dtype == torch.float64 else x.float()
+        if x.shape != y.shape: raise ScreenError(f'There are logits {list(x.shape)} and labels {list(y.shape)}: give a 0 or 1 for each label of each item.')
+        return self.of_labels(x, y.to(x.dtype)).mean(-1)
+
+    def activation(self, x): return torch.sigmoid(x.float())
+    def decodes(self, p): return p > .5
+
+# %% ../../nbs/22_model.losses.ipynb #8802914b
+class FocalLoss(BinaryLoss):
+    "Focal loss of each label (arXiv 1708.02002), with α and γ for each of them"
+    def __init__(self,
+        alpha=.5, # Weight of a label that is there, 0 to 1; one that is not weighs 1 − α; one number, or one per label
+        gamma=2., # How little an easy label counts, 0 or more; one number, or one per label
+        rare=(), # Positions of labels with numbers of their own; those behind the last label have no effect
+        rare_alpha:float=.25, # α of those
+        rare_gamma:float=1.5, # γ of those
+        reduction:str='mean', # 'mean', 'sum' or 'none'
+    ):
+        super().__init__(reduction)
+        self.alpha,self.gamma,self.rare = alpha,gamma,[int(i) for i in rare]
+        self.rare_alpha,self.rare_gamma,self._made = rare_alpha,rare_gamma,{}
+        for name,most in dict(alpha=1, rare_alpha=1, gamma=math.inf, rare_gamma=math.inf).items():
+            v = getattr(self, name)
+            if not all(0 <= o <= most for o in (v if isinstance(v, (list, tuple)) else [v])):
+                raise ScreenError(f'{option(name, v)} is not possible: give numbers from 0' + (' to 1.' if most == 1 else '.'))
+
+    def each(self,
+        name:str, # 'alpha' or 'gamma'
+        like:torch.Tensor, # Logits [B,K]
+    )->torch.Tensor: # [K]
+        "Return α or γ of each label"
+        v,k = getattr(self, name),like.shape[-1]
+        key = name,k,like.dtype,like.device
+        if key not in self._made:
+            if isinstance(v, (list, tuple)) and len(v) != k: raise ScreenError(f'{option(name)} has {len(v)} numbers for {k} labels: give one for each.')
+            numbers = [*v] if isinstance(v, (list, tuple)) else [v]*k
+            numbers = [getattr(self, f'rare_{name}') if i in self.rare else o for i,o in enumerate(numbers)]
+            self._made[key] = torch.tensor(numbers, dtype=like.dtype, device=like.device)
+        return self._made[key]
+
+    def of_labels(self, x, y):
+        a,g,yes,no = self.each('alpha', x),self.each('gamma', x),F.logsigmoid(x),F.logsigmoid(-x)
+        return -y*a*(g*no).exp()*yes - (1 - y)*(1 - a)*(g*yes).exp()*no
+
 # %% ../../nbs/22_model.losses.ipynb #36ac7832
 LOSSES = dict(adacos=AdaCos, arcface=ArcFace, cosface=CosFace, softmax=SoftmaxLoss, mix=MixLoss,
-              cross_entropy=CrossEntropy, triplet=TripletLoss)
+              cross_entropy=CrossEntropy, triplet=TripletLoss, bce=BinaryLoss, focal=FocalLoss)
 
 @patch
 def config(self:CosineLoss)->dict: # {'name': …, and its arguments}

@@ -28,7 +28,7 @@ def _plate_scores(scores, plate):
         raise ScreenError(f'{where}: the scores of well {bad.any(1).argmax()} are not numbers: embed its sites again.')
     usable = np.isfinite(s).any(0)
     if len(s) > usable.sum():
-        raise ScreenError(f'{where}: {len(s)} wells cannot be given {usable.sum()} siRNAs one to one: '
+        raise ScreenError(f'{where}: {plural(len(s), "well cannot", "wells cannot")} be given {plural(usable.sum(), "siRNA")} one to one: '
                           'check that the rows are one plate and that its group is right.')
     return s
 
@@ -45,7 +45,7 @@ def assign_plate(
     _, cols = linear_sum_assignment(np.where(ok, s, s[ok].min() - span*len(s)), maximize=True)
     stuck = ~ok[np.arange(len(s)), cols]
     if stuck.any():
-        raise ScreenError(f'{_called(plate)}: {stuck.sum()} wells find no free siRNA among those they are allowed: '
+        raise ScreenError(f'{_called(plate)}: {plural(stuck.sum(), "well finds", "wells find")} no free siRNA among those they are allowed: '
                           'allow more.')
     return cols
 
@@ -104,7 +104,7 @@ def group_patterns(
     n = seen.shape[1]
     if names and n > 7: return pd.DataFrame()                    # too many to try: `infer_groups` goes plate by plate
     if names: extend = 'all'
-    if extend == 'all' and n > 7: raise ScreenError(f'{n} plates have too many orders to try them all: use rotations.')
+    if extend == 'all' and n > 7: raise ScreenError(f'{plural(n, "plate has", "plates have")} too many orders to try them all: use rotations.')
     every = []
     for pattern in np.unique(seen.to_numpy(), axis=0): every += _extended(pattern, extend)
     every = pd.DataFrame(every, columns=seen.columns)

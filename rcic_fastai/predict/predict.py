@@ -182,7 +182,7 @@ def _vote_share(near, wells, labels):
 # %% ../../nbs/51_predict.predict.ipynb #57671352
 def _treatment_classes(index):
     "bool [K]: what a treatment well can be named after; None: anything"
-    if index.target not in ('sirna', 'sirna_id') or 'well_type' not in index.labels: return None
+    if not (names_perturbations(index.target) or index.target == 'sirna_id') or 'well_type' not in index.labels: return None
     treated = index.labels.loc[index.labels.well_type == 'treatment', index.target].astype(str).unique()
     is_treatment = pd.Index(index.classes).isin(treated)
     return is_treatment if is_treatment.any() and not is_treatment.all() else None
@@ -243,7 +243,7 @@ def _say_shared(known, index):
     if 'experiment' not in index.labels or 'experiment' not in known: return
     same = known.experiment.isin(index.labels.experiment.unique()) & known.experiment.notna()
     if same.any():
-        warnings.warn(f'{same.sum()} of {len(known)} embeddings to name are of experiments that the index holds too ({first_few(sorted(known.experiment[same].unique()), 3)}): '
+        warnings.warn(f'{same.sum()} of {plural(len(known), "embedding")} to name are of experiments that the index holds too ({first_few(sorted(known.experiment[same].unique()), 3)}): '
                       'how often they are named rightly says nothing of experiments never seen.', stacklevel=3)
 
 # %% ../../nbs/51_predict.predict.ipynb #c70732d5
@@ -386,7 +386,8 @@ def write_predictions(
     if 'group_source' in pred:
         g = pred.dropna(subset=['group_source']).groupby('experiment')[['group_source', 'group_confidence']].first()
         groups = dict(plate_groups={e: dict(source=r.group_source, confidence=round(r.group_confidence, 2) if np.isfinite(r.group_confidence) else None) for e, r in g.iterrows()})
-    record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **(info or {}))
+    labels = {k: pred.attrs[k] for k in ('thresholds', 'no_label') if k in pred.attrs}
+    record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **{**(info or {}), **labels})
     if classes := pred.attrs.get('classes'): record['classes'] = classes
     if notes := pred.attrs.get('notes'): record['notes'] = [*record.get('notes', ()), *notes]
     def answers(p):
@@ -426,13 +427,15 @@ def read_predictions(
     except ScreenError: raise
     except ValueError as e: raise ScreenError(f'{path} is not a readable CSV ({str(e).splitlines()[0]}): write it with rcic_predict.') from None
     if 'id_code' not in pred or pred.shape[1] < 2: raise ScreenError(f'{path} has the columns {first_few(pred.columns)}: it needs id_code and the predicted label.')
-    if pred.iloc[:, :2].isna().any().any(): raise ScreenError(f'{path} has an empty cell in row {int(pred.isna().any(axis=1).idxmax())+2}: predict again.')
     record, tops = _record(path)
+    if record.get('no_label') and record.get('target') in pred: pred[record['target']] = pred[record['target']].fillna('')
+    if pred.iloc[:, :2].isna().any().any(): raise ScreenError(f'{path} has an empty cell in row {int(pred.isna().any(axis=1).idxmax())+2}: predict again.')
     target = record.get('target', next(c for c in pred if c != 'id_code'))
     if target not in pred: raise ScreenError(f'{info_path(path)} says that {target} was predicted, but {path} has no such column: keep the two files together.')
     if tops: pred = pred.merge(read_csv(top_path(path)).map(csv_name), on='id_code', how='left')
     pred['protocol'] = record.get('protocol', 'unknown')
     pred.attrs['target'] = target
+    if 'thresholds' in record: pred.attrs.update({k: record.get(k) for k in ('thresholds', 'no_label')})
     if isinstance(names := record.get('classes'), list): pred.attrs['classes'] = [str(n) for n in names]
     pred.attrs['record'] = {k: v for k, v in record.items() if k not in ('classes', 'sha256')}
     return pred

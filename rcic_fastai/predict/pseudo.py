@@ -39,14 +39,14 @@ def _in_group(wells, scores, groups):
     "Return scores as float64, classes of other groups at −∞, after checking them"
     s = np.array(scores, dtype=np.float64)
     if s.ndim != 2 or len(s) != len(wells) or not len(s):
-        raise ScreenError(f'{len(wells)} wells do not go with scores of shape {s.shape}: give one row per well and one '
+        raise ScreenError(f'{plural(len(wells), "well does", "wells do")} not go with scores of shape {s.shape}: give one row per well and one '
                           'column per class.')
     bad = (np.isnan(s) | np.isposinf(s)).any(1)
     if bad.any():
         raise ScreenError(f'The scores of well {wells.well_id[bad].iloc[0]} are not numbers: embed its sites again.')
     if groups is None: return s
     if len(groups) != s.shape[1]:
-        raise ScreenError(f'{s.shape[1]} classes came with {len(groups)} groups: give one each.')
+        raise ScreenError(f'{s.shape[1]} classes came with {plural(len(groups), "group")}: give one each.')
     return np.where(_numbers(groups)[None] == _numbers(wells.plate_group)[:, None], s, -np.inf)
 
 def _check_room(wells, s, plates):
@@ -56,7 +56,7 @@ def _check_room(wells, s, plates):
         n = int(np.isfinite(s[mine]).any(0).sum())
         if mine.sum() > n:
             w = wells[mine].iloc[0]
-            raise ScreenError(f'Plate {w.plate} of {w.experiment} has {mine.sum()} wells for the {n} siRNAs of its '
+            raise ScreenError(f'Plate {w.plate} of {w.experiment} has {plural(mine.sum(), "well")} for the {plural(n, "siRNA")} of its '
                               'group: check its plate_group, and that there is one row per well.')
 
 # %% ../../nbs/52_predict.pseudo.ipynb #a4b67ba5

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORE', 'UNTOLD', 'SCORE_KINDS', 'score_table', 'score_classes', 'score_matrix', 'with_untold', 'has_untold',
-           'score_wells', 'scores_path', 'write_scores', 'read_scores']
+           'score_wells', 'scores_path', 'write_scores', 'read_scores', 'is_scores', 'name_labels']
 
 # %% ../../nbs/51b_predict.scores.ipynb #d70ec15b
 import json
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd
 from pathlib import Path
 from ..core import *
+from ..screen.tables import join_labels
 from ..embed.protocol import *
 from ..embed.table import *
 from ..embed.index import *
@@ -36,7 +37,7 @@ def score_table(
     check_choice('kind', kind, SCORE_KINDS)
     s, names = np.asarray(scores, np.float32), [f'{SCORE}{c}' for c in classes]
     if s.shape != (len(wells), len(names)):
-        raise ScreenError(f'The scores have shape {s.shape} for {len(wells)} wells and {len(names)} classes: give one row per well and one column per class.')
+        raise ScreenError(f'The scores have shape {s.shape} for {plural(len(wells), "well")} and {plural(len(names), "class", "classes")}: give one row per well and one column per class.')
     if np.isnan(s).any(): raise ScreenError('A score is not a number: embed the wells again.')
     known = pd.DataFrame({'id_code': wells['well_id'].to_numpy(object), **{c: wells[c].to_numpy() for c in _ABOUT if c in wells}})
     res = known.join(pd.DataFrame(s, columns=names))
@@ -150,4 +151,31 @@ def read_scores(
     res = table.replace_schema_metadata(None).to_pandas()
     res = res.iloc[np.argsort(res['id_code'].to_numpy(str), kind='stable')].reset_index(drop=True)
     res.attrs.update(json.loads(about))
+    return res
+
+# %% ../../nbs/51b_predict.scores.ipynb #f8c6c4bc
+def is_scores(
+    path, # Any path
+)->bool: # False where nothing can be read
+    "Return whether a file is one of `write_scores`"
+    import pyarrow as pa, pyarrow.parquet as pq
+    try: return b'rcic_scores' in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowInvalid, OSError): return False
+
+# %% ../../nbs/51b_predict.scores.ipynb #2bc08a00
+def name_labels(
+    scores:pd.DataFrame, # A score table of probabilities, with `thresholds` in its `.attrs`
+)->pd.DataFrame: # The table with the column of the target, cells such as '0|14'
+    "Answer the labels of each image whose probability reaches their threshold"
+    p, classes, facts = score_matrix(scores), score_classes(scores), scores.attrs
+    cut = np.asarray(facts.get('thresholds') or [.5]*len(classes), np.float64)
+    answered = p >= cut
+    if not facts.get('no_label'):
+        none = ~answered.any(1)
+        answered[none, (p[none]/np.maximum(cut, 1e-6)).argmax(1)] = True
+    cells = [join_labels(np.array(classes, object)[row]) for row in answered]
+    res = scores.copy()
+    res.insert(1, facts['target'], cells)
+    res['protocol'] = facts['protocol']
+    res.attrs.update({**facts, 'notes': [], 'classes': facts.get('names', classes)})
     return res

@@ -10,16 +10,18 @@ __all__ = ['INDUCTIVE_MASK', 'MODEL_LICENSE', 'OWN_FACTS', 'index_rows', 'remove
 # %% ../../nbs/53_predict.trained.ipynb #9dc5e702
 import io, platform
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
 from ..screen.images import *
 from ..screen.screen import *
 from ..screen.pack import picture_notes
+from ..screen.cells import cell_side
 from ..batch.data import *
 from ..model.model import *
 from ..model.batchnorm import *
+from ..model.labels import *
 from ..train.learner import *
 from ..train.distributed import *
 from ..embed.protocol import *
@@ -70,7 +72,7 @@ def build_index(
     def make(adapt, sub, mask=INDUCTIVE_MASK):
         if not separate: return once(adapt, mask, folder and Path(folder)/sub, tta, 0)
         return pd.concat([once(adapt, mask, folder and Path(folder)/f'{sub}-{i}', 1, i) for i in range(tta)], ignore_index=True)
-    how = 'experiment' if not learn.dls.spec.per_group and has_batchnorm(model) else None
+    how = 'experiment' if not learn.dls.spec.per_group and has_batchnorm(model) and has_plates(rows) else None
     with all_agree() if folder else nullcontext():
         parts = [make(None, 'plain')]
         if how: parts.append(make(how, 'adapted'))
@@ -138,6 +140,25 @@ def changed_versions(
     then = {n: v for n, v in versions.items() if n in _PACKAGES and v}
     return [f'{n} {v} (here {here[n]})' for n, v in then.items() if public(v) != public(here[n])]
 
+# %% ../../nbs/53_predict.trained.ipynb #cb15d2a3
+def _label_facts(learn):
+    "Return thresholds chosen on the held-out images, and what they reach there; nothing where none is held out, or nothing was trained"
+    dls, h = learn.dls, getattr(learn, 'history', None)
+    if not dls.spec.several or not dls.valid.n or h is None or not len(h): return {}, None
+    p, y = _held_probabilities(learn)
+    cut, plain = label_thresholds(p, y), f1_scores(p > .5, y)
+    chosen, ap = f1_scores(p >= np.array(cut), y), label_precision(p, y)
+    used = row_protocols(get_model(learn.model), dls.spec, dls.valid.items, mask=(), trained=dls.train.items.experiment.astype(str).unique())
+    return dict(macro_f1=plain['macro'], micro_f1=plain['micro'], chosen=chosen, mean_ap=float(np.nanmean(ap)) if np.isfinite(ap).any() else None, images=len(y),
+                held_out=dls.held_out, protocol=highest_protocol(used).value, samples='single images'), cut
+
+def _held_probabilities(learn):
+    "Return probabilities and truth [N,K] of the held-out images"
+    model, device = get_model(learn.model), learn.dls.device
+    with eval_mode(model):
+        some = [(model.loss.activation(model(*b[:-1])).cpu(), b[-1].cpu()) for b in map(partial(to_device, device=device), learn.dls.valid)]
+    return tuple(torch.cat([torch.as_tensor(o).as_subclass(Tensor).double() for o in part]).numpy() for part in zip(*some))
+
 # %% ../../nbs/53_predict.trained.ipynb #c663efae
 MODEL_LICENSE = ('Weights carry the terms of what they were made from. Weights trained on RxRx1 derive from images under '
                  'CC BY-NC-SA 4.0 (Recursion Pharmaceuticals): no commercial use, credit the source, share under the '
@@ -156,15 +177,17 @@ def _accuracy(learn):
                 protocol=highest_protocol(used).value, samples='single sites' if spec.sites == 1 else f'wells of {spec.sites} sites')
 
 # %% ../../nbs/53_predict.trained.ipynb #43cc72bf
-OWN_FACTS = ('format', 'model', 'spec', 'held_out', *PROVENANCE, 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
+OWN_FACTS = ('format', 'model', 'spec', 'held_out', 'held_images', 'thresholds', *PROVENANCE, 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
 
 def _config(learn, info):
     "Return everything that is known about a trained learner, as plain data"
     taken = [k for k in info if k in OWN_FACTS]
     if taken: raise ScreenError(f'{taken[0]} is what a model folder says about itself: give that fact another name.')
     dls, model = learn.dls, get_model(learn.model)
-    return as_plain(dict(model=model.config, spec=asdict(dls.spec), held_out=dls.held_out, **provenance(model),
-                       data=data_fingerprint(index_rows(learn), dls.screen.source), metrics=_accuracy(learn), versions=library_versions(),
+    metrics, thresholds = _label_facts(learn) if dls.spec.several else (_accuracy(learn), None)
+    own = {k: v for k, v in dict(held_images=getattr(dls, 'held_images', []), thresholds=thresholds).items() if v}
+    return as_plain(dict(model=model.config, spec=asdict(dls.spec), held_out=dls.held_out, **own, **provenance(model),
+                       data=data_fingerprint(index_rows(learn), dls.screen.source), metrics=metrics, versions=library_versions(),
                        fingerprint=model_fingerprint(model, dls.spec), **{'license': MODEL_LICENSE, **info}))
 
 # %% ../../nbs/53_predict.trained.ipynb #2a11307d
@@ -215,7 +238,7 @@ class TrainedModel:
 
     def __repr__(self):
         s = self.spec
-        return f'{self.config["model"]["arch"]}, {len(s.channels)} channels → {len(s.labels)} {s.target} classes'
+        return f'{self.config["model"]["arch"]}, {plural(len(s.channels), "channel")} → {len(s.labels)} {"labels" if s.several else f"{s.target} classes"}'
 
 # %% ../../nbs/53_predict.trained.ipynb #e752c170
 @patch(as_prop=True)
@@ -245,6 +268,12 @@ def protocols(self:TrainedModel,
     "Return what the embedding of each row would use of its batch, before it is made"
     return row_protocols(self.model, self.spec, rows, adapt, mask, self.trained)
 
+# %% ../../nbs/53_predict.trained.ipynb #4485d52d
+@patch(as_prop=True)
+def thresholds(self:TrainedModel)->list: # [K], of a model of several labels
+    "Return the probability from which each label is answered: chosen on held-out images, else one half"
+    return self.config.get('thresholds') or [.5]*len(self.spec.labels)
+
 # %% ../../nbs/53_predict.trained.ipynb #6495f005
 @patch
 def to_model(self:Learner,
@@ -263,6 +292,18 @@ def to_model(self:Learner,
     history = getattr(self, 'history', pd.DataFrame(columns=['stage', 'epoch']))
     return TrainedModel(model, self.dls.spec, parts[0], config, *parts[1:], history=history)
 
+# %% ../../nbs/53_predict.trained.ipynb #3bae8892
+@patch
+def spec_for(self:TrainedModel,
+    screen:Screen, # Sites or cells
+)->ScreenSpec: # That of the model; for cells with the `size` at which they are as large as in training
+    "Return how the pictures of a screen become batches"
+    spec, side, then = self.spec, cell_side(screen.source), self.config['data'].get('side')
+    if side is None: return spec
+    if spec.sites > 1: raise ScreenError(f'The model reads {spec.sites} sites of a well at once, so it cannot be shown one cell: train with {option("sites", 1)}.')
+    if not spec.size or not then: return spec
+    return replace(spec, size=max(16, round(spec.size*side/then)))
+
 # %% ../../nbs/53_predict.trained.ipynb #1e463b43
 @patch
 @delegates(embed_screen, but=['model', 'spec', 'screen'])
@@ -272,7 +313,7 @@ def embed(self:TrainedModel,
 )->pd.DataFrame: # `Metadata_…` columns and float32 `emb_0000`…; `.attrs['model']` is the fingerprint
     "Return the embeddings of a screen"
     for n in unknown_notes(self.spec, screen.table, kwargs.get('mask', INDUCTIVE_MASK)): warnings.warn(n, stacklevel=2)
-    emb = embed_screen(self.model, self.spec, screen, **{'trained': self.trained, **kwargs})
+    emb = embed_screen(self.model, self.spec_for(screen), screen, **{'trained': self.trained, **kwargs})
     emb.attrs['model'] = self.fingerprint
     return emb
 
@@ -287,7 +328,7 @@ def _earlier_notes(model, trained, rows):
 def _size_notes(data, spec, source):
     "Report images of another side, which the model sees as they are"
     now, then = source.shape[-1], data.get('side')
-    if spec.size or not then or now == then: return []
+    if spec.size or not then or now == then or cell_side(source): return []
     return [f'The pictures are {now} px wide and the model was trained on {then}: if they are of the same field, cells look '
             f'{now/then:.2g} times as large to it; scale them to {then} px, or train with {option("size", then)}.']
 
@@ -308,7 +349,7 @@ def _store_notes(data, index, source):
     if not data.get('store') or table is None or data['store'] == store_fingerprint(source): return []
     n = int(table[key].isin(index.labels[key]).sum())
     if not n: return []
-    return [f'{source.root} holds {n} sites of the index, but it was packed again or changed since the model was trained: '
+    return [f'{source.root} holds {plural(n, "site")} of the index, but it was packed again or changed since the model was trained: '
             'if its pictures or labels are others, train again.']
 
 # %% ../../nbs/53_predict.trained.ipynb #287f9756

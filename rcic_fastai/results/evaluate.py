@@ -19,6 +19,8 @@ from ..predict.trained import *
 from ..predict.plan import *
 from ..screen.open import open_screen
 from ..embed.metrics import *
+from .labels import *
+
 
 # %% ../../nbs/60_results.evaluate.ipynb #db24e44e
 def _candidates(pred, target):
@@ -44,12 +46,16 @@ def _check_names(names, table, target):
                       'the two name their classes differently; evaluate with the tables the model was trained on.')
 
 # %% ../../nbs/60_results.evaluate.ipynb #506a981b
+def _with_target(table, target):
+    "Return the table with the column of a pair, such as compound+dose; a table that has none is left as it is"
+    return with_target(table, target) if '+' in target else table
+
 def _check_columns(pred, table, target):
     "Check that there are predictions of `target`, and a table that knows it"
     if not len(pred): raise ScreenError('There are no predictions: predict some wells first.')
     if target not in pred:
         raise ScreenError(f'The predictions have no column {target}: they have {first_few(pred.columns)}.')
-    if target not in table:
+    if target not in table:      # `with_target` made it where it can be
         raise ScreenError(f'The table has no column {target}, so {target} cannot be evaluated with it: '
                           'give the labeled table.')
 
@@ -81,6 +87,7 @@ def right_wrong(
     "Return the predictions beside the truth"
     key, what = ('site_id', 'site') if sites else ('well_id', 'well')
     target = target or pred.attrs.get('target', 'sirna')
+    table = _with_target(table, target)
     _check_columns(pred, table, target)
     rows = _labeled_rows(pred, table, target, key, what)
     out = pd.DataFrame(dict(id_code=pred['id_code'].to_numpy(), predicted=pred[target].astype(str).to_numpy(),
@@ -130,7 +137,7 @@ def _expected(table, pred_wells, target):
 def _asked(r, target):
     "Return the rows that count: no control wells beside treatments, which have an accuracy of their own"
     is_treated = (r.well_type == 'treatment').to_numpy()
-    has_both = target in ('sirna', 'sirna_id') and is_treated.any()
+    has_both = (names_perturbations(target) or target == 'sirna_id') and is_treated.any()
     return r[is_treated].reset_index(drop=True) if has_both else r
 
 # %% ../../nbs/60_results.evaluate.ipynb #472e68bf
@@ -153,7 +160,7 @@ def _reach_note(res, r):
     n, names = res['n_never_learned'], res['never_learned']
     among = r.right[~r.truth.isin(names)]
     right = f'; of the {len(among)} others, {among.mean():.3f} are right' if len(among) else ''
-    return (f'{n} of {res["n_wells"]} wells hold {len(names)} labels that the model never learned ({first_few(names, 5)}), so it cannot name them and no '
+    return (f'{n} of {res["n_wells"]} wells hold {plural(len(names), "label")} that the model never learned ({first_few(names, 5)}), so it cannot name them and no '
             f'accuracy is above {res["ceiling"]:.3f}{right}. Chance is over the {res["n_classes"]} labels that it can name.')
 
 def evaluate(
@@ -167,10 +174,11 @@ def evaluate(
     if len(protocols) > 1:
         raise ScreenError(f'The predictions mix the protocols {first_few(protocols)}: evaluate each on its own.')
     target = target or pred.attrs.get('target', 'sirna')
+    table = _with_target(table, target)
     every = right_wrong(pred, table, target)
     absent = _expected(table, every.id_code, target)
     if absent and not partial:
-        raise ScreenError(f'{len(absent)} test wells are not predicted ({first_few(absent)}): '
+        raise ScreenError(f'{plural(len(absent), "test well is", "test wells are")} not predicted ({first_few(absent)}): '
                           'predict them, or allow a partial evaluation.')
     r = _asked(every, target)
     by_exp = r.groupby('experiment').right.mean()
@@ -203,9 +211,9 @@ def bootstrap_interval(
     return tuple(float(q) for q in np.quantile(acc, [(1-level)/2, (1+level)/2]))
 
 # %% ../../nbs/60_results.evaluate.ipynb #2c2a2acf
-_COUNTS = ('wells', 'experiments', 'control wells')
+_COUNTS = ('wells', 'experiments', 'control wells', 'images', 'labels')
 _ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'control accuracy', 'chance', 'chance inside the plate group',
-          'embedding', 'cell_type', 'worst', 'experiment']
+          'embedding', 'cell_type', 'worst', 'experiment', 'images', 'labels', 'macro F1', 'micro F1', 'mAP', 'label']
 _ROW = dict(measure='', group='all', name='', cell_type='', value=np.nan, low=np.nan, high=np.nan, n=0, n_experiments=0,
             chance=np.nan, p=np.nan)
 
@@ -316,7 +324,7 @@ def _named(given, what, names=None):
         given = _joined(given)
         names = _protocol_names(given)
     if listed and len(given) != len(names):
-        raise ScreenError(f'There are {len(given)} {what} for {len(names)} predictions: '
+        raise ScreenError(f'There are {len(given)} {what} for {plural(len(names), "prediction")}: '
                           f'give one each, or a dict by column ({first_few(names)}).')
     lost = [] if listed or names is None else [n for n in given if n not in names]
     if lost:
@@ -334,10 +342,10 @@ def _site_rows(pred, r, table, target, protocol, name, partial):
     well = table.drop_duplicates('site_id').set_index('site_id').well_id[s.id_code]
     lost, extra = set(r.id_code) - set(well), set(well) - set(r.id_code)
     if extra:
-        raise ScreenError(f'The site predictions of {name!r} name sites of {len(extra)} wells that are not predicted '
+        raise ScreenError(f'The site predictions of {name!r} name sites of {plural(len(extra), "well")} that are not predicted '
                           f'({first_few(sorted(extra), 3)}): give sites and wells of the same prediction.')
     if lost and not partial:
-        raise ScreenError(f'{len(lost)} predicted wells of {name!r} have no site prediction '
+        raise ScreenError(f'{plural(len(lost), "predicted well")} of {name!r} have no site prediction '
                           f'({first_few(sorted(lost), 3)}): predict their sites, or allow a partial evaluation.')
     return s
 
@@ -350,7 +358,7 @@ def _labeled_wells(emb, table, target, experiments):
     wells = table.drop_duplicates('well_id').set_index('well_id')
     strange = ~m.well_id.isin(wells.index)
     if strange.any():
-        raise ScreenError(f'{strange.sum()} embedded rows are of wells that are not in the screen '
+        raise ScreenError(f'{plural(strange.sum(), "embedded row is", "embedded rows are")} of wells that are not in the screen '
                           f'({first_few(m.well_id[strange].unique(), 3)}): '
                           'evaluate with the table they were embedded from.')
     e = merge_sites(emb)
@@ -413,10 +421,17 @@ def _held_out_note(res):
     return (f'wells of training experiments are judged ({first_few(res["held_out"], 4)}): that is an accuracy for new experiments '
             'only if the model did not train on them.')
 
+def _interval_note(r):
+    "Return why there is no interval, where the wells are of one experiment"
+    names = r.experiment.unique()
+    if len(names) > 1: return None
+    return (f'the wells are of one experiment ({names[0]}), and how much accuracy differs between experiments cannot be known from one: '
+            'there is no interval; predict two or more experiments for one.')
+
 def _column_rows(r, s, res, table, k, n_top, how):
     "Return the rows of one prediction (counts, accuracies, chance), and notes on what could not be measured"
     n_exp, has_candidates = r.experiment.nunique(), n_top >= min(k, res['n_classes'])
-    rows, notes = [*_count_rows(r, res), *_accuracies(r, 'well accuracy', res['chance'], how)], [o for o in [_reach_note(res, r), _held_out_note(res)] if o]
+    rows, notes = [*_count_rows(r, res), *_accuracies(r, 'well accuracy', res['chance'], how)], [o for o in [_reach_note(res, r), _held_out_note(res), _interval_note(r)] if o]
     if has_candidates:
         top = r.assign(top=r['rank'].le(k).fillna(False).astype(bool))
         rows += _accuracies(top, f'top-{k} accuracy', min(k/res['n_classes'], 1), how, 'top')
@@ -431,6 +446,7 @@ def _column_rows(r, s, res, table, k, n_top, how):
 def _label(r):
     "Return the name of a row of the table"
     if r.group == 'all': return r.measure
+    if r.group == 'label': return f'{r.measure} of {r.name} ({plural(r.n, "image")})'
     n = plural(r.n_experiments, 'experiment')
     who = {'worst': 'worst experiment', 'cell_type': f'{r.name} ({n})', 'experiment': r.name}[r.group]
     return who if r.measure == 'well accuracy' else f'{who}, {r.measure}'
@@ -459,14 +475,14 @@ class ScreenResult:
         full:bool=False, # Cell types and experiments for every accuracy, not only that of wells
     )->pd.DataFrame: # Text; a column for each prediction
         "Return the numbers side by side, every column under its protocol"
-        d = self.rows if full else self.rows[(self.rows.group == 'all') | (self.rows.measure == 'well accuracy')]
+        d = self.rows if full else self.rows[(self.rows.group == 'all') | self.rows.measure.isin(['well accuracy', 'F1'])]
         d = d.assign(label=[_label(r) for r in d.itertuples()], text=[_text(r) for r in d.itertuples()])
         wide = d.pivot(index='label', columns='column', values='text')
         return wide.loc[d.label.unique(), list(self.columns)].fillna('').rename_axis(index=None, columns=None)
 
     def _foot(self):
         said = 'Intervals: {level:.0%}, percentile bootstrap over experiments, {n_boot} draws, seed {seed}.'
-        return [said.format(**self.how), *self.notes]
+        return [*([said.format(**self.how)] if self.rows.low.notna().any() else []), *self.notes]
 
     def __repr__(self): return self.to_text()
     def _repr_html_(self): return self.table().to_html() + ''.join(f'<p>{html_text(o)}</p>' for o in self._foot())
@@ -512,6 +528,25 @@ def _headings(named):
         heads[n] = protocol if n == protocol else f'{n} ({protocol})'
     return heads
 
+# %% ../../nbs/60_results.evaluate.ipynb #863e3ede
+def _label_numbers(pred, table, target, partial):
+    "Return the rows of one prediction of several labels, its result, and notes"
+    res, each = evaluate_labels(pred, table, target, partial)
+    rows = [_row('images', res['n_images'], res['n_images']), _row('labels', res['n_labels'], res['n_images'])]
+    rows += [_row(name, res[k], res['n_images']) for name, k in (('macro F1', 'macro_f1'), ('micro F1', 'micro_f1'), ('mAP', 'mean_ap')) if res[k] is not None]
+    for o in each.itertuples():
+        rows.append(_row('F1', o.F1, o.images, group='label', name=str(o.label)))
+        if pd.notna(o.AP): rows.append(_row('AP', o.AP, o.images, group='label', name=str(o.label)))
+    notes = [f'the model never learned the labels {first_few(res["never_learned"])} and cannot answer them.'] if res['never_learned'] else []
+    if res['trained_on']: notes.append(f'{res["trained_on"]} images are of the training set: that is a score for new images only if the model did not train on them.')
+    return rows, {**res, 'labels': as_plain(each.to_dict('records'))}, notes
+
+def _have_several(preds):
+    "Return whether predictions are of several labels; a `ScreenError` where some are and some are not"
+    kinds = {'thresholds' in p.attrs for p in preds}
+    if len(kinds) > 1: raise ScreenError('Some predictions are of several labels and others of one: evaluate them apart.')
+    return kinds == {True}
+
 # %% ../../nbs/60_results.evaluate.ipynb #268f0bbc
 def evaluate_screen(
     preds, # Predictions of wells (from `predict_wells` or `read_predictions`): one, a list, or a dict by name
@@ -532,11 +567,20 @@ def evaluate_screen(
     _check_request(preds, table, screen)
     named = named_predictions(preds)
     heads = _headings(named)
+    if _have_several(named.values()) and (embeddings is not None or sites is not None): raise ScreenError('embeddings and sites are of one label per well: leave them out for several labels.')
     emb, site = _named(embeddings, 'embeddings', list(named)), _named(sites, 'site predictions', list(named))
+    several = _have_several(named.values())
     rows, notes, columns, draws = [], {}, {}, dict(n_boot=n_boot, level=level, seed=seed)
     for n, p in named.items():
+        if several:
+            mine, res, said = _label_numbers(p, table, target, partial)
+            rows += [{'column': heads[n], 'protocol': _protocol(p, str(n)), **o} for o in mine]
+            for o in said: notes.setdefault(o, []).append(heads[n])
+            columns[heads[n]] = res
+            continue
         res = evaluate(p, table, target, partial)
         target_, protocol = res['target'], res['protocol']
+        table = _with_target(table, target_)
         r = right_wrong(p, table, target_)
         s = _asked(_site_rows(site[n], r, table, target_, protocol, n, partial), target_) if n in site else None
         mine, said = _column_rows(_asked(r, target_), s, res, table, k, len(_candidates(p, target_)), draws)

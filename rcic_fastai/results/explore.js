@@ -366,6 +366,7 @@ function showPlates() {
 let lines = null;
 const readLines = () => { lines ??= $('pictures').textContent.split('\n'); };
 const decoded = new Map();
+let scratch = null;
 async function planes(site) {
   const at = D.sites.picture[site];
   if (at < 0) return null;
@@ -375,15 +376,14 @@ async function planes(site) {
     const raw = atob(lines[at]), bytes = new Uint8Array(raw.length);
     for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
     const bitmap = await createImageBitmap(new Blob([bytes], {type: D.pictures.type})), {width: w, height: h} = bitmap;
-    const c = document.createElement('canvas');
-    c.width = w; c.height = h;
-    const g = c.getContext('2d', {willReadFrequently: true});
-    g.drawImage(bitmap, 0, 0);
+    scratch ??= document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    if (scratch.canvas.width !== w || scratch.canvas.height !== h) Object.assign(scratch.canvas, {width: w, height: h});
+    scratch.drawImage(bitmap, 0, 0);
     bitmap.close();
-    const px = g.getImageData(0, 0, w, h).data, [sh, sw] = D.pictures.cell, cols = D.pictures.columns, out = [];
+    const px = new Uint32Array(scratch.getImageData(0, 0, w, h).data.buffer), [sh, sw] = D.pictures.cell, cols = D.pictures.columns, out = [];
     for (let k = 0; k < C; k++) {
       const x0 = (k % cols)*sw, y0 = Math.floor(k/cols)*sh, plane = new Uint8Array(sh*sw);
-      for (let y = 0; y < sh; y++) for (let x = 0; x < sw; x++) plane[y*sw + x] = px[4*((y0 + y)*w + x0 + x)];
+      for (let y = 0, to = 0, from = y0*w + x0; y < sh; y++, from += w) for (let x = 0; x < sw; x++) plane[to++] = px[from + x] & 255;
       out.push(plane);
     }
     return out;
@@ -405,18 +405,20 @@ function lookup(site, k) {                                    // stored byte →
   for (let v = 0; v < 256; v++) { const x = b > a ? (lo + v/255*(hi - lo) - a)/(b - a) : 0; out[v] = clamp((x - from)/(to - from), 0, 1); }
   return out;
 }
+const bright = Float32Array.from({length: 1025}, (_, i) => (i/1024)**.8);
 function compose(px, plane, luts, use) {                      // the color of the strongest stains, the brightness of the strongest, as rgb_composite does
   const n = plane[0].length, rgb = use.map(k => [1, 3, 5].map(i => parseInt(tune[k].color.slice(i, i + 2), 16)));
-  const cube = luts.map(l => l.map(v => v*v*v)), bright = Float32Array.from({length: 1025}, (_, i) => (i/1024)**.8);
+  const cube = luts.map(l => l.map(v => v*v*v));
+  const used = use.map(k => plane[k]), m = use.length;
   for (let i = 0; i < n; i++) {
     let r = 0, g = 0, b = 0, sum = 0, top = 0;
-    for (let j = 0; j < use.length; j++) {
-      const v = plane[use[j]][i], w = cube[j][v], s = luts[j][v];
-      r += w*rgb[j][0]; g += w*rgb[j][1]; b += w*rgb[j][2];
+    for (let j = 0; j < m; j++) {
+      const v = used[j][i], w = cube[j][v], s = luts[j][v], c = rgb[j];
+      r += w*c[0]; g += w*c[1]; b += w*c[2];
       sum += w;
       if (s > top) top = s;
     }
-    const f = sum > 0 ? bright[Math.round(1024*top)]/sum : 0;
+    const f = sum > 0 ? bright[(1024*top + .5) | 0]/sum : 0;
     px[4*i] = r*f; px[4*i + 1] = g*f; px[4*i + 2] = b*f; px[4*i + 3] = 255;
   }
 }
@@ -452,11 +454,16 @@ function limits(site, k) {
   if (S.s === 'plate') { const p = D.scales.plate[D.sites.scale[site]]; return [p[0][k], p[1][k]]; }
   return [D.sites.lo[site*C + k], D.sites.hi[site*C + k]];
 }
-let drawings = [];                                            // [canvas, site, how] of the open well
-const redraw = () => Promise.all(drawings.map(([c, s, how]) => drawSite(c, s, how ?? S.m)));
-function picture(site, how, alt) {
+let drawings = [];                                            // [canvas, site, how, is a neighbor] of the open well
+async function redraw() {                                     // its own pictures first
+  for (const late of [false, true]) {
+    await Promise.all(drawings.filter(d => d[3] === late).map(([c, s, how]) => drawSite(c, s, how ?? S.m)));
+    if (!late) $('well').dataset.own = S.w;
+  }
+}
+function picture(site, how, alt, late = false) {
   const canvas = el('canvas', {role: 'img', 'aria-label': alt});
-  drawings.push([canvas, site, how]);
+  drawings.push([canvas, site, how, late]);
   return canvas;
 }
 const noPicture = site => el('p', {class: 'none'}, D.pictures.count ? 'No picture: this well was left out of the page.' : 'This page holds no pictures.');
@@ -546,7 +553,7 @@ function neighborCard(w, sp, j) {
   const parts = [`${D.experiments[W.experiment[o]]} · plate ${D.plates[W.plate[o]]} · ${W.well[o]}`, `cosine ${digits(sp.near.cosine[j])}`];
   const vote = i >= 0 ? (isVote ? 'votes for it' : 'another name') : isVote ? 'same label' : 'another label';
   return el('button', {type: 'button', 'aria-label': `${name || 'no label'}, ${parts.join(', ')}, ${vote}${isTrue ? ', the label of this well' : ''}: open this well`, onclick: () => openWell(o, true)},
-    D.sites.picture[s] >= 0 ? picture(s, 'composite', '') : el('div', {class: 'none'}, 'no picture'),
+    D.sites.picture[s] >= 0 ? picture(s, 'composite', `Neighbor ${W.id[o]}`, true) : el('div', {class: 'none'}, 'no picture'),
     el('div', {class: 'name ' + (isTrue ? 'good' : '')}, name || '?', isTrue ? ' ✓' : ''), el('div', {class: 'soft'}, parts[0]), el('div', {}, parts[1]), el('div', {class: isVote ? '' : 'soft'}, vote));
 }
 let shownWell = '';
@@ -563,7 +570,7 @@ function showWell(again = false) {
     verdict(w), ...facts(w), C ? controls() : null, siteParts(w), candidates(w), neighbors(w));
   root.scrollTop = top;
   if (focus) $(focus)?.focus();
-  root.dataset.ready = '';
+  root.dataset.ready = root.dataset.own = '';
   redraw().then(() => { if (shownWell === key) root.dataset.ready = S.w; });
 }
 
@@ -630,8 +637,9 @@ function setMarks() {
   const r = Math.round(2*mapRadius(m.wells.length))/2, key = `${drawn}|${r}|${ratio}|${S.k}|${P[S.p]?.space}`, ground = asPixel(css('--bg'));
   if (marks.key === key && marks.ground === ground) return;
   marks = m.wells.map(w => dab(stamp(paint.look(w), kind(w), r, !lit[w], ratio), ground));
-  const all = Array.from(marks.keys()), isLit = i => lit[m.wells[i]];
-  marks.order = Int32Array.from([...all.filter(i => !isLit(i)), ...all.filter(isLit)]);
+  const layers = [[], [], []];                                // what is faded lies below what is gray, and that below colors
+  m.wells.forEach((w, i) => { const look = paint.look(w); layers[!lit[w] ? 0 : look.empty || look.name === 'others' && look.color === GRAY ? 1 : 2].push(i); });
+  marks.order = Int32Array.from(layers.flat());
   Object.assign(marks, {key, ground});
 }
 function later() { if (!frame) frame = requestAnimationFrame(() => { frame = 0; drawMap(); }); }

@@ -22,6 +22,7 @@ from ..screen.tables import *
 from ..screen.images import stat_columns, stat_groups
 from ..screen.files import plate_format
 from ..screen.screen import Screen
+from ..screen.cells import CELL_OPTIONS
 from ..screen.open import open_screen
 from ..batch.site import channel_colors, channel_names
 from ..embed.protocol import *
@@ -162,7 +163,7 @@ class EmbeddingSpace:
     index:EmbeddingIndex # Over labeled embeddings
     k:int=5 # Neighbors of each site
 
-    def __repr__(self): return f'EmbeddingSpace {self.name}: {len(self.emb)} embeddings, index of {len(self.index)}'
+    def __repr__(self): return f'EmbeddingSpace {self.name}: {plural(len(self.emb), "embedding")}, index of {len(self.index)}'
 
 # %% ../../nbs/64_results.explore.ipynb #065bc731
 MOST_INDEXED = 20_000     # rows of an index whose own neighbors are searched
@@ -592,7 +593,7 @@ def _check_pictures(max_mb, side, quality):
     for name, v, most in (('side', side, 4096), ('quality', quality, 100)):
         if not isinstance(v, int) or not 0 <= v <= most: raise ScreenError(f'{option(name, v)} is not possible: give a whole number from 0 to {most}.')
 
-@delegates(plan_prediction, but=['model', 'screen', 'protocol', 'by'])
+@delegates(plan_prediction, but=['model', 'screen', 'protocol', 'by', 'cells', 'cell_merge', *CELL_OPTIONS])
 def explore(
     model, # `TrainedModel`; `None`: only the screen and the predictions, without neighbors and maps
     screen, # A `Screen` with test experiments, or where one is

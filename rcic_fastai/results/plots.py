@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plate_array', 'plate_map', 'accuracy_plot', 'right_wrong_map', 'confusion_plot', 'layout_map', 'site_gallery',
-           'training_curve', 'embedding_map', 'neighbor_strip']
+           'contact_sheet', 'training_curve', 'embedding_map', 'neighbor_strip']
 
 # %% ../../nbs/60b_results.plots.ipynb #ccf71abd
 from fastai.vision.all import *
@@ -30,7 +30,7 @@ def plate_array(
     "Return values as an array of the plate: mean of numbers, most frequent of anything else"
     s = table[values] if isinstance(values, str) else pd.Series(to_np(values) if isinstance(values, Tensor) else values)
     if len(s) != len(table):
-        raise ScreenError(f'plate_map got {len(s)} values for {len(table)} rows: give one value per row.')
+        raise ScreenError(f'plate_map got {len(s)} values for {plural(len(table), "row")}: give one value per row.')
     number = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s)
     s = pd.Series(s.astype(float).values if number else s.values, index=table.well.values)
     g = s.dropna().groupby(level=0, sort=True)
@@ -222,7 +222,7 @@ def layout_map(
     fig, axs = _picture_grid(len(plates), min(2, len(plates)), 1.75)
     for ax, plate in zip(axs, plates):
         mine = wells[wells['plate'] == plate]
-        plate_map(mine, 'well_type', f'plate {short_text(plate, 12)}: {len(mine)} wells', ctx=ax, colors=_WELL_COLORS)
+        plate_map(mine, 'well_type', f'plate {short_text(plate, 12)}: {plural(len(mine), "well")}', ctx=ax, colors=_WELL_COLORS)
         ax.title.set_fontsize(8)
         if ax.get_legend(): ax.get_legend().remove()
     used = wells['well_type'].unique()
@@ -242,6 +242,26 @@ def site_gallery(
     fig, axs = _picture_grid(len(rows), min(3, max(len(rows), 1)), 1.9)
     for ax, r in zip(axs, rows.itertuples()):
         _show_site(ax, screen, r.site_id, f'{short_text(r.experiment, 16)} ({r.dataset})', how)
+    return fig
+
+# %% ../../nbs/60b_results.plots.ipynb #e6f112e5
+def contact_sheet(
+    screen, # A `Screen`
+    wells='', # Wells by id, or by name on every plate, such as B02: a list, or 'A,B'; empty: some of all
+    most:int=24, # Pictures at most; of more wells, evenly spread ones are shown
+    how:str='composite', # 3d+3d, composite or panels
+)->plt.Figure: # In rows of six
+    "Show the first site of some wells, each under its id and what it holds"
+    rows, names = screen.table.drop_duplicates('well_id'), list(as_names(wells))
+    strange = [n for n in names if n not in {*rows.well_id, *rows.well}]
+    if strange: raise ScreenError(f'{screen.name} has no well {first_few(strange)}: give ids such as {rows.well_id.iloc[0]}, or names such as {rows.well.iloc[0]}.')
+    if not 1 <= most <= 600: raise ScreenError(f'{option("most", most)} is not possible: give 1 to 600.')
+    if names: rows = rows[rows.well_id.isin(names) | rows.well.isin(names)]
+    rows = rows.iloc[np.unique(np.linspace(0, len(rows)-1, min(most, len(rows))).astype(int))]
+    fig, axs = _picture_grid(len(rows), min(6, len(rows)), 1.9)
+    for ax, r in zip(axs, rows.itertuples()):
+        holds = r.well_type.replace('_', ' ') if pd.isna(r.sirna) else r.sirna
+        _show_site(ax, screen, r.site_id, f'{short_text(r.well_id, 20)}\n{short_text(holds, 20)}', how)
     return fig
 
 # %% ../../nbs/60b_results.plots.ipynb #acc328e7

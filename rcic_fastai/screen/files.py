@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import ScreenError, check_choice, first_few, option
+from ..core import ScreenError, check_choice, first_few, option, plural
 from .tables import (DATASET_NAMES, IMAGE_COLUMN, SITE_COLUMNS, USUAL_NAMES, check_table, further_columns,
                                        identifiers, read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
                                        _as_columns, _check_header, _complete_types, _integers, _well_names, _whole_numbers)
@@ -59,7 +59,7 @@ class FileSource(ImageSource):
         super().__init__(root, table, channels)
         files = np.asarray(files, object).reshape(len(table), -1)
         if files.shape[1] not in (1, len(self.channels)):
-            raise ScreenError(f'{name} has {files.shape[1]} files per site for {len(self.channels)} channels: give '
+            raise ScreenError(f'{name} has {files.shape[1]} files per site for {plural(len(self.channels), "channel")}: give '
                               'one for each channel, or one for all.')
         folders, names = zip(*[os.path.split(p) for p in files.ravel()])
         codes, unique = pd.factorize(np.array(folders, object))
@@ -142,18 +142,32 @@ def dtype(self:FileSource): # np.uint8 or np.uint16
 def reads_channels(self:FileSource)->bool: return self._whole() == 1
 
 @patch
+def _by_file(self:FileSource, row, at=None):
+    "Return {file: the numbers of its channels} of a row, or of its channels `at`"
+    res = {}
+    for c in range(len(self.channels)) if at is None else at: res.setdefault(self._path(row, c % self._names.shape[1]), []).append(c)
+    return res
+
+@patch
 def _read(self:FileSource, site_id, out, at=None):
     "Fill `out` [C,H,W] with one site, or with its channels `at`; a file that holds several channels is opened once"
     if site_id not in self._rows: raise self._unknown(site_id)
-    row, by_file = self._rows[site_id], {}
-    for i, c in enumerate(range(len(self.channels)) if at is None else at): by_file.setdefault(self._path(row, c % self._names.shape[1]), []).append((i, c))
-    for path, both in by_file.items():
-        into, cs = map(list, zip(*both))
+    row, place = self._rows[site_id], {c: i for i, c in enumerate(range(len(self.channels)) if at is None else at)}
+    for path, cs in self._by_file(row, at).items():
+        into = [place[c] for c in cs]
         try: out[into] = self._read_file(row, cs, self._expect())
         except ScreenError:
             if os.path.exists(path): raise
             raise ScreenError(f'site {site_id} lacks {first_few(self.channels[c] for c in cs)} ({path}): restore the '
                               f'file, or leave incomplete sites out with {option("only_present", True)}.') from None
+
+# %% ../../nbs/05_screen.files.ipynb #6a8e8862
+@patch
+def check_headers(self:FileSource, site_id):
+    "Raise a `ScreenError` where the header of a file says that a site cannot be read"
+    if site_id not in self._rows: raise self._unknown(site_id)
+    row = self._rows[site_id]
+    for cs in self._by_file(row).values(): self._read_file(row, cs, self._expect(), header=True)
 
 # %% ../../nbs/05_screen.files.ipynb #1a29374e
 def _listing(folder)->set:
@@ -243,7 +257,7 @@ def _choose(channels, have, where):
     strange = [c for c in chosen.values() if c not in have]
     if strange: raise ScreenError(f'{where} has no channel {first_few(strange)}: it has {first_few(have, 20)}.')
     if not 1 <= len(chosen) <= 16:
-        raise ScreenError(f'{where} has {len(chosen)} channels ({first_few(chosen, 20)}): choose 1 to 16 of them with '
+        raise ScreenError(f'{where} has {plural(len(chosen), "channel")} ({first_few(chosen, 20)}): choose 1 to 16 of them with '
                           f'{option("channels", ["DNA", "…"])}.')
     return chosen
 
@@ -289,7 +303,7 @@ def _local(paths, replace, where):
     if unused: raise ScreenError(f'No path in {where} begins with {first_few(unused)}: the first one is {paths[0]}.')
     if remote:
         start = '/'.join(remote[0].split('/')[:3]) + '/'
-        raise ScreenError(f'{len(remote)} of {len(paths)} files in {where} are URLs (the first: {remote[0]}), which '
+        raise ScreenError(f'{len(remote)} of {plural(len(paths), "file")} in {where} are URLs (the first: {remote[0]}), which '
                           f'are not fetched: download them and say where they are with '
                           f'{option("replace", {start: "FOLDER"})}.')
     return np.array(out, object)
@@ -368,7 +382,7 @@ def _channel_rows(t, key, names, where):
     lacks = (at < 0).any(1)
     if lacks.any():
         i = np.flatnonzero(lacks)[0]
-        raise ScreenError(f'{lacks.sum()} of {len(ids)} sites in {where} have no row for some channel ({ids[i]} has '
+        raise ScreenError(f'{lacks.sum()} of {plural(len(ids), "site")} in {where} have no row for some channel ({ids[i]} has '
                           f'none for {first_few(n for n, a in zip(names, at[i]) if a < 0)}): add the rows, leave '
                           f'those sites out, or choose {option("channels")}.')
     return ids, site, at
@@ -400,7 +414,7 @@ def _gather_wide(df, found, wide, used, channels, where, facts):
     if all(p is None for p in pages): pages = None
     else: pages = np.stack([np.zeros(len(df), int) if p is None else p for p in pages], 1)
     used = [*used, *_read_columns(found, SITE_COLUMNS)]
-    return t, further_columns(df, used, SITE_COLUMNS), np.stack(files, 1), list(names), pages
+    return t, further_columns(df, used, SITE_COLUMNS, where), np.stack(files, 1), list(names), pages
 
 # %% ../../nbs/05_screen.files.ipynb #4d3a6891
 def _gather_list(df, found, used, channels, where, facts):
@@ -411,7 +425,7 @@ def _gather_list(df, found, used, channels, where, facts):
         names = _choose(channels, list(key.unique()), where)
         df = df[key.isin(names.values())]
     else: names = _choose(channels, [channels] if isinstance(channels, str) else list(channels), where)
-    t, extra = facts(df, found), further_columns(df, used, SITE_COLUMNS)
+    t, extra = facts(df, found), further_columns(df, used, SITE_COLUMNS, where)
     files = _joined(df, found['file'][0], found['folder'][0] if found['folder'] else None, where)
     pages = _page_numbers(df, dict(frame=found['page'][0]), where) if found['page'] else None
     if by_row: t, extra, at = _fold(t, extra, key[df.index], names, where)
@@ -438,6 +452,26 @@ def _gather(df, found, channels, own_file, where, facts):
     return _gather_list(df, found, used, channels, where, facts)
 
 # %% ../../nbs/05_screen.files.ipynb #560e7640
+def _read_listed(df, where, root, channels=None, columns=None, controls=None, test=(), cell_type='unknown', dataset='train', plate_wells=None,
+                 replace=None, t=None, z=None, name_it=None):
+    "Return what `read_files` returns, of a table in memory"
+    if not root.is_dir(): raise ScreenError(f'{root} is not a folder: give the folder that the paths in {where} start '
+                                            'from.')
+    facts = partial(_facts, where=where, controls=controls, cell_type=cell_type, dataset=dataset, test=test)
+    own_file = 'file' in (columns or {})
+    unused = ('channel', 'file', 'folder', 'page') if _wide_columns(df, where)[0] and not own_file else ()
+    found = usual_columns(df, columns, where, unused)
+    s, extra, files, names, pages = _gather(df, found, channels, own_file, where, facts)
+    if not found['experiment'] and s['plate'].nunique() > 1:
+        name_it = name_it or f'name its column with {option("columns", {"experiment": "COLUMN"})}'
+        print(f'note: {where} does not name the experiment (batch), so each plate is taken for one. Plates of one batch must not be '
+              f'split into training and test: {name_it}.')
+    plate_format(s['well'].unique(), plate_wells)
+    files = _local(files.ravel(), replace, where).reshape(files.shape)
+    s = pd.concat([s, extra], axis=1).reset_index(drop=True)
+    return check_table(s, where), FileSource(root, s, files, names, pages, where, t, z)
+
+# %% ../../nbs/05_screen.files.ipynb #5c3bd8e7
 def read_files(
     table, # CSV (also .csv.gz) or parquet file, or a DataFrame, that lists the image files
     root=None, # Folder that relative paths start from; `None`: that of the table's file
@@ -454,18 +488,4 @@ def read_files(
 )->tuple: # (site table with `SITE_COLUMNS` first, `FileSource`)
     "Return the site table and image source of a screen from the table that lists its image files"
     df, where, folder = _load(table)
-    root = Path(folder if root is None else root)
-    if not root.is_dir(): raise ScreenError(f'{root} is not a folder: give the folder that the paths in {where} start '
-                                            'from.')
-    facts = partial(_facts, where=where, controls=controls, cell_type=cell_type, dataset=dataset, test=test)
-    own_file = 'file' in (columns or {})
-    unused = ('channel', 'file', 'folder', 'page') if _wide_columns(df, where)[0] and not own_file else ()
-    found = usual_columns(df, columns, where, unused)
-    s, extra, files, names, pages = _gather(df, found, channels, own_file, where, facts)
-    if not found['experiment'] and s['plate'].nunique() > 1:
-        print(f'note: no column of {where} names the experiment (batch), so each plate is taken for one. Plates of one batch must not be '
-              f'split into training and test: name it with {option("columns", {"experiment": "COLUMN"})}.')
-    plate_format(s['well'].unique(), plate_wells)
-    files = _local(files.ravel(), replace, where).reshape(files.shape)
-    s = pd.concat([s, extra], axis=1).reset_index(drop=True)
-    return check_table(s, where), FileSource(root, s, files, names, pages, where, t, z)
+    return _read_listed(df, where, Path(folder if root is None else root), channels, columns, controls, test, cell_type, dataset, plate_wells, replace, t, z)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PNG_SIGNATURE', 'MOST_PIXELS', 'check_png', 'decode_png', 'find_experiment', 'ImageSource', 'renamed_channels',
-           'PngTree', 'only_present', 'stat_columns', 'channel_stats', 'site_stats', 'stat_groups', 'screen_stats',
-           'load_site']
+           'PngTree', 'only_present', 'unfit_sites', 'stat_columns', 'channel_stats', 'site_stats', 'stat_groups',
+           'screen_stats', 'load_site']
 
 # %% ../../nbs/03_screen.images.ipynb #f241ceb3
 import copy, os, struct, threading, zlib
@@ -20,7 +20,7 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, open_plain, option, read_plain
+from ..core import ScreenError, check_choice, open_plain, option, plural, read_plain
 from .tables import CHANNELS
 
 # %% ../../nbs/03_screen.images.ipynb #11c71115
@@ -76,7 +76,7 @@ def _check_kind(name, height, width, bits, color, expect=None):
     if expect is not None and (height, width, bits) != tuple(expect):
         h, w, b = expect
         raise ScreenError(f'{name} is {height}×{width} px of {bits} bits, but this screen is {h}×{w} px of {b} bits: '
-                          'export the file again like the others, or take its site out of the table.')
+                          f'export the file again like the others, or move it elsewhere and leave its site out with {option("only_present", True)}.')
 
 # %% ../../nbs/03_screen.images.ipynb #18d49c59
 def _pixels(data, height, width, bits):
@@ -132,7 +132,7 @@ class ImageSource:
     def __len__(self): return len(self._rows)
     def __contains__(self, site_id): return site_id in self._rows
     def __repr__(self):
-        return f'{type(self).__name__}({str(self.root)!r}: {len(self)} sites, channels {", ".join(self.channels)})'
+        return f'{type(self).__name__}({str(self.root)!r}: {plural(len(self), "site")}, channels {", ".join(self.channels)})'
     @property
     def site_ids(self)->list: return list(self._rows)
     def missing(self)->pd.DataFrame:
@@ -192,7 +192,7 @@ def read_into(self:ImageSource,
     "Read the sites `ids` into the first rows of `buffer`, in place, and return it"
     ids, arr = list(ids), np.asarray(buffer)
     if len(arr) < len(ids) or arr.shape[1:] != self.shape or arr.dtype != self.dtype:
-        raise ScreenError(f'the buffer is {arr.dtype} {list(arr.shape)}, but {len(ids)} sites need {self.dtype} '
+        raise ScreenError(f'the buffer is {arr.dtype} {list(arr.shape)}, but {plural(len(ids), "site needs", "sites need")} {self.dtype} '
                           f'{[len(ids), *self.shape]}: allocate it from source.shape and source.dtype.')
     if threads > 1 and len(ids) > 1:
         reads = [_pool(threads, os.getpid()).submit(self._read, i, out) for i, out in zip(ids, arr)]
@@ -380,9 +380,41 @@ def only_present(
     absent = set(source.missing().site_id)
     keep = table[~table.site_id.isin(absent) & table.site_id.isin(set(source.site_ids))].reset_index(drop=True)
     if not len(keep):
-        raise ScreenError(f'none of the {len(table)} sites has all its channel files ({source!r}): '
+        raise ScreenError(f'none of the {plural(len(table), "site")} has all its channel files ({source!r}): '
                           'check the folder of the images.')
     return keep, len(table) - len(keep)
+
+# %% ../../nbs/03_screen.images.ipynb #b7d7e10b
+@patch
+def check_headers(self:ImageSource, site_id):
+    "Raise a `ScreenError` where the header of a file says that a site cannot be read; there is nothing to check without such files"
+
+@patch
+def check_headers(self:PngTree, site_id):
+    "Raise a `ScreenError` where the header of a file says that a site cannot be read"
+    for path in self._paths(site_id):
+        try:
+            with open_plain(path, do=_AGAIN) as f: w, h, bits, color = _png_header(f.read(33), path)
+        except OSError as err: raise _unreadable(path, err) from None
+        _check_kind(path, h, w, bits, color, self._expect())
+
+# %% ../../nbs/03_screen.images.ipynb #1261bd40
+_MOST_HEADERS = 1000     # sites whose headers are read
+
+def unfit_sites(
+    source, # Image source
+    site_ids, # Sites to look at, or to choose from when there are many
+    most:int=_MOST_HEADERS, # How many are looked at
+)->str: # A sentence; empty where all fit together
+    "Return how many sites have files that cannot be read beside the others, and why the first cannot, from headers alone"
+    ids, bad = np.asarray(list(site_ids), object), []
+    some = ids[np.unique(np.linspace(0, len(ids)-1, min(most, len(ids))).astype(int))] if len(ids) else ids
+    for i in some:
+        try: source.check_headers(i)
+        except ScreenError as e: bad.append(str(e))
+    if len(bad) < 2 and len(some) == len(ids): return ''.join(bad)
+    looked = '' if len(some) == len(ids) else f' that were looked at (of {len(ids):,})'
+    return f'{len(bad)} of {plural(len(some), "site")}{looked} cannot be read beside the others; the first: {bad[0]}' if bad else ''
 
 # %% ../../nbs/03_screen.images.ipynb #abeb68b2
 def stat_columns(

@@ -20,9 +20,9 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from ..core import (OwnFolder, ScreenError, check_choice, check_unchanged, first_few, n_cores, only_one,
-                              open_plain, option, parse_json, read_plain, sha256, write_atomic, write_json)
+                              open_plain, option, plural, parse_json, read_plain, sha256, write_atomic, write_json)
 from .tables import check_table, read_metadata, read_parquet
-from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns
+from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns, unfit_sites
 
 # %% ../../nbs/04_screen.pack.ipynb #d1ff0001
 def _differences(site):
@@ -256,7 +256,7 @@ def _pack_rows(source, part, ids, codec, workers, progress, done):
 
 # %% ../../nbs/04_screen.pack.ipynb #4093355c
 def _check_packable(source, table):
-    "Raise a `ScreenError` for what would fail half-way: a bad table, sites that are not in the source, absent files"
+    "Raise a `ScreenError` for what would fail half-way: a bad table, sites that are not in the source, absent files, files of another kind"
     check_table(table)
     strange = [i for i in table.site_id if i not in source]
     if strange: raise source._unknown(strange[0])
@@ -265,6 +265,7 @@ def _check_packable(source, table):
     if len(absent):
         raise ScreenError(f'{len(absent)} of {len(table)} sites lack channel files ({first_few(absent.file)}): restore '
                           f'them, or leave those sites out with {option("only_present", True)}.')
+    if why := unfit_sites(source, table.site_id): raise ScreenError(why)
 
 # %% ../../nbs/04_screen.pack.ipynb #32929567
 def _crc32c(path):
@@ -322,7 +323,7 @@ def pack_screen(
             _name(part, dest)
     except OSError as e:
         raise ScreenError(f'{part} cannot be written ({e.strerror or e}): free some space or check the permissions, '
-                          f'then run the same again; the {len(done)} sites packed so far are kept.') from e
+                          f'then run the same again; the {plural(len(done), "site")} packed so far are kept.') from e
     return dest
 
 # %% ../../nbs/04_screen.pack.ipynb #46458f24
@@ -477,11 +478,11 @@ def picture_notes(
     kinds = _site_kinds(screen, most)
     wells = screen.table.set_index('site_id').well_id[kinds.index]
     is_empty = kinds.isin(['black', 'constant']).all(axis=1).groupby(wells.to_numpy()).transform('all').to_numpy()
-    of, notes = '' if len(kinds) == len(screen) else f' (of {len(kinds)} sites that were looked at)', []
+    of, notes = '' if len(kinds) == len(screen) else f' (of {plural(len(kinds), "site")} that were looked at)', []
     if is_empty.any():
         names = wells[is_empty].unique()
         notes.append(f'{len(names)} of {wells.nunique()} wells are black or constant in every channel ({first_few(names, 5)}){of}: nothing in them '
-                     'tells what they hold; look at their pictures, or take them out of the table.')
+                     'tells what they hold; look at their pictures, or leave those wells out.')
     rest = list(_kind_counts(kinds[~is_empty]))
     if rest: notes.append(f'Some pictures cannot be right{of}: {first_few(rest, 6)}.')
     return notes
@@ -506,7 +507,8 @@ def verify_store(
     for i, what in _timed_bar(_in_threads(one, ((i,) for i in ids), _workers(workers)), len(ids), progress, 'verifying'):
         if what: (damaged if what == 'damaged' else changed).append(i)
     new = [] if source is None else [i for i in source.site_ids if i not in store]
-    wrong = {'are damaged': damaged, 'differ from the source': changed, 'of the source are not packed': new}
-    told = [f'{len(found)} sites {what} ({first_few(sorted(found))})' for what, found in wrong.items() if found]
+    wrong = {('is damaged', 'are damaged'): damaged, ('differs from the source', 'differ from the source'): changed,
+             ('of the source is not packed', 'of the source are not packed'): new}
+    told = [f'{plural(len(found), "site " + one, "sites " + many)} ({first_few(sorted(found))})' for (one, many), found in wrong.items() if found]
     if told: raise ScreenError(f'{path}: {"; ".join(told)}: pack the screen again.')
     return len(ids)

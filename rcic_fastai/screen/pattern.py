@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core import ScreenError, first_few, option, plural
 from .tables import DATASET_NAMES, USUAL_NAMES, rowcol_to_well, usual_name, well_to_rowcol
-from .files import _choose, read_files
+from .files import _choose, _read_listed
 from .plates import _called_as, _read_wells
 
 # %% ../../nbs/06b_screen.pattern.ipynb #b32f2dac
@@ -87,6 +87,7 @@ def _fit(path, pattern):
 _PHENIX = 'r{row:2}c{column:2}f{site}p{z}-ch{channel}sk{t}fk*fl*.tif[f]'
 PATTERNS = {'imagexpress': '**/[TimePoint_{t}/][ZStep_{z}/]{plate}_{well}[_s{site}][_w{channel:1}][{_:36}].tif[f]',
             'phenix': f'**/[{{plate}}__*/][Images/]{_PHENIX}',
+            'operetta': f'**/[{{plate}}__*/][Images/]{_PHENIX}',
             'cellvoyager': '**/{plate}_{well}_T{t}F{site}L{_}A{_}Z{z}C{channel:2}.*',
             'cell-painting-gallery': f'**/[{{experiment}}/]images/{{plate}}__*/Images/{_PHENIX}',
             'rxrx1': '**/[{dataset}/]{experiment}/Plate{plate}/{well}_s{site}_w{channel:1}.png'}
@@ -168,8 +169,9 @@ def guess_pattern(
 def show_pattern(
     paths, # Paths of files that no pattern fits
 )->str: # Such as `pattern='phenix'`
-    "Return the option with a pattern that fits files, or with an example of one"
-    return option('pattern', guess_pattern(paths) or '{plate}_{well}_s{site}_w{channel}.tif')
+    "Return the option with a known pattern that fits files, or else with an example of one and the names of those that are known"
+    if known := guess_pattern(paths): return f'{option("pattern", known)}, which fits'
+    return f'{option("pattern", "{plate}_{well}_s{site}_w{channel}.tif")}, or take a known one ({", ".join(PATTERNS)})'
 
 # %% ../../nbs/06b_screen.pattern.ipynb #84e48c3d
 def _check_all(files, pattern):
@@ -371,5 +373,6 @@ def read_pattern(
         if of_layout: controls = None
     own = {k: k if k in files and k not in ('folder', 'page') else None for k in USUAL_NAMES}
     inside = {k: v for k, v in dict(z=z, t=t).items() if k not in planes}      # planes of files that hold several
-    return read_files(files.set_index('file', drop=False), folder, channels, own, controls, test, cell_type, dataset,
-                      plate_wells, **inside)
+    name_it = 'name it in the layout, in a column experiment, or with {experiment} in the pattern'
+    return _read_listed(files.set_index('file', drop=False), str(folder), Path(folder), channels, own, controls, test, cell_type, dataset, plate_wells,
+                        name_it=name_it, **inside)

@@ -173,7 +173,7 @@ def _channel_names(omero, n, folder):
     do = f'correct it, or name the channels with {option("channels", ["DNA", "…"])}'
     with _sentence(f'the omero metadata of {folder} cannot be used', do):
         labels = [getattr(c, 'label', None) for c in Omero.model_validate(omero).channels]
-        if len(labels) != n: raise ValueError(f'it has {len(labels)} channels, the array {n}')
+        if len(labels) != n: raise ValueError(f'it has {plural(len(labels), "channel")}, the array {n}')
         odd = [o for o in labels if not isinstance(o, (str, type(None)))]
         if odd: raise ValueError(f'the label {odd[0]!r} is not text')
         names = tuple(o or f'c{i+1}' for i, o in enumerate(labels))
@@ -749,7 +749,7 @@ def _read_wells(wells, columns=None, controls=None, need=('plate', 'well')):
     if found['well_type'] or controls: w['well_type'] = _types(d, w, found, controls, where)
     if 'dataset' in w: w['dataset'] = w.dataset.map(lambda o: DATASET_NAMES.get(o.lower(), o), na_action='ignore')
     own = [c for k in SITE_COLUMNS for c in (found[k][:1] if k == 'well_type' else found[k])]
-    more = further_columns(d, [*own, *_FIELD], [*SITE_COLUMNS, *_FIELD])
+    more = further_columns(d, [*own, *_FIELD], [*SITE_COLUMNS, *_FIELD], where)
     return pd.concat([w, more], axis=1).reset_index(drop=True), where
 
 def _types(d, w, found, controls, where):

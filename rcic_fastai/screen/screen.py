@@ -64,10 +64,11 @@ def _counts(column, most=4):
 @patch
 def __repr__(self:Screen):
     wells = self.wells
+    if not has_plates(self.table): return f'Screen {self.name}: {len(self)} images of {"×".join(map(str, self.shape))} ({self.bits} bits; {_counts(wells.dataset)}), on no plate'
     pictures = '×'.join(map(str, self.shape)) + f' ({self.bits} bits)'
-    return (f'Screen {self.name}: {len(self)} sites of {pictures}, {len(wells)} wells ({_counts(wells.well_type)}), '
-            f'{len(self.experiments)} experiments ({_counts(wells.drop_duplicates("experiment").dataset)}), '
-            f'{wells.sirna.nunique()} perturbations')
+    return (f'Screen {self.name}: {plural(len(self), "site")} of {pictures}, {plural(len(wells), "well")} ({_counts(wells.well_type)}), '
+            f'{plural(len(self.experiments), "experiment")} ({_counts(wells.drop_duplicates("experiment").dataset)}), '
+            f'{plural(wells.sirna[wells.well_type == "treatment"].nunique(), "perturbation")}')
 
 @patch(as_prop=True)
 def wells(self:Screen)->pd.DataFrame:
@@ -86,7 +87,7 @@ def __getitem__(self:Screen,
     if isinstance(rows, slice): return Screen(self.table.iloc[rows], self.source, self.name)
     rows = np.asarray(rows)
     if rows.dtype == bool and len(rows) != len(self):
-        raise ScreenError(f'The condition has {len(rows)} values and the screen {len(self)} sites: make it from screen.table.')
+        raise ScreenError(f'The condition has {len(rows)} values and the screen {plural(len(self), "site")}: make it from screen.table.')
     return Screen(self.table[rows] if rows.dtype == bool else self.table.iloc[rows], self.source, self.name)
 
 # %% ../../nbs/03b_screen.screen.ipynb #de365fad
@@ -109,6 +110,22 @@ def treatments(self:Screen)->Screen:
 def controls(self:Screen)->Screen:
     "Return the sites of positive and negative control wells"
     return self[self.table.well_type != 'treatment']
+
+# %% ../../nbs/03b_screen.screen.ipynb #33bafc83
+@patch
+def choose(self:Screen,
+    train='', # Training experiments that stay: a list, or 'A,B'; empty: all
+    test='', # Experiments that become tests, besides those that are; a list, or 'A,B'
+)->Screen:
+    "Return the screen with a choice of experiments to learn from and to predict"
+    train, test, have = list(as_names(train)), list(as_names(test)), self.experiments
+    strange = [e for e in [*train, *test] if e not in have]
+    if strange: raise ScreenError(f'{self.name} has no experiment {first_few(strange)}: choose from {first_few(have, 60)}.')
+    table = self.table.assign(dataset=self.table.dataset.where(~self.table.experiment.astype(str).isin(test), 'test'))
+    if not train: return self[table]
+    left, is_test = table.experiment.astype(str).isin(train), table.dataset == 'test'
+    if (left & is_test).any(): raise ScreenError(f'{table.experiment[left & is_test].iloc[0]} is a test, and cannot be learned from: choose others.')
+    return self[table[left | is_test]]
 
 # %% ../../nbs/03b_screen.screen.ipynb #49fc0729
 @patch

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'CONTROLS', 'SITE_COLUMNS', 'PLATE_SHAPE', 'USUAL_NAMES', 'WELL_TYPE_NAMES',
-           'DATASET_NAMES', 'IMAGE_COLUMN', 'WILDS_VAL', 'package_table', 'well_to_rowcol', 'rowcol_to_well',
-           'inner_wells', 'control_wells', 'treatment_wells', 'identifiers', 'numbers_if_exact', 'read_csv',
-           'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table', 'usual_name', 'well_type_of',
-           'usual_columns', 'names_files', 'well_types', 'further_columns', 'is_site_table', 'check_table',
-           'sirna_groups', 'most_frequent', 'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments',
-           'experiment_folds', 'wilds_split', 'real_data']
+           'DATASET_NAMES', 'IMAGE_COLUMN', 'LABEL_SEPARATOR', 'WILDS_VAL', 'package_table', 'well_to_rowcol',
+           'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'identifiers', 'numbers_if_exact',
+           'decimal_commas', 'read_csv', 'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table',
+           'usual_name', 'well_type_of', 'usual_columns', 'names_files', 'well_types', 'further_columns', 'with_target',
+           'names_perturbations', 'is_site_table', 'has_plates', 'check_table', 'split_labels', 'join_labels',
+           'label_matrix', 'sirna_groups', 'most_frequent', 'add_plate_groups', 'read_metadata', 'write_metadata',
+           'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
 
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
 from importlib.resources import files
@@ -144,6 +145,29 @@ def numbers_if_exact(
     if None in numbers.values() or not are_whole and max(map(abs, numbers.values())) >= 2**53: return s
     kind, gap = ('Int64', pd.NA) if are_whole and has_gap else (int, None) if are_whole else (float, np.nan)
     return pd.Series([numbers.get(o, gap) for o in s], s.index, kind, s.name)
+
+# %% ../../nbs/01_screen.tables.ipynb #8381341d
+_COMMA, _THOUSANDS = re.compile(r'[+-]?\d+,\d+'), re.compile(r'[+-]?[1-9]\d{0,2}(,\d{3})+')
+
+def _are_numbers(texts):
+    "Return whether all of some texts are numbers"
+    try: return all(float(o) is not None for o in texts)
+    except ValueError: return False
+
+def decimal_commas(
+    s:pd.Series, # Further column of a table
+    where='the table', # Name of the table in messages
+)->pd.Series: # Numbers where the text has decimal commas, otherwise `s` itself
+    "Return a column with decimal commas as numbers, and print that; raise where a comma may divide thousands"
+    if not all(isinstance(o, str) for o in s.dropna()): return s
+    cells = [o.strip() for o in s.dropna().unique()]
+    commas = [o for o in cells if _COMMA.fullmatch(o) or _THOUSANDS.fullmatch(o)]
+    if not commas or not _are_numbers(o for o in cells if o not in commas): return s
+    unclear, clear = [o for o in commas if _THOUSANDS.fullmatch(o)], [o for o in commas if not _THOUSANDS.fullmatch(o)]
+    if not clear or not _are_numbers(o.replace(',', '.') for o in commas):
+        raise ScreenError(f'{where} has {unclear[0]} in the column {s.name}, which may be thousands or a decimal comma: write numbers with a point, as 0.5.')
+    print(f'note: the column {s.name} of {where} is read with decimal commas: {clear[0]} is {float(clear[0].replace(",", "."))}.')
+    return s.map(lambda o: float(o.strip().replace(',', '.')), na_action='ignore').astype(float)
 
 # %% ../../nbs/01_screen.tables.ipynb #aafac42c
 _MOST_TABLE = 2**31   # bytes of a table, unpacked, and of the text in it
@@ -464,6 +488,7 @@ def further_columns(
     df:pd.DataFrame, # A table that someone made
     used, # Columns that are left out
     names, # Names that are taken
+    where='the table', # Its name in messages
 )->pd.DataFrame: # The other columns, as numbers where that loses nothing
     "Return the other columns of a table, under names that are not taken"
     out, taken = {}, {str(o).lower() for o in names} | {'batch'}      # profiles call an experiment Batch
@@ -472,8 +497,37 @@ def further_columns(
         name = re.sub(r'(?i)^(image_)?(metadata_)?', '', str(c)) or str(c)
         while name.lower() in taken: name += '_'
         taken.add(name.lower())
-        out[name] = numbers_if_exact(df[c])
+        out[name] = numbers_if_exact(decimal_commas(df[c], where))
     return pd.DataFrame(out, index=df.index)
+
+# %% ../../nbs/01_screen.tables.ipynb #0eddd636
+def _target_column(table, name):
+    "Return the column of a table with a name, or with a usual name of its kind"
+    if name in table: return table[name]
+    alike = [k for k, names in USUAL_NAMES.items() if k in table and usual_name(name) in [usual_name(o) for o in names.split()]]
+    if alike: return table[alike[0]]
+    raise ScreenError(f'The site table has no column {name!r}: choose the target from {", ".join(map(str, table.columns))}, or two of them, such as sirna+dose.')
+
+def with_target(
+    table:pd.DataFrame, # Site table
+    target:str, # A column, by any of its usual names, or several with +, such as 'compound+dose'
+)->pd.DataFrame: # `table` itself where it has that column
+    "Return a site table with the column of a target; of a pair without its second half, the first stands alone"
+    if target in table: return table
+    first, *more = [_target_column(table, o.strip()) for o in str(target).split('+')]
+    for s in more:
+        pairs = list(zip(identifiers(first), identifiers(s)))
+        first = pd.Series([a if a is None or b is None else f'{a} @ {b}' for a, b in pairs], table.index, dtype=object, name=target)
+        if first.nunique() < len({p for p in pairs if p[0] is not None}):
+            raise ScreenError(f'Two pairs of {target} would have one name: rename those with @.')
+    return table.assign(**{target: first})
+
+def names_perturbations(
+    target:str, # As for `with_target`
+)->bool:
+    "Return whether a target names perturbations, alone or in a pair, so that control wells are no classes of their own"
+    usual = [usual_name(o) for o in USUAL_NAMES['sirna'].split()]
+    return any(usual_name(o) in usual for o in str(target).split('+'))
 
 # %% ../../nbs/01_screen.tables.ipynb #d8d4e758
 def _sirna_names(s, names, where):
@@ -524,7 +578,7 @@ def _read_official(f):
     t['well_type'] = [well_type_of(o) or o for o in t['well_type']]
     t['plate'] = _whole_numbers(t['plate'])
     extra = [c for c in t if c not in SITE_COLUMNS]
-    t[extra] = t[extra].apply(numbers_if_exact)
+    for c in extra: t[c] = numbers_if_exact(decimal_commas(t[c], f))
     t['sirna_id'] = _integers(t['sirna_id'], 'sirna_id', f) if 'sirna_id' in t else pd.array([pd.NA]*len(t), 'Int64')
     if 'plate_group' in t: t['plate_group'] = _integers(t['plate_group'], 'plate_group', f)
     return t
@@ -537,6 +591,23 @@ def is_site_table(
     columns = table_columns(path)
     is_kaggle = {'id_code', 'experiment', 'plate', 'well'} <= set(columns) and Path(path).name in ('train.csv', 'test.csv')
     return (is_kaggle or len(set(_OFFICIAL) & set(columns)) > len(_OFFICIAL)//2) and not names_files(columns)
+
+# %% ../../nbs/01_screen.tables.ipynb #f335d642
+_PLACE = ['experiment', 'plate', 'well']
+
+def has_plates(
+    table:pd.DataFrame, # A site table
+)->bool:
+    "Return whether the images are of wells on plates; those of an atlas are of none"
+    return bool((table['well'].astype(str) != '').any())
+
+def _are_on_plates(t, where):
+    "Return whether a table has plates; raise a `ScreenError` when only some of its images are on one"
+    is_blank = t[_PLACE].astype(str) == ''
+    if is_blank.all(axis=None): return False
+    if not is_blank.any(axis=None): return True
+    row = t.index[is_blank.any(axis=1)][0] + 2
+    raise ScreenError(f'{where}, row {row}: some of experiment, plate and well are blank; fill them in, or leave all three blank in every row.')
 
 # %% ../../nbs/01_screen.tables.ipynb #858ea788
 def check_table(
@@ -556,7 +627,7 @@ def check_table(
     if twice.any():
         raise ScreenError(f'{where} lists {plural(twice.sum(), "site")} more than once ({first_few(t.site_id[twice].unique())}): '
                           'keep one row per site.')
-    _well_names(t['well'].set_axis(range(2, len(t) + 2)), where)
+    if _are_on_plates(t, where): _well_names(t['well'].set_axis(range(2, len(t) + 2)), where)
     places = t.drop_duplicates(['well_id', 'experiment', 'plate', 'well'])
     shared = places['well_id'].duplicated(keep=False)
     if shared.any():
@@ -577,6 +648,42 @@ def check_table(
                           f'{", ".join(cell_types)}; correct it, or pack the screen and allow others with '
                           f'{option("cell_types", [*cell_types, strange[0]])}.')
     return t
+
+# %% ../../nbs/01_screen.tables.ipynb #abb990a3
+LABEL_SEPARATOR = '|'
+
+def split_labels(
+    cells, # Cells of a column, such as '0|14'; an empty one holds no label
+)->list: # A list of labels per cell, each label once
+    "Return the labels in each cell"
+    text = ['' if pd.isna(c) else str(c).strip() for c in cells]
+    known = {c: list(dict.fromkeys(o.strip() for o in c.split(LABEL_SEPARATOR))) if c else [] for c in dict.fromkeys(text)}
+    return [[*known[c]] for c in text]
+
+def join_labels(
+    labels, # Labels of one image
+)->str: # '' for none
+    "Return the cell that holds some labels"
+    return LABEL_SEPARATOR.join(map(str, labels))
+
+# %% ../../nbs/01_screen.tables.ipynb #9f658f44
+def label_matrix(
+    cells, # Cells of a column, such as '0|14'
+    labels, # [K] known labels, in order
+    ids=None, # Names of the images, for messages
+    where='the table', # Its name in messages
+)->np.ndarray: # float32 [N,K]: 1 where an image has a label
+    "Return which image has which label; a `ScreenError` for a label that is not known"
+    names, parts = list(map(str, labels)), split_labels(cells)
+    at = {o: i for i, o in enumerate(names)}
+    res = np.zeros((len(parts), len(names)), np.float32)
+    for row, mine in enumerate(parts):
+        odd = [o for o in mine if o not in at]
+        if odd:
+            who = f'row {row+2}' if ids is None else f'image {list(ids)[row]}'
+            raise ScreenError(f'{where}: {who} has the label {odd[0]!r}, which is none of {first_few(names, 20)}: correct the cell, or name that label, too.')
+        res[row, [at[o] for o in mine]] = 1
+    return res
 
 # %% ../../nbs/01_screen.tables.ipynb #cccc1f72
 def sirna_groups(
@@ -718,7 +825,7 @@ def experiment_folds(
     "Return `k` folds of whole experiments, each cell type spread evenly over the folds"
     t = table[table.dataset.isin(('train', 'val'))]
     n = t['experiment'].nunique()
-    if not 2 <= k <= n: raise ScreenError(f'k={k} folds cannot be made of {n} training experiments: choose 2 to {n}.')
+    if not 2 <= k <= n: raise ScreenError(f'k={k} folds cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.')
     rng, fold, start = np.random.default_rng(seed), {}, 0
     for _, exps in t.groupby('cell_type')['experiment']:
         exps = rng.permutation(sorted(exps.unique()))

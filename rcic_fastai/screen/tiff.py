@@ -242,12 +242,12 @@ def page_meanings(
     last = full[-1].index + 1
     try: said, names = _says(full[0], last)
     except ValueError as e:
-        if len(full) > 1: raise ScreenError(f'{name} does not say what its {len(full)} pages are ({e}): save it again.') from None
+        if len(full) > 1: raise ScreenError(f'{name} does not say what its {plural(len(full), "page is", "pages are")} ({e}): save it again.') from None
         return None, ()
     if not isinstance(said, dict): return said and _by_order(*said, len(full), full[0].samplesperpixel, name), names
     at = [said.get(p.index) for p in full]
     if len(full) > 1 and said and None in at:
-        raise ScreenError(f'{name} says what {len(full) - at.count(None)} of its {len(full)} pages are: save it again.')
+        raise ScreenError(f'{name} says what {len(full) - at.count(None)} of its {plural(len(full), "page is", "pages are")}: save it again.')
     return None if None in at else at, names
 
 # %% ../../nbs/04b_screen.tiff.ipynb #cefaabc8
@@ -290,11 +290,11 @@ def check_channel_names(
     clear = {x for x in h if x and h.count(x) == 1}
     others = {*plain(among), *a}
     if any(x != y and (x in clear & others or y in clear) for x, y in zip(h, a)):
-        raise ScreenError(f'{name} says that it holds {first_few(have, 16)}, and not {first_few(asked, 16)}: correct the table, or the order '
+        raise ScreenError(f'{name} says that it holds {first_few(have, 16)}, and not {first_few(asked, 16)}: correct their names, or the order '
                           f'of {option("channels")}.')
 
 # %% ../../nbs/04b_screen.tiff.ipynb #bc3126f5
-_NAME_PAGES = 'name the page of each channel in a Frame_ or page column'
+_NAME_PAGES = 'name the page of each channel in a Frame_ or page column of a table of files'
 
 def _undescribed(full, n, t, z, name):
     "Return what the pages show of a file that does not say it, when planes or time points are asked of it"
@@ -309,7 +309,7 @@ def _undescribed(full, n, t, z, name):
 def _sort_pages(full, at, t, z, name):
     "Return {channel: its pages}, of which the brightest is taken, from what each page shows"
     if len({p.picture for p in at}) > 1:
-        raise ScreenError(f'{name} holds several fields, but a row of the table is one: {_NAME_PAGES}, or save a file for '
+        raise ScreenError(f'{name} holds several fields, but a site is one: {_NAME_PAGES}, or save a file for '
                           'each field.')
     both = list(zip(full, at))
     for axis, want in (('t', t), ('z', z)):
@@ -336,7 +336,7 @@ def _full_pages(tif, n, all_of_them):
 def _named_pages(tif, pages, name, asked, among):
     "Return the pages that a table names"
     have = list(islice(tif.pages, max(pages) + 1))
-    if len(have) <= max(pages): raise ScreenError(f'{name} has {len(have)} pages and no page {max(pages)} '
+    if len(have) <= max(pages): raise ScreenError(f'{name} has {plural(len(have), "page")} and no page {max(pages)} '
                                                   '(counted from 0): correct the page in the table.')
     text = have[0].description.strip()
     if asked and text.endswith('OME>'):
@@ -370,7 +370,7 @@ def _by_description(full, at, names, n, name, t, z, asked, among):
     channels, samples = _sort_pages(full, at, t, z, name), full[0].samplesperpixel
     holds, has = len(channels)*samples, f' ({first_few(names, 16)})' if any(names) else ''
     if holds != n:
-        raise ScreenError(f'{name} says that it holds {plural(holds, "channel")}{has}, where the table names {n}: name what the file '
+        raise ScreenError(f'{name} says that it holds {plural(holds, "channel")}{has}, where {n} would be read: name what the file '
                           f'holds with {option("channels", ["DNA", "…"])}, or {_NAME_PAGES[5:]}.')
     mine = [names[c] if c < len(names) else '' for c in channels]
     if samples == 1: check_channel_names(mine, asked, among, name)
@@ -384,7 +384,7 @@ def _by_number(tif, full, n, name):
     if n > 1 and first.samplesperpixel == 1 and first.imagewidth == n:
         return [[p] for p in islice(tif.pages, MOST_PIXELS//n)], 'rows'
     what = f'more than {plural(n, "page")}' if len(full) > n else plural(len(full), 'page')
-    raise ScreenError(f'{name} has {what} of {plural(first.samplesperpixel, "sample")}, where the table names {plural(n, "channel")}: '
+    raise ScreenError(f'{name} has {what} of {plural(first.samplesperpixel, "sample")}, where {plural(n, "channel")} would be read: '
                       f'name what the file holds with {option("channels", ["DNA", "…"])}, {_NAME_PAGES[5:]}, or its plane with '
                       f'{option("z", 0)}; if it was cut short, copy it again.')
 
@@ -440,7 +440,7 @@ def _tiff_planes(f, name, n, pages, expect, header, t=None, z=None, asked=(), am
 def _png_planes(f, name, n, pages, expect, header, t=None, z=None):
     "Return the channel of an open PNG [1,H,W], or what its header says"
     if n > 1 or pages not in (None, [0]):
-        raise ScreenError(f'{name} is a PNG, which holds one channel: give a file for each of the {n} channels, or '
+        raise ScreenError(f'{name} is a PNG, which holds one channel: give a file for each of the {plural(n, "channel")}, or '
                           'TIFF stacks.')
     for axis, want in (('t', t), ('z', z)): choose_plane(axis, 1, want, name)
     w, h, bits, color = _png_header(f.read(33), name)
@@ -466,7 +466,7 @@ def read_planes(
     name = str(path)
     check_planes(t=t, z=z)
     try:
-        with open_plain(path, do='copy it again, or take its site out of the table') as f:
+        with open_plain(path, do=f'copy it again, or move it elsewhere and leave its site out with {option("only_present", True)}') as f:
             head = f.read(8)
             f.seek(0)
             if head == PNG_SIGNATURE: return _png_planes(f, name, n, pages, expect, header, t, z)

@@ -14,6 +14,7 @@ from ..screen.tables import *
 from ..batch.data import *
 from ..model.losses import *
 from ..model.model import *
+from ..model.labels import *
 from .optimizer import *
 
 # %% ../../nbs/31_train.learner.ipynb #369d71d2
@@ -52,7 +53,7 @@ class TrainedOn(Callback):
     def _record(self):
         rows, model = getattr(self.dls.train, 'items', None), get_model(self.model)
         if not isinstance(rows, pd.DataFrame) or 'experiment' not in rows: return
-        names = {*rows.experiment.astype(str).unique()} - {*getattr(model, 'pseudo_experiments', ())}
+        names = {*rows.experiment.astype(str).unique()} - {'', *getattr(model, 'pseudo_experiments', ())}      # images of an atlas are in none
         model.trained_experiments = tuple(sorted({*getattr(model, 'trained_experiments', ()), *names}))
 
 # %% ../../nbs/31_train.learner.ipynb #3b489cd1
@@ -68,6 +69,11 @@ def _metadata_sizes(spec, columns):
     return {c: len(spec.vocabs[c]) for c in columns}
 
 # %% ../../nbs/31_train.learner.ipynb #ae4f801f
+def _check_rare(loss, spec):
+    "Print which positions a focal loss names behind the last label"
+    odd = [i for i in getattr(loss, 'rare', ()) if i >= len(spec.labels)]
+    if odd: print(f'note: the loss gives labels {first_few(odd)} numbers of their own, and the screen has {plural(len(spec.labels), "label")} (from 0): without effect.')
+
 _MODEL = [k for k, p in inspect.signature(create_screen_model).parameters.items() if p.kind is not p.VAR_KEYWORD]
 
 @delegates(create_screen_model, keep=True, but=['n_classes', 'n_channels', 'inputs', 'n_sites', 'metadata'])
@@ -92,7 +98,9 @@ def screen_learner(
                                     stem=stem, metadata=_metadata_sizes(spec, metadata), inputs=tuple(spec.vocabs),
                                     emb_dim=emb_dim, neck=neck, meta_dropout=meta_dropout, loss=loss,
                                     bn_momentum=bn_momentum, **{'n_sites': spec.sites, **more})
-    kwargs = {**dict(metrics=[accuracy], splitter=screen_splitter, opt_func=FusedAdam), **kwargs}
+    check_target(model.loss, spec.several, spec.target)
+    _check_rare(model.loss, spec)
+    kwargs = {**dict(metrics=label_metrics() if spec.several else [accuracy], splitter=screen_splitter, opt_func=FusedAdam), **kwargs}
     learn = Learner(dls, model, loss_func=model.loss, **kwargs)
     learn.add_cb(TrainedOn())
     return learn
@@ -132,6 +140,7 @@ def set_loss(self:Learner,
     "Set the loss of the model and of the learner"
     loss = loss_from_config(loss, self.model.classifier.n_classes)
     check_loss(loss, self.model.classifier)
+    if spec := getattr(self.dls, 'spec', None): check_target(loss, spec.several, spec.target)
     self.model.loss = loss.to(next(self.model.parameters()).device)
     self.loss_func = self.model.loss
 

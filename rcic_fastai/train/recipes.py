@@ -54,7 +54,7 @@ class Stage:
     wd:float=.01 # Weight decay
     pct_start:float=.25 # Of 1cycle: share of the stage in which the rate rises
     div_final:float=1e5 # Of 1cycle: highest rate divided by the last
-    published:float=None # Validation accuracy per site that its authors reached
+    published:float=None # Validation accuracy per site that its authors reached; of several labels, the macro F1
 
 # %% ../../nbs/33_train.recipes.ipynb #27e7af65
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ def _known(cls, o, what):
     if not isinstance(o.get('stages', []), (list, tuple)): raise ScreenError(f'{what} has {o["stages"]!r} as its stages: give a list.')
     return o
 
+_KEPT = ('accuracy', 'macro_f1', 'micro_f1', 'valid_loss')
+
 def _is_number(v, low=0., high=math.inf): return type(v) in (int, float) and low <= v <= high
 
 def _check_numbers_of(stage, what):
@@ -102,7 +104,7 @@ def _check_numbers_of(stage, what):
         if not _is_number(getattr(stage, k), 0, 1): raise ScreenError(f'{what} has {k}={getattr(stage, k)!r}: give a share from 0 to 1.')
     for k in ('wd', 'div_final'):
         if not _is_number(getattr(stage, k)): raise ScreenError(f'{what} has {k}={getattr(stage, k)!r}: give a number, 0 or more.')
-    if stage.keep_best not in (None, 'accuracy', 'valid_loss'): raise ScreenError(f'{what} keeps the best {stage.keep_best!r}: choose accuracy or valid_loss.')
+    if stage.keep_best not in (None, *_KEPT): raise ScreenError(f'{what} keeps the best {stage.keep_best!r}: choose {", ".join(_KEPT[:-1])} or {_KEPT[-1]}.')
 
 # %% ../../nbs/33_train.recipes.ipynb #9d46ec58
 def _check_augs(augs, what):
@@ -158,9 +160,12 @@ def _check_stage(stage, i):
 
 def _check_losses(recipe):
     "Raise where a loss does not read what the classifier of the recipe returns"
-    kind = recipe.model.get('classifier', 'cosine')
+    kind, several = recipe.model.get('classifier', 'cosine'), bool(recipe.data.get('several'))
+    if recipe.stages: check_target(loss_from_config(recipe.stages[0].loss or recipe.model.get('loss', 'adacos'), 2), several, 'the target of the recipe')
     for i, s in enumerate(recipe.stages):
-        if s.loss is not None: check_loss(loss_from_config(s.loss, 2), SimpleNamespace(kind=kind))
+        if s.loss is not None:
+            check_loss(loss_from_config(s.loss, 2), SimpleNamespace(kind=kind))
+            check_target(loss_from_config(s.loss, 2), several, 'the target of the recipe')
         alone = [c for c in s.callbacks if (c if isinstance(c, str) else c['name']) in ('irm', 'groupdro')]
         if alone and (kind == 'both' or getattr(loss_from_config(s.loss or recipe.model.get('loss', 'adacos'), 2), 'embeds', False)):
             raise ScreenError(f'Stage {i+1} of the recipe has {alone[0]!r}, which reads one classifier: leave it out, or the second part of the loss.')
@@ -179,6 +184,7 @@ _PREDICT = ('tta', 'views', 'vote', 'k', 'merge', 'by', 'tell', 'assign', 'adapt
 
 def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
+    if twice := [s.name for i, s in enumerate(recipe.stages) if s.name in [o.name for o in recipe.stages[:i]]]: raise ScreenError(f'The recipe has two stages called {twice[0]!r}: give each a name of its own, by which its epochs are found.')
     if recipe.pretrain: check_choice('pretrain', recipe.pretrain, ('controls',))
     check_choice('begin', recipe.begin, ('backbone', 'all', 'features'))
     old = [k for k, v in recipe.predict.items() if v == 'none']
@@ -293,6 +299,27 @@ def scaled(self:Recipe,
     shares = _shared_epochs([s.epochs for s in self.stages], epochs)
     data = {**self.data, **({'size': max(16, round(self.data['size']*g))} if self.data.get('size') else {})}
     return replace(self, stages=[_scaled_stage(s, e, f, g) for s, e in zip(self.stages, shares)], data=data)
+
+# %% ../../nbs/33_train.recipes.ipynb #c9b4ea8c
+def _times(lr, f):
+    "Return learning rates, `f` times as high"
+    if isinstance(lr, dict): return {k: v*f for k, v in lr.items()}
+    return tuple(v*f for v in lr) if isinstance(lr, (tuple, list)) else lr*f
+
+@patch
+def changed(self:Recipe,
+    epochs:int=0, # In all stages together; 0: as it is
+    lr:float=0., # Highest rate of any stage; 0: as it is
+)->tuple: # The recipe, and what was changed: {name: [then, now]}
+    "Return the recipe with another number of epochs or another learning rate"
+    then = dict(epochs=sum(s.epochs for s in self.stages), lr=max((max(part_lrs(s.lr)) for s in self.stages), default=0.))
+    now = {k: v for k, v in dict(epochs=epochs, lr=lr).items() if v and v != then[k]}
+    for k, v in now.items():
+        if not then[k]: raise ScreenError(f'The recipe {self.name} trains nothing, so {option(k, v)} cannot be: leave it out, or choose another recipe.')
+        if not 0 < v < 1e6: raise ScreenError(f'{option(k, v)} is not possible: give a number above 0.')
+    res = self.scaled(epochs) if 'epochs' in now else self
+    if 'lr' in now: res = replace(res, stages=[replace(s, lr=_times(s.lr, lr/then['lr'])) for s in res.stages])
+    return res, {k: [then[k], v] for k, v in now.items()}
 
 # %% ../../nbs/33_train.recipes.ipynb #62bade25
 def _stage_data(learn, stage):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['rcic117', 'rcic117_b4', 'rcic117_12d', 'rcic117_cell_types', 'rcic117_groups', 'rcic16_cyclic', 'rcic1',
-           'rcic1_pseudo', 'rxrx1_paper', 'rxrx1_resnet50', 'capstone_cnn', 'capstone_resnet50', 'six_channels']
+           'rcic1_pseudo', 'rxrx1_paper', 'rxrx1_resnet50', 'capstone_cnn', 'capstone_resnet50', 'six_channels',
+           'hpa46', 'hpa46_rare', 'hpa46_se']
 
 # %% ../../nbs/33b_train.systems.ipynb #b637a7a5
 from dataclasses import replace
@@ -153,6 +154,27 @@ six_channels = Recipe('six_channels', [Stage('head', 2, 1e-2, 'stem,head', loss=
     about='Another team of the competition: its steps are known (controls first, five of six channels, pseudo-labels, plate groups with assignment), its network and rates are not; '
           'those here are ours.')
 
+# %% ../../nbs/33b_train.systems.ipynb #8094ad5a
+_ATLAS_MEAN, _ATLAS_STD = [.0807, .0524, .0539, .0810], [.1481, .1095, .1565, .2729]      # red, green, blue, yellow
+_ATLAS_DATA = dict(several=True, size=1024, norm='global', norm_stats=[_ATLAS_MEAN[:3], _ATLAS_STD[:3]])
+_ATLAS_PREDICT = dict(by='classifier', tta=4, views='scaled', merge='mean', adapt='no')
+_MIXED = dict(name='focal', alpha=.5, gamma=0., rare=[1, 11], rare_alpha=.25, rare_gamma=1.5)
+
+def _hpa46(name, arch, bs, epochs, lr, loss, published, about, **data):
+    "Return one of the recipes of the 46th place of the Human Protein Atlas"
+    stage = Stage('all', epochs, lr, schedule='cosine', opt='adamw', wd=1e-5, bs=bs, augs='hpa46', loss=loss, published=published)
+    return Recipe(name, [stage], arch=arch, model=dict(classifier='linear', pool='average', neck='identity', loss=loss, bn_momentum=None),
+        data=dict(**_ATLAS_DATA, bs=bs, **data), channels='red,green,blue', index=dict(tta=1), predict=_ATLAS_PREDICT, about=about)
+
+hpa46 = _hpa46('hpa46', 'tf_efficientnet_b0', 16, 5, 6e-4, 'bce', .7663,
+    '46th place of the Human Protein Atlas competition of 2021, image level: macro and micro F1 .766 and .817 of held-out images. Its ensemble reached a mAP over cells of .471 public, .433 private. '
+    'Differs: it says focal loss and cross-entropy, not which of them this network had; cross-entropy is taken.')
+hpa46_rare = _hpa46('hpa46_rare', 'tf_efficientnet_b0', 16, 10, 6e-4, _MIXED, .8154,
+    '46th place of the Human Protein Atlas, rare labels for 10 epochs: .815 and .837 of held-out images. Differs: how rare labels were chosen is not known; here an image is drawn '
+    'more often the rarer the rarest of its labels is, by the root, and the loss is their "mixed" one.', rare=.5)
+hpa46_se = _hpa46('hpa46_se', 'seresnext26d_32x4d', 14, 5, 6.5e-5, dict(name='focal', alpha=.75, gamma=0.), .7317,
+    '46th place of the Human Protein Atlas, SE-ResNeXt-26d with α .75 and γ 0: .732 and .796 of held-out images. Differs: its number of epochs is not known, that of the first network is taken.')
+
 # %% ../../nbs/33b_train.systems.ipynb #05906e75
 for r in [rcic117, rcic117_b4, rcic117_12d, *_CELL_TYPE_RECIPES, rcic117_cell_types, rcic117_groups, *_RCIC16, rcic16_cyclic, rcic1, rcic1_pseudo, rxrx1_paper, rxrx1_resnet50, capstone_cnn,
-          capstone_resnet50, *_WILDS_RECIPES, six_channels]: RECIPES[r.name] = check_recipe(r)
+          capstone_resnet50, *_WILDS_RECIPES, six_channels, hpa46, hpa46_rare, hpa46_se]: RECIPES[r.name] = check_recipe(r)

@@ -424,11 +424,12 @@ def light(self:Studio,
     sirna_id:int, # label
     well_type:str, # 'treatment', 'positive_control' or 'negative_control'
     well_rng:np.random.Generator, # of the well
-    rng:np.random.Generator # of the site
+    rng:np.random.Generator, # of the site
+    strength:float=1. # of the effect: 1 is that of the siRNA, 0 none
 ) -> np.ndarray: # float32 [6,n,n]
     "Draw the cells of one site."
     camera = self.cameras[experiment]
-    effect = phenotype(sirna_id, camera.cell_type, self.seed, well_type)
+    effect = {k: strength*v for k, v in phenotype(sirna_id, camera.cell_type, self.seed, well_type).items()}
     m = camera.well_morphology(effect, plate, well, well_type, well_rng)
     return draw_site(m, camera.cell_type, self.field, rng)
 
@@ -466,11 +467,12 @@ def site(self:Studio,
     well:str, # e.g. 'B03'
     site:int, # 1, 2, …
     sirna_id:int, # label
-    well_type:str='treatment' # 'treatment', 'positive_control' or 'negative_control'
+    well_type:str='treatment', # 'treatment', 'positive_control' or 'negative_control'
+    strength:float=1. # of the effect: 1 is that of the siRNA, 0 none
 ) -> np.ndarray: # uint8 [6,size,size]
     "Draw the picture of one site."
     self.check_place(experiment, plate)
     where = experiment, plate, well
     rng, well_rng = named_rng(self.seed, 'site', *where, site), named_rng(self.seed, 'well', *where)
-    light = self.light(*where, sirna_id, well_type, well_rng, rng)
+    light = self.light(*where, sirna_id, well_type, well_rng, rng, strength)
     return self.cameras[experiment](light, plate, well, self.size, well_rng, rng)

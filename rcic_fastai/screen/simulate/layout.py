@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REAL_TEST', 'SCREEN_FOLDER', 'spread_controls', 'split_groups', 'plate_rows', 'experiment_rows', 'screen_layout',
-           'simulate_screen']
+           'simulate_screen', 'write_file_table']
 
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #400c87e1
 import os, sys, tempfile
@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
-from ...core import OwnFolder, ScreenError, as_names, n_cores
-from ..tables import SITE_COLUMNS, control_wells, read_metadata, treatment_wells, well_to_rowcol
+from ...core import OwnFolder, ScreenError, as_names, n_cores, write_atomic
+from ..tables import CHANNELS, SITE_COLUMNS, control_wells, read_metadata, treatment_wells, well_to_rowcol
 from .cells import named_rng
 from .batches import Studio, cell_type_of
 
@@ -87,14 +87,15 @@ def _check_experiments(experiments, test):
     if stray: raise ScreenError(f'Test experiment {stray[0]} is not among the experiments: add it there.')
 
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #0a0f4b4b
-def _check_room(sirnas, plates):
-    "Raise a `ScreenError` if so many siRNAs do not fit on the plates, or leave one without."
+def _check_room(sirnas, plates, doses=1):
+    "Raise a `ScreenError` if so many siRNAs, each at so many doses, do not fit on the plates, or leave one without."
     if sirnas < plates:
         raise ScreenError(f'{sirnas} siRNAs leave a plate of {plates} without treatments: '
                           f'give at least {plates} siRNAs.')
-    if sirnas > 277*plates:
-        raise ScreenError(f'{sirnas} siRNAs do not fit on {plates} plates with 277 treatment wells each: '
-                          f'give at most {277*plates} siRNAs or more plates.')
+    most = 277//doses*plates
+    if sirnas > most:
+        raise ScreenError(f'{sirnas} siRNAs{f" at {doses} doses" if doses > 1 else ""} do not fit on {plates} plates with 277 treatment wells each: '
+                          f'give at most {most} siRNAs or more plates.')
 
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #54d4351f
 REAL_TEST = () # experiments of the real test set
@@ -117,6 +118,34 @@ def experiment_rows(
         rows += [(plate, *well, group) for well in wells]
     return rows
 
+# %% ../../../nbs/02c_screen.simulate.layout.ipynb #daf89cdf
+def _read_doses(doses):
+    "Return doses as numbers; raise a `ScreenError` for what is no dose, or is named twice."
+    try: found = [float(d) for d in (as_names(doses) if isinstance(doses, str) else doses)]
+    except (TypeError, ValueError): found = [-1.]
+    if all(np.isfinite(d) and d >= 0 for d in found) and len(set(found)) == len(found): return found
+    raise ScreenError(f'doses is {doses!r}: give different numbers, 0 or more, such as 0,0.1,1,10.')
+
+_VEHICLE = 'DMSO'     # drawn like a treatment without an effect; an EMPTY well has not even seen the reagents
+
+def dose_strength(
+    dose # 0 or more
+) -> float: # 0 to 2
+    "Return how strong an effect is at a dose; 1 at dose 1."
+    return 2*dose/(1 + dose)
+
+def _with_doses(rows, doses, controls, sirnas):
+    "Return the rows of a layout, whose treatments are numbered by siRNA and dose, with a column `dose`."
+    t, n = rows.copy(), len(doses)
+    treated = (t.well_type == 'treatment').to_numpy()
+    number = t.sirna_id.to_numpy(copy=True)
+    t['dose'] = np.where(treated, np.array(doses)[number % n], np.nan)
+    t.loc[treated, 'sirna_id'] = number[treated]//n
+    t.loc[treated, 'sirna'] = [f's{i:04}' for i in number[treated]//n]
+    empty = (treated & (t.dose == 0)) | (t.well_type == 'negative_control') & (0 in doses)
+    t.loc[empty, ['well_type', 'sirna', 'sirna_id', 'dose']] = ['negative_control', _VEHICLE, sirnas + controls, np.nan]
+    return t
+
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #4f6972dc
 def screen_layout(
     experiments=('HUVEC-01', 'HUVEC-02', 'RPE-01'), # names in the real style, a sequence or one string with commas
@@ -125,28 +154,35 @@ def screen_layout(
     plates:int=4, # plates in an experiment, and groups of siRNAs
     controls:int=30, # positive controls on a plate, 0 to 30
     seed:int=0, # 0 or more
-    test=None # experiments with dataset=test; None: those whose real namesakes are in the test set
+    test=None, # experiments with dataset=test; None: those whose real namesakes are in the test set
+    doses=() # doses of each treatment, 0 for a well without; none: one well per treatment
 ) -> pd.DataFrame: # site table
     "Return the site table of a simulated screen, nothing drawn."
     experiments = tuple(as_names(experiments))
     test = [e for e in experiments if e in REAL_TEST] if test is None else tuple(as_names(test))
     _check_counts(sites=sites, plates=plates, controls=controls, seed=seed, sirnas=sirnas)
     _check_experiments(experiments, test)
-    _check_room(sirnas, plates)
-    groups, rows = split_groups(sirnas, plates, seed), []
+    doses = _read_doses(doses)
+    n = max(len(doses), 1)
+    _check_room(sirnas, plates, n)
+    groups, rows = [(g[:, None]*n + range(n)).ravel() for g in split_groups(sirnas, plates, seed)], []
     for e in experiments:
         where = cell_type_of(e), 'test' if e in test else 'train', e
         for plate, well, kind, name, i, group in experiment_rows(e, groups, sirnas, controls, seed):
             well_id = f'{e}_{plate}_{well}'
             rows += [(f'{well_id}_{s}', well_id, *where, plate, well, s, kind, name, i, group)
                      for s in range(1, sites+1)]
-    return pd.DataFrame(rows, columns=SITE_COLUMNS)
+    table = pd.DataFrame(rows, columns=SITE_COLUMNS)
+    return _with_doses(table, doses, controls, sirnas) if doses else table
 
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #d3b3b263
 def _well_jobs(table):
     "Return what to draw, one tuple per well; the last entry is the numbers of its sites."
-    keys = ['experiment', 'dataset', 'plate', 'well', 'well_type', 'sirna_id']
-    return [(*key, tuple(sites)) for key, sites in table.groupby(keys, sort=False)['site']]
+    keys = ['experiment', 'dataset', 'plate', 'well', 'well_type', 'sirna_id', 'strength']
+    strength = dose_strength(table.dose).fillna(1.) if 'dose' in table else pd.Series(1., table.index)
+    vehicle = table.sirna == _VEHICLE
+    drawn = table.assign(strength=strength.where(~vehicle, 0.), well_type=table.well_type.where(~vehicle, 'treatment'))
+    return [(*key, tuple(sites)) for key, sites in drawn.groupby(keys, sort=False)['site']]
 
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #cbbe4d4d
 _studio = None # set in each worker process
@@ -162,10 +198,10 @@ def _plate_folder(folder, dataset, experiment, plate): return Path(folder)/'imag
 
 def _draw_well(job, folder):
     "Draw and write the sites of one well."
-    experiment, dataset, plate, well, kind, sirna_id, sites = job
+    experiment, dataset, plate, well, kind, sirna_id, strength, sites = job
     to = _plate_folder(folder, dataset, experiment, plate)
     for site in sites:
-        for w, im in enumerate(_studio.site(experiment, plate, well, site, sirna_id, kind), 1):
+        for w, im in enumerate(_studio.site(experiment, plate, well, site, sirna_id, kind, strength), 1):
             path = str(to/f'{well}_s{site}_w{w}.png')
             if not cv2.imwrite(path, im, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
                 raise ScreenError(f'{path} could not be written: make room on the disk.')
@@ -226,10 +262,11 @@ def simulate_screen(
     n_workers:int=None, # worker processes; None: one per core; 0 or 1: none
     progress:bool=True, # show a progress bar
     field:float=None, # fraction of the real field's side in a site, .1 to 1; None: 1 from 256 px, .5 up to 128 px
-    difficulty:float=1. # 0: batches differ in brightness only; 1: as in RxRx1; at most 3
+    difficulty:float=1., # 0: batches differ in brightness only; 1: as in RxRx1; at most 3
+    doses=() # doses of each treatment, 0 for a well without; none: one well per treatment
 ) -> pd.DataFrame: # site table, as `read_metadata(dest)` gives it
     "Draw a screen in RxRx1's layout: `metadata.csv` and `images/{train|test}/EXP/Plate{p}/{well}_s{site}_w{c}.png`."
-    table = screen_layout(experiments, sirnas, sites, plates, controls, seed, test)
+    table = screen_layout(experiments, sirnas, sites, plates, controls, seed, test, doses)
     if n_workers is None: n_workers = n_cores()
     _check_numbers(size, field, difficulty, n_workers)
     dest = _free_dest(dest)
@@ -237,10 +274,28 @@ def simulate_screen(
     try:
         studio = Studio(tuple(table.experiment.unique()), sirnas, size, plates, seed, field, difficulty)
         _draw_all(_well_jobs(table), studio, tmp, n_workers, progress)
-        table[SITE_COLUMNS[:-1]].to_csv(tmp/'metadata.csv', index=False)
+        table[[c for c in table if c != 'plate_group']].to_csv(tmp/'metadata.csv', index=False)
         tmp.chmod(0o755)
         SCREEN_FOLDER.hand_over(tmp, dest)
     except BaseException:
         SCREEN_FOLDER.remove(tmp)
         raise
     return read_metadata(dest)
+
+# %% ../../../nbs/02c_screen.simulate.layout.ipynb #506cc193
+_MONTHS = 'May June July August September October November December January February March April'.split()
+
+def write_file_table(
+    folder, # From `simulate_screen`, of at most 12 experiments
+    channels=CHANNELS, # Stains, by the order of the files
+)->Path: # `plates.csv` in the folder: one row per file, as a facility might write it
+    "Write a table of the files of a simulated screen: Batch (a month), Barcode, Position, Field, Reagent, Stain, Path"
+    folder = Path(folder)
+    t = read_metadata(folder)
+    names = t.experiment.unique()
+    if len(names) > len(_MONTHS): raise ScreenError(f'{folder} has {plural(len(names), "experiment")}, more than there are months to name them by: simulate at most 12.')
+    t['month'] = t.experiment.map(dict(zip(names, _MONTHS)))
+    rows = [dict(Batch=r.month, Barcode=f'{r.month}{r.plate}', Position=r.well, Field=r.site, Reagent='untreated' if r.sirna == 'EMPTY' else r.sirna,
+                 Stain=c, Path=f'images/{r.dataset}/{r.experiment}/Plate{r.plate}/{r.well}_s{r.site}_w{i}.png')
+            for r in t.itertuples() for i, c in enumerate(channels, 1)]
+    return write_atomic(folder/'plates.csv', lambda p: pd.DataFrame(rows).to_csv(p, index=False))

@@ -1,0 +1,260 @@
+"Several labels per image: an atlas is read, learned, answered and judged through the commands; what does not fit is a sentence."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.vision.all import nn
+from helpers import refused
+from rcic_fastai import cli
+from rcic_fastai.batch.data import rare_weights, screen_dls
+from rcic_fastai.core import ScreenError
+from rcic_fastai.folder import load_model
+from rcic_fastai.model.losses import BinaryLoss, FocalLoss
+from rcic_fastai.screen.labels import read_labels
+from rcic_fastai.screen.open import open_screen, screen_kind
+from rcic_fastai.screen.pack import pack_screen, verify_store
+from rcic_fastai.screen.simulate.labels import simulate_labels
+from rcic_fastai.screen.tables import split_labels
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.train.recipes import RECIPES, check_recipe
+from rcic_fastai.train.systems import hpa46, hpa46_rare, hpa46_se
+from rcic_fastai.workflow import fold_images, train_screen
+
+NAMES = ('hpa46', 'hpa46_rare', 'hpa46_se')
+
+
+@pytest.fixture(scope='module')
+def atlas(tmp_path_factory):
+    "Forty drawn images with labels"
+    return simulate_labels(tmp_path_factory.mktemp('labels')/'atlas', images=40, size=48, cells=3, progress=False)
+
+
+def tiny(name, **changes):
+    "Return a recipe for seconds: another network, small pictures; all else as it is"
+    r = RECIPES[name].scaled(1, side=24)
+    return replace(r, arch='mobilenetv3_small_050', stages=[replace(s, bs=8) for s in r.stages], data={**r.data, 'bs': 8, 'size': 48}, **changes)
+
+
+@pytest.fixture(scope='module')
+def models(atlas, tmp_path_factory):
+    "The three recipes, in small, trained by the command, with their predictions"
+    home = tmp_path_factory.mktemp('models')
+    for n in NAMES:
+        (home/f'recipe-{n}.json').write_text(json.dumps(tiny(n).to_dict()))
+        assert not cli.rcic_train([str(atlas), str(home/n), '--recipe', str(home/f'recipe-{n}.json'), '--target', 'labels', '--pretrained', 'no'])
+        assert not cli.rcic_predict([str(home/n), str(atlas), str(home/f'{n}.csv')])
+    return home
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_losses_against_loops(seed):
+    "Binary cross-entropy and focal loss against float64 loops, to 1e-6"
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(0, 3, (5, 7)), rng.random((5, 7)) < .3
+    alpha, gamma = rng.random(7), rng.random(7)*3
+    p = 1/(1 + np.exp(-x))
+    bce, focal = np.zeros((5, 7)), np.zeros((5, 7))
+    for i in range(5):
+        for k in range(7):
+            q, a = (p[i, k], alpha[k]) if y[i, k] else (1 - p[i, k], 1 - alpha[k])
+            bce[i, k], focal[i, k] = -np.log(q), -a*(1 - q)**gamma[k]*np.log(q)
+    t, truth = torch.tensor(x, dtype=torch.float64, requires_grad=True), torch.tensor(y)
+    assert np.allclose(BinaryLoss('none')(t, truth).detach(), bce.mean(1), atol=1e-6)
+    loss = FocalLoss([*alpha], [*gamma], reduction='none')
+    assert np.allclose(loss(t, truth).detach(), focal.mean(1), atol=1e-6)
+    assert torch.autograd.gradcheck(lambda o: loss(o, truth), t)
+    assert np.allclose(loss(t.float(), truth).detach(), focal.mean(1), atol=1e-5)
+    assert BinaryLoss()(t, truth).item() == pytest.approx(nn.functional.binary_cross_entropy_with_logits(t, truth.double()).item())
+
+
+def test_settings_are_those_of_the_source():
+    for r in (hpa46, hpa46_rare, hpa46_se):
+        s = r.stages[0]
+        assert (s.opt, s.wd, s.schedule, s.augs, r.data['size'], r.channels) == ('adamw', 1e-5, 'cosine', 'hpa46', 1024, 'red,green,blue')
+        assert r.data['norm_stats'] == [[.0807, .0524, .0539], [.1481, .1095, .1565]] and (r.predict['views'], r.predict['tta']) == ('scaled', 4)
+        assert s.loss == r.model['loss'] and r.model['classifier'] == 'linear' and r.data['several']
+    assert [(r.arch, r.stages[0].bs, r.stages[0].lr, r.stages[0].epochs) for r in (hpa46, hpa46_rare, hpa46_se)] == [
+        ('tf_efficientnet_b0', 16, 6e-4, 5), ('tf_efficientnet_b0', 16, 6e-4, 10), ('seresnext26d_32x4d', 14, 6.5e-5, 5)]
+    assert hpa46_rare.stages[0].loss == dict(name='focal', alpha=.5, gamma=0., rare=[1, 11], rare_alpha=.25, rare_gamma=1.5) and hpa46_rare.data['rare'] == .5
+    assert hpa46_se.stages[0].loss == dict(name='focal', alpha=.75, gamma=0.)
+    assert [r.stages[0].published for r in (hpa46, hpa46_rare, hpa46_se)] == [.7663, .8154, .7317]
+
+
+def test_an_atlas_is_read_and_packed_without_plates(atlas, tmp_path):
+    screen = open_screen(atlas)
+    assert (screen_kind(atlas), screen_kind(atlas/'train.csv'), screen.channels) == ('images', 'images', ('red', 'green', 'blue', 'yellow'))
+    t = screen.table
+    assert set(t.experiment) == set(t.plate) == set(t.well) == {''} and (t.well_id == t.site_id).all() and t.sirna.isna().all()
+    assert verify_store(pack_screen(screen, tmp_path/'a.zarr', progress=False), screen, progress=False) == len(t)
+    again = open_screen(tmp_path/'a.zarr')
+    columns = ['site_id', 'experiment', 'well', 'labels']
+    assert again.table[columns].to_numpy().tolist() == t[columns].to_numpy().tolist()
+
+
+def test_batches_hold_zeros_and_ones(atlas):
+    dls = screen_dls(open_screen(atlas), target='labels', several=True, bs=8, augs=None)
+    y, rows = dls.valid.one_batch()[-1], dls.valid.items
+    assert [[dls.spec.labels[i] for i in row.nonzero().flatten()] for row in y] == split_labels(rows.labels)[:len(y)]
+    assert not set(dls.train.items.site_id) & set(rows.site_id) and not dls.held_out and dls.held_images == rows.site_id.tolist()
+    assert len(rows) == pytest.approx(.2*30, abs=1)
+    rare = screen_dls(open_screen(atlas), target='labels', several=True, bs=4, rare=1., augs=None)
+    w = rare_weights(rare.train.items.labels, 1.)
+    drawn = np.bincount(np.concatenate([rare.train.get_idxs() for _ in range(300)]), minlength=len(w))/300
+    assert np.allclose(drawn, w, atol=.35) and drawn[w.argmax()] > drawn[w.argmin()]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_recipe_answers_through_the_commands(name, models, atlas, capsys):
+    pred, record = pd.read_csv(models/f'{name}.csv', dtype=str), json.loads((models/f'{name}.json').read_text())
+    assert (record['protocol'], record['views'], record['tta'], record['by'], len(record['thresholds'])) == ('inductive', 'scaled', 4, 'classifier', 8)
+    assert len(pred) == 10 and pred.labels.notna().all()
+    assert not cli.rcic_evaluate([str(models/f'{name}.csv'), str(atlas), '--json'])
+    said = json.loads(capsys.readouterr().out)['columns']['inductive']
+    assert {'macro_f1', 'micro_f1', 'mean_ap'} <= set(said) and len(said['labels']) == 8 and said['mean_ap'] > 0
+
+
+def test_a_folder_remembers(models, atlas):
+    m = load_model(models/'hpa46')
+    assert m.spec.several and len(m.thresholds) == 8 and 'macro_f1' in m.config['metrics'] and m.trained == ['']
+    assert m.model.trained_experiments == () and len(m.config['held_images']) == len(m.held_out(atlas).test)
+    pred = m.predict(open_screen(atlas), progress=False)
+    assert pred.labels.tolist() == pd.read_csv(models/'hpa46.csv', dtype=str).labels.tolist()
+    screen = open_screen(atlas)
+    blind = screen[screen.table.assign(labels=screen.table.labels.where(screen.table.dataset != 'test'))]
+    assert m.predict(blind, progress=False).labels.tolist() == pred.labels.tolist()      # labels of the test images are not read
+    assert 'held out: macro F1' in (models/'hpa46'/'README.md').read_text()
+
+
+def test_scaled_views_are_the_mean_of_four(models, atlas):
+    m, screen = load_model(models/'hpa46'), open_screen(atlas)
+    dl, scores = None, [c for c in m.predict(screen, progress=False) if c.startswith('score:')]
+    from rcic_fastai.batch.data import spec_dl
+    from rcic_fastai.embed.embed import eval_mode, scaled_view
+    dl = spec_dl(m.spec, screen.test, bs=32)
+    x = dl.one_batch()[0]
+    with eval_mode(m.model): by_hand = sum(torch.sigmoid(m.model(scaled_view(x, k))) for k in range(4))/4
+    assert np.allclose(m.predict(screen, progress=False)[scores], by_hand, atol=1e-5)
+
+
+def test_an_ensemble_is_the_mean_of_the_probabilities(models, atlas, tmp_path, capsys):
+    assert not cli.rcic_ensemble([str(tmp_path/'e.csv'), *(str(models/f'{n}.csv') for n in NAMES[:2]), '--weights', '3,1'])
+    p = [pd.read_parquet(models/f'{n}.scores.parquet') for n in NAMES[:2]]
+    names = [c for c in p[0] if c.startswith('score:')]
+    mean = pd.read_parquet(tmp_path/'e.scores.parquet')[names]
+    assert np.allclose(mean, (3*p[0][names] + p[1][names])/4, atol=1e-6)
+    assert not cli.rcic_evaluate([str(tmp_path/'e.csv'), str(atlas)])
+    assert 'macro F1' in capsys.readouterr().out
+
+
+def test_all_images_can_be_answered(models, atlas):
+    m, screen = load_model(models/'hpa46'), open_screen(atlas)
+    every, test = m.answer_labels(screen, progress=False), m.predict(screen, progress=False)
+    assert len(every) == 40 and {c for c in every if c.startswith('score:')} == {f'score:{k}' for k in m.spec.labels}
+    mine = every.set_index('id_code').loc[test.id_code]
+    assert mine.labels.tolist() == test.labels.tolist() and np.allclose(mine['score:0'], test['score:0'], atol=1e-5)
+
+
+def test_labels_of_wells_on_plates(screen, tmp_path):
+    "Split by experiment, answered inductively and adapted, judged per well"
+    held = screen[screen.table.assign(dataset=np.where(screen.table.experiment == 'HUVEC-03', 'test', 'train'), labels=['0|1' if i < 4 else '2' for i in screen.table.sirna_id])]
+    r = tiny('hpa46', channels='')
+    m = train_screen(held, tmp_path/'m', replace(r, data={**{k: v for k, v in r.data.items() if k != 'norm_stats'}, 'norm': 'own'}), target='labels', pretrained='no')
+    assert m.config['held_out'] == ['HUVEC-02'] and m.model.trained_experiments == ('HUVEC-01',)
+    for protocol in ('inductive', 'adapted'):
+        res = m.evaluate(held, protocol, progress=False)
+        assert list(res.columns) == [protocol] and res.columns[protocol]['n_images'] == 8
+    for kwargs in (dict(pseudo=1), dict(pretrain='controls')):
+        refused(lambda: train_screen(held, tmp_path/'n', tiny('hpa46', channels='nucleus,ER,actin'), target='labels', pretrained='no', **kwargs), 'several')
+
+
+def test_fastai_habits(atlas, close_figures):
+    from fastai.vision.all import Interpretation
+    from helpers import learner, quiet
+    from rcic_fastai.train.cutmix import CutMix, MixUp
+    dls = screen_dls(open_screen(atlas), target='labels', several=True, bs=8)
+    learn = learner(dls, loss='focal', classifier='linear')
+    for cb in (CutMix(), MixUp()): quiet(learn, lambda: learn.fit(1, 1e-3, cbs=cb))
+    p, y, answers = learn.get_preds(with_decoded=True)
+    assert p.shape == y.shape == answers.shape and ((p > .5) == answers).all()
+    dls.show_batch()
+    learn.show_results()
+    Interpretation.from_learner(learn).plot_top_losses(2)
+
+
+def test_a_training_continues(atlas, tmp_path, monkeypatch):
+    recipe = replace(tiny('hpa46_rare'), stages=[replace(tiny('hpa46_rare').stages[0], epochs=2)])
+    kwargs = dict(recipe=recipe, target='labels', pretrained='no')
+    whole = train_screen(atlas, tmp_path/'whole', **kwargs)
+    from rcic_fastai.train.learner import TrainedOn
+    def stop(self):
+        if self.epoch == 1 and self.training: raise KeyboardInterrupt
+    monkeypatch.setattr(TrainedOn, 'before_batch', stop, raising=False)
+    with pytest.raises(KeyboardInterrupt): train_screen(atlas, tmp_path/'parts', **kwargs)
+    monkeypatch.undo()
+    assert train_screen(atlas, tmp_path/'parts', **kwargs, resume=True).fingerprint == whole.fingerprint
+
+
+def test_what_does_not_fit_is_a_sentence(atlas, models, tmp_path):
+    screen, m = open_screen(atlas), load_model(models/'hpa46')
+    def dls(s=screen, **kwargs): return screen_dls(s, target='labels', bs=8, augs=None, **{'several': True, **kwargs})
+    refused(lambda: screen_learner(dls(), 'mobilenetv3_small_050', pretrained=None), 'AdaCos', 'labels holds several labels', 'bce or focal')
+    for loss in ('arcface', 'cosface'): refused(lambda: screen_learner(dls(), 'mobilenetv3_small_050', pretrained=None, loss=loss), 'several labels')
+    refused(lambda: dls(several=False), 'several labels, such as')
+    refused(lambda: dls(label_names='0,1,2'), 'none of 0, 1, 2')
+    bare = screen[screen.table.assign(labels=[None, *screen.table.labels[1:]])]
+    refused(lambda: dls(bare), '1 training image without any label', 'no_label=True')
+    assert dls(bare, no_label=True).spec.no_label
+    refused(lambda: dls(norm='plate'), 'on none')
+    refused(lambda: dls(rare=2.), 'rare=2.0')
+    refused(lambda: check_recipe(replace(hpa46, model={**hpa46.model, 'loss': 'adacos', 'classifier': 'cosine'}, stages=[replace(hpa46.stages[0], loss='adacos')])), 'AdaCos')
+    refused(lambda: check_recipe(replace(RECIPES['demo'], model=dict(classifier='linear'), stages=[replace(RECIPES['demo'].stages[0], loss='bce')])), 'BinaryLoss')
+    for kwargs, word in ((dict(protocol='transductive'), 'several'), (dict(protocol='adapted'), 'in none'), (dict(by='index'), 'by='), (dict(vote='mean'), 'vote='), (dict(views='scaled', tta=8), '1 to 4'),
+                         (dict(correct='standardize'), 'correct=')): refused(lambda: m.predict(screen, progress=False, **kwargs), word)
+    refused(lambda: m.predict(screen, out=tmp_path/'a.csv', neighbors=str(tmp_path/'n.parquet')), 'neighbors')
+    refused(lambda: m.predict(screen[screen.table.dataset == 'train'], progress=False), 'images for testing')
+    assert not [*tmp_path.glob('*.csv')]
+
+
+def test_bad_folders_write_nothing(atlas, tmp_path, capsys):
+    import shutil
+    recipe = tmp_path/'r.json'
+    recipe.write_text(json.dumps(tiny('hpa46').to_dict()))
+    home = tmp_path/'copy'
+    shutil.copytree(atlas, home)
+    def trained(*words, more=()):
+        assert cli.rcic_train([str(home), str(tmp_path/'model'), '--recipe', str(recipe), '--target', 'labels', '--pretrained', 'no', *more]) == 2
+        said = capsys.readouterr().err
+        for w in words: assert w in said, said
+        assert not (tmp_path/'model').exists() and not [*tmp_path.glob('model*')]
+    trained('none of 0, 1', more=['--label-names', '0,1'])
+    trained('no channel', more=['--channels', 'red,gray'])
+    t = pd.read_csv(home/'train.csv', dtype=str)
+    t.assign(Label=['', *t.Label[1:]]).to_csv(home/'train.csv', index=False)
+    trained('without any label', '--no-label')
+    t.to_csv(home/'train.csv', index=False)
+    next((home/'train').glob('*_blue.png')).unlink()
+    trained('lack channel files', '--only-present')
+    pd.concat([t, t[:1]]).to_csv(home/'train.csv', index=False)
+    trained('more than once')
+    t.rename(columns=dict(ID='image')).to_csv(home/'train.csv', index=False)
+    assert len(read_labels(home)[0]) == 40
+
+
+def test_folds_say_what_they_need(atlas, monkeypatch):
+    rows = open_screen(atlas).train.table
+    monkeypatch.setitem(__import__('sys').modules, 'iterstrat.ml_stratifiers', None)
+    refused(lambda: fold_images(rows, 'labels', 5, 1), 'iterative-stratification', 'rcic_fastai[labels]')
+    refused(lambda: fold_images(rows, 'labels', 0, 1), 'how many with folds')
+    refused(lambda: fold_images(rows, 'labels', 99, 1), 'choose 2 to 30')
+
+
+@pytest.mark.extra('iterstrat')
+def test_folds_spread_every_label(atlas):
+    rows = open_screen(atlas).train.table
+    folds = [fold_images(rows, 'labels', 5, i + 1) for i in range(5)]
+    assert sorted(i for f in folds for i in f) == sorted(rows.site_id)
+    n = pd.DataFrame([pd.Series([o for p in split_labels(rows.labels[rows.site_id.isin(f)]) for o in p]).value_counts() for f in folds]).fillna(0)
+    assert (n.max() - n.min() <= 2).all()
