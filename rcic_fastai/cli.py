@@ -433,8 +433,10 @@ def predict(
 
 def _of_what(pred):
     "Return what was predicted, for a sentence"
-    if not pred.experiment.astype(str).ne('').any(): return plural(len(pred), 'image')
-    return f'{plural(len(pred), "well")} of {plural(pred.experiment.nunique(), "experiment")}'
+    has_experiments = pred.experiment.astype(str).ne('').any() if 'experiment' in pred else True
+    if not has_experiments: return plural(len(pred), 'image')
+    of = f' of {plural(pred.experiment.nunique(), "experiment")}' if 'experiment' in pred else ''
+    return plural(len(pred), 'well') + of
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
                   'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
@@ -511,7 +513,7 @@ def ensemble(
     try: numbers = [float(w) for w in as_names(weights)] or None
     except ValueError: raise ScreenError(f'{option("weights", weights)} is not understood: write numbers with commas, such as 1,2.') from None
     pred = ensemble_files(out, *members, weights=numbers)
-    print(f'{out}: {plural(len(pred), "well")}, {plural(len(members), "prediction")} averaged, protocol {pred.protocol.iloc[0]}')
+    print(f'{out}: {_of_what(pred)}, {plural(len(members), "prediction")} averaged, protocol {pred.protocol.iloc[0]}')
 
 def rcic_ensemble(argv=None):
     "Run the console script"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MODEL_FILES', 'MODEL_FOLDER', 'CELLS_FOLDER', 'model_card', 'read_config', 'new_folder', 'check_cell_name',
-           'is_cell_types', 'write_cell_types', 'load_model', 'CellTypeModels', 'together', 'scores_together',
-           'load_cell_types']
+           'is_cell_types', 'write_cell_types', 'read_cell_types', 'load_model', 'CellTypeModels', 'together',
+           'scores_together', 'load_cell_types']
 
 # %% ../nbs/70_folder.ipynb #2263aa73
 import inspect, json, warnings
@@ -449,9 +449,19 @@ def is_cell_types(
 def write_cell_types(
     folder, # Where the models are, each in a folder of its own
     models:dict, # Cell type → fingerprint of its model
+    facts:dict=None, # Plain data of the training, to know it again
 ):
     "Write the file that makes one model of a folder with a model for each cell type"
-    write_json(Path(folder)/_CELLS, dict(format=1, models={check_cell_name(k): v for k, v in models.items()}), indent=1)
+    write_json(Path(folder)/_CELLS, dict(facts or {}, format=1, models={check_cell_name(k): v for k, v in models.items()}), indent=1)
+
+def read_cell_types(
+    folder, # Where `write_cell_types` wrote
+)->dict: # `models`, and the facts of their training
+    "Return what the file of a folder with a model for each cell type says"
+    said = read_json(Path(folder)/_CELLS, 2**23)
+    names = said.get('models') if isinstance(said, dict) and said.get('format') == 1 else None
+    if not isinstance(names, dict) or not names or len(names) > 1000: raise _again(f'{Path(folder)/_CELLS} does not name the models of cell types')
+    return said
 
 # %% ../nbs/70_folder.ipynb #16cac92d
 def load_model(
@@ -524,6 +534,8 @@ class CellTypeModels:
         wells='test', # Which wells need a model: those of the test experiments, or all
     )->dict: # cell type → (model, the screen of that cell type)
         "Divide a screen by cell type; a `ScreenError` when a cell type has no model"
+        odd = [c for c, m in self.models.items() if m.spec.target == 'cell_type']
+        if odd: raise ScreenError(f'The model of {odd[0]} names cell types, and the cell type of a well chooses its model: name them with one model of all cell types.')
         screen = open_screen(screen, check=False)
         cells, is_test = screen.table.cell_type.astype(object).map(str, na_action='ignore'), screen.table.dataset == 'test'
         asked = cells[is_test] if wells == 'test' and is_test.any() else cells
@@ -657,7 +669,9 @@ def _write_parts(self:CellTypeModels, parts, protocol, out, more, scores, progre
     pred, said = together(list(preds.values())), _in_all(list(records.values()))
     for k, path in more.items():
         if path: write_tables(path, [pd.concat([pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts], ignore_index=True)])
-    if kwargs.get('cells'): said = {**said, 'cells_sha256': file_facts(write_tables(cells_path(out), [pd.concat([pd.read_parquet(cells_path(beside/f'{c}.csv')) for c in parts], ignore_index=True)]))['sha256']}
+    if kwargs.get('cells'):
+        of_cells = pd.concat([pd.read_parquet(cells_path(beside/f'{c}.csv')) for c in parts], ignore_index=True)
+        said = {**said, 'cells_sha256': file_facts(write_tables(cells_path(out), [of_cells]))['sha256']}
     if scores: said = {**said, 'scores_sha256': file_facts(write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out)))['sha256']}
     pred.attrs['notes'] = list(dict.fromkeys(n for r in records.values() for n in r.get('notes', ())))
     write_predictions(pred, out, {**said, 'model': str(self.folder or self.fingerprint), 'cell_types': records})
@@ -747,9 +761,7 @@ def load_cell_types(
 )->CellTypeModels:
     "Open a folder with a model for each cell type"
     folder = Path(folder)
-    said = read_json(folder/_CELLS, 2**20)
-    names = said.get('models') if isinstance(said, dict) and said.get('format') == 1 else None
-    if not isinstance(names, dict) or not names or len(names) > 1000: raise _again(f'{folder/_CELLS} does not name the models of cell types')
+    names = read_cell_types(folder)['models']
     models = {check_cell_name(c): load_model(folder/c, device) for c in names}
     other = [c for c, m in models.items() if m.fingerprint != names[c]]
     if other: raise _again(f'{folder/other[0]} holds another model than {folder/_CELLS} says')

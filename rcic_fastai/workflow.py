@@ -91,6 +91,13 @@ def _controls_checkpoints(out): return _beside(out, '.controls.checkpoints')
 def _pseudo_checkpoints(out): return _beside(out, '.pseudo.checkpoints')
 def _index_folder(out): return _beside(out, '.index.part')
 
+def _without_about(o): return {k: _without_about(v) for k, v in o.items() if k != 'about'} if isinstance(o, dict) else o
+
+def _check_same(out, then, now):
+    "Raise where a finished model is that of another training than the one that is to be continued"
+    then = {k: then.get(k) for k in now}
+    check_unchanged(out, _without_about(then), _without_about(now), 'give the same arguments as then, or name another folder')
+
 def remove_unfinished(
     out, # Model folder
 ):
@@ -100,10 +107,12 @@ def remove_unfinished(
 
 def is_finished(
     out, # Model folder
+    facts:dict=None, # What the config of the model must say of its training; `None`: anything
 )->bool:
-    "Return whether the model was written already; what there was no time to remove is removed"
+    "Return whether the model was written already, by this training; what there was no time to remove is removed"
     if not (Path(out)/'config.json').is_file(): return False
-    read_config(Path(out))       # a ScreenError when this is the config.json of something else
+    config = read_config(Path(out))       # a ScreenError when this is the config.json of something else
+    if facts is not None: _check_same(out, config, facts)
     if not rank_world()[0]:
         MODEL_FOLDER.unmark(out)
         remove_unfinished(out)
@@ -129,6 +138,8 @@ def try_all(
     learn:Learner, # From `screen_learner`, not trained yet
     out, # Model folder that will be written
     tta:int, # Views of each indexed site
+    views:str='dihedral', # As `build_index` has them
+    separate:bool=False, # As `build_index` has it
     **info # Facts for the model folder
 ):
     "Raise now for what would be in the way after a training of hours"
@@ -136,17 +147,17 @@ def try_all(
     names, size = rows.drop_duplicates(spec.key), rows.groupby('experiment')[spec.key].nunique()
     few = names[names.experiment.isin([size.idxmin(), size.idxmax()])].groupby('experiment').head(2)
     with no_random(), contextlib.redirect_stderr(io.StringIO()):
-        index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])])
+        index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])], views=views, separate=separate)
     with tempfile.TemporaryDirectory() as d: EmbeddingIndex(make_emb_table(names, np.ones((len(names), 1))), spec.target).save(d)
     learn.to_model(index, **info).try_saving(out)
 
 # %% ../nbs/71_workflow.ipynb #bc4a4e25
-def _check_training(size, bs, tta, **numbers):
+def _check_training(size, bs, tta, views, **numbers):
     "Raise for numbers that no training can work with"
     check_numbers(bs=bs, **numbers)
     if bs == 1: raise ScreenError(f"{option('bs', 1)} is not possible, as BatchNorm needs two samples: give 2 or more, or 0 for the recipe's.")
     if size and not 16 <= size <= 4096: raise ScreenError(f"{option('size', size)} is not possible: give 16 to 4096 pixels, or 0 for the screen's own.")
-    check_tta(tta)
+    check_tta(tta, views)
 
 def _check_counts(**counts):
     "Raise for counts below 0"
@@ -159,10 +170,27 @@ def _without_sizes(recipe, size, bs):
     return replace(recipe, stages=[replace(s, **gone) for s in recipe.stages])
 
 # %% ../nbs/71_workflow.ipynb #23664140
-def _held_out(screen, recipe, valid):
-    "Return the experiments to hold out: those asked for, those of the recipe if the screen has any of them, or 'auto'"
+def _training_names(table): return {*table.experiment[table.dataset.isin(('train', 'val'))].astype(str)}
+
+def _held_by(config, here):
+    "Return which of the experiments `here` a trained model held out and never learned; 'none' where it learned others of them, None where it knows none"
+    learned = {*config['data']['sites'], *config.get('trained_experiments', ())}
+    return sorted({*config['held_out']} & ({*here} - learned)) or ('none' if learned & {*here} else None)
+
+def _held_again(config, here):
+    "Return what `_held_by` does, and say it"
+    held = _held_by(config, here)
+    if held and not rank_world()[0]:
+        why = 'learned from all training experiments' if held == 'none' else f'held out {first_few(held, 4)}'
+        print(f'note: the model that is continued {why}, so {"nothing" if held == "none" else "the same"} is held out; {option("valid")} can name others.')
+    return held
+
+def _held_out(screen, recipe, valid, before=None):
+    "Return the experiments to hold out: those asked for, those of the model `before`, those of the recipe if the screen has any of them, or 'auto'"
+    held = _held_again(before, _training_names(screen.table)) if before and valid == 'auto' else None
+    if held: return held
     if valid != 'auto' or not recipe.valid: return valid
-    have = [e for e in recipe.valid if e in set(screen.table.experiment[screen.table.dataset.isin(('train', 'val'))])]
+    have = [e for e in recipe.valid if e in _training_names(screen.table)]
     if not have: print(f'note: the screen has none of the experiments that {recipe.name} held out ({first_few(recipe.valid, 4)}): the last of each cell type that has two is.')
     return have or 'auto'
 
@@ -173,11 +201,17 @@ def _without_full_data(recipe, held):
     if not rank_world()[0]: print(f'note: experiments are to be held out, so what would train on them, too, is left out of {recipe.name}: {", ".join(gone)}.')
     return replace(recipe, stages=[s for s in recipe.stages if not s.full_data])
 
+def _is_for(table, only):
+    "Return which rows a recipe is for"
+    is_mine = pd.Series(True, table.index)
+    for column, value in only.items(): is_mine &= table[column].astype(object).map(str, na_action='ignore') == str(value)
+    return is_mine
+
 def _rows_of(table, only):
     "Return the rows that a recipe is trained on, test rows included"
     for column, value in only.items():
         if column not in table: raise ScreenError(f'The recipe is for {column} {value}, and the table has no column {column}: choose another recipe.')
-        mine = table[(table[column].astype(object).map(str, na_action='ignore') == str(value)) | (table.dataset == 'test')]
+        mine = table[_is_for(table, {column: value}) | (table.dataset == 'test')]
         if not len(mine[mine.dataset != 'test']): raise ScreenError(f'No training well has the {column} {value}: it can be {first_few(table[column].dropna().unique(), 6)}.')
         table = mine
     return table
@@ -222,6 +256,25 @@ def fold_images(
     parts = MultilabelStratifiedKFold(folds, shuffle=True, random_state=seed).split(truth, truth)
     return rows.site_id.iloc[[*parts][fold - 1][1]].tolist()
 
+# %% ../nbs/71_workflow.ipynb #043da215
+def _folded(args):
+    "Return the arguments with the experiments of the fold as valid: of the whole screen, so that every model of it has the same folds"
+    if not _asks_fold(args['folds'], args['fold']): return args
+    if args['valid'] != 'auto': raise ScreenError(f'{option("valid", args["valid"])} and {option("folds", args["folds"])} both say what is held out: choose one.')
+    table = open_screen(args['screen'], check=False).table
+    if not has_plates(table): return args
+    labeled = labeled_rows(table, args['target'], True)
+    treated = labeled[labeled.well_type == 'treatment']
+    return {**args, 'valid': fold_experiments(treated if len(treated) else labeled, args['folds'], args['fold'], args['seed'])}
+
+def _fold_of(screen, given):
+    "Return which experiments of the fold a recipe is for, or the images where there are no experiments; empty without folds"
+    if not given['folds']: return []
+    if not has_plates(screen.table): return fold_images(screen.train.table, given['target'], given['folds'], given['fold'], given['seed'])
+    held = sorted({*given['valid']} & _training_names(screen.table))
+    if held: return held
+    raise ScreenError(f'Fold {given["fold"]} of {given["folds"]} has no experiment that the recipe is for, so nothing would be held out: choose another {option("fold")}.')
+
 # %% ../nbs/71_workflow.ipynb #dafbbbf4
 def _picked_stats(data, whole, channels):
     "Return the arguments of the batches with the given statistics of the picked channels only"
@@ -235,9 +288,7 @@ def _also(table, recipe, given):
     needs = pd.Series(False, table.index)
     if given['pretrain'] or recipe.pretrain: needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
     if given['pseudo'] or recipe.pseudo:
-        is_mine = table.dataset == 'test'
-        for column, value in recipe.only.items(): is_mine &= table[column].astype(object).map(str, na_action='ignore') == str(value)
-        needs |= is_mine
+        needs |= (table.dataset == 'test') & _is_for(table, recipe.only)
     return needs
 
 def _screen_to_learn(screen, recipe, given, data):
@@ -273,12 +324,20 @@ def training_notes(
 def _data_of(begin):
     "Return how pictures become batches of a trained model: arguments of `screen_dls`"
     s = begin.spec
-    return dict(sites=s.sites, size=s.size, norm=s.norm, norm_from=s.norm_from, norm_stats=[s.norm_mean, s.norm_std], clahe=s.clahe, vocabs=s.vocabs)
+    return dict(sites=s.sites, size=s.size, norm=s.norm, norm_from=s.norm_from, clahe=s.clahe, vocabs=s.vocabs,
+                **(dict(norm_stats=[s.norm_mean, s.norm_std]) if s.norm == 'global' else {}))
 
-def _fold_of(learned, given):
-    "Return the experiments of one fold, or the images where there are no experiments; empty without folds"
-    if has_plates(learned.table): return fold_experiments(learned.table, given['folds'], given['fold'], given['seed'])
-    return fold_images(learned.train.table, given['target'], given['folds'], given['fold'], given['seed'])
+def _model_folder(given):
+    "Return the model folder that was given as pretrained; None where it is something else"
+    folder = Path(str(given['pretrained']))
+    return folder if (folder/'config.json').is_file() and (folder/'weights.safetensors').is_file() else None
+
+def _before(given, begin):
+    "Return the config of the model whose weights are taken; None without"
+    folder = _model_folder(given)
+    if begin or not folder: return begin and begin.config
+    try: return read_config(folder)
+    except ScreenError: return None                # what else lies there is said by those who read it
 
 def _training_learner(screen, recipe, given, workers, begin=None):
     "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
@@ -290,8 +349,9 @@ def _training_learner(screen, recipe, given, workers, begin=None):
     if data['norm'] not in ('plate', 'experiment') and not given['norm_from']: data.pop('norm_from', None)
     learned, data = _screen_to_learn(screen, recipe, given, data)
     if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']      # in the order of its channels
-    valid = _fold_of(learned, given) or _held_out(learned, recipe, given['valid'])
+    valid = _fold_of(learned, given) or _held_out(learned, recipe, given['valid'], _before(given, begin) if has_plates(learned.table) else None)
     dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
+    if len(dls.spec.labels) < 2 and not dls.spec.several: raise ScreenError(f'All training wells have one {given["target"]}, {first_few(dls.spec.labels)}, so there is nothing to tell apart: choose another {option("target")}.')
     what = 'labels' if dls.spec.several else f'{given["target"]} classes'
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or ("images" if dls.held_images else "none")}), '
           f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
@@ -357,23 +417,39 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     return {k: v for k, v in res.items() if len(v)}
 
 # %% ../nbs/71_workflow.ipynb #0fe86f45
+_FREE = ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed')
+
+def _plain_arguments(args):
+    "Return the arguments that decide what is learned, as plain data without the places of files"
+    given = {k: ','.join(as_names(v)) if k in ('channels', 'valid', 'metadata', 'cell_types', 'experiments', 'test') else v for k, v in args.items() if k not in _FREE}
+    given['pretrained'] = (_before(args, None) or {}).get('fingerprint', Path(str(args['pretrained'])).name)
+    return given
+
+def _training_facts(args, recipe, views, begin=None):
+    "Return what must be the same where a model is finished already, or its training is continued"
+    table = open_screen(args['screen'], check=False).table
+    return dict(arguments=_plain_arguments(args), recipe=recipe.to_dict(), index_views=views, begins_with=begin.fingerprint if begin else '',
+                training_rows=data_fingerprint(table[table.dataset.isin(('train', 'val'))])['sha256'])
+
 def _train_model(args, recipe, begin=None):
     "Train one model with the arguments of `train_screen`, and write its folder; it may `begin` with a trained one"
     a = SimpleNamespace(**args)
-    given = {k: v for k, v in args.items() if k not in ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed')}
+    given, recipe = {k: v for k, v in args.items() if k not in _FREE}, _without_full_data(recipe, a.folds or a.valid not in ('auto', 'none'))
     views = {'tta': 4, **recipe.index, **({'tta': a.tta} if a.tta else {})}
-    info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, tta=views['tta'], precision=a.precision, compile=a.compile, mask=list(INDUCTIVE_MASK))
+    info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, precision=a.precision, compile=a.compile, mask=list(INDUCTIVE_MASK))
     if a.folds: info['fold'] = dict(folds=a.folds, fold=a.fold)
     if a.changed: info['changed'] = a.changed
     is_first, out = not rank_world()[0], a.out
     with ExitStack() as run:
         with all_agree():
             if is_first: run.enter_context(only_one(out))
-            if a.resume and is_finished(out):
+            if begin: check_recipe(recipe, begin.model)
+            facts = _training_facts(args, recipe, views, begin)
+            if a.resume and is_finished(out, facts):
                 print(f'{out} is finished: there is nothing to continue.')
                 return load_model(out) if is_first else None
-            out, recipe = new_folder(out), _without_full_data(recipe, a.folds or a.valid not in ('auto', 'none'))
-            info['recipe'] = recipe.to_dict()
+            out = new_folder(out)
+            info.update(facts)
             if not a.resume and is_first:
                 for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)): begin_checkpoints(folder)
             device = rank_device()
@@ -386,8 +462,8 @@ def _train_model(args, recipe, begin=None):
             if pretrain: info['pretrain'] = pretrain
             if pseudo: info['pseudo'] = {**pseudo, 'recipe': pseudo['recipe'].to_dict()}
             if a.compile: compile_model(learn.model, device)
-            if is_first: try_all(learn, out, **{**info, 'tta': views['tta']})
-        reached = _fit_steps(learn, a, recipe, pretrain, pseudo, given, faster)
+            if is_first: try_all(learn, out, **{**info, **views})
+        reached = _fit_steps(learn, a, recipe, pretrain, pseudo, facts['arguments'], faster)
         for table in reached.values(): print(table.to_string(index=False))
         index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
         if not is_first: return
@@ -462,9 +538,7 @@ def _check_fits(recipe, recipes, channels):
         for k in entries:
             mine, first = getattr(r, k), getattr(recipe, k)
             if mine not in (first, getattr(Recipe, k)): raise ScreenError(f'The recipe {r.name} of the cell type {c} has {mine} as its {k}, and the model that it begins with has {first or "all"}: let them be the same.')
-        kind = create_classifier(recipe.model.get('classifier', 'cosine'), 2, 2)
-        for s in r.stages:
-            if s.loss is not None: check_loss(loss_from_config(s.loss, 2), kind)
+        check_recipe(replace(r, model=recipe.model))
 
 def _held_of(held, table, cell_type):
     "Return the held-out experiments of a cell type; 'none' where there are none"
@@ -472,11 +546,14 @@ def _held_of(held, table, cell_type):
 
 # %% ../nbs/71_workflow.ipynb #289047af
 def _given_model(args):
-    "Return the model whose folder was given as pretrained; None without"
-    given, arch = Path(str(args['pretrained'])), args['arch']
+    "Return the model whose folder was given as pretrained, None without; raise for options that it would undo"
+    given, arch, metadata = Path(str(args['pretrained'])), args['arch'], as_names(args['metadata'])
     if not (given/'config.json').is_file(): return None
     model = load_model(given)
-    if arch and arch != model.config['model']['arch']: raise ScreenError(f'{given} is a {model.config["model"]["arch"]}: leave {option("arch", arch)} out.')
+    has = model.config['model']
+    if arch and arch != has['arch']: raise ScreenError(f'{given} is a {has["arch"]}: leave {option("arch", arch)} out.')
+    if metadata and {*metadata} != {*has['metadata']}:
+        raise ScreenError(f'{given} is continued, which reads {" and ".join(has["metadata"]) or "no metadata"}: leave {option("metadata", args["metadata"])} out.')
     return model
 
 def _begin_with(args, recipe):
@@ -487,36 +564,63 @@ def _begin_with(args, recipe):
     return model
 
 def _common_model(args, recipe, out):
-    "Return the model that the models of cell types begin with: the one that was given, or one that is trained in OUT/common"
-    model = _given_model(args)
-    if model is not None: return model
+    "Return the model of all that the models of cell types begin with, trained in OUT/common"
     common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0}
     _train_model(common, _without_full_data(replace(recipe, cell_types={}, pseudo={}), args['valid'] != 'none'))
     wait_for_all()
     return load_model(out/'common')
 
+# %% ../nbs/71_workflow.ipynb #0138c670
+def _held_at_first(args, rows, recipe, given):
+    "Return what the model that the models of cell types begin with holds out, before it is trained"
+    here = _training_names(rows)
+    valid = args['valid'] if args['valid'] != 'auto' else given and _held_by(given.config, here)
+    return {*split_experiments(rows, valid or [e for e in recipe.valid if e in here] or 'auto')[1].experiment}
+
+def _check_rows(args, table, recipes, held):
+    "Raise for a cell type whose model would have nothing to learn, or no well for its pseudo-labels"
+    target = args['target']
+    for c, r in recipes.items():
+        rows = labeled_rows(_rows_of(table, r.only), target, args['controls'] or r.data.get('controls') or None)
+        left = rows[(rows.dataset == 'train') & ~rows.experiment.isin(held)]
+        if not len(left): raise ScreenError(f'All training experiments of the cell type {c} are held out: leave at least one to train on, or leave {c} out of {option("cell_types")}.')
+        if left[target].nunique() < 2: raise ScreenError(f'The training wells of the cell type {c} have one {target} only, so there is nothing to tell apart: choose another {option("target")}.')
+        is_asked = (table.dataset == 'test') & (table.well_type == 'treatment') & _is_for(table, r.only)
+        if (args['pseudo'] or r.pseudo) and not is_asked.any():
+            raise ScreenError(f'The table has no test row of a treatment well of the cell type {c}, to which pseudo-labels could be given: leave {c} out of {option("cell_types")}, or {option("pseudo")} out.')
+
+def _check_cell_types(args, table, recipe, recipes, given):
+    "Raise now for what would be in the way of the models of cell types after the common one is trained"
+    if args['target'] == 'cell_type': raise ScreenError(f'Each well is named by the model of its cell type, so {option("target", "cell_type")} would be read from the table: leave {option("cell_types")} out.')
+    if given is None: _check_fits(recipe, recipes, args['channels'])
+    elif args['pretrain']: raise ScreenError(f'{option("pretrain", args["pretrain"])} is a step of the common model, and the one in {args["pretrained"]} takes its place: leave it out.')
+    else:
+        for r in recipes.values(): check_recipe(r, given.model)
+    _check_rows(args, table, recipes, _held_at_first(args, labeled_rows(table, args['target'], args['controls'] or None), recipe, given))
+
+# %% ../nbs/71_workflow.ipynb #02202bea
 def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
     with all_agree():
         recipes = {c: _cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0] for c in _cell_type_names(table, args['cell_types'], recipe)}
-        if not (Path(str(args['pretrained']))/'config.json').is_file(): _check_fits(recipe, recipes, args['channels'])
+        given = _given_model(args)
+        _check_cell_types(args, table, recipe, recipes, given)
+    facts = _training_facts(args, recipe, {'tta': args['tta']}, given)
+    facts['recipes'] = {c: r.to_dict() for c, r in recipes.items()}
     if args['resume'] and is_cell_types(out):
+        _check_same(out, read_cell_types(out), facts)
         print(f'{out} is finished: there is nothing to continue.')
         return load_cell_types(out)
-    with _several_in(out, args['resume']): done = _each_cell_type(args, recipes, _common_model(args, recipe, out), table)
+    with _several_in(out, args['resume']): done = _each_cell_type(args, recipes, given or _common_model(args, recipe, out), table)
     if rank_world()[0]: return
-    write_cell_types(out, {c: m.fingerprint for c, m in done.items()})
+    write_cell_types(out, {c: m.fingerprint for c, m in done.items()}, facts)
     print(f'{out}: models of {", ".join(done)}, which answer as one')
     return load_cell_types(out)
 
 def _held_of_all(args, common, table):
     "Return what models of cell types hold out: what is asked for, or what the one that they begin with held out and never learned"
-    asked = args['valid'] if args['valid'] != 'auto' else fold_experiments(table, args['folds'], args['fold'], args['seed'])
-    if asked: return asked
-    learned, here = {*map(str, common.model.trained_experiments)}, {*table.experiment.astype(str)}
-    held = [e for e in common.config['held_out'] if e in here - learned]
-    return held or ('none' if learned & here else 'auto')
+    return args['valid'] if args['valid'] != 'auto' else _held_again(common.config, _training_names(table)) or 'auto'
 
 def _each_cell_type(args, recipes, common, table):
     "Train the model of each cell type from the common one; {cell type: model}"
@@ -569,13 +673,13 @@ def train_screen(
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
     args = dict(locals())
     r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
-    _check_training(size, bs, tta or r.index.get('tta', 4), seed=seed, sites=sites, workers=workers)
+    _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, ('controls',))
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
-    if (folds or fold) and valid != 'auto': raise ScreenError(f'{option("valid", valid)} and {option("folds", folds)} both say what is held out: choose one.')
     if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
     if experiments or test: args['screen'] = open_screen(screen, check=False).choose(experiments, test)
-    with on_device(device): return _train_cell_types(args, r) if cell_types or r.cell_types else _train_model(args, r, _begin_with(args, r))
+    folded = _folded(args)
+    with on_device(device): return _train_cell_types(folded, r) if cell_types or r.cell_types else _train_model(folded, r, _begin_with(args, r))
 
 # %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),

@@ -11,19 +11,21 @@ from rcic_fastai.batch import resident
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError
 from rcic_fastai.embed.table import emb_features, read_embeddings
-from rcic_fastai.folder import load_model
+from rcic_fastai.folder import CellTypeModels, load_model
 from rcic_fastai.predict.ensemble import ensemble_files, ensemble_predictions, name_wells
 from rcic_fastai.predict.predict import read_predictions
+from rcic_fastai.screen import images
 from rcic_fastai.predict.scores import read_scores
 from rcic_fastai.results.report import how_table
-from rcic_fastai.screen import images
 from rcic_fastai.screen.channels import picked_source
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
+from rcic_fastai.screen.tables import experiment_folds
 from rcic_fastai.train.recipes import get_recipe
+from rcic_fastai.workflow import fold_experiments
 
 EXPS = ['HUVEC-01', 'HUVEC-02', 'RPE-01', 'RPE-02', 'HUVEC-17', 'RPE-08']
 
@@ -198,6 +200,34 @@ def test_folds_together_predict_every_training_well_once(here, capsys):
 def test_wrong_folds(here, more, words, capsys): refused(here, more, words, capsys)
 
 
+@pytest.fixture(scope='module')
+def unlabeled(here):
+    "A screen whose training experiment HUVEC-17 has labels in its control wells only"
+    whole = open_screen(here/'s.zarr')
+    is_more, is_treated = whole.table.experiment == 'HUVEC-17', whole.table.well_type == 'treatment'
+    table = whole.table.assign(dataset=whole.table.dataset.mask(is_more, 'train'))
+    pack_screen(Screen(table.assign(**{k: table[k].mask(is_more & is_treated) for k in ('sirna', 'sirna_id')}), whole.source), here/'unlabeled.zarr', progress=False)
+    return 'unlabeled.zarr'
+
+
+def test_folds_are_those_of_the_screen_whatever_else_is_asked_for(here, unlabeled, tmp_path):
+    once = written(tmp_path, 'once')
+    held = fold_experiments(pd.DataFrame(dict(experiment=EXPS[:4], cell_type=['HUVEC']*2 + ['RPE']*2, dataset='train')), 2, 2)
+    for i, more in enumerate(['', '--pretrain controls', '--norm plate', '--controls']):
+        train(here, f'split{i}', f'--folds 2 --fold 2 --recipe {once} {more}', screen=unlabeled)
+        config = load_model(here/f'split{i}').config
+        assert config['held_out'] == held and config['fold'] == dict(folds=2, fold=2), more
+    train(here, 'split_cells', f'--cell-types each --folds 2 --fold 2 --recipe {once}', screen=unlabeled)
+    for m in [load_model(here/'split_cells/common'), *load_model(here/'split_cells').models.values()]:
+        assert {*m.config['held_out']} <= {*held} and not {*held} & {*m.config['trained_experiments']}
+
+
+def test_a_fold_without_an_experiment_of_the_recipe_is_refused(here, tmp_path, capsys):
+    only = written(tmp_path, 'only_rpe', only=dict(cell_type='RPE'))
+    folds = experiment_folds(open_screen(here/'s.zarr').table, 4)
+    refused(here, f'--recipe {only} --folds 4 --fold {folds["HUVEC-01"] + 1}', 'has no experiment that the recipe is for', capsys)
+
+
 def test_what_was_trained_on_is_not_named_as_held_out(here, capsys):
     train(here, 'all', '--valid none')
     predict(here, 'all', 'x', '--held-out', code=2)
@@ -243,6 +273,46 @@ def test_cell_types_hold_out_what_the_common_model_never_learned(here, tmp_path)
     line = f'{here}/s.zarr {here}/without_held --recipe {here}/tiny.json --pretrained {here}/held --cell-types RPE --valid none --tta 1'
     assert cli.rcic_train(line.split()) == 0
     assert load_model(here/'without_held').models['RPE'].config['held_out'] == []
+
+
+@pytest.mark.parametrize('begin', ['all', 'backbone'])
+def test_a_model_that_is_continued_holds_out_the_same(here, tmp_path, capsys, begin):
+    for name, valid in (('first_ones', 'HUVEC-01,RPE-01'), ('cells_learned', 'none')):
+        if not (here/name).exists(): train(here, name, f'--valid {valid}')
+    recipe = written(tmp_path, 'go', begin=begin)
+    for name, held, said in (('first_ones', ['HUVEC-01', 'RPE-01'], 'the same is held out'), ('cells_learned', [], 'nothing is held out')):
+        line = f'{here}/s.zarr {tmp_path}/{name} --recipe {recipe} --pretrained {here}/{name} --tta 1'
+        capsys.readouterr()
+        assert cli.rcic_train(line.split()) == 0
+        assert capsys.readouterr().out.count(f'{said}; --valid can name others') == 1
+        config = load_model(tmp_path/name).config
+        assert config['held_out'] == held and not {*config['held_out']} & {*config['trained_experiments']}
+
+
+@pytest.mark.parametrize('more, words', [('--valid HUVEC-99', 'HUVEC-99 cannot be held out'), ('--valid RPE-01,RPE-02', 'All training experiments of the cell type RPE are held out'),
+                                         ('--pretrained {here}/held --valid HUVEC-99', 'HUVEC-99 cannot be held out'),
+                                         ('--pretrained {here}/held --pretrain controls', 'is a step of the common model'),
+                                         ('--pretrained {here}/held --metadata plate_group', 'is continued, which reads no metadata'),
+                                         ('--target cell_type', 'would be read from the table'), ('--cell-types RPE --target experiment --valid RPE-02', 'have one experiment only')])
+def test_cell_types_that_cannot_be_trained_are_refused_at_once(here, capsys, more, words):
+    if not (here/'held').exists(): train(here, 'held', '--valid HUVEC-02,RPE-02')
+    refused(here, f'--cell-types each {more.format(here=here)}', words, capsys)
+
+
+def test_pseudo_labels_of_a_cell_type_without_test_wells_are_refused_at_once(here, capsys):
+    screen = open_screen(here/'s.zarr')
+    pack_screen(screen[screen.table.experiment != 'RPE-08'], here/'no_rpe.zarr', progress=False)
+    train(here, 'never', '--cell-types each --pseudo 1', 2, 'no_rpe.zarr')
+    assert 'no test row of a treatment well of the cell type RPE' in capsys.readouterr().err and not list(here.glob('never*'))
+
+
+def test_what_tells_the_label_is_no_target(here, tmp_path, capsys):
+    if not (here/'first').exists(): train(here, 'first', '--valid HUVEC-02,RPE-02 --metadata cell_type')
+    refused(here, f'--recipe {written(tmp_path, "go", begin="all")} --pretrained {here}/first --target cell_type', 'The model reads cell_type, so it cannot be the target', capsys)
+    refused(here, f'--recipe {written(tmp_path, "one", only=dict(cell_type="RPE"))} --target cell_type', 'All training wells have one cell_type, RPE', capsys)
+    train(here, 'names_cells', f'--target cell_type --valid HUVEC-02,RPE-02 --recipe {written(tmp_path, "once")}')
+    model = load_model(here/'names_cells')
+    with pytest.raises(ScreenError, match='the cell type of a well chooses its model'): CellTypeModels(dict(HUVEC=model, RPE=model)).predict(here/'s.zarr', tta=1, progress=False)
 
 
 def test_a_cell_type_that_the_recipe_is_not_for_is_refused(here, tmp_path, capsys):
@@ -422,6 +492,41 @@ def test_a_recipe_begins_with_all_weights_of_a_model(here, tmp_path, capsys, nam
 def test_a_recipe_that_goes_on_says_so_without_a_model(here, tmp_path, capsys):
     train(here, 'alone', f'--recipe {written(tmp_path, "on", begin="all")}')
     assert capsys.readouterr().out.count('note: on is meant to begin with a trained model: give its folder with --pretrained.') == 1
+
+
+@pytest.mark.parametrize('more, words, changes', [
+    ('--metadata plate_group', 'is continued, which reads cell_type', {}), ('--arch resnet18', 'is a test_resnet', {}),
+    ('', 'reads logits', dict(stages=[dict(name='b', epochs=1, lr=1e-3, loss='cross_entropy')], model=dict(classifier='linear', loss='cross_entropy')))])
+def test_what_a_model_that_is_continued_would_undo_is_refused(here, tmp_path, capsys, more, words, changes):
+    if not (here/'first').exists(): train(here, 'first', '--valid HUVEC-02,RPE-02 --metadata cell_type')
+    refused(here, f'--recipe {written(tmp_path, "go", begin="all", **changes)} --pretrained {here}/first {more}', words, capsys)
+
+
+def test_a_model_that_is_continued_keeps_its_classifier_over_the_controls_and_may_be_normalized_otherwise(here, tmp_path):
+    if not (here/'first').exists(): train(here, 'first', '--valid HUVEC-02,RPE-02 --metadata cell_type')
+    still = written(tmp_path, 'still', begin='all', stages=[])
+    for name, more in (('controls', '--pretrain controls'), ('global', '--norm global')):
+        assert cli.rcic_train(f'{here}/s.zarr {tmp_path}/{name} --recipe {still} --pretrained {here}/first --tta 1 {more}'.split()) == 0
+        assert torch.equal(load_model(tmp_path/name).model.classifier.weight, load_model(here/'first').model.classifier.weight)
+    assert load_model(tmp_path/'global').spec.norm == 'global'
+
+
+# Continued, but not the same
+
+def test_a_finished_part_of_another_training_is_refused(here, tmp_path, capsys):
+    once, other = written(tmp_path, 'once'), written(tmp_path, 'other', stages=[dict(name='all', epochs=1, lr=1e-4, loss='arcface')])
+    how = f'--valid HUVEC-02,RPE-02 --recipe {once}'
+    (here/'mixed').mkdir()
+    train(here, 'mixed/common', how)
+    for more, words in (('--seed 5', 'arguments.seed (0 then, 5 now)'), (f'--recipe {other}', 'recipe.name'), ('--valid HUVEC-01', 'arguments.valid'), ('--tta 2', 'index_views.tta (1 then, 2 now)')):
+        train(here, 'mixed', f'{how} --cell-types each {more} --resume', 2)
+        assert words in capsys.readouterr().err and not (here/'mixed/HUVEC').exists()
+    train(here, 'mixed', f'{how} --cell-types each --resume')
+    assert capsys.readouterr().out.count('is finished') == 1
+    for more, code in (('--seed 5', 2), ('', 0)): train(here, 'mixed', f'{how} --cell-types each {more} --resume', code)
+    train(here, 'mixed/common', f'{how} --resume', 0)
+    train(here, 'mixed/common', f'{how} --resume --norm plate', 2)
+    assert 'arguments.norm' in capsys.readouterr().err
 
 
 # Control wells first

@@ -143,6 +143,7 @@ def check_labels(
 ):
     "Raise a `ScreenError` for a label that is not known, and for images without any"
     bare = [i for i, p in zip(rows.site_id, split_labels(rows[target])) if not p]
+    if len(bare) == len(rows): raise ScreenError(f'No training image has a label in {target}: name the column that has them with {option("target", "labels")}.')
     if bare and not no_label:
         raise ScreenError(f'{plural(len(bare), "training image")} without any label in {target} ({first_few(bare, 3)}): label them, leave them out of the table, or allow them '
                           f'with {option("no_label", True)}.')

@@ -146,6 +146,7 @@ def _label_facts(learn):
     dls, h = learn.dls, getattr(learn, 'history', None)
     if not dls.spec.several or not dls.valid.n or h is None or not len(h): return {}, None
     p, y = _held_probabilities(learn)
+    if not y.any(): return {}, None
     cut, plain = label_thresholds(p, y), f1_scores(p > .5, y)
     chosen, ap = f1_scores(p >= np.array(cut), y), label_precision(p, y)
     used = row_protocols(get_model(learn.model), dls.spec, dls.valid.items, mask=(), trained=dls.train.items.experiment.astype(str).unique())

@@ -508,6 +508,7 @@ def screen_page(
     title:str='', # Heading; empty: the name of the screen
 )->ScreenPage:
     "Make a page of a screen, predictions and embeddings that are already there"
+    if target not in screen.table: raise ScreenError(f'The table has no column {target}, which was predicted: give the screen with the table that the model was trained on.')
     spaces = list({id(c.space): c.space for c in columns if c.space is not None}.values())
     near = [site_neighbors(s) for s in spaces]
     sites = page_sites(screen.table, [s.index for s in spaces])

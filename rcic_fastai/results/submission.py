@@ -45,13 +45,14 @@ def runs_to_text(
     each = np.stack(letters, 1)
     return each[each > 0].astype(np.uint8).tobytes()
 
-# %% ../../nbs/62b_results.submission.ipynb #5af17bbb
+# %% ../../nbs/62b_results.submission.ipynb #efd0524a
 def text_to_runs(
     text:bytes, # From `runs_to_text`
 )->np.ndarray: # int64
     "Return the run lengths in COCO's text"
     v = np.frombuffer(text, np.uint8).astype(np.int64) - 48
-    if not len(v) or v.min() < 0 or v.max() > 63 or v[-1] & 32: raise ScreenError('The mask holds letters that are no run lengths: write it again with encode_mask.')
+    if not len(v) or v.min() < 0 or v.max() > 63 or v[-1] & 32:
+        raise ScreenError('The mask holds letters that are no run lengths: write it again with encode_mask.')
     last = np.flatnonzero(v < 32)
     first = np.append(0, last[:-1] + 1)
     n = last - first + 1
@@ -61,7 +62,7 @@ def text_to_runs(
     x[1::2], x[2::2] = x[1::2].cumsum(), x[2::2].cumsum()
     return x
 
-# %% ../../nbs/62b_results.submission.ipynb #3f56b950
+# %% ../../nbs/62b_results.submission.ipynb #9cb82b7e
 def _encoded(at, shape):
     "Return the text of the cell whose pixels, in columns, are `at`"
     return base64.b64encode(zlib.compress(runs_to_text(run_lengths(at, shape[0]*shape[1])), 9)).decode()
@@ -81,13 +82,14 @@ def decode_mask(
     "Return the pixels of a cell"
     total, unpack = shape[0]*shape[1], zlib.decompressobj()
     try: data = unpack.decompress(base64.b64decode(text, validate=True), 8*(total + 2))
-    except (binascii.Error, zlib.error, ValueError): raise ScreenError('The mask is no deflated text in base64: write it again with encode_mask.') from None
+    except (binascii.Error, zlib.error, ValueError):
+        raise ScreenError('The mask is no deflated text in base64: write it again with encode_mask.') from None
     if not unpack.eof: raise ScreenError(f'The mask does not end within {shape[0]}×{shape[1]} px: give its own height and width.')
     runs = text_to_runs(data)
     if (runs < 0).any() or runs.sum() != total: raise ScreenError(f'The mask is not one of {shape[0]}×{shape[1]} px: give its own height and width.')
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape[1], shape[0]).T
 
-# %% ../../nbs/62b_results.submission.ipynb #72a29351
+# %% ../../nbs/62b_results.submission.ipynb #8ab46e19
 def _triplets(d, x, mask, labels, above):
     "Return 'label confidence mask …' of the cells of one image"
     parts, height = [], mask.shape[0]
@@ -107,7 +109,8 @@ def submission_rows(
     "Return the rows of a submission"
     labels, x = score_classes(cells), score_matrix(cells)
     if not labels: raise ScreenError(f'The table has no column {SCORE}LABEL: name the cells with {option("scores", True)}.')
-    if odd := [l for l in labels if not l or ' ' in l]: raise ScreenError(f'The label {odd[0]!r} cannot be written, as spaces separate the entries: rename it.')
+    if odd := [l for l in labels if not l or ' ' in l]:
+        raise ScreenError(f'The label {odd[0]!r} cannot be written, as spaces separate the entries: rename it.')
     if np.isnan(x).any(): raise ScreenError('A confidence is not a number: name the cells again.')
     groups, rows = cells.groupby('image_id').indices, []
     images = list(groups) if images is None else list(images)
@@ -126,7 +129,7 @@ def write_submission(
     if str(path)[-4:].lower() != '.csv': raise ScreenError(f'{path} is not the name of a CSV: let it end in .csv.')
     return write_atomic(path, lambda p: rows.map(csv_text).to_csv(p, index=False))
 
-# %% ../../nbs/62b_results.submission.ipynb #04d8615f
+# %% ../../nbs/62b_results.submission.ipynb #cf11411a
 def cell_map(
     truth, # [N,L] whether each cell has each label
     confidence, # [N,L]
@@ -134,7 +137,9 @@ def cell_map(
 )->tuple: # (mean over labels, one row per label: label, cells, average_precision)
     "Return the mean average precision over labels, and that of each label; a label that no cell has counts for nothing"
     y, s = np.asarray(truth), np.asarray(confidence, np.float64)
-    if y.ndim != 2 or y.shape != s.shape: raise ScreenError(f'The true labels are {list(y.shape)} and the confidences {list(s.shape)}: give one row per cell and one column per label for both.')
+    if y.ndim != 2 or y.shape != s.shape:
+        raise ScreenError(f'The true labels are {list(y.shape)} and the confidences {list(s.shape)}: give one row per cell and one column '
+                          'per label for both.')
     if np.isnan(s).any(): raise ScreenError('A confidence is not a number: name the cells again.')
     if not np.isin(y, (0, 1)).all(): raise ScreenError('The true labels hold something else than 0 and 1: give whether each cell has each label.')
     if not y.any(): raise ScreenError('No cell has a label: there is nothing to score.')

@@ -22,12 +22,13 @@ from .screen import *
 from .tiff import *
 from .look import *
 
-# %% ../../nbs/09b_screen.cells.ipynb #dd3ae28d
+# %% ../../nbs/09b_screen.cells.ipynb #64ed766c
 def _npy(path):
     "Return the array in a file that numpy saved"
     data = read_plain(path, 8*MOST_PIXELS + 2**12)
     try: x = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e: raise ScreenError(f'{path} cannot be read as an array of numpy ({first_line(e)}): save it again with np.save.') from None
+    except (ValueError, EOFError, OSError) as e:
+        raise ScreenError(f'{path} cannot be read as an array of numpy ({first_line(e)}): save it again with np.save.') from None
     if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind not in 'biu':
         raise ScreenError(f'{path} is no picture of whole numbers [H,W]: save the mask with np.save, as integers.')
     return x
@@ -38,7 +39,7 @@ def _is_foreground(x):
     top = int(x.max(initial=0))
     return top > 0 and not ((x != 0) & (x != top)).any() and ndi.label(x)[1] > 1
 
-# %% ../../nbs/09b_screen.cells.ipynb #eeb6021f
+# %% ../../nbs/09b_screen.cells.ipynb #07dd7f59
 def read_mask(
     path, # PNG or TIFF, 8 or 16 bits, gray; or .npy
     shape:tuple=None, # (height, width) that it must have, px; `None`: any
@@ -48,10 +49,13 @@ def read_mask(
     try: x = _npy(path) if path.suffix.lower() == '.npy' else read_planes(path)[0]
     except FileNotFoundError: raise ScreenError(f'There is no mask {path}: check the folder of masks.') from None
     if shape is not None and x.shape != tuple(shape):
-        raise ScreenError(f'{path} is {x.shape[0]}×{x.shape[1]} px and its picture {shape[0]}×{shape[1]}: save the mask at the size of the picture.')
+        raise ScreenError(f'{path} is {x.shape[0]}×{x.shape[1]} px and its picture {shape[0]}×{shape[1]}: save the mask at the size '
+                          'of the picture.')
     if x.dtype.kind == 'i' and x.min(initial=0) < 0 or x.max(initial=0) > 2**31 - 1:
         raise ScreenError(f'{path} has numbers below 0 or above {2**31-1:,}: let 0 be outside and 1, 2, … the cells.')
-    if _is_foreground(x): raise ScreenError(f'{path} marks all cells with one number, so those that touch cannot be told apart: number them 1, 2, … before it is saved.')
+    if _is_foreground(x):
+        raise ScreenError(f'{path} marks all cells with one number, so those that touch cannot be told apart: number them 1, 2, … '
+                          'before it is saved.')
     return x.astype(np.int32)
 
 # %% ../../nbs/09b_screen.cells.ipynb #32fa66ff
@@ -72,9 +76,9 @@ def measure_cells(
     d['area'] = np.bincount(codes.ravel(), minlength=len(d) + 1)[1:]
     return d.assign(at_border=(at[:, :2] == 0).any(1) | (at[:, 2:] == mask.shape).any(1))
 
-# %% ../../nbs/09b_screen.cells.ipynb #a9b88f5a
+# %% ../../nbs/09b_screen.cells.ipynb #f19bf4eb
 def _pixel_pairs(inside, is_nucleus, brightness):
-    "Return the neighboring pixels of a foreground as (from, to, cost), of which one at most is in a nucleus; the cost is the darkness of the darker one"
+    "Return neighboring pixels of a foreground, at most one of them in a nucleus: from, to, and the darkness of the darker one"
     number = np.arange(inside.size).reshape(inside.shape)
     low, high, pairs = float(brightness.min()), float(brightness.max()), []
     dark = (high - brightness)/max(high - low, 1e-9)
@@ -97,7 +101,7 @@ def _fill_from(nuclei, brightness, inside):
     names[of[seeds]] = nuclei.ravel()[seeds]
     return np.where(inside, names[of[:-1]].reshape(inside.shape), 0).astype(np.int32)
 
-# %% ../../nbs/09b_screen.cells.ipynb #f66a7cde
+# %% ../../nbs/09b_screen.cells.ipynb #589aeee5
 def find_cells(
     nucleus:np.ndarray, # Nuclear stain [H,W], any numbers
     cytoplasm:np.ndarray, # A stain of the whole cell [H,W], such as ER
@@ -105,13 +109,14 @@ def find_cells(
 )->np.ndarray: # int32 [H,W]: 0 outside, 1…N in the cells
     "Find cells by a watershed of the cytoplasm that starts from the nuclei"
     from scipy import ndimage as ndi
-    if nucleus.shape != cytoplasm.shape: raise ScreenError(f'The pictures are {list(nucleus.shape)} and {list(cytoplasm.shape)}: give two channels of one site.')
+    if nucleus.shape != cytoplasm.shape:
+        raise ScreenError(f'The pictures are {list(nucleus.shape)} and {list(cytoplasm.shape)}: give two channels of one site.')
     nuclei = find_nuclei(nucleus, radius)
     if not nuclei.any(): return nuclei
     smooth = ndi.gaussian_filter(cytoplasm.astype(np.float32), radius/6)
     return _fill_from(nuclei, smooth, (smooth > otsu_threshold(smooth)) | (nuclei > 0))
 
-# %% ../../nbs/09b_screen.cells.ipynb #9a5f7e38
+# %% ../../nbs/09b_screen.cells.ipynb #f884352a
 ENDINGS = ('', '_mask', '_masks', '_cells', '_cellmask', '_cell_mask', '_cp_masks')
 _SUFFIXES = ('.png', '.tif', '.tiff', '.npy')
 
@@ -133,7 +138,7 @@ def mask_files(
             path, site = Path(base)/(stem + suffix), _site_of(stem, known)
             if site in found: raise ScreenError(f'{found[site]} and {path} are both masks of {site}: keep one of them.')
             found[site] = path
-    if not found: raise ScreenError(f'{folder} holds no mask: name them after their sites, such as {first_few(sorted(known), 1).split(" and ")[0]}.png.')
+    if not found: raise ScreenError(f'{folder} holds no mask: name them after their sites, such as {min(known)}.png.')
     return found
 
 # %% ../../nbs/09b_screen.cells.ipynb #2d9d9025
@@ -157,7 +162,7 @@ class MaskFolder:
         except OSError: return 'absent'
         return f'{s.st_size}@{s.st_mtime_ns}'
 
-# %% ../../nbs/09b_screen.cells.ipynb #47ce38ee
+# %% ../../nbs/09b_screen.cells.ipynb #ef3eb112
 class WatershedMasks:
     "Masks that `find_cells` makes from two channels of a screen"
     strange = ()
@@ -170,7 +175,8 @@ class WatershedMasks:
         self.root = Path(f'{source.root} (watershed)')
         lacks = [c for c in self.names if c not in source.channels]
         if lacks or len(self.names) != 2:
-            raise ScreenError(f'{option("cell_channels", list(self.names))} has to name the nuclear stain and a stain of the whole cell: the screen has {", ".join(source.channels)}.')
+            raise ScreenError(f'{option("cell_channels", list(self.names))} has to name the nuclear stain and a stain of the whole cell: '
+                              f'the screen has {", ".join(source.channels)}.')
         if not radius > 1: raise ScreenError(f'{option("cell_radius", radius)} px is no nucleus: give more than 1.')
         self.at = [list(source.channels).index(c) for c in self.names]
 
@@ -179,7 +185,7 @@ class WatershedMasks:
     def of(self, pixels): return find_cells(*pixels[self.at], self.radius)
     def stamp(self, site_id): return f'watershed {self.names} {self.radius}'
 
-# %% ../../nbs/09b_screen.cells.ipynb #e0c64146
+# %% ../../nbs/09b_screen.cells.ipynb #1e9751c0
 def _missing_masks(table, masks):
     "Return sentences about masks without a picture, and pictures without a mask"
     lacks = [i for i in table.site_id if i not in masks]
@@ -190,7 +196,8 @@ def _missing_masks(table, masks):
 
 def _check_partial(said, partial):
     "Raise for what is missing, unless it may be"
-    if said and not partial: raise ScreenError(f'{said[0]}: name each mask after its site, or leave out what has none with {option("cell_partial", True)}.')
+    if not said or partial: return
+    raise ScreenError(f'{said[0]}: name each mask after its site, or leave out what has none with {option("cell_partial", True)}.')
 
 def _left_out(n_border, n_cells, border, empty, n_images):
     "Return sentences about cells that the border cuts, and about pictures without cells"
@@ -198,7 +205,7 @@ def _left_out(n_border, n_cells, border, empty, n_images):
     if empty: said.append(f'{len(empty)} of {plural(n_images, "mask")} hold no cell ({first_few(empty, 3)})')
     return said
 
-# %% ../../nbs/09b_screen.cells.ipynb #2719cb8c
+# %% ../../nbs/09b_screen.cells.ipynb #c2c81dba
 def cell_table(
     table:pd.DataFrame, # Site table
     masks, # `MaskFolder` or `WatershedMasks`
@@ -216,8 +223,11 @@ def cell_table(
     kept = cells if border == 'keep' else cells[~cells.at_border]
     empty = [i for i, d in zip(table.site_id, each) if not len(d)]
     left = _left_out(int(cells.at_border.sum()), len(cells), border, empty, len(table))
-    if empty and not partial: _check_partial(left[-1:], False)
-    if not len(kept): raise ScreenError(f'No cell is left of {plural(len(table), "mask")} in {masks.root}: look at the masks, or keep cells at the border with {option("cell_border", "keep")}.')
+    if empty and not partial:
+        raise ScreenError(f'{left[-1]}: segment those pictures again, or leave them out with {option("cell_partial", True)}.')
+    if not len(kept):
+        raise ScreenError(f'No cell is left of {plural(len(table), "mask")} in {masks.root}: look at the masks, or keep cells at the border '
+                          f'with {option("cell_border", "keep")}.')
     rows = table.iloc[kept.row.to_numpy(int)].reset_index(drop=True).rename(columns=dict(site_id='image_id'))
     cells = kept.drop(columns='row').reset_index(drop=True)
     rows.insert(0, 'site_id', rows.image_id + '_c' + cells.cell.astype(str))
@@ -368,7 +378,7 @@ def cell_screen(
     table, notes = cell_table(screen.table, found, cell_border, cell_partial, progress)
     return Screen(table, CellSource(screen.source, found, table, cell_side, cell_masked), screen.name), notes
 
-# %% ../../nbs/09b_screen.cells.ipynb #2bc01843
+# %% ../../nbs/09b_screen.cells.ipynb #4c5ffbc7
 CELL_OPTIONS = dict(cell_side=128, cell_masked=False, cell_border='drop', cell_channels='nucleus,ER', cell_radius=10., cell_partial=False)
 
 def check_cell_options(
@@ -379,7 +389,8 @@ def check_cell_options(
     check_choice('cell_border', given['cell_border'], ('drop', 'keep'))
     changed = [k for k, v in given.items() if v != CELL_OPTIONS.get(k, v)]
     if changed and not cells:
-        raise ScreenError(f'{option(changed[0], given[changed[0]])} is of single cells: say where their masks are with {option("cells")}, or leave it out.')
+        raise ScreenError(f'{option(changed[0], given[changed[0]])} is of single cells: say where their masks are with {option("cells")}, '
+                          'or leave it out.')
 
 # %% ../../nbs/09b_screen.cells.ipynb #09273e18
 @patch

@@ -374,5 +374,5 @@ def read_pattern(
     own = {k: k if k in files and k not in ('folder', 'page') else None for k in USUAL_NAMES}
     inside = {k: v for k, v in dict(z=z, t=t).items() if k not in planes}      # planes of files that hold several
     name_it = 'name it in the layout, in a column experiment, or with {experiment} in the pattern'
-    return _read_listed(files.set_index('file', drop=False), str(folder), Path(folder), channels, own, controls, test, cell_type, dataset, plate_wells,
+    return _read_listed(files.set_index('file', drop=False), Path(folder).resolve().name, Path(folder), channels, own, controls, test, cell_type, dataset, plate_wells,
                         name_it=name_it, **inside)

@@ -50,6 +50,8 @@ def _check_batches(learn, dls):
     if list(new.channels) != list(old.channels):
         raise ScreenError(f'The model reads the channels {", ".join(old.channels)} and the new batches have '
                           f'{", ".join(new.channels)}: give it images of the same channels.')
+    if new.target in getattr(model.metadata, 'vocab_sizes', ()):
+        raise ScreenError(f'The model reads {new.target}, so it cannot be the target: choose another, or a model without it.')
     odd = [c for c in model.inputs if new.vocabs.get(c) != old.vocabs[c]]
     if odd or len(new.vocabs) != len(old.vocabs):
         raise ScreenError(f'The new batches have another vocabulary of {first_few(odd or new.vocabs)} than the model: '
@@ -65,6 +67,13 @@ def _with_classes(model, old, new, seed=0):
     with torch.no_grad():
         for p, q in zip(fresh.parameters(), kept): p[there] = q[here]
     model.classifier = fresh
+
+def _put_back(model, before, labels, learned):
+    "Give the classes that were not learned in between the directions that they had before"
+    rows = [i for i, l in enumerate(labels) if l not in set(learned)]
+    with torch.no_grad():
+        for p, q in zip(model.classifier.parameters(), before.parameters()):
+            if p.shape == q.shape: p[rows] = q[rows].to(p.device)
 
 @patch
 def change_classes(self:Learner,
@@ -105,10 +114,12 @@ def pretrain_on_controls(self:Learner,
     **kwargs # As `fit_recipe` has them, to continue after an interruption: folder, resume, facts
 )->pd.DataFrame: # One row per stage, as from `fit_recipe`
     "Run a recipe with the control wells as classes, then return to the classes of before"
-    dls = self.dls
-    self.change_classes(control_dls(dls), seed)
+    dls, first, before = self.dls, control_dls(self.dls), get_model(self.model).classifier
+    self.change_classes(first, seed)
     try: return self.fit_recipe(recipe, seed, cbs, **kwargs)
-    finally: self.change_classes(dls, seed)
+    finally:
+        self.change_classes(dls, seed)
+        _put_back(get_model(self.model), before, dls.spec.labels, first.spec.labels)
 
 # %% ../../nbs/35_train.controls.ipynb #f0817ab4
 _PLATE = 'plate_name'

@@ -158,11 +158,15 @@ def _check_stage(stage, i):
     for c in stage.callbacks: stage_callback(c)
     if stage.neck is not None: check_choice('neck', stage.neck, [n for n in NECKS if n != 'identity'])
 
-def _check_losses(recipe):
-    "Raise where a loss does not read what the classifier of the recipe returns"
-    kind, several = recipe.model.get('classifier', 'cosine'), bool(recipe.data.get('several'))
-    if recipe.stages: check_target(loss_from_config(recipe.stages[0].loss or recipe.model.get('loss', 'adacos'), 2), several, 'the target of the recipe')
+def _check_losses(recipe, model=None):
+    "Raise where a loss does not read what the classifier of the recipe, or of the model that it continues with, returns, and for a neck that has no place"
+    kind = recipe.model.get('classifier', 'cosine') if model is None else model.classifier.kind
+    neck = recipe.model.get('neck') if model is None else model._args['neck']
+    several = bool(recipe.data.get('several'))
+    if recipe.stages and model is None: check_target(loss_from_config(recipe.stages[0].loss or recipe.model.get('loss', 'adacos'), 2), several, 'the target of the recipe')
     for i, s in enumerate(recipe.stages):
+        if s.neck and neck == 'identity':
+            raise ScreenError(f"Stage {i+1} of the recipe has the neck {s.neck!r}, and the model has none (identity), so its embedding would change its length: build the model with a neck.")
         if s.loss is not None:
             check_loss(loss_from_config(s.loss, 2), SimpleNamespace(kind=kind))
             check_target(loss_from_config(s.loss, 2), several, 'the target of the recipe')
@@ -196,12 +200,13 @@ def _check_steps(recipe):
 
 def check_recipe(
     recipe:Recipe, # Any recipe
+    model=None, # `ScreenModel` that it is to continue with; `None`: one as the recipe builds it
 )->Recipe: # The same
     "Raise a `ScreenError` for a recipe that cannot be trained, before anything is"
     for i, s in enumerate(recipe.stages): _check_stage(s, i)
     for entry in ('model', 'data', 'only', 'index', 'predict', 'pseudo', 'cell_types'):
         if not isinstance(getattr(recipe, entry), dict): raise ScreenError(f'The recipe has {getattr(recipe, entry)!r} as its {entry}: give names and values.')
-    _check_losses(recipe)
+    _check_losses(recipe, model)
     if recipe.data.get('augs', 0) is None and any(s.augs is not None for s in recipe.stages):
         raise ScreenError('The recipe has no augmentation in its data and some in a stage, which would have no effect: leave one of them out.')
     if 'valid' in recipe.data: raise ScreenError('The recipe has valid in its data: name held-out experiments in valid of the recipe itself.')
@@ -423,6 +428,10 @@ def _end_late():
     raise SystemExit(143)
 
 # %% ../../nbs/33_train.recipes.ipynb #7ffcf8ca
+def _what_trains(recipe):
+    "Return the entries of a recipe that decide what its stages learn"
+    return {k: v for k, v in recipe.to_dict().items() if k not in ('index', 'predict', 'pseudo', 'about')}
+
 def _begin(folder, resume, facts):
     "Return the checkpoint to continue from, the first stage to run, the rows of finished stages and the seconds spent"
     found = begin_checkpoints(folder, resume)
@@ -461,7 +470,7 @@ def fit_recipe(self:Learner,
     "Run a recipe, stage after stage; an interrupted run can continue from its last finished epoch"
     recipe, log = get_recipe(recipe), StageHistory()
     agreed = getattr(self, 'all_agree', nullcontext)        # in a sharded fit, an error in one process ends all
-    facts = dict(recipe=recipe.to_dict(), seed=seed, callbacks=_callback_facts(L(cbs) + self.cbs), **(facts or {}))
+    facts = dict(recipe=_what_trains(recipe), seed=seed, callbacks=_callback_facts(L(cbs) + self.cbs), **(facts or {}))
     with agreed(): found, first, reached, spent = _begin(folder, resume, facts)
     with sigterm_noted(bool(folder)) as came:
         for i, stage in enumerate(recipe.stages):

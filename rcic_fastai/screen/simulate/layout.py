@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
-from ...core import OwnFolder, ScreenError, as_names, n_cores, write_atomic
+from ...core import OwnFolder, ScreenError, as_names, n_cores, plural, write_atomic
 from ..tables import CHANNELS, SITE_COLUMNS, control_wells, read_metadata, treatment_wells, well_to_rowcol
 from .cells import named_rng
 from .batches import Studio, cell_type_of
