@@ -1935,6 +1935,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'rcic_fastai/predict/scores.py'),
                                             'rcic_fastai.predict.scores.has_untold': ( 'predict.scores.html#has_untold',
                                                                                        'rcic_fastai/predict/scores.py'),
+                                            'rcic_fastai.predict.scores.is_scores': ( 'predict.scores.html#is_scores',
+                                                                                      'rcic_fastai/predict/scores.py'),
                                             'rcic_fastai.predict.scores.name_labels': ( 'predict.scores.html#name_labels',
                                                                                         'rcic_fastai/predict/scores.py'),
                                             'rcic_fastai.predict.scores.read_scores': ( 'predict.scores.html#read_scores',

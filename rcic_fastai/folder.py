@@ -694,7 +694,7 @@ def predict(self:CellTypeModels,
 )->pd.DataFrame: # One row per well, as from a model
     "Name the test wells of a screen, each by the model of its cell type"
     if out is None and (neighbors or embeddings or scores): raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
-    if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
+    if out is not None: check_outputs(out, scores, neighbors=neighbors, embeddings=embeddings)
     experiments = kwargs.pop('experiments', '')
     if out is not None and kwargs.get('cells'): check_cells_file(out, neighbors, embeddings)
     with ExitStack() as run:

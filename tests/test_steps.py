@@ -410,6 +410,27 @@ def test_what_cell_types_cannot_write_as_one_is_said_first(here, tmp_path, more,
         with pytest.raises(ScreenError, match=words): models.class_scores(here/'s.zarr', 'transductive', tta=1, progress=False)
 
 
+@pytest.mark.parametrize('of', ['HUVEC', 'both'])
+def test_scores_are_written_over_nothing_but_scores(here, tmp_path, of):
+    models, how = of_own_ways(here, 'RPE', 'HUVEC'), dict(tta=1, progress=False, by='index', protocol='transductive')
+    model, screen = (models, here/'s.zarr') if of == 'both' else (models.models['HUVEC'], open_screen(here/'s.zarr'))
+    mine = tmp_path/'a.scores.parquet'
+    for write in (lambda: mine.write_text('my notes'), lambda: pd.DataFrame(dict(x=[1])).to_parquet(mine), mine.mkdir):
+        write()
+        with pytest.raises(ScreenError, match='a.scores.parquet (would be overwritten and is not a file of scores|is a folder)'): model.predict(screen, out=tmp_path/'a.csv', scores=True, **how)
+        if mine.is_file(): mine.unlink()
+    mine.rmdir()
+    with pytest.raises(ScreenError, match='written twice, as its scores and as embeddings'): model.predict(screen, out=tmp_path/'a.csv', scores=True, embeddings=mine, **how)
+    assert [f.name for f in tmp_path.iterdir() if f.suffix != '.lock'] == []
+    if of == 'both': return
+    for _ in range(2): model.predict(screen[screen.table.cell_type == 'HUVEC'], out=tmp_path/'a.csv', scores=True, **how)      # over its own
+
+
+def test_stages_of_one_name_are_refused(here, tmp_path, capsys):
+    twice = [dict(name='all', epochs=1, lr=1e-3), dict(name='all', epochs=2, lr=1e-3)]
+    refused(here, f'--recipe {written(tmp_path, "twice", stages=twice)}', "two stages called 'all'", capsys)
+
+
 def test_models_of_other_lengths_are_not_put_in_one_table(here, tmp_path, monkeypatch):
     models = of_own_ways(here, 'RPE', 'HUVEC')
     monkeypatch.setattr(models.models['RPE'].model, 'classifier', torch.nn.Linear(7, 8))

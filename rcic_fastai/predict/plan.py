@@ -487,18 +487,21 @@ def _check_parquet(name, path):
 
 def check_outputs(
     out, # CSV to write
+    scores:bool=False, # Whether scores are written beside it
     **more # Other files to write, by the name of their argument; empty: none
 ):
     "Raise for names that would overwrite each other, a folder, or someone else's JSON, before the work is done"
     out = Path(out)
     if out.suffix.lower() != '.csv': raise ScreenError(f'{out} is not the name of a CSV: let {option("out")} end in .csv.')
-    files = {option('out'): out, 'its record': info_path(out), 'its best five': top_path(out), **{option(k): Path(v) for k, v in more.items() if v}}
+    files = {option('out'): out, 'its record': info_path(out), 'its best five': top_path(out), **({'its scores': scores_path(out)} if scores else {}), **{option(k): Path(v) for k, v in more.items() if v}}
     for k, f in files.items():
         if f.is_dir(): raise ScreenError(f'{f} is a folder: name a file to write.')
         other = next((o for o in files if o != k and files[o].resolve() == f.resolve()), None)
         if other: raise ScreenError(f'{f} would be written twice, as {k} and as {other}: give each its own name.')
         if k in map(option, more): _check_parquet(k, f)
     check_beside(out)
+    if (f := files.get('its scores')) and (f.exists() or f.is_symlink()) and not (f.is_file() and is_scores(f)):
+        raise ScreenError(f'{f} would be overwritten and is not a file of scores: choose another name for {out.name}.')
 
 def check_cells_file(
     out, # CSV to write
@@ -659,7 +662,7 @@ def predict(self:TrainedModel,
     "Name the test wells of a screen; interrupted with `out`, the same call continues; with `cells`, test.cells.parquet has the answers of single cells"
     if out is None and (neighbors or embeddings or scores):
         raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, or call .neighbors, .embed or .class_scores.')
-    if out is not None: check_outputs(out, neighbors=neighbors, embeddings=embeddings)
+    if out is not None: check_outputs(out, scores or self.spec.several, neighbors=neighbors, embeddings=embeddings)
     if out is not None and kwargs.get('cells'): check_cells_file(out, neighbors, embeddings)
     with ExitStack() as run:
         with all_agree():

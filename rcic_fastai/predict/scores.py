@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORE', 'UNTOLD', 'SCORE_KINDS', 'score_table', 'score_classes', 'score_matrix', 'with_untold', 'has_untold',
-           'score_wells', 'scores_path', 'write_scores', 'read_scores', 'name_labels']
+           'score_wells', 'scores_path', 'write_scores', 'read_scores', 'is_scores', 'name_labels']
 
 # %% ../../nbs/51b_predict.scores.ipynb #d70ec15b
 import json
@@ -152,6 +152,15 @@ def read_scores(
     res = res.iloc[np.argsort(res['id_code'].to_numpy(str), kind='stable')].reset_index(drop=True)
     res.attrs.update(json.loads(about))
     return res
+
+# %% ../../nbs/51b_predict.scores.ipynb #f8c6c4bc
+def is_scores(
+    path, # Any path
+)->bool: # False where nothing can be read
+    "Return whether a file is one of `write_scores`"
+    import pyarrow as pa, pyarrow.parquet as pq
+    try: return b'rcic_scores' in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowInvalid, OSError): return False
 
 # %% ../../nbs/51b_predict.scores.ipynb #2bc08a00
 def name_labels(

@@ -188,6 +188,7 @@ _PREDICT = ('tta', 'views', 'vote', 'k', 'merge', 'by', 'tell', 'assign', 'adapt
 
 def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
+    if twice := [s.name for i, s in enumerate(recipe.stages) if s.name in [o.name for o in recipe.stages[:i]]]: raise ScreenError(f'The recipe has two stages called {twice[0]!r}: give each a name of its own, by which its epochs are found.')
     if recipe.pretrain: check_choice('pretrain', recipe.pretrain, ('controls',))
     check_choice('begin', recipe.begin, ('backbone', 'all', 'features'))
     old = [k for k, v in recipe.predict.items() if v == 'none']
