@@ -24,8 +24,8 @@ from time_to_accuracy import drawn
 
 SIDE, BATCH = 96, 32
 LEFT_OUT = ('features', 'rcic16_efficientnet_b4', 'rcic16_xception', 'rcic16_resnet101_cbam', 'rcic16_se_resnext101',   # the same with another backbone
-            'rcic117_huvec', 'rcic117_u2os', 'rcic117_hepg2', 'rcic117_rpe', 'rcic117_groups', 'rcic117_cell_types',   # other wells are judged
-            'rcic1_pseudo')   # learns what is judged
+            'rcic117_huvec', 'rcic117_u2os', 'rcic117_hepg2', 'rcic117_rpe', 'rcic117_groups', 'rcic117_cell_types', 'rcic16_cell_types', 'capstone_cell_types',   # other wells are judged, or each by a model of its cell type
+            'rcic1_pseudo', 'six_channels_pseudo')   # learn what is judged
 # what telling the plate group is worth by itself: the demo recipe with metadata, each well named alone
 TOLD = replace(RECIPES['demo'], name='demo_told', model=dict(metadata=['cell_type', 'plate_group', 'experiment']), predict=dict(tell='plate_group', assign='no'),
                about='The demo recipe with metadata: the plate groups that were inferred are told')

@@ -251,6 +251,7 @@ def _check_agreement(m, s, d, where):
         'metadata': all(c in m['inputs'] and n == len(vocabs.get(c, ())) for c, n in m['metadata'].items()),
         'inputs': m['inputs'] == names[:len(m['inputs'])],
         'norm_mean and norm_std': s.get('norm') != 'global' or all(o and len(o) == m['n_channels'] for o in stats),
+        'loss and labels': m['loss']['name'] == 'mix' or LOSSES[m['loss']['name']].several == s.get('several', False),
         'data': set(d['channels']) == set(s['channels']),
     }.items() if not ok]
     if wrong: raise _again(f'{where} contradicts itself about its {wrong[0]}')

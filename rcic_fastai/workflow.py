@@ -515,7 +515,7 @@ def _cell_type_names(table, asked, recipe):
     "Return the cell types that get a model of their own"
     have = sorted(table.cell_type[table.dataset.isin(('train', 'val'))].dropna().astype(str).unique())
     mine = [c for c in have if str(recipe.only.get('cell_type', c)) == c] or have
-    names = mine if asked == 'each' else as_names(asked) or [c for c in recipe.cell_types if c in have]
+    names = mine if asked == 'each' or (not asked and 'each' in recipe.cell_types) else as_names(asked) or [c for c in recipe.cell_types if c in have]
     lacks = [c for c in names if c not in have]
     if lacks: raise ScreenError(f'No training well has the cell type {first_few(lacks)}: let {option("cell_types")} be each, or some of {first_few(have)}.')
     if not names: raise ScreenError(f'The recipe has models of {first_few(recipe.cell_types)}, and the training wells are of {first_few(have)}: choose another recipe, or say {option("cell_types", "each")}.')
@@ -523,7 +523,8 @@ def _cell_type_names(table, asked, recipe):
 
 def _cell_type_recipe(recipe, cell_type):
     "Return the recipe of the model of one cell type"
-    own = get_recipe(recipe.cell_types[cell_type]) if cell_type in recipe.cell_types else replace(recipe, name=f'{recipe.name}, {cell_type}', about='')
+    name = recipe.cell_types.get(cell_type) or recipe.cell_types.get('each')
+    own = get_recipe(name) if name else replace(recipe, name=f'{recipe.name}, {cell_type}', about='')
     for r in (recipe, own):
         said = str(r.only.get('cell_type', cell_type))
         if said != cell_type: raise ScreenError(f'The recipe {r.name} is for the cell type {said} and cannot make a model of {cell_type}: let {option("cell_types")} be {said}, or choose another recipe.')

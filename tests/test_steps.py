@@ -13,6 +13,8 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.embed import embed as embedding
 from rcic_fastai.embed.table import emb_features, read_embeddings
 from rcic_fastai.folder import CellTypeModels, load_model
+from rcic_fastai.embed.index import VOTES
+from rcic_fastai.predict import plan
 from rcic_fastai.predict.ensemble import ensemble_files, ensemble_predictions, name_wells
 from rcic_fastai.predict.plan import plan_prediction
 from rcic_fastai.predict.predict import read_predictions
@@ -28,7 +30,7 @@ from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import experiment_folds
 from rcic_fastai.train.learner import screen_learner
-from rcic_fastai.train.recipes import get_recipe
+from rcic_fastai.train.recipes import _CHOICES, get_recipe, recipe_from_dict
 from rcic_fastai.workflow import fold_experiments
 
 EXPS = ['HUVEC-01', 'HUVEC-02', 'RPE-01', 'RPE-02', 'HUVEC-17', 'RPE-08']
@@ -495,6 +497,40 @@ def test_without_augmentation_there_are_no_random_views(here, tmp_path):
         model.config.pop('augs', None)
     dls = screen_dls(open_screen(here/'s.zarr'), valid='HUVEC-02', bs=8, device='cpu', augs=None)
     with pytest.raises(ScreenError, match='augmented nothing'): build_index(screen_learner(dls, 'test_resnet', pretrained=None), views='random', progress=False)
+
+
+# Entries of a recipe
+
+OF_ANOTHER_KIND = [dict(valid=5), dict(stages=5), dict(name=5), dict(arch=5), dict(channels=5), dict(begin=5), dict(about=5), dict(only=dict(cell_type=['RPE'])), dict(cell_types=dict(RPE=5)),
+    *[dict(model=o) for o in (5, dict(loss=7), dict(emb_dim='x'), dict(metadata=3), dict(loss=dict(name='mix', b=3)), dict(pretrained=3), dict(input_bn='no'))],
+    *[dict(data=o) for o in (dict(bs='x'), dict(bs=1), dict(controls='no'), dict(norm=5), dict(augs='rcic'), dict(augs=dict(blur=1)), dict(size=True))],
+    *[dict(index=o) for o in (dict(tta='many'), dict(tta=9), dict(views='rondom'), dict(separate=True), dict(separate='no'))],
+    *[dict(predict=o) for o in (dict(tta='x'), dict(k='x'), dict(vote='nearst'), dict(same_cell_type='no'))],
+    *[dict(pseudo=o) for o in (dict(first='x'), dict(first=.9, last=.5), dict(lr='fast'), dict(cutmix=3), dict(rounds=True))],
+    *[dict(stages=[dict(dict(name='a', epochs=1, lr=1e-3), **o)]) for o in (dict(callbacks=5), dict(callbacks=[5]), dict(full_data='no'), dict(train_bn='no'), dict(metadata='x'), dict(neck=5), dict(loss=7),
+        dict(loss=dict(name='arcface', m='x')), dict(parts=5), dict(opt=5), dict(opt=dict(name='sgd', mom='x')), dict(schedule=5), dict(published='x'), dict(callbacks=[dict(name='ema', decay='x')]))],
+    dict(model=dict(neck='identity'), stages=[dict(name='a', epochs=1, lr=1e-3, neck='rcic117')])]
+
+@pytest.mark.parametrize('odd', OF_ANOTHER_KIND, ids=lambda o: str(o)[:60])
+def test_an_entry_of_another_kind_is_refused(tmp_path, odd):
+    plain = json.loads(Path(written(tmp_path, 'plain')).read_text())
+    with pytest.raises(ScreenError): recipe_from_dict({**plain, **odd})
+
+
+def test_entries_of_the_right_kind_are_taken(tmp_path):
+    recipe = get_recipe(written(tmp_path, 'good', valid='HUVEC-01, RPE-01', index=dict(tta=16, views='random'), data=dict(controls=None, size=None), model=dict(bn_momentum=None, meta_dropout=dict(cell_type=.5))))
+    assert recipe.valid == ('HUVEC-01', 'RPE-01')
+
+
+def test_choices_of_a_recipe_are_those_of_predictions():
+    assert [_CHOICES[k] for k in ('by', 'vote', 'adapt', 'tell')] == [plan.BY, VOTES, plan.ADAPT, plan.TELL] and _CHOICES['correct'] == ('no', 'auto', *plan._CORRECT)
+
+
+def test_what_comes_after_the_stages_may_be_corrected(here, tmp_path):
+    killed(here, 'corrected', f'--valid HUVEC-02 --pretrain controls --recipe {written(tmp_path, "cor", index=dict(tta=1))}', 'len(self.dls.spec.labels) == 8')
+    train(here, 'corrected', f'--valid HUVEC-02 --pretrain controls --resume --tta 2 --recipe {written(tmp_path, "cor", index=dict(tta=2, views="random", separate=True), predict=dict(vote="mean"))}')
+    model = load_model(here/'corrected')
+    assert model.config['recipe']['predict'] == dict(vote='mean') and len(model.index.labels) == 2*len(model.index.labels.drop_duplicates('site_id'))
 
 
 # A recipe that goes on with a model

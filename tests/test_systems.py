@@ -37,7 +37,9 @@ def tiny(name, folder=None):
     arch = r.arch if r.arch == 'capstone_cnn' else 'mobilenetv3_small_050'
     model = {**{k: v for k, v in r.model.items() if k != 'arch_args'}, **({'arch_args': dict(side=4, width=16)} if arch == 'capstone_cnn' else {})}
     cells = {c: str(folder/f'{c}.json') for c in r.cell_types}
-    for c, file in cells.items(): Path(file).write_text(json.dumps(tiny(r.cell_types[c]).to_dict()))
+    for c, file in cells.items():
+        if r.cell_types[c]: Path(file).write_text(json.dumps(tiny(r.cell_types[c]).to_dict()))
+        else: cells[c] = ''
     return replace(r, cell_types=cells, channels=r.channels.replace('5-of-6', ''), arch=arch, model={**model, 'emb_dim': 16} if 'neck' not in model else model, stages=[replace(s, bs=s.bs and 8) for s in r.stages], data={**r.data, 'bs': 8, **({'batch_groups': 2} if 'batch_groups' in r.data else {})})
 
 
@@ -120,7 +122,8 @@ def test_models_are_those_of_the_source():
     assert RECIPES['rcic117'].valid == ('HEPG2-06', 'HEPG2-07', 'HUVEC-15', 'HUVEC-16', 'RPE-06', 'RPE-07', 'U2OS-03')
     assert RECIPES['wilds_erm'].valid == ('HEPG2-08', 'HUVEC-17', 'RPE-08', 'U2OS-04')
     assert RECIPES['rcic1_pseudo'].pseudo == dict(rounds=3, first=.41, last=.98, lr=6e-5, cutmix=1.)
-    assert (RECIPES['six_channels'].channels, RECIPES['six_channels'].pretrain) == ('5-of-6', 'controls')
+    assert (RECIPES['six_channels'].channels, RECIPES['six_channels'].pretrain) == ('5-of-6', 'controls') and RECIPES['six_channels_pseudo'].pseudo['rounds'] == 3
+    for n in ('rcic16', 'capstone'): assert RECIPES[f'{n}_cell_types'].cell_types == {'each': ''} and f'{n}_cell_types' in RECIPES[{'capstone': 'capstone_resnet50'}.get(n, n)].about
     assert RECIPES['wilds_coral'].channels == 'nucleus,ER,actin' and RECIPES['wilds_coral'].data['batch_groups'] == 9
     assert RECIPES['rxrx1_paper'].arch == RECIPES['rcic1'].arch == 'densenet161'
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPRITE_COLUMNS', 'FEW', 'MOST_INDEXED', 'ACCURACY_NOTE', 'black_white', 'site_sprite', 'group_scales', 'page_column',
-           'page_sites', 'page_wells', 'EmbeddingSpace', 'site_neighbors', 'umap_plane', 'space_maps',
+           'page_sites', 'page_wells', 'EmbeddingSpace', 'site_neighbors', 'umap_class', 'umap_plane', 'space_maps',
            'page_prediction', 'wilson_interval', 'page_accuracy', 'page_json', 'page_html', 'picture_order',
            'SitePictures', 'site_pictures', 'ScreenPage', 'check_page_path', 'PageColumn', 'screen_page', 'explore']
 
@@ -198,21 +198,29 @@ def _space_wells(space):
     both = pd.concat([old[same], new[same]], ignore_index=True)
     return merge_sites(both.drop(columns=[f'{META}{c}' for c in ('correction', 'batchnorm', 'protocol')], errors='ignore'))
 
+def umap_class(
+    umap:str='auto', # yes, no, or auto (where umap-learn is installed)
+): # `umap.UMAP`; `None` where there is to be no UMAP
+    "Return what makes a UMAP, or raise where it is asked for and not installed"
+    check_choice('umap', umap, ('auto', 'yes', 'no'))
+    if umap == 'no': return None
+    try: from umap import UMAP
+    except ImportError:
+        if umap == 'auto': return None
+        raise ScreenError(f'{option("umap", umap)} needs the package umap-learn: pip install umap-learn.') from None
+    return UMAP
+
 def umap_plane(
     emb:pd.DataFrame, # Embeddings table
     umap:str='auto', # yes, no, or auto (where umap-learn is installed)
     seed:int=0, # Of UMAP
 )->np.ndarray: # [N,2]; `None` where there is none
     "Return the UMAP of an embeddings table, by cosine"
-    check_choice('umap', umap, ('auto', 'yes', 'no'))
-    if umap == 'no' or len(emb) < 4: return None
-    try: from umap import UMAP
-    except ImportError:
-        if umap == 'auto': return None
-        raise ScreenError(f'{option("umap", umap)} needs the package umap-learn: pip install umap-learn.') from None
+    make = umap_class(umap)
+    if make is None or len(emb) < 4: return None
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return UMAP(metric='cosine', random_state=seed, n_neighbors=min(15, max(len(emb) - 1, 2))).fit_transform(emb_features(emb))
+        return make(metric='cosine', random_state=seed, n_neighbors=min(15, max(len(emb) - 1, 2))).fit_transform(emb_features(emb))
 
 def space_maps(
     space:EmbeddingSpace,
@@ -612,6 +620,7 @@ def explore(
 )->ScreenPage:
     "Make a page on which the plates, wells, sites and neighbors of a screen can be looked at"
     _check_pictures(max_mb, side, quality)
+    umap_class(umap)
     if out is not None: check_page_path(out)
     screen = open_screen(screen, check=False)
     columns = _page_columns(model, screen, predictions, protocol, embeddings, progress, kwargs)

@@ -70,7 +70,7 @@ class Recipe:
     channels:str='' # Channels that are read, by name and in this order; empty: all; 5-of-6: one model without each
     pretrain:str='' # controls: what is learned first; empty: nothing
     begin:str='backbone' # What pretrained gives when it is a model folder: backbone, all, or features (all but the classifier, which is fresh)
-    cell_types:dict=field(default_factory=dict) # Cell type → recipe of its own model, trained from the weights of this one
+    cell_types:dict=field(default_factory=dict) # Cell type, or each → recipe of its own model, trained from the weights of this one; empty: the same recipe
     pseudo:dict=field(default_factory=dict) # Rounds of pseudo-labels that follow: rounds, and perhaps first and last share, see `pseudo_schedule`, lr and cutmix
     index:dict=field(default_factory=dict) # Views of the training sites in the index: tta, views, separate, see `build_index`
     predict:dict=field(default_factory=dict) # How its authors predicted: what `model.predict` does where its caller says nothing
@@ -88,22 +88,25 @@ def _known(cls, o, what):
     if odd: raise ScreenError(f'{what} has the unknown entry {first_few(sorted(odd))}: use {", ".join(names)}.')
     lacks = [n for n in ('name', 'stages', 'epochs', 'lr') if n in names and n not in o]
     if lacks: raise ScreenError(f'{what} lacks {first_few(lacks)}: add it.')
-    if not isinstance(o.get('stages', []), (list, tuple)): raise ScreenError(f'{what} has {o["stages"]!r} as its stages: give a list.')
     return o
 
 _KEPT = ('accuracy', 'macro_f1', 'micro_f1', 'valid_loss')
 
 def _is_number(v, low=0., high=math.inf): return type(v) in (int, float) and low <= v <= high
 
-def _check_numbers_of(stage, what):
+_LEAST = dict(epochs=0, accumulate=1, patience=1, bs=2, size=16, sites=1, batch_groups=1, num_workers=0, emb_dim=1, rounds=1, tta=1, k=1)
+_SHARES = ('cutmix', 'mixup', 'pct_start', 'dropout', 'first', 'last', 'label_smoothing')
+
+def _check_ranges(given, what):
     "Raise for counts that are none, and for shares and rates that cannot be"
-    for k, least in dict(epochs=0, accumulate=1, patience=1, bs=2, size=16).items():
-        v = getattr(stage, k)
-        if v is not None and (type(v) is not int or v < least): raise ScreenError(f'{what} has {k}={v!r}: give a whole number, {least} or more.')
-    for k in ('cutmix', 'mixup', 'pct_start'):
-        if not _is_number(getattr(stage, k), 0, 1): raise ScreenError(f'{what} has {k}={getattr(stage, k)!r}: give a share from 0 to 1.')
-    for k in ('wd', 'div_final'):
-        if not _is_number(getattr(stage, k)): raise ScreenError(f'{what} has {k}={getattr(stage, k)!r}: give a number, 0 or more.')
+    for k, v in given.items():
+        if k in _LEAST and v is not None and (type(v) is not int or v < _LEAST[k]): raise ScreenError(f'{what} has {k}={v!r}: give a whole number, {_LEAST[k]} or more.')
+        if k in _SHARES and not _is_number(v, 0, 1): raise ScreenError(f'{what} has {k}={v!r}: give a share from 0 to 1.')
+        if k in ('wd', 'div_final') and not _is_number(v): raise ScreenError(f'{what} has {k}={v!r}: give a number, 0 or more.')
+
+def _check_numbers_of(stage, what):
+    "Raise for numbers of a stage that cannot be"
+    _check_ranges(vars(stage), what)
     if stage.keep_best not in (None, *_KEPT): raise ScreenError(f'{what} keeps the best {stage.keep_best!r}: choose {", ".join(_KEPT[:-1])} or {_KEPT[-1]}.')
 
 # %% ../../nbs/33_train.recipes.ipynb #9d46ec58
@@ -117,6 +120,20 @@ def _check_augs(augs, what):
     if odd: raise ScreenError(f'{what} has the unknown augmentation {first_few(odd)}: choose from {", ".join(names)}.')
     try: site_augs(**augs)
     except (TypeError, ValueError) as e: raise ScreenError(f'{what} has {augs!r} as its augs, which do not fit ({e}): correct them.') from None
+
+# %% ../../nbs/33_train.recipes.ipynb #1041e11a
+_KINDS = {bool: (bool, 'true or false'), int: (int, 'a whole number'), float: ((int, float), 'a number'), str: (str, 'text'),
+          list: ((list, tuple), 'a list'), tuple: ((list, tuple), 'a list'), dict: (dict, 'names and values')}
+
+def _is_names(v): return isinstance(v, str) or isinstance(v, (list, tuple)) and all(isinstance(o, str) for o in v)
+
+def _check_kinds(given, func, what, free=()):
+    "Raise for values that are not of the kind that `func` says in its annotations; None may stand for a default of None"
+    for k, p in inspect.signature(func).parameters.items():
+        if k not in given or k in free or p.annotation not in _KINDS or (given[k] is None and p.default is None): continue
+        types, words = _KINDS[p.annotation]
+        is_odd = not isinstance(given[k], types) or (isinstance(given[k], bool) and p.annotation is not bool)
+        if is_odd: raise ScreenError(f'{what} has {k}={given[k]!r}: give {words}.')
 
 # %% ../../nbs/33_train.recipes.ipynb #6765f2be
 CALLBACKS = {**MIXERS, **DOMAIN_METHODS, 'ema': EMA, 'mean_teacher': MeanTeacher}
@@ -146,16 +163,32 @@ def part_lrs(
     return [float(lr)]*len(PARTS)
 
 # %% ../../nbs/33_train.recipes.ipynb #d7e2d37e
+def _check_named(config, classes, what, make):
+    "Raise for a loss or callback that cannot be made, or has settings of another kind"
+    if isinstance(config, CosineLoss): return
+    if not isinstance(config, (str, dict)): raise ScreenError(f'{what} has {config!r} where a name is meant, or a name with settings: give one.')
+    if isinstance(config, dict) and isinstance(config.get('name'), str) and config['name'] in classes:
+        _check_kinds(config, classes[config['name']].__init__, what, free=('a', 'b'))
+        _check_ranges(config, what)
+        for k in ('a', 'b'):
+            if k in config and config['name'] == 'mix': _check_named(config[k], classes, what, make)
+    make(config)
+
 def _check_stage(stage, i):
     "Raise a `ScreenError` for a stage that cannot be trained"
     what = f'Stage {i+1} of the recipe'
     _check_numbers_of(stage, what)
+    _check_kinds(vars(stage), Stage, what, free=('parts',))
+    if not _is_names(stage.parts): raise ScreenError(f'{what} has parts={stage.parts!r}: give names of parts.')
     _check_augs(stage.augs, what)
     if stage.opt is not None: optimizer_from_config(stage.opt)
+    odd = [k for k, v in (stage.opt.items() if isinstance(stage.opt, dict) else ()) if k != 'name' and not (isinstance(v, bool) if k == 'nesterov' else _is_number(v))]
+    if odd: raise ScreenError(f'{what} has {odd[0]}={stage.opt[odd[0]]!r} in its opt: give {"true or false" if odd[0] == "nesterov" else "a number"}.')
     parsed_schedule(stage.schedule)
     part_names(stage.parts)
     part_lrs(stage.lr)
-    for c in stage.callbacks: stage_callback(c)
+    for c in stage.callbacks: _check_named(c, CALLBACKS, what, stage_callback)
+    if stage.loss is not None: _check_named(stage.loss, LOSSES, what, partial(loss_from_config, n_classes=2))
     if stage.neck is not None: check_choice('neck', stage.neck, [n for n in NECKS if n != 'identity'])
 
 def _check_losses(recipe, model=None):
@@ -176,15 +209,44 @@ def _check_losses(recipe, model=None):
 
 def _check_arguments(entry, given, func, but):
     "Raise for arguments that a function does not take"
-    if not isinstance(given, dict): raise ScreenError(f'The recipe has {given!r} as its {entry}: give names and values.')
     takes = [n for n, p in inspect.signature(func).parameters.items() if n not in but and p.kind != p.VAR_KEYWORD]
     odd = [k for k in given if k not in takes]
     if odd: raise ScreenError(f'The recipe has the unknown entry {odd[0]!r} in its {entry}: use {", ".join(takes)}.')
+    _check_kinds(given, func, f'The recipe, in its {entry},', free=('bn_momentum', 'meta_dropout'))
+    _check_ranges({k: v for k, v in given.items() if k != 'dropout' or v is not None}, f'The recipe, in its {entry},')
+
+def _check_model(given, what='The recipe, in its model,'):
+    "Raise for arguments of a model that may be of several kinds, and are of none of them"
+    how = dict(loss=(str, dict, CosineLoss), pretrained=(bool, str, Path, type(None)), meta_dim=(int, str), meta_dropout=(int, float, dict), bn_momentum=(int, float, type(None)))
+    for k, types in how.items():
+        if k in given and not isinstance(given[k], types): raise ScreenError(f'{what} has {k}={given[k]!r}: give what screen_learner takes.')
+    if not _is_names(given.get('metadata', ())): raise ScreenError(f'{what} has metadata={given["metadata"]!r}: give names of columns.')
+    _check_named(given.get('loss', 'adacos'), LOSSES, what, partial(loss_from_config, n_classes=2))
 
 # %% ../../nbs/33_train.recipes.ipynb #756da1d8
 _INDEX = ('tta', 'views', 'separate')
 _PSEUDO = ('rounds', 'first', 'last', 'lr', 'cutmix')
 _PREDICT = ('tta', 'views', 'vote', 'k', 'merge', 'by', 'tell', 'assign', 'adapt', 'correct', 'same_cell_type')
+_CHOICES = dict(views=('dihedral', 'random', 'scaled'), vote=('nearest', 'mean', 'prototype'), merge=('best', 'mean'), by=('index', 'classifier'), tell=('plate_group', 'no'), assign=('yes', 'no'),
+                adapt=('auto', 'experiment', 'plate', 'no'), correct=('no', 'auto', 'standardize', 'center', 'sphere', 'tvn'))
+
+def _check_entries(entry, given, takes):
+    "Raise for views, votes and pseudo-labels that there are not"
+    what, odd = f'The recipe, in its {entry},', [k for k in given if k not in takes]
+    if odd: raise ScreenError(f'The recipe has the unknown entry {odd[0]!r} in its {entry}: use {", ".join(takes)}.')
+    _check_ranges(given, what)
+    for k, choices in _CHOICES.items():
+        if k in given and given[k] not in choices: raise ScreenError(f'{what} has {k}={given[k]!r}: choose from {", ".join(choices)}.')
+    for k in ('separate', 'same_cell_type'):
+        if not isinstance(given.get(k, False), bool): raise ScreenError(f'{what} has {k}={given[k]!r}: give true or false.')
+    if 'lr' in given: part_lrs(given['lr'])
+
+def _check_views(entry, given):
+    "Raise for more views than there are"
+    views = given.get('views', 'dihedral')
+    most = dict(dihedral=8, scaled=4).get(views, math.inf)
+    if given.get('tta', 1) > most: raise ScreenError(f'The recipe, in its {entry}, has {given["tta"]} views, and {views} ones are {most}: let views be random, or tta be {most}.')
+    if given.get('separate') and views != 'random': raise ScreenError(f'The recipe, in its {entry}, keeps random views apart and has none: let views be random.')
 
 def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
@@ -193,29 +255,34 @@ def _check_steps(recipe):
     check_choice('begin', recipe.begin, ('backbone', 'all', 'features'))
     old = [k for k, v in recipe.predict.items() if v == 'none']
     if old: raise ScreenError(f"The recipe has {old[0]} 'none' in its predict: say 'no'.")
-    rounds, cells = recipe.pseudo.get('rounds', 1), recipe.cell_types
-    if type(rounds) is not int or rounds < 1: raise ScreenError(f'The recipe has {rounds!r} rounds in its pseudo: give a whole number, 1 or more.')
-    if not isinstance(cells, dict) or not all(isinstance(r, str) for r in cells.values()):
-        raise ScreenError(f'The recipe has {cells!r} as its cell_types: give names of cell types and of their recipes.')
+    for entry, takes in dict(predict=_PREDICT, index=_INDEX, pseudo=_PSEUDO).items(): _check_entries(entry, getattr(recipe, entry), takes)
+    for entry in ('predict', 'index'): _check_views(entry, getattr(recipe, entry))
+    first, last = recipe.pseudo.get('first', .41), recipe.pseudo.get('last', .98)
+    if not 0 < first <= last: raise ScreenError(f'The recipe, in its pseudo, grows from the share {first} to {last}: choose two above 0, the smaller first.')
+    cells = recipe.cell_types
+    if not _is_names([*cells, *cells.values()]): raise ScreenError(f'The recipe has {cells!r} as its cell_types: give names of cell types and of their recipes.')
 
+# %% ../../nbs/33_train.recipes.ipynb #189fc994
 def check_recipe(
     recipe:Recipe, # Any recipe
     model=None, # `ScreenModel` that it is to continue with; `None`: one as the recipe builds it
 )->Recipe: # The same
     "Raise a `ScreenError` for a recipe that cannot be trained, before anything is"
+    _check_kinds(vars(recipe), Recipe, 'The recipe', free=('arch',))
+    if not (isinstance(recipe.arch, str) or callable(recipe.arch)): raise ScreenError(f'The recipe has {recipe.arch!r} as its arch: give the name of an architecture.')
+    if not _is_names(recipe.valid) or isinstance(recipe.valid, str): raise ScreenError(f'The recipe has {recipe.valid!r} as its valid: give a list of names.')
+    odd = [v for v in recipe.only.values() if isinstance(v, (list, tuple, dict)) or v is None]
+    if odd: raise ScreenError(f'The recipe has {odd[0]!r} in its only: give one value for each column.')
     for i, s in enumerate(recipe.stages): _check_stage(s, i)
-    for entry in ('model', 'data', 'only', 'index', 'predict', 'pseudo', 'cell_types'):
-        if not isinstance(getattr(recipe, entry), dict): raise ScreenError(f'The recipe has {getattr(recipe, entry)!r} as its {entry}: give names and values.')
-    _check_losses(recipe, model)
     if recipe.data.get('augs', 0) is None and any(s.augs is not None for s in recipe.stages):
         raise ScreenError('The recipe has no augmentation in its data and some in a stage, which would have no effect: leave one of them out.')
     if 'valid' in recipe.data: raise ScreenError('The recipe has valid in its data: name held-out experiments in valid of the recipe itself.')
     _check_arguments('data', recipe.data, screen_dls, ('screen', 'valid', 'seed', 'device'))
     _check_arguments('model', recipe.model, screen_learner, ('dls', 'arch', 'seed'))
-    if not isinstance(recipe.pseudo, dict): raise ScreenError(f'The recipe has {recipe.pseudo!r} as its pseudo: give names and values.')
-    for entry, given, takes in (('predict', recipe.predict, _PREDICT), ('index', recipe.index, _INDEX), ('pseudo', recipe.pseudo, _PSEUDO)):
-        odd = [k for k in given if k not in takes]
-        if odd: raise ScreenError(f'The recipe has the unknown entry {odd[0]!r} in its {entry}: use {", ".join(takes)}.')
+    _check_model(recipe.model)
+    _check_losses(recipe, model)
+    augs = recipe.data.get('augs', 'default')
+    if augs != 'default' and isinstance(augs, (str, dict)): _check_augs(augs if isinstance(augs, dict) else [augs], 'The recipe, in its data,')
     _check_steps(recipe)
     return recipe
 
@@ -231,8 +298,10 @@ def recipe_from_dict(
 )->Recipe:
     "Create a recipe from plain data; an unknown entry raises a `ScreenError`"
     d = _known(Recipe, d, 'The recipe')
-    stages = [_stage_from_dict(s, i) for i, s in enumerate(d['stages'])]
-    return check_recipe(Recipe(**{**d, 'stages': stages, 'valid': tuple(d.get('valid', ()))}))
+    _check_kinds({'stages': d['stages']}, Recipe, 'The recipe')
+    stages, valid = [_stage_from_dict(s, i) for i, s in enumerate(d['stages'])], as_names(d.get('valid', ()))
+    if not _is_names(valid): raise ScreenError(f'The recipe has {valid!r} as its valid: give a list of names.')
+    return check_recipe(Recipe(**{**d, 'stages': stages, 'valid': tuple(valid)}))
 
 # %% ../../nbs/33_train.recipes.ipynb #a7b5156c
 _EXACT = dict(max_rotate=0, max_zoom=1, max_warp=0) # The eight exact views only, without interpolation
