@@ -216,9 +216,10 @@ _SPEC = dict({f.name: _SCALAR for f in fields(ScreenSpec)},
     target=_WORD, labels=_list(_LABEL, 1, 2**20), channels=_list(_WORD, 1, 16), vocabs=_dict(_list(_LABEL, 1, 2**20), 100),
     sites=_int(1, 64), size=_or(_NONE, _int(8, 2**12)), norm=_one(*NORMALIZERS), norm_mean=_STATS, norm_std=_STATS,
     bits=_one(8, 16), clahe=_BOOL, several=_BOOL, no_label=_BOOL, norm_from=_one('all', 'controls'))
+_AUGS = _dict(_or(_SCALAR, _list(_REAL, 1, 2)), 100, _one(*inspect.signature(site_augs).parameters))
 _NAMES = _list(_LABEL, 0, 2**16)
 _TOP = dict(model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
-            held_images=_list(_LABEL, 0, 2**24), thresholds=_list(_SHARE, 1, 2**20), data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
+            augs=_or(_NONE, _AUGS), held_images=_list(_LABEL, 0, 2**24), thresholds=_list(_SHARE, 1, 2**20), data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
 # %% ../nbs/70_folder.ipynb #01b7def6
 _COUNT = _int(0, 2**40)
@@ -267,7 +268,7 @@ def read_config(folder):
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
     if c['format'] < FORMAT: raise _written_before(folder, c['format'])
-    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('held_images', 'thresholds')], f)
+    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds')], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)

@@ -306,7 +306,7 @@ def test_entries_that_are_absent(hostile, quick):
             o[k] = kept
             for g, w in (('config.json', c), ('index.json', i)): (hostile/g).write_text(json.dumps(w))
             seal(hostile)
-    assert opened <= {'metrics', 'trained_experiments', 'license', 'seed', 'note', 'bn_momentum', 'use_metadata', 'meta_dropout', 'dropout', 'classifier', 'pool', 'sites_join', 'n_sites', 'act', 'sites', 'size', 'norm', 'norm_mean', 'norm_std', 'bits', 'clahe', 'norm_from', 'several', 'no_label'}
+    assert opened <= {'augs', 'metrics', 'trained_experiments', 'license', 'seed', 'note', 'bn_momentum', 'use_metadata', 'meta_dropout', 'dropout', 'classifier', 'pool', 'sites_join', 'n_sites', 'act', 'sites', 'size', 'norm', 'norm_mean', 'norm_std', 'bits', 'clahe', 'norm_from', 'several', 'no_label'}
 
 @pytest.mark.parametrize('name', ['/etc/passwd', '../../secret', '..', '.', '', 'sub/weights.safetensors', 'con\x00fig', 'README.md', 'evil.pkl'])
 def test_manifest_paths(hostile, name):

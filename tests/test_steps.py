@@ -10,14 +10,17 @@ from rcic_fastai import cli
 from rcic_fastai.batch import resident
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError
+from rcic_fastai.embed import embed as embedding
 from rcic_fastai.embed.table import emb_features, read_embeddings
 from rcic_fastai.folder import CellTypeModels, load_model
 from rcic_fastai.embed.index import VOTES
 from rcic_fastai.predict import plan
 from rcic_fastai.predict.ensemble import ensemble_files, ensemble_predictions, name_wells
+from rcic_fastai.predict.plan import plan_prediction
 from rcic_fastai.predict.predict import read_predictions
 from rcic_fastai.screen import images
 from rcic_fastai.predict.scores import read_scores
+from rcic_fastai.predict.trained import build_index
 from rcic_fastai.results.report import how_table
 from rcic_fastai.screen.channels import picked_source
 from rcic_fastai.screen.images import ImageSource
@@ -26,6 +29,7 @@ from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import experiment_folds
+from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.train.recipes import _CHOICES, get_recipe, recipe_from_dict
 from rcic_fastai.workflow import fold_experiments
 
@@ -466,6 +470,33 @@ def test_a_well_of_a_cell_type_without_a_model_is_refused(here, capsys):
 
 @pytest.mark.parametrize('more, words', [('--cell-types A549', 'No training well has the cell type A549'), ('--cell-types each --channels DNA', 'no channel DNA')])
 def test_wrong_cell_types(here, more, words, capsys): refused(here, more, words, capsys)
+
+
+@pytest.mark.parametrize('data, stage, want', [(dict(augs=dict(crop=32)), {}, dict(crop=32)), ({}, {}, {}), (dict(augs=dict(crop=32)), dict(augs=dict(max_rotate=0., crop=(24, 40))), dict(max_rotate=0., crop=[24, 40]))],
+                         ids=['data', 'default', 'stage'])
+def test_random_views_are_augmented_as_in_training_in_index_and_queries(here, tmp_path, monkeypatch, data, stage, want):
+    seen, augs = [], embedding.site_augs
+    monkeypatch.setattr(embedding, 'site_augs', lambda **kwargs: seen.append(kwargs) or augs(**kwargs))
+    out = f'views_{tmp_path.name}'
+    recipe = written(tmp_path, 'views', data=data, index=dict(tta=2, views='random'), stages=[dict(name='all', epochs=1, lr=1e-3, loss='adacos', **stage)])
+    train(here, out, f'--recipe {recipe} --valid HUVEC-02')
+    assert load_model(here/out).config['augs'] == want
+    model, n = load_model(here/out), len(seen)
+    model.predict(open_screen(here/'s.zarr'), views='random', tta=1, progress=False)
+    assert n and len(seen) > n and all(json.loads(json.dumps(o)) == want for o in seen[n-2:])          # before them, a rehearsal
+    del model.config['augs']                                          # as in a folder that was written before
+    assert json.loads(json.dumps(plan_prediction(model, here/'s.zarr', views='random').options.augs)) == want
+
+
+def test_without_augmentation_there_are_no_random_views(here, tmp_path):
+    bare = written(tmp_path, 'bare', data=dict(augs=None))
+    train(here, 'bare_views', f'--recipe {bare} --valid HUVEC-02')
+    model = load_model(here/'bare_views')
+    for _ in range(2):
+        with pytest.raises(ScreenError, match='augmented nothing'): plan_prediction(model, here/'s.zarr', views='random')
+        model.config.pop('augs', None)
+    dls = screen_dls(open_screen(here/'s.zarr'), valid='HUVEC-02', bs=8, device='cpu', augs=None)
+    with pytest.raises(ScreenError, match='augmented nothing'): build_index(screen_learner(dls, 'test_resnet', pretrained=None), views='random', progress=False)
 
 
 # Entries of a recipe

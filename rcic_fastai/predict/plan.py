@@ -299,12 +299,12 @@ def _control_plates(screen, wells):
     note = '' if wells == 'all' else control_plates_note(screen.test.table)
     return [note] if note else []
 
-def _recipe_augs(model):
-    "Return the augmentation that a model was trained with last, as far as its recipe says"
-    stages = (model.config.get('recipe') or {}).get('stages') or []
-    said = [s['augs'] for s in stages if s.get('augs') is not None]
-    if not said: return None
-    return PUBLISHED_AUGS[said[-1]] if isinstance(said[-1], str) else dict(said[-1])
+def _augs_of(model):
+    "Return the augmentation that a model was trained with last; of older folders as far as the recipe says"
+    if 'augs' in model.config: return check_random_views(model.config['augs'])
+    recipe = model.config.get('recipe') or {}
+    said = [(recipe.get('data') or {}).get('augs', {}), *(s['augs'] for s in recipe.get('stages') or () if s.get('augs') is not None)][-1]
+    return {} if said == 'default' else check_random_views(PUBLISHED_AUGS[said] if isinstance(said, str) else said)
 
 # %% ../../nbs/54_predict.plan.ipynb #a8d30d7f
 def other_wells(
@@ -451,7 +451,7 @@ def plan_prediction(
     _check_correctable(asked.table, correct)
     check_protocol_allows(protocol, model.protocols(asked.table, how), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
     adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
-    options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_recipe_augs(model) if c['views'] == 'random' else None, output='probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
+    options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output='probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
                            bs=bs, num_workers=workers, trained=tuple(model.trained))
     notes = left_out + _among_sites(cells, index, spec) + chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
     all_notes = notes + adaptation_notes(spec, asked.table, how, adapt_rows)
