@@ -501,11 +501,13 @@ def further_columns(
     return pd.DataFrame(out, index=df.index)
 
 # %% ../../nbs/01_screen.tables.ipynb #0eddd636
+# a gene may have several siRNAs, so that it is not another name for them
+_PERTURBATION = {usual_name(o) for o in USUAL_NAMES['sirna'].split()} - {'gene'}
+
 def _target_column(table, name):
-    "Return the column of a table with a name, or with a usual name of its kind"
+    "Return the column of a table with a name; what the perturbation is usually called, but for its gene, is that of sirna"
     if name in table: return table[name]
-    alike = [k for k, names in USUAL_NAMES.items() if k in table and usual_name(name) in [usual_name(o) for o in names.split()]]
-    if alike: return table[alike[0]]
+    if 'sirna' in table and usual_name(name) in _PERTURBATION: return table['sirna']
     raise ScreenError(f'The site table has no column {name!r}: choose the target from {", ".join(map(str, table.columns))}, or two of them, such as sirna+dose.')
 
 def with_target(
@@ -526,8 +528,7 @@ def names_perturbations(
     target:str, # As for `with_target`
 )->bool:
     "Return whether a target names perturbations, alone or in a pair, so that control wells are no classes of their own"
-    usual = [usual_name(o) for o in USUAL_NAMES['sirna'].split()]
-    return any(usual_name(o) in usual for o in str(target).split('+'))
+    return any(usual_name(o) in _PERTURBATION for o in str(target).split('+'))
 
 # %% ../../nbs/01_screen.tables.ipynb #d8d4e758
 def _sirna_names(s, names, where):
