@@ -351,7 +351,7 @@ def _training_learner(screen, recipe, given, workers, begin=None):
     if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']      # in the order of its channels
     valid = _fold_of(learned, given) or _held_out(learned, recipe, given['valid'], _before(given, begin) if has_plates(learned.table) else None)
     dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
-    if len(dls.spec.labels) < 2 and not dls.spec.several: raise ScreenError(f'All training wells have one {given["target"]}, {first_few(dls.spec.labels)}, so there is nothing to tell apart: choose another {option("target")}.')
+    if recipe.only and len(dls.spec.labels) < 2 and not dls.spec.several: raise ScreenError(f'All training wells have one {given["target"]}, {first_few(dls.spec.labels)}, so there is nothing to tell apart: choose another {option("target")}.')
     what = 'labels' if dls.spec.several else f'{given["target"]} classes'
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or ("images" if dls.held_images else "none")}), '
           f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
