@@ -27,6 +27,22 @@ def _best_two(scores, names):
     second = np.where(np.isneginf(others.max(1)), None, names[best_class(others)])
     return names[choice], scores[rows, choice], scores[rows, choice] - others.max(1), second
 
+# %% ../../nbs/51d_predict.cells.ipynb #a36b931e
+def _best_one(s):
+    "Return one answer per row of a score table, its score, its lead over the second, and the second"
+    found = _best_two(score_matrix(s), np.array(score_classes(s), object))
+    return dict(zip((s.attrs['target'], 'score', 'margin', 'runner_up'), found))
+
+def _all_above(s):
+    "Return the labels of each row of a table of probabilities that reach their thresholds"
+    target = s.attrs['target']
+    return {target: name_labels(s)[target].to_numpy()}
+
+def _confidences(s):
+    "Return the columns of the scores; logarithms of probabilities as probabilities"
+    x, names = score_matrix(s), [f'{SCORE}{c}' for c in score_classes(s)]
+    return pd.DataFrame(np.exp(x) if s.attrs['kind'] == 'logit' else x, columns=names)
+
 # %% ../../nbs/51d_predict.cells.ipynb #23f2d45c
 def name_cells(
     queries:pd.DataFrame, # Embeddings table with one row per cell
@@ -34,23 +50,23 @@ def name_cells(
     vote:str='nearest', # nearest, mean or prototype
     k:int=5, # Rows per class, for vote 'mean'
     restrict_cell_type:bool=False, # Only rows of the cell's own cell type
-    scores:bool=False, # Add a column `score:CLASS` per class: probabilities of a classifier, cosines of a search
-)->pd.DataFrame: # One row per cell: id_code, what is known of it, the answer, score, margin, runner_up, protocol
+    scores:bool=False, # Add a column `score:CLASS` per class: probabilities of a classifier, cosines of a search; of several labels always
+    labels:dict=None, # Of several labels: their `thresholds`, and whether there may be `no_label`
+)->pd.DataFrame: # One row per cell: id_code, what is known of it, the answer, score, margin, runner_up (of several labels none of these), protocol
     "Name every cell by itself"
     known = emb_metadata(queries)
     if 'image_id' not in known: raise ScreenError('The table has one row per site, not per cell: embed a screen of cells, or use predict_wells.')
     used = highest_protocol(known['protocol'] if 'protocol' in known else []).value
     each = queries.assign(**{f'{META}well_id': known.site_id})
     each.attrs = queries.attrs
-    s = score_wells(each, index, used, vote, 'best', k, restrict_cell_type).set_index('id_code').loc[known.site_id]
-    x, names = score_matrix(s), np.array(score_classes(s), object)
-    answer, score, margin, second = _best_two(x, names)
+    s = score_wells(each, index, used, vote, 'best', k, restrict_cell_type)
+    several, facts = s.attrs['kind'] == 'probability', {**s.attrs, **(labels or {})}
+    s = s.set_index('id_code').loc[known.site_id].reset_index()
+    s.attrs = facts
     about = known[['image_id', *(c for c in [*_KNOWN, *CELL_COLUMNS[1:]] if c in known)]]
-    res = about.assign(**{index.target: answer}, score=score, margin=margin, runner_up=second, protocol=used)
+    res = about.assign(**(_all_above if several else _best_one)(s), protocol=used)
     res.insert(0, 'id_code', known.site_id)
-    if not scores: return res
-    conf = np.exp(x) if getattr(index, 'scores', 'cosine') == 'logit' else x
-    return res.join(pd.DataFrame(conf, columns=[f'{SCORE}{n}' for n in names]))
+    return res.join(_confidences(s)) if scores or several else res
 
 def cells_path(
     path, # CSV of predicted wells
