@@ -7,8 +7,8 @@ epochs; (4) batches of 32, the rate times the root of 32 over its own batch; (5)
 A fifth of the training images chooses the thresholds; a quarter of all images is for testing. Each recipe predicts as its authors did (four scaled views). A seed draws
 the weights, the order and what is held out; the images are the same for all. `ensemble` is the mean of the recipes' probabilities, a seed at a time.
 
-Cells of the test images are judged by mean average precision: `cell_map_image` gives each cell the probabilities of its image, `cell_map_alone` takes those of the cell by itself (a window of a third
-of the picture, with what is around the cell), `cell_map_both` the geometric mean of the two. Nothing is chosen by the test images.
+Cells of the test images are judged by mean average precision: `cell_map_image` gives each cell the probabilities of its image, `cell_map_alone` takes those of the cell by itself (a window of half
+the picture, with what is around the cell), `cell_map_both` the geometric mean of the two. Nothing is chosen by the test images.
 
 What a run gave is kept in FOLDER (default: bench/runs), so that an interrupted benchmark continues. Prints one table; stores bench/results/recipes_labels.json.
 """
@@ -54,7 +54,7 @@ def one(recipe, screen, atlas, seed, home):
         model = train_screen(screen, Path(d)/'model', recipe, target='labels', seed=seed)
         seconds = perf_counter() - start
         pred = model.predict(screen, out=home, progress=False)
-        cells = model.predict_cells(screen, atlas/'masks', cell_side=max(screen.source.shape[-1]//3, 8), cell_border='keep', progress=False)
+        cells = model.predict_cells(screen, atlas/'masks', cell_side=max(screen.source.shape[-1]//2, 8), cell_border='keep', progress=False)
     cells.to_parquet(home.with_suffix('.single.parquet'))
     return dict(scores={**scores_of(pred, screen), **cell_scores_of(cells, pred, atlas)}, seconds=round(seconds), held_out={k: model.config['metrics'][k] for k in ('macro_f1', 'micro_f1')})
 
