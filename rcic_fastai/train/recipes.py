@@ -179,7 +179,7 @@ def _check_stage(stage, i):
     what = f'Stage {i+1} of the recipe'
     _check_numbers_of(stage, what)
     _check_kinds(vars(stage), Stage, what, free=('parts',))
-    if not _is_names(stage.parts): raise ScreenError(f'{what} has parts={stage.parts!r}: give names of parts.')
+    if not _is_names(stage.parts): raise ScreenError(f'{what} has {stage.parts!r} as its parts: give names of parts.')
     _check_augs(stage.augs, what)
     if stage.opt is not None: optimizer_from_config(stage.opt)
     odd = [k for k, v in (stage.opt.items() if isinstance(stage.opt, dict) else ()) if k != 'name' and not (isinstance(v, bool) if k == 'nesterov' else _is_number(v))]
@@ -220,7 +220,7 @@ def _check_model(given, what='The recipe, in its model,'):
     how = dict(loss=(str, dict, CosineLoss), pretrained=(bool, str, Path, type(None)), meta_dim=(int, str), meta_dropout=(int, float, dict), bn_momentum=(int, float, type(None)))
     for k, types in how.items():
         if k in given and not isinstance(given[k], types): raise ScreenError(f'{what} has {k}={given[k]!r}: give what screen_learner takes.')
-    if not _is_names(given.get('metadata', ())): raise ScreenError(f'{what} has metadata={given["metadata"]!r}: give names of columns.')
+    if not _is_names(given.get('metadata', ())): raise ScreenError(f'{what} has {given["metadata"]!r} as its metadata: give names of columns.')
     _check_named(given.get('loss', 'adacos'), LOSSES, what, partial(loss_from_config, n_classes=2))
 
 # %% ../../nbs/33_train.recipes.ipynb #756da1d8
