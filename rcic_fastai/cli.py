@@ -408,7 +408,7 @@ def predict(
     embeddings:str='', # Parquet file for the embeddings of the test sites (with --cells, of the cells), corrected if asked; for rcic_evaluate --embeddings, which needs controls, add --wells all
     scores:store_true=False, # Keep the score of every class beside OUT, in .scores.parquet, for rcic_ensemble; with --cells also of every cell
     cells:str='', # Folder of masks, one per site and named after it, or watershed: name single cells, in OUT's .cells.parquet, and wells after them; empty: whole sites
-    cell_merge:str='mean', # Cells into wells: mean or median of their embeddings
+    cell_merge:str='mean', # Cells into wells: mean or median of their embeddings, or of the probabilities of several labels
     cell_side:int=128, # Side of the picture around each cell, px of the site
     cell_masked:store_true=False, # Set what is outside of the cell to 0
     cell_border:str='drop', # Cells that the border of a picture cuts: drop or keep

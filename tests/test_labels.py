@@ -13,6 +13,9 @@ from rcic_fastai.batch.data import rare_weights, screen_dls
 from rcic_fastai.core import ScreenError
 from rcic_fastai.folder import load_model
 from rcic_fastai.model.losses import BinaryLoss, FocalLoss
+from rcic_fastai.predict.cells import cells_path
+from rcic_fastai.results.submission import decode_mask, submission_rows
+from rcic_fastai.screen.cells import MaskFolder
 from rcic_fastai.screen.labels import read_labels
 from rcic_fastai.screen.open import open_screen, screen_kind
 from rcic_fastai.screen.pack import pack_screen, verify_store
@@ -155,6 +158,32 @@ def test_all_images_can_be_answered(models, atlas):
     assert len(every) == 40 and {c for c in every if c.startswith('score:')} == {f'score:{k}' for k in m.spec.labels}
     mine = every.set_index('id_code').loc[test.id_code]
     assert mine.labels.tolist() == test.labels.tolist() and np.allclose(mine['score:0'], test['score:0'], atol=1e-5)
+
+
+def test_single_cells_have_several_labels(models, atlas, tmp_path, capsys):
+    m, screen, out = load_model(models/'hpa46'), open_screen(atlas), tmp_path/'a.csv'
+    how = dict(cell_side=32, cell_border='keep', cell_merge='median')
+    assert not cli.rcic_predict([str(models/'hpa46'), str(atlas), str(out), *f'--cells {atlas}/masks --cell-side 32 --cell-border keep --cell-merge median'.split()])
+    assert 'answered by the median of the probabilities of its cells' in capsys.readouterr().err
+    cells, images = pd.read_parquet(cells_path(out)), pd.read_csv(out, dtype=str)
+    names = [f'score:{k}' for k in m.spec.labels]
+    truth = pd.read_csv(atlas/'cells.csv', dtype=str)
+    test = screen.test.table.site_id
+    assert sorted(cells.id_code) == sorted(o.ID + '_c' + o.cell for o in truth.itertuples() if o.ID in set(test))
+    assert not {'score', 'margin', 'runner_up'} & {*cells} and set(cells.protocol) == {'inductive'}
+    for p, said in zip(cells[names].to_numpy(), split_labels(cells.labels)):
+        above = [k for k, q, cut in zip(m.spec.labels, p, m.thresholds) if q >= cut]
+        assert said == (above or [m.spec.labels[int((p/np.array(m.thresholds)).argmax())]])
+    scores = pd.read_parquet(tmp_path/'a.scores.parquet').set_index('id_code')
+    of_cells = cells.groupby('well_id')[names].median()
+    assert np.allclose(scores.loc[of_cells.index, names], of_cells, atol=1e-6) and sorted(images.id_code) == sorted(test)
+    again = m.predict_cells(screen, atlas/'masks', progress=False, **how)
+    pd.testing.assert_frame_equal(again.astype(object), cells.astype(object), check_exact=False, atol=1e-5)
+    masks = MaskFolder(atlas/'masks', screen.source)
+    row, first = submission_rows(cells, masks).iloc[0], cells.iloc[0]
+    entries = row.PredictionString.split()
+    assert entries[:3*len(names):3] == m.spec.labels and np.allclose(np.array(entries[1:3*len(names):3], float), first[names].to_numpy(float), atol=1e-5)
+    assert np.array_equal(decode_mask(entries[2], (48, 48)), masks[row.ID] == first.cell)
 
 
 def test_labels_of_wells_on_plates(screen, tmp_path):

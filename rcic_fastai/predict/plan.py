@@ -373,10 +373,11 @@ def _check_cell_merge(cells, cell_merge):
     check_choice('cell_merge', cell_merge, ('mean', 'median'))
     if cell_merge != 'mean' and not cells: raise ScreenError(f'{option("cell_merge", cell_merge)} is of single cells: say where their masks are with {option("cells")}, or leave it out.')
 
-def _among_sites(cells, index, spec):
-    "Return notes where cells are shown to a model of whole pictures, and something differs from its training"
-    if not cells or 'image_id' in index.labels: return []
-    notes = [] if isinstance(index, ClassifierIndex) else [_AMONG_SITES.format(by=option('by', 'classifier'))]
+def _among_sites(cells, index, spec, cell_merge):
+    "Return notes on how several labels are answered, and on cells that are shown to a model of whole pictures"
+    notes = [f'Each image is answered by the {cell_merge} of the probabilities of its cells.'] if cells and spec.several else []
+    if not cells or 'image_id' in index.labels: return notes
+    notes += [] if isinstance(index, ClassifierIndex) else [_AMONG_SITES.format(by=option('by', 'classifier'))]
     if spec.per_group: notes.append(f'The model normalizes by {spec.norm}: here the statistics are of cells, and in its training of whole pictures, which are darker.')
     return notes
 
@@ -417,7 +418,7 @@ def plan_prediction(
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
     correct:str='', # Correction of the embeddings per experiment: standardize, center, sphere or tvn, or no; auto: the one that finds labels best across training experiments; empty: the recipe's, or no
     cells:str='', # Folder of masks, one per site, or watershed: name single cells, and wells after them; empty: whole sites
-    cell_merge:str='mean', # Cells into wells: mean or median of their embeddings
+    cell_merge:str='mean', # Cells into wells: mean or median of their embeddings, or of the probabilities of several labels
     cell_side:int=128, # Side of the picture around each cell, px of the site
     cell_masked:bool=False, # Set what is outside of the cell to 0
     cell_border:str='drop', # Cells that the border of a picture cuts: drop or keep
@@ -453,7 +454,7 @@ def plan_prediction(
     adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
     options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output='probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
                            bs=bs, num_workers=workers, trained=tuple(model.trained))
-    notes = left_out + _among_sites(cells, index, spec) + chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
+    notes = left_out + _among_sites(cells, index, spec, cell_merge) + chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
     all_notes = notes + adaptation_notes(spec, asked.table, how, adapt_rows)
     record = dict(model=str(model.folder or model.fingerprint), screen=str(everything.name), **{**c, 'adapt': how}, adapt_from=adapt_from, wells=wells,
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=all_notes, versions=library_versions())
@@ -566,7 +567,7 @@ def _wells_of_plan(plan, table):
 def _named_cells(plan, tables, scores=False):
     "Yield the answers of single cells, table by table"
     search = {k: v for k, v in plan.search.items() if k in ('vote', 'k', 'restrict_cell_type')}
-    for t in nameable(map(plan.correction, tables) if plan.correction else tables, plan.index): yield name_cells(t, plan.index, scores=scores, **search)
+    for t in nameable(map(plan.correction, tables) if plan.correction else tables, plan.index): yield name_cells(t, plan.index, scores=scores, labels=plan.labels, **search)
 
 # %% ../../nbs/54_predict.plan.ipynb #71c24284
 def _as_embedded(model, plan, progress):
@@ -655,7 +656,7 @@ def predict(self:TrainedModel,
     out=None, # CSV to write, such as test.csv; test.json beside it records how, test.top.csv has the five best; `None`: no file
     neighbors:str='', # With `out`: parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # With `out`: parquet file for the embeddings of the test sites (or cells), corrected if asked
-    scores:bool=False, # With `out`: keep the score of every class in test.scores.parquet, for `ensemble_files`, and in test.cells.parquet
+    scores:bool=False, # With `out`: keep the score of every class in test.scores.parquet, for `ensemble_files`, and in test.cells.parquet; of several labels always
     progress:bool=True, # Show a progress bar
     **kwargs
 )->pd.DataFrame: # One row per well: id_code, label, score, margin, votes, protocol, …; of several processes only the first has it
@@ -696,10 +697,10 @@ def predict_cells(self:TrainedModel,
     screen, # A `Screen` with test experiments, or where one is
     cells, # Folder of masks, one per site, or 'watershed'
     protocol:str='inductive', # inductive, adapted or transductive
-    scores:bool=False, # Keep the score of every class, in columns `score:CLASS`
+    scores:bool=False, # Keep the score of every class, in columns `score:CLASS`; of several labels always
     progress:bool=True, # Show a progress bar
     **kwargs
-)->pd.DataFrame: # One row per cell: id_code, image_id, well_id, cell, its place, label, score, margin, runner_up, protocol
+)->pd.DataFrame: # One row per cell: id_code, image_id, well_id, cell, its place, label, score, margin, runner_up (of several labels: labels and `score:LABEL`), protocol
     "Name the single cells of the test wells of a screen"
     plan = plan_prediction(self, screen, protocol, cells=cells, **kwargs)
     for n in plan.notes: print(f'note: {n}', file=sys.stderr)
