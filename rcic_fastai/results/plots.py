@@ -368,7 +368,7 @@ def neighbor_strip(
 )->plt.Figure: # The site and up to `n` neighbors, three in a row
     "Show a site beside its nearest training sites"
     near = near.head(n)
-    fig, axs = _picture_grid(n + 1, 3, 2.25)
+    fig, axs = _picture_grid(len(near) + 1, 3, 2.25)
     for ax in axs: ax.axis('off')
     _show_site(axs[0], screen, query, f'{_site_lines(screen, query)}\n{short_text(truth or "not known", 14)}\n', side=side)
     for ax, r in zip(axs[1:], near.itertuples()):
