@@ -1770,6 +1770,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._recipe_choices': ( 'predict.plan.html#_recipe_choices',
                                                                                         'rcic_fastai/predict/plan.py'),
+                                          'rcic_fastai.predict.plan._recorded': ( 'predict.plan.html#_recorded',
+                                                                                  'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._refuse_adaptation': ( 'predict.plan.html#_refuse_adaptation',
                                                                                            'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._size_note': ( 'predict.plan.html#_size_note',

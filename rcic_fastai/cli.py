@@ -383,6 +383,14 @@ def rcic_train(argv=None):
     "Run the console script"
     return run_command(train, argv, 'rcic_train')
 
+# %% ../nbs/72_cli.ipynb #996d4255
+def _of_what(pred):
+    "Return what was predicted, for a sentence"
+    has_experiments = pred.experiment.astype(str).ne('').any() if 'experiment' in pred else True
+    if not has_experiments: return plural(len(pred), 'image')
+    of = f' of {plural(pred.experiment.nunique(), "experiment")}' if 'experiment' in pred else ''
+    return plural(len(pred), 'well') + of
+
 # %% ../nbs/72_cli.ipynb #7d9d1f4b
 def predict(
     model, # Model folder, from rcic_train
@@ -430,13 +438,6 @@ def predict(
         if held_out: given['screen'] = opened.held_out(screen)
         pred = opened.predict(**given)
     if pred is not None: print(f'{out}: {_of_what(pred)}, protocol {protocol}')
-
-def _of_what(pred):
-    "Return what was predicted, for a sentence"
-    has_experiments = pred.experiment.astype(str).ne('').any() if 'experiment' in pred else True
-    if not has_experiments: return plural(len(pred), 'image')
-    of = f' of {plural(pred.experiment.nunique(), "experiment")}' if 'experiment' in pred else ''
-    return plural(len(pred), 'well') + of
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
                   'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],

@@ -128,7 +128,7 @@ def test_a_spec_prints_short(screen):
     spec = spec_of(screen, 'plate', sites=2)
     text = repr(replace(spec, labels=[f's{i}' for i in range(1108)]))
     assert len(text.splitlines()) == 2 and len(text) < 250
-    assert '1108 classes of sirna (s0, s1, s2 and 1105 more), wells of 2 sites' in text and 'norm plate (from control wells)' in text
+    assert '1,108 classes of sirna (s0, s1, s2 and 1105 more), wells of 2 sites' in text and 'norm plate (from control wells)' in text
     assert spec == replace(spec)
 
 # --- AdaBN

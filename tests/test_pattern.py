@@ -353,13 +353,15 @@ def test_a_dry_run_says_what_a_prediction_lacks(folder, tmp_path, capsys):
 
 def test_a_dry_run_of_every_kind(folder, tmp_path, capsys):
     from rcic_fastai.screen.open import SCREEN_KINDS, describe_screen
+    from rcic_fastai.screen.simulate.labels import simulate_labels
     from rcic_fastai.screen.simulate.layout import simulate_screen
     from test_own_tables import plate
     simulate_screen(tmp_path/'folder', ['HUVEC-01'], sirnas=4, size=32, controls=0, sites=1, progress=False)
     plate(tmp_path/'plates/P.zarr')
     (folder/'files.csv').write_text('plate,well,channel,path\nP,A01,DNA,P0012_A01_s1_w1.tif\nP,A02,DNA,P0012_A02_s1_w1.tif\n')
     assert rcic_pack([str(tmp_path/'folder'), str(tmp_path/'packed')]) == 0
-    at = dict(folder=tmp_path/'folder', plates=tmp_path/'plates', files=folder/'files.csv', packed=tmp_path/'packed', pattern=folder)
+    at = dict(folder=tmp_path/'folder', plates=tmp_path/'plates', files=folder/'files.csv', packed=tmp_path/'packed', pattern=folder,
+              images=simulate_labels(tmp_path/"images", images=4, size=48, progress=False))
     assert set(at) == set(SCREEN_KINDS)
     for kind, path in at.items():
         more = ['--pattern', PLAIN] if kind == 'pattern' else []

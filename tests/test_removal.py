@@ -9,6 +9,7 @@ from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.embed import embed_parts
 from rcic_fastai.predict.predict import write_predictions
 from rcic_fastai.results.report import write_report
+from rcic_fastai.screen.simulate.labels import LABELS_FOLDER
 from rcic_fastai.screen import download as D
 from rcic_fastai.screen.simulate import layout as S
 from rcic_fastai.screen.images import PngTree
@@ -124,7 +125,11 @@ def cell_types(made, d, ours):
     if ours: F.CELLS_FOLDER.make(d/'o.csv.cells')
     return d/'o.csv.cells', lambda: F.CELLS_FOLDER.remove(d/'o.csv.cells')
 
-REMOVE = dict(demo=demo, cell_types=cell_types, embedding_parts=embedding_parts, index_parts=index_parts, index_plain=index_plain, trained=trained,
+def images_with_labels(made, d, ours):
+    if ours: LABELS_FOLDER.make(d/'atlas')
+    return d/'atlas', lambda: LABELS_FOLDER.remove(d/'atlas')
+
+REMOVE = dict(demo=demo, images_with_labels=images_with_labels, cell_types=cell_types, embedding_parts=embedding_parts, index_parts=index_parts, index_plain=index_plain, trained=trained,
               trained_index=trained_index, checkpoint_old=checkpoint('epoch_0001'), checkpoint_same=checkpoint('epoch_0003'),
               checkpoint_part=checkpoint('epoch_0004.part'), model_part=model_part, store_part=store_part, store_begun=store_begun)
 MOVED = dict(store_part='s.zarr', store_begun='s.zarr', model_part='m', checkpoint_same='c/epoch_0003')    # what was finished has a new name
@@ -170,7 +175,7 @@ def test_what_is_ours_goes(made, tmp_path):
 
 def test_every_kind_of_folder_is_tried():
     from rcic_fastai.core import OwnFolder
-    assert {k for k in OwnFolder.kinds} == {'demo', 'embedding parts', 'checkpoint', 'unfinished model', 'packed screen', 'simulated screen', 'predictions of cell types'}
+    assert {k for k in OwnFolder.kinds} == {'demo', 'embedding parts', 'checkpoint', 'unfinished model', 'packed screen', 'simulated screen', 'simulated images with labels', 'predictions of cell types'}
 
 def test_a_demo_with_something_in_the_way_removes_nothing(tmp_path):
     out = workflow.DEMO_FOLDER.make(tmp_path/'demo')
@@ -245,7 +250,7 @@ def test_files_beside_a_report(tmp_path):
 
 REMOVERS = {'core.py': {'remove', 'remove_empty', 'unmark', 'write_atomic', '_remove_stale', '_put_lock', 'release'},
             'screen/download.py': {'_forget', '_receive', '_remove_fetched'}, 'screen/pack.py': {'_finish', '_name'},
-            'predict/predict.py': {'answers', 'write_predictions'}, 'folder.py': {'save'}, 'workflow.py': {'_several_in'}}
+            'predict/predict.py': {'answers', 'write_predictions'}, 'predict/plan.py': {'_drop_cells'}, 'folder.py': {'save'}, 'workflow.py': {'_several_in'}}
 
 def removals(path):
     "(function, what it calls) of each call that removes something"

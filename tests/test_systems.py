@@ -27,7 +27,7 @@ CELLS = 'HUVEC-01,HUVEC-02,RPE-01,U2OS-01,HEPG2-01,HUVEC-17'.split(',')
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp('systems')/'screen'
-    simulate_screen(folder, CELLS, sirnas=4, size=48, controls=1, progress=False)
+    simulate_screen(folder, CELLS, sirnas=5, size=48, controls=1, progress=False)
     return folder
 
 
@@ -147,6 +147,7 @@ def test_random_views_are_augmented_as_the_recipe_says(screen, monkeypatch, augs
     test = Screen(screen.table.assign(dataset=np.where(screen.table.experiment == 'HUVEC-03', 'test', 'train')), screen.source)
     learn = learner(screen_dls(test.train, valid='HUVEC-02', bs=8, device='cpu'))
     model = learn.to_model(tta=1, progress=False)
+    model.config.pop('augs')           # as in folders of before
     model.config['recipe'] = Recipe('r', [Stage('all', 1, 1e-3, augs=augs), Stage('on', 1, 1e-3)]).to_dict()
     model.predict(test, views='random', tta=1, progress=False)
     assert asked == [said]

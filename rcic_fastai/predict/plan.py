@@ -243,9 +243,14 @@ def _check_correctable(rows, correct):
                           'choose another correction, or leave it out.')
 
 # %% ../../nbs/54_predict.plan.ipynb #2764fdb8
+def _check_batches(model, protocol):
+    "Raise where statistics of the test batch are asked for and there are no batches"
+    if protocol == 'adapted' and not any(e for e in model.trained): raise ScreenError(f'{option("protocol", protocol)} takes statistics of each experiment, and the model learned images that are in none: ask for {option("protocol", "inductive")}.')
+
 def _label_choices(model, protocol, given):
     "Return the choices of a prediction of several labels; a `ScreenError` for those that do not apply"
     if protocol == 'transductive': raise ScreenError(f'{option("protocol", protocol)} gives each label once per plate, and an image of this model has several: ask for {option("protocol", "inductive")}.')
+    _check_batches(model, protocol)
     said = (model.config.get('recipe') or {}).get('predict') or {}
     for k, usual in dict(vote='', k=0, same_cell_type=False, assign='', tell='', correct='').items():
         v = given.get(k)
@@ -255,10 +260,6 @@ def _label_choices(model, protocol, given):
     tta = given.get('tta') or (4 if views == 'scaled' else said.get('tta', 8) if views == said.get('views', 'dihedral') else 8)
     merge = given.get('merge') or said.get('merge') or 'mean'
     return {**_OPEN, 'tta': tta, 'views': views, 'by': 'classifier', 'merge': merge, 'assign': 'no', 'adapt': given.get('adapt') or 'auto'}
-
-def _check_batches(model, protocol):
-    "Raise where statistics of the test batch are asked for and there are no batches"
-    if protocol == 'adapted' and not any(e for e in model.trained): raise ScreenError(f'{option("protocol", protocol)} takes statistics of each experiment, and the model learned images that are in none: ask for {option("protocol", "inductive")}.')
 
 # %% ../../nbs/54_predict.plan.ipynb #d66f73b1
 @dataclass(frozen=True, eq=False)
@@ -359,6 +360,13 @@ def _check_request(model, protocol, c, given):
     _check_tell(model, protocol, c['tell'], c['by'])
     if c['by'] == 'classifier': _check_classifier(model, c['correct'], c['same_cell_type'], given['vote'], given['k'])
 
+def _recorded(model, name, asked, spec, c, given):
+    "Return how a prediction is made, for the file beside it"
+    record = dict(model=str(model.folder or model.fingerprint), screen=str(name), **c, adapt_from=given['adapt_from'], wells=given['wells'],
+                  unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=[], versions=library_versions())
+    if given['cells']: record.update(cells=str(given['cells']), cell_merge=given['cell_merge'], n_cells=len(asked), **{k: given[k] for k in CELL_OPTIONS})
+    return record
+
 def _adapting_kinds(index, adapt_from):
     "Return the kinds of wells that BatchNorm statistics are taken of"
     if adapt_from == 'controls': return {'negative_control', 'positive_control'}
@@ -433,19 +441,16 @@ def plan_prediction(
     given = dict(locals())
     Protocol(protocol)
     _check_spelling(tell=tell, adapt=adapt, correct=correct, assign=assign)
-    of_cells, asked = {k: given[k] for k in CELL_OPTIONS}, {k: given[k] for k in _OPEN}
-    if model.spec.several: _check_batches(model, protocol)
-    c = (_label_choices if model.spec.several else _decided)(model, protocol, asked)
+    c = (_label_choices if model.spec.several else _decided)(model, protocol, {k: given[k] for k in _OPEN})
     _check_request(model, protocol, c, given)
-    correct = c['correct']
-    how = _adaptation(model, protocol, c['adapt'], adapt_from, correct)
-    correct, chosen = _chosen_correction(model, how, correct, wells)
+    how = _adaptation(model, protocol, c['adapt'], adapt_from, c['correct'])
+    correct, chosen = _chosen_correction(model, how, c['correct'], wells)
     index, correction = _index_for(model, how, protocol, correct, wells, c['by'])
     if how and bs < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
     kinds = _adapting_kinds(index, adapt_from)
     needs_controls = model.spec.per_group or how and kinds != {'treatment'}
     whole = asked_experiments([model], screen, experiments)
-    everything, left_out = _pictures(model, whole, 'all' if needs_controls else wells, only_present, cells, of_cells)
+    everything, left_out = _pictures(model, whole, 'all' if needs_controls else wells, only_present, cells, {k: given[k] for k in CELL_OPTIONS})
     rows, only_notes = _without_others(model, prediction_rows(everything.table, wells, model.spec.target))
     asked = everything[rows]
     spec = model.spec_for(asked)
@@ -455,11 +460,8 @@ def plan_prediction(
     options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output='probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
                            bs=bs, num_workers=workers, trained=tuple(model.trained))
     notes = left_out + _among_sites(cells, index, spec, cell_merge) + chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
-    all_notes = notes + adaptation_notes(spec, asked.table, how, adapt_rows)
-    record = dict(model=str(model.folder or model.fingerprint), screen=str(everything.name), **{**c, 'adapt': how}, adapt_from=adapt_from, wells=wells,
-                  unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=all_notes, versions=library_versions())
-    if cells: record.update(cells=str(cells), cell_merge=cell_merge, n_cells=len(asked), **of_cells)
-    record['correct'] = index.labels.correction.iloc[0] if correction else None
+    said = dict(correct=index.labels.correction.iloc[0] if correction else None, notes=notes + adaptation_notes(spec, asked.table, how, adapt_rows))
+    record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': how}, given), **said}
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
     told = _told_index(model, c['by'], how, correct) if c['tell'] != 'no' else None
     labels = dict(thresholds=list(model.thresholds), no_label=spec.no_label) if spec.several else {}
