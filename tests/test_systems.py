@@ -27,7 +27,7 @@ CELLS = 'HUVEC-01,HUVEC-02,RPE-01,U2OS-01,HEPG2-01,HUVEC-17'.split(',')
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp('systems')/'screen'
-    simulate_screen(folder, CELLS, sirnas=5, size=48, controls=1, progress=False)
+    simulate_screen(folder, CELLS, sirnas=8, size=48, controls=1, progress=False)
     return folder
 
 
@@ -72,7 +72,7 @@ def test_a_system_runs_through_the_commands(name, drawn, tmp_path, capsys):
     asked = drawn
     if 'plate_group' in only:
         assert cli.rcic_predict([str(model), str(drawn), str(tmp_path/'x.csv'), '--tta', '1']) == 2
-        assert 'the plate_group of 4 test wells is not known: give the table a column plate_group' in capsys.readouterr().err
+        assert 'the plate_group of 8 test wells is not known: give the table a column plate_group' in capsys.readouterr().err
         asked = with_groups(drawn, tmp_path/'groups')
     for protocol in protocols_of(RECIPES[name]):
         out = tmp_path/f'{protocol}.csv'
@@ -80,7 +80,7 @@ def test_a_system_runs_through_the_commands(name, drawn, tmp_path, capsys):
         record = json.loads(out.with_suffix('.json').read_text())
         assert (record['protocol'], record['by'], record['views']) == (protocol, said.get('by', 'index'), said.get('views', 'dihedral'))
         assert record['tell'] == (said.get('tell', 'no') if protocol == 'transductive' else 'no')
-        assert len(pd.read_csv(out)) == (1 if 'plate_group' in only else 4)
+        assert len(pd.read_csv(out)) == (2 if 'plate_group' in only else 8)
         assert any('left out: the model was trained on wells with plate_group 0 only' in n for n in record.get('notes', ())) == ('plate_group' in only)
     partial = ['--partial'] if only else []
     assert not cli.rcic_evaluate([str(out), str(drawn), '--json', *partial])
