@@ -447,7 +447,7 @@ def _train_model(args, recipe, begin=None):
             facts = _training_facts(args, recipe, views, begin)
             if a.resume and is_finished(out, facts):
                 print(f'{out} is finished: there is nothing to continue.')
-                return load_model(out) if is_first else None
+                return _finished_model(out) if is_first else None
             out = new_folder(out)
             info.update(facts)
             if not a.resume and is_first:
@@ -484,6 +484,12 @@ def save_curve(
     fig = training_curve(history)
     write_atomic(Path(folder)/'history.png', lambda p: fig.savefig(p, format='png', dpi=90))
     plt.close(fig)
+
+def _finished_model(out):
+    "Open a model that was written before; its curves are drawn if the process ended before them"
+    model = load_model(out)
+    if not (Path(out)/'history.png').exists(): save_curve(model.history, out)
+    return model
 
 # %% ../nbs/71_workflow.ipynb #638b3823
 @contextlib.contextmanager
