@@ -314,11 +314,11 @@ REAL = real_data()
 
 @pytest.mark.real('images')
 def test_real_sites_by_command(here, tmp_path):
-    out = ok(f'rcic_train {REAL} {tmp_path}/m --target cell_type --only-present --size 224 --recipe {here}/tiny.json {TINY}')
+    out = ok(f'rcic_train {REAL} {tmp_path}/m --target cell_type --only-present --size 224 --seed 0')
     assert '16 training' in out
     ok(f'rcic_predict {tmp_path}/m {REAL} {tmp_path}/p.csv --wells all --only-present')
     pred = pd.read_csv(tmp_path/'p.csv')
-    assert pred.id_code.tolist() == ['HEPG2-08_1_B02', 'HEPG2-08_2_B02'] and set(pred.cell_type) <= {'HEPG2', 'HUVEC', 'RPE', 'U2OS'}     # two epochs learn little
+    assert pred.id_code.tolist() == ['HEPG2-08_1_B02', 'HEPG2-08_2_B02'] and set(pred.cell_type) == {'HEPG2'}
 
 def test_statistics_of_controls_and_the_tables_own_validation(here, capsys):
     "Pixel statistics of control wells need their rows; `dataset` val is held out, id_test is not learned"

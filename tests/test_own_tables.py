@@ -414,8 +414,9 @@ def test_a_plate_of_controls_is_left_out_with_a_note(capsys):
     assert set(prediction_rows(test).plate) == {'P'} and set(prediction_rows(test, 'all').plate) == {'P', 'C'}
     assert control_plates_note(sites(('b1', 'b2', 'b3'), 'none')) == ''
     nothing = t.assign(well_type='negative_control')
-    for f in (control_plates_note, training_rows, lambda t: prediction_rows(t.assign(dataset='test'))):
-        with pytest.raises(ScreenError, match='No plate has a treatment well|No training row has a value of sirna and is a treatment well'): f(nothing)
+    for f in (control_plates_note, lambda t: prediction_rows(t.assign(dataset='test'))):
+        with pytest.raises(ScreenError, match='No plate has a treatment well .b1 plate C, b1 plate P, b2 plate P|No plate has a treatment well'): f(nothing)
+    with pytest.raises(ScreenError, match='No training row has a value of sirna and is a treatment well'): training_rows(nothing)
 
 
 def test_one_acquisition_of_several(tmp_path, capsys):
