@@ -391,6 +391,7 @@ def test_answers_of_another_program_are_judged_as_several_labels(atlas, tmp_path
     "A plain CSV of id_code and labels: a bar says that there are several"
     rows = open_screen(atlas).test.table
     rows[['well_id', 'labels']].set_axis(['id_code', 'labels'], axis=1).to_csv(tmp_path/'p.csv', index=False)
+    (tmp_path/'p.json').write_text('{"protocol": "inductive"}')
     assert rows.labels.str.contains('|', regex=False).any()
     assert not cli.rcic_evaluate([str(tmp_path/'p.csv'), str(atlas), '--json'])
     said = json.loads(capsys.readouterr().out)
@@ -461,7 +462,7 @@ def test_held_out_scores_say_what_was_chosen_on_them(models, atlas, tmp_path, ca
 def test_profiles_and_report_of_images_on_no_plate(models, atlas, tmp_path, capsys):
     assert not cli.rcic_embed([str(models/'hpa46'), str(atlas), str(tmp_path/'e.parquet'), '--tta', '1'])
     emb = read_embeddings(tmp_path/'e.parquet')
-    assert len(emb) == 40 and {*emb.Metadata_plate} == {''}
+    assert len(emb) == 40 and {*emb.Metadata_Plate} == {''}
     assert not cli.rcic_report([str(models/'hpa46'), str(atlas), str(models/'hpa46.csv'), str(tmp_path/'r.html')])
     page = (tmp_path/'r.html').read_text()
     for heading in ('Scores of several labels', 'Answers', 'Training', 'How it was made'): assert f'<h2>{heading}</h2>' in page
