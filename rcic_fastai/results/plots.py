@@ -304,7 +304,7 @@ def label_plot(
     ax.invert_yaxis()
     ax.set(xlim=(0, 1.03))
     ax.tick_params(axis='x', labelsize=8)
-    legend_below(fig, [o[0] for o in ax.containers])
+    legend_below(fig, ax.containers)
     return fig
 
 def label_gallery(
