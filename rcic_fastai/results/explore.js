@@ -365,6 +365,29 @@ function showPlates() {
 // ---- pictures: one gray picture per site, its channels side by side, decoded when they are looked at
 let lines = null;
 const readLines = () => { lines ??= $('pictures').textContent.split('\n'); };
+const FILES = D.pictures.files, arrived = new Map();          // of a folder: number of the first picture of each file; file → its pictures
+window.rcicPictures = (k, texts) => arrived.set(k, texts);    // what a file of pictures calls
+function loadFile(k) {                                        // a script, since a page from the file system may read no other file
+  return new Promise((done, fail) => {
+    const s = el('script', {src: `pictures/${String(k).padStart(5, '0')}.js`, onload: () => { s.remove(); done(arrived.get(k)); }, onerror: () => { s.remove(); fail(new Error('absent')); }});
+    document.head.append(s);
+  });
+}
+const files = new Map();
+function fileOf(k) {
+  if (!files.has(k)) {
+    files.set(k, loadFile(k));
+    files.get(k).catch(() => files.delete(k)).finally(() => arrived.delete(k));
+    if (files.size > 80) files.delete(files.keys().next().value);
+  }
+  return files.get(k);
+}
+async function base64Of(at) {                                 // a picture, of the page or of its file
+  if (!FILES.length) { readLines(); return lines[at]; }
+  let a = 0, b = FILES.length - 1;
+  while (a < b) { const m = (a + b + 1) >> 1; if (FILES[m] <= at) a = m; else b = m - 1; }
+  return (await fileOf(a))[at - FILES[a]];
+}
 const decoded = new Map();
 let scratch = null;
 async function planes(site) {
@@ -372,8 +395,7 @@ async function planes(site) {
   if (at < 0) return null;
   if (decoded.has(at)) return decoded.get(at);
   const job = (async () => {
-    readLines();
-    const raw = atob(lines[at]), bytes = new Uint8Array(raw.length);
+    const raw = atob(await base64Of(at)), bytes = new Uint8Array(raw.length);
     for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
     const bitmap = await createImageBitmap(new Blob([bytes], {type: D.pictures.type})), {width: w, height: h} = bitmap;
     scratch ??= document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -389,6 +411,7 @@ async function planes(site) {
     return out;
   })();
   decoded.set(at, job);
+  job.catch(() => decoded.delete(at));
   if (decoded.size > 300) decoded.delete(decoded.keys().next().value);
   return job;
 }
@@ -423,7 +446,9 @@ function compose(px, plane, luts, use) {                      // the color of th
   }
 }
 async function drawSite(canvas, site, how) {
-  const plane = await planes(site), [h, w] = D.pictures.cell;
+  const [h, w] = D.pictures.cell;
+  let plane;
+  try { plane = await planes(site); } catch { canvas.replaceWith(el('p', {class: 'none'}, 'This picture cannot be read: the folder “pictures” must stay beside the page, as it was written.')); }
   if (!plane) return false;
   const paste = (fillIn, x, y) => { const im = g.createImageData(w, h); fillIn(im.data); g.putImageData(im, x, y); };
   const size = (cw, ch) => { canvas.width = cw; canvas.height = ch; return canvas.getContext('2d'); };
@@ -887,7 +912,7 @@ function start() {
   read();
   show();
   document.documentElement.dataset.ready = 'yes';
-  (window.requestIdleCallback ?? setTimeout)(readLines);
+  if (!FILES.length) (window.requestIdleCallback ?? setTimeout)(readLines);
 }
 function toMatch() {                                          // the experiment of the first well that is found, when this one has none
   const e = byName.get(S.e);
