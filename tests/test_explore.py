@@ -1,13 +1,15 @@
 "The page of `explore`: what its data hold, what it asks for, and how it answers in a browser."
-import json, os, re, shutil
+import base64, io, json, os, re, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
+from PIL import Image
 from helpers import learner, refused
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.results.explore import *
+from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.screen import Screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
+from rcic_fastai.screen.simulate.layout import screen_layout, simulate_screen
 
 HOSTILE = ['</script><img src=x onerror=alert(1)>', '<b>bold</b>', '"quoted" & \'single\'', '{{pictures}}', '=cmd()', 'ä 細胞 \u2028 \u202e']
 
@@ -169,13 +171,59 @@ def test_a_model_of_another_screen_brings_its_wells(made, tmp_path):
 
 @pytest.mark.parametrize('channels, dtype', [(1, np.uint8), (5, np.uint16), (16, np.uint16)])
 def test_sprites_hold_any_channels(channels, dtype):
-    import io
-    from PIL import Image
     x = (np.random.default_rng(0).random((channels, 40, 60))*np.iinfo(dtype).max).astype(dtype)
     sprite, limits, cell = site_sprite(x, 30)
     columns = min(channels, SPRITE_COLUMNS)
     assert cell == (20, 30) and limits.shape == (2, channels) and (limits[0] <= limits[1]).all()
     assert Image.open(io.BytesIO(sprite)).size == (30*columns, 20*-(-channels//columns))
+
+
+# ---- a folder, with files of pictures beside the page
+
+class Many(ImageSource):
+    "Pictures of many sites, drawn from their names"
+    def __init__(self, table, shape=(3, 16, 16)):
+        super().__init__('many', table, ['a', 'b', 'c'])
+        self.shape, self.dtype = shape, np.dtype('u1')
+    def _read(self, site_id, out): out[...] = np.random.default_rng(list(site_id.encode())).integers(0, 255, self.shape, np.uint8)
+
+
+@pytest.fixture(scope='module')
+def many(tmp_path_factory):
+    "(screen, page, folder): some 1,200 wells in a folder"
+    table = screen_layout([f'HUVEC-{i:02d}' for i in range(1, 5)], sirnas=300, plates=2)
+    table = table[table.well_type == 'treatment'].drop_duplicates('well_id').reset_index(drop=True)
+    screen, out = Screen(table, Many(table), 'many'), tmp_path_factory.mktemp('many')/'whole'
+    return screen, explore(None, screen, out=out), out
+
+
+def test_a_folder_holds_the_pictures_of_all_wells(many):
+    screen, page, out = many
+    assert page.pictures.left_out == [] and page.pictures.count == len(screen) and (out/'index.html').read_text() == page.html
+    shown, files = [], sorted((out/'pictures').iterdir())
+    for i, f in enumerate(files):
+        k, texts = re.fullmatch(r'rcicPictures\((\d+),(\[.*\])\)\n', f.read_text()).groups()
+        assert int(k) == i and page.data['pictures']['files'][i] == len(shown) and len(f.read_bytes()) < 1.2*PICTURE_FILE
+        shown += json.loads(texts)
+    assert len(shown) == len(screen) and len(files) > 2 and len(page.html.encode()) < 1e6
+    site = len(screen)//2
+    stored = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown[page.data['sites']['picture'][site]]))).convert('L'))[:16, :16]
+    lo, hi = black_white(screen.source[screen.table.site_id[site]])[:, 0]
+    assert np.abs(lo + stored/255.*(hi - lo) - screen.source[screen.table.site_id[site]][0]).mean() < 25
+
+
+def test_a_folder_is_replaced_whole_and_nothing_else(many, tmp_path):
+    screen, out = many[0][many[0].table.experiment == 'HUVEC-01'], tmp_path/'page'
+    explore(None, screen, out=out)
+    before = sorted(p.name for p in (out/'pictures').iterdir())
+    (out/'pictures'/'mine.txt').write_text('mine')
+    refused(lambda: explore(None, screen, out=out), 'holds more than a page', 'take that out')
+    assert (out/'pictures'/'mine.txt').read_text() == 'mine'
+    (tmp_path/'other').mkdir()
+    (tmp_path/'other'/'notes').touch()
+    refused(lambda: explore(None, screen, out=tmp_path/'other'), 'was not written by rcic_fastai')
+    refused(lambda: explore(None, screen, out=tmp_path/'small', max_mb=.001), 'without pictures')
+    assert not (tmp_path/'small').exists() and not (tmp_path/'small.part').exists()
 
 
 # ---- in a browser: playwright drives a Chromium that is installed, its own or that of EXPLORE_BROWSER
@@ -334,6 +382,19 @@ def test_the_map_selects_wells(made, tab):
     assert page.inner_text('#count').startswith(f'{n} of')
     page.click('#tab-plates')
     assert page.inner_text('#count').startswith(f'{n} of')
+
+
+@browses
+def test_a_folder_loads_the_pictures_that_are_looked_at(many, tab, tmp_path):
+    screen, page_, out = many
+    page = tab(f'w={screen.table.well_id[700]}', out/'index.html')
+    open_well(page, screen.table.well_id[700])
+    asked = [u for u in tab.asked if '/pictures/' in u]
+    assert len(asked) == 1 and page.evaluate("document.querySelector('#well .pics canvas').width") == 16
+    shutil.copy(out/'index.html', tmp_path/'alone.html')
+    tab(f'w={screen.table.well_id[700]}', tmp_path/'alone.html')
+    page.wait_for_selector('text=must stay beside the page')
+    assert len(tab.wrong) == 1 and 'ERR_FILE_NOT_FOUND' in tab.wrong.pop()
 
 
 @browses

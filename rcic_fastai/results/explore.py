@@ -684,7 +684,9 @@ def explore(
     screen = screen[target_table(screen.table, target)]
     how = columns, target, max_mb, side, quality, umap, title, None if model is None else _seen_wells(model, screen)
     if is_page_folder(out):
-        with _new_folder(out) as folder: page = screen_page(screen, *how, folder)
+        with _new_folder(out) as folder:
+            page = screen_page(screen, *how, folder)
+            write_atomic(folder/'index.html', lambda p: p.write_text(page.html, encoding='utf-8'))
         page.folder = Path(out)
         return page
     page = screen_page(screen, *how)
