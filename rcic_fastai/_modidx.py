@@ -2175,6 +2175,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore._column_of': ( 'results.explore.html#_column_of',
                                                                                          'rcic_fastai/results/explore.py'),
+                                             'rcic_fastai.results.explore._controls_apart': ( 'results.explore.html#_controls_apart',
+                                                                                              'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore._differing_note': ( 'results.explore.html#_differing_note',
                                                                                               'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore._hash': ( 'results.explore.html#_hash',

@@ -5,11 +5,13 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from helpers import learner, refused
 from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.results.evaluate import confused_pairs, evaluate, right_wrong
 from rcic_fastai.results.explore import *
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.layout import screen_layout, simulate_screen
+from rcic_fastai.screen.tables import with_target
 
 HOSTILE = ['</script><img src=x onerror=alert(1)>', '<b>bold</b>', '"quoted" & \'single\'', '{{pictures}}', '=cmd()', 'ä 細胞 \u2028 \u202e']
 
@@ -127,6 +129,25 @@ def test_pages_without_pictures_labels_or_model(made, preds):
     page = explore(None, unlabeled, pred, side=0)
     assert page.data['accuracy'] == [] and any('no accuracy' in n for n in page.data['notes'])
     assert page.data['spaces'] == [] and 'score' in page.data['predictions'][0]
+
+
+def test_the_page_says_what_the_model_learned(made):
+    screen, model, page, _ = made
+    seen = next(c for c in page.data['wells']['columns'] if c['name'] == 'in training')
+    wells = screen.wells
+    want = wells.experiment.map({'HUVEC-03': 'held out'}).fillna('not used').where(~wells.well_id.isin(model.index.labels.well_id), 'learned')
+    assert [seen['names'][i] for i in seen['codes']] == want.tolist() and set(want) == {'learned', 'held out', 'not used'}
+
+
+def test_a_target_under_another_name(made, preds):
+    "A model may be trained on compound, which the table calls sirna, or on a pair"
+    screen = made[0]
+    for target in ('compound', 'sirna+plate'):
+        d = with_target(screen.table, target)
+        pred = preds['inductive'][['id_code', 'protocol']].assign(**{target: d[target].dropna().iloc[0]})
+        pred.attrs['target'] = target
+        page = explore(None, screen, pred, side=0)
+        assert page.data['target'] == target and len(page.data['accuracy']) == 1, page.data['notes']
 
 
 def test_predictions_made_otherwise_are_said(made, preds):
@@ -405,6 +426,37 @@ def test_confusions_and_accuracy_name_the_protocol(made, tab):
     assert page.locator('#chips button').count() == 1
     page.click('#tab-accuracy')
     assert [t.inner_text() for t in page.locator('#accuracy .tag').all()] == ['inductive', 'adapted']
+
+
+@pytest.fixture(scope='module')
+def by_hand(made, tmp_path_factory):
+    "(predictions of all wells of two experiments, controls too, every third wrong; page)"
+    wells = made[0].wells.query("experiment in ['HUVEC-17', 'HUVEC-18'] and sirna.notna()").reset_index(drop=True)
+    names = wells.sirna.unique()
+    pred = pd.DataFrame(dict(id_code=wells.well_id, sirna=[names[i % len(names)] if i % 3 == 0 else t for i, t in enumerate(wells.sirna)], protocol='adapted'))
+    path = tmp_path_factory.mktemp('hand')/'page.html'
+    explore(None, made[0], pred, path, side=0)
+    return pred, path
+
+
+@browses
+def test_counts_are_those_of_python(made, by_hand, tab):
+    "Right and wrong wells per plate, and confusions; controls have an accuracy of their own"
+    pred, page = by_hand[0], tab('', by_hand[1])
+    r = right_wrong(pred, made[0].table)
+    treated, controls = r[r.well_type == 'treatment'], r[r.well_type != 'treatment']
+    res = evaluate(pred, made[0].table, partial=True)
+    assert len(controls) and (res['n_wells'], res['n_controls']) == (len(treated), len(controls))
+    one, c = [d[d.experiment == 'HUVEC-17'] for d in (treated, controls)]
+    assert page.inner_text('#experiment-said').startswith(f'{one.right.sum()} of {len(one)} wells right')
+    assert f'(controls: {c.right.sum()} of {len(c)}), adapted' in page.inner_text('#experiment-said')
+    captions = [t.inner_text() for t in page.locator('#plates figcaption').all()]
+    assert all(f'{d.right.sum()} of {len(d)} right' in t for (_, d), t in zip(one.groupby('plate'), captions, strict=True))
+    page.click('#tab-confusions')
+    rows = [[c.inner_text() for c in r.locator('td').all()[:4]] for r in page.locator('#confusions table').first.locator('tbody tr').all()]
+    want = confused_pairs(treated, most=200)
+    assert sorted(rows) == sorted([p.truth, p.predicted, f'{p.wells} of {p.of}', str(p.experiments)] for p in want.itertuples())
+    assert [int(r[2].split()[0]) for r in rows] == want.wells.tolist()
 
 
 @browses

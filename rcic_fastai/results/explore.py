@@ -263,7 +263,7 @@ def page_prediction(
     code = lambda c: [known.get(str(v), -1) if pd.notna(v) else -1 for v in pred[c]]
     tops = [c for c in pred if re.fullmatch(r'top_\d+', str(c))]
     found, others = _scores_of(space, pred, protocol, search or {})
-    res = dict(name=name, protocol=protocol, kind='cosine', wells=at.tolist(), label=code(target), top=[code(c) for c in tops], top_scores=[])
+    res = dict(name=name, protocol=protocol, about=PROTOCOL_ABOUT.get(protocol, ''), wells=at.tolist(), label=code(target), top=[code(c) for c in tops], top_scores=[])
     if found is not None: res.update(top_scores=[_short(o) for o in found.T[:len(tops)]], score=_short(found[:, 0]), margin=_short(found[:, 0] - others))
     for c in ('score', 'margin', 'votes'):
         if c in pred: res[c] = _short(pred[c])
@@ -285,7 +285,7 @@ def wilson_interval(
     return max(middle - half, 0.), min(middle + half, 1.)
 
 # %% ../../nbs/64_results.explore.ipynb #caa9f9f5
-ACCURACY_NOTE = ('Every prediction stands by itself under its protocol. Intervals of all wells and of a cell type: percentile bootstrap over experiments; '
+ACCURACY_NOTE = ('Every prediction stands by itself under its protocol. Intervals of all wells and of a cell type: percentile bootstrap over experiments, none (–) of a single one; '
                  'of an experiment: Wilson, over its wells.')
 
 def page_accuracy(
@@ -580,12 +580,18 @@ def screen_page(
     named = [w for c in columns for w in c.pred['id_code']]
     shown = [{**page_prediction(c.name, c.pred, ids, labels, c.space, c.search), 'space': next((i for i, s in enumerate(spaces) if s is c.space), -1)} for c in columns]
     accuracy, why = _accuracies(columns, screen.table)
+    for c, o in zip(columns, shown): o['controls_apart'] = _controls_apart(c.pred, sites, target)
     data = dict(target=target, labels=labels, experiments=_codes(sites.drop_duplicates('well_id')['experiment'])[1], plates=_codes(sites.drop_duplicates('well_id')['plate'])[1],
                 shape=list(plate_format(sites['well'].dropna().unique())), predictions=shown, accuracy=accuracy, accuracy_note=ACCURACY_NOTE,
                 spaces=[_page_space(s, n, sites, ids, umap) for s, n in zip(spaces, near)])
     if screen.source is None: side = 0
     more = pd.DataFrame(index=ids) if more is None else more.reindex(ids)
     return _with_pictures(screen, sites, ids, columns, data, near, named, why, dict(max_mb=max_mb, side=side, quality=quality), title, more, folder)
+
+def _controls_apart(pred, sites, target):
+    "Return whether the control wells of a prediction are not counted as right or wrong, as in its accuracy: where treatments were named too"
+    kinds = sites.drop_duplicates('well_id').set_index('well_id').well_type.reindex(pred['id_code'])
+    return bool((names_perturbations(target) or target == 'sirna_id') and kinds.eq('treatment').any() and kinds.ne('treatment').any())
 
 def _room(max_mb, bare, n_sites, n_wells, n_channels):
     "Return the bytes that are left for pictures in a page that needs `bare` bytes without them"
@@ -710,7 +716,7 @@ def _seen_wells(model, screen):
     "Return what the model has seen of each well"
     wells = screen.table.drop_duplicates('well_id')
     held = wells.experiment.astype(str).isin([*map(str, model.config['held_out'])])
-    seen = np.select([trained_wells(model, wells), held], ['learned', 'held out'], 'not seen')
+    seen = np.select([trained_wells(model, wells), held], ['learned', 'held out'], 'not used')
     return pd.DataFrame({'in training': seen}, index=wells.well_id.astype(str))
 
 def _page_columns(model, screen, predictions, protocol, embeddings, progress, kwargs):

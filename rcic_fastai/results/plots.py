@@ -169,6 +169,8 @@ def plate_maps(
         plate_map(mine, values, f'{name}: {title(mine)}' if title else name, ctx=ax, zoom=zoom, **kwargs)
         ax.title.set_fontsize(9)
         if ax.get_legend(): ax.get_legend().remove()          # one below serves all plates
+    left, right, bottom, top = [f(o) for f, o in zip((min, max, max, min), zip(*(ax.get_xlim() + ax.get_ylim() for ax in axs)))]
+    for ax in axs: ax.set(xlim=(left, right), ylim=(bottom, top))     # the same part of every plate
     fig.suptitle(picture_text(short_text(table.experiment.iloc[0])), fontsize=10)
     if kwargs.get('colors'): _legend_of_colors(fig, table[values], kwargs['colors'])
     return fig

@@ -25,6 +25,7 @@ def fig_html(
 )->str: # An `<img>` element
     "Return a figure as an embedded PNG, and close it"
     b = io.BytesIO()
+    if (engine := fig.get_layout_engine()) is not None and hasattr(engine, 'set'): engine.set(w_pad=.08, h_pad=.08)
     fig.savefig(b, format='png', metadata={'Software': None})
     plt.close(fig)
     return f'<img alt="{html_text(alt)}" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">'
@@ -211,8 +212,7 @@ def _sure_section(name, pred, screen, model, emb, most=4):
     return 'Plates', text, [plate_maps(wells[wells.experiment == e], 'score') for e in experiments]
 
 # %% ../../nbs/61_results.report.ipynb #0d297299
-_PROTOCOLS = ('Every number names its protocol: inductive uses nothing of the test batch; adapted takes the BatchNorm statistics of each test experiment (AdaBN), or a '
-              'correction fitted on it; transductive uses the plate groups and that each siRNA is on a plate once. ')
+_PROTOCOLS = f'Every number names its protocol: {"; ".join(f"{p} {about}" for p, about in PROTOCOL_ABOUT.items())}. '
 
 def _picture_sections(screen, model, maps, rows):
     "Return the sections that need no labels"
