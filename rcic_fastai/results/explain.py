@@ -86,8 +86,9 @@ def _explained(model, dl, directions, steps):
     for xb, *meta in dl:
         toward = directions[at:at + len(xb)].to(xb.device)
         at += len(xb)
-        score = lambda x: (F.normalize(net.embed(x, *meta), dim=-1)*toward).sum(-1)
-        shares, cosine, base = integrated_gradients(score, xb.float(), steps)
+        def raw(x): return net.neck(net.features(x, *meta)).float()
+        with torch.no_grad(): length = raw(xb.float()).norm(dim=-1)
+        shares, cosine, base = integrated_gradients(lambda x: (raw(x)*toward).sum(-1)/length, xb.float(), steps)
         yield [o.cpu().as_subclass(Tensor).numpy() for o in (shares, xb.float(), cosine, base)]
 
 def _flat(x): return x if x.ndim == 4 else np.concatenate([*x.swapaxes(0, 1)], -1)      # sites of a well beside each other
