@@ -460,6 +460,15 @@ def test_counts_are_those_of_python(made, by_hand, tab):
 
 
 @browses
+@pytest.mark.parametrize('width', [400, 700, 1000, 1240, 1600, 2400])
+def test_the_axis_of_accuracies_is_seen_whole(made, tab, width):
+    tab.page.set_viewport_size(dict(width=width, height=800))
+    page = tab('v=accuracy')
+    seen = page.evaluate("[...document.querySelectorAll('#accuracy .wide')].every(d => d.scrollWidth <= d.clientWidth + 1 && [...d.querySelectorAll('.interval')].every(i => i.clientWidth > 50 && i.getBoundingClientRect().right <= d.getBoundingClientRect().right + 1))")
+    assert seen
+
+
+@browses
 def test_hostile_names_are_shown_as_text(made, tab):
     page = tab('c=label')
     shown = page.inner_text('#legend')

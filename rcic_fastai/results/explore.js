@@ -301,7 +301,7 @@ function fitPlates(root, n) {                                 // as large as pos
   let best = [0, 1];
   for (let k = 1; k <= n; k++) { const width = Math.min((W0 - 20*(k - 1))/k, ratio*(H0/Math.ceil(n/k))); if (width > best[0]) best = [width, k]; }
   const least = Math.min(W0, 16*shape[1] + 20);
-  if (best[0] < least) best = [least, Math.max(1, Math.floor((W0 + 20)/(least + 20)))];
+  if (best[0] < least) { const k = Math.min(n, Math.max(1, Math.floor((W0 + 20)/(least + 20)))); best = [Math.min((W0 - 20*(k - 1))/k, 28*shape[1]), k]; }
   root.style.gridTemplateColumns = `repeat(${best[1]},minmax(0,${Math.floor(best[0])}px))`;
 }
 let canvases = [];                                            // of the plates shown: [canvas, plate, caption]
