@@ -30,7 +30,7 @@ def plate_attributes(
     rows, columns = sorted({r for r, _ in at.values()}), sorted({c for _, c in at.values()})
     letters, numbers = {r: rowcol_to_well(r, 0)[:-2] for r in rows}, {c: str(c + 1) for c in columns}
     listed = [dict(path=f'{letters[r]}/{numbers[c]}', rowIndex=rows.index(r), columnIndex=columns.index(c)) for r, c in at.values()]
-    return _group_text(plate=dict(name=name, field_count=fields, rows=[dict(name=letters[r]) for r in rows],
+    return _group_text(plate=dict(version='0.5', name=name, field_count=fields, rows=[dict(name=letters[r]) for r in rows],
                                   columns=[dict(name=numbers[c]) for c in columns], wells=listed))
 
 # %% ../../nbs/65_results.export.ipynb #6815fde5

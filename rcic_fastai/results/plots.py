@@ -172,15 +172,14 @@ def plate_maps(
     left, right, bottom, top = [f(o) for f, o in zip((min, max, max, min), zip(*(ax.get_xlim() + ax.get_ylim() for ax in axs)))]
     for ax in axs: ax.set(xlim=(left, right), ylim=(bottom, top))     # the same part of every plate
     fig.suptitle(picture_text(short_text(table.experiment.iloc[0])), fontsize=10)
-    if kwargs.get('colors'): _legend_of_colors(fig, table[values], kwargs['colors'])
+    if kwargs.get('colors'): _legend_of_colors(fig, kwargs['colors'])
     return fig
 
 def _natural(name): return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', str(name))]      # plate 2 before plate 10
 
-def _legend_of_colors(fig, values, colors):
-    "Name the colors that are used, below a figure"
-    used = {n: c for n, c in colors.items() if n in set(values)}
-    legend_below(fig, [plt.Rectangle((0, 0), 1, 1, color=c, label=n.replace('_', ' ')) for n, c in used.items()])
+def _legend_of_colors(fig, colors):
+    "Name colors below a figure"
+    legend_below(fig, [plt.Rectangle((0, 0), 1, 1, color=c, label=n.replace('_', ' ')) for n, c in colors.items()])
 
 # %% ../../nbs/60b_results.plots.ipynb #675928fa
 _RIGHT_WRONG = dict(right=_RIGHT, wrong=_WRONG)
@@ -234,7 +233,8 @@ def layout_map(
     table:pd.DataFrame, # Site table of one experiment
 )->plt.Figure: # Two plates per row, the kinds of wells by color
     "Show where treatments and controls are on each plate of an experiment"
-    return plate_maps(table.drop_duplicates('well_id'), 'well_type', lambda o: plural(len(o), 'well'), zoom=False, colors=_WELL_COLORS)
+    colors = {k: c for k, c in _WELL_COLORS.items() if k in set(table['well_type'])}
+    return plate_maps(table.drop_duplicates('well_id'), 'well_type', lambda o: plural(len(o), 'well'), zoom=False, colors=colors)
 
 # %% ../../nbs/60b_results.plots.ipynb #8667b8aa
 def site_gallery(
