@@ -200,11 +200,10 @@ class ScreenDL(TfmdDL):
     ):
         "Draw the samples of an epoch at random, with replacement, by weight"
         self._weights = None if weights is None else [float(w) for w in weights]
-    def show_batch(self, *args, **kwargs): return super().show_batch(*args, **self._named(kwargs))
-    def show_results(self, *args, **kwargs): return super().show_results(*args, **self._named(kwargs))
-    def _named(self, kwargs):
-        if not self.reader or not kwargs.get('show', True): return kwargs
-        return {'channels': self.reader.source.channels, **kwargs}
+    def _pre_show_batch(self, b, max_n=9):
+        x, *rest = super()._pre_show_batch(b, max_n)
+        if self.reader: (x[0] if isinstance(x, tuple) else x).channels = self.reader.source.channels      # so that pictures can name them
+        return x, *rest
     @property
     def _in_memory(self): return hasattr(self.reader.source, 'take')
     def __getstate__(self): return {**self.__dict__, '_pool': None}
