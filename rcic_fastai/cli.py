@@ -541,9 +541,9 @@ def report(
 ):
     "Write one HTML file that shows what a model did with a screen"
     from rcic_fastai.folder import load_model
-    from rcic_fastai.predict.predict import read_predictions
+    from rcic_fastai.predict.ensemble import read_answers
     from rcic_fastai.results.report import report_screen
-    print(report_screen(out, load_model(model), screen, _tables(predictions, read_predictions), title, most))
+    print(report_screen(out, load_model(model), screen, _tables(predictions, read_answers), title, most))
 
 def rcic_report(argv=None):
     "Run the console script"

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'TensorMeta', 'MetadataCategorize', 'MetadataBlock',
            'ExperimentSplitter', 'labeled_rows', 'label_order', 'label_names', 'labels_of', 'check_labels',
-           'check_one_label', 'LabelRow', 'MultiLabelBlock', 'control_plates_note', 'check_id_test', 'ScreenSpec',
-           'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders', 'rarest_label',
-           'split_images', 'rare_weights', 'screen_dls', 'channels_note', 'spec_source', 'spec_dl']
+           'check_spelling', 'check_one_label', 'LabelRow', 'MultiLabelBlock', 'control_plates_note', 'check_id_test',
+           'ScreenSpec', 'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders',
+           'rarest_label', 'split_images', 'rare_weights', 'screen_dls', 'channels_note', 'spec_source', 'spec_dl']
 
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
 import re, warnings
@@ -130,9 +130,7 @@ def labels_of(
 )->list: # Text: as they were named; else numbers by value, the rest by name
     "Return the labels of a target with several, in order"
     if names is not None and len(names): return label_names(names)
-    found = {o for p in split_labels(rows[target]) for o in p}
-    is_number = all(re.fullmatch('[0-9]{1,9}', o) for o in found)
-    return sorted(found, key=int if is_number else None)
+    return in_order({o for p in split_labels(rows[target]) for o in p})
 
 # %% ../../nbs/13_batch.data.ipynb #9b9f7640
 def check_labels(
@@ -148,6 +146,21 @@ def check_labels(
         raise ScreenError(f'{plural(len(bare), "training image")} without any label in {target} ({first_few(bare, 3)}): label them, leave them out of the table, or allow them '
                           f'with {option("no_label", True)}.')
     label_matrix(rows[target], labels, rows.site_id, f'The column {target}')
+
+def check_spelling(
+    rows:pd.DataFrame, # Labeled rows
+    target:str, # Column with several labels
+):
+    "Raise a `ScreenError` for labels that are separated otherwise than by a bar, and for one label that is spelled in two ways"
+    found, plain = sorted({o for p in split_labels(rows[target]) for o in p}), {}
+    for o in found:
+        parts = [p for p in re.split(r'[,;/+\s]+', o) if p]
+        if len(parts) > 1 and all(p.isdigit() or p in found for p in parts):
+            raise ScreenError(f'{target} has the label {o!r}, which looks like {len(parts)} labels: write {LABEL_SEPARATOR.join(parts)}, with a bar between them.')
+        key = ' '.join(o.lower().split())
+        key = str(int(key)) if key.isdecimal() else key
+        if plain.setdefault(key, o) != o:
+            raise ScreenError(f'{target} has the labels {plain[key]!r} and {o!r}, which look like one: spell it alike, or name all labels with {option("label_names")}.')
 
 def check_one_label(
     rows:pd.DataFrame, # Rows to train on or to hold out
@@ -435,19 +448,25 @@ def split_images(
     share:float=.2, # Of each label, with 'auto'
     seed:int=0, # Which images, with 'auto'
 )->tuple: # (training rows, held-out rows)
-    "Return training and validation rows of images that are in no experiment"
+    "Return training and validation rows of images that are in no experiment; the cells of an image stay together"
     is_val = (rows.dataset == 'val').to_numpy()
     if not isinstance(valid, str): is_val = is_val | _named_images(rows, valid)
-    elif valid == 'auto' and not is_val.any(): is_val = _some_of_each(rarest_label(rows[target]), share, seed)
+    elif valid == 'auto' and not is_val.any():
+        images = rows.drop_duplicates('well_id')
+        is_val = rows.well_id.isin(images.well_id[_some_of_each(rarest_label(images[target]), share, seed)]).to_numpy()
     elif valid not in ('auto', 'none'): is_val = is_val | _named_images(rows, as_names(valid))
     if is_val.all(): raise ScreenError('All images are held out: leave some to train on.')
+    both = set(rows.well_id[is_val]) & set(rows.well_id[~is_val])
+    if both: raise ScreenError(f'Some cells of {first_few(sorted(both), 3)} are for training and others are held out: give all cells of an image one dataset.')
     return rows[~is_val], rows[is_val]
 
 def _named_images(rows, names):
-    "Return which rows are named: bool [N]"
-    odd = sorted(set(names) - set(rows.site_id))
+    "Return which rows are named, or are cells of an image that is: bool [N]"
+    names = set(names)
+    odd = sorted(names - set(rows.site_id) - set(rows.well_id))
     if odd: raise ScreenError(f'{first_few(odd, 3)} cannot be held out, as no training image is called so: name images of the table.')
-    return rows.site_id.isin(set(names)).to_numpy()
+    of = rows.well_id[rows.site_id.isin(names) | rows.well_id.isin(names)]
+    return rows.well_id.isin(of).to_numpy()
 
 def _some_of_each(kinds, share, seed):
     "Return a share of the positions of each kind at random: bool [N]"
@@ -504,7 +523,9 @@ def screen_dls(
     rows = labeled_rows(table, target, controls, several)
     note = '' if controls or not names_perturbations(target) else control_plates_note(table[table.dataset.isin(('train', 'val'))])
     if note: print(f'note: {note}')
-    if several: check_labels(rows, target, labels_of(rows, target, label_names), no_label)
+    if several:
+        if not label_names: check_spelling(rows, target)
+        check_labels(rows, target, labels_of(rows, target, label_names), no_label)
     else: _check_single(rows, target, label_names, no_label, rare)
     by_experiment = has_plates(table)
     if not by_experiment: _check_no_plates(norm, batch_by, sites)

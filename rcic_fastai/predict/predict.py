@@ -191,6 +191,7 @@ def vote_share(
 # %% ../../nbs/51_predict.predict.ipynb #57671352
 def _treatment_classes(index):
     "bool [K]: what a treatment well can be named after; None: anything"
+    if getattr(index, 'scores', '') == 'probability': return None                                # several labels: a row of the index has many
     if not (names_perturbations(index.target) or index.target == 'sirna_id') or 'well_type' not in index.labels: return None
     treated = index.labels.loc[index.labels.well_type == 'treatment', index.target].astype(str).unique()
     is_treatment = pd.Index(index.classes).isin(treated)
