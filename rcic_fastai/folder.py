@@ -55,6 +55,7 @@ def _earlier(config): return sorted({*config.get('trained_experiments', ())} - {
 
 def _how_good(config):
     m, k = config['metrics'], len(config['spec']['labels'])
+    if note := validation_note(config): return markdown_text(note)
     if not m: return 'No experiment was held out, so nothing is known of its accuracy.'
     if 'macro_f1' in m: return (f'{m["images"]} images were held out: macro F1 **{m["macro_f1"]:.3f}**, micro F1 **{m["micro_f1"]:.3f}** at a probability of one half (protocol {m["protocol"]}: {_USES[m["protocol"]]}). '
                                 f'With thresholds that were chosen for these images: {m["chosen"]["macro"]:.3f} and {m["chosen"]["micro"]:.3f}.')
@@ -218,7 +219,12 @@ _SPEC = dict({f.name: _SCALAR for f in fields(ScreenSpec)},
     bits=_one(8, 16), clahe=_BOOL, several=_BOOL, no_label=_BOOL, norm_from=_one('all', 'controls'))
 _AUGS = _dict(_or(_SCALAR, _list(_REAL, 1, 2)), 100, _one(*inspect.signature(site_augs).parameters))
 _NAMES = _list(_LABEL, 0, 2**16)
-_TOP = dict(model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
+def _is_run(v): return isinstance(v, dict) and _SHARE[1](v.get('macro_f1', v.get('accuracy'))) and all(_NAMES[1](v.get(k, [])) for k in ('held_out', 'held_plates'))
+def _is_validation(v): return isinstance(v, dict) and isinstance(v.get('runs'), list) and 0 < len(v['runs']) <= 1000 and all(map(_is_run, v['runs']))
+def _is_metrics(v): return v == {} or v is None or isinstance(v, dict) and _is_run(v)
+
+_MEASURED_THERE = dict(held_plates=_NAMES, validation=('what a validation measured', _is_validation), metrics=('what was measured', _is_metrics))
+_TOP = dict(**_MEASURED_THERE, model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
             augs=_or(_NONE, _AUGS), held_images=_list(_LABEL, 0, 2**24), thresholds=_list(_SHARE, 1, 2**20), data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
 # %% ../nbs/70_folder.ipynb #01b7def6
@@ -268,7 +274,7 @@ def read_config(folder):
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
     if c['format'] < FORMAT: raise _written_before(folder, c['format'])
-    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds')], f)
+    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds', *_MEASURED_THERE)], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
@@ -505,6 +511,8 @@ def held_out(self:TrainedModel,
     "Return a screen in which the experiments that the model held out are those to predict"
     screen, names = open_screen(screen, check=False), _never_learned(self)
     if images := self.config.get('held_images'): return _held_images(screen, images)
+    if (plates := self.config.get('held_plates')) and not names:
+        raise ScreenError(f'The model held out {first_few(plates, 3)} and learned other plates of the same experiments, so its answers there say nothing of new experiments: train one with {option("valid", "EXP")}.')
     if not names:
         why = f'learned the labels of {first_few(self.config["held_out"], 4)} before' if self.config['held_out'] else 'was trained on all training experiments'
         raise ScreenError(f'The model {why}, so it has none to name as held out: train one with {option("valid")}, or with {option("folds")} and {option("fold")}.')

@@ -364,6 +364,7 @@ def _recorded(model, name, asked, spec, c, given):
     "Return how a prediction is made, for the file beside it"
     record = dict(model=str(model.folder or model.fingerprint), screen=str(name), **c, adapt_from=given['adapt_from'], wells=given['wells'],
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=[], versions=library_versions())
+    if note := validation_note(model.config): record['validation'] = note
     if given['cells']: record.update(cells=str(given['cells']), cell_merge=given['cell_merge'], n_cells=len(asked), **{k: given[k] for k in CELL_OPTIONS})
     return record
 
@@ -525,6 +526,11 @@ def check_searches(
         raise ScreenError(f'The classifier answers without looking for neighbors: add {option("by", "index")}, or leave the neighbors out.')
 
 # %% ../../nbs/54_predict.plan.ipynb #3b762f04
+def _with_record(pred, plan):
+    "Return answers that know how good the model is known to be, as those that are read from a file do"
+    if note := plan.record.get('validation'): pred.attrs['record'] = dict(validation=note)
+    return pred
+
 def _options(plan, progress):
     "Return the plan's `EmbedOptions` as keyword arguments"
     return {**vars(plan.options), 'progress': progress}
@@ -674,7 +680,7 @@ def predict(self:TrainedModel,
             if neighbors: check_searches(plan)
             if not rank_world()[0]:
                 for n in plan.notes: print(f'note: {n}', file=sys.stderr)
-        if out is None: return _answer(self, plan, progress)[0]
+        if out is None: return _with_record(_answer(self, plan, progress)[0], plan)
         return _write_answer(self, plan, out, neighbors, embeddings, scores, progress)
 
 # %% ../../nbs/54_predict.plan.ipynb #cb2527c9

@@ -40,6 +40,7 @@ class Stage:
     schedule:object='1cycle' # How the rate moves: name or config, see `SCHEDULES`
     keep_best:str=None # End with the weights of the epoch whose accuracy, valid_loss or other metric was best
     patience:int=None # End after so many epochs in which that (or the loss) did not improve
+    stop:int=None # End after so many of the epochs, whatever happens; the rate moves as if all were to come
     accumulate:int=1 # Batches whose gradients are added up for one step
     cutmix:float=0. # Share of batches with CutMix
     mixup:float=0. # Share of batches with MixUp (of those without CutMix)
@@ -94,7 +95,7 @@ _KEPT = ('accuracy', 'macro_f1', 'micro_f1', 'valid_loss')
 
 def _is_number(v, low=0., high=math.inf): return type(v) in (int, float) and low <= v <= high
 
-_LEAST = dict(epochs=0, accumulate=1, patience=1, bs=2, size=16, sites=1, batch_groups=1, num_workers=0, emb_dim=1, rounds=1, tta=1, k=1)
+_LEAST = dict(epochs=0, stop=1, accumulate=1, patience=1, bs=2, size=16, sites=1, batch_groups=1, num_workers=0, emb_dim=1, rounds=1, tta=1, k=1)
 _SHARES = ('cutmix', 'mixup', 'pct_start', 'dropout', 'first', 'last', 'label_smoothing')
 
 def _check_ranges(given, what):
@@ -359,8 +360,8 @@ def _scaled_stage(stage, epochs, f, g):
     "Return a stage with so many epochs"
     size = stage.size and max(16, round(stage.size*g))
     augs = stage.augs if g == 1 or stage.augs is None else _scaled_augs(stage.augs, g)
-    patience = stage.patience and max(1, round(stage.patience*f))
-    return replace(stage, epochs=epochs, size=size, augs=augs, patience=patience, schedule=_scaled_schedule(stage.schedule, f))
+    patience, stop = (v and max(1, round(v*f)) for v in (stage.patience, stage.stop))
+    return replace(stage, epochs=epochs, size=size, augs=augs, patience=patience, stop=stop, schedule=_scaled_schedule(stage.schedule, f))
 
 @patch
 def scaled(self:Recipe,
@@ -428,6 +429,7 @@ def _stage_cbs(learn, stage, seed):
     if stage.mixup: cbs.append(MixUp(p=stage.mixup, seed=seed))
     cbs += [stage_callback(c, seed) for c in stage.callbacks]
     if stage.accumulate > 1: cbs.append(GradientAccumulation(stage.accumulate*learn.dls.train.bs))
+    if stage.stop: cbs.append(EndAt(stage.stop))
     chooses = stage.keep_best or stage.patience or parsed_schedule(stage.schedule)[0] == 'plateau'
     validates = learn.dls.valid.n > 0
     if chooses and not validates: print(f'note: nothing is held out, so stage {stage.name!r} has nothing to choose by: it runs all its epochs and keeps its last weights.')
@@ -521,7 +523,8 @@ def _reached(stage, log, start):
     rows = [r for r in log.rows if r['stage'] == stage.name] if stage.epochs else []
     last = next((r for r in rows if r.get('kept')), rows[-1] if rows else {})
     metrics = {k: v for k, v in last.items() if k not in ('stage', 'epoch', 'kept')}
-    return dict(stage=stage.name, epochs=len(rows) or stage.epochs, parts=stage.parts, cutmix=stage.cutmix, **metrics,
+    kept = dict(kept_epoch=last['epoch'] + 1) if last.get('kept') else {}
+    return dict(stage=stage.name, epochs=len(rows) or stage.epochs, **kept, parts=stage.parts, cutmix=stage.cutmix, **metrics,
                 published=stage.published, seconds=round(time.time() - start, 1))
 
 def _extra(reached, start): return dict(reached=reached, seconds=time.time() - start)
