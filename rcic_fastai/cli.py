@@ -369,6 +369,7 @@ def train(
     resident:store_true=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
+    log:str='', # Where epochs are shown while it trains: any of csv (OUT.log.csv), tensorboard (OUT.tensorboard) and wandb, with commas
     resume:store_true=False, # Continue from the last finished epoch of the same command, in OUT.checkpoints
 ):
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with --resume"
@@ -378,7 +379,7 @@ def train(
     train_screen(**given)
 
 train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'experiments', 'test', 'valid', 'folds', 'fold', 'refit', 'target', 'label_names', 'no_label', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'device', 'workers', 'resume']}
+                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'device', 'workers', 'log', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"

@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'MODEL_FILES', 'MODEL_FOLDER', 'CELLS_FOLDER', 'model_card'
            'scores_together', 'load_cell_types']
 
 # %% ../nbs/70_folder.ipynb #2263aa73
-import inspect, json, warnings
+import inspect, json, tempfile, warnings
 from contextlib import ExitStack
 from dataclasses import fields
 from functools import lru_cache
@@ -37,6 +37,7 @@ from .predict.cells import *
 from .predict.plan import *
 from .predict.ensemble import *
 from .results.evaluate import *
+from .hub import *
 from .embed.index import *
 from .embed.index import _written_before
 
@@ -471,13 +472,16 @@ def read_cell_types(
     if not isinstance(names, dict) or not names or len(names) > 1000: raise _again(f'{Path(folder)/_CELLS} does not name the models of cell types')
     return said
 
+# %% ../nbs/70_folder.ipynb #998b9ffc
+_ON_HUB = {'config.json': 2**23, 'weights.safetensors': 2**34, 'history.csv': 2**24, 'index.json': 2**22, **dict.fromkeys(INDEX_FILES, 2**36)}       # most bytes
+
 # %% ../nbs/70_folder.ipynb #16cac92d
 def load_model(
-    folder, # What `TrainedModel.save` or `rcic_train` wrote
+    folder, # What `TrainedModel.save` or `rcic_train` wrote; hf://owner/name for one on the Hugging Face Hub
     device='cpu', # Where to put the model, whatever trained it
 )->TrainedModel: # Or `CellTypeModels`, of a folder with a model for each cell type
     "Open a model folder; nothing is unpickled and the training data are not needed"
-    folder = Path(folder)
+    folder = hub_folder(folder, _ON_HUB) if is_hub_address(folder) else Path(folder)
     if is_cell_types(folder): return load_cell_types(folder, device)
     several = [] if (folder/'config.json').exists() else sorted(f.parent.name for f in folder.glob('*/config.json'))
     if several: raise ScreenError(f'{folder} holds {plural(len(several), "model")} ({first_few(several, 3)}): name one of them, or predict with each and average the files with rcic_ensemble.')
@@ -494,6 +498,22 @@ def load_model(
     if rows != dim: raise _again(f'{folder/"index.json"} is of rows of {rows} numbers and the model embeds into {dim}')
     parts = split_index(index)
     return TrainedModel(model.to(device).eval(), spec, parts[0], config, *parts[1:], folder=folder)
+
+# %% ../nbs/70_folder.ipynb #e4522118
+@patch
+def push_to_hub(self:TrainedModel,
+    repo, # owner/name on the Hugging Face Hub; a new repository is made if it is absent
+    private:bool=True, # May only you see it?
+    message:str='', # Of the commit
+)->str: # hf://owner/name@commit, for `load_model`
+    "Upload the model folder: safetensors, JSON, CSV, vectors, the card and the curves"
+    files = (*MODEL_FILES, 'config.json', 'README.md', 'history.png')
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = self.folder and Path(self.folder)
+        is_saved = folder and (folder/'config.json').is_file() and read_config(folder)['fingerprint'] == self.fingerprint
+        if not is_saved: folder = self.save(Path(tmp)/'model')
+        _check_files(folder, read_config(folder))
+        return upload_folder(folder, repo, files, private, message)
 
 # %% ../nbs/70_folder.ipynb #04679d4a
 def _never_learned(model): return [e for e in model.config['held_out'] if e not in {*map(str, model.model.trained_experiments)}]

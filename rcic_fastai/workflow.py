@@ -93,7 +93,7 @@ def _pseudo_checkpoints(out): return _beside(out, '.pseudo.checkpoints')
 def _index_folder(out): return _beside(out, '.index.part')
 def _validated(out): return _beside(out, '.validated')
 
-_VALIDATED = OwnFolder('validation', *MODEL_FOLDER.inside('*'), *CHECKPOINT_FOLDER.inside('*.checkpoints/epoch_*'), *PARTS_FOLDER.inside('*.index.part/*'), '*.lock')
+_VALIDATED = OwnFolder('validation', *MODEL_FOLDER.inside('*'), *CHECKPOINT_FOLDER.inside('*.checkpoints/epoch_*'), *PARTS_FOLDER.inside('*.index.part/*'), '*.lock', '*.log.csv', '*.tensorboard/*')
 
 def _without_about(o): return {k: _without_about(v) for k, v in o.items() if k != 'about'} if isinstance(o, dict) else o
 
@@ -501,7 +501,7 @@ def _train_model(args, recipe, begin=None, validation=None):
                 for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)): begin_checkpoints(folder)
             device = rank_device()
             torch.backends.cudnn.benchmark = device.type == 'cuda'
-            faster = precision_callbacks(a.precision, device)
+            faster = [*precision_callbacks(a.precision, device), *epoch_logs(a.log, out)]
             learn = _training_learner(a.screen, recipe, given, a.workers, begin)
             learn.thresholds = (validation or {}).get('thresholds')
             if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
@@ -784,6 +784,7 @@ def train_screen(
     resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
+    log:str='', # Where epochs are shown while it trains: any of csv (OUT.log.csv), tensorboard (OUT.tensorboard) and wandb, with commas
     resume:bool=False, # Continue from the last finished epoch of the same call, in OUT.checkpoints
 )->TrainedModel: # Also saved in `out`; None in all processes but the first. Of several models: {name: model}, or `CellTypeModels`
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
