@@ -677,23 +677,51 @@ def _plan_parts(parts, protocol, kwargs, neighbors='', embeddings='', scores=Fal
     if embeddings: _check_one_width(parts)
     if scores or embeddings: _check_same('kind', {c: getattr(p.index, 'scores', 'cosine') for c, p in plans.items()})
     if scores: _check_same('assign', {c: 'yes' if p.search['assign'] else 'no' for c, p in plans.items()})
+    return plans
+
+def _facts_of(model, plan, **more):
+    "Return what must be the same where the answers of one cell type are taken from an earlier run; None for cells, whose masks may have changed"
+    if plan.cell_merge: return None
+    sites = plan.screen.table
+    return json_hash(as_plain(dict(record=plan.record, sites=data_fingerprint(sites)['sha256'], store=store_fingerprint(plan.screen.source), model=model.fingerprint, **more)))
+
+def _answered(beside, cell_type, facts, files):
+    "Return the answers of a cell type that an interrupted run had finished, else None"
+    done, answers = beside/f'{cell_type}.done.json', beside/f'{cell_type}.answers.parquet'
+    if facts is None or not all(f.is_file() for f in (done, answers, *files)): return None
+    said = read_json(done, 2**20)
+    if said.get('facts') != facts or said.get('files') != [file_facts(f) for f in (answers, *files)]: return None
+    return pd.read_parquet(answers)
+
+def _keep_answers(beside, cell_type, facts, files, pred):
+    "Keep the answers of a cell type until all have theirs"
+    answers = beside/f'{cell_type}.answers.parquet'
+    write_atomic(answers, lambda p: pred.to_parquet(p, index=False))
+    write_json(beside/f'{cell_type}.done.json', dict(facts=facts, files=[file_facts(f) for f in (answers, *files)]))
 
 def _in_all(records):
     "Return what the records of all cell types say alike"
     first, *others = records
     return {k: v for k, v in first.items() if k != 'notes' and all(k in r and r[k] == v for r in others)}
 
+# %% ../nbs/70_folder.ipynb #94012de2
 @patch
-def _write_parts(self:CellTypeModels, parts, protocol, out, more, scores, progress, kwargs):
+def _write_parts(self:CellTypeModels, parts, plans, protocol, out, more, scores, progress, kwargs):
     "Predict one cell type after the other beside `out`, and write all answers as one file"
     beside, preds, records = Path(f'{out}.cells'), {}, {}
     if not rank_world()[0]: CELLS_FOLDER.make(beside)
     for c, (m, s) in parts.items():
         files = {k: beside/f'{c}.{k}.parquet' for k, v in more.items() if v}
-        try: preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files, **kwargs)
+        facts = _facts_of(m, plans[c], files=sorted(files), scores=scores)
+        made = [*files.values(), beside/f'{c}.csv', info_path(beside/f'{c}.csv'), *([scores_path(beside/f'{c}.csv')] if scores else [])]
+        preds[c] = None if rank_world()[0] else _answered(beside, c, facts, made)
+        is_kept = from_first(preds[c] is not None)
+        try:
+            if not is_kept: preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files, **kwargs)
         except ScreenError:
             if not rank_world()[0] and all(f.name.startswith('.') or f.suffix == '.lock' for f in beside.iterdir()): CELLS_FOLDER.remove(beside)
             raise
+        if preds[c] is not None and not is_kept and facts: _keep_answers(beside, c, facts, made, preds[c])
         records[c] = None if preds[c] is None else {k: v for k, v in read_json(info_path(beside/f'{c}.csv'), 2**26).items() if k not in ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')}
     if rank_world()[0]: return
     pred, said = together(list(preds.values())), _in_all(list(records.values()))
@@ -730,8 +758,8 @@ def predict(self:CellTypeModels,
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
             parts = self.parts(asked_experiments(self.models.values(), screen, experiments))
-            _plan_parts(parts, protocol, kwargs, neighbors, embeddings, scores)        # what is impossible is said first
-        if out is not None: return self._write_parts(parts, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
+            plans = _plan_parts(parts, protocol, kwargs, neighbors, embeddings, scores)        # what is impossible is said first
+        if out is not None: return self._write_parts(parts, plans, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
 
 @patch

@@ -476,6 +476,7 @@ def _training_facts(args, recipe, views, begin=None):
     return dict(arguments=_plain_arguments(args), recipe=recipe.to_dict(), index_views=views, begins_with=begin.fingerprint if begin else '',
                 training_rows=data_fingerprint(table[table.dataset.isin(('train', 'val'))])['sha256'])
 
+# %% ../nbs/71_workflow.ipynb #8a437f22
 def _train_model(args, recipe, begin=None, validation=None):
     "Train one model with the arguments of `train_screen`, and write its folder; it may `begin` with a trained one, and know what a `validation` measured before"
     a = SimpleNamespace(**args)
