@@ -350,9 +350,10 @@ def train(
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
     channels:str='', # Channels that the model reads, by name and in this order; 5-of-6: six models OUT/without_NAME; empty: the recipe's, or all
-    valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has two; none
+    valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has three, or plates; plates: a fifth of the plates (optimistic, as their experiments are learned); none
     folds:int=0, # Divide the training experiments into so many folds, by cell type and --seed, instead of --valid
-    fold:int=0, # The fold that is held out, from 1
+    fold:int=0, # The fold that is held out, from 1; with --refit 0 is all, one after the other
+    refit:store_true=False, # After validation chose the epochs, train again on all rows: that model is kept, with what was measured
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict, or two as a pair, such as compound+dose
@@ -378,6 +379,7 @@ def train(
     resident:store_true=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
+    log:str='', # Where epochs are shown while it trains: any of csv (OUT.log.csv), tensorboard (OUT.tensorboard) and wandb, with commas
     resume:store_true=False, # Continue from the last finished epoch of the same command, in OUT.checkpoints
 ):
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with --resume"
@@ -386,8 +388,8 @@ def train(
         from rcic_fastai.workflow import train_screen
     train_screen(**given)
 
-train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'experiments', 'test', 'valid', 'folds', 'fold', 'target', 'label_names', 'no_label', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'device', 'workers', 'resume']}
+train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'experiments', 'test', 'valid', 'folds', 'fold', 'refit', 'target', 'label_names', 'no_label', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
+                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'device', 'workers', 'log', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"

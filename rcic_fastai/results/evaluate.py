@@ -431,6 +431,11 @@ def _held_out_note(res):
     return (f'wells of training experiments are judged ({first_few(res["held_out"], 4)}): that is an accuracy for new experiments '
             'only if the model did not train on them.')
 
+def _model_notes(pred):
+    "Return what the answers say of the validation of their model"
+    said = (pred.attrs.get('record') or {}).get('validation')
+    return [f'of the model: {said}'] if isinstance(said, str) else []
+
 def _interval_note(r):
     "Return why there is no interval, where the wells are of one experiment"
     names = r.experiment.unique()
@@ -602,7 +607,7 @@ def evaluate_screen(
         if several:
             mine, res, said = _label_numbers(p, table, target, partial, draws)
             rows += [{'column': heads[n], 'protocol': _protocol(p, str(n)), **o} for o in mine]
-            for o in said: notes.setdefault(o, []).append(heads[n])
+            for o in [*said, *_model_notes(p)]: notes.setdefault(o, []).append(heads[n])
             columns[heads[n]] = res
             continue
         res = evaluate(p, table, target, partial)
@@ -617,7 +622,7 @@ def evaluate_screen(
             more, why = _embedding_rows(e, target_, within, n_null, seed)
             mine, said = mine + more, said + why
         rows += [{'column': heads[n], 'protocol': protocol, **o} for o in mine]
-        for o in said: notes.setdefault(o, []).append(heads[n])
+        for o in [*said, *_model_notes(p)]: notes.setdefault(o, []).append(heads[n])
         columns[heads[n]] = res
     rows.sort(key=_place)
     notes = [f'{", ".join(which)}: {note}' for note, which in notes.items()]

@@ -13,7 +13,7 @@ from ..core import *
 from ..screen.open import open_screen
 from ..embed.protocol import *
 from ..embed.table import *
-from ..predict.trained import INDUCTIVE_MASK
+from ..predict.trained import INDUCTIVE_MASK, validation_note
 from ..predict.predict import *
 from .evaluate import *
 from .plots import *
@@ -132,7 +132,7 @@ def settings_table(
     rows = {'recipe': recipe.get('name', 'none'), 'about it': recipe.get('about', ''), 'stages': _stages_said(recipe), 'backbone': c['model']['arch'],
             'loss': c['model']['loss']['name'], 'names': f'{len(spec.labels)} of {spec.target}', 'channels': ', '.join(spec.channels),
             'normalization': spec.norm, 'side': f"{spec.size or c['data'].get('side')} px", 'metadata': ', '.join(c['model'].get('metadata') or ()) or 'none',
-            'trained on': _trained_on(c), 'held out': first_few(c['held_out']) if c['held_out'] else 'none', 'seed': c.get('seed', 'not known'),
+            'trained on': _trained_on(c), 'held out': first_few(c['held_out'] or c.get('held_plates') or ['none']), 'validation': validation_note(c), 'seed': c.get('seed', 'not known'),
             'versions': ', '.join(f'{k} {v}' for k, v in c['versions'].items() if v), 'fingerprint': c['fingerprint'][:16]}
     return pd.DataFrame({'': {k: str(v) for k, v in rows.items() if v != ''}})
 
