@@ -550,6 +550,8 @@ def embed(
     adapt:str='no', # BatchNorm statistics of each experiment or plate (AdaBN), or no
     tta:int=8, # Views per site, 1 to 8
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
+    shard:str='', # Make only the parts of one of several runs, such as 3/8, and no file; the same command without it puts all together
+    ray:str='', # Address of a Ray cluster that makes the parts, such as auto; empty: this machine
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
 ):
@@ -558,8 +560,10 @@ def embed(
     from rcic_fastai.folder import load_model
     from rcic_fastai.train.distributed import all_agree, rank_device
     with all_agree(): opened = load_model(model, rank_device())
-    emb = opened.profiles(**given)
-    if emb is not None: print(f'{out}: {len(emb)} profiles of {plural(emb.Metadata_experiment.nunique(), "experiment")}, one per {level}')
+    made = opened.profile_file(**given)
+    if made is None: return
+    if shard: print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; when all are, the same command without {option("shard")} writes {out}')
+    else: print(f'{out}: {made["profiles"]} profiles of {plural(made["experiments"], "experiment")}, one per {level}')
 
 def rcic_embed(argv=None):
     "Run the console script"
