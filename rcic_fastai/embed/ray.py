@@ -6,6 +6,8 @@
 __all__ = ['ray_features']
 
 # %% ../../nbs/41b_embed.ray.ipynb #ra41b004
+import logging, os, re, sys
+from dataclasses import replace
 from fastai.vision.all import *
 from ..core import *
 from ..train.distributed import *
@@ -14,8 +16,10 @@ from .embed import _features
 # %% ../../nbs/41b_embed.ray.ipynb #ra41b007
 def _ray():
     "Import Ray, with its data library"
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')      # Ray would report to its makers
     try:
         import ray, ray.data
+        logging.getLogger('ray.data').setLevel('CRITICAL')
         return ray
     except ImportError as e:
         raise ScreenError(f'{option("ray")} needs Ray, but {e.name or e} is not installed: pip install "rcic_fastai[ray]", on all '
@@ -53,11 +57,13 @@ def _said(e):
         if isinstance(e, ScreenError): return e
         e = getattr(e, 'cause', None) or e.__cause__ or e.__context__
 
+def _plain(e): return first_line(re.sub('\x1b\\[[0-9;]*m', '', str(e)))       # Ray's messages have colors
+
 def _started(ray, address):
     "Connect to a cluster; return a function that leaves it, unless it was this process's own"
     if ray.is_initialized(): return lambda: None
     try: ray.init(None if address == 'local' else address, log_to_driver=False, logging_level='error', include_dashboard=False if address == 'local' else None)
-    except Exception as e: raise ScreenError(f'{option("ray", address)} cannot be reached ({first_line(e)}): start a cluster with ray start, or name its address.') from None
+    except Exception as e: raise ScreenError(f'{option("ray", address)} cannot be reached ({_plain(e)}): start a cluster with ray start, or name its address.') from None
     return ray.shutdown
 
 def _actors(ray, device, threads, n):
@@ -76,7 +82,7 @@ def _mapped(ray, job, items, need, n):
     ctx.enable_progress_bars = False
     rows = ray.data.from_items([{'parts': ','.join(map(str, o))} for o in items], override_num_blocks=len(items))
     done = rows.map_batches(_Maker, fn_constructor_args=(job,), batch_size=1, compute=ray.data.ActorPoolStrategy(min_size=1, max_size=n), **need)
-    for row in done.iter_rows(prefetch_batches=0):
+    for row in done.iter_rows():
         yield int(row['part']), np.frombuffer(row['data'], np.float32).reshape([int(k) for k in row['shape'].split(',')])
 
 def ray_features(
@@ -94,6 +100,6 @@ def ray_features(
             yield from progress_bar(_mapped(ray, job, items, need, n), total=len(todo)) if o.progress else _mapped(ray, job, items, need, n)
         except Exception as e:
             if said := _said(e): raise said from None
-            raise ScreenError(f'The Ray cluster stopped ({first_line(e)}): look at its log, and run the same again; finished parts are kept.') from e
+            raise ScreenError(f'The Ray cluster stopped ({_plain(e)}): look at its log, and run the same again; finished parts are kept.') from e
         finally: leave()
     return make
