@@ -189,7 +189,7 @@ def _roles(s):
         res.setdefault(kind, []).append(name)
     return res
 
-_SAID = ('cell_type', 'split', 'dataset', 'root', 'plate_wells', 'wells', 'experiment', 'empty', 'pattern', 'layout', 'partial')
+_SAID = ('cell_type', 'split', 'dataset', 'root', 'plate_wells', 'wells', 'experiment', 'empty', 'pattern', 'layout', 'partial', 'cache')
 
 def _meaning(o):
     "Return what was said about the meaning of a source, as arguments of `open_screen`, from the options of `pack`"
@@ -244,7 +244,7 @@ def rcic_download(argv=None):
 
 # %% ../nbs/72_cli.ipynb #4846adc5
 def pack(
-    screen, # RxRx1's folder, a CSV or parquet table of image files (such as load_data.csv), OME-Zarr plates, or any folder with --pattern
+    screen, # RxRx1's folder, a CSV or parquet table of image files (such as load_data.csv), OME-Zarr plates, the address of one (s3://, gs://, https://), or any folder with --pattern
     dest, # Packed screen to write, such as screen.zarr
     codec:str='fast', # fast: about 1.4 times the size of the PNGs; small: about their size, half as fast to read; plain: 1.6 times, for readers of zarr other than Python's
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
@@ -266,6 +266,7 @@ def pack(
     root:str='', # For a table of files: folder that its paths start from
     replace:str='', # For a table of files: new beginnings of its paths, such as s3://bucket/=/data/
     plate_wells:int=0, # For a table of files and --pattern: wells of a plate, to check well names against; 0: any
+    cache:str='', # For a table of files at s3://, gs:// or https://: a folder that keeps what was fetched, for the next time; empty: none
     wells:str='', # For OME-Zarr plates: CSV with what is in each well
     experiment:str='', # For OME-Zarr plates: experiment of plates that name none; empty: their folder
     empty:str='', # For OME-Zarr plates: chunks that are absent are an error, or fill: read as the array's fill value
@@ -303,7 +304,7 @@ def pack(
 # %% ../nbs/72_cli.ipynb #06681e4c
 pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'split', 'dataset', 'wells', 'experiment'],
                'single cells': ['cells', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
-               'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'plate_wells', 'empty', 'partial', 'only_present']}
+               'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'cache', 'plate_wells', 'empty', 'partial', 'only_present']}
 
 def rcic_pack(argv=None):
     "Run the console script"
@@ -478,7 +479,7 @@ def evaluate_csv(
         from rcic_fastai.screen.tables import read_metadata
     check_numbers(seed=seed)
     if SCREEN_KINDS[screen_kind(screen)].needs_options: raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: name the screen that rcic_pack made of it.')
-    table = open_screen(screen, check=False).table if screen_kind(screen) == 'images' else read_metadata(screen)
+    table = open_screen(screen, check=False).table if screen_kind(screen) == 'images' or is_remote(screen) else read_metadata(screen)
     res = evaluate_screen(_tables(out, read_answers), table, embeddings=_tables(embeddings, read_embeddings),
                           sites=_tables(sites, read_predictions), partial=partial, seed=seed)
     print(res.to_json() if json else res.to_text(full))

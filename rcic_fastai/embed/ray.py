@@ -41,22 +41,15 @@ class _Maker:
         self.model, self.o = self.model.to(device), replace(o, progress=False, maker=None)
 
     def __call__(self, batch):
-        res = dict(part=[], shape=[], data=[])
-        for numbers in batch['parts']:
-            spec, screen, plan = self.rest
-            for i, x in _features(self.model, spec, screen, plan, [int(n) for n in numbers.split(',')], self.o):
-                for k, v in dict(part=i, shape=f'{len(x)},{x.shape[1]}', data=x.tobytes()).items(): res[k].append(v)
-        return {'part': np.array(res['part']), 'shape': np.array(res['shape']), 'data': np.array(res['data'], object)}
+        (spec, screen, plan), rows = self.rest, []
+        todo = [int(n) for n in ','.join(batch['parts']).split(',')]
+        try:
+            for i, x in _features(self.model, spec, screen, plan, todo, self.o): rows.append((i, len(x), x.tobytes()))
+        except ScreenError as e: rows.append((-1, 0, str(e).encode()))        # Ray would keep the text of an error only
+        part, n, data = zip(*rows)
+        return dict(part=np.array(part), n=np.array(n), data=np.array(data, object))
 
 # %% ../../nbs/41b_embed.ray.ipynb #ra41b014
-def _said(e):
-    "Return the `ScreenError` inside an error of Ray's; None when there is none"
-    seen = set()
-    while e is not None and id(e) not in seen:
-        seen.add(id(e))
-        if isinstance(e, ScreenError): return e
-        e = getattr(e, 'cause', None) or e.__cause__ or e.__context__
-
 def _plain(e): return first_line(re.sub('\x1b\\[[0-9;]*m', '', str(e)))       # Ray's messages have colors
 
 def _started(ray, address):
@@ -83,7 +76,8 @@ def _mapped(ray, job, items, need, n):
     rows = ray.data.from_items([{'parts': ','.join(map(str, o))} for o in items], override_num_blocks=len(items))
     done = rows.map_batches(_Maker, fn_constructor_args=(job,), batch_size=1, compute=ray.data.ActorPoolStrategy(min_size=1, max_size=n), **need)
     for row in done.iter_rows():
-        yield int(row['part']), np.frombuffer(row['data'], np.float32).reshape([int(k) for k in row['shape'].split(',')])
+        if row['part'] < 0: raise ScreenError(row['data'].decode())
+        yield int(row['part']), np.frombuffer(row['data'], np.float32).reshape(row['n'], -1)
 
 def ray_features(
     address:str, # Of a Ray cluster, such as auto (the one of this machine) or ray://10.0.0.1:10001; local: one that is started for this
@@ -98,8 +92,8 @@ def ray_features(
             need, n = _actors(ray, device, torch.get_num_threads(), len(items))
             job = ray.put([deepcopy(model).cpu(), spec, screen, plan, o, torch.get_num_threads(), device.type])
             yield from progress_bar(_mapped(ray, job, items, need, n), total=len(todo)) if o.progress else _mapped(ray, job, items, need, n)
+        except ScreenError: raise
         except Exception as e:
-            if said := _said(e): raise said from None
             raise ScreenError(f'The Ray cluster stopped ({_plain(e)}): look at its log, and run the same again; finished parts are kept.') from e
         finally: leave()
     return make

@@ -22,8 +22,9 @@ class Address(PurePosixPath):
     "A path at a server; its text is the whole address"
     def __str__(self): return re.sub(r'\A([A-Za-z0-9]+):/+', lambda m: m[1].lower() + '://', super().__str__())
     def __fspath__(self): return str(self)
-    def is_file(self): return remote_facts(self) is not None
-    exists = is_file
+    def is_file(self):
+        try: return remote_facts(self) is not None
+        except Forbidden: return False
 
 def as_path(
     path, # A path, or an address
@@ -35,11 +36,11 @@ def as_path(
 PATIENCE = dict(connect=10, silence=30, retries=10, minutes=5)     # seconds, seconds, tries again, and how long all of them may take
 REQUESTS = 16       # at once, by this process
 
-def _client(reached, http):
+def _client(reached):
     "Return the options of obstore"
     retries = PATIENCE['retries'] if reached else min(2, PATIENCE['retries'])
     backoff = dict(init_backoff=timedelta(milliseconds=200), max_backoff=timedelta(seconds=15), base=2)
-    return dict(client_options=dict(allow_http=http, connect_timeout=timedelta(seconds=PATIENCE['connect']), read_timeout=timedelta(seconds=PATIENCE['silence']),
+    return dict(client_options=dict(allow_http=True, connect_timeout=timedelta(seconds=PATIENCE['connect']), read_timeout=timedelta(seconds=PATIENCE['silence']),
                                     timeout=timedelta(minutes=PATIENCE['minutes']), pool_max_idle_per_host=str(REQUESTS), user_agent='rcic_fastai'),
                 retry_config=dict(max_retries=retries, retry_timeout=timedelta(minutes=PATIENCE['minutes']), backoff=backoff))
 
@@ -61,7 +62,7 @@ def _store(root, reached):
     "Return the store of a bucket or server"
     stores, (scheme, name) = _obstore().store, root.split('://')
     endpoint = os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL') if scheme == 's3' else None
-    how = _client(reached, scheme == 'http' or str(endpoint).startswith('http://'))
+    how = _client(reached)
     if scheme in ('http', 'https'): return stores.HTTPStore.from_url(root, **how)
     if not any(k in os.environ for k in _KEYS[scheme]): how['skip_signature'] = True
     if endpoint: how['endpoint'] = endpoint
@@ -94,21 +95,25 @@ def _trouble(address, e):
     "Return what to raise for an error of obstore's"
     if isinstance(e, FileNotFoundError): return FileNotFoundError(errno.ENOENT, 'it is not there', str(address))
     name = type(e).__name__
-    if name in ('PermissionDeniedError', 'UnauthenticatedError'):
+    if name in ('PermissionDeniedError', 'UnauthenticatedError') or re.search('status code: 40[13]', str(e)):
         return Forbidden(f'{address} cannot be read (the server does not permit it): set keys in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, '
                          'or ask its owner.')
-    if name == 'PanicException' and 'fork' in str(e).lower():
-        return ScreenError(f'{address} cannot be read in a process that was forked: read with threads, num_workers=0.')
     region = ' (for a bucket in another region, AWS_REGION names it)' if 'region' in str(e) else ''
     return ScreenError(f'{address} cannot be read ({_why(e)}): check the address and the network{region}, and run the same again.')
 
 # %% ../../nbs/01b_screen.remote.ipynb #re01b017
-_gate = threading.BoundedSemaphore(REQUESTS)
+_gate, _reader = threading.BoundedSemaphore(REQUESTS), []     # the number of the process that reads
+
+def _check_process(address):
+    "Raise in a process that was forked from one that reads addresses: the threads of obstore are not in it, and it would wait for ever"
+    if not _reader: _reader.append(os.getpid())
+    if _reader[0] != os.getpid(): raise ScreenError(f'{address} cannot be read in a process that was forked: let threads read, with num_workers=0.')
 
 @contextmanager
 def _asking(address):
     "Give (obstore, store, key); let few requests run at once; raise errors of our kind"
     obstore, (root, key) = _obstore(), _place(address)
+    _check_process(address)
     with _gate:
         try: yield obstore, _store(root, root in _reached), key
         except (ScreenError, KeyboardInterrupt, SystemExit): raise
