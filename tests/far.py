@@ -1,10 +1,15 @@
 "A server for tests and bench/remote.py: a folder as a bucket of S3 (GET, HEAD, ranges, ListObjectsV2) and as plain HTTP, which can fail."
 import hashlib, threading, time
 from email.utils import formatdate
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+
+@lru_cache(4096)
+def md5(path, when): return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 class Far(ThreadingHTTPServer):
@@ -15,9 +20,9 @@ class Far(ThreadingHTTPServer):
         self.folder, self.page, self.lock = Path(folder), page, threading.Lock()
         self.url = f'http://127.0.0.1:{self.server_port}'
         self.fault = lambda method, key, n: None        # (GET or HEAD, key, how often it was asked for) → name of a fault
-        self.lists, self.delay = True, 0.
+        self.lists, self.delay, self.rate, self.free = True, 0., 0., 0.        # seconds before an answer, bytes per second of all answers
         self.forget()
-    def forget(self): self.asked, self.now, self.most, self.signed, self.sent = {}, 0, 0, False, 0
+    def forget(self): self.asked, self.now, self.most, self.signed = {}, 0, 0, False
     def n(self, method='GET'): return sum(k for (m, _), k in self.asked.items() if m == method)
     def handle_error(self, request, address): pass      # who asked has gone
     def __enter__(self):
@@ -57,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = path.read_bytes()
         if fault == 'other': data = bytes(len(data))
         s = path.stat()
-        headers = {'ETag': f'"{hashlib.md5(data).hexdigest()}"', 'Last-Modified': formatdate(s.st_mtime, usegmt=True), 'Accept-Ranges': 'bytes'}
+        headers = {'ETag': f'"{md5(path, s.st_mtime_ns)}"', 'Last-Modified': formatdate(s.st_mtime, usegmt=True), 'Accept-Ranges': 'bytes'}
         code, part = 200, self.headers.get('Range')
         if part and fault != 'no ranges':
             first, _, last = part.removeprefix('bytes=').partition('-')
@@ -77,8 +82,16 @@ class _Handler(BaseHTTPRequestHandler):
             if fault == 'stall': time.sleep(3)
             self.close_connection = True
             return
+        if self.server.rate: return self.slowly(memoryview(data))
         self.wfile.write(data)
-        self.server.sent += len(data)
+
+    def slowly(self, data, piece=2**16):
+        "Write as over a line that all answers share"
+        far = self.server
+        for k in range(0, len(data), piece):
+            with far.lock: far.free = turn = max(far.free, time.monotonic()) + len(data[k:k + piece])/far.rate
+            time.sleep(max(0, turn - time.monotonic()))
+            self.wfile.write(data[k:k + piece])
 
     def listing(self, far, bucket, query):
         "Return the XML of a page of ListObjectsV2"
@@ -95,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
             if is_folder: return f'<CommonPrefixes><Prefix>{escape(k)}</Prefix></CommonPrefixes>'
             p = top/k
             when = time.strftime('%Y-%m-%dT%H:%M:%S.000Z', time.gmtime(p.stat().st_mtime))
-            return f'<Contents><Key>{escape(k)}</Key><LastModified>{when}</LastModified><ETag>"{hashlib.md5(p.read_bytes()).hexdigest()}"</ETag><Size>{p.stat().st_size}</Size></Contents>'
+            return f'<Contents><Key>{escape(k)}</Key><LastModified>{when}</LastModified><ETag>"{md5(p, p.stat().st_mtime_ns)}"</ETag><Size>{p.stat().st_size}</Size></Contents>'
         token = f'<NextContinuationToken>{start + far.page}</NextContinuationToken>' if more else ''
         return (f'<ListBucketResult><Name>{bucket}</Name><Prefix>{escape(prefix)}</Prefix><IsTruncated>{str(more).lower()}</IsTruncated>{token}'
                 + ''.join(one(*o) for o in some) + '</ListBucketResult>').encode()

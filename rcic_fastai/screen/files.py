@@ -107,13 +107,17 @@ _FOLDERS = 64       # whose files are remembered
 def _have(self:FileSource, folder, names):
     "Return what is known of the files of a folder at an address: {name: its facts}"
     known = self._known.get(folder)
-    if known is None:
-        listed = remote_list(folder)
-        while len(self._known) >= _FOLDERS: self._known.pop(next(iter(self._known)), None)
-        known = self._known[folder] = (listed is not None, listed[0] if listed else {})
-    is_whole, facts = known
-    new = [] if is_whole else [o for o in dict.fromkeys(names) if o not in facts]
-    facts.update(zip(new, each(remote_facts, [f'{folder}/{o}' for o in new])) if new else ())
+    try:
+        if known is None:
+            listed = remote_list(folder)
+            while len(self._known) >= _FOLDERS: self._known.pop(next(iter(self._known)), None)
+            known = self._known[folder] = (listed is not None, listed[0] if listed else {})
+        is_whole, facts = known
+        new = [] if is_whole else [o for o in dict.fromkeys(names) if o not in facts]
+        facts.update(zip(new, each(remote_facts, [f'{folder}/{o}' for o in new])) if new else ())
+    except ScreenError as e:
+        start = '/'.join(folder.split('/')[:3]) + '/'
+        raise ScreenError(f'{str(e).rstrip(".")}; or say where copies of the files are with {option("replace", {start: "FOLDER"})}.') from None
     return facts
 
 @patch
