@@ -363,6 +363,7 @@ def train(
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
+    search:str='', # How rcic_predict will search the index, see there; auto: choose it on the held-out experiments when the training is over; empty: the recipe's, or no
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:store_true=False, # Compile the model for a GPU, in some minutes
     resident:store_true=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
@@ -377,7 +378,7 @@ def train(
     train_screen(**given)
 
 train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'experiments', 'test', 'valid', 'folds', 'fold', 'target', 'label_names', 'no_label', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'device', 'workers', 'resume']}
+                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'search', 'precision', 'compile', 'resident', 'device', 'workers', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"
@@ -404,6 +405,7 @@ def predict(
     by:str='', # index names wells after neighbors, classifier by what was trained with the embedding; empty: the recipe's, or index
     vote:str='', # nearest neighbor, mean of the k nearest of a class, or class prototype; empty: the recipe's, or nearest
     k:int=0, # Neighbors that are kept, and averaged by --vote mean; 0: the recipe's, or 5
+    search:str='', # What is done to index and queries first: whiten, shrink (1 is the class prototype), expand or rerank, each with a number, such as whiten=0.3,shrink=1; auto: what names held-out training experiments best, as rcic_train --search auto keeps it; or no; empty: the recipe's, or no
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best (mean with --by classifier)
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
@@ -440,7 +442,7 @@ def predict(
     if pred is not None: print(f'{out}: {_of_what(pred)}, protocol {protocol}')
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
-                  'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
+                  'how wells are named': ['by', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
                   'single cells': ['cells', 'cell_merge', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
                   'run': ['experiments', 'wells', 'held_out', 'only_present', 'device', 'workers', 'bs']}
 
@@ -610,6 +612,7 @@ def explore_screen(
     views:str='', # dihedral, or random: as in training; empty: the recipe's, or dihedral
     vote:str='', # nearest neighbor, mean of the k nearest of a class, or class prototype; empty: the recipe's, or nearest
     k:int=0, # Neighbors that are shown, and averaged by --vote mean; 0: the recipe's, or 5
+    search:str='', # What is done to index and queries first, such as whiten=0.3,shrink=1; auto: what names held-out training experiments best; or no; empty: the recipe's, or no
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
@@ -639,7 +642,7 @@ def explore_screen(
     print(f'{out}: {page.about}')
 
 explore_screen.groups = {'the page': ['max_mb', 'side', 'quality', 'umap', 'title'],
-                         'how wells are named': ['wells', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],
+                         'how wells are named': ['wells', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],
                          'run': ['experiments', 'held_out', 'only_present', 'workers', 'bs']}
 
 def rcic_explore(argv=None):

@@ -37,6 +37,7 @@ from .embed.protocol import *
 from .embed.table import *
 from .embed.embed import *
 from .embed.index import *
+from .embed.neck import *
 from .predict.predict import *
 from .predict.trained import *
 from .predict.plan import *
@@ -158,6 +159,12 @@ def _check_training(size, bs, tta, views, **numbers):
     if bs == 1: raise ScreenError(f"{option('bs', 1)} is not possible, as BatchNorm needs two samples: give 2 or more, or 0 for the recipe's.")
     if size and not 16 <= size <= 4096: raise ScreenError(f"{option('size', size)} is not possible: give 16 to 4096 pixels, or 0 for the screen's own.")
     check_tta(tta, views)
+
+def _with_search(recipe, search):
+    "Return the recipe with how its index will be searched; raise for what is not understood"
+    said = search or recipe.predict.get('search') or 'no'
+    if said != 'auto': neck_from(said)
+    return replace(recipe, predict={**recipe.predict, 'search': search}) if search else recipe
 
 def _check_counts(**counts):
     "Raise for counts below 0"
@@ -417,7 +424,7 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     return {k: v for k, v in res.items() if len(v)}
 
 # %% ../nbs/71_workflow.ipynb #0fe86f45
-_FREE = ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed')
+_FREE = ('screen', 'out', 'recipe', 'tta', 'search', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed')
 
 def _plain_arguments(args):
     "Return the arguments that decide what is learned, as plain data without the places of files"
@@ -468,6 +475,7 @@ def _train_model(args, recipe, begin=None):
         index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
         if not is_first: return
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
+        if recipe.predict.get('search') == 'auto': model.config['search'] = learn.choose_search(model, views['tta'])
         model.folder = model.save(out)
         save_curve(model.history, out)
         remove_unfinished(out)
@@ -610,7 +618,7 @@ def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
     with all_agree():
-        recipes = {c: _cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0] for c in _cell_type_names(table, args['cell_types'], recipe)}
+        recipes = {c: _with_search(_cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0], args['search']) for c in _cell_type_names(table, args['cell_types'], recipe)}
         given = _given_model(args)
         _check_cell_types(args, table, recipe, recipes, given)
     facts = _training_facts(args, recipe, {'tta': args['tta']}, given)
@@ -670,6 +678,7 @@ def train_screen(
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
+    search:str='', # How the index will be searched, see `plan_prediction`; auto: choose it on the held-out experiments when the training is over; empty: the recipe's, or no
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:bool=False, # Compile the model for a GPU, in some minutes
     resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
@@ -680,6 +689,7 @@ def train_screen(
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
     args = dict(locals())
     r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
+    r = _with_search(r, search)
     _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, ('controls',))
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)

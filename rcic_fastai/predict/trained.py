@@ -28,6 +28,7 @@ from ..embed.protocol import *
 from ..embed.table import *
 from ..embed.embed import *
 from ..embed.index import *
+from ..embed.neck import *
 
 # %% ../../nbs/53_predict.trained.ipynb #8ea81522
 INDUCTIVE_MASK = ('plate_group', 'experiment')
@@ -309,6 +310,25 @@ def to_model(self:Learner,
     parts = split_index(index)
     history = getattr(self, 'history', pd.DataFrame(columns=['stage', 'epoch']))
     return TrainedModel(model, self.dls.spec, parts[0], config, *parts[1:], history=history)
+
+# %% ../../nbs/53_predict.trained.ipynb #5362a693
+@patch
+def choose_search(self:Learner,
+    model:TrainedModel, # What `to_model` made of this learner
+    tta:int=4, # Dihedral views per held-out sample
+    progress:bool=False, # Show a progress bar
+)->dict: # plain and adapted (`None` without an adapted index): neck, notes, tried (records), each from `choose_neck`
+    "Choose how the index of a model is searched, on the held-out experiments; without any, on those it was trained on"
+    dls = self.dls
+    if dls.spec.several: raise ScreenError(f'Several labels are answered by probability, not by a search: leave {option("search", "auto")} out.')
+    rows, table = dls.valid.items, dls.screen.table
+    if dls.spec.sites > 1: rows = table[table.well_id.isin(rows.well_id)]
+    def choose(index, adapt):
+        if index is None: return None
+        held = self.embed(rows, adapt=adapt, tta=tta, progress=progress) if len(rows) else None
+        choice = choose_neck(index, held)
+        return as_plain(dict(neck=choice.neck, notes=choice.notes, tried=choice.tried.to_dict('records')))
+    return dict(plain=choose(model.index, None), adapted=choose(model.adapted_index, 'experiment'))
 
 # %% ../../nbs/53_predict.trained.ipynb #3bae8892
 @patch

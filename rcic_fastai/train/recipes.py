@@ -226,7 +226,7 @@ def _check_model(given, what='The recipe, in its model,'):
 # %% ../../nbs/33_train.recipes.ipynb #756da1d8
 _INDEX = ('tta', 'views', 'separate')
 _PSEUDO = ('rounds', 'first', 'last', 'lr', 'cutmix')
-_PREDICT = ('tta', 'views', 'vote', 'k', 'merge', 'by', 'tell', 'assign', 'adapt', 'correct', 'same_cell_type')
+_PREDICT = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'by', 'tell', 'assign', 'adapt', 'correct', 'same_cell_type')
 _CHOICES = dict(views=('dihedral', 'random', 'scaled'), vote=('nearest', 'mean', 'prototype'), merge=('best', 'mean'), by=('index', 'classifier'), tell=('plate_group', 'no'), assign=('yes', 'no'),
                 adapt=('auto', 'experiment', 'plate', 'no'), correct=('no', 'auto', 'standardize', 'center', 'sphere', 'tvn'))
 
@@ -239,6 +239,7 @@ def _check_entries(entry, given, takes):
         if k in given and given[k] not in choices: raise ScreenError(f'{what} has {k}={given[k]!r}: choose from {", ".join(choices)}.')
     for k in ('separate', 'same_cell_type'):
         if not isinstance(given.get(k, False), bool): raise ScreenError(f'{what} has {k}={given[k]!r}: give true or false.')
+    if not isinstance(given.get('search', ''), str): raise ScreenError(f'{what} has search={given["search"]!r}: give text, such as auto or shrink=1.')
     if 'lr' in given: part_lrs(given['lr'])
 
 def _check_views(entry, given):
@@ -248,6 +249,15 @@ def _check_views(entry, given):
     if given.get('tta', 1) > most: raise ScreenError(f'The recipe, in its {entry}, has {given["tta"]} views, and {views} ones are {most}: let views be random, or tta be {most}.')
     if given.get('separate') and views != 'random': raise ScreenError(f'The recipe, in its {entry}, keeps random views apart and has none: let views be random.')
 
+def _check_pairs(recipe):
+    "Raise for callbacks that need partners, where no batch has them"
+    if recipe.data.get('batch_by') == 'pairs': return
+    for i, s in enumerate(recipe.stages):
+        for c in s.callbacks:
+            name, said = (c, {}) if isinstance(c, str) else (c['name'], c)
+            if name == 'contrast' or name == 'lisa' and said.get('same', 1.):
+                raise ScreenError(f"Stage {i+1} of the recipe has {name!r}, which needs batches of pairs: add batch_by='pairs' to its data.")
+
 def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
     if twice := [s.name for i, s in enumerate(recipe.stages) if s.name in [o.name for o in recipe.stages[:i]]]: raise ScreenError(f'The recipe has two stages called {twice[0]!r}: give each a name of its own, by which its epochs are found.')
@@ -255,6 +265,7 @@ def _check_steps(recipe):
     check_choice('begin', recipe.begin, ('backbone', 'all', 'features'))
     old = [k for k, v in recipe.predict.items() if v == 'none']
     if old: raise ScreenError(f"The recipe has {old[0]} 'none' in its predict: say 'no'.")
+    _check_pairs(recipe)
     for entry, takes in dict(predict=_PREDICT, index=_INDEX, pseudo=_PSEUDO).items(): _check_entries(entry, getattr(recipe, entry), takes)
     for entry in ('predict', 'index'): _check_views(entry, getattr(recipe, entry))
     first, last = recipe.pseudo.get('first', .41), recipe.pseudo.get('last', .98)
