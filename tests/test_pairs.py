@@ -113,6 +113,12 @@ def test_a_batch_is_mixed_once_and_both_shares_hold(screen):
     n = np.array(seen)
     assert not (n[:, 0] & n[:, 1]).any() and n[:, 0].any() and n[:, 1].any()
 
+def test_batches_that_are_not_mixed_are_left_alone(screen):
+    "Also the first one, before anything was drawn"
+    learn = learner(screen_dls(screen, valid='none', bs=8, augs=None, device='cpu', **PAIRS))
+    quiet(learn, lambda: learn.fit(1, 0., cbs=LISA(p=0., seed=0)))
+    assert np.isfinite(learn.recorder.losses).all()
+
 def test_other_batches_are_refused_before_the_first(screen):
     for cb in (LISA(seed=0), Contrast()):
         learn = learner(screen_dls(screen, valid='none', bs=8, device='cpu'))

@@ -231,7 +231,7 @@ class LISA(BatchMix):
 
     def after_loss(self):
         "Leave the loss as it is where the partners have the same labels"
-        if not self.by_label: super().after_loss()
+        if self.lam is not None and not self.by_label: super().after_loss()
 
 
 # %% ../../nbs/30_train.cutmix.ipynb #0d02e869
