@@ -141,6 +141,7 @@ def try_all(
     tta:int, # Views of each indexed site
     views:str='dihedral', # As `build_index` has them
     separate:bool=False, # As `build_index` has it
+    with_controls:bool=False, # As `build_index` has it
     **info # Facts for the model folder
 ):
     "Raise now for what would be in the way after a training of hours"
@@ -148,7 +149,7 @@ def try_all(
     names, size = rows.drop_duplicates(spec.key), rows.groupby('experiment')[spec.key].nunique()
     few = names[names.experiment.isin([size.idxmin(), size.idxmax()])].groupby('experiment').head(2)
     with no_random(), contextlib.redirect_stderr(io.StringIO()):
-        index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])], views=views, separate=separate)
+        index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])], views=views, separate=separate, with_controls=with_controls)
     with tempfile.TemporaryDirectory() as d: EmbeddingIndex(make_emb_table(names, np.ones((len(names), 1))), spec.target).save(d)
     learn.to_model(index, **info).try_saving(out)
 
@@ -293,7 +294,7 @@ def _picked_stats(data, whole, channels):
 def _also(table, recipe, given):
     "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
     needs = pd.Series(False, table.index)
-    if given['pretrain'] or recipe.pretrain: needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
+    if given['pretrain'] or recipe.pretrain or needs_controls(recipe): needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
     if given['pseudo'] or recipe.pseudo:
         needs |= (table.dataset == 'test') & _is_for(table, recipe.only)
     return needs

@@ -155,8 +155,9 @@ def test_predictions_follow_the_choice(folder, drawn):
         plan = plan_prediction(m, drawn, protocol)
         assert plan.record['search'] == 'whiten=0.3,shrink=1' and m.config['search'][way]['notes'][0] in plan.notes
         index = m.adapted_index if way == 'adapted' else m.index
-        emb = m.embed(open_screen(drawn).test, tta=1, progress=False, **({'adapt': 'experiment'} if way == 'adapted' else {}))
-        emb = emb[emb.Metadata_well_type == 'treatment'].reset_index(drop=True)
+        screen = open_screen(drawn).test
+        screen = screen[screen.table[screen.table.well_type == 'treatment']]
+        emb = m.embed(screen, tta=1, progress=False, **({'adapt': 'experiment'} if way == 'adapted' else {}))
         by_hand, _ = predict_wells(emb, NeckIndex(index, 'whiten=0.3,shrink=1'), protocol)
         assert by_hand.sirna.tolist() == asked.sirna.tolist()
 

@@ -9,7 +9,7 @@ from rcic_fastai.batch.loader import PairBatches, pair_up
 from rcic_fastai.core import ScreenError
 from rcic_fastai.train.cutmix import LISA, CutMix, lisa_partners
 from rcic_fastai.train.distributed import ShardedDL
-from rcic_fastai.train.domain import Contrast, MixStyle, contrast, mix_style
+from rcic_fastai.train.domain import Contrast, ControlBatches, MixStyle, contrast, mix_style
 from rcic_fastai.train.recipes import Recipe, Stage, check_recipe, recipe_from_dict, stage_callback
 
 PAIRS = dict(batch_by='pairs')
@@ -180,3 +180,57 @@ def test_a_recipe_that_lacks_pairs_is_refused_before_it_is_trained():
     assert stage_callback({'name': 'lisa', 'how': 'mixup'}, seed=4).seed == 4
     for odd in ({'name': 'lisa', 'how': 'box'}, {'name': 'lisa', 'same': '1'}, {'name': 'contrast', 'temperature': -1.}, {'name': 'mixstyle', 'depth': 0.}):
         with pytest.raises(ScreenError): check_recipe(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[odd])], data=dict(batch_by='pairs')))
+
+# Controls in every batch
+
+@pytest.fixture(scope='module')
+def with_controls(tmp_path_factory):
+    from rcic_fastai.screen.simulate.layout import simulate_screen
+    folder = tmp_path_factory.mktemp('controls')/'screen'
+    simulate_screen(folder, ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=1, progress=False)
+    return folder
+
+def test_controls_change_the_statistics_and_not_the_loss(with_controls):
+    "BatchNorm sees wells and controls; the loss is that of the wells in such a batch, by hand"
+    from rcic_fastai.screen.open import open_screen
+    dls = screen_dls(open_screen(with_controls), valid='none', bs=4, batch_by='experiment', augs=None, device='cpu')
+    learn, seen = learner(dls, loss='arcface'), []
+    class Hand(Callback):
+        order = ControlBatches.order + 1
+        def before_batch(self): self.x, self.was = [o.clone() for o in self.xb], self.model.training
+        def after_loss(self):
+            assert self.was
+            pred = self.model(*self.x)                                # statistics of the whole batch, again
+            seen.append((self.loss.item(), self.loss_func(pred[:4], *self.yb).item(), self.loss_func(self.model(*(o[:4] for o in self.x)), *self.yb).item(), len(pred)))
+    quiet(learn, lambda: learn.fit(1, 0., cbs=[ControlBatches(2, seed=0), Hand()]))
+    a, by_hand, without, n = map(np.array, zip(*seen))
+    assert np.allclose(a, by_hand, atol=1e-4) and not np.allclose(a, without, atol=1e-4) and (n == 6).all()
+
+def test_what_controls_need_is_said(with_controls, screen):
+    from rcic_fastai.screen.open import open_screen
+    whole = open_screen(with_controls)
+    bare = whole[whole.table[whole.table.well_type == 'treatment']]
+    for dls, kwargs, words in ((screen_dls(bare, valid='none', bs=4, batch_by='experiment', device='cpu'), {}, 'no negative control'),
+                               (screen_dls(whole, valid='none', bs=4, batch_by='experiment', batch_groups=2, device='cpu'), {}, "batch_by='experiment'"),
+                               (screen_dls(whole, valid='none', bs=4, batch_by='experiment', device='cpu'), dict(metadata='cell_type'), 'mixed metadata')):
+        learn = learner(dls, **kwargs)
+        with pytest.raises(ScreenError, match=words): quiet(learn, lambda: learn.fit(1, cbs=[ControlBatches(), *([CutMix()] if kwargs else [])]))
+    for data in ({}, dict(batch_by='pairs'), dict(batch_by='experiment', batch_groups=2)):
+        refused(lambda: check_recipe(Recipe('r', [Stage('a', 1, 1e-3, callbacks=['control_batches'])], data=data)), 'batches of one experiment')
+
+def test_predictions_take_controls_where_the_index_did(with_controls, tmp_path):
+    from rcic_fastai.folder import load_model
+    from rcic_fastai.predict.plan import plan_prediction
+    from rcic_fastai.workflow import train_screen
+    r = Recipe('c', [Stage('a', 1, 1e-3, callbacks=[{'name': 'control_batches', 'n': 2}])], arch='mobilenetv3_small_050', model=dict(pretrained=None, emb_dim=16),
+               data=dict(bs=4, batch_by='experiment'), index=dict(with_controls=True, tta=1), predict=dict(search='auto'))
+    m = train_screen(with_controls, tmp_path/'m', r, valid='HUVEC-02', device='cpu')
+    again = load_model(tmp_path/'m')
+    assert set(again.adapted_index.labels.batchnorm) == {'experiment and negative controls'} and set(again.adapted_index.labels.well_type) == {'treatment'}
+    plan = plan_prediction(again, with_controls, 'adapted')
+    assert set(plan.options.adapt_rows.well_type) == {'treatment', 'negative_control'} and set(plan.screen.table.well_type) == {'treatment'}
+    assert len(again.predict(with_controls, 'adapted', tta=1, progress=False)) == 8
+    from rcic_fastai.screen.open import open_screen
+    whole = open_screen(with_controls)
+    bare = whole[whole.table[whole.table.well_type == 'treatment']]
+    assert any('no negative control' in n for n in plan_prediction(again, bare, 'adapted').notes)

@@ -383,10 +383,18 @@ def _recorded(model, name, asked, spec, c, given):
     if given['cells']: record.update(cells=str(given['cells']), cell_merge=given['cell_merge'], n_cells=len(asked), **{k: given[k] for k in CELL_OPTIONS})
     return record
 
+def _control_notes(index, rows, adapt):
+    "Report experiments without the negative controls that the index takes its BatchNorm statistics of, beside the wells"
+    if not adapt or not (index.labels.get('batchnorm', pd.Series(dtype=object)) == WITH_CONTROLS).any(): return []
+    has = rows[rows.well_type == 'negative_control'].experiment
+    lacks = sorted({*rows.experiment.astype(str)} - {*has.astype(str)})
+    return [f'{first_few(lacks)} has no negative control, and the index takes BatchNorm statistics of these too: here they are of the wells alone.'] if lacks else []
+
 def _adapting_kinds(index, adapt_from):
     "Return the kinds of wells that BatchNorm statistics are taken of"
     if adapt_from == 'controls': return {'negative_control', 'positive_control'}
-    return set(index.labels.get('well_type', ['treatment']))
+    more = {'negative_control'} if (index.labels.get('batchnorm', pd.Series(dtype=object)) == WITH_CONTROLS).any() else set()
+    return set(index.labels.get('well_type', ['treatment'])) | more
 
 # %% ../../nbs/54_predict.plan.ipynb #55dcdff3
 _AMONG_SITES = ('The index holds whole pictures, and cells are looked up in it: a cell does not look like its site, so compare with {by}, '
@@ -478,7 +486,7 @@ def plan_prediction(
     adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
     options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output='probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
                            bs=bs, num_workers=workers, trained=tuple(model.trained))
-    notes = left_out + _among_sites(cells, index, spec, cell_merge) + chosen + searched + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
+    notes = left_out + _control_notes(index, everything.table, how) + _among_sites(cells, index, spec, cell_merge) + chosen + searched + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
     said = dict(correct=index.labels.correction.iloc[0] if correction else None, search=neck, notes=notes + adaptation_notes(spec, asked.table, how, adapt_rows))
     record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': how}, given), **said}
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')

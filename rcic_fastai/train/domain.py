@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DOMAIN_METHODS', 'coral', 'sliced_wasserstein', 'reverse_gradient', 'DomainLoss', 'CORAL', 'SlicedWasserstein',
            'GradientReversal', 'loss_of_each', 'irm_penalty', 'IRM', 'groupdro_weights', 'GroupDRO', 'contrast',
-           'Contrast', 'mix_style', 'MixStyle', 'domain_callback', 'EMA', 'MeanTeacher']
+           'Contrast', 'mix_style', 'MixStyle', 'ControlBatches', 'domain_callback', 'EMA', 'MeanTeacher']
 
 # %% ../../nbs/32b_train.domain.ipynb #5ba1a6ce
 from fastai.vision.all import *
@@ -15,6 +15,7 @@ from ..core import *
 from ..screen.tables import *
 from ..batch.augment import *
 from ..batch.loader import *
+from ..batch.data import spec_dl
 from ..model.backbones import body_blocks
 from ..model.model import *
 from .cutmix import *
@@ -503,8 +504,66 @@ class MixStyle(Callback):
     def after_fit(self): self.after_pred()
 
 
+# %% ../../nbs/32b_train.domain.ipynb #58fbcad4
+class ControlBatches(Callback):
+    "Show each training batch of one experiment together with negative controls of that experiment (CS-ARM-BN, arXiv 2604.20824)"
+    run_valid, order = False, DomainLoss.order       # behind what mixes: controls are not mixed
+    def __init__(self,
+        n:int=8, # Sites (wells, when a sample is a well) of controls beside each batch
+        seed:int=None, # Seed of the draws; None takes one from PyTorch's generator at the start of each fit
+    ):
+        if n < 1: raise ScreenError(f'{option("n", n)} adds no control: give 1 or more.')
+        self.n, self.seed, self.count = n, seed, None
+        self.rng = None if seed is None else np.random.default_rng(seed)
+
+    def before_fit(self):
+        self.count, dl = None, self.dls.train
+        if getattr(dl, 'group_by', None) != 'experiment' or dl.groups != 1: raise ScreenError("ControlBatches adds controls of the experiment of a batch: make batches of one with batch_by='experiment'.")
+        if get_model(self.model).metadata is not None and any(isinstance(cb, BatchMix) for cb in self.learn.cbs):
+            raise ScreenError('ControlBatches and mixed metadata cannot be had together: leave out the metadata of the model, or what mixes batches.')
+        if self.seed is None: self.rng = np.random.default_rng(torch.randint(2**31, ()).item())
+        self.dl, self.at = _control_dl(self.dls, self.n)
+
+    def before_batch(self):
+        self.count, e = None, self._experiment()
+        at = self.at[e]
+        rows = self.rng.choice(at, self.n, replace=len(at) < self.n)
+        batch = self.dl.after_batch(to_device(self.dl._read_batch(rows.tolist()), self.dls.device))
+        self.count = len(self.xb[0])
+        self.learn.xb = tuple(torch.cat([a.as_subclass(Tensor), b.as_subclass(Tensor).to(a.dtype)]) for a, b in zip(self.xb, batch))
+
+    def after_pred(self):
+        "Drop the answers for the controls"
+        if self.count is None: return
+        k, pred = self.count, self.pred
+        self.learn.pred = tuple(p[:k] for p in pred) if isinstance(pred, tuple) else pred[:k]
+        self.learn.xb, self.count = tuple(x[:k] for x in self.xb), None
+
+
+# %% ../../nbs/32b_train.domain.ipynb #d424967d
+def _control_dl(dls, n):
+    "Return a loader of the negative controls of the training experiments, and where those of each experiment are in it"
+    table, spec, augs = dls.screen.table, dls.spec, dls.augs
+    mine = dls.train.items.experiment.unique()
+    rows = table[table.well_type.isin(CONTROLS['negative']) & table.experiment.isin(mine)]
+    lacks = sorted(set(mine) - set(rows.experiment))
+    if lacks: raise ScreenError(f'{first_few(lacks)} has no negative control in the table: keep the control wells in it, or leave out ControlBatches.')
+    if spec.sites > 1: rows = rows.drop_duplicates('well_id')
+    views = site_augs(**({} if augs == 'default' else augs)) if augs == 'default' or isinstance(augs, dict) else ()
+    dl = spec_dl(spec, dls.screen[rows], n, augs=views, device=dls.device, stat_rows=table)
+    return dl, {e: np.asarray(at) for e, at in dl.rows.groupby('experiment').indices.items()}
+
+@patch
+def _experiment(self:ControlBatches):
+    "Return the name of the experiment of a batch, without asking the GPU where the loader knows it"
+    at = list(self.dls.spec.vocabs).index('experiment')
+    drawn = _drawn_groups(self.dls.train, self.iter, at)
+    e = int(self.xb[1 + at].as_subclass(Tensor)[0] if drawn is None else drawn[0])
+    return self.dls.spec.vocabs['experiment'][e]
+
+
 # %% ../../nbs/32b_train.domain.ipynb #d8b4c493
-DOMAIN_METHODS = dict(coral=CORAL, swd=SlicedWasserstein, reversal=GradientReversal, irm=IRM, groupdro=GroupDRO, contrast=Contrast, mixstyle=MixStyle)
+DOMAIN_METHODS = dict(coral=CORAL, swd=SlicedWasserstein, reversal=GradientReversal, irm=IRM, groupdro=GroupDRO, contrast=Contrast, mixstyle=MixStyle, control_batches=ControlBatches)
 
 def domain_callback(
     how, # Name of one of `DOMAIN_METHODS`, or a dict with `name` and arguments, such as {'name': 'coral', 'weight': .1}
