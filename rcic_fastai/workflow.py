@@ -162,9 +162,10 @@ def _check_training(size, bs, tta, views, **numbers):
     check_tta(tta, views)
 
 def _with_search(recipe, search):
-    "Return the recipe with how its index will be searched; raise for what is not understood"
+    "Return the recipe with how its index will be searched; raise for what is not understood, and for batches that its callbacks cannot use"
     said = search or recipe.predict.get('search') or 'no'
     if said != 'auto': neck_from(said)
+    check_batches(recipe)
     return replace(recipe, predict={**recipe.predict, 'search': search}) if search else recipe
 
 def _check_counts(**counts):

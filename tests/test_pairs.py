@@ -10,7 +10,7 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.train.cutmix import LISA, CutMix, lisa_partners
 from rcic_fastai.train.distributed import ShardedDL
 from rcic_fastai.train.domain import Contrast, ControlBatches, MixStyle, contrast, mix_style
-from rcic_fastai.train.recipes import Recipe, Stage, check_recipe, recipe_from_dict, stage_callback
+from rcic_fastai.train.recipes import Recipe, Stage, check_batches, check_recipe, recipe_from_dict, stage_callback
 
 PAIRS = dict(batch_by='pairs')
 
@@ -172,9 +172,9 @@ def test_mixed_statistics_are_those_of_the_mixture():
 
 def test_a_recipe_that_lacks_pairs_is_refused_before_it_is_trained():
     for c in ('lisa', 'contrast', {'name': 'lisa', 'p': 1.}):
-        refused(lambda: check_recipe(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[c])])), "batch_by='pairs'")
-        check_recipe(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[c])], data=dict(batch_by='pairs')))
-    check_recipe(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[{'name': 'lisa', 'same': 0.}, 'mixstyle'])], data=dict(batch_by='experiment')))
+        refused(lambda: check_batches(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[c])])), "batch_by='pairs'")
+        check_batches(check_recipe(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[c])], data=dict(batch_by='pairs'))))
+    check_batches(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[{'name': 'lisa', 'same': 0.}, 'mixstyle'])], data=dict(batch_by='experiment')))
     r = Recipe('r', [Stage('a', 1, 1e-3, callbacks=({'name': 'lisa', 'how': 'mixup'}, {'name': 'contrast', 'temperature': .2}))], data=dict(batch_by='pairs'))
     assert recipe_from_dict(r.to_dict()) == r
     assert stage_callback({'name': 'lisa', 'how': 'mixup'}, seed=4).seed == 4
@@ -194,14 +194,14 @@ def test_controls_change_the_statistics_and_not_the_loss(with_controls):
     "BatchNorm sees wells and controls; the loss is that of the wells in such a batch, by hand"
     from rcic_fastai.screen.open import open_screen
     dls = screen_dls(open_screen(with_controls), valid='none', bs=4, batch_by='experiment', augs=None, device='cpu')
-    learn, seen = learner(dls, loss='arcface'), []
+    learn, seen = learner(dls, loss='arcface', dropout=0.), []
     class Hand(Callback):
         order = ControlBatches.order + 1
-        def before_batch(self): self.x, self.was = [o.clone() for o in self.xb], self.model.training
+        def before_batch(self): self.given, self.was = [o.clone() for o in self.xb], self.model.training
         def after_loss(self):
             assert self.was
-            pred = self.model(*self.x)                                # statistics of the whole batch, again
-            seen.append((self.loss.item(), self.loss_func(pred[:4], *self.yb).item(), self.loss_func(self.model(*(o[:4] for o in self.x)), *self.yb).item(), len(pred)))
+            pred = self.model(*self.given)                                # statistics of the whole batch, again
+            seen.append((self.loss.item(), self.loss_func(pred[:4], *self.yb).item(), self.loss_func(self.model(*(o[:4] for o in self.given)), *self.yb).item(), len(pred)))
     quiet(learn, lambda: learn.fit(1, 0., cbs=[ControlBatches(2, seed=0), Hand()]))
     a, by_hand, without, n = map(np.array, zip(*seen))
     assert np.allclose(a, by_hand, atol=1e-4) and not np.allclose(a, without, atol=1e-4) and (n == 6).all()
@@ -216,7 +216,7 @@ def test_what_controls_need_is_said(with_controls, screen):
         learn = learner(dls, **kwargs)
         with pytest.raises(ScreenError, match=words): quiet(learn, lambda: learn.fit(1, cbs=[ControlBatches(), *([CutMix()] if kwargs else [])]))
     for data in ({}, dict(batch_by='pairs'), dict(batch_by='experiment', batch_groups=2)):
-        refused(lambda: check_recipe(Recipe('r', [Stage('a', 1, 1e-3, callbacks=['control_batches'])], data=data)), 'batches of one experiment')
+        refused(lambda: check_batches(Recipe('r', [Stage('a', 1, 1e-3, callbacks=['control_batches'])], data=data)), 'batches of one experiment')
 
 def test_predictions_take_controls_where_the_index_did(with_controls, tmp_path):
     from rcic_fastai.folder import load_model

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INDUCTIVE_MASK', 'WITH_CONTROLS', 'MODEL_LICENSE', 'OWN_FACTS', 'index_rows', 'remove_index_parts', 'trained_augs',
            'check_random_views', 'build_index', 'split_index', 'data_fingerprint', 'library_versions',
-           'changed_versions', 'unknown_metadata', 'unknown_notes', 'TrainedModel']
+           'changed_versions', 'unknown_metadata', 'unknown_notes', 'TrainedModel', 'learned_labels']
 
 # %% ../../nbs/53_predict.trained.ipynb #9dc5e702
 import io, platform
@@ -325,23 +325,30 @@ def to_model(self:Learner,
     return TrainedModel(model, self.dls.spec, parts[0], config, *parts[1:], history=history)
 
 # %% ../../nbs/53_predict.trained.ipynb #5362a693
+def learned_labels(
+    recipe:dict, # Of a model folder, plain data; `None`: not known
+)->bool:
+    "Return whether a recipe trained a network on the labels of its index"
+    return recipe is None or bool(sum(s['epochs'] for s in recipe['stages']))
+
 @patch
 def choose_search(self:Learner,
     model:TrainedModel, # What `to_model` made of this learner
     tta:int=4, # Dihedral views per held-out sample
     progress:bool=False, # Show a progress bar
 )->dict: # plain and adapted (`None` without an adapted index): neck, notes, tried (records), each from `choose_neck`
-    "Choose how the index of a model is searched, on the held-out experiments; without any, on those it was trained on"
-    dls = self.dls
+    "Choose how the index of a model is searched, on the held-out experiments; the nearest row where none is"
+    dls, rows = self.dls, self.dls.valid.items
     if dls.spec.several: raise ScreenError(f'Several labels are answered by probability, not by a search: leave {option("search", "auto")} out.')
-    rows, table = dls.valid.items, dls.screen.table
-    if dls.spec.sites > 1: rows = table[table.well_id.isin(rows.well_id)]
+    if not len(rows) and learned_labels(model.config.get('recipe')):
+        alone = dict(neck='no', notes=['The nearest row answers, as no experiment was held out to choose by.'], tried=[])
+        return dict(plain=alone, adapted=None if model.adapted_index is None else alone)
+    if dls.spec.sites > 1: rows = dls.screen.table[dls.screen.table.well_id.isin(rows.well_id)]
     def choose(index, adapt):
         if index is None: return None
         beside = adapt and (index.labels.batchnorm == WITH_CONTROLS).any()
         also = _with_negative_controls(self, rows) if beside and len(rows) else None
-        held = self.embed(rows, adapt=adapt, adapt_rows=also, tta=tta, progress=progress) if len(rows) else None
-        choice = choose_neck(index, held)
+        choice = choose_neck(index, self.embed(rows, adapt=adapt, adapt_rows=also, tta=tta, progress=progress) if len(rows) else None)
         return as_plain(dict(neck=choice.neck, notes=choice.notes, tried=choice.tried.to_dict('records')))
     return dict(plain=choose(model.index, None), adapted=choose(model.adapted_index, 'experiment'))
 
