@@ -418,7 +418,7 @@ def _check_no_plates(norm, batch_by, sites):
     "Raise for what needs plates, experiments or wells"
     if sites > 1: raise ScreenError(f'{option("sites", sites)} needs wells with several sites, and each image stands for itself: leave it out.')
     for k, v in dict(norm=norm, batch_by=batch_by).items():
-        if v in ('plate', 'experiment'): raise ScreenError(f'{option(k, v)} needs plates, and the images are on none: leave it out.')
+        if v in ('plate', 'experiment', 'pairs'): raise ScreenError(f'{option(k, v)} needs plates, and the images are on none: leave it out.')
 
 def _training_spec(rows, train, source, target, vocabs, norm_stats=None, label_names=None, **kwargs):
     "Return the `ScreenSpec` of training rows"
@@ -510,7 +510,7 @@ def screen_dls(
     label_names=None, # With several: labels in order, a list, 'A,B' or a table; `None`: those of the training rows
     no_label:bool=False, # With several: allow images without any label
     rare:float=0., # With several: show images of rare labels more often, see `rare_weights`
-    batch_by:str=None, # Training batches from one 'experiment' or 'plate' each
+    batch_by:str=None, # Training batches from one 'experiment' or 'plate' each, or of 'pairs': one label in two experiments
     batch_groups:int=1, # Experiments or plates in a batch, with `batch_by`
     vocabs:dict=None, # Metadata vocabularies; `None`: from the training rows
     item_tfms=None, # Not supported, as sites are read in whole batches: use `batch_tfms`

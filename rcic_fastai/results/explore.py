@@ -624,7 +624,7 @@ def _with_pictures(screen, sites, ids, columns, data, near, named, why, how, tit
 def _space_key(plan):
     "Return what decides how the embeddings of a plan are made"
     o = plan.options
-    return plan.record['adapt'], plan.record['adapt_from'], plan.record['correct'], o.tta, o.views, plan.record['wells'], plan.told is None
+    return plan.record['adapt'], plan.record['adapt_from'], plan.record['correct'], plan.record['search'], o.tta, o.views, plan.record['wells'], plan.told is None
 
 def _plan_space(model, screen, protocol, given, spaces, progress, kwargs):
     "Return the space and the plan of a protocol; spaces that are alike are made once"

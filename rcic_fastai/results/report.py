@@ -96,9 +96,11 @@ def _groups_said(record):
     groups = record.get('plate_groups') or {}
     return first_few(sorted({g['source'] for g in groups.values()})) if groups else 'not used'
 
+def _behind(record): return '' if record.get('search') in _NOTHING else f" (searched with {record['search']})"
+
 def _one_record(record):
     "Return what a reader asks of one prediction"
-    by = 'classifier' if record.get('by') == 'classifier' else f"{_said(record, 'vote', '?')} of the index, {_said(record, 'merge', '?')} site"
+    by = 'classifier' if record.get('by') == 'classifier' else f"{_said(record, 'vote', '?')} of the index{_behind(record)}, {_said(record, 'merge', '?')} site"
     assign = {'yes': 'yes', 'no': 'no'}.get(record.get('assign'), 'no') if record.get('protocol') == 'transductive' else 'no'
     return {'protocol': record['protocol'], 'answered by': by, 'views of a site': f"{record.get('tta', '?')} {record.get('views', '')}".strip(),
             'BatchNorm statistics': f"of each {record['adapt']}" if record.get('adapt') not in _NOTHING else 'of training', 'correction': _said(record, 'correct', 'none'),
