@@ -326,6 +326,8 @@ class CellSource(ImageSource):
     def shape(self)->tuple: return len(self.channels), self.side, self.side
     @property
     def dtype(self)->np.dtype: return self.origin.dtype
+    @property
+    def remote(self)->bool: return self.origin.remote
 
     def _image(self, image_id):
         "Return the pixels of a site, and its mask if that is needed"
