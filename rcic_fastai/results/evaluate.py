@@ -431,6 +431,11 @@ def _held_out_note(res):
     return (f'wells of training experiments are judged ({first_few(res["held_out"], 4)}): that is an accuracy for new experiments '
             'only if the model did not train on them.')
 
+def _model_notes(pred):
+    "Return what the answers say of the validation of their model"
+    said = (pred.attrs.get('record') or {}).get('validation')
+    return [f'of the model: {said}'] if isinstance(said, str) else []
+
 def _interval_note(r):
     "Return why there is no interval, where the wells are of one experiment"
     names = r.experiment.unique()
@@ -491,8 +496,8 @@ class ScreenResult:
         return wide.loc[d.label.unique(), list(self.columns)].fillna('').rename_axis(index=None, columns=None)
 
     def _foot(self):
-        said = 'Intervals: {level:.0%}, percentile bootstrap over experiments, {n_boot} draws, seed {seed}.'
-        return [*([said.format(**self.how)] if self.rows.low.notna().any() else []), *self.notes]
+        said = 'Intervals: {level:.0%}, percentile bootstrap over {drawn}, {n_boot} draws, seed {seed}.'
+        return [*([said.format(**{'drawn': 'experiments', **self.how})] if self.rows.low.notna().any() else []), *self.notes]
 
     def __repr__(self): return self.to_text()
     def _repr_html_(self): return self.table().to_html() + ''.join(f'<p>{html_text(o)}</p>' for o in self._foot())
@@ -541,21 +546,36 @@ def column_headings(
     return heads
 
 # %% ../../nbs/60_results.evaluate.ipynb #863e3ede
-def _label_numbers(pred, table, target, partial):
+def _label_numbers(pred, table, target, partial, draws):
     "Return the rows of one prediction of several labels, its result, and notes"
-    res, each = evaluate_labels(pred, table, target, partial)
+    res, each = evaluate_labels(pred, table, target, partial, **draws)
     rows = [_row('images', res['n_images'], res['n_images']), _row('labels', res['n_labels'], res['n_images'])]
-    rows += [_row(name, res[k], res['n_images']) for name, k in (('macro F1', 'macro_f1'), ('micro F1', 'micro_f1'), ('mAP', 'mean_ap')) if res[k] is not None]
+    for name, k in (('macro F1', 'macro_f1'), ('micro F1', 'micro_f1'), ('mAP', 'mean_ap')):
+        if res[k] is not None: rows.append(_row(name, res[k], res['n_images'], **dict(zip(('low', 'high'), res['intervals'][k]))))
     for o in each.itertuples():
-        rows.append(_row('F1', o.F1, o.images, group='label', name=str(o.label)))
-        if pd.notna(o.AP): rows.append(_row('AP', o.AP, o.images, group='label', name=str(o.label)))
+        rows.append(_row('F1', o.F1, o.images, group='label', name=str(o.label), low=o.F1_low, high=o.F1_high))
+        if pd.notna(o.AP): rows.append(_row('AP', o.AP, o.images, group='label', name=str(o.label), low=o.AP_low, high=o.AP_high))
+    return rows, {**res, 'labels': as_plain(each.to_dict('records'))}, _label_notes(pred, res)
+
+def _label_notes(pred, res):
+    "Return what is to be known about the scores of several labels"
     notes = [f'the model never learned the labels {first_few(res["never_learned"])} and cannot answer them.'] if res['never_learned'] else []
-    if res['trained_on']: notes.append(f'{res["trained_on"]} images are of the training set: that is a score for new images only if the model did not train on them.')
-    return rows, {**res, 'labels': as_plain(each.to_dict('records'))}, notes
+    if res['drawn'] == 'experiments' and np.isnan(res['intervals']['micro_f1'][0]):
+        notes.append('the images are of one experiment, and how much scores differ between experiments cannot be known from one: there is no interval.')
+    if res['trained_on']:
+        chosen = ' F1 of images that were held out is a little too high even then, as thresholds were chosen on them; mAP is not.' if pred.attrs.get('thresholds') else ''
+        notes.append(f'{res["trained_on"]} images are of the training set: that is a score for new images only if the model did not train on them.{chosen}')
+    return notes
+
+def _is_several(pred):
+    "Return whether predictions are of several labels: as their record says, or as a bar between labels shows"
+    target = pred.attrs.get('target', 'sirna')
+    if 'thresholds' in pred.attrs: return True
+    return target not in ('sirna', 'sirna_id') and target in pred and pred[target].astype(str).str.contains(LABEL_SEPARATOR, regex=False).any()
 
 def _have_several(preds):
     "Return whether predictions are of several labels; a `ScreenError` where some are and some are not"
-    kinds = {'thresholds' in p.attrs for p in preds}
+    kinds = {bool(_is_several(p)) for p in preds}
     if len(kinds) > 1: raise ScreenError('Some predictions are of several labels and others of one: evaluate them apart.')
     return kinds == {True}
 
@@ -585,9 +605,9 @@ def evaluate_screen(
     rows, notes, columns, draws = [], {}, {}, dict(n_boot=n_boot, level=level, seed=seed)
     for n, p in named.items():
         if several:
-            mine, res, said = _label_numbers(p, table, target, partial)
+            mine, res, said = _label_numbers(p, table, target, partial, draws)
             rows += [{'column': heads[n], 'protocol': _protocol(p, str(n)), **o} for o in mine]
-            for o in said: notes.setdefault(o, []).append(heads[n])
+            for o in [*said, *_model_notes(p)]: notes.setdefault(o, []).append(heads[n])
             columns[heads[n]] = res
             continue
         res = evaluate(p, table, target, partial)
@@ -602,11 +622,12 @@ def evaluate_screen(
             more, why = _embedding_rows(e, target_, within, n_null, seed)
             mine, said = mine + more, said + why
         rows += [{'column': heads[n], 'protocol': protocol, **o} for o in mine]
-        for o in said: notes.setdefault(o, []).append(heads[n])
+        for o in [*said, *_model_notes(p)]: notes.setdefault(o, []).append(heads[n])
         columns[heads[n]] = res
     rows.sort(key=_place)
     notes = [f'{", ".join(which)}: {note}' for note, which in notes.items()]
-    return ScreenResult(pd.DataFrame(rows), columns, notes, dict(**draws, n_null=n_null, k=k, within=within))
+    over = dict(drawn=next(iter(columns.values()))['drawn']) if several else {}
+    return ScreenResult(pd.DataFrame(rows), columns, notes, dict(**draws, **over, n_null=n_null, k=k, within=within))
 
 # %% ../../nbs/60_results.evaluate.ipynb #72a4015c
 @patch
