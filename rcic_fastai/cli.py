@@ -245,8 +245,9 @@ def rcic_download(argv=None):
 # %% ../nbs/72_cli.ipynb #4846adc5
 def pack(
     screen, # RxRx1's folder, a CSV or parquet table of image files (such as load_data.csv), OME-Zarr plates, or any folder with --pattern
-    dest, # Packed screen to write, such as screen.zarr
+    dest, # Packed screen to write, such as screen.zarr; with --to ome-zarr, a folder of plates
     codec:str='fast', # fast: about 1.4 times the size of the PNGs; small: about their size, half as fast to read; plain: 1.6 times, for readers of zarr other than Python's
+    to:str='packed', # packed: for this library; ome-zarr: plates in OME-Zarr 0.5 for viewers and other programs, DEST/EXPERIMENT/PLATE.zarr, and DEST/wells.csv
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
@@ -290,10 +291,12 @@ def pack(
     of_cells = {k: options[k] for k in CELL_OPTIONS}
     check_numbers(workers=workers)
     check_cell_options(cells, **of_cells)
+    check_choice('to', to, ('packed', 'ome-zarr'))
     start, given = time.time(), _meaning(options)
     if dry_run: return print(describe_screen(screen, only_present, **given))
     packed = open_screen(screen, only_present, **given)
     if cells: packed = packed.cells(cells, **of_cells)
+    if to == 'ome-zarr': return _write_plates(packed, dest, verify, workers)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
         sites = f'{plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}'
@@ -301,6 +304,13 @@ def pack(
     if verify: print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} the same as in {screen}')
 
 # %% ../nbs/72_cli.ipynb #06681e4c
+def _write_plates(screen, dest, verify, workers):
+    "Write a screen as OME-Zarr plates"
+    from rcic_fastai.results.export import write_plates
+    if verify: raise ScreenError(f'{option("verify")} compares packed screens: leave it out with {option("to", "ome-zarr")}.')
+    write_plates(screen, dest, workers or None)
+    print(f'{dest}: {plural(len(screen.plates), "plate")}, {plural(len(screen), "field")}')
+
 pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'split', 'dataset', 'wells', 'experiment'],
                'single cells': ['cells', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
                'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'plate_wells', 'empty', 'partial', 'only_present']}
@@ -533,9 +543,9 @@ def report(
 ):
     "Write one HTML file that shows what a model did with a screen"
     from rcic_fastai.folder import load_model
-    from rcic_fastai.predict.predict import read_predictions
+    from rcic_fastai.predict.ensemble import read_answers
     from rcic_fastai.results.report import report_screen
-    print(report_screen(out, load_model(model), screen, _tables(predictions, read_predictions), title, most))
+    print(report_screen(out, load_model(model), screen, _tables(predictions, read_answers), title, most))
 
 def rcic_report(argv=None):
     "Run the console script"
@@ -598,11 +608,11 @@ def rcic_hits(argv=None):
 def explore_screen(
     model, # Model folder, from rcic_train
     screen, # A screen with test experiments: packed, or a folder
-    out, # HTML file to write; an earlier page is replaced
+    out, # HTML file to write; a folder, for a whole screen: index.html, and files with all pictures beside it; or .parquet: a table for Embedding Atlas. An earlier page is replaced
     predictions:str='', # CSV from rcic_predict, or several with commas, NAME=CSV when two have one protocol; empty: the model predicts
     protocol:str='inductive', # Without --predictions: inductive, adapted or transductive, or several with commas
     embeddings:str='', # Parquet of the embeddings that the predictions were made of, from rcic_predict --embeddings; several in the order of --predictions, or NAME=PARQUET; empty: the sites are embedded again
-    max_mb:float=25., # Most megabytes of the page; pictures that do not fit are left out, and the page says of which wells
+    max_mb:float=25., # Most megabytes of the page; pictures that do not fit are left out, and the page says of which wells (in a folder, pictures need no room in the page)
     side:int=96, # Longer side of each picture, px; 0: no pictures
     quality:int=70, # Of the pictures, 0 to 100
     umap:str='auto', # Add a UMAP to the map: yes, no, or auto (where umap-learn is installed)
@@ -632,13 +642,25 @@ def explore_screen(
     from rcic_fastai.predict.predict import read_predictions
     from rcic_fastai.results.explore import check_page_path, explore
     from rcic_fastai.train.distributed import rank_device
-    check_page_path(out)
+    is_table = out.lower().endswith('.parquet')
+    if not is_table: check_page_path(out)
     given.update(predictions=_tables(predictions, read_predictions), embeddings=_tables(embeddings, read_embeddings), protocol=as_names(protocol))
     opened = load_model(model, rank_device())
     if held_out: screen = opened.held_out(screen)
+    if is_table: return _write_atlas(opened, screen, given)
     page = explore(opened, screen, **given)
     for n in page.data['notes']: print(f'note: {n}')
     print(f'{out}: {page.about}')
+
+def _write_atlas(model, screen, given):
+    "Write what a page would show as a table for Embedding Atlas"
+    from rcic_fastai.results.explore import explore
+    from rcic_fastai.results.export import write_atlas
+    from rcic_fastai.screen.open import open_screen
+    opened, out, side = open_screen(screen, check=False), given['out'], given['side']
+    page = explore(model, opened, **{**given, 'out': None, 'side': 0, 'max_mb': 1e6})
+    for n in page.data['notes']: print(f'note: {n}')
+    print(f'{write_atlas(page, opened, out, side)}: {plural(len(page.data["wells"]["id"]), "well")}, for: embedding-atlas {out} --x x --y y --neighbors neighbors --image image')
 
 explore_screen.groups = {'the page': ['max_mb', 'side', 'quality', 'umap', 'title'],
                          'how wells are named': ['wells', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],

@@ -33,6 +33,7 @@ from .predict.predict import *
 from .predict.scores import *
 from .predict.trained import *
 from .predict.profiles import *
+from .predict.profiles import _asked, _profile_options
 from .predict.cells import *
 from .predict.plan import *
 from .predict.ensemble import *
@@ -610,26 +611,49 @@ def embed(self:CellTypeModels,
     return emb
 
 # %% ../nbs/70_folder.ipynb #2f6af570
+def _profiled(models, screen, wells, experiments):
+    "Return {cell type: (model, the screen of that cell type)} of the wells to make profiles of"
+    whole = open_screen(screen, check=False)
+    parts = models.parts(whole[profile_rows(whole.table, wells, experiments)], 'all')
+    _check_one_width(parts)
+    return parts
+
 @patch
-@delegates(TrainedModel.profiles, but=['screen', 'out', 'wells', 'experiments'])
+@delegates(TrainedModel.profiles, but=['screen', 'wells', 'experiments'])
 def profiles(self:CellTypeModels,
     screen, # A `Screen`, or where one is
-    out=None, # File to write, as of a model; `None`: no file
     wells:str='all', # Wells to embed: all, treatment or control
     experiments:str='', # Only these experiments, with commas; empty: all
     **kwargs
 )->pd.DataFrame: # As from a model
     "Embed wells of any screen, each by the model of its cell type"
-    if out is not None: profile_ending(out)
-    whole = open_screen(screen, check=False)
-    parts = self.parts(whole[profile_rows(whole.table, wells, experiments)], 'all')
-    _check_one_width(parts)
-    tables = [m.profiles(s, **kwargs) for m, s in parts.values()]
-    if rank_world()[0]: return
+    tables = [m.profiles(s, **kwargs) for m, s in _profiled(self, screen, wells, experiments).values()]
     emb = pd.concat(tables, ignore_index=True)
     emb.attrs.update(model=self.fingerprint, notes=list(dict.fromkeys(n for t in tables for n in t.attrs['notes'])))
-    if out is not None: write_any_profiles(emb, out)
     return emb
+
+@patch
+def profile_file(self:CellTypeModels,
+    screen, # A `Screen`, or where one is
+    out, # File to write, as of a model
+    level:str='well', # well: the mean of its sites; site: one row for each
+    wells:str='all', # Wells to embed: all, treatment or control
+    experiments:str='', # Only these experiments, with commas; empty: all
+    adapt:str='no', # BatchNorm statistics of each experiment or plate (AdaBN), or no
+    tta:int=8, # Views per site, 1 to 8
+    only_present:bool=False, # Leave out sites whose files are absent
+    shard:str='', # Only the parts of one of several runs, as of a model
+    ray:str='', # Address of a Ray cluster that makes the parts; empty: this machine
+    workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
+    bs:int=32, # Batch size
+    progress:bool=True, # Show a progress bar
+)->dict: # As from a model
+    "Embed wells of any screen into a file, each by the model of its cell type; interrupted, the same call continues"
+    profile_ending(out)
+    how = [_profile_options(m, level, adapt, tta, bs, workers, progress) for m in self.models.values()][0]
+    with all_agree():
+        asked = {f'.{c}': (m, *_asked(m, s, 'all', '', only_present)) for c, (m, s) in _profiled(self, screen, wells, experiments).items()}
+    return write_profile_file(out, asked, level, shard, ray, **how)
 
 # %% ../nbs/70_folder.ipynb #7fdfd7c4
 CELLS_FOLDER = OwnFolder('predictions of cell types', '*.csv', '*.json', '*.parquet', '*.csv.lock')

@@ -276,15 +276,17 @@ def fold_images(
     fold:int, # Which one to hold out, from 1
     seed:int=0, # Which images go together
 )->list: # Names of the held-out images; empty without folds
-    "Return the images of one fold, every label spread evenly over the folds"
+    "Return the images of one fold, every label spread evenly over the folds; the cells of an image stay together"
     if not _asks_fold(folds, fold): return []
-    if not 2 <= folds <= len(rows): raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(len(rows), "image")}: choose 2 to {len(rows)}.')
+    images = rows.drop_duplicates('well_id')
+    if not 2 <= folds <= len(images): raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(len(images), "image")}: choose 2 to {len(images)}.')
     if target not in rows: raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(rows.columns)}.')
     try: from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
     except ImportError: raise ScreenError('Folds of images with several labels need the package iterative-stratification: run pip install "rcic_fastai[labels]".') from None
-    truth = label_matrix(rows[target], sorted({o for p in split_labels(rows[target]) for o in p}))
+    truth = label_matrix(images[target], sorted({o for p in split_labels(images[target]) for o in p}))
     parts = MultilabelStratifiedKFold(folds, shuffle=True, random_state=seed).split(truth, truth)
-    return rows.site_id.iloc[[*parts][fold - 1][1]].tolist()
+    mine = images.well_id.iloc[[*parts][fold - 1][1]]
+    return rows.site_id[rows.well_id.isin(mine)].tolist()
 
 # %% ../nbs/71_workflow.ipynb #043da215
 def _folded(args):
