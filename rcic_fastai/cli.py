@@ -189,7 +189,7 @@ def _roles(s):
         res.setdefault(kind, []).append(name)
     return res
 
-_SAID = ('cell_type', 'split', 'dataset', 'root', 'plate_wells', 'wells', 'experiment', 'empty', 'pattern', 'layout', 'partial')
+_SAID = ('cell_type', 'split', 'dataset', 'root', 'plate_wells', 'wells', 'experiment', 'empty', 'pattern', 'layout', 'partial', 'cache')
 
 def _meaning(o):
     "Return what was said about the meaning of a source, as arguments of `open_screen`, from the options of `pack`"
@@ -244,7 +244,7 @@ def rcic_download(argv=None):
 
 # %% ../nbs/72_cli.ipynb #4846adc5
 def pack(
-    screen, # RxRx1's folder, a CSV or parquet table of image files (such as load_data.csv), OME-Zarr plates, or any folder with --pattern
+    screen, # RxRx1's folder, a CSV or parquet table of image files (such as load_data.csv), OME-Zarr plates, the address of one (s3://, gs://, https://), or any folder with --pattern
     dest, # Packed screen to write, such as screen.zarr; with --to ome-zarr, a folder of plates
     codec:str='fast', # fast: about 1.4 times the size of the PNGs; small: about their size, half as fast to read; plain: 1.6 times, for readers of zarr other than Python's
     to:str='packed', # packed: for this library; ome-zarr: plates in OME-Zarr 0.5 for viewers and other programs, DEST/EXPERIMENT/PLATE.zarr, and DEST/wells.csv
@@ -267,6 +267,7 @@ def pack(
     root:str='', # For a table of files: folder that its paths start from
     replace:str='', # For a table of files: new beginnings of its paths, such as s3://bucket/=/data/
     plate_wells:int=0, # For a table of files and --pattern: wells of a plate, to check well names against; 0: any
+    cache:str='', # For a table of files at s3://, gs:// or https://: a folder that keeps what was fetched, for the next time; empty: none
     wells:str='', # For OME-Zarr plates: CSV with what is in each well
     experiment:str='', # For OME-Zarr plates: experiment of plates that name none; empty: their folder
     empty:str='', # For OME-Zarr plates: chunks that are absent are an error, or fill: read as the array's fill value
@@ -313,7 +314,7 @@ def _write_plates(screen, dest, verify, workers):
 
 pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'split', 'dataset', 'wells', 'experiment'],
                'single cells': ['cells', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
-               'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'plate_wells', 'empty', 'partial', 'only_present']}
+               'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'cache', 'plate_wells', 'empty', 'partial', 'only_present']}
 
 def rcic_pack(argv=None):
     "Run the console script"
@@ -374,6 +375,7 @@ def train(
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
+    search:str='', # How rcic_predict will search the index, see there; auto: choose it on the held-out experiments when the training is over; empty: the recipe's, or no
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:store_true=False, # Compile the model for a GPU, in some minutes
     resident:store_true=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
@@ -389,7 +391,7 @@ def train(
     train_screen(**given)
 
 train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'experiments', 'test', 'valid', 'folds', 'fold', 'refit', 'target', 'label_names', 'no_label', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'device', 'workers', 'log', 'resume']}
+                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'search', 'precision', 'compile', 'resident', 'device', 'workers', 'log', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"
@@ -416,6 +418,7 @@ def predict(
     by:str='', # index names wells after neighbors, classifier by what was trained with the embedding; empty: the recipe's, or index
     vote:str='', # nearest neighbor, mean of the k nearest of a class, or class prototype; empty: the recipe's, or nearest
     k:int=0, # Neighbors that are kept, and averaged by --vote mean; 0: the recipe's, or 5
+    search:str='', # What is done to index and queries first: whiten, shrink (1 is the class prototype), expand or rerank, each with a number, such as whiten=0.3,shrink=1; auto: what names held-out training experiments best, as rcic_train --search auto keeps it; or no; empty: the recipe's, or no
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best (mean with --by classifier)
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
@@ -452,7 +455,7 @@ def predict(
     if pred is not None: print(f'{out}: {_of_what(pred)}, protocol {protocol}')
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
-                  'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
+                  'how wells are named': ['by', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
                   'single cells': ['cells', 'cell_merge', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
                   'run': ['experiments', 'wells', 'held_out', 'only_present', 'device', 'workers', 'bs']}
 
@@ -490,7 +493,7 @@ def evaluate_csv(
         from rcic_fastai.screen.tables import read_metadata
     check_numbers(seed=seed)
     if SCREEN_KINDS[screen_kind(screen)].needs_options: raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: name the screen that rcic_pack made of it.')
-    table = open_screen(screen, check=False).table if screen_kind(screen) == 'images' else read_metadata(screen)
+    table = open_screen(screen, check=False).table if screen_kind(screen) == 'images' or is_remote(screen) else read_metadata(screen)
     res = evaluate_screen(_tables(out, read_answers), table, embeddings=_tables(embeddings, read_embeddings),
                           sites=_tables(sites, read_predictions), partial=partial, seed=seed)
     print(res.to_json() if json else res.to_text(full))
@@ -562,6 +565,8 @@ def embed(
     adapt:str='no', # BatchNorm statistics of each experiment or plate (AdaBN), or no
     tta:int=8, # Views per site, 1 to 8
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
+    shard:str='', # Make only the parts of one of several runs, such as 3/8, and no file; the same command without it puts all together
+    ray:str='', # Address of a Ray cluster that makes the parts, such as auto; empty: this machine
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
 ):
@@ -570,8 +575,10 @@ def embed(
     from rcic_fastai.folder import load_model
     from rcic_fastai.train.distributed import all_agree, rank_device
     with all_agree(): opened = load_model(model, rank_device())
-    emb = opened.profiles(**given)
-    if emb is not None: print(f'{out}: {len(emb)} profiles of {plural(emb.Metadata_experiment.nunique(), "experiment")}, one per {level}')
+    made = opened.profile_file(**given)
+    if made is None: return
+    if shard: print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; when all are, the same command without {option("shard")} writes {out}')
+    else: print(f'{out}: {made["profiles"]} profiles of {plural(made["experiments"], "experiment")}, one per {level}')
 
 def rcic_embed(argv=None):
     "Run the console script"
@@ -622,6 +629,7 @@ def explore_screen(
     views:str='', # dihedral, or random: as in training; empty: the recipe's, or dihedral
     vote:str='', # nearest neighbor, mean of the k nearest of a class, or class prototype; empty: the recipe's, or nearest
     k:int=0, # Neighbors that are shown, and averaged by --vote mean; 0: the recipe's, or 5
+    search:str='', # What is done to index and queries first, such as whiten=0.3,shrink=1; auto: what names held-out training experiments best; or no; empty: the recipe's, or no
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
@@ -663,7 +671,7 @@ def _write_atlas(model, screen, given):
     print(f'{write_atlas(page, opened, out, side)}: {plural(len(page.data["wells"]["id"]), "well")}, for: embedding-atlas {out} --x x --y y --neighbors neighbors --image image')
 
 explore_screen.groups = {'the page': ['max_mb', 'side', 'quality', 'umap', 'title'],
-                         'how wells are named': ['wells', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],
+                         'how wells are named': ['wells', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],
                          'run': ['experiments', 'held_out', 'only_present', 'workers', 'bs']}
 
 def rcic_explore(argv=None):

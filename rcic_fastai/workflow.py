@@ -38,6 +38,7 @@ from .embed.protocol import *
 from .embed.table import *
 from .embed.embed import *
 from .embed.index import *
+from .embed.neck import *
 from .predict.predict import *
 from .predict.trained import *
 from .predict.plan import *
@@ -145,6 +146,7 @@ def try_all(
     tta:int, # Views of each indexed site
     views:str='dihedral', # As `build_index` has them
     separate:bool=False, # As `build_index` has it
+    with_controls:bool=False, # As `build_index` has it
     **info # Facts for the model folder
 ):
     "Raise now for what would be in the way after a training of hours"
@@ -152,7 +154,7 @@ def try_all(
     names, size = rows.drop_duplicates(spec.key), rows.groupby('experiment')[spec.key].nunique()
     few = names[names.experiment.isin([size.idxmin(), size.idxmax()])].groupby('experiment').head(2)
     with no_random(), contextlib.redirect_stderr(io.StringIO()):
-        index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])], views=views, separate=separate)
+        index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])], views=views, separate=separate, with_controls=with_controls)
     with tempfile.TemporaryDirectory() as d: EmbeddingIndex(make_emb_table(names, np.ones((len(names), 1))), spec.target).save(d)
     learn.to_model(index, **info).try_saving(out)
 
@@ -163,6 +165,13 @@ def _check_training(size, bs, tta, views, **numbers):
     if bs == 1: raise ScreenError(f"{option('bs', 1)} is not possible, as BatchNorm needs two samples: give 2 or more, or 0 for the recipe's.")
     if size and not 16 <= size <= 4096: raise ScreenError(f"{option('size', size)} is not possible: give 16 to 4096 pixels, or 0 for the screen's own.")
     check_tta(tta, views)
+
+def _with_search(recipe, search):
+    "Return the recipe with how its index will be searched; raise for what is not understood, and for batches that its callbacks cannot use"
+    said = search or recipe.predict.get('search') or 'no'
+    if said != 'auto': neck_from(said)
+    check_batches(recipe)
+    return replace(recipe, predict={**recipe.predict, 'search': search}) if search else recipe
 
 def _check_counts(**counts):
     "Raise for counts below 0"
@@ -318,7 +327,7 @@ def _picked_stats(data, whole, channels):
 def _also(table, recipe, given):
     "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
     needs = pd.Series(False, table.index)
-    if given['pretrain'] or recipe.pretrain: needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
+    if given['pretrain'] or recipe.pretrain or needs_controls(recipe): needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
     if given['pseudo'] or recipe.pseudo:
         needs |= (table.dataset == 'test') & _is_for(table, recipe.only)
     return needs
@@ -463,7 +472,7 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     return {k: v for k, v in res.items() if len(v)}
 
 # %% ../nbs/71_workflow.ipynb #0fe86f45
-_FREE = ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed', 'log')
+_FREE = ('screen', 'out', 'recipe', 'tta', 'search', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed', 'log')
 
 def _plain_arguments(args):
     "Return the arguments that decide what is learned, as plain data without the places of files"
@@ -487,7 +496,7 @@ def _train_model(args, recipe, begin=None, validation=None):
     views = {'tta': 4, **recipe.index, **({'tta': a.tta} if a.tta else {})}
     info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, precision=a.precision, compile=a.compile, mask=list(INDUCTIVE_MASK))
     if a.folds and a.fold: info['fold'] = dict(folds=a.folds, fold=a.fold)
-    if validation: info['validation'] = {k: v for k, v in validation.items() if k != 'thresholds'}
+    if validation: info['validation'] = {k: v for k, v in validation.items() if k not in ('thresholds', 'search')}
     if a.changed: info['changed'] = a.changed
     is_first, out = not rank_world()[0], a.out
     with ExitStack() as run:
@@ -519,6 +528,7 @@ def _train_model(args, recipe, begin=None, validation=None):
         index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
         if not is_first: return
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
+        if recipe.predict.get('search') == 'auto': model.config['search'] = (validation or {}).get('search') or learn.choose_search(model, views['tta'])
         model.folder = model.save(out)
         save_curve(model.history, out)
         remove_unfinished(out)
@@ -574,6 +584,16 @@ def _chosen_epochs(recipe, reached):
     def last(i): return int(np.median([rows[i].get('kept_epoch') or rows[i]['epochs'] for rows in reached]))
     return [max(1, last(i)) if s.epochs and (s.keep_best or s.patience) else None for i, s in enumerate(stages)]
 
+def _agreed_search(found):
+    "Return how an index is searched, as the validations chose; the nearest row where they differ. None where none chose"
+    if not all(found): return None
+    def agreed(k):
+        each = [o[k] for o in found]
+        if None in each: return None
+        if len({o['neck'] for o in each}) == 1: return each[0]
+        return dict(neck='no', notes=['The nearest row answers, as the folds chose differently: ' + ', '.join(o['neck'] for o in each) + '.'], tried=[])
+    return {k: agreed(k) for k in ('plain', 'adapted')}
+
 def _ending_at(recipe, epochs):
     "Return the recipe whose stages end where a validation chose"
     chosen = iter(epochs)
@@ -611,7 +631,8 @@ def _validate(args, recipe, begin):
     done = [read_config(a['out']) for a in each]
     if not all(c['metrics'] for c in done): raise ScreenError(f'The validation measured nothing, so the epochs of the second training are not known: leave {option("refit", True)} out.')
     runs, cuts = [c['metrics'] for c in done], [c['thresholds'] for c in done if c.get('thresholds')]
-    return dict(runs=runs, epochs=_chosen_epochs(recipe, [c['stages'] for c in done]), thresholds=np.mean(cuts, axis=0).tolist() if cuts else None)
+    return dict(runs=runs, epochs=_chosen_epochs(recipe, [c['stages'] for c in done]), thresholds=np.mean(cuts, axis=0).tolist() if cuts else None,
+                search=_agreed_search([c.get('search') for c in done]))
 
 def _train_twice(args, recipe):
     "Train with rows held out, which measures and chooses epochs, then on all rows the model that is kept"
@@ -721,7 +742,7 @@ def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
     with all_agree():
-        recipes = {c: _cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0] for c in _cell_type_names(table, args['cell_types'], recipe)}
+        recipes = {c: _with_search(_cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0], args['search']) for c in _cell_type_names(table, args['cell_types'], recipe)}
         given = _given_model(args)
         _check_cell_types(args, table, recipe, recipes, given)
     facts = _training_facts(args, recipe, {'tta': args['tta']}, given)
@@ -782,6 +803,7 @@ def train_screen(
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
+    search:str='', # How the index will be searched, see `plan_prediction`; auto: choose it on the held-out experiments when the training is over; empty: the recipe's, or no
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:bool=False, # Compile the model for a GPU, in some minutes
     resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
@@ -793,6 +815,7 @@ def train_screen(
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
     args = dict(locals(), phase='')
     r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
+    r = _with_search(r, search)
     _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, ('controls',))
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['groups_of_classes', 'plate_groups_of', 'best_class', 'top_candidates', 'name_scored', 'neighbor_table', 'vote_share',
-           'learned_names', 'predict_wells', 'write_tables', 'predict_tables', 'info_path', 'top_path', 'check_beside',
-           'write_predictions', 'read_predictions']
+           'learned_names', 'check_restriction', 'predict_wells', 'write_tables', 'predict_tables', 'info_path',
+           'top_path', 'check_beside', 'write_predictions', 'read_predictions']
 
 # %% ../../nbs/51_predict.predict.ipynb #8c231e14
 import hashlib, json, warnings
@@ -256,6 +256,14 @@ def _say_shared(known, index):
         warnings.warn(f'{same.sum()} of {plural(len(known), "embedding")} to name are of experiments that the index holds too ({first_few(sorted(known.experiment[same].unique()), 3)}): '
                       'how often they are named rightly says nothing of experiments never seen.', stacklevel=3)
 
+# %% ../../nbs/51_predict.predict.ipynb #9c488805
+def check_restriction(
+    target:str, # What is predicted
+    asked:str='restrict_cell_type=True', # How the restriction was asked for
+):
+    "Raise where a search among wells of the same cell type would be given the answer"
+    if 'cell_type' in str(target).split('+'): raise ScreenError(f'The cell type is what is predicted, so {asked} would give the answer away: leave it out.')
+
 # %% ../../nbs/51_predict.predict.ipynb #c70732d5
 def predict_wells(
     queries:pd.DataFrame, # Embedding table of the sites (or wells) to name
@@ -274,8 +282,7 @@ def predict_wells(
     _say_shared(known, index)
     _check_correction(known, index, protocol)
     _check_batchnorm(known, index)
-    if restrict_cell_type and 'cell_type' not in known:
-        raise ScreenError('The cell type is what is predicted, so the search cannot be restricted to it: search all cell types.')
+    if restrict_cell_type: check_restriction(index.target, option('restrict_cell_type', True))
     cell = known['cell_type'].to_numpy(object) if restrict_cell_type else None
     needs_best = protocol != 'transductive' and merge == 'best'
     search = partial(_search_wells, queries, known, index, dict(vote=vote, k=k, top=6 if needs_best else None), merge, cell)

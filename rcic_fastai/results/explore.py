@@ -624,7 +624,7 @@ def _with_pictures(screen, sites, ids, columns, data, near, named, why, how, tit
 def _space_key(plan):
     "Return what decides how the embeddings of a plan are made"
     o = plan.options
-    return plan.record['adapt'], plan.record['adapt_from'], plan.record['correct'], o.tta, o.views, plan.record['wells'], plan.told is None
+    return plan.record['adapt'], plan.record['adapt_from'], plan.record['correct'], plan.record['search'], o.tta, o.views, plan.record['wells'], plan.told is None
 
 def _plan_space(model, screen, protocol, given, spaces, progress, kwargs):
     "Return the space and the plan of a protocol; spaces that are alike are made once"
@@ -726,6 +726,7 @@ def _page_columns(model, screen, predictions, protocol, embeddings, progress, kw
     "Return the predictions of a page with their spaces"
     if model is not None and not isinstance(model, TrainedModel):
         raise ScreenError(f'A page shows the neighbors of one model, and this is a {type(model).__name__}: give one of its models, or {option("model", None)} and predictions.')
+    if model is not None and model.spec.several: raise ScreenError(f'A page shows one name per well and its neighbors, and this model answers several {model.spec.target} by probability: write a report of it (rcic_report).')
     preds = named_columns(predictions, 'predictions') if predictions is not None else {} if model is None else {str(Protocol(p)): None for p in ([protocol] if isinstance(protocol, str) else protocol)}
     column_headings({n: p for n, p in preds.items() if p is not None})
     emb, spaces = named_columns(embeddings, 'embeddings', list(preds)), {}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['plate_array', 'plate_map', 'accuracy_plot', 'plate_maps', 'right_wrong_map', 'confusion_plot', 'layout_map',
-           'site_gallery', 'contact_sheet', 'training_curve', 'embedding_map', 'neighbor_strip']
+           'site_gallery', 'contact_sheet', 'training_curve', 'label_plot', 'label_gallery', 'embedding_map',
+           'neighbor_strip']
 
 # %% ../../nbs/60b_results.plots.ipynb #ccf71abd
 from fastai.vision.all import *
@@ -289,10 +290,44 @@ def _plot_epochs(ax, history, columns, title):
 def training_curve(
     history:pd.DataFrame, # `learn.history`, one row per epoch
 )->plt.Figure: # Two plots: losses, accuracy
-    "Plot losses and accuracy over the epochs of all stages"
+    "Plot losses and accuracy, or the F1 of several labels, over the epochs of all stages"
     fig, axs = _picture_grid(2, 2, 2.3)
     _plot_epochs(axs[0], history, ('train_loss', 'valid_loss'), 'loss')
-    _plot_epochs(axs[1], history, ('accuracy',), 'accuracy, held-out sites')
+    if 'macro_f1' in history: _plot_epochs(axs[1], history, ('macro_f1', 'micro_f1'), 'F1 at .5, held-out images')
+    else: _plot_epochs(axs[1], history, ('accuracy',), 'accuracy, held-out sites')
+    return fig
+
+# %% ../../nbs/60b_results.plots.ipynb #c4cc9bc7
+def label_plot(
+    each:pd.DataFrame, # One row per label, from `evaluate_labels`
+)->plt.Figure:
+    "Plot F1 and average precision of each label, with their intervals"
+    fig, ax = plt.subplots(figsize=(_WIDTH, .9 + .32*len(each)), dpi=_DPI, layout='constrained')
+    y, shown = np.arange(len(each)), [k for k in ('F1', 'AP') if each[k].notna().any()]
+    for i, k in enumerate(shown):
+        at = y + .3*(i - (len(shown) - 1)/2)
+        ax.barh(at, each[k], .28, color=(_RIGHT, _WRONG)[i], label=dict(F1='F1', AP='average precision')[k])
+        for v, low, high in zip(at, each[f'{k}_low'], each[f'{k}_high']): ax.plot([low, high], [v, v], color='#333', lw=1)
+    ax.set_yticks(y, [f'{picture_text(short_text(o.label, 24))} ({o.images})' for o in each.itertuples()], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1.03))
+    ax.tick_params(axis='x', labelsize=8)
+    legend_below(fig, ax.containers)
+    return fig
+
+def label_gallery(
+    pred:pd.DataFrame, # Answers of images: id_code and the target, such as '0|14'
+    screen, # The `Screen` of these images
+    target:str='labels', # Column of answers, and of the truth where it is known
+    n:int=9, # How many images
+)->plt.Figure: # In rows of three
+    "Show images under their answers and, in brackets, their true labels"
+    rows = screen.table.drop_duplicates('well_id').set_index('well_id').loc[pred.id_code[:n]]
+    known = rows[target] if target in rows else pd.Series(None, rows.index, dtype=object)
+    fig, axs = _picture_grid(len(rows), min(3, max(len(rows), 1)), 1.9)
+    for ax, site, said, true in zip(axs, rows.site_id, pred[target], known):
+        title = f'{said or "no label"}' + ('' if pd.isna(true) else f' ({true or "no label"})')
+        _show_site(ax, screen, site, picture_text(short_text(title, 30)))
     return fig
 
 # %% ../../nbs/60b_results.plots.ipynb #eafd8bf0

@@ -96,9 +96,11 @@ def _groups_said(record):
     groups = record.get('plate_groups') or {}
     return first_few(sorted({g['source'] for g in groups.values()})) if groups else 'not used'
 
+def _behind(record): return '' if record.get('search') in _NOTHING else f" (searched with {record['search']})"
+
 def _one_record(record):
     "Return what a reader asks of one prediction"
-    by = 'classifier' if record.get('by') == 'classifier' else f"{_said(record, 'vote', '?')} of the index, {_said(record, 'merge', '?')} site"
+    by = 'classifier' if record.get('by') == 'classifier' else f"{_said(record, 'vote', '?')} of the index{_behind(record)}, {_said(record, 'merge', '?')} site"
     assign = {'yes': 'yes', 'no': 'no'}.get(record.get('assign'), 'no') if record.get('protocol') == 'transductive' else 'no'
     return {'protocol': record['protocol'], 'answered by': by, 'views of a site': f"{record.get('tta', '?')} {record.get('views', '')}".strip(),
             'BatchNorm statistics': f"of each {record['adapt']}" if record.get('adapt') not in _NOTHING else 'of training', 'correction': _said(record, 'correct', 'none'),
@@ -130,7 +132,7 @@ def settings_table(
     "Return what a model was made of and how it was trained"
     c, spec, recipe = model.config, model.spec, model.config.get('recipe') or {}
     rows = {'recipe': recipe.get('name', 'none'), 'about it': recipe.get('about', ''), 'stages': _stages_said(recipe), 'backbone': c['model']['arch'],
-            'loss': c['model']['loss']['name'], 'names': f'{len(spec.labels)} of {spec.target}', 'channels': ', '.join(spec.channels),
+            'loss': c['model']['loss']['name'], 'labels' if spec.several else 'names': f'{len(spec.labels)} of {spec.target}', 'channels': ', '.join(spec.channels),
             'normalization': spec.norm, 'side': f"{spec.size or c['data'].get('side')} px", 'metadata': ', '.join(c['model'].get('metadata') or ()) or 'none',
             'trained on': _trained_on(c), 'held out': first_few(c['held_out'] or c.get('held_plates') or ['none']), 'validation': validation_note(c), 'seed': c.get('seed', 'not known'),
             'versions': ', '.join(f'{k} {v}' for k, v in c['versions'].items() if v), 'fingerprint': c['fingerprint'][:16]}
@@ -229,6 +231,17 @@ def _known_wells(rows, target):
     rows = target_table(rows, target)
     return set(rows.well_id[rows[target].notna()]) if target in rows else set()
 
+def _label_sections(preds, screen, target, labeled):
+    "Return the sections of several labels per image: scores and answers"
+    name, pred = next(iter(preds.items()))
+    shown = ('Answers', f'Some of the images under the labels that they were answered with, {name}' + (', and in brackets those that they have.' if labeled else '.'), [label_gallery(pred, screen, target)])
+    if not labeled: return [shown]
+    res = evaluate_screen(preds, screen.table)
+    each = pd.DataFrame(next(iter(res.columns.values()))['labels'])
+    text = ('The macro F1 is the mean over labels, the micro F1 that of all answers together; mAP, the mean average precision, needs no thresholds. Beside each label: how many images have it. '
+            + _PROTOCOLS.split(';')[0] + '. ' + ' '.join(res._foot()))
+    return [('Scores of several labels', text, [res.table(), label_plot(each)]), shown]
+
 def report_screen(
     out, # HTML file to write
     model, # `TrainedModel`
@@ -246,9 +259,21 @@ def report_screen(
     rows = screen.table[screen.table.well_id.isin(set(pred.id_code))]
     if not len(rows): raise ScreenError('None of the predicted wells is in the screen: give the screen that was predicted.')
     known = _known_wells(rows, model.spec.target)
+    if model.spec.several: return _write_labels(out, model, screen, preds, bool(known), title, more)
     maps = _map_tables(model, screen, _some_experiments(rows, most), progress)
     first, last = _truth_sections(preds, screen, model, maps[0], known) if known else ([], [_sure_section(next(iter(preds)), pred, screen, model, maps[0])])
-    how = how_table(preds)
-    about = [('How it was made', 'What each prediction used, and what the model is.', [*([how] if len(how) else []), settings_table(model)])]
     title = title or f'{model}: {plural(len(pred), "well")} named'
-    return write_report(out, title, [*first, *_picture_sections(screen, model, maps, rows), *last, *(more or []), *about])
+    return write_report(out, title, [*first, *_picture_sections(screen, model, maps, rows), *last, *(more or []), _about(preds, model)])
+
+def _about(preds, model):
+    "Return the section on how everything was made"
+    how = how_table(preds)
+    return 'How it was made', 'What each prediction used, and what the model is.', [*([how] if len(how) else []), settings_table(model)]
+
+def _write_labels(out, model, screen, preds, labeled, title, more):
+    "Write the report of a model that answers several labels"
+    curve = [('Training', 'Losses and F1 by epoch; thin lines part the stages. A label counts from a probability of one half on, as the thresholds are chosen at the end.',
+              [training_curve(model.history)])] if len(model.history) else []
+    pred = next(iter(preds.values()))
+    title = title or f'{model}: {plural(len(pred), "image")} answered'
+    return write_report(out, title, [*_label_sections(preds, screen, model.spec.target, labeled), *curve, *(more or []), _about(preds, model)])

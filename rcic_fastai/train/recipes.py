@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALLBACKS', 'RECIPES', 'LOGS', 'Stage', 'Recipe', 'stage_callback', 'part_lrs', 'check_recipe', 'recipe_from_dict',
-           'get_recipe', 'StageHistory', 'epoch_logs', 'EpochLog']
+           'needs_controls', 'check_batches', 'get_recipe', 'StageHistory', 'epoch_logs', 'EpochLog']
 
 # %% ../../nbs/33_train.recipes.ipynb #ed601dd4
 import inspect, json, sys, time
@@ -73,7 +73,7 @@ class Recipe:
     begin:str='backbone' # What pretrained gives when it is a model folder: backbone, all, or features (all but the classifier, which is fresh)
     cell_types:dict=field(default_factory=dict) # Cell type, or each → recipe of its own model, trained from the weights of this one; empty: the same recipe
     pseudo:dict=field(default_factory=dict) # Rounds of pseudo-labels that follow: rounds, and perhaps first and last share, see `pseudo_schedule`, lr and cutmix
-    index:dict=field(default_factory=dict) # Views of the training sites in the index: tta, views, separate, see `build_index`
+    index:dict=field(default_factory=dict) # Views of the training sites in the index: tta, views, separate; and with_controls, see `build_index`
     predict:dict=field(default_factory=dict) # How its authors predicted: what `model.predict` does where its caller says nothing
     about:str='' # Where it comes from
 
@@ -225,9 +225,9 @@ def _check_model(given, what='The recipe, in its model,'):
     _check_named(given.get('loss', 'adacos'), LOSSES, what, partial(loss_from_config, n_classes=2))
 
 # %% ../../nbs/33_train.recipes.ipynb #756da1d8
-_INDEX = ('tta', 'views', 'separate')
+_INDEX = ('tta', 'views', 'separate', 'with_controls')
 _PSEUDO = ('rounds', 'first', 'last', 'lr', 'cutmix')
-_PREDICT = ('tta', 'views', 'vote', 'k', 'merge', 'by', 'tell', 'assign', 'adapt', 'correct', 'same_cell_type')
+_PREDICT = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'by', 'tell', 'assign', 'adapt', 'correct', 'same_cell_type')
 _CHOICES = dict(views=('dihedral', 'random', 'scaled'), vote=('nearest', 'mean', 'prototype'), merge=('best', 'mean'), by=('index', 'classifier'), tell=('plate_group', 'no'), assign=('yes', 'no'),
                 adapt=('auto', 'experiment', 'plate', 'no'), correct=('no', 'auto', 'standardize', 'center', 'sphere', 'tvn'))
 
@@ -238,8 +238,9 @@ def _check_entries(entry, given, takes):
     _check_ranges(given, what)
     for k, choices in _CHOICES.items():
         if k in given and given[k] not in choices: raise ScreenError(f'{what} has {k}={given[k]!r}: choose from {", ".join(choices)}.')
-    for k in ('separate', 'same_cell_type'):
+    for k in ('separate', 'with_controls', 'same_cell_type'):
         if not isinstance(given.get(k, False), bool): raise ScreenError(f'{what} has {k}={given[k]!r}: give true or false.')
+    if not isinstance(given.get('search', ''), str): raise ScreenError(f'{what} has search={given["search"]!r}: give text, such as auto or shrink=1.')
     if 'lr' in given: part_lrs(given['lr'])
 
 def _check_views(entry, given):
@@ -313,6 +314,29 @@ RECIPES = {r.name: r for r in [
         Stage('all', 12, {'stem':2e-3, 'body':2e-3, 'metadata':4e-3, 'neck':4e-3, 'classifier':4e-3}, cutmix=.3)],
         about='A pretrained EfficientNet-Lite0 in a few minutes on two CPU cores'),
     Recipe('features', [], about='No training: pretrained features as they are')]}
+
+# %% ../../nbs/33_train.recipes.ipynb #82ae30fa
+def _asked(recipe):
+    "Yield (number of the stage, name, settings) of the callbacks of a recipe"
+    for i, s in enumerate(recipe.stages):
+        for c in s.callbacks: yield (i + 1, c, {}) if isinstance(c, str) else (i + 1, c.get('name'), c)
+
+def needs_controls(
+    recipe:Recipe, # Any recipe
+)->bool:
+    "Return whether a training needs the negative controls, which it does not learn to name"
+    return 'control_batches' in [name for _, name, _ in _asked(recipe)] or bool(recipe.index.get('with_controls'))
+
+def check_batches(
+    recipe:Recipe, # Whose `data` makes the batches
+):
+    "Raise for callbacks that need pairs, or batches of one experiment, where the recipe makes others"
+    by, groups = recipe.data.get('batch_by'), recipe.data.get('batch_groups', 1)
+    for i, name, said in _asked(recipe):
+        if (name == 'contrast' or name == 'lisa' and said.get('same', 1.)) and by != 'pairs':
+            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of pairs: add batch_by='pairs' to its data.")
+        if name == 'control_batches' and (by != 'experiment' or groups != 1):
+            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of one experiment: add batch_by='experiment' to its data.")
 
 # %% ../../nbs/33_train.recipes.ipynb #4e826c19
 def get_recipe(
