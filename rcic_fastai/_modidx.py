@@ -1834,6 +1834,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._refuse_adaptation': ( 'predict.plan.html#_refuse_adaptation',
                                                                                            'rcic_fastai/predict/plan.py'),
+                                          'rcic_fastai.predict.plan._searched_index': ( 'predict.plan.html#_searched_index',
+                                                                                        'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._size_note': ( 'predict.plan.html#_size_note',
                                                                                    'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._to_name': ( 'predict.plan.html#_to_name',
