@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['terminal_text', 'ScreenError', 'first_few', 'plural', 'as_names', 'as_command', 'option', 'check_choice', 'html_text',
-           'markdown_text', 'picture_text', 'csv_text', 'csv_name', 'write_atomic', 'as_plain', 'write_json',
-           'plain_file', 'open_plain', 'read_plain', 'first_line', 'parse_json', 'read_json', 'file_facts', 'sha256',
-           'json_hash', 'is_facts', 'copy_again', 'not_the_file', 'check_file', 'differing', 'check_unchanged',
-           'sync_path', 'sync_tree', 'write_through', 'OwnFolder', 'remove_empty', 'OwnLock', 'only_one', 'n_cores',
-           'digest', 'check_numbers']
+           'markdown_text', 'picture_text', 'csv_text', 'csv_name', 'is_remote', 'write_atomic', 'as_plain',
+           'write_json', 'plain_file', 'open_plain', 'read_plain', 'first_line', 'parse_json', 'read_json',
+           'file_facts', 'sha256', 'json_hash', 'is_facts', 'copy_again', 'not_the_file', 'check_file', 'differing',
+           'check_unchanged', 'sync_path', 'sync_tree', 'write_through', 'OwnFolder', 'remove_empty', 'OwnLock',
+           'only_one', 'n_cores', 'digest', 'check_numbers']
 
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
@@ -193,12 +193,26 @@ def _clean_once(folder, seconds=60):
     _remove_stale(folder)
     _cleaned[key] = now
 
+# %% ../nbs/00_core.ipynb #a38c4f53
+_ADDRESS = re.compile(r'(?i)(s3|gs|https?):[/\\]+(?=[^/\\])')
+
+def is_remote(
+    path, # A path, or an address
+)->bool:
+    "Return whether `path` is an address, s3://, gs://, https:// or http://, also one that `Path` took a slash from"
+    return bool(_ADDRESS.match(os.fspath(path) if isinstance(path, os.PathLike) else str(path)))
+
+def _check_local(path):
+    "Raise a `ScreenError` for an address: files are written on disks"
+    if is_remote(path): raise ScreenError(f'{path} is an address, and files are written on disks only: name a file or folder here, and copy it there.')
+
 # %% ../nbs/00_core.ipynb #6a350e31
 def write_atomic(
     path,   # file to write; its folder is made when missing
     write,  # called with the temporary path (a `Path` with the same ending); it writes the file
 )->Path:    # `path`
     "Write a file under a temporary name and move it into place once it is complete."
+    _check_local(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _clean_once(path.parent)
@@ -518,6 +532,7 @@ def check(self:OwnFolder,
     folder, # Any path
 )->Path: # The path
     "Return the path; raise a `ScreenError` unless it is absent, an empty folder, or a folder of this kind"
+    _check_local(folder)
     folder = Path(folder)
     new = not os.path.lexists(folder) or folder.is_dir() and self._is_new(folder) and not os.path.islink(folder)
     if new or self.owns(folder): return folder
@@ -715,8 +730,8 @@ class OwnLock:
     def __init__(self,
         out, # What only one run may write
     ):
+        _check_local(out)
         self.path = Path(f'{os.path.abspath(out)}.lock')
-
 @patch
 def acquire(self:OwnLock):
     "Take the lock; raise a `ScreenError` when another run has it"

@@ -393,7 +393,6 @@ def test_names_of_plates(tmp_path):
 
 def test_paths_that_are_no_plates(tmp_path):
     complains('nowhere is not a folder', f=lambda: read_plates(tmp_path/'nowhere', **quiet))
-    complains('s3:', 'is not a folder', f=lambda: read_plates('s3://bucket/plate.zarr', **quiet))
     complains('holds none', f=lambda: read_plates(tmp_path, **quiet))
     complains('no plate is given', f=lambda: read_plates([], **quiet))
     write_plate(tmp_path/'p.zarr')

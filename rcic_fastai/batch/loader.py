@@ -16,6 +16,7 @@ from ..core import *
 from ..screen.tables import *
 from ..screen.images import *
 from ..screen.pack import PackedScreen
+from ..screen.remote import REQUESTS
 from .site import *
 
 # %% ../../nbs/12_batch.loader.ipynb #5eaa9596
@@ -222,16 +223,17 @@ class ScreenDL(TfmdDL):
         bs:int=64, # Batch size
         shuffle:bool=False, # Random order in every epoch
         num_workers:int=0, # Reader processes, for PNGs; a packed screen is always read by threads
-        threads:int=None, # Reader threads; None = one per core, at most 8
+        threads:int=None, # Reader threads; None = one per core, at most 8; of an address as many as requests at once
         ahead:int=2, # Batches prepared while the model works
         group_by:str=None, # In shuffled loaders: batches of one (or `groups`) 'experiment' or 'plate', or of 'pairs' (`PairBatches`)
         groups:int=1, # Groups in a batch, with `group_by`
         **kwargs
     ):
-        self.reader, self.threads = _reader(dataset), threads or min(8, n_cores())
+        self.reader = _reader(dataset)
+        self.threads = threads or (REQUESTS if self._is_far else min(8, n_cores()))
         self.ahead, self.group_by, self.groups = max(ahead, 1), group_by, groups
         self._made = self._pool = self._by_group = self._weights = None
-        if self.reader and (isinstance(self.reader.source, PackedScreen) or self._in_memory): num_workers = 0
+        if self.reader and (isinstance(self.reader.source, PackedScreen) or self._in_memory or self._is_far): num_workers = 0
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
         if group_by and shuffle and self.n: self._by_group = self._grouped()
 
@@ -257,11 +259,12 @@ class ScreenDL(TfmdDL):
     ):
         "Draw the samples of an epoch at random, with replacement, by weight"
         self._weights = None if weights is None else [float(w) for w in weights]
-    def show_batch(self, *args, **kwargs): return super().show_batch(*args, **self._named(kwargs))
-    def show_results(self, *args, **kwargs): return super().show_results(*args, **self._named(kwargs))
-    def _named(self, kwargs):
-        if not self.reader or not kwargs.get('show', True): return kwargs
-        return {'channels': self.reader.source.channels, **kwargs}
+    def _pre_show_batch(self, b, max_n=9):
+        x, *rest = super()._pre_show_batch(b, max_n)
+        if self.reader: (x[0] if isinstance(x, tuple) else x).channels = self.reader.source.channels      # so that pictures can name them
+        return x, *rest
+    @property
+    def _is_far(self): return bool(self.reader) and getattr(self.reader.source, 'remote', False)      # threads wait for a server
     @property
     def _in_memory(self): return hasattr(self.reader.source, 'take')
     def __getstate__(self): return {**self.__dict__, '_pool': None}

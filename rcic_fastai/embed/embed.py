@@ -103,6 +103,8 @@ class EmbedOptions:
     progress:bool=True # Show a progress bar
     part:int=2048 # Samples per part
     trained:tuple=None # Experiments that were trained on; `None`: those in the vocabulary of the `ScreenSpec`
+    share:tuple=(0, 1) # With a folder: which share of the parts is made, from 0, and how many shares there are
+    maker:callable=None # What makes parts, as `_features` does; `None`: this process
 
     def __post_init__(self):
         check_tta(self.tta, self.views)
@@ -360,21 +362,26 @@ def _write_part(parts, i, x):
     write_atomic(parts.file(i), lambda p: d.to_parquet(p, index=False))
 
 # %% ../../nbs/41_embed.embed.ipynb #a53095b1
+def _check_begun(folder, f, facts):
+    "Raise unless parts were begun with these facts"
+    try: was = json.loads(f.read_text())
+    except ValueError: raise ScreenError(f'{f} is damaged: remove {folder} and embed again.') from None
+    was = {k: v for k, v in was.items() if k in facts}
+    check_unchanged(folder, was, facts, 'finish it as it was begun, or remove it to start again')
+
 def _begin_parts(parts, facts):
     "Check that a folder was begun in the same way; return a function that makes it, to call when there is something to write"
     f = Path(parts.folder)/'parts.json'
-    if f.is_file():
-        try: was = json.loads(f.read_text())
-        except ValueError: raise ScreenError(f'{f} is damaged: remove {parts.folder} and embed again.') from None
-        was = {k: v for k, v in was.items() if k in facts}
-        check_unchanged(parts.folder, was, facts, 'finish it as it was begun, or remove it to start again')
+    if f.is_file(): _check_begun(parts.folder, f, facts)
     elif Path(parts.folder).is_dir() and any(o.suffix == '.parquet' for o in Path(parts.folder).iterdir()):
         raise ScreenError(f'{parts.folder} has files but no parts.json, so it is not known what they are: name another folder.')
     PARTS_FOLDER.check(parts.folder)
     def begin():
         PARTS_FOLDER.make(parts.folder)
         if not f.is_file(): write_json(f, facts, indent=1)
+        _check_begun(parts.folder, f, facts)      # another share may have begun it meanwhile
     return begin
+
 
 # %% ../../nbs/41_embed.embed.ipynb #ffcdebc8
 def _among(table, *more):
@@ -413,20 +420,29 @@ def _parts_facts(model, spec, screen, o):
                 torch=torch.__version__, **of_rows, **same)
 
 # %% ../../nbs/41_embed.embed.ipynb #0ea5acd0
+def _share(o):
+    "Return the number of this process's share of the parts, from 0, and how many shares there are"
+    (i, n), (rank, world) = o.share, rank_world()
+    return i*world + rank, n*world
+
 def _make_parts(folder, model, spec, screen, o):
-    "Embed the parts that are not in the folder yet; of several processes each makes its share"
+    "Embed the parts that are not in the folder yet; of several shares and processes each makes its own"
     samples, plan = _planned(model, spec, screen.table, o)
     o = _of_whole_groups(spec, screen, o)
     parts = EmbeddingParts(folder, samples, spec, plan)
-    begin = _begin_parts(parts, _parts_facts(model, spec, screen, o))
-    rank, world = rank_world()
-    n_done = sum(map(parts.done, range(len(plan))))
-    if o.progress and not rank and n_done: print(f'{folder}: {n_done} of {len(plan)} parts are there already')
-    todo = [i for i, p in enumerate(plan) if (p.number if o.adapt else i) % world == rank and not parts.done(i)]
-    for i, x in _features(model, spec, screen, plan, todo, replace(o, progress=o.progress and not rank)):
+    lacking = [i for i in range(len(plan)) if not parts.done(i)]
+    facts = _parts_facts(model, spec, screen, o)
+    if not lacking: facts.pop('device')      # to put parts together, no device is needed
+    begin, (mine, shares) = _begin_parts(parts, facts), _share(o)
+    if o.progress and not rank_world()[0] and len(lacking) < len(plan):
+        print(f'{folder}: {len(plan) - len(lacking)} of {len(plan)} parts are there already')
+    todo = [i for i in lacking if (plan[i].number if o.adapt else i) % shares == mine]
+    make = o.maker or _features
+    for i, x in make(model, spec, screen, plan, todo, replace(o, progress=o.progress and not rank_world()[0])):
         begin()
         _write_part(parts, i, x)
     return parts
+
 
 # %% ../../nbs/41_embed.embed.ipynb #adfc498e
 @delegates(EmbedOptions)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd
 from fastcore.all import delegates, patch
 from ..core import *
@@ -195,12 +196,6 @@ def _chosen_neck(model, index, adapt, correct, search):
         return 'no', [f'The nearest row answers, as {why}.']
     choice = choose_neck(index)
     return choice.neck, choice.notes
-
-def _searched_index(model, adapt, protocol, correct, wells, c):
-    "Return what `_index_for` does, the index behind its neck; the neck, as text; and sentences on the choice"
-    index, correction = _index_for(model, adapt, protocol, correct, wells, c['by'])
-    neck, notes = _chosen_neck(model, index, adapt, correct, c['search'])
-    return index if neck == 'no' else NeckIndex(index, neck), correction, neck, notes
 
 # %% ../../nbs/54_predict.plan.ipynb #1bc72410
 def _possible_corrections(index, wells):
@@ -384,12 +379,14 @@ def _check_request(model, protocol, c, given):
     if protocol == 'inductive' and model.spec.per_group:
         raise ScreenError(f'The model normalizes by {model.spec.norm}, which uses pictures of the test batch: ask for {option("protocol", "adapted")} or transductive.')
     _check_tell(model, protocol, c['tell'], c['by'])
+    if c['same_cell_type']: check_restriction(model.spec.target, option('same_cell_type', True))
     if c['by'] == 'classifier': _check_classifier(model, c['correct'], c['same_cell_type'], given['vote'], given['k'], c['search'])
 
 def _recorded(model, name, asked, spec, c, given):
     "Return how a prediction is made, for the file beside it"
     record = dict(model=str(model.folder or model.fingerprint), screen=str(name), **c, adapt_from=given['adapt_from'], wells=given['wells'],
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=[], versions=library_versions())
+    if note := validation_note(model.config): record['validation'] = note
     if given['cells']: record.update(cells=str(given['cells']), cell_merge=given['cell_merge'], n_cells=len(asked), **{k: given[k] for k in CELL_OPTIONS})
     return record
 
@@ -440,6 +437,35 @@ def _pictures(model, whole, wells, only_present, cells, of_cells):
     sites = whole[prediction_rows(whole.table, wells)].complete(only_present or model.config.get('only_present', False))
     return _cut_cells(whole, sites, cells, **of_cells) if cells else (sites, [])
 
+# %% ../../nbs/54_predict.plan.ipynb #a9359b23
+def _way(model, protocol, c, given):
+    "Return how sites and index are treated alike: `adapt`, `correct`, `correction` of the sites, `index`, its `neck`, `kinds` of wells that are adapted from, whether it `needs_controls`, `notes`"
+    adapt = _adaptation(model, protocol, c['adapt'], given['adapt_from'], c['correct'])
+    correct, notes = _chosen_correction(model, adapt, c['correct'], given['wells'])
+    index, correction = _index_for(model, adapt, protocol, correct, given['wells'], c['by'])
+    neck, searched = _chosen_neck(model, index, adapt, correct, c['search'])
+    if neck != 'no': index = NeckIndex(index, neck)
+    if adapt and given['bs'] < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
+    kinds = _adapting_kinds(index, given['adapt_from'])
+    needs_controls = model.spec.per_group or bool(adapt) and kinds != {'treatment'}
+    return SimpleNamespace(adapt=adapt, correct=correct, correction=correction, index=index, neck=neck, kinds=kinds, needs_controls=needs_controls, notes=notes + searched)
+
+def _asked(model, whole, way, given):
+    "Return the pictures that are read, those of the wells to name, and sentences about what was left out: `first` and `last`"
+    of_cells = {k: given[k] for k in CELL_OPTIONS}
+    everything, first = _pictures(model, whole, 'all' if way.needs_controls else given['wells'], given['only_present'], given['cells'], of_cells)
+    rows, last = _without_others(model, prediction_rows(everything.table, given['wells'], model.spec.target))
+    _check_correctable(rows, way.correct)
+    return everything, everything[rows], SimpleNamespace(first=first, last=last)
+
+def _embed_options(model, spec, c, way, everything, given):
+    "Return how the sites are embedded"
+    output = 'probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding'
+    adapt_rows = everything.table[everything.table.well_type.isin(way.kinds)] if way.adapt else None
+    return EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output=output, mask=INDUCTIVE_MASK,
+                        adapt=way.adapt, adapt_rows=adapt_rows, stat_rows=everything.table if way.needs_controls else None,
+                        bs=given['bs'], num_workers=given['workers'], trained=tuple(model.trained))
+
 # %% ../../nbs/54_predict.plan.ipynb #925755f1
 def plan_prediction(
     model:TrainedModel, # From `learn.to_model` or `load_model`
@@ -477,29 +503,19 @@ def plan_prediction(
     _check_spelling(protocol, tell=tell, adapt=adapt, correct=correct, assign=assign)
     c = (_label_choices if model.spec.several else _decided)(model, protocol, {k: given[k] for k in _OPEN})
     _check_request(model, protocol, c, given)
-    how = _adaptation(model, protocol, c['adapt'], adapt_from, c['correct'])
-    correct, chosen = _chosen_correction(model, how, c['correct'], wells)
-    index, correction, neck, searched = _searched_index(model, how, protocol, correct, wells, c)
-    if how and bs < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
-    kinds = _adapting_kinds(index, adapt_from)
-    needs_controls = model.spec.per_group or how and kinds != {'treatment'}
+    way = _way(model, protocol, c, given)
     whole = asked_experiments([model], screen, experiments)
-    everything, left_out = _pictures(model, whole, 'all' if needs_controls else wells, only_present, cells, {k: given[k] for k in CELL_OPTIONS})
-    rows, only_notes = _without_others(model, prediction_rows(everything.table, wells, model.spec.target))
-    asked = everything[rows]
+    everything, asked, left_out = _asked(model, whole, way, given)
     spec = model.spec_for(asked)
-    _check_correctable(asked.table, correct)
-    check_protocol_allows(protocol, model.protocols(asked.table, how), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
-    adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
-    options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output='probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
-                           bs=bs, num_workers=workers, trained=tuple(model.trained))
-    notes = left_out + _control_notes(index, everything.table, how) + _among_sites(cells, index, spec, cell_merge) + chosen + searched + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
-    said = dict(correct=index.labels.correction.iloc[0] if correction else None, search=neck, notes=notes + adaptation_notes(spec, asked.table, how, adapt_rows))
-    record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': how}, given), **said}
+    check_protocol_allows(protocol, model.protocols(asked.table, way.adapt), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
+    options = _embed_options(model, spec, c, way, everything, given)
+    notes = left_out.first + _control_notes(way.index, everything.table, way.adapt) + _among_sites(cells, way.index, spec, cell_merge) + way.notes + _size_note(way.index, asked.table, way.correct) + _notes(model, asked, way.adapt, adapt_from) + _control_plates(whole, wells) + left_out.last
+    said = dict(correct=way.index.labels.correction.iloc[0] if way.correction else None, search=way.neck, notes=notes + adaptation_notes(spec, asked.table, way.adapt, options.adapt_rows))
+    record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': way.adapt}, given), **said}
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
-    told = _told_index(model, c['by'], how, correct, neck) if c['tell'] != 'no' else None
+    told = _told_index(model, c['by'], way.adapt, way.correct, way.neck) if c['tell'] != 'no' else None
     labels = dict(thresholds=list(model.thresholds), no_label=spec.no_label) if spec.several else {}
-    return PredictionPlan(Protocol(protocol), asked, index, options, correction, search, tuple(notes), {**record, **labels}, labels, told, spec=spec, cell_merge=cell_merge if cells else '')
+    return PredictionPlan(Protocol(protocol), asked, way.index, options, way.correction, search, tuple(notes), {**record, **labels}, labels, told, spec=spec, cell_merge=cell_merge if cells else '')
 
 # %% ../../nbs/54_predict.plan.ipynb #7f14aab8
 def nameable(
@@ -559,6 +575,11 @@ def check_searches(
         raise ScreenError(f'The classifier answers without looking for neighbors: add {option("by", "index")}, or leave the neighbors out.')
 
 # %% ../../nbs/54_predict.plan.ipynb #3b762f04
+def _with_record(pred, plan):
+    "Return answers that know how good the model is known to be, as those that are read from a file do"
+    if note := plan.record.get('validation'): pred.attrs['record'] = dict(validation=note)
+    return pred
+
 def _options(plan, progress):
     "Return the plan's `EmbedOptions` as keyword arguments"
     return {**vars(plan.options), 'progress': progress}
@@ -708,7 +729,7 @@ def predict(self:TrainedModel,
             if neighbors: check_searches(plan)
             if not rank_world()[0]:
                 for n in plan.notes: print(f'note: {n}', file=sys.stderr)
-        if out is None: return _answer(self, plan, progress)[0]
+        if out is None: return _with_record(_answer(self, plan, progress)[0], plan)
         return _write_answer(self, plan, out, neighbors, embeddings, scores, progress)
 
 # %% ../../nbs/54_predict.plan.ipynb #cb2527c9

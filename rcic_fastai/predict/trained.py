@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INDUCTIVE_MASK', 'WITH_CONTROLS', 'MODEL_LICENSE', 'OWN_FACTS', 'index_rows', 'remove_index_parts', 'trained_augs',
            'check_random_views', 'build_index', 'split_index', 'data_fingerprint', 'library_versions',
-           'changed_versions', 'unknown_metadata', 'unknown_notes', 'TrainedModel', 'learned_labels']
+           'changed_versions', 'validation_note', 'unknown_metadata', 'unknown_notes', 'TrainedModel', 'learned_labels']
 
 # %% ../../nbs/53_predict.trained.ipynb #9dc5e702
 import io, platform
@@ -173,6 +173,11 @@ def changed_versions(
     return [f'{n} {v} (here {here[n]})' for n, v in then.items() if public(v) != public(here[n])]
 
 # %% ../../nbs/53_predict.trained.ipynb #cb15d2a3
+def _measured_on(learn, protocol):
+    "Return what was held out and the protocol of what is measured there: none for plates, whose experiments are known"
+    plates = [plate_name(*o) for o in getattr(learn.dls, 'held_plates', ())]
+    return dict(held_out=[], held_plates=plates) if plates else dict(held_out=learn.dls.held_out, protocol=protocol)
+
 def _label_facts(learn):
     "Return thresholds chosen on the held-out images, and what they reach there; nothing where none is held out, or nothing was trained"
     dls, h = learn.dls, getattr(learn, 'history', None)
@@ -183,7 +188,7 @@ def _label_facts(learn):
     chosen, ap = f1_scores(p >= np.array(cut), y), label_precision(p, y)
     used = row_protocols(get_model(learn.model), dls.spec, dls.valid.items, mask=(), trained=dls.train.items.experiment.astype(str).unique())
     return dict(macro_f1=plain['macro'], micro_f1=plain['micro'], chosen=chosen, mean_ap=float(np.nanmean(ap)) if np.isfinite(ap).any() else None, images=len(y),
-                held_out=dls.held_out, protocol=highest_protocol(used).value, samples='single images'), cut
+                **_measured_on(learn, highest_protocol(used).value), samples='single images'), cut
 
 def _held_probabilities(learn):
     "Return probabilities and truth [N,K] of the held-out images"
@@ -198,19 +203,19 @@ MODEL_LICENSE = ('Weights carry the terms of what they were made from. Weights t
                  'same terms. Weights that began from published ones also carry the terms of those.')
 
 def _accuracy(learn):
-    "Return the last accuracy on held-out experiments, and what it stands for; empty without one"
-    h, spec, held_out = getattr(learn, 'history', None), learn.dls.spec, learn.dls.held_out
-    if h is None or not held_out or 'accuracy' not in h or not h.accuracy.notna().any(): return {}
+    "Return the last accuracy on held-out experiments or plates, and what it stands for; empty without one"
+    h, spec = getattr(learn, 'history', None), learn.dls.spec
+    if h is None or not learn.dls.valid.n or 'accuracy' not in h or not h.accuracy.notna().any(): return {}
     seen, trained = h[h.accuracy.notna()], learn.dls.train.items.experiment.astype(str).unique()
     stage = seen[seen.stage == seen.stage.iloc[-1]]
     kept = stage[stage.kept.fillna(False).astype(bool)] if 'kept' in stage else stage[:0]
     last = (kept if len(kept) else seen).iloc[-1]
     used = row_protocols(get_model(learn.model), spec, learn.dls.valid.items, mask=(), trained=trained)
-    return dict(accuracy=last.accuracy, valid_loss=last.get('valid_loss'), stage=last.get('stage'), held_out=held_out,
-                protocol=highest_protocol(used).value, samples='single sites' if spec.sites == 1 else f'wells of {spec.sites} sites')
+    return dict(accuracy=last.accuracy, valid_loss=last.get('valid_loss'), stage=last.get('stage'),
+                **_measured_on(learn, highest_protocol(used).value), samples='single sites' if spec.sites == 1 else f'wells of {spec.sites} sites')
 
 # %% ../../nbs/53_predict.trained.ipynb #43cc72bf
-OWN_FACTS = ('format', 'model', 'spec', 'held_out', 'held_images', 'thresholds', 'augs', *PROVENANCE, 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
+OWN_FACTS = ('format', 'model', 'spec', 'held_out', 'held_plates', 'held_images', 'thresholds', 'augs', *PROVENANCE, 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
 
 def _config(learn, info):
     "Return everything that is known about a trained learner, as plain data"
@@ -218,10 +223,34 @@ def _config(learn, info):
     if taken: raise ScreenError(f'{taken[0]} is what a model folder says about itself: give that fact another name.')
     dls, model = learn.dls, get_model(learn.model)
     metrics, thresholds = _label_facts(learn) if dls.spec.several else (_accuracy(learn), None)
-    own = {k: v for k, v in dict(held_images=getattr(dls, 'held_images', []), thresholds=thresholds).items() if v}
+    plates, images = [plate_name(*o) for o in getattr(dls, 'held_plates', ())], getattr(dls, 'held_images', [])
+    own = {k: v for k, v in dict(held_plates=plates, held_images=images, thresholds=thresholds or getattr(learn, 'thresholds', None)).items() if v}
     return as_plain(dict(model=model.config, spec=asdict(dls.spec), held_out=dls.held_out, augs=trained_augs(dls), **own, **provenance(model),
                        data=data_fingerprint(index_rows(learn), dls.screen.source), metrics=metrics, versions=library_versions(),
                        fingerprint=model_fingerprint(model, dls.spec), **{'license': MODEL_LICENSE, **info}))
+
+# %% ../../nbs/53_predict.trained.ipynb #9c5a2547
+def _reached_on(m):
+    "Return what a validation measured, and where"
+    what, value = ('a macro F1', m['macro_f1']) if 'macro_f1' in m else ('an accuracy', m['accuracy'])
+    where = m.get('held_plates') or m.get('held_out') or ['held-out images']
+    return f'{what} of {value:.3f} on {first_few(where, 4)}'
+
+_SHARED = 'the model knows the experiments of those plates, so this is more than it reaches on new experiments, and of no protocol'
+
+def validation_note(
+    config:dict, # `TrainedModel.config`
+)->str: # A sentence; empty where experiments were held out and the model is the one that was measured
+    "Return what should be known of the accuracy that was measured in training"
+    runs, plates = (config.get('validation') or {}).get('runs'), config.get('held_plates')
+    if runs:
+        mean = f', {np.mean([m.get("macro_f1", m.get("accuracy")) for m in runs]):.3f} in the mean' if len(runs) > 1 else ''
+        shared = f'; {_SHARED}' if any(m.get('held_plates') for m in runs) else ''
+        return f'The model was trained again on all training rows and is itself not validated; the same training reached {"; ".join(map(_reached_on, runs))}{mean}, which it held out{shared}.'
+    if not plates: return ''
+    m = config.get('metrics') or {}
+    if not {'accuracy', 'macro_f1'} & {*m}: return f'{first_few(plates, 4)} {"was" if len(plates) == 1 else "were"} held out.'
+    return f'Validation reached {_reached_on(m)}; {_SHARED}.'
 
 # %% ../../nbs/53_predict.trained.ipynb #2a11307d
 def unknown_metadata(

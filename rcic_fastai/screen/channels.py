@@ -48,6 +48,8 @@ class PickedSource(ImageSource):
     def shape(self)->tuple: return (len(self.at), *self.origin.shape[1:])
     @property
     def dtype(self)->np.dtype: return self.origin.dtype
+    @property
+    def remote(self)->bool: return self.origin.remote
 
     def missing(self):
         "Return the sites with absent files, as the origin reads them"

@@ -6,7 +6,7 @@
 __all__ = ['PLATE_FORMATS', 'plate_format', 'FileSource', 'check_files', 'read_files']
 
 # %% ../../nbs/05_screen.files.ipynb #9713aac1
-import os, re
+import os, re, tempfile
 from collections import Counter
 from functools import partial
 from itertools import islice
@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import ScreenError, check_choice, first_few, option, plural
+from ..core import ScreenError, check_choice, first_few, is_remote, option, plural
+from .remote import as_path, each, open_any, read_remote, remote_facts, remote_list
 from .tables import (DATASET_NAMES, IMAGE_COLUMN, SITE_COLUMNS, USUAL_NAMES, check_table, further_columns,
                                        identifiers, read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
                                        _as_columns, _check_header, _complete_types, _integers, _well_names, _whole_numbers)
@@ -54,6 +55,7 @@ class FileSource(ImageSource):
         name:str='the table', # Name of the table in messages
         t=None, # Time point from 0, 'max' (brightest of each pixel), or `None` where there is one
         z=None, # Plane from 0, 'max', or `None` where there is one
+        cache='', # Folder that keeps files of addresses; empty: they are fetched each time
     ):
         check_planes(t=t, z=z)
         super().__init__(root, table, channels)
@@ -63,13 +65,16 @@ class FileSource(ImageSource):
                               'one for each channel, or one for all.')
         folders, names = zip(*[os.path.split(p) for p in files.ravel()])
         codes, unique = pd.factorize(np.array(folders, object))
-        self.name, self._folders = name, [os.path.join(root, o) for o in unique]
+        self.name, self._folders = name, [o if is_remote(o) else os.path.join(root, o) for o in unique]
         self._folder = codes.astype(np.int32).reshape(files.shape)
         self._names = np.array([os.fsencode(o) for o in names]).reshape(files.shape)
         self._pages = None if pages is None else np.asarray(pages, np.int32).reshape(len(table), len(self.channels))
         _each_once(self, table.site_id.tolist())
         self._plate = table.groupby(['experiment', 'plate'], sort=False).ngroup().to_numpy(np.int32)
-        self._kind, self._planes = None, dict(t=t, z=z)
+        self._kind, self._planes, self._cache, self._known = None, dict(t=t, z=z), str(cache), {}
+        self._is_far = any(map(is_remote, self._folders))
+    @property
+    def remote(self)->bool: return self._is_far
 
 def _each_once(s, ids):
     "Raise a `ScreenError` when a file (or a page of one) stands for two pictures"
@@ -95,6 +100,40 @@ def _paths(self:FileSource, site_id):
     row = self._rows[site_id]
     return list(dict.fromkeys(self._path(row, c) for c in range(self._names.shape[1])))
 
+# %% ../../nbs/05_screen.files.ipynb #f695d44a
+_FOLDERS = 64       # whose files are remembered
+
+@patch
+def _have(self:FileSource, folder, names):
+    "Return what is known of the files of a folder at an address: {name: its facts}"
+    known = self._known.get(folder)
+    try:
+        if known is None:
+            listed = remote_list(folder)
+            while len(self._known) >= _FOLDERS: self._known.pop(next(iter(self._known)), None)
+            known = self._known[folder] = (listed is not None, listed[0] if listed else {})
+        is_whole, facts = known
+        new = [] if is_whole else [o for o in dict.fromkeys(names) if o not in facts]
+        facts.update(zip(new, each(remote_facts, [f'{folder}/{o}' for o in new])) if new else ())
+    except ScreenError as e:
+        start = '/'.join(folder.split('/')[:3]) + '/'
+        raise ScreenError(f'{str(e).rstrip(".")}; or say where copies of the files are with {option("replace", {start: "FOLDER"})}.') from None
+    return facts
+
+@patch
+def _file_facts(self:FileSource, path):
+    if not is_remote(path): return ImageSource._file_facts(self, path)
+    folder, name = os.path.split(path)
+    return self._have(folder, [name]).get(name)
+
+@patch
+def _is_there(self:FileSource, path): return os.path.isfile(path) if not is_remote(path) else self._file_facts(path) is not None
+
+@patch
+def _open(self:FileSource, path, do):
+    "Open a file, through the cache where there is one"
+    return open_any(path, do, self._cache, self._file_facts(path) if self._cache and is_remote(path) else None)
+
 # %% ../../nbs/05_screen.files.ipynb #4a337297
 @patch
 def _whole(self:FileSource)->int: # Channels in a file, when the table does not name its page
@@ -105,13 +144,13 @@ def _read_file(self:FileSource, row, channels, expect=None, header=False):
     "Return channels of a site [n,H,W] from the file that holds them, or what its header says"
     pages = None if self._pages is None else [int(self._pages[row, c]) for c in channels]
     path, names = self._path(row, channels[0] % self._names.shape[1]), [self.channels[c] for c in channels]
-    return read_planes(path, len(channels), pages, expect, header, **self._planes, names=names, among=self.channels)
+    return read_planes(path, len(channels), pages, expect, header, **self._planes, names=names, among=self.channels, opener=self._open)
 
 @patch
 def _vote(self:FileSource, n=9)->tuple: # (H, W, bits) of most of `n` files, from as many plates as there are
     votes, trouble, plates = Counter(), None, self._plate.max() + 1
     for p in range(plates):
-        present = (r for r in np.flatnonzero(self._plate == p) if os.path.isfile(self._path(r, 0)))
+        present = (r for r in np.flatnonzero(self._plate == p) if self._is_there(self._path(r, 0)))
         for row in islice(present, -(-n//plates)):
             try: votes[self._read_file(row, list(range(self._whole())), header=True)] += 1
             except ScreenError as e: trouble = trouble or e
@@ -157,7 +196,7 @@ def _read(self:FileSource, site_id, out, at=None):
         into = [place[c] for c in cs]
         try: out[into] = self._read_file(row, cs, self._expect())
         except ScreenError:
-            if os.path.exists(path): raise
+            if is_remote(path) or os.path.exists(path): raise
             raise ScreenError(f'site {site_id} lacks {first_few(self.channels[c] for c in cs)} ({path}): restore the '
                               f'file, or leave incomplete sites out with {option("only_present", True)}.') from None
 
@@ -181,8 +220,13 @@ def _absent(self:FileSource)->np.ndarray: # bool, one row per site that the sour
     flat, names = self._folder[rows].ravel(), self._names[rows].ravel()
     gone, order = np.zeros(len(flat), bool), np.argsort(flat, kind='stable')
     for k, at in enumerate(np.split(order, np.searchsorted(flat[order], np.arange(1, len(self._folders))))):
-        have = _listing(self._folders[k]) if len(at) else ()
-        gone[at] = [o not in have for o in names[at].tolist()]
+        folder, asked = self._folders[k], names[at].tolist()
+        if is_remote(folder) and asked:
+            have = self._have(folder, map(os.fsdecode, asked))
+            gone[at] = [have.get(os.fsdecode(o)) is None for o in asked]
+        else:
+            have = _listing(folder) if asked else ()
+            gone[at] = [o not in have for o in asked]
     return gone.reshape(len(rows), -1)
 
 @patch
@@ -209,13 +253,21 @@ def check_files(
                       f'them, check {option("root")}, or leave incomplete sites out with {option("only_present", True)}.')
 
 # %% ../../nbs/05_screen.files.ipynb #b0da22a5
+def _table_at(path):
+    "Return a table, also one at an address"
+    if not is_remote(path): return read_table(path)
+    with tempfile.TemporaryDirectory(prefix='rcic-') as d:
+        try: (Path(d)/path.name).write_bytes(read_remote(path, 2**31))
+        except FileNotFoundError: raise ScreenError(f'There is no {path}: check the address.') from None
+        try: return read_table(Path(d)/path.name)
+        except ScreenError as e: raise ScreenError(str(e).replace(d, str(path.parent))) from None
+
 def _load(table):
     "Return (table whose index numbers its rows as a spreadsheet does, its name, its folder)"
     if isinstance(table, pd.DataFrame): df, where, folder = table.copy(), 'the table', Path()
     else:
-        path = Path(table)
-        where, folder = path.name, path.parent
-        df = read_table(path)
+        path = as_path(table)
+        where, folder, df = path.name, path.parent, _table_at(path)
         df.index = range(2, len(df) + 2)
     _check_header(df.columns, where)
     if not len(df): raise ScreenError(f'{where} has no rows: give the table that lists the image files.')
@@ -277,7 +329,7 @@ def _page_numbers(df, cells, where):
 def _joined(df, file, folder, where):
     "Return the paths from a column of files and, if there is one, a column of folders"
     p = _filled(identifiers(df[file], where), where)
-    return (p if folder is None else _filled(identifiers(df[folder], where), where) + '/' + p).to_numpy(object)
+    return (p if folder is None else _filled(identifiers(df[folder], where), where).str.replace('/+$', '', regex=True) + '/' + p).to_numpy(object)
 
 # %% ../../nbs/05_screen.files.ipynb #61b462dd
 def _begins(path, folder):
@@ -298,13 +350,13 @@ def _local(paths, replace, where):
         if p[:5].lower() == 'file:':
             p = unquote(p[5:].removeprefix('//localhost')).lstrip('/')
             if not re.match('[A-Za-z]:', p): p = '/' + p
-        elif re.match(r'[A-Za-z][A-Za-z0-9+.-]+://', p): remote.append(p)
+        elif re.match(r'[A-Za-z][A-Za-z0-9+.-]+://', p) and not is_remote(p): remote.append(p)
         out.append(p)
     if unused: raise ScreenError(f'No path in {where} begins with {first_few(unused)}: the first one is {paths[0]}.')
     if remote:
         start = '/'.join(remote[0].split('/')[:3]) + '/'
-        raise ScreenError(f'{len(remote)} of {plural(len(paths), "file")} in {where} are URLs (the first: {remote[0]}), which '
-                          f'are not fetched: download them and say where they are with '
+        raise ScreenError(f'{len(remote)} of {plural(len(paths), "file")} in {where} are at addresses that are not read (the first: {remote[0]}; s3://, '
+                          f'gs:// and https:// are): download them and say where they are with '
                           f'{option("replace", {start: "FOLDER"})}.')
     return np.array(out, object)
 
@@ -453,9 +505,9 @@ def _gather(df, found, channels, own_file, where, facts):
 
 # %% ../../nbs/05_screen.files.ipynb #560e7640
 def _read_listed(df, where, root, channels=None, columns=None, controls=None, test=(), cell_type='unknown', dataset='train', plate_wells=None,
-                 replace=None, t=None, z=None, name_it=None):
+                 replace=None, t=None, z=None, name_it=None, cache=''):
     "Return what `read_files` returns, of a table in memory"
-    if not root.is_dir(): raise ScreenError(f'{root} is not a folder: give the folder that the paths in {where} start '
+    if not (is_remote(root) or root.is_dir()): raise ScreenError(f'{root} is not a folder: give the folder that the paths in {where} start '
                                             'from.')
     facts = partial(_facts, where=where, controls=controls, cell_type=cell_type, dataset=dataset, test=test)
     own_file = 'file' in (columns or {})
@@ -469,11 +521,11 @@ def _read_listed(df, where, root, channels=None, columns=None, controls=None, te
     plate_format(s['well'].unique(), plate_wells)
     files = _local(files.ravel(), replace, where).reshape(files.shape)
     s = pd.concat([s, extra], axis=1).reset_index(drop=True)
-    return check_table(s, where), FileSource(root, s, files, names, pages, where, t, z)
+    return check_table(s, where), FileSource(root, s, files, names, pages, where, t, z, cache)
 
 # %% ../../nbs/05_screen.files.ipynb #5c3bd8e7
 def read_files(
-    table, # CSV (also .csv.gz) or parquet file, or a DataFrame, that lists the image files
+    table, # CSV (also .csv.gz) or parquet file, its address, or a DataFrame, that lists the image files
     root=None, # Folder that relative paths start from; `None`: that of the table's file
     channels=None, # Channels to use, in order; {name: name in the table}; or {name: column of files}; `None`: all
     columns:dict|None=None, # {key of `USUAL_NAMES`: its column, or `None` for no column}
@@ -485,7 +537,8 @@ def read_files(
     replace:dict|None=None, # {beginning of paths in the table: what to put instead}
     t=None, # Time point from 0, 'max' (brightest of each pixel), or `None` where there is one
     z=None, # Plane from 0, 'max', or `None` where there is one
+    cache='', # Folder that keeps files of addresses, such as those at s3://; empty: each is fetched when it is read
 )->tuple: # (site table with `SITE_COLUMNS` first, `FileSource`)
     "Return the site table and image source of a screen from the table that lists its image files"
     df, where, folder = _load(table)
-    return _read_listed(df, where, Path(folder if root is None else root), channels, columns, controls, test, cell_type, dataset, plate_wells, replace, t, z)
+    return _read_listed(df, where, as_path(folder if root is None else root), channels, columns, controls, test, cell_type, dataset, plate_wells, replace, t, z, cache=cache)

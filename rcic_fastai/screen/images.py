@@ -20,7 +20,8 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, open_plain, option, plural, read_plain
+from ..core import ScreenError, check_choice, is_remote, open_plain, option, plural, read_plain
+from .remote import as_path, each, remote_facts
 from .tables import CHANNELS
 
 # %% ../../nbs/03_screen.images.ipynb #11c71115
@@ -124,7 +125,7 @@ class ImageSource:
         table:pd.DataFrame, # Site table, one row per site
         channels:tuple=CHANNELS, # Names of the channels, in order
     ):
-        self.root, self.channels, self.stats = Path(root), tuple(channels), None
+        self.root, self.channels, self.stats = as_path(root), tuple(channels), None
         _check_source(self.root, table, self.channels)
         self._rows, self._wells = {i:n for n, i in enumerate(table.site_id.tolist())}, _sites_of_wells(table)
         self._sites = table[[c for c in ('site_id', 'experiment', 'plate', 'well_type') if c in table]]
@@ -135,6 +136,8 @@ class ImageSource:
         return f'{type(self).__name__}({str(self.root)!r}: {plural(len(self), "site")}, channels {", ".join(self.channels)})'
     @property
     def site_ids(self)->list: return list(self._rows)
+    @property
+    def remote(self)->bool: return is_remote(self.root)     # so threads wait for a server
     def missing(self)->pd.DataFrame:
         "Return the sites with absent files: site_id, missing (names of channels), file"
         return pd.DataFrame([], columns=['site_id', 'missing', 'file'])
@@ -218,11 +221,20 @@ def sites_of(self:ImageSource, well_id)->list:
 @patch
 def stamp(self:ImageSource, site_id)->str: # '' for a source without files
     "Return the size of a site's files and a code of their sizes and times, which changes when the files do"
-    try: found = [os.stat(f) for f in self._paths(site_id)]
+    paths = self._paths(site_id)
+    found = (each if any(map(is_remote, paths)) else map)(self._file_facts, paths)
+    try: found = list(found)
     except OSError: return 'absent'
+    if None in found: return 'absent'
     if not found: return ''
-    code = zlib.crc32(repr([(o.st_size, o.st_mtime_ns) for o in found]).encode())
-    return f'{sum(o.st_size for o in found)}@{code:08x}'
+    code = zlib.crc32(repr(found).encode())
+    return f'{sum(size for size, _ in found)}@{code:08x}'
+
+@patch
+def _file_facts(self:ImageSource, path)->tuple: # (bytes, time or code of its version); `None` where an address has no file
+    if is_remote(path): return remote_facts(path)
+    s = os.stat(path)
+    return s.st_size, s.st_mtime_ns
 
 @patch
 def _paths(self:ImageSource, site_id)->list: return []
@@ -404,14 +416,15 @@ _MOST_HEADERS = 1000     # sites whose headers are read
 def unfit_sites(
     source, # Image source
     site_ids, # Sites to look at, or to choose from when there are many
-    most:int=_MOST_HEADERS, # How many are looked at
+    most:int=None, # How many are looked at; `None`: 1000, and 16 where the files have to be fetched
 )->str: # A sentence; empty where all fit together
     "Return how many sites have files that cannot be read beside the others, and why the first cannot, from headers alone"
-    ids, bad = np.asarray(list(site_ids), object), []
+    ids, most = np.asarray(list(site_ids), object), most or (16 if source.remote else _MOST_HEADERS)
     some = ids[np.unique(np.linspace(0, len(ids)-1, min(most, len(ids))).astype(int))] if len(ids) else ids
-    for i in some:
+    def wrong(i):
         try: source.check_headers(i)
-        except ScreenError as e: bad.append(str(e))
+        except ScreenError as e: return str(e)
+    bad = [o for o in (each if source.remote else map)(wrong, some) if o]
     if len(bad) < 2 and len(some) == len(ids): return ''.join(bad)
     looked = '' if len(some) == len(ids) else f' that were looked at (of {len(ids):,})'
     return f'{len(bad)} of {plural(len(some), "site")}{looked} cannot be read beside the others; the first: {bad[0]}' if bad else ''

@@ -15,6 +15,7 @@ import pandas as pd
 from fastcore.meta import delegates
 from ..core import *
 from .tables import *
+from .remote import as_path
 from .images import *
 from .screen import *
 from .pack import *
@@ -109,12 +110,13 @@ def _is_table(path):
 @delegates(read_files)
 def _read_table(path, **kwargs):
     "Return the table and the images of a table of files"
-    if Path(path).is_dir(): path = next(iter(_tables(Path(path))), Path(path)/'load_data.csv')
+    if not is_remote(path) and Path(path).is_dir(): path = next(iter(_tables(Path(path))), Path(path)/'load_data.csv')
     return read_files(path, **kwargs)
 
 def _is_plates(path):
     "Return whether there are OME-Zarr plates, and no table of RxRx1 beside them"
-    return not _tables(path) and (any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr')))
+    is_written = (path/'wells.csv').is_file() and any(path.glob('*/*.zarr'))          # by `write_plates`
+    return not _tables(path) and (any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr')) or is_written)
 
 def _is_images(path):
     "Return whether there is a table of images with labels, which are on no plate"
@@ -133,10 +135,16 @@ SCREEN_KINDS = dict(
     files=ScreenKind(_is_table, _read_table, 'a table of files', needs_options=True),
     packed=ScreenKind(_is_packed, _read_packed, 'a packed screen'))
 
+def _kind_at(address):
+    "Return what kind of screen is at an address: a table by its name, a packed screen by its sums.json, else plates"
+    if address.name.lower().endswith(('.csv', '.csv.gz', '.csv.bz2', '.parquet')): return 'files'
+    return 'packed' if (address/'sums.json').is_file() or (address/'pack.json').is_file() else 'plates'
+
 def screen_kind(
     path, # A folder or file
 )->str: # A key of `SCREEN_KINDS`
     "Return what kind of screen is at `path`"
+    if is_remote(path): return _kind_at(as_path(path))
     path = Path(path)
     if not path.exists():
         raise ScreenError(f'There is no {path}: give the folder, the table or the packed store of a screen.')
@@ -156,6 +164,7 @@ def _check_options(path, kind, how):
 # %% ../../nbs/08_screen.open.ipynb #83dd0ca0
 def _kind_for(path, how):
     "Return the kind of screen that a path and options mean, once it is clear that it has these options"
+    if how.get('pattern') and is_remote(path): raise ScreenError(f'{option("pattern")} is for a folder on the disk, and {path} is an address: list its files in a table, or copy them.')
     name = screen_kind(path)
     says_files = 'file' in (how.get('columns') or {}) or isinstance(how.get('channels'), dict)
     if name == 'folder' and Path(path).is_file() and says_files: name = 'files'
@@ -164,7 +173,7 @@ def _kind_for(path, how):
     return SCREEN_KINDS[name]
 
 def open_screen(
-    path, # A packed screen, RxRx1's folder, a table of image files, OME-Zarr plates; a `Screen` is returned unchanged
+    path, # A packed screen, RxRx1's folder, a table of image files, OME-Zarr plates, or the address of one (s3://, gs://, https://); a `Screen` is returned unchanged
     only_present:bool=False, # Leave out sites whose files are absent, and print how many
     check:bool=True, # Check the files of all sites now; otherwise `screen[rows].complete()` checks those of some rows
     **how # Options of the reader: of `read_files`, `read_plates`, `read_pattern`; `channels`, `cell_types` and `split` for RxRx1's folders
@@ -172,7 +181,7 @@ def open_screen(
     "Open a screen of any kind"
     if isinstance(path, Screen): return path
     kind = _kind_for(path, how)
-    screen = Screen(*kind.read(path, **how), path)
+    screen = Screen(*kind.read(path, **how), as_path(path) if is_remote(path) else path)
     return screen.complete(only_present) if check or only_present else screen
 
 # %% ../../nbs/08_screen.open.ipynb #31fdfa61

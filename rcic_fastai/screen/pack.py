@@ -7,7 +7,7 @@ __all__ = ['STORE_FORMAT', 'CODECS', 'PERCENTILES', 'STORE_FOLDER', 'site_measur
            'PackedScreen', 'picture_kinds', 'picture_notes', 'verify_store']
 
 # %% ../../nbs/04_screen.pack.ipynb #eb770107
-import json, os, time, warnings
+import json, os, tempfile, time, warnings
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from math import prod
@@ -19,8 +19,9 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import (OwnFolder, ScreenError, check_choice, check_unchanged, first_few, n_cores, only_one,
+from ..core import (OwnFolder, ScreenError, check_choice, check_unchanged, first_few, is_remote, n_cores, only_one,
                               open_plain, option, plural, parse_json, read_plain, sha256, write_atomic, write_json)
+from .remote import REQUESTS, as_path, each, read_any
 from .tables import check_table, read_metadata, read_parquet
 from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns, unfit_sites
 
@@ -201,10 +202,10 @@ def _in_threads(func, items, n):
                 running |= {pool.submit(func, *o) for o in islice(items, len(done))}
         finally: pool.shutdown(cancel_futures=True)
 
-def _workers(n):
-    "Return a number of threads; for None, one per core"
+def _workers(n, source=None):
+    "Return a number of threads; for None, one per core, or more where they wait for a server"
     if n is not None and n < 1: raise ScreenError(f'workers is {n}: give 1 or more, or None for one per core.')
-    return n or n_cores()
+    return n or (REQUESTS if getattr(source, 'remote', False) else n_cores())
 
 def _timed_bar(items, total, progress, what):
     "Yield `items` with a progress bar that shows how many per second"
@@ -311,7 +312,7 @@ def pack_screen(
     check_choice('codec', codec, CODECS)
     part, table, source = dest.with_name(dest.name + '.part'), screen.table.reset_index(drop=True), screen.source
     _check_packable(source, table)
-    done, workers, ids = {}, _workers(workers), table.site_id.tolist()
+    done, workers, ids = {}, _workers(workers, source), table.site_id.tolist()
     try:
         with only_one(dest) as lock:
             _new_name(dest)
@@ -331,7 +332,7 @@ def is_store(
     path, # Any folder
 )->bool:
     "Return whether `path` is a packed screen"
-    return Path(path, 'zarr.json').is_file() and Path(path, 'sums.json').is_file()
+    return (as_path(path)/'zarr.json').is_file() and (as_path(path)/'sums.json').is_file()
 
 # %% ../../nbs/04_screen.pack.ipynb #8f941a7d
 def _check_store(path):
@@ -386,18 +387,43 @@ def _array_facts(path, n_channels):
     raise ScreenError(f'{path/"images"/"zarr.json"} does not describe an array of {n_channels} channels of 8 or 16 '
                       'bits, packed by Blosc: pack the screen again.')
 
+# %% ../../nbs/04_screen.pack.ipynb #aeffcdf5
+def _fetched(address, folder):
+    "Copy all files but the chunks of a store at an address into a folder"
+    def fetch(name):
+        try: data = read_any(as_path(address)/name, 2**31, _AGAIN)
+        except FileNotFoundError: return
+        write_atomic(Path(folder)/name, lambda p: p.write_bytes(data))
+    each(fetch, [*_SUMMED, 'sums.json'])
+
+def _described(path):
+    "Return the facts, the site table, the chunks and the measures of a store"
+    path = Path(path)
+    return _store_facts(path), read_metadata(path), _parquet(path/'chunks.parquet'), _parquet(path/'stats.parquet')
+
+def _opened(path):
+    "Return the same, and the layout of the array, of a store on the disk or at an address"
+    if not is_remote(path):
+        facts, *tables = _described(path)
+        return facts, *tables, _array_facts(Path(path), len(facts['channels']))
+    with tempfile.TemporaryDirectory(prefix='rcic-') as d:
+        _fetched(path, d)
+        try:
+            facts, *tables = _described(d)
+            return facts, *tables, _array_facts(Path(d), len(facts['channels']))
+        except ScreenError as e: raise ScreenError(str(e).replace(d, str(as_path(path)))) from None
+
+
 # %% ../../nbs/04_screen.pack.ipynb #173480aa
 class PackedScreen(ImageSource):
     "An image source over a packed screen: one file, one checksum and one decompression per site"
     def __init__(self,
-        path, # Folder of the store
+        path, # Folder of the store, or its address
         table:pd.DataFrame=None, # Rows to read; None = all packed rows, `source.table`
     ):
-        facts, path = _store_facts(path), Path(path)
-        self.table, chunks = read_metadata(path), _parquet(path/'chunks.parquet')
+        facts, self.table, chunks, stats, (self._shape, self._dtype, self._differs) = _opened(path)
         super().__init__(path, self.table if table is None else table, facts['channels'])
-        self.stats, self._folder = _parquet(path/'stats.parquet'), os.path.join(str(path), 'images', 'c')
-        self._shape, self._dtype, self._differs = _array_facts(path, len(self.channels))
+        self.stats, self._folder, path = stats, os.path.join(self.root, 'images', 'c'), self.root
         nbytes = prod(self._shape)*self._dtype.itemsize
         self._most = nbytes + nbytes//8 + 2**12      # bytes of a chunk: Blosc never makes a site much longer
         self._at = dict(zip(self.table.site_id.tolist(), zip(range(len(self.table)), chunks.crc32c.tolist())))
@@ -418,7 +444,7 @@ def _read(self:PackedScreen, site_id, out):
     row, crc = self._at[site_id]
     path = f'{self._folder}{os.sep}{row}{os.sep}0{os.sep}0{os.sep}0'
     try:
-        data = read_plain(path, self._most, 'pack the screen again from its source')
+        data = read_any(path, self._most, 'pack the screen again from its source')
     except OSError as e: raise self._damaged(site_id, path, e.strerror) from None
     if not _checked(data, crc): raise self._damaged(site_id, path, 'its checksum is wrong')
     sizes = int.from_bytes(data[4:8], 'little'), int.from_bytes(data[12:16], 'little')
@@ -504,7 +530,7 @@ def verify_store(
         try: return site_id, '' if site_id in source and np.array_equal(site, source[site_id]) else 'changed'
         except ScreenError: return site_id, 'changed'
     ids = store.site_ids
-    for i, what in _timed_bar(_in_threads(one, ((i,) for i in ids), _workers(workers)), len(ids), progress, 'verifying'):
+    for i, what in _timed_bar(_in_threads(one, ((i,) for i in ids), _workers(workers, store)), len(ids), progress, 'verifying'):
         if what: (damaged if what == 'damaged' else changed).append(i)
     new = [] if source is None else [i for i in source.site_ids if i not in store]
     wrong = {('is damaged', 'are damaged'): damaged, ('differs from the source', 'differ from the source'): changed,

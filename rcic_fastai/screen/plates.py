@@ -10,7 +10,7 @@ import json, os, re, zlib
 from bz2 import BZ2Decompressor
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -21,7 +21,8 @@ import pandas as pd
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, first_few, open_plain, option, plural, read_plain
+from ..core import ScreenError, check_choice, first_few, is_remote, open_plain, option, plural
+from .remote import REQUESTS, Forbidden, RemoteFile, as_path, each, read_any, read_remote, remote_facts, remote_list
 from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
                                         read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
                                         _complete_types, _well_names, _whole_numbers)
@@ -60,11 +61,11 @@ def _sentence(what, do):
 _MOST_JSON = 2**26   # bytes; zarr 3 may repeat the metadata of a whole plate in its first file
 
 def _zarr_format(folder):
-    return next((f for f, n in ((3, 'zarr.json'), (2, '.zgroup')) if (Path(folder)/n).is_file()), None)
+    return next((f for f, n in ((3, 'zarr.json'), (2, '.zgroup')) if (as_path(folder)/n).is_file()), None)
 
 def _text(path):
     "Return the bytes of a metadata file, or None where there is none"
-    try: return read_plain(path, _MOST_JSON, 'copy the plate again')
+    try: return read_any(path, _MOST_JSON, 'copy the plate again')
     except (FileNotFoundError, NotADirectoryError): return None
     except (OSError, ValueError) as e:
         if isinstance(e, ScreenError): raise
@@ -77,9 +78,12 @@ def _object(text):
 
 def _group(folder):
     "Return (zarr format, text of the attributes) of a group, or (None, None) where there is no group"
-    text = _text(os.path.join(folder, 'zarr.json'))
+    text, refused = None, None
+    try: text = _text(os.path.join(folder, 'zarr.json'))
+    except Forbidden as e: refused = e       # some servers say this of files that are not there
     if text is not None: return 3, text
     group = _text(os.path.join(folder, '.zgroup'))
+    if group is None and refused: raise refused
     if group is None: return None, None
     with _sentence(f'{folder} cannot be used', 'copy the plate again'):
         if _object(group).get('zarr_format') != 2: raise ValueError('its .zgroup is not of zarr format 2')
@@ -128,7 +132,7 @@ def _plate_wells(folder):
     return plate.name, wells
 
 # %% ../../nbs/06_screen.plates.ipynb #3c921b2b
-_READERS = 8   # threads that read metadata: on a network disk most of the time is waiting
+_READERS = REQUESTS   # threads that read metadata: on a network disk, or at an address, most of the time is waiting
 
 def _in_threads(func, items, progress):
     "Return `func(item)` for each item, in their order"
@@ -534,6 +538,12 @@ def _shard_part(data, shape, wanted, dtype, fill, inner, codecs, *index):
     return out
 
 # %% ../../nbs/06_screen.plates.ipynb #fe1946d8
+def _data(path, codecs):
+    "Give what is in a chunk's file, to be sliced: at an address all of it in one request, or the parts of a shard that are asked for"
+    if not is_remote(path): return open_plain(path, do='copy that field again from the original plate')
+    is_shard = any(name == 'shard' for name, *_ in codecs)
+    return nullcontext(RemoteFile(path) if is_shard else read_remote(path, 2*_MOST_CHUNK))
+
 @patch
 def read(self:_Layout, folder, fill=False):
     "Return the region; absent chunks raise, or have the fill value with `fill`"
@@ -542,8 +552,9 @@ def read(self:_Layout, folder, fill=False):
     for key, at in self.chunks():
         part, target = _overlap(self.region, at, array['chunk'])
         try:
-            with open_plain(os.path.join(folder, key), do='copy that field again from the original plate') as f:
-                out[target] = _part(array['codecs'], _File(f), array['chunk'], part, self.dtype, value)
+            with _data(os.path.join(folder, key), array['codecs']) as f:
+                data = _File(f) if hasattr(f, 'fileno') else f
+                out[target] = _part(array['codecs'], data, array['chunk'], part, self.dtype, value)
         except _Absent: raise _Absent(f'part of {key}') from None
         except (FileNotFoundError, NotADirectoryError):
             if not fill: raise _Absent(key) from None
@@ -609,6 +620,7 @@ class PlateSource(ImageSource):
         super().__init__(root, table, channels if are_named else 'c')
         named, known, fields = self.channels if are_named else None, {}, table.field.tolist()
         self.empty, self._where, names = empty, {}, {}
+        root = self.root
         opened = _in_threads(lambda f: _open_field(os.path.join(root, f), t, z, named, known), fields, progress)
         for i, f, found in zip(table.site_id, fields, opened):
             if found is None: self._where[i] = os.path.join(root, f), None
@@ -649,19 +661,37 @@ def missing(self:PlateSource)->pd.DataFrame: # site_id, missing (names of absent
     for i, (path, layout) in self._where.items():
         if layout is None: rows.append((i, self.channels, path))
         elif self.empty == 'error':
-            absent = [(f, c) for f, (_, c) in zip(self._paths(i), layout.keys()) if not os.path.isfile(f)]
+            paths = self._paths(i)
+            there = each(remote_facts, paths) if self.remote else map(os.path.isfile, paths)
+            absent = [(f, c) for f, (_, c), found in zip(paths, layout.keys(), there) if not found]
             lost = {c for _, span in absent for c in span}
             if absent: rows.append((i, tuple(n for c, n in enumerate(self.channels) if c in lost), absent[0][0]))
     return pd.DataFrame(rows, columns=['site_id', 'missing', 'file'])
 
 # %% ../../nbs/06_screen.plates.ipynb #cc1c618a
+def _written_plates(folder):
+    "Return the plates of a folder that `write_plates` wrote: those of each experiment, beside the table of their wells"
+    return sorted(folder.glob('*/*.zarr')) if (folder/'wells.csv').is_file() else []
+
+def _far_plates(address):
+    "Return the plates at an address: itself, or the `*.zarr` in a folder of a bucket"
+    if _group(address)[0]: return [address]
+    listed = remote_list(address)
+    inside = [address/f for f in listed[1] if f.endswith('.zarr')] if listed else []
+    if inside: return inside
+    more = '' if listed else '; a server of this kind does not list what it has'
+    raise ScreenError(f'{address} is no OME-Zarr plate (it has neither zarr.json nor .zgroup) and holds none (*.zarr{more}): give the address of a plate.')
+
 def _find_plates(paths):
     "Return the folders of plates: those given, and the `*.zarr` in those given"
     found = []
-    for p in [paths] if isinstance(paths, (str, Path)) else paths:
+    for p in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        if is_remote(p):
+            found += _far_plates(as_path(p))
+            continue
         p = Path(os.path.abspath(p))
         if not p.is_dir(): raise ScreenError(f'{p} is not a folder: give that of a plate, or one that holds several.')
-        inside = [p] if _zarr_format(p) else sorted(d for d in p.iterdir() if d.suffix == '.zarr' and d.is_dir())
+        inside = [p] if _zarr_format(p) else sorted(d for d in p.iterdir() if d.suffix == '.zarr' and d.is_dir()) or _written_plates(p)
         if not inside:
             raise ScreenError(f'{p} is no OME-Zarr plate (it has neither zarr.json nor .zgroup) and holds none (*.zarr): '
                               'give the folder of a plate, or one that holds several.')
@@ -705,7 +735,8 @@ def _of_acquisition(read, acquisition, plates):
 
 def _plate_table(plates, experiment, partial, progress, acquisition=None):
     "Return the folder above all plates, and one row per field: experiment, plate, well, site, acquisition, field"
-    root = os.path.commonpath([p.parent for p in plates])
+    if len({str(as_path(p)).split('://')[0] if is_remote(p) else '' for p in plates}) > 1: raise ScreenError('Some plates are on the disk and others elsewhere: read each kind as a screen of its own.')
+    root = as_path(os.path.commonpath([p.parent for p in plates]))
     read = _of_acquisition([_plate_fields(p, progress) for p in plates], acquisition, plates)
     experiments = [experiment or p.parent.name for p in plates]
     bare = []
@@ -807,8 +838,8 @@ def _experiments(t, w, where):
 
 # %% ../../nbs/06_screen.plates.ipynb #4c0533ef
 def read_plates(
-    path, # Folder of a plate, folder that holds `*.zarr` plates, or a list of such folders
-    wells=None, # CSV, parquet or table: plate, well and any of sirna, cell_type, well_type, experiment, dataset, and others
+    path, # Folder of a plate, folder that holds `*.zarr` plates, or a list of such folders; or their addresses
+    wells=None, # CSV, parquet or table: plate, well and any of sirna, cell_type, well_type, experiment, dataset, and others; None: that of a folder from `write_plates`
     cell_type:str='unknown', # Cell type, where `wells` names none
     experiment:str=None, # Experiment, where `wells` names none; None = the folder that a plate is in
     dataset:str='train', # 'train', 'val' or 'test', where `wells` names none
@@ -825,7 +856,9 @@ def read_plates(
 )->tuple: # (site table: `SITE_COLUMNS`, then `field` and, where given, `acquisition`; `PlateSource`)
     "Read OME-Zarr plates, 0.4 or 0.5; return their site table and image source"
     _check_arguments(t, z, empty)
-    root, s = _plate_table(_find_plates(path), experiment, partial, progress, acquisition)
+    plates = _find_plates(path)
+    if wells is None and isinstance(path, (str, Path)) and _written_plates(Path(os.path.abspath(path))) == plates: wells = Path(path)/'wells.csv'
+    root, s = _plate_table(plates, experiment, partial, progress, acquisition)
     s, where = s.assign(cell_type=cell_type, dataset=dataset, well_type='treatment', sirna=None), 'the site table'
     if wells is None and (columns or controls):
         given = 'columns' if columns else 'controls'

@@ -11,6 +11,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from ..core import *
 from .tables import *
+from .remote import as_path, read_any
 from .images import *
 from .images import only_present as _only_present
 
@@ -147,8 +148,9 @@ def store_fingerprint(
     source, # Image source
 )->str: # 32 hexadecimal digits; `None` when the source is not a packed screen
     "Return what identifies a packed screen: it changes with every image and every row of its table"
-    sums = Path(source.root)/'sums.json'
-    return digest(sums.read_bytes()) if sums.is_file() else None
+    sums = as_path(source.root)/'sums.json'
+    try: return digest(read_any(sums, 2**20)) if sums.is_file() else None
+    except FileNotFoundError: return None
 
 @patch(as_prop=True)
 def store_fingerprint(self:Screen)->str:

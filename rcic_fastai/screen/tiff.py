@@ -16,7 +16,8 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL.TiffImagePlugin import TiffImageFile
 
-from ..core import ScreenError, first_few, open_plain, option, plural
+from ..core import ScreenError, first_few, option, plural
+from .remote import open_any
 from .images import MOST_PIXELS, PNG_SIGNATURE, decode_png, _check_kind, _most_packed, _png_header
 
 # %% ../../nbs/04b_screen.tiff.ipynb #ab22d604
@@ -399,7 +400,8 @@ def _tifffile():
 class _Frugal(io.RawIOBase):
     "A file from which at most 16 MB are read at once, and at most 64 MB altogether"
     def __init__(self, file, name):
-        self.file, self.name, self.left, self.size = file, name, 2**26, os.fstat(file.fileno()).st_size
+        self.file, self.name, self.left, self.size = file, name, 2**26, file.seek(0, 2)
+        file.seek(0)
     def readable(self): return True
     def seekable(self): return True
     def seek(self, *at): return self.file.seek(*at)
@@ -452,7 +454,7 @@ def _png_planes(f, name, n, pages, expect, header, t=None, z=None):
 
 # %% ../../nbs/04b_screen.tiff.ipynb #8d20dfbe
 def read_planes(
-    path:str|Path, # PNG or TIFF
+    path:str|Path, # PNG or TIFF, or its address
     n:int=1, # Channels that it holds
     pages:list|None=None, # TiffPage of each, from 0; `None`: the file holds these channels and nothing else
     expect:tuple|None=None, # (height px, width px, bits) that it must have; `None`: any
@@ -461,12 +463,13 @@ def read_planes(
     z=None, # Plane from 0, 'max', or `None` where there is one
     names=(), # Names that its channels are given; a file that has names of its own must agree
     among=(), # Names of all channels of the screen
+    opener=open_any, # `opener(path, do=…)` opens the file
 )->np.ndarray: # uint8 or uint16 [n,H,W]
     "Return the channels in one file, read strictly: exactly these pixels, or a `ScreenError`"
     name = str(path)
     check_planes(t=t, z=z)
     try:
-        with open_plain(path, do=f'copy it again, or move it elsewhere and leave its site out with {option("only_present", True)}') as f:
+        with opener(path, do=f'copy it again, or move it elsewhere and leave its site out with {option("only_present", True)}') as f:
             head = f.read(8)
             f.seek(0)
             if head == PNG_SIGNATURE: return _png_planes(f, name, n, pages, expect, header, t, z)
