@@ -1,6 +1,6 @@
 """What each part of the method is worth on experiments never seen: a ladder from the plainest baseline to the full method.
 
-    python bench/ablation.py [--scale demo|long|full] [--seeds 0,1,2] [--runs FOLDER] [--only MODEL,MODEL]
+    python bench/ablation.py [--scale demo|long|full] [--seeds 0,1,2] [--runs FOLDER] [--only MODEL,MODEL] [--judge test|held]
 
 Every model is trained on the training experiments of one screen, once a seed, and judged on the wells of the test experiments.
 What a run gave is kept in FOLDER (default: bench/runs), so that an interrupted benchmark goes on where it was. Prints one table
@@ -9,6 +9,9 @@ with the three protocols in columns of their own, and stores bench/results/ablat
 `--scale demo` draws its screen (64 px, 48 siRNAs) and takes about an hour on two cores. `--scale long` trains four times as long on
 the same screen: what regularizes has to be judged where a model can overfit (`--only adacos,cutmix,wells,metadata`; two processes took 77 minutes). `--scale full` wants a packed RxRx1
 (`--screen`), EfficientNet-B3 at 300 px, 1,108 siRNAs, and a GPU.
+
+`--judge held` holds out two of the training experiments, judges on these and stores ablation_held.json (ablation_held_long.json): methods against batch effects and ways of searching are chosen there,
+and the test experiments are read once, with what was chosen.
 """
 import argparse, json, os, time
 from pathlib import Path
@@ -18,6 +21,7 @@ from machine import save
 from rcic_fastai.all import *
 from rcic_fastai.core import write_atomic
 from rcic_fastai.embed.embed import eval_mode
+from rcic_fastai.embed.neck import NECKS
 from rcic_fastai.predict.predict import best_class
 from rcic_fastai.screen.screen import store_fingerprint
 
@@ -26,13 +30,26 @@ DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-05,HUVEC-17,H
 SCALES = dict(demo=dict(arch='efficientnet-lite0', size=None, epochs=12, lr=4e-3, bs=32, tta=4),
               long=dict(arch='efficientnet-lite0', size=None, epochs=48, lr=4e-3, bs=32, tta=4),
               full=dict(arch='efficientnet-b3', size=300, epochs=90, lr=1e-3, bs=64, tta=8))
-MODELS = dict( # name: what the model is trained with; each adds to the one above, the last two to cutmix
+HELD = dict(demo=('HUVEC-05', 'RPE-03'), long=('HUVEC-05', 'RPE-03'), full=('HUVEC-16', 'HEPG2-07', 'RPE-07', 'U2OS-03'))   # with --judge held
+WAYS = 2     # changes when `judge` has other ways of predicting: earlier runs are not added to then
+_BATCH = dict(norm='own', loss='adacos', cutmix=.5)
+MODELS = dict( # name: what the model is trained with; each adds to the one above, those from wells on to cutmix
+    untrained=dict(norm='own', loss='softmax', trained=False),
     plain=dict(norm='global', loss='softmax'),
     own=dict(norm='own', loss='softmax'),
     adacos=dict(norm='own', loss='adacos'),
     cutmix=dict(norm='own', loss='adacos', cutmix=.5),
     wells=dict(norm='own', loss='adacos', cutmix=.5, sites=2),
-    metadata=dict(norm='own', loss='adacos', cutmix=.5, metadata=('cell_type', 'plate_group', 'experiment')))
+    metadata=dict(norm='own', loss='adacos', cutmix=.5, metadata=('cell_type', 'plate_group', 'experiment')),
+    pairs=dict(**_BATCH, batch_by='pairs'),
+    lisa=dict(**_BATCH, batch_by='pairs', callbacks=(dict(name='lisa', p=.5),)),
+    lisa_mixup=dict(**_BATCH, batch_by='pairs', callbacks=(dict(name='lisa', how='mixup', p=.5),)),
+    contrast=dict(**_BATCH, batch_by='pairs', callbacks=(dict(name='contrast', weight=.2),)),
+    lisa_contrast=dict(**_BATCH, batch_by='pairs', callbacks=(dict(name='lisa', p=.5), dict(name='contrast', weight=.2))),
+    mixstyle=dict(**_BATCH, callbacks=('mixstyle',)),
+    by_experiment=dict(**_BATCH, batch_by='experiment'),
+    by_two=dict(**_BATCH, batch_by='experiment', batch_groups=2),
+    with_controls=dict(**_BATCH, batch_by='experiment', callbacks=(dict(name='control_batches', n=8),)))
 
 
 def screen(scale, path, runs):
@@ -46,13 +63,13 @@ def screen(scale, path, runs):
     return open_screen(store)
 
 
-def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None, longer=1):
-    "A learner trained on the training experiments, none held out: the test experiments judge"
+def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None, longer=1, held='none', callbacks=(), trained=True, **batches):
+    "A learner trained on the training experiments but those held out: the test experiments judge, or these"
     s = SCALES[scale]
-    dls = screen_dls(Screen(table if rows is None else rows, source), valid='none', norm=norm, sites=sites, size=s['size'], bs=max(8, s['bs']//sites), seed=seed)
+    dls = screen_dls(Screen(table if rows is None else rows, source), valid=held, norm=norm, sites=sites, size=s['size'], bs=max(8, s['bs']//sites), seed=seed, **batches)
     learn = screen_learner(dls, s['arch'], metadata=metadata, loss=loss, seed=seed)
     if torch.cuda.is_available(): learn.to_fp16(); learn.model.to(memory_format=torch.channels_last)
-    stages = [Stage('head', 1, 1e-2, 'stem,head', loss=loss), Stage('all', longer*s['epochs'], s['lr'], cutmix=cutmix)]
+    stages = [Stage('head', 1, 1e-2, 'stem,head', loss=loss), Stage('all', longer*s['epochs'], s['lr'], cutmix=cutmix, callbacks=callbacks)] if trained else []
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe(Recipe('ablation', stages, arch=s['arch']), seed=seed)
     return learn
 
@@ -100,16 +117,21 @@ def judge(learn, table, test, tta, name):
     res['two sites, TTA'] = ('inductive', accuracy_of(query, index, table))
     res['+ plate groups'] = ('transductive', restricted_accuracy(query, index, table))
     res['+ plate groups and assignment'] = ('transductive', accuracy_of(query, index, table, 'transductive'))
-    bn_query = learn.embed(test, tta=tta, adapt='experiment', **quiet)
+    beside = lambda r: pd.concat([r, table[table.experiment.isin(r.experiment) & (table.well_type == 'negative_control')]]) if name == 'with_controls' else None
+    bn_query = learn.embed(test, tta=tta, adapt='experiment', adapt_rows=beside(test), **quiet)
     # queries alone, which predict_wells rejects when they say so: to show what it costs
     unmarked = bn_query.drop(columns='Metadata_batchnorm')
     res['+ AdaBN of the experiment'] = ('adapted', accuracy_of(unmarked, index, table, 'adapted'))
-    bn_train = learn.embed(rows, tta=tta, adapt='experiment', **quiet)
-    res['+ AdaBN, index too'] = ('adapted', accuracy_of(bn_query, as_index(bn_train), table, 'adapted'))
+    bn_train = learn.embed(rows, tta=tta, adapt='experiment', adapt_rows=beside(rows), **quiet)
+    bn_index = as_index(bn_train)
+    res['+ AdaBN, index too'] = ('adapted', accuracy_of(bn_query, bn_index, table, 'adapted'))
+    res['+ AdaBN, index too, groups and assignment'] = ('transductive', accuracy_of(bn_query, bn_index, table, 'transductive'))
+    for neck in NECKS[1:]:
+        res[f'search {neck}'] = ('inductive', accuracy_of(query, NeckIndex(index, neck), table))
+        res[f'+ AdaBN, search {neck}'] = ('adapted', accuracy_of(bn_query, NeckIndex(bn_index, neck), table, 'adapted'))
     for tag, (a, b) in {'': (emb, query), 'AdaBN, ': (bn_train, bn_query)}.items():
         both = correct(pd.concat([a, b], ignore_index=True), 'standardize')
-        fit = lambda part: both[both.Metadata_dataset == part].reset_index(drop=True)
-        done, ask = as_index(fit('train')), fit('test')
+        done, ask = as_index(both.iloc[:len(a)].reset_index(drop=True)), both.iloc[len(a):].reset_index(drop=True)
         res[f'+ {tag}standardized embeddings'] = ('adapted', accuracy_of(ask, done, table, 'adapted'))
         res[f'+ {tag}standardized, groups and assignment'] = ('transductive', accuracy_of(ask, done, table, 'transductive'))
     if name == 'metadata':
@@ -153,7 +175,7 @@ def leaks_of(results):
 
 def facts_of(args, name, source):
     "What a result is of: the screen's pictures and the settings"
-    return json.loads(json.dumps(dict(screen=store_fingerprint(source), scale=SCALES[args.scale], model=MODELS.get(name, {}))))
+    return json.loads(json.dumps(dict(screen=store_fingerprint(source), scale=SCALES[args.scale], model=MODELS.get(name, {}), judge=args.judge, ways=WAYS)))
 
 
 def check_run(path, facts):
@@ -162,26 +184,32 @@ def check_run(path, facts):
         raise SystemExit(f'ablation: {path} is of another screen or of other settings: name another folder with --runs, or remove it.')
 
 
+def prefix(args): return args.scale if args.judge == 'test' else f'{args.scale}_held'
+
+
 def runs_of(args, table, source):
     "Train and judge what has no result yet; one file a model and seed"
-    test = table[(table.dataset == 'test') & (table.well_type == 'treatment')]
+    held = [] if args.judge == 'test' else list(HELD[args.scale])
+    judged = table.experiment.isin(held) if held else table.dataset == 'test'
+    test = table[judged & (table.well_type == 'treatment')]
     for seed in args.seeds:
         for name in [m for m in [*MODELS, 'leak'] if not args.only or m in args.only]:
-            done = args.runs/f'{args.scale}-{name}-{seed}.json'
+            if name == 'leak' and held: continue
+            done = args.runs/f'{prefix(args)}-{name}-{seed}.json'
             facts = facts_of(args, name, source)
             if done.exists(): check_run(done, facts); continue
             start = time.time()
             if name == 'leak': res = leak(table, source, args.scale, seed)
-            else: res = judge(train(table, source, args.scale, seed, **MODELS[name]), table, test, SCALES[args.scale]['tta'], name)
+            else: res = judge(train(table, source, args.scale, seed, held=held or 'none', **MODELS[name]), table, test, SCALES[args.scale]['tta'], name)
             write_atomic(done, lambda p: p.write_text(json.dumps(dict(seconds=round(time.time() - start), facts=facts, result=res), indent=1)))
             print(f'{name}, seed {seed}: {time.time() - start:.0f} s', flush=True)
 
 
 def table_of(args):
     "One row a model and way of predicting, mean ± sd over the seeds, one column a protocol"
-    rows, seeds = {}, sorted({int(p.stem.split('-')[-1]) for p in args.runs.glob(f'{args.scale}-*.json')})
+    rows, seeds = {}, sorted({int(p.stem.split('-')[-1]) for p in args.runs.glob(f'{prefix(args)}-*.json')})
     for name in MODELS:
-        runs = {s: json.loads(p.read_text())['result'] for s in seeds if (p := args.runs/f'{args.scale}-{name}-{s}.json').exists()}
+        runs = {s: json.loads(p.read_text())['result'] for s in seeds if (p := args.runs/f'{prefix(args)}-{name}-{s}.json').exists()}
         found = list(runs.values())
         for way in found[0] if found else ():
             a = np.array([f[way]['accuracy'] for f in found])
@@ -204,7 +232,11 @@ CLAIMS = ( # what is said to help, on experiments never seen: with it, and witho
     ('plate groups', ('cutmix', '+ plate groups'), ('cutmix', 'two sites, TTA')),
     ('one-to-one assignment', ('cutmix', '+ plate groups and assignment'), ('cutmix', '+ plate groups')),
     ('metadata: cell type', ('metadata', 'two sites, TTA'), ('cutmix', 'two sites, TTA')),
-    ('metadata: plate group', ('metadata', 'plate groups as input'), ('metadata', 'two sites, TTA')))
+    ('metadata: plate group', ('metadata', 'plate groups as input'), ('metadata', 'two sites, TTA')),
+    *[(f'{what}{", adapted" if way else ""}', (m, way or 'two sites, TTA'), (beside, way or 'two sites, TTA')) for way in ('', '+ AdaBN, index too') for what, m, beside in (
+        ('batches of pairs', 'pairs', 'cutmix'), ('LISA (boxes)', 'lisa', 'cutmix'), ('LISA (Mixup)', 'lisa_mixup', 'cutmix'), ('contrast of pairs', 'contrast', 'cutmix'), ('LISA and contrast', 'lisa_contrast', 'cutmix'),
+        ('MixStyle', 'mixstyle', 'cutmix'), ('batches of one experiment', 'by_experiment', 'cutmix'), ('batches of two experiments', 'by_two', 'cutmix'), ('controls in every batch', 'with_controls', 'by_experiment'))],
+    *[(f'{m}: search {n}{", adapted" if a else ""}', (m, f'{a}search {n}'), (m, '+ AdaBN, index too' if a else 'two sites, TTA')) for m in ('cutmix', 'lisa') for a in ('', '+ AdaBN, ') for n in NECKS[1:]])
 FULL = 'cutmix', 'two sites, TTA'  # the full method, inductive; two sites in training were to be part of it, and lost with the first seed
 CHOSEN = 'full: after the first seed; best: after all seeds; both on the experiments that are judged, so take them as a little too good'
 
@@ -218,7 +250,8 @@ def claims_of(rows):
         if not both: continue
         a, b = (np.array([rows[k]['values'][s] for s in both]) for k in (no, yes))
         gain = b - a
-        res.append(dict(claim=what, without=round(float(a.mean()), 4), with_it=round(float(b.mean()), 4), gain=round(float(gain.mean()), 4),
+        error = round(float(gain.std(ddof=1)/len(gain)**.5), 4) if len(gain) > 1 else None
+        res.append(dict(claim=what, without=round(float(a.mean()), 4), with_it=round(float(b.mean()), 4), gain=round(float(gain.mean()), 4), error=error,
                         held_in=f'{int((gain > 0).sum())} of {len(gain)} seeds'))
     return res
 
@@ -231,16 +264,16 @@ def report(args, table):
     print(shown.to_string(index=False), f'\nchance {chance:.3f}, seeds {seeds}')
     gain = lambda k: round((rows[k]['mean'] - chance)/(1 - chance), 4) if k in rows else None
     best = {p: max(((r['mean'], ' / '.join(k)) for k, r in rows.items() if r['protocol'] == p), default=None) for p in PROTOCOLS}
-    done = {p: json.loads(p.read_text()) for p in sorted(args.runs.glob(f'{args.scale}-*.json'))}
-    leaks = [d['result'] for p, d in done.items() if p.stem.startswith(f'{args.scale}-leak-')]
-    figures = dict(scale=args.scale, chance=round(chance, 4), seeds=seeds, minutes=round(sum(d['seconds'] for d in done.values())/60/max(args.at_once, 1), 1),
-                   **(dict(minutes_asked=60, chosen=CHOSEN) if args.scale == 'demo' else {}), best={k: v and [round(v[0], 4), v[1]] for k, v in best.items()}, full=' / '.join(FULL),
+    done = {p: json.loads(p.read_text()) for p in sorted(args.runs.glob(f'{prefix(args)}-*.json'))}
+    leaks = [d['result'] for p, d in done.items() if p.stem.startswith(f'{prefix(args)}-leak-')]
+    figures = dict(scale=args.scale, judged='test experiments' if args.judge == 'test' else 'held-out training experiments: ' + ', '.join(HELD[args.scale]), chance=round(chance, 4), seeds=seeds, minutes=round(sum(d['seconds'] for d in done.values())/60/max(args.at_once, 1), 1),
+                   **(dict(minutes_asked=60, chosen=CHOSEN) if args.scale == 'demo' and args.judge == 'test' else {}), best={k: v and [round(v[0], 4), v[1]] for k, v in best.items()}, full=' / '.join(FULL),
                    plain_error_reduction=gain(('plain', 'one site')), full_error_reduction=gain(FULL), times_plain_asked=2, claims=claims_of(rows),
                    leak=leaks_of(leaks) if leaks else None,
                    rows=[dict(model=m, prediction=w, **{k: v for k, v in r.items() if k != 'values'}) for (m, w), r in rows.items()])
     print(pd.DataFrame(figures['claims']).to_string(index=False))
     print(json.dumps({k: v for k, v in figures.items() if k not in ('rows', 'claims')}, indent=1))
-    save('ablation' if args.scale == 'demo' else f'ablation_{args.scale}', **figures)
+    save('_'.join(['ablation', *(['held'] if args.judge == 'held' else []), *([args.scale] if args.scale != 'demo' else [])]), **figures)
 
 
 def main():
@@ -249,6 +282,7 @@ def main():
     p.add_argument('--seeds', type=lambda s: [int(o) for o in s.split(',')], default=[0, 1, 2])
     p.add_argument('--runs', type=Path, default=Path(__file__).parent/'runs')
     p.add_argument('--screen', help='packed screen to use instead of a simulated one')
+    p.add_argument('--judge', choices=('test', 'held'), default='test', help='judge on the test experiments, or on two training experiments that are held out')
     p.add_argument('--at-once', type=int, default=1, help='how many processes of this script shared the work, each with its own --only')
     p.add_argument('--only', type=lambda s: s.split(','), default=None, help='models to train: ' + ', '.join([*MODELS, 'leak']))
     args = p.parse_args()

@@ -66,7 +66,7 @@ def one(layout, seed):
     return dict(layout=layout, seed=seed, shared_content_of_plates=round(shared_content(emb_metadata(train), by='plate'), 3), chosen=choice.name, best=best,
                 below_best_map=round(reached[best]['map'] - reached[choice.name]['map'], 4),
                 below_best_accuracy=round(max(r['accuracy'] for r in reached.values()) - reached[choice.name]['accuracy'], 4),
-                gain_over_none_map=round(reached[choice.name]['map'] - reached['no']['map'], 4), reached=reached)
+                gain_over_no_map=round(reached[choice.name]['map'] - reached['no']['map'], 4), reached=reached)
 
 
 def main():
@@ -81,7 +81,7 @@ def main():
             print(f"{layout}, seed {seed}: chosen {r['chosen']}, best {r['best']}; {r['below_best_map']:.3f} below (mAP), {r['below_best_accuracy']:.3f} (accuracy)", flush=True)
             if args.dry: print('   ', {k: (v['map'], v['accuracy']) for k, v in r['reached'].items()})
     t = pd.DataFrame(runs)
-    mean = {lay: {c: round(float(t.loc[t.layout == lay, c].mean()), 4) for c in ('below_best_map', 'below_best_accuracy', 'gain_over_none_map')} for lay in LAYOUTS}
+    mean = {lay: {c: round(float(t.loc[t.layout == lay, c].mean()), 4) for c in ('below_best_map', 'below_best_accuracy', 'gain_over_no_map')} for lay in LAYOUTS}
     worst = dict(map=float(t.below_best_map.max()), accuracy=float(t.below_best_accuracy.max()))
     print(mean, worst, sep='\n')
     if not args.dry: save('correct', treatments=TREATMENTS, training_batches=TRAIN, test_batches=TEST, seeds=args.seeds, mean=mean, worst=worst, seconds=round(time.time() - start, 1), runs=runs)

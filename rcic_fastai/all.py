@@ -42,12 +42,12 @@ from rcic_fastai.model.heads import (ConcatPool, CosineClassifier, MetadataEmbed
 from .model.losses import AdaCos, ArcFace, BinaryLoss, CosFace, CosineLoss, FocalLoss, MixLoss, SoftmaxLoss
 from .model.model import ScreenModel, create_screen_model, model_parts, parts_table
 from .model.batchnorm import adapted_batchnorm, batch_statistics, has_batchnorm
-from .train.cutmix import BatchMix, CutMix, MixUp
+from .train.cutmix import LISA, BatchMix, CutMix, MixUp
 from .train.optimizer import FusedAdam
 from .train.learner import screen_learner, screen_splitter
 from .train.checkpoints import Checkpoint, checkpointed, read_checkpoint
 from .train.recipes import RECIPES, Recipe, Stage, get_recipe, recipe_from_dict
-from .train.domain import CORAL, EMA, DomainLoss, GradientReversal, MeanTeacher, SlicedWasserstein
+from .train.domain import CORAL, EMA, Contrast, DomainLoss, GradientReversal, MeanTeacher, MixStyle, SlicedWasserstein
 from .train.controls import (ControlMeans, MinusControls, PlateControls, control_dls, control_rows,
     control_similarity, difference_learner, fine_tune_cell_types)
 from .train.distributed import all_agree, rank_device, rank_world
@@ -66,6 +66,7 @@ from .embed.cells import merge_cells
 from .embed.metrics import (average_precision, batch_predictability, energy_distance, perturbation_magnitude,
     replicate_consistency, retrieval_map)
 from .embed.choose import choose_correction
+from .embed.neck import Neck, NeckIndex, choose_neck
 from .embed.hits import find_hits, show_hits
 from .predict.assign import assign_plate, balance_plate, group_patterns, infer_groups, infer_rotation
 from .predict.predict import plate_groups_of, predict_wells, read_predictions, top_candidates, write_predictions
@@ -78,7 +79,9 @@ from .results.evaluate import ScreenResult, bootstrap_interval, evaluate, evalua
 from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_strip, plate_array, plate_map, right_wrong_map,
     site_gallery, training_curve)
 from .results.report import report_screen
+from .results.explain import Explanation
 from .results.explore import explore
+from .results.export import write_atlas, write_plates
 from .results.submission import cell_map, submission_rows, write_submission
 from .folder import load_model, model_card, read_config
 from .workflow import run_demo, screen_summary, train_screen

@@ -245,8 +245,9 @@ def rcic_download(argv=None):
 # %% ../nbs/72_cli.ipynb #4846adc5
 def pack(
     screen, # RxRx1's folder, a CSV or parquet table of image files (such as load_data.csv), OME-Zarr plates, the address of one (s3://, gs://, https://), or any folder with --pattern
-    dest, # Packed screen to write, such as screen.zarr
+    dest, # Packed screen to write, such as screen.zarr; with --to ome-zarr, a folder of plates
     codec:str='fast', # fast: about 1.4 times the size of the PNGs; small: about their size, half as fast to read; plain: 1.6 times, for readers of zarr other than Python's
+    to:str='packed', # packed: for this library; ome-zarr: plates in OME-Zarr 0.5 for viewers and other programs, DEST/EXPERIMENT/PLATE.zarr, and DEST/wells.csv
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
@@ -291,10 +292,12 @@ def pack(
     of_cells = {k: options[k] for k in CELL_OPTIONS}
     check_numbers(workers=workers)
     check_cell_options(cells, **of_cells)
+    check_choice('to', to, ('packed', 'ome-zarr'))
     start, given = time.time(), _meaning(options)
     if dry_run: return print(describe_screen(screen, only_present, **given))
     packed = open_screen(screen, only_present, **given)
     if cells: packed = packed.cells(cells, **of_cells)
+    if to == 'ome-zarr': return _write_plates(packed, dest, verify, workers)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
         sites = f'{plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}'
@@ -302,6 +305,13 @@ def pack(
     if verify: print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} the same as in {screen}')
 
 # %% ../nbs/72_cli.ipynb #06681e4c
+def _write_plates(screen, dest, verify, workers):
+    "Write a screen as OME-Zarr plates"
+    from rcic_fastai.results.export import write_plates
+    if verify: raise ScreenError(f'{option("verify")} compares packed screens: leave it out with {option("to", "ome-zarr")}.')
+    write_plates(screen, dest, workers or None)
+    print(f'{dest}: {plural(len(screen.plates), "plate")}, {plural(len(screen), "field")}')
+
 pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'split', 'dataset', 'wells', 'experiment'],
                'single cells': ['cells', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
                'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'cache', 'plate_wells', 'empty', 'partial', 'only_present']}
@@ -341,9 +351,10 @@ def train(
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
     channels:str='', # Channels that the model reads, by name and in this order; 5-of-6: six models OUT/without_NAME; empty: the recipe's, or all
-    valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has two; none
+    valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has three, or plates; plates: a fifth of the plates (optimistic, as their experiments are learned); none
     folds:int=0, # Divide the training experiments into so many folds, by cell type and --seed, instead of --valid
-    fold:int=0, # The fold that is held out, from 1
+    fold:int=0, # The fold that is held out, from 1; with --refit 0 is all, one after the other
+    refit:store_true=False, # After validation chose the epochs, train again on all rows: that model is kept, with what was measured
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict, or two as a pair, such as compound+dose
@@ -364,11 +375,13 @@ def train(
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
+    search:str='', # How rcic_predict will search the index, see there; auto: choose it on the held-out experiments when the training is over; empty: the recipe's, or no
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:store_true=False, # Compile the model for a GPU, in some minutes
     resident:store_true=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
+    log:str='', # Where epochs are shown while it trains: any of csv (OUT.log.csv), tensorboard (OUT.tensorboard) and wandb, with commas
     resume:store_true=False, # Continue from the last finished epoch of the same command, in OUT.checkpoints
 ):
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with --resume"
@@ -377,8 +390,8 @@ def train(
         from rcic_fastai.workflow import train_screen
     train_screen(**given)
 
-train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'experiments', 'test', 'valid', 'folds', 'fold', 'target', 'label_names', 'no_label', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'precision', 'compile', 'resident', 'device', 'workers', 'resume']}
+train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'experiments', 'test', 'valid', 'folds', 'fold', 'refit', 'target', 'label_names', 'no_label', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
+                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'search', 'precision', 'compile', 'resident', 'device', 'workers', 'log', 'resume']}
 
 def rcic_train(argv=None):
     "Run the console script"
@@ -405,6 +418,7 @@ def predict(
     by:str='', # index names wells after neighbors, classifier by what was trained with the embedding; empty: the recipe's, or index
     vote:str='', # nearest neighbor, mean of the k nearest of a class, or class prototype; empty: the recipe's, or nearest
     k:int=0, # Neighbors that are kept, and averaged by --vote mean; 0: the recipe's, or 5
+    search:str='', # What is done to index and queries first: whiten, shrink (1 is the class prototype), expand or rerank, each with a number, such as whiten=0.3,shrink=1; auto: what names held-out training experiments best, as rcic_train --search auto keeps it; or no; empty: the recipe's, or no
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best (mean with --by classifier)
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
@@ -441,7 +455,7 @@ def predict(
     if pred is not None: print(f'{out}: {_of_what(pred)}, protocol {protocol}')
 
 predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
-                  'how wells are named': ['by', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
+                  'how wells are named': ['by', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
                   'single cells': ['cells', 'cell_merge', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
                   'run': ['experiments', 'wells', 'held_out', 'only_present', 'device', 'workers', 'bs']}
 
@@ -532,9 +546,9 @@ def report(
 ):
     "Write one HTML file that shows what a model did with a screen"
     from rcic_fastai.folder import load_model
-    from rcic_fastai.predict.predict import read_predictions
+    from rcic_fastai.predict.ensemble import read_answers
     from rcic_fastai.results.report import report_screen
-    print(report_screen(out, load_model(model), screen, _tables(predictions, read_predictions), title, most))
+    print(report_screen(out, load_model(model), screen, _tables(predictions, read_answers), title, most))
 
 def rcic_report(argv=None):
     "Run the console script"
@@ -601,11 +615,11 @@ def rcic_hits(argv=None):
 def explore_screen(
     model, # Model folder, from rcic_train
     screen, # A screen with test experiments: packed, or a folder
-    out, # HTML file to write; an earlier page is replaced
+    out, # HTML file to write; a folder, for a whole screen: index.html, and files with all pictures beside it; or .parquet: a table for Embedding Atlas. An earlier page is replaced
     predictions:str='', # CSV from rcic_predict, or several with commas, NAME=CSV when two have one protocol; empty: the model predicts
     protocol:str='inductive', # Without --predictions: inductive, adapted or transductive, or several with commas
     embeddings:str='', # Parquet of the embeddings that the predictions were made of, from rcic_predict --embeddings; several in the order of --predictions, or NAME=PARQUET; empty: the sites are embedded again
-    max_mb:float=25., # Most megabytes of the page; pictures that do not fit are left out, and the page says of which wells
+    max_mb:float=25., # Most megabytes of the page; pictures that do not fit are left out, and the page says of which wells (in a folder, pictures need no room in the page)
     side:int=96, # Longer side of each picture, px; 0: no pictures
     quality:int=70, # Of the pictures, 0 to 100
     umap:str='auto', # Add a UMAP to the map: yes, no, or auto (where umap-learn is installed)
@@ -615,6 +629,7 @@ def explore_screen(
     views:str='', # dihedral, or random: as in training; empty: the recipe's, or dihedral
     vote:str='', # nearest neighbor, mean of the k nearest of a class, or class prototype; empty: the recipe's, or nearest
     k:int=0, # Neighbors that are shown, and averaged by --vote mean; 0: the recipe's, or 5
+    search:str='', # What is done to index and queries first, such as whiten=0.3,shrink=1; auto: what names held-out training experiments best; or no; empty: the recipe's, or no
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
@@ -635,16 +650,28 @@ def explore_screen(
     from rcic_fastai.predict.predict import read_predictions
     from rcic_fastai.results.explore import check_page_path, explore
     from rcic_fastai.train.distributed import rank_device
-    check_page_path(out)
+    is_table = out.lower().endswith('.parquet')
+    if not is_table: check_page_path(out)
     given.update(predictions=_tables(predictions, read_predictions), embeddings=_tables(embeddings, read_embeddings), protocol=as_names(protocol))
     opened = load_model(model, rank_device())
     if held_out: screen = opened.held_out(screen)
+    if is_table: return _write_atlas(opened, screen, given)
     page = explore(opened, screen, **given)
     for n in page.data['notes']: print(f'note: {n}')
     print(f'{out}: {page.about}')
 
+def _write_atlas(model, screen, given):
+    "Write what a page would show as a table for Embedding Atlas"
+    from rcic_fastai.results.explore import explore
+    from rcic_fastai.results.export import write_atlas
+    from rcic_fastai.screen.open import open_screen
+    opened, out, side = open_screen(screen, check=False), given['out'], given['side']
+    page = explore(model, opened, **{**given, 'out': None, 'side': 0, 'max_mb': 1e6})
+    for n in page.data['notes']: print(f'note: {n}')
+    print(f'{write_atlas(page, opened, out, side)}: {plural(len(page.data["wells"]["id"]), "well")}, for: embedding-atlas {out} --x x --y y --neighbors neighbors --image image')
+
 explore_screen.groups = {'the page': ['max_mb', 'side', 'quality', 'umap', 'title'],
-                         'how wells are named': ['wells', 'vote', 'k', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],
+                         'how wells are named': ['wells', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],
                          'run': ['experiments', 'held_out', 'only_present', 'workers', 'bs']}
 
 def rcic_explore(argv=None):

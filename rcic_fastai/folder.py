@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'MODEL_FILES', 'MODEL_FOLDER', 'CELLS_FOLDER', 'model_card'
            'scores_together', 'load_cell_types']
 
 # %% ../nbs/70_folder.ipynb #2263aa73
-import inspect, json, warnings
+import inspect, json, tempfile, warnings
 from contextlib import ExitStack
 from dataclasses import fields
 from functools import lru_cache
@@ -38,6 +38,7 @@ from .predict.cells import *
 from .predict.plan import *
 from .predict.ensemble import *
 from .results.evaluate import *
+from .hub import *
 from .embed.index import *
 from .embed.index import _written_before
 
@@ -56,6 +57,7 @@ def _earlier(config): return sorted({*config.get('trained_experiments', ())} - {
 
 def _how_good(config):
     m, k = config['metrics'], len(config['spec']['labels'])
+    if note := validation_note(config): return markdown_text(note)
     if not m: return 'No experiment was held out, so nothing is known of its accuracy.'
     if 'macro_f1' in m: return (f'{m["images"]} images were held out: macro F1 **{m["macro_f1"]:.3f}**, micro F1 **{m["micro_f1"]:.3f}** at a probability of one half (protocol {m["protocol"]}: {_USES[m["protocol"]]}). '
                                 f'With thresholds that were chosen for these images: {m["chosen"]["macro"]:.3f} and {m["chosen"]["micro"]:.3f}.')
@@ -219,7 +221,12 @@ _SPEC = dict({f.name: _SCALAR for f in fields(ScreenSpec)},
     bits=_one(8, 16), clahe=_BOOL, several=_BOOL, no_label=_BOOL, norm_from=_one('all', 'controls'))
 _AUGS = _dict(_or(_SCALAR, _list(_REAL, 1, 2)), 100, _one(*inspect.signature(site_augs).parameters))
 _NAMES = _list(_LABEL, 0, 2**16)
-_TOP = dict(model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
+def _is_run(v): return isinstance(v, dict) and _SHARE[1](v.get('macro_f1', v.get('accuracy'))) and all(_NAMES[1](v.get(k, [])) for k in ('held_out', 'held_plates'))
+def _is_validation(v): return isinstance(v, dict) and isinstance(v.get('runs'), list) and 0 < len(v['runs']) <= 1000 and all(map(_is_run, v['runs']))
+def _is_metrics(v): return v == {} or v is None or isinstance(v, dict) and _is_run(v)
+
+_MEASURED_THERE = dict(held_plates=_NAMES, validation=('what a validation measured', _is_validation), metrics=('what was measured', _is_metrics))
+_TOP = dict(**_MEASURED_THERE, model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
             augs=_or(_NONE, _AUGS), held_images=_list(_LABEL, 0, 2**24), thresholds=_list(_SHARE, 1, 2**20), data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
 # %% ../nbs/70_folder.ipynb #01b7def6
@@ -269,7 +276,7 @@ def read_config(folder):
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
     if c['format'] < FORMAT: raise _written_before(folder, c['format'])
-    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds')], f)
+    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds', *_MEASURED_THERE)], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
@@ -466,13 +473,16 @@ def read_cell_types(
     if not isinstance(names, dict) or not names or len(names) > 1000: raise _again(f'{Path(folder)/_CELLS} does not name the models of cell types')
     return said
 
+# %% ../nbs/70_folder.ipynb #998b9ffc
+_ON_HUB = {'config.json': 2**23, 'weights.safetensors': 2**34, 'history.csv': 2**24, 'index.json': 2**22, **dict.fromkeys(INDEX_FILES, 2**36)}       # most bytes
+
 # %% ../nbs/70_folder.ipynb #16cac92d
 def load_model(
-    folder, # What `TrainedModel.save` or `rcic_train` wrote
+    folder, # What `TrainedModel.save` or `rcic_train` wrote; hf://owner/name for one on the Hugging Face Hub
     device='cpu', # Where to put the model, whatever trained it
 )->TrainedModel: # Or `CellTypeModels`, of a folder with a model for each cell type
     "Open a model folder; nothing is unpickled and the training data are not needed"
-    folder = Path(folder)
+    folder = hub_folder(folder, _ON_HUB) if is_hub_address(folder) else Path(folder)
     if is_cell_types(folder): return load_cell_types(folder, device)
     several = [] if (folder/'config.json').exists() else sorted(f.parent.name for f in folder.glob('*/config.json'))
     if several: raise ScreenError(f'{folder} holds {plural(len(several), "model")} ({first_few(several, 3)}): name one of them, or predict with each and average the files with rcic_ensemble.')
@@ -490,6 +500,22 @@ def load_model(
     parts = split_index(index)
     return TrainedModel(model.to(device).eval(), spec, parts[0], config, *parts[1:], folder=folder)
 
+# %% ../nbs/70_folder.ipynb #e4522118
+@patch
+def push_to_hub(self:TrainedModel,
+    repo, # owner/name on the Hugging Face Hub; a new repository is made if it is absent
+    private:bool=True, # May only you see it?
+    message:str='', # Of the commit
+)->str: # hf://owner/name@commit, for `load_model`
+    "Upload the model folder: safetensors, JSON, CSV, vectors, the card and the curves"
+    files = (*MODEL_FILES, 'config.json', 'README.md', 'history.png')
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = self.folder and Path(self.folder)
+        is_saved = folder and (folder/'config.json').is_file() and read_config(folder)['fingerprint'] == self.fingerprint
+        if not is_saved: folder = self.save(Path(tmp)/'model')
+        _check_files(folder, read_config(folder))
+        return upload_folder(folder, repo, files, private, message)
+
 # %% ../nbs/70_folder.ipynb #04679d4a
 def _never_learned(model): return [e for e in model.config['held_out'] if e not in {*map(str, model.model.trained_experiments)}]
 
@@ -506,6 +532,8 @@ def held_out(self:TrainedModel,
     "Return a screen in which the experiments that the model held out are those to predict"
     screen, names = open_screen(screen, check=False), _never_learned(self)
     if images := self.config.get('held_images'): return _held_images(screen, images)
+    if (plates := self.config.get('held_plates')) and not names:
+        raise ScreenError(f'The model held out {first_few(plates, 3)} and learned other plates of the same experiments, so its answers there say nothing of new experiments: train one with {option("valid", "EXP")}.')
     if not names:
         why = f'learned the labels of {first_few(self.config["held_out"], 4)} before' if self.config['held_out'] else 'was trained on all training experiments'
         raise ScreenError(f'The model {why}, so it has none to name as held out: train one with {option("valid")}, or with {option("folds")} and {option("fold")}.')
@@ -673,23 +701,51 @@ def _plan_parts(parts, protocol, kwargs, neighbors='', embeddings='', scores=Fal
     if embeddings: _check_one_width(parts)
     if scores or embeddings: _check_same('kind', {c: getattr(p.index, 'scores', 'cosine') for c, p in plans.items()})
     if scores: _check_same('assign', {c: 'yes' if p.search['assign'] else 'no' for c, p in plans.items()})
+    return plans
+
+def _facts_of(model, plan, **more):
+    "Return what must be the same where the answers of one cell type are taken from an earlier run; None for cells, whose masks may have changed"
+    if plan.cell_merge: return None
+    sites = plan.screen.table
+    return json_hash(as_plain(dict(record=plan.record, sites=data_fingerprint(sites)['sha256'], store=store_fingerprint(plan.screen.source), model=model.fingerprint, **more)))
+
+def _answered(beside, cell_type, facts, files):
+    "Return the answers of a cell type that an interrupted run had finished, else None"
+    done, answers = beside/f'{cell_type}.done.json', beside/f'{cell_type}.answers.parquet'
+    if facts is None or not all(f.is_file() for f in (done, answers, *files)): return None
+    said = read_json(done, 2**20)
+    if said.get('facts') != facts or said.get('files') != [file_facts(f) for f in (answers, *files)]: return None
+    return pd.read_parquet(answers)
+
+def _keep_answers(beside, cell_type, facts, files, pred):
+    "Keep the answers of a cell type until all have theirs"
+    answers = beside/f'{cell_type}.answers.parquet'
+    write_atomic(answers, lambda p: pred.to_parquet(p, index=False))
+    write_json(beside/f'{cell_type}.done.json', dict(facts=facts, files=[file_facts(f) for f in (answers, *files)]))
 
 def _in_all(records):
     "Return what the records of all cell types say alike"
     first, *others = records
     return {k: v for k, v in first.items() if k != 'notes' and all(k in r and r[k] == v for r in others)}
 
+# %% ../nbs/70_folder.ipynb #94012de2
 @patch
-def _write_parts(self:CellTypeModels, parts, protocol, out, more, scores, progress, kwargs):
+def _write_parts(self:CellTypeModels, parts, plans, protocol, out, more, scores, progress, kwargs):
     "Predict one cell type after the other beside `out`, and write all answers as one file"
     beside, preds, records = Path(f'{out}.cells'), {}, {}
     if not rank_world()[0]: CELLS_FOLDER.make(beside)
     for c, (m, s) in parts.items():
         files = {k: beside/f'{c}.{k}.parquet' for k, v in more.items() if v}
-        try: preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files, **kwargs)
+        facts = _facts_of(m, plans[c], files=sorted(files), scores=scores)
+        made = [*files.values(), beside/f'{c}.csv', info_path(beside/f'{c}.csv'), *([scores_path(beside/f'{c}.csv')] if scores else [])]
+        preds[c] = None if rank_world()[0] else _answered(beside, c, facts, made)
+        is_kept = from_first(preds[c] is not None)
+        try:
+            if not is_kept: preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files, **kwargs)
         except ScreenError:
             if not rank_world()[0] and all(f.name.startswith('.') or f.suffix == '.lock' for f in beside.iterdir()): CELLS_FOLDER.remove(beside)
             raise
+        if preds[c] is not None and not is_kept and facts: _keep_answers(beside, c, facts, made, preds[c])
         records[c] = None if preds[c] is None else {k: v for k, v in read_json(info_path(beside/f'{c}.csv'), 2**26).items() if k not in ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')}
     if rank_world()[0]: return
     pred, said = together(list(preds.values())), _in_all(list(records.values()))
@@ -726,8 +782,8 @@ def predict(self:CellTypeModels,
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
             parts = self.parts(asked_experiments(self.models.values(), screen, experiments))
-            _plan_parts(parts, protocol, kwargs, neighbors, embeddings, scores)        # what is impossible is said first
-        if out is not None: return self._write_parts(parts, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
+            plans = _plan_parts(parts, protocol, kwargs, neighbors, embeddings, scores)        # what is impossible is said first
+        if out is not None: return self._write_parts(parts, plans, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
 
 @patch

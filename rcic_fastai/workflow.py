@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_rows', 'remove_unfinished', 'is_finished',
-           'try_all', 'fold_experiments', 'fold_images', 'training_notes', 'save_curve', 'train_screen', 'clear_demo',
-           'demo_report', 'demo_page', 'run_demo']
+           'try_all', 'auto_valid', 'fold_experiments', 'fold_images', 'training_notes', 'save_curve', 'train_screen',
+           'clear_demo', 'demo_report', 'demo_page', 'run_demo']
 
 # %% ../nbs/71_workflow.ipynb #e0280784
 import contextlib, io, json, tempfile, time
@@ -30,6 +30,7 @@ from .model.model import *
 from .train.checkpoints import *
 from .train.learner import *
 from .train.recipes import *
+from .train.schedule import parsed_schedule
 from .train.systems import *
 from .train.controls import *
 from .train.distributed import *
@@ -37,6 +38,7 @@ from .embed.protocol import *
 from .embed.table import *
 from .embed.embed import *
 from .embed.index import *
+from .embed.neck import *
 from .predict.predict import *
 from .predict.trained import *
 from .predict.plan import *
@@ -90,6 +92,9 @@ def _checkpoints(out): return _beside(out, '.checkpoints')
 def _controls_checkpoints(out): return _beside(out, '.controls.checkpoints')
 def _pseudo_checkpoints(out): return _beside(out, '.pseudo.checkpoints')
 def _index_folder(out): return _beside(out, '.index.part')
+def _validated(out): return _beside(out, '.validated')
+
+_VALIDATED = OwnFolder('validation', *MODEL_FOLDER.inside('*'), *CHECKPOINT_FOLDER.inside('*.checkpoints/epoch_*'), *PARTS_FOLDER.inside('*.index.part/*'), '*.lock', '*.log.csv', '*.tensorboard/*')
 
 def _without_about(o): return {k: _without_about(v) for k, v in o.items() if k != 'about'} if isinstance(o, dict) else o
 
@@ -104,6 +109,7 @@ def remove_unfinished(
     "Remove what a training keeps beside its output until the model is written"
     for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)): remove_checkpoints(folder)
     remove_index_parts(_index_folder(out))
+    if not _VALIDATED.remove(_validated(out)): print(f'{_validated(out)} is not needed any more.')
 
 def is_finished(
     out, # Model folder
@@ -140,6 +146,7 @@ def try_all(
     tta:int, # Views of each indexed site
     views:str='dihedral', # As `build_index` has them
     separate:bool=False, # As `build_index` has it
+    with_controls:bool=False, # As `build_index` has it
     **info # Facts for the model folder
 ):
     "Raise now for what would be in the way after a training of hours"
@@ -147,7 +154,7 @@ def try_all(
     names, size = rows.drop_duplicates(spec.key), rows.groupby('experiment')[spec.key].nunique()
     few = names[names.experiment.isin([size.idxmin(), size.idxmax()])].groupby('experiment').head(2)
     with no_random(), contextlib.redirect_stderr(io.StringIO()):
-        index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])], views=views, separate=separate)
+        index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])], views=views, separate=separate, with_controls=with_controls)
     with tempfile.TemporaryDirectory() as d: EmbeddingIndex(make_emb_table(names, np.ones((len(names), 1))), spec.target).save(d)
     learn.to_model(index, **info).try_saving(out)
 
@@ -158,6 +165,13 @@ def _check_training(size, bs, tta, views, **numbers):
     if bs == 1: raise ScreenError(f"{option('bs', 1)} is not possible, as BatchNorm needs two samples: give 2 or more, or 0 for the recipe's.")
     if size and not 16 <= size <= 4096: raise ScreenError(f"{option('size', size)} is not possible: give 16 to 4096 pixels, or 0 for the screen's own.")
     check_tta(tta, views)
+
+def _with_search(recipe, search):
+    "Return the recipe with how its index will be searched; raise for what is not understood, and for batches that its callbacks cannot use"
+    said = search or recipe.predict.get('search') or 'no'
+    if said != 'auto': neck_from(said)
+    check_batches(recipe)
+    return replace(recipe, predict={**recipe.predict, 'search': search}) if search else recipe
 
 def _check_counts(**counts):
     "Raise for counts below 0"
@@ -191,7 +205,7 @@ def _held_out(screen, recipe, valid, before=None):
     if held: return held
     if valid != 'auto' or not recipe.valid: return valid
     have = [e for e in recipe.valid if e in _training_names(screen.table)]
-    if not have: print(f'note: the screen has none of the experiments that {recipe.name} held out ({first_few(recipe.valid, 4)}): the last of each cell type that has two is.')
+    if not have: print(f'note: the screen has none of the experiments that {recipe.name} held out ({first_few(recipe.valid, 4)}): others are.')
     return have or 'auto'
 
 def _without_full_data(recipe, held):
@@ -216,12 +230,37 @@ def _rows_of(table, only):
         table = mine
     return table
 
+# %% ../nbs/71_workflow.ipynb #010a3322
+def auto_valid(
+    rows:pd.DataFrame, # Labeled rows
+    target:str='sirna', # Their labels
+): # Experiments, plates, 'auto' (those that the table marks as val) or 'none'
+    "Return what is held out where nothing is said"
+    if (rows.dataset == 'val').any(): return 'auto'
+    each = rows.groupby('cell_type').experiment.unique()
+    last = [sorted(e)[-1] for e in each if len(e) >= 3]
+    if last: return last
+    if len(rows[['experiment', 'plate']].drop_duplicates()) < 4: return 'none'
+    try: return held_plates(rows, target)
+    except ScreenError: return 'none'              # each plate has labels of its own
+
+def _choose_held(screen, recipe, given, data, before):
+    "Return what is held out of the rows that are learned from, and whether nobody asked for it"
+    if given['phase'] == 'refit': return 'none', False
+    if fold := _fold_of(screen, given): return fold, False
+    valid = _held_out(screen, recipe, given['valid'], before)
+    if not has_plates(screen.table): return valid, False
+    if isinstance(valid, str) and valid == 'plates' and before and _held_by(before, _training_names(screen.table)):
+        raise ScreenError(f'{option("valid", valid)} holds out wells of experiments that the model in {given["pretrained"]} learned, so what is measured there would be memory: hold out experiments that it did not learn.')
+    if valid != 'auto' or given['phase'] == 'common': return valid, isinstance(valid, str) and valid == 'auto'
+    return auto_valid(labeled_rows(screen.table, given['target'], data['controls'], data.get('several', False)), given['target']), True
+
 # %% ../nbs/71_workflow.ipynb #38594cc4
 def _asks_fold(folds, fold):
     "Return whether one fold of several is asked for; a `ScreenError` for a half of the question"
     if not folds and not fold: return False
     if not folds: raise ScreenError(f'{option("fold", fold)} is one of several: say how many with {option("folds")}.')
-    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}.')
+    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}, or {option("refit", True)} for all of them in turn.')
     if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
     return True
 
@@ -246,15 +285,17 @@ def fold_images(
     fold:int, # Which one to hold out, from 1
     seed:int=0, # Which images go together
 )->list: # Names of the held-out images; empty without folds
-    "Return the images of one fold, every label spread evenly over the folds"
+    "Return the images of one fold, every label spread evenly over the folds; the cells of an image stay together"
     if not _asks_fold(folds, fold): return []
-    if not 2 <= folds <= len(rows): raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(len(rows), "image")}: choose 2 to {len(rows)}.')
+    images = rows.drop_duplicates('well_id')
+    if not 2 <= folds <= len(images): raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(len(images), "image")}: choose 2 to {len(images)}.')
     if target not in rows: raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(rows.columns)}.')
     try: from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
     except ImportError: raise ScreenError('Folds of images with several labels need the package iterative-stratification: run pip install "rcic_fastai[labels]".') from None
-    truth = label_matrix(rows[target], sorted({o for p in split_labels(rows[target]) for o in p}))
+    truth = label_matrix(images[target], sorted({o for p in split_labels(images[target]) for o in p}))
     parts = MultilabelStratifiedKFold(folds, shuffle=True, random_state=seed).split(truth, truth)
-    return rows.site_id.iloc[[*parts][fold - 1][1]].tolist()
+    mine = images.well_id.iloc[[*parts][fold - 1][1]]
+    return rows.site_id[rows.well_id.isin(mine)].tolist()
 
 # %% ../nbs/71_workflow.ipynb #043da215
 def _folded(args):
@@ -286,7 +327,7 @@ def _picked_stats(data, whole, channels):
 def _also(table, recipe, given):
     "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
     needs = pd.Series(False, table.index)
-    if given['pretrain'] or recipe.pretrain: needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
+    if given['pretrain'] or recipe.pretrain or needs_controls(recipe): needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
     if given['pseudo'] or recipe.pseudo:
         needs |= (table.dataset == 'test') & _is_for(table, recipe.only)
     return needs
@@ -302,18 +343,29 @@ def _screen_to_learn(screen, recipe, given, data):
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
 # %% ../nbs/71_workflow.ipynb #8191c58d
+_SHARED_BATCH = 'the model knows the experiments of those plates, so accuracy there is more than on new experiments, and of no protocol'
+
+def _held_note(n, held, plates, nothing):
+    "Return what is held out of `n` training experiments and what that costs; empty where nothing needs to be said"
+    choices = f'{option("valid", "EXP")} holds out others, and {option("valid", "none")} learns from all and measures nothing'
+    again = f'; {option("refit", True)} trains again on everything afterwards' if n < 10 else ''
+    if len(held): return (f'{first_few(held, 6)} of {plural(n, "training experiment")} {"is" if len(held) == 1 else "are"} held out to measure accuracy while training, so '
+                          f'{n - len(held)} of {n} are learned from: {choices}{"; with so few it costs accuracy" if n < 10 else ""}{again}.')
+    if len(plates): return f'{first_few(plates, 6)} {"is" if len(plates) == 1 else "are"} held out: {_SHARED_BATCH}; {choices}{again}.'
+    if nothing: return f'nothing is held out, as {plural(n, "training experiment")} on so few plates are too few, so no accuracy is measured: {option("valid", "EXP")} holds out an experiment.'
+    return ''
+
 def training_notes(
     table:pd.DataFrame, # Training rows of the site table
     target:str, # What is predicted
     held=(), # Held-out experiments that nobody asked for
+    plates=(), # Held-out plates, by name
+    nothing:bool=False, # Is nothing held out, without being asked?
 )->list: # Sentences
     "Return what is held out and what that costs, which doses are one class, which wells have no name, and that numbers become classes"
-    wells, notes = table.drop_duplicates('well_id'), []
-    n = wells.experiment.nunique()
-    if len(held):
-        notes.append(f'{first_few(held, 6)} of {plural(n, "training experiment")} {"is" if len(held) == 1 else "are"} held out to measure accuracy while training, so '
-                     f'{n - len(held)} of {n} are learned from: {option("valid", "EXP")} holds out others, and {option("valid", "none")} learns from all and measures nothing'
-                     + ('; with so few it costs accuracy: once epochs and settings are chosen, train again so.' if n < 10 else '.'))
+    wells = table.drop_duplicates('well_id')
+    said = _held_note(wells.experiment.nunique(), held, plates, nothing)
+    notes = [said] if said else []
     if names_perturbations(target):
         notes += [f'{o}.' for o in ([] if '+' in target else dose_notes(wells)) + ([unnamed_note(wells)] if unnamed_note(wells) else [])]
     is_number = target in wells and target not in SITE_COLUMNS and pd.api.types.is_numeric_dtype(wells[target])
@@ -349,14 +401,17 @@ def _training_learner(screen, recipe, given, workers, begin=None):
     if data['norm'] not in ('plate', 'experiment') and not given['norm_from']: data.pop('norm_from', None)
     learned, data = _screen_to_learn(screen, recipe, given, data)
     if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']      # in the order of its channels
-    valid = _fold_of(learned, given) or _held_out(learned, recipe, given['valid'], _before(given, begin) if has_plates(learned.table) else None)
+    valid, by_itself = _choose_held(learned, recipe, given, data, _before(given, begin) if has_plates(learned.table) else None)
     dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
     if recipe.only and len(dls.spec.labels) < 2 and not dls.spec.several: raise ScreenError(f'All training wells have one {given["target"]}, {first_few(dls.spec.labels)}, so there is nothing to tell apart: choose another {option("target")}.')
     what = 'labels' if dls.spec.several else f'{given["target"]} classes'
-    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out) or ("images" if dls.held_images else "none")}), '
+    if given['phase'] == 'validate' and not dls.valid.n: raise ScreenError(f'Nothing can be held out of so few experiments and plates, so there is nothing to validate with: name experiments with {option("valid", "EXP")}, or leave {option("refit", True)} out.')
+    plates = [plate_name(*o) for o in dls.held_plates]
+    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out or plates) or ("images" if dls.held_images else "none")}), '
           f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
-    by_itself = valid == 'auto' and not (learned.table.dataset == 'val').any()
-    for note in [*training_notes(learned.train.table, given['target'], dls.held_out if by_itself else ()), *picture_notes(learned)]: print(f'note: {note}')
+    by_itself = by_itself and given['phase'] != 'validate' and not (learned.table.dataset == 'val').any()
+    held = training_notes(learned.train.table, given['target'], dls.held_out if by_itself else (), plates, by_itself and not dls.valid.n and has_plates(learned.table))
+    for note in [*held, *picture_notes(learned)]: print(f'note: {note}')
     if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
@@ -417,11 +472,12 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     return {k: v for k, v in res.items() if len(v)}
 
 # %% ../nbs/71_workflow.ipynb #0fe86f45
-_FREE = ('screen', 'out', 'recipe', 'tta', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed')
+_FREE = ('screen', 'out', 'recipe', 'tta', 'search', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed', 'log')
 
 def _plain_arguments(args):
     "Return the arguments that decide what is learned, as plain data without the places of files"
-    given = {k: ','.join(as_names(v)) if k in ('channels', 'valid', 'metadata', 'cell_types', 'experiments', 'test') else v for k, v in args.items() if k not in _FREE}
+    given = {k: ','.join(as_names(v)) if k in ('channels', 'valid', 'metadata', 'cell_types', 'experiments', 'test') else v for k, v in args.items() if k not in (*_FREE, 'phase')}
+    if not given['refit']: given.pop('refit')
     given['pretrained'] = (_before(args, None) or {}).get('fingerprint', Path(str(args['pretrained'])).name)
     return given
 
@@ -431,13 +487,16 @@ def _training_facts(args, recipe, views, begin=None):
     return dict(arguments=_plain_arguments(args), recipe=recipe.to_dict(), index_views=views, begins_with=begin.fingerprint if begin else '',
                 training_rows=data_fingerprint(table[table.dataset.isin(('train', 'val'))])['sha256'])
 
-def _train_model(args, recipe, begin=None):
-    "Train one model with the arguments of `train_screen`, and write its folder; it may `begin` with a trained one"
+# %% ../nbs/71_workflow.ipynb #8a437f22
+def _train_model(args, recipe, begin=None, validation=None):
+    "Train one model with the arguments of `train_screen`, and write its folder; it may `begin` with a trained one, and know what a `validation` measured before"
     a = SimpleNamespace(**args)
-    given, recipe = {k: v for k, v in args.items() if k not in _FREE}, _without_full_data(recipe, a.folds or a.valid not in ('auto', 'none'))
+    measures = a.phase == 'validate' or a.phase != 'refit' and (a.folds or a.valid not in ('auto', 'none'))
+    given, recipe = {k: v for k, v in args.items() if k not in _FREE}, _without_full_data(recipe, measures)
     views = {'tta': 4, **recipe.index, **({'tta': a.tta} if a.tta else {})}
     info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, precision=a.precision, compile=a.compile, mask=list(INDUCTIVE_MASK))
-    if a.folds: info['fold'] = dict(folds=a.folds, fold=a.fold)
+    if a.folds and a.fold: info['fold'] = dict(folds=a.folds, fold=a.fold)
+    if validation: info['validation'] = {k: v for k, v in validation.items() if k not in ('thresholds', 'search')}
     if a.changed: info['changed'] = a.changed
     is_first, out = not rank_world()[0], a.out
     with ExitStack() as run:
@@ -454,8 +513,9 @@ def _train_model(args, recipe, begin=None):
                 for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)): begin_checkpoints(folder)
             device = rank_device()
             torch.backends.cudnn.benchmark = device.type == 'cuda'
-            faster = precision_callbacks(a.precision, device)
+            faster = [*precision_callbacks(a.precision, device), *epoch_logs(a.log, out)]
             learn = _training_learner(a.screen, recipe, given, a.workers, begin)
+            learn.thresholds = (validation or {}).get('thresholds')
             if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
             if is_first and a.changed: print('changed: ' + ', '.join(f'{k} {now:g} instead of {then:g}' for k, (then, now) in a.changed.items()))
             pretrain, pseudo = _check_steps(a, recipe, learn)
@@ -468,6 +528,7 @@ def _train_model(args, recipe, begin=None):
         index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
         if not is_first: return
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
+        if recipe.predict.get('search') == 'auto': model.config['search'] = (validation or {}).get('search') or learn.choose_search(model, views['tta'])
         model.folder = model.save(out)
         save_curve(model.history, out)
         remove_unfinished(out)
@@ -508,13 +569,84 @@ def _train_several(args, each):
     with _several_in(out, args['resume']):
         for i, (name, changes) in enumerate(each.items(), 1):
             if not rank_world()[0]: print(f'== {name} ({i} of {len(each)})', flush=True)
-            models[name] = train_screen(**{**{k: v for k, v in args.items() if k != 'changed'}, **changes, 'out': out/name})
+            models[name] = train_screen(**{**{k: v for k, v in args.items() if k not in ('changed', 'phase')}, **changes, 'out': out/name})
     return models
 
 def _channel_lists(screen, channels):
     "Return the lists of channels for one model each; empty where one model is asked for"
     if not isinstance(channels, str) or '-of-' not in channels: return {}
     return leave_one_out(channels, open_screen(screen, check=False).channels)
+
+# %% ../nbs/71_workflow.ipynb #46d14ef4
+def _chosen_epochs(recipe, reached):
+    "Return at which epoch each stage that chooses its own should end, of the stages that several validations `reached`; None for the others"
+    stages = [s for s in recipe.stages if not s.full_data]
+    def last(i): return int(np.median([rows[i].get('kept_epoch') or rows[i]['epochs'] for rows in reached]))
+    return [max(1, last(i)) if s.epochs and (s.keep_best or s.patience) else None for i, s in enumerate(stages)]
+
+def _agreed_search(found):
+    "Return how an index is searched, as the validations chose; the nearest row where they differ. None where none chose"
+    if not all(found): return None
+    def agreed(k):
+        each = [o[k] for o in found]
+        if None in each: return None
+        if len({o['neck'] for o in each}) == 1: return each[0]
+        return dict(neck='no', notes=['The nearest row answers, as the folds chose differently: ' + ', '.join(o['neck'] for o in each) + '.'], tried=[])
+    return {k: agreed(k) for k in ('plain', 'adapted')}
+
+def _ending_at(recipe, epochs):
+    "Return the recipe whose stages end where a validation chose"
+    chosen = iter(epochs)
+    stages = [s if s.full_data else (s, next(chosen)) for s in recipe.stages]
+    return replace(recipe, stages=[s if isinstance(s, Stage) else s[0] if s[1] is None else replace(s[0], keep_best=None, patience=None, stop=s[1]) for s in stages])
+
+def _check_refit(args, recipe):
+    "Raise for trainings that cannot be made twice"
+    asked = option('refit', True)
+    if args['cell_types'] or recipe.cell_types: raise ScreenError(f'{asked} is of one model, and models of cell types begin with a common one: leave it out, or leave out {option("cell_types")}.')
+    if isinstance(args['valid'], str) and args['valid'] == 'none': raise ScreenError(f'{asked} first measures what is held out, and {option("valid", "none")} holds out nothing: leave one of them out.')
+    if not sum(s.epochs for s in recipe.stages): raise ScreenError(f'The recipe {recipe.name} trains nothing, so there is nothing to train again: leave {asked} out.')
+    odd = [s.name for s in recipe.stages if parsed_schedule(s.schedule)[0] == 'plateau']
+    if odd: raise ScreenError(f'The rate of stage {odd[0]} follows what is held out, so it cannot be trained again without: choose a recipe with another schedule, or leave {asked} out.')
+
+# %% ../nbs/71_workflow.ipynb #9ca4540b
+def _begin_validation(args):
+    "Make the folder of the models that only measure"
+    folder = _validated(args['out'])
+    if not args['resume']: new_folder(args['out'])
+    if folder.exists() and not args['resume']:
+        raise ScreenError(f'{folder} holds the validation of an unfinished training: continue it with {option("resume", True)}, or remove the folder to start again from the beginning.')
+    return _VALIDATED.make(folder)
+
+def _validate(args, recipe, begin):
+    "Train with rows held out, once or with each fold, and return what was measured and which epochs were chosen"
+    is_first, folds = not rank_world()[0], range(1, args['folds'] + 1) if args['folds'] and not args['fold'] else [args['fold']]
+    each = [_folded({**args, 'fold': f, 'refit': False, 'phase': 'validate', 'out': _validated(args['out'])/str(f or 1)}) for f in folds]
+    with all_agree():
+        if is_first: _begin_validation(args)
+    for i, a in enumerate(each, 1):
+        if is_first: print(f'== validation{f" ({i} of {len(each)})" if len(each) > 1 else ""}', flush=True)
+        _train_model(a, recipe, begin)
+        wait_for_all()
+    done = [read_config(a['out']) for a in each]
+    if not all(c['metrics'] for c in done): raise ScreenError(f'The validation measured nothing, so the epochs of the second training are not known: leave {option("refit", True)} out.')
+    runs, cuts = [c['metrics'] for c in done], [c['thresholds'] for c in done if c.get('thresholds')]
+    return dict(runs=runs, epochs=_chosen_epochs(recipe, [c['stages'] for c in done]), thresholds=np.mean(cuts, axis=0).tolist() if cuts else None,
+                search=_agreed_search([c.get('search') for c in done]))
+
+def _train_twice(args, recipe):
+    "Train with rows held out, which measures and chooses epochs, then on all rows the model that is kept"
+    out = Path(args['out'])
+    with all_agree():
+        _check_refit(args, recipe)
+        begin = _begin_with(args, recipe)
+        done = read_config(out) if args['resume'] and (out/'config.json').is_file() else None
+    found = _validate(args, recipe, begin) if done is None else done.get('validation') or {}
+    epochs = found.get('epochs') if isinstance(found.get('epochs'), list) else []
+    if not rank_world()[0] and done is None: print('== on all training rows', flush=True)
+    model = _train_model({**args, 'phase': 'refit'}, _ending_at(recipe, epochs or [None]*len(recipe.stages)), begin, found)
+    if model is not None and done is None: print(validation_note(model.config))
+    return model
 
 # %% ../nbs/71_workflow.ipynb #d968eaed
 def _cell_type_names(table, asked, recipe):
@@ -572,7 +704,7 @@ def _begin_with(args, recipe):
 
 def _common_model(args, recipe, out):
     "Return the model of all that the models of cell types begin with, trained in OUT/common"
-    common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0}
+    common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0, 'phase': 'common'}
     _train_model(common, _without_full_data(replace(recipe, cell_types={}, pseudo={}), args['valid'] != 'none'))
     wait_for_all()
     return load_model(out/'common')
@@ -610,7 +742,7 @@ def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
     with all_agree():
-        recipes = {c: _cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0] for c in _cell_type_names(table, args['cell_types'], recipe)}
+        recipes = {c: _with_search(_cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0], args['search']) for c in _cell_type_names(table, args['cell_types'], recipe)}
         given = _given_model(args)
         _check_cell_types(args, table, recipe, recipes, given)
     facts = _training_facts(args, recipe, {'tta': args['tta']}, given)
@@ -647,9 +779,10 @@ def train_screen(
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
     channels:str='', # Channels that the model reads, by name and in this order; 5-of-6: six models OUT/without_NAME; empty: the recipe's, or all
-    valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has two; none
+    valid:str='auto', # Held-out experiments EXP,EXP; auto: the recipe's, or the last of each cell type that has three, or plates; plates: a fifth of the plates (optimistic, as their experiments are learned); none
     folds:int=0, # Divide the training experiments into so many folds, by cell type and seed, instead of valid
-    fold:int=0, # The fold that is held out, from 1
+    fold:int=0, # The fold that is held out, from 1; with refit 0 is all, one after the other
+    refit:bool=False, # After validation chose the epochs, train again on all rows: that model is kept, with what was measured
     seed:int=0, # Weights, order, augmentation
     metadata:str='', # Metadata the model uses: any of cell_type,plate_group,experiment; empty: the recipe's
     target:str='sirna', # Column of the site table to predict, or two as a pair, such as compound+dose
@@ -670,21 +803,27 @@ def train_screen(
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
+    search:str='', # How the index will be searched, see `plan_prediction`; auto: choose it on the held-out experiments when the training is over; empty: the recipe's, or no
     precision:str='auto', # Of training: auto (16 bits on a GPU, 32 on a CPU), 32, bf16 or 16
     compile:bool=False, # Compile the model for a GPU, in some minutes
     resident:bool=False, # Hold all pictures in the memory of the GPU (without one, of the computer)
     device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
+    log:str='', # Where epochs are shown while it trains: any of csv (OUT.log.csv), tensorboard (OUT.tensorboard) and wandb, with commas
     resume:bool=False, # Continue from the last finished epoch of the same call, in OUT.checkpoints
 )->TrainedModel: # Also saved in `out`; None in all processes but the first. Of several models: {name: model}, or `CellTypeModels`
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
-    args = dict(locals())
+    args = dict(locals(), phase='')
     r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
+    r = _with_search(r, search)
     _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, ('controls',))
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
     if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
     if experiments or test: args['screen'] = open_screen(screen, check=False).choose(experiments, test)
+    if cell_types and isinstance(valid, str) and valid == 'plates': raise ScreenError(f'{option("valid", valid)} is of one model, and models of cell types begin with a common one: name experiments, or leave out {option("cell_types")}.')
+    if refit:
+        with on_device(device): return _train_twice(args, r)
     folded = _folded(args)
     with on_device(device): return _train_cell_types(folded, r) if cell_types or r.cell_types else _train_model(folded, r, _begin_with(args, r))
 

@@ -115,6 +115,7 @@ CARRIED = dict(
     ema=dict(cbs=lambda: [EMA(.9)]), teacher=dict(cbs=lambda: [MeanTeacher(.9)]),
     reversal=dict(cbs=lambda: [GradientReversal(hidden=8)], batch_by='experiment', batch_groups=2),
     wasserstein=dict(cbs=lambda: [SlicedWasserstein(directions=4)], batch_by='experiment', batch_groups=2),
+    lisa=dict(cbs=lambda: [LISA(same=.7)], batch_by='pairs'), contrast=dict(cbs=lambda: [Contrast(), MixStyle()], batch_by='pairs'),
     unseeded_mix=dict(cbs=lambda: [CutMix(p=.7)]), mixup=dict(cbs=lambda: [MixUp(p=.7)]),
     accumulation=dict(cbs=lambda: [GradientAccumulation(20)]), unfinished_accumulation=dict(cbs=lambda: [GradientAccumulation(32)]),
     average_and_accumulation=dict(cbs=lambda: [EMA(.9), GradientAccumulation(16)]), early=dict(cbs=lambda: [EarlyStoppingCallback('accuracy')]), half=dict(cbs=lambda: [MixedPrecision('bf16')]),

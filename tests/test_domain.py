@@ -333,8 +333,8 @@ def test_adacos_learns_once_a_batch_beside_a_term_of_the_loss(screen, make_cb):
 @pytest.mark.parametrize('name', DOMAIN_METHODS)
 def test_methods_by_name(screen, name):
     cb = domain_callback({'name': name, 'by': 'experiment'})
-    fit(make(screen), cb, epochs=1)
-    assert type(cb) is DOMAIN_METHODS[name] and len(cb.terms) > 0
+    fit(make(screen, **(dict(batch_by='pairs', batch_groups=1) if name == 'contrast' else {})), cb, epochs=1)
+    assert type(cb) is DOMAIN_METHODS[name] and (name == 'mixstyle' or len(cb.terms) > 0)
 
 def test_a_loss_without_reduction_is_refused(screen):
     learn = make(screen)

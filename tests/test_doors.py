@@ -1,5 +1,5 @@
 "Somebody else's plates, from a folder of files to a model, by commands: what is wrong or ambiguous is said before it costs hours."
-import json, re, warnings
+import json, re, sys, types, warnings
 import cv2, numpy as np, pandas as pd, pytest, tifffile
 from rcic_fastai import cli
 from rcic_fastai.folder import load_model
@@ -121,7 +121,7 @@ def test_the_route_without_a_table_speaks_of_none(files, tmp_path, capsys):
 def test_a_pair_is_a_target_by_commands_alone(model, capsys):
     m = load_model(model/'model')
     assert len(m.spec.labels) == 8 and 'alpha @ 0.5' in m.spec.labels and not [l for l in m.spec.labels if 'DMSO' in l]
-    assert m.trained == ['batch1'] and m.config['held_out'] == ['batch2'] and (model/'model/history.png').is_file()
+    assert m.trained == ['batch1', 'batch2'] and not m.config['held_out'] and (model/'model/history.png').is_file()      # of two batches none is held out
     assert cli.rcic_predict(f'{model}/model {model}/own.zarr {model}/p.csv --experiments batch3 --tta 1 --device cpu'.split()) == 0
     assert cli.rcic_evaluate([f'{model}/p.csv', f'{model}/own.zarr']) == 0
     out = capsys.readouterr().out
@@ -166,8 +166,35 @@ def test_what_cannot_be_trained_is_said(model, capsys, options, says):
 def test_a_training_says_what_it_holds_out_and_that_numbers_are_classes(model, capsys):
     assert cli.rcic_train(f'{model}/own.zarr {model}/doses --recipe features --arch mobilenetv3_small_050 --target dose --test batch3 --pretrained no --tta 1'.split()) == 0
     out = capsys.readouterr().out
-    assert 'batch2 of 2 training experiments is held out to measure accuracy while training, so 1 of 2 are learned from' in out
+    assert 'nothing is held out, as 2 training experiments on so few plates are too few' in out and '--valid EXP holds out' in out
     assert 'dose holds numbers, and this is a classifier: its 2 values are classes without an order' in out
+
+
+def test_epochs_are_logged_by_name(model, capsys, monkeypatch):
+    "CSV needs nothing; the others are called as their packages are (stand-ins that record what they are given)"
+    scalars, sent, started = [], [], []
+    class SummaryWriter:
+        def __init__(self, folder, purge_step): scalars.append((str(folder), purge_step))
+        def add_scalar(self, k, v, step): scalars.append((k, step))
+        def flush(self): pass
+    wandb = types.ModuleType('wandb')
+    wandb.run, wandb.init, wandb.log = None, lambda **how: (started.append(how), setattr(wandb, 'run', 1)), lambda row, step: sent.append((row['stage'], step))
+    for name, module in (('tensorboard', types.ModuleType('tensorboard')), ('torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=SummaryWriter)), ('wandb', wandb)): monkeypatch.setitem(sys.modules, name, module)
+    line = f'{model}/own.zarr {model}/logged --recipe {model}/tiny.json --target compound+dose --test batch3 --valid none --pretrained no --tta 1 --device cpu'
+    assert cli.rcic_train([*line.split(), '--log', 'csv,tensorboard,wandb']) == 0
+    log, history = read_table(model/'logged.log.csv'), load_model(model/'logged').history
+    assert log.stage.tolist() == ['all', 'all'] and [float(o) for o in log.train_loss] == pytest.approx(history.train_loss.tolist())
+    assert scalars[0] == (f'{model}/logged.tensorboard', 1) and ('train_loss', 2) in scalars and sent == [('all', 1), ('all', 2)]
+    assert started == [dict(project='rcic_fastai', group='logged')]
+    assert cli.rcic_train([*line.split(), '--resume']) == 0      # where epochs are shown is no part of what is trained
+
+
+@pytest.mark.parametrize('log, says', [('tensorboard', 'rcic_fastai[tensorboard]'), ('wandb', 'rcic_fastai[wandb]'), ('excel', 'csv, tensorboard, wandb')])
+def test_a_log_that_is_not_there_is_said_before_anything_is_trained(model, capsys, monkeypatch, log, says):
+    for name in ('tensorboard', 'wandb'): monkeypatch.setitem(sys.modules, name, None)
+    assert cli.rcic_train([*f'{model}/own.zarr {model}/no --recipe {model}/tiny.json --target compound+dose --pretrained no'.split(), '--log', log]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count('\n') == 1 and not (model/'no').exists()
 
 
 def test_commands_are_quiet_about_what_other_packages_will_change(capsys, monkeypatch):

@@ -1,13 +1,17 @@
 "The page of `explore`: what its data hold, what it asks for, and how it answers in a browser."
-import json, os, re, shutil
+import base64, io, json, os, re, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
+from PIL import Image
 from helpers import learner, refused
 from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.results.evaluate import confused_pairs, evaluate, right_wrong
 from rcic_fastai.results.explore import *
+from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.screen import Screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
+from rcic_fastai.screen.simulate.layout import screen_layout, simulate_screen
+from rcic_fastai.screen.tables import with_target
 
 HOSTILE = ['</script><img src=x onerror=alert(1)>', '<b>bold</b>', '"quoted" & \'single\'', '{{pictures}}', '=cmd()', 'ä 細胞 \u2028 \u202e']
 
@@ -127,6 +131,25 @@ def test_pages_without_pictures_labels_or_model(made, preds):
     assert page.data['spaces'] == [] and 'score' in page.data['predictions'][0]
 
 
+def test_the_page_says_what_the_model_learned(made):
+    screen, model, page, _ = made
+    seen = next(c for c in page.data['wells']['columns'] if c['name'] == 'in training')
+    wells = screen.wells
+    want = wells.experiment.map({'HUVEC-03': 'held out'}).fillna('not used').where(~wells.well_id.isin(model.index.labels.well_id), 'learned')
+    assert [seen['names'][i] for i in seen['codes']] == want.tolist() and set(want) == {'learned', 'held out', 'not used'}
+
+
+def test_a_target_under_another_name(made, preds):
+    "A model may be trained on compound, which the table calls sirna, or on a pair"
+    screen = made[0]
+    for target in ('compound', 'sirna+plate'):
+        d = with_target(screen.table, target)
+        pred = preds['inductive'][['id_code', 'protocol']].assign(**{target: d[target].dropna().iloc[0]})
+        pred.attrs['target'] = target
+        page = explore(None, screen, pred, side=0)
+        assert page.data['target'] == target and len(page.data['accuracy']) == 1, page.data['notes']
+
+
 def test_predictions_made_otherwise_are_said(made, preds):
     screen, model, pred = made[0], made[1], preds['inductive']
     names = pred.sirna.unique()
@@ -169,13 +192,59 @@ def test_a_model_of_another_screen_brings_its_wells(made, tmp_path):
 
 @pytest.mark.parametrize('channels, dtype', [(1, np.uint8), (5, np.uint16), (16, np.uint16)])
 def test_sprites_hold_any_channels(channels, dtype):
-    import io
-    from PIL import Image
     x = (np.random.default_rng(0).random((channels, 40, 60))*np.iinfo(dtype).max).astype(dtype)
     sprite, limits, cell = site_sprite(x, 30)
     columns = min(channels, SPRITE_COLUMNS)
     assert cell == (20, 30) and limits.shape == (2, channels) and (limits[0] <= limits[1]).all()
     assert Image.open(io.BytesIO(sprite)).size == (30*columns, 20*-(-channels//columns))
+
+
+# ---- a folder, with files of pictures beside the page
+
+class Many(ImageSource):
+    "Pictures of many sites, drawn from their names"
+    def __init__(self, table, shape=(3, 16, 16)):
+        super().__init__('many', table, ['a', 'b', 'c'])
+        self.shape, self.dtype = shape, np.dtype('u1')
+    def _read(self, site_id, out): out[...] = np.random.default_rng(list(site_id.encode())).integers(0, 255, self.shape, np.uint8)
+
+
+@pytest.fixture(scope='module')
+def many(tmp_path_factory):
+    "(screen, page, folder): some 1,200 wells in a folder"
+    table = screen_layout([f'HUVEC-{i:02d}' for i in range(1, 5)], sirnas=300, plates=2)
+    table = table[table.well_type == 'treatment'].drop_duplicates('well_id').reset_index(drop=True)
+    screen, out = Screen(table, Many(table), 'many'), tmp_path_factory.mktemp('many')/'whole'
+    return screen, explore(None, screen, out=out), out
+
+
+def test_a_folder_holds_the_pictures_of_all_wells(many):
+    screen, page, out = many
+    assert page.pictures.left_out == [] and page.pictures.count == len(screen) and (out/'index.html').read_text() == page.html
+    shown, files = [], sorted((out/'pictures').iterdir())
+    for i, f in enumerate(files):
+        k, texts = re.fullmatch(r'rcicPictures\((\d+),(\[.*\])\)\n', f.read_text()).groups()
+        assert int(k) == i and page.data['pictures']['files'][i] == len(shown) and len(f.read_bytes()) < 1.2*PICTURE_FILE
+        shown += json.loads(texts)
+    assert len(shown) == len(screen) and len(files) > 2 and len(page.html.encode()) < 1e6
+    site = len(screen)//2
+    stored = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown[page.data['sites']['picture'][site]]))).convert('L'))[:16, :16]
+    lo, hi = black_white(screen.source[screen.table.site_id[site]])[:, 0]
+    assert np.abs(lo + stored/255.*(hi - lo) - screen.source[screen.table.site_id[site]][0]).mean() < 25
+
+
+def test_a_folder_is_replaced_whole_and_nothing_else(many, tmp_path):
+    screen, out = many[0][many[0].table.experiment == 'HUVEC-01'], tmp_path/'page'
+    explore(None, screen, out=out)
+    before = sorted(p.name for p in (out/'pictures').iterdir())
+    (out/'pictures'/'mine.txt').write_text('mine')
+    refused(lambda: explore(None, screen, out=out), 'holds more than a page', 'take that out')
+    assert (out/'pictures'/'mine.txt').read_text() == 'mine'
+    (tmp_path/'other').mkdir()
+    (tmp_path/'other'/'notes').touch()
+    refused(lambda: explore(None, screen, out=tmp_path/'other'), 'was not written by rcic_fastai')
+    refused(lambda: explore(None, screen, out=tmp_path/'small', max_mb=.001), 'without pictures')
+    assert not (tmp_path/'small').exists() and not (tmp_path/'small.part').exists()
 
 
 # ---- in a browser: playwright drives a Chromium that is installed, its own or that of EXPLORE_BROWSER
@@ -337,6 +406,19 @@ def test_the_map_selects_wells(made, tab):
 
 
 @browses
+def test_a_folder_loads_the_pictures_that_are_looked_at(many, tab, tmp_path):
+    screen, page_, out = many
+    page = tab(f'w={screen.table.well_id[700]}', out/'index.html')
+    open_well(page, screen.table.well_id[700])
+    asked = [u for u in tab.asked if '/pictures/' in u]
+    assert len(asked) == 1 and page.evaluate("document.querySelector('#well .pics canvas').width") == 16
+    shutil.copy(out/'index.html', tmp_path/'alone.html')
+    tab(f'w={screen.table.well_id[700]}', tmp_path/'alone.html')
+    page.wait_for_selector('text=must stay beside the page')
+    assert len(tab.wrong) == 1 and 'ERR_FILE_NOT_FOUND' in tab.wrong.pop()
+
+
+@browses
 def test_confusions_and_accuracy_name_the_protocol(made, tab):
     page = tab('v=confusions&p=1')
     assert page.inner_text('#confusions').startswith('adapted')
@@ -344,6 +426,46 @@ def test_confusions_and_accuracy_name_the_protocol(made, tab):
     assert page.locator('#chips button').count() == 1
     page.click('#tab-accuracy')
     assert [t.inner_text() for t in page.locator('#accuracy .tag').all()] == ['inductive', 'adapted']
+
+
+@pytest.fixture(scope='module')
+def by_hand(made, tmp_path_factory):
+    "(predictions of all wells of two experiments, controls too, every third wrong; page)"
+    wells = made[0].wells.query("experiment in ['HUVEC-17', 'HUVEC-18'] and sirna.notna()").reset_index(drop=True)
+    names = wells.sirna.unique()
+    pred = pd.DataFrame(dict(id_code=wells.well_id, sirna=[names[i % len(names)] if i % 3 == 0 else t for i, t in enumerate(wells.sirna)], protocol='adapted'))
+    path = tmp_path_factory.mktemp('hand')/'page.html'
+    explore(None, made[0], pred, path, side=0)
+    return pred, path
+
+
+@browses
+def test_counts_are_those_of_python(made, by_hand, tab):
+    "Right and wrong wells per plate, and confusions; controls have an accuracy of their own"
+    pred, page = by_hand[0], tab('', by_hand[1])
+    r = right_wrong(pred, made[0].table)
+    treated, controls = r[r.well_type == 'treatment'], r[r.well_type != 'treatment']
+    res = evaluate(pred, made[0].table, partial=True)
+    assert len(controls) and (res['n_wells'], res['n_controls']) == (len(treated), len(controls))
+    one, c = [d[d.experiment == 'HUVEC-17'] for d in (treated, controls)]
+    assert page.inner_text('#experiment-said').startswith(f'{one.right.sum()} of {len(one)} wells right')
+    assert f'(controls: {c.right.sum()} of {len(c)}), adapted' in page.inner_text('#experiment-said')
+    captions = [t.inner_text() for t in page.locator('#plates figcaption').all()]
+    assert all(f'{d.right.sum()} of {len(d)} right' in t for (_, d), t in zip(one.groupby('plate'), captions, strict=True))
+    page.click('#tab-confusions')
+    rows = [[c.inner_text() for c in r.locator('td').all()[:4]] for r in page.locator('#confusions table').first.locator('tbody tr').all()]
+    want = confused_pairs(treated, most=200)
+    assert sorted(rows) == sorted([p.truth, p.predicted, f'{p.wells} of {p.of}', str(p.experiments)] for p in want.itertuples())
+    assert [int(r[2].split()[0]) for r in rows] == want.wells.tolist()
+
+
+@browses
+@pytest.mark.parametrize('width', [400, 700, 1000, 1240, 1600, 2400])
+def test_the_axis_of_accuracies_is_seen_whole(made, tab, width):
+    tab.page.set_viewport_size(dict(width=width, height=800))
+    page = tab('v=accuracy')
+    seen = page.evaluate("[...document.querySelectorAll('#accuracy .wide')].every(d => d.scrollWidth <= d.clientWidth + 1 && [...d.querySelectorAll('.interval')].every(i => i.clientWidth > 50 && i.getBoundingClientRect().right <= d.getBoundingClientRect().right + 1))")
+    assert seen
 
 
 @browses

@@ -1,5 +1,5 @@
 "From plates to hits: foreign profiles, hits against loops and copairs, what must not matter, corrections that are chosen, mistakes."
-import json
+import json, sys
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli
 from rcic_fastai.core import ScreenError
@@ -8,8 +8,9 @@ from rcic_fastai.embed.correct import CORRECTIONS
 from rcic_fastai.embed.hits import MEASURES, activity, find_hits, write_hits
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.metrics import energy_distance, map_significance, precision_null, retrieval_map
-from rcic_fastai.embed.profiles import read_profiles
+from rcic_fastai.embed.profiles import read_profiles, without_gaps
 from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles, write_profiles
+from rcic_fastai.predict.profiles import write_any_profiles
 from rcic_fastai.results.plots import embedding_map
 from rcic_fastai.screen.tables import rowcol_to_well
 from helpers import refused
@@ -53,7 +54,7 @@ def test_forms_of_file(tmp_path, ending):
     pd.testing.assert_frame_equal(emb_metadata(got)[['well_id', 'well_type', 'sirna', 'experiment']], emb_metadata(want)[['well_id', 'well_type', 'sirna', 'experiment']])
 
 def test_gaps_and_constants_are_left_out_and_said(capsys):
-    t = TABLE.assign(Cells_gap=[np.nan, *range(len(TABLE) - 1)], Cells_same=1., ImageNumber=range(len(TABLE)))
+    t = TABLE.assign(Cells_gap=[np.nan]*60 + [*range(len(TABLE) - 60)], Cells_same=1., ImageNumber=range(len(TABLE)))
     emb = read_profiles(t, controls='DMSO')
     assert emb.attrs['features'] == [f'Cells_x{i}' for i in range(10)]
     said = capsys.readouterr().out
@@ -72,7 +73,6 @@ def test_sites_become_wells():
     (lambda t: read_profiles(t, columns=dict(plate='Barcode')), ['no column Barcode']),
     (lambda t: read_profiles(t.rename(columns=lambda c: c.removeprefix('Metadata_'))), ['begins with Metadata_']),
     (lambda t: find_hits(t, **{**HOW, 'controls': ''}), ['no negative control']),
-    (lambda t: find_hits(t[~((t.Metadata_Plate == 'P1') & (t.Metadata_pert_iname == 'DMSO'))], **HOW), ['1 plate has no negative control', 'plate P1 of B1']),
     (lambda t: find_hits(t, **{**HOW, 'target': 'drug'}), ['drug', 'no column']),
     (lambda t: find_hits(t, **{**HOW, 'measure': 'cosine'}), ['energy', 'map']),
     (lambda t: find_hits(t, **{**HOW, 'correct': 'whiten'}), ['auto', 'standardize']),
@@ -192,3 +192,76 @@ def test_a_left_out_batch_teaches_nothing():
     odd.loc[last, 'Metadata_sirna'] = odd.Metadata_sirna[last].to_numpy()[::-1]
     a, b = try_corrections(emb, candidates=one), try_corrections(odd, candidates=one)
     assert (a['HUVEC-04'] > b['HUVEC-04']).all()
+
+
+# ---- wells and files that cannot be used
+
+def test_one_failed_well_takes_no_number_along(capsys):
+    "A well in which no cell was found has no numbers: it is left out, not the numbers of all others"
+    cells = [c for c in TABLE if c.startswith('Cells_')]
+    failed = TABLE.astype(dict.fromkeys(cells, float))
+    failed.loc[5, cells] = np.nan
+    emb = read_profiles(failed, controls='DMSO')
+    assert emb.attrs['features'] == cells and len(emb) == len(TABLE) - 1 and '1 row of' in capsys.readouterr().out
+    assert set(find_hits(failed, **HOW).sirna[lambda s: find_hits(failed, **HOW).hit]) == {'C0', 'C1'}
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_no_gap_is_left_and_a_full_table_stays(seed):
+    rng = np.random.default_rng(seed)
+    gap = rng.random((40, 25)) < rng.choice([.01, .1, .5])
+    gap[rng.integers(40)] = True
+    rows, cols = without_gaps(gap)
+    assert not gap[rows][:, cols].any() and rows.any() and all(o.all() for o in without_gaps(np.zeros((3, 2), bool)))
+
+
+def test_plates_without_controls_and_wells_without_a_name_are_left_out_and_counted():
+    bare = TABLE[~((TABLE.Metadata_Plate == 'P1') & (TABLE.Metadata_pert_iname == 'DMSO'))]
+    found = find_hits(bare, **HOW)
+    alone = find_hits(TABLE[TABLE.Metadata_Plate != 'P1'], **HOW)
+    pd.testing.assert_frame_equal(pd.DataFrame(found), pd.DataFrame(alone))
+    assert any('wells of 1 plate without a negative control left out' in n and 'plate P1 of B1' in n for n in found.attrs['notes'])
+    unnamed = find_hits(TABLE.assign(Metadata_pert_iname=TABLE.Metadata_pert_iname.where(TABLE.Metadata_pert_iname != 'C3')), **HOW)
+    assert 'C3' not in set(unnamed.sirna) and any('without a name left out' in n for n in unnamed.attrs['notes'])
+    refused(lambda: find_hits(TABLE[TABLE.Metadata_pert_iname == 'DMSO'], **HOW), 'all wells are negative controls')
+
+
+@pytest.mark.parametrize('said', ['true', 'True', '1', '1.0', 1., True])
+def test_trained_wells_are_known_in_any_spelling(said, tmp_path):
+    TABLE.assign(Metadata_trained=[said]*3 + ['']*(len(TABLE) - 3)).to_csv(tmp_path/'t.csv', index=False)
+    assert any(n.startswith('3 of 104') for n in find_hits(tmp_path/'t.csv', **HOW).attrs['notes'])
+
+
+def test_no_file_of_others_is_overwritten(tmp_path, capsys):
+    TABLE.to_csv(tmp_path/'p.csv', index=False)
+    was = (tmp_path/'p.csv').read_bytes()
+    words = lambda out: [str(tmp_path/'p.csv'), str(tmp_path/out), '--controls', 'DMSO', '--target', 'compound+dose', '--n-null', '19']
+    (tmp_path/'a.json').write_text('{"mine": 1}')
+    (tmp_path/'b.png').write_text('my picture')
+    for out in ('p.csv', 'a.csv', 'b.csv'):
+        assert cli.rcic_hits(words(out)) == 2 and 'would be overwritten' in capsys.readouterr().err
+    assert (tmp_path/'p.csv').read_bytes() == was and (tmp_path/'a.json').read_text() == '{"mine": 1}' and (tmp_path/'b.png').read_text() == 'my picture'
+    assert cli.rcic_hits(words('c.csv')) == 0 and cli.rcic_hits(words('c.csv')) == 0      # an earlier search may be
+
+
+def test_profiles_are_not_written_over_another_table(tmp_path):
+    emb = read_profiles(TABLE, controls='DMSO')
+    for name, content in (('l.csv', b'well,compound\n'), ('l.csv.gz', b'no gzip'), ('l.parquet', b'PAR1 but no'), ('l.h5ad', b'text')):
+        (tmp_path/name).write_bytes(content)
+        refused(lambda: write_any_profiles(emb, tmp_path/name), 'would be overwritten and holds no profiles')
+    for name in ('p.csv', 'p.csv.gz', 'p.parquet'):
+        for _ in range(2): write_any_profiles(emb, tmp_path/name)
+
+
+@pytest.mark.extra('anndata')
+def test_hits_of_an_anndata_file_are_those_of_the_table(tmp_path):
+    emb = read_profiles(TABLE, controls='DMSO')
+    for name in ('p.h5ad', 'p.parquet'): write_any_profiles(emb, tmp_path/name)
+    a, b = (find_hits(tmp_path/name, **{**HOW, 'target': 'sirna+dose'}) for name in ('p.h5ad', 'p.parquet'))
+    pd.testing.assert_frame_equal(pd.DataFrame(a), pd.DataFrame(b))
+
+
+def test_an_anndata_file_without_the_package_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'anndata', None)
+    (tmp_path/'p.h5ad').write_bytes(b'x')
+    refused(lambda: read_profiles(tmp_path/'p.h5ad'), 'anndata is not installed')

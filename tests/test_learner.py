@@ -1,5 +1,5 @@
 "fastai's habits on a learner for screens: freezing and `fine_tune`, an architecture as a function, `lr_find`, `get_preds`, `predict`, `Interpretation`, `show_results`."
-import pytest, sys, timm, torch
+import numpy as np, pytest, sys, timm, torch
 from functools import partial
 from fastai.vision.all import Callback, ClassificationInterpretation, Interpretation, Learner, params, plt, steep, valley
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -213,13 +213,13 @@ def test_show_results(trained):
     assert len(titles) == 3 and all(w in t for w, t in zip(want, titles))
 
 class FirstChannels(ImageSource):
-    "The first `n` channels of a screen"
+    "The first `n` channels of a screen, which begin again after the last"
     def __init__(self, screen, n):
         super().__init__(screen.source.root, screen.table, [f'c{i}' for i in range(n)])
         self.source, self.shape, self.dtype = screen.source, (n, *screen.source.shape[1:]), screen.source.dtype
-    def _read(self, site_id, out): out[...] = self.source[site_id][:len(self.channels)]
+    def _read(self, site_id, out): out[...] = self.source[site_id][np.arange(len(self.channels)) % 6]
 
-@pytest.mark.parametrize('channels', [1, 5, 6])
+@pytest.mark.parametrize('channels', [1, 4, 5, 6, 8])
 def test_other_channel_counts(screen, channels, tmp_path):
     "Nothing of this counts to six"
     dls = screen_dls(Screen(screen.table, FirstChannels(screen, channels)), bs=8, augs=None, device='cpu', valid='HUVEC-02')
@@ -228,8 +228,16 @@ def test_other_channel_counts(screen, channels, tmp_path):
         learn.lr_find(num_it=6, show_plot=False)
         learn.fine_tune(1, 1e-2)
         assert learn.predict(dls.valid.items.iloc[0])[2].shape == (len(dls.spec.labels),)
-        learn.show_results(max_n=2)
-        Interpretation.from_learner(learn).plot_top_losses(2)
+        interp = Interpretation.from_learner(learn)
+        for how in ('3d+3d', 'composite', 'panels'):
+            for show in (partial(dls.show_batch, max_n=2), partial(learn.show_results, max_n=2), partial(interp.plot_top_losses, 2)):
+                plt.close('all')
+                show(how=how)
+                axs = [ax for ax in plt.gcf().axes if ax.images]
+                h, w = axs[0].images[0].get_array().shape[:2]
+                columns = {'3d+3d': -(-channels//3), 'composite': 1, 'panels': min(channels, 3)}[how]
+                assert len(axs) == 2 and w == 32*columns + columns - 1 and h == (32 if how != 'panels' else 33*-(-channels//3) - 1)
+                if how == 'panels': assert [t.get_text() for t in axs[0].texts] == [f'c{i}' for i in range(channels)]
     plt.close('all')
 
 

@@ -68,6 +68,33 @@ def test_wrong_predictions_leave_no_page(made, screen, which, words, capsys):
     assert words in capsys.readouterr().err and not (out/'none.html').exists()
 
 
+def test_a_new_screen_whose_labels_nobody_knows(made, screen, close_figures):
+    "What rcic_predict wrote of wells without labels, not marked as test: the usual case"
+    out, _ = made
+    table = screen.test.table.assign(sirna=None, sirna_id=None, dataset='train')
+    new = screen[pd.concat([screen.train.table, table])]
+    report_screen(out/'new.html', load_model(out/'model'), new, read_predictions(out/'inductive.csv'), progress=False)
+    page = (out/'new.html').read_text()
+    assert 'nothing is known of right and wrong' in page and 'most similar training site (inductive), of HUVEC-17' in page and 'Hollow points are test wells, of HUVEC-17' in page
+
+
+def test_labels_of_some_wells_are_used(made, screen, close_figures):
+    out, model = made
+    pred = read_predictions(out/'inductive.csv')
+    known = set(pred.id_code[::2])
+    some = screen[screen.table.assign(sirna=screen.table.sirna.where((screen.table.dataset != 'test') | screen.table.well_id.isin(known)))]
+    page = report_screen(out/'some.html', model, some, pred, progress=False).read_text()
+    assert f'Labels are known of {len(known)} of {len(pred)} wells' in page and 'Right and wrong wells' in page
+
+
+def test_predictions_of_some_wells_are_reported(made, screen, close_figures):
+    out, model = made
+    pred = read_predictions(out/'inductive.csv')
+    some = pred[:5].copy()
+    some.attrs = dict(pred.attrs)
+    assert 'Accuracy of test wells' in report_screen(out/'few.html', model, screen, some, progress=False).read_text()
+
+
 def test_no_sites_for_the_maps_is_one_sentence(made, screen):
     out, model = made
     refused(lambda: report_screen(out/'none.html', model, screen, read_predictions(out/'inductive.csv'), most=0), 'most', 'give 1 or more')

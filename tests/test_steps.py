@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 from helpers import python
-from rcic_fastai import cli
+from rcic_fastai import cli, workflow
 from rcic_fastai.batch import resident
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError
@@ -19,7 +19,7 @@ from rcic_fastai.predict.ensemble import ensemble_files, ensemble_predictions, n
 from rcic_fastai.predict.plan import plan_prediction
 from rcic_fastai.predict.predict import read_predictions
 from rcic_fastai.screen import images
-from rcic_fastai.predict.scores import read_scores
+from rcic_fastai.predict.scores import read_scores, score_wells
 from rcic_fastai.predict.trained import build_index
 from rcic_fastai.results.report import how_table
 from rcic_fastai.screen.channels import picked_source
@@ -78,7 +78,7 @@ def killed(here, out, more, when):
     code = f'''
 import os, signal, sys
 from fastai.vision.all import *
-from rcic_fastai import cli
+from rcic_fastai import cli, workflow
 class Killed(Callback):
     order = 90
     def after_batch(self):
@@ -372,6 +372,67 @@ def test_cell_types_answer_as_one_and_are_resumed(here, capsys):
     assert ensemble_files(here/'mean.csv', kept, kept).sirna.tolist() == read_predictions(kept).sirna.tolist() and not list(here.glob('kept.csv.*'))
     train(here, 'whole', '--cell-types each')
     assert load_model(here/'whole').fingerprint == models.fingerprint
+
+
+def test_an_interrupted_prediction_of_cell_types_names_no_finished_one_again(here, tmp_path, monkeypatch):
+    if not (here/'cells/cell_types.json').exists(): train(here, 'cells', '--cell-types each')
+    models, screen, how = load_model(here/'cells'), open_screen(here/'s.zarr'), dict(tta=1, progress=False, scores=True)
+    seen, embed = [], plan.embed_parts
+    def counts(folder, model, *args, **kwargs):
+        seen.append(Path(folder).name.split('.')[0])
+        if len(seen) == 2: raise KeyboardInterrupt
+        return embed(folder, model, *args, **kwargs)
+    monkeypatch.setattr(plan, 'embed_parts', counts)
+    def ask(name, **more): return models.predict(screen, 'adapted', tmp_path/f'{name}.csv', neighbors=tmp_path/f'{name}.n.parquet', embeddings=tmp_path/f'{name}.e.parquet', **{**how, **more})
+    with pytest.raises(KeyboardInterrupt): ask('a')
+    ask('a')
+    assert seen == ['HUVEC', 'RPE', 'RPE'] and not list(tmp_path.glob('a.csv.*'))
+    ask('b')
+    assert len(seen) == 5
+    for end in ('.csv', '.top.csv'): assert (tmp_path/f'a{end}').read_text() == (tmp_path/f'b{end}').read_text()
+    for end in ('.n.parquet', '.e.parquet', '.scores.parquet'): pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path/f'{name}{end}') for name in 'ab'))
+    a, b = (json.loads((tmp_path/f'{name}.json').read_text()) for name in 'ab')
+    assert {k for k in a if a[k] != b[k]} <= {'scores_sha256', 'cell_types'}
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt): ask('c')
+    ask('c', k=3)                                     # another question: what was finished does not answer it
+    assert seen == ['HUVEC', 'RPE', 'HUVEC', 'RPE']
+
+
+@pytest.mark.parametrize('more', ['--cell-types each', '--channels 5-of-6'])
+def test_killed_between_model_and_curves_each_part_gets_its_curves(here, monkeypatch, more):
+    out, n = 'curves' + more[-1], []
+    def dies(history, folder):
+        n.append(folder)
+        if len(n) == 2: raise KeyboardInterrupt
+        draw(history, folder)
+    draw = workflow.save_curve
+    monkeypatch.setattr(workflow, 'save_curve', dies)
+    train(here, out, more, code=130)
+    folder = Path(n[-1])
+    assert (folder/'config.json').exists() and not (folder/'history.png').exists()
+    monkeypatch.undo()
+    weights = (folder/'weights.safetensors').read_bytes()
+    train(here, out, f'{more} --resume')
+    assert (folder/'history.png').exists() and (folder/'weights.safetensors').read_bytes() == weights
+    made = [f.parent for f in (here/out).glob('*/config.json')]
+    assert len(made) == (3 if 'each' in more else 6) and all((f/'history.png').exists() for f in made)
+
+
+@pytest.mark.parametrize('more', ['', '--scores', '--protocol adapted'])
+def test_a_search_among_the_same_cell_type_does_not_name_the_cell_type(here, capsys, monkeypatch, more):
+    "The answer would be read from the table, and be right always"
+    if not (here/'kinds').exists(): train(here, 'kinds', '--target cell_type --valid none')
+    capsys.readouterr()
+    monkeypatch.setattr(plan, 'embed_parts', None)      # it is said before a picture is read
+    predict(here, 'kinds', 'kinds', f'--same-cell-type {more}', code=2)
+    said = capsys.readouterr().err
+    assert '--same-cell-type would give the answer away' in said and not (here/'kinds.csv').exists()
+    monkeypatch.undo()
+    m = load_model(here/'kinds')
+    with pytest.raises(ScreenError, match='would give the answer away'): m.class_scores(open_screen(here/'s.zarr'), same_cell_type=True, tta=1, progress=False)
+    emb = m.embed(open_screen(here/'s.zarr').test, tta=1, progress=False)
+    with pytest.raises(ScreenError, match='restrict_cell_type=True would give the answer away'): score_wells(emb, m.index, restrict_cell_type=True)
 
 
 OWN = dict(RPE=dict(by='index', merge='mean'), HUVEC=dict(by='classifier', merge='mean'))

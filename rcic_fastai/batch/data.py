@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'TensorMeta', 'MetadataCategorize', 'MetadataBlock',
            'ExperimentSplitter', 'labeled_rows', 'label_order', 'label_names', 'labels_of', 'check_labels',
-           'check_one_label', 'LabelRow', 'MultiLabelBlock', 'control_plates_note', 'check_id_test', 'ScreenSpec',
-           'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders', 'rarest_label',
-           'split_images', 'rare_weights', 'screen_dls', 'channels_note', 'spec_source', 'spec_dl']
+           'check_spelling', 'check_one_label', 'LabelRow', 'MultiLabelBlock', 'control_plates_note', 'check_id_test',
+           'ScreenSpec', 'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders',
+           'rarest_label', 'split_images', 'plate_name', 'held_plates', 'split_rows', 'rare_weights', 'screen_dls',
+           'channels_note', 'spec_source', 'spec_dl']
 
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
 import re, warnings
@@ -130,9 +131,7 @@ def labels_of(
 )->list: # Text: as they were named; else numbers by value, the rest by name
     "Return the labels of a target with several, in order"
     if names is not None and len(names): return label_names(names)
-    found = {o for p in split_labels(rows[target]) for o in p}
-    is_number = all(re.fullmatch('[0-9]{1,9}', o) for o in found)
-    return sorted(found, key=int if is_number else None)
+    return in_order({o for p in split_labels(rows[target]) for o in p})
 
 # %% ../../nbs/13_batch.data.ipynb #9b9f7640
 def check_labels(
@@ -148,6 +147,21 @@ def check_labels(
         raise ScreenError(f'{plural(len(bare), "training image")} without any label in {target} ({first_few(bare, 3)}): label them, leave them out of the table, or allow them '
                           f'with {option("no_label", True)}.')
     label_matrix(rows[target], labels, rows.site_id, f'The column {target}')
+
+def check_spelling(
+    rows:pd.DataFrame, # Labeled rows
+    target:str, # Column with several labels
+):
+    "Raise a `ScreenError` for labels that are separated otherwise than by a bar, and for one label that is spelled in two ways"
+    found, plain = sorted({o for p in split_labels(rows[target]) for o in p}), {}
+    for o in found:
+        parts = [p for p in re.split(r'[,;/+\s]+', o) if p]
+        if len(parts) > 1 and all(p.isdigit() or p in found for p in parts):
+            raise ScreenError(f'{target} has the label {o!r}, which looks like {len(parts)} labels: write {LABEL_SEPARATOR.join(parts)}, with a bar between them.')
+        key = ' '.join(o.lower().split())
+        key = str(int(key)) if key.isdecimal() else key
+        if plain.setdefault(key, o) != o:
+            raise ScreenError(f'{target} has the labels {plain[key]!r} and {o!r}, which look like one: spell it alike, or name all labels with {option("label_names")}.')
 
 def check_one_label(
     rows:pd.DataFrame, # Rows to train on or to hold out
@@ -331,12 +345,30 @@ def _with_statistics(dl, norm, stats):
     return dl
 
 class ScreenLoaders(DataLoaders):
-    "Training and held-out batches of a screen, with `.spec`, `.screen` and `.held_out`"
+    "Training and held-out batches of a screen, with `.spec`, `.screen`, `.held_out` (experiments) and `.held_plates`"
     def new_empty(self):
         "Return the same loaders without rows, as `learn.export` stores them; statistics of known groups are kept"
         res = super().new_empty()
         res.spec, res.screen, res.held_out, res.held_images = self.spec, self.screen[:0], self.held_out, getattr(self, 'held_images', [])
+        res.held_plates = getattr(self, 'held_plates', [])
         return res
+
+    def is_held(self,
+        table:pd.DataFrame, # Site-table rows
+    )->np.ndarray: # bool [N]
+        "Return which rows are of an experiment or plate that is held out"
+        keys = set(getattr(self, 'held_plates', ()))
+        if not keys: return table.experiment.isin(self.held_out).to_numpy()
+        return np.array([(str(e), str(p)) in keys for e, p in zip(table.experiment, table.plate)], bool)
+
+    def held_in(self,
+        table:pd.DataFrame, # Site-table rows
+    ): # Experiments, plates, or 'none'
+        "Return what `valid` must be to hold out of a table what these loaders hold out"
+        mine = table[self.is_held(table)]
+        if not len(mine): return 'none'
+        if not getattr(self, 'held_plates', ()): return sorted(mine.experiment.unique())
+        return sorted({(str(e), str(p)) for e, p in zip(mine.experiment, mine.plate)})
 
     def test_dl(self,
         test_items, # Site-table rows, one sample each; or a list of one row, as `learn.predict` gives
@@ -405,7 +437,7 @@ def _check_no_plates(norm, batch_by, sites):
     "Raise for what needs plates, experiments or wells"
     if sites > 1: raise ScreenError(f'{option("sites", sites)} needs wells with several sites, and each image stands for itself: leave it out.')
     for k, v in dict(norm=norm, batch_by=batch_by).items():
-        if v in ('plate', 'experiment'): raise ScreenError(f'{option(k, v)} needs plates, and the images are on none: leave it out.')
+        if v in ('plate', 'experiment', 'pairs'): raise ScreenError(f'{option(k, v)} needs plates, and the images are on none: leave it out.')
 
 def _training_spec(rows, train, source, target, vocabs, norm_stats=None, label_names=None, **kwargs):
     "Return the `ScreenSpec` of training rows"
@@ -435,19 +467,25 @@ def split_images(
     share:float=.2, # Of each label, with 'auto'
     seed:int=0, # Which images, with 'auto'
 )->tuple: # (training rows, held-out rows)
-    "Return training and validation rows of images that are in no experiment"
+    "Return training and validation rows of images that are in no experiment; the cells of an image stay together"
     is_val = (rows.dataset == 'val').to_numpy()
     if not isinstance(valid, str): is_val = is_val | _named_images(rows, valid)
-    elif valid == 'auto' and not is_val.any(): is_val = _some_of_each(rarest_label(rows[target]), share, seed)
+    elif valid == 'auto' and not is_val.any():
+        images = rows.drop_duplicates('well_id')
+        is_val = rows.well_id.isin(images.well_id[_some_of_each(rarest_label(images[target]), share, seed)]).to_numpy()
     elif valid not in ('auto', 'none'): is_val = is_val | _named_images(rows, as_names(valid))
     if is_val.all(): raise ScreenError('All images are held out: leave some to train on.')
+    both = set(rows.well_id[is_val]) & set(rows.well_id[~is_val])
+    if both: raise ScreenError(f'Some cells of {first_few(sorted(both), 3)} are for training and others are held out: give all cells of an image one dataset.')
     return rows[~is_val], rows[is_val]
 
 def _named_images(rows, names):
-    "Return which rows are named: bool [N]"
-    odd = sorted(set(names) - set(rows.site_id))
+    "Return which rows are named, or are cells of an image that is: bool [N]"
+    names = set(names)
+    odd = sorted(names - set(rows.site_id) - set(rows.well_id))
     if odd: raise ScreenError(f'{first_few(odd, 3)} cannot be held out, as no training image is called so: name images of the table.')
-    return rows.site_id.isin(set(names)).to_numpy()
+    of = rows.well_id[rows.site_id.isin(names) | rows.well_id.isin(names)]
+    return rows.well_id.isin(of).to_numpy()
 
 def _some_of_each(kinds, share, seed):
     "Return a share of the positions of each kind at random: bool [N]"
@@ -457,6 +495,68 @@ def _some_of_each(kinds, share, seed):
         n, start = int(start + share*len(at)), (start + share*len(at)) % 1      # what a rare label lacks, the next one gets
         out[at[:n]] = True
     return out
+
+# %% ../../nbs/13_batch.data.ipynb #6a2a505f
+def plate_name(
+    experiment, # Its experiment
+    plate, # Name or number of the plate
+)->str:
+    "Return how a plate is called in text"
+    return f'{experiment} plate {plate}'
+
+def _plates_and_labels(rows, target):
+    "Return plates (experiment, plate, how many their experiment has) and which labels are on each, sparse float [P, L]"
+    from scipy.sparse import csr_array
+    pairs = rows[['experiment', 'plate', target]].astype(str).drop_duplicates()
+    code, plates = pd.factorize(pd.MultiIndex.from_frame(pairs[['experiment', 'plate']]), sort=True)
+    label, names = pd.factorize(pairs[target])
+    plates = plates.to_frame(index=False, name=['experiment', 'plate'])
+    return plates.assign(of=plates.groupby('experiment').plate.transform('size')), csr_array((np.ones(len(code)), (code, label)), (len(plates), len(names)))
+
+def held_plates(
+    rows:pd.DataFrame, # Labeled rows; only those of `dataset` train count
+    target:str='sirna', # Their labels
+    share:float=.2, # Of the plates; one at least
+)->list: # (experiment, plate) of each, as text
+    "Return plates to hold out, spread over the experiments: those whose labels are on the most other plates"
+    plates, has = _plates_and_labels(rows[rows.dataset == 'train'], target)
+    of, experiment = plates.of.to_numpy(float), plates.experiment.to_numpy()
+    held, left = np.zeros(len(plates), bool), np.asarray(has.sum(0)).ravel()
+    for _ in range(max(1, round(share*len(plates)))):
+        taken = pd.Series(held).groupby(experiment).transform('sum').to_numpy()
+        lost, rare = has @ (left == 1), has @ (1/np.maximum(left, 1))/has.sum(1)
+        able = np.flatnonzero(~held & (taken < of - 1) & (lost <= has.sum(1)/2))
+        if not len(able): break
+        best = able[np.lexsort([-able, rare[able], lost[able], taken[able]/of[able]])[0]]
+        held[best], left = True, left - has[[best]].toarray().ravel()
+    if not held.any(): raise ScreenError(f'No plate can be held out, as each is the only one of its experiment or has values of {target} that no other plate has: name experiments '
+                                         f'with {option("valid", "EXP")}, or hold out nothing with {option("valid", "none")}.')
+    return [tuple(map(str, o)) for o in plates.loc[held, ['experiment', 'plate']].to_numpy().tolist()]
+
+# %% ../../nbs/13_batch.data.ipynb #ab19a88d
+def _on_plates(rows, plates):
+    "Return which rows are on some plates, given as (experiment, plate): bool [N]; a plate that has no row raises"
+    mine, asked = pd.MultiIndex.from_frame(rows[['experiment', 'plate']].astype(str)), pd.MultiIndex.from_tuples([(str(e), str(p)) for e, p in plates])
+    absent = asked[~asked.isin(mine)]
+    if len(absent): raise ScreenError(f'{first_few([plate_name(*o) for o in absent], 3)} cannot be held out: no training row is of it.')
+    return mine.isin(asked)
+
+def split_rows(
+    rows:pd.DataFrame, # Labeled rows
+    valid='auto', # As `split_experiments` and `split_images` have it; 'plates', or a list of (experiment, plate)
+    target:str='sirna', # Column with their labels
+    seed:int=0, # Which images, with 'auto'
+)->tuple: # (training rows, held-out rows, held-out plates as (experiment, plate))
+    "Return training and held-out rows: whole experiments, whole plates, or images that are in no experiment"
+    if not has_plates(rows):
+        if isinstance(valid, str) and valid == 'plates': raise ScreenError(f'{option("valid", valid)} needs plates, and the images are on none: leave it out.')
+        return *split_images(rows, valid, target, seed=seed), []
+    are_plates = not isinstance(valid, str) and len(valid) and all(isinstance(o, tuple) for o in valid)
+    if not are_plates and not (isinstance(valid, str) and valid == 'plates'): return *split_experiments(rows, valid), []
+    rows = split_experiments(rows, 'none')[0]
+    plates = valid if are_plates else held_plates(rows, target)
+    out = _on_plates(rows, plates)
+    return rows[~out], rows[out], [(str(e), str(p)) for e, p in plates]
 
 # %% ../../nbs/13_batch.data.ipynb #e78b6abc
 def rare_weights(
@@ -473,7 +573,7 @@ def rare_weights(
 # %% ../../nbs/13_batch.data.ipynb #28c93395
 def screen_dls(
     screen, # A `Screen`
-    valid='auto', # Held-out experiments: names, 'A,B', 'auto' or 'none'
+    valid='auto', # Held-out experiments: names, 'A,B', 'auto' or 'none'; plates: a fifth of them, see `held_plates`
     target:str='sirna', # Column to predict, or several, such as compound+dose
     controls:bool=None, # Train on control wells too; see `labeled_rows`
     sites:int=1, # 1: a sample is a site; 2: a well of two sites
@@ -491,24 +591,26 @@ def screen_dls(
     label_names=None, # With several: labels in order, a list, 'A,B' or a table; `None`: those of the training rows
     no_label:bool=False, # With several: allow images without any label
     rare:float=0., # With several: show images of rare labels more often, see `rare_weights`
-    batch_by:str=None, # Training batches from one 'experiment' or 'plate' each
+    batch_by:str=None, # Training batches from one 'experiment' or 'plate' each, or of 'pairs': one label in two experiments
     batch_groups:int=1, # Experiments or plates in a batch, with `batch_by`
     vocabs:dict=None, # Metadata vocabularies; `None`: from the training rows
     item_tfms=None, # Not supported, as sites are read in whole batches: use `batch_tfms`
     batch_tfms=None, # Batch transforms besides `augs`: functions of `x:TensorSite`, for training, or `Transform`s
 )->ScreenLoaders: # with `.spec` (a `ScreenSpec`) and `.rebuild(**changes)`
-    "Return training and validation batches of a screen, split by experiment; images that are in none are split by themselves"
+    "Return training and validation batches of a screen, split by experiment (or by plate); images that are in none are split by themselves"
     args = dict(locals())
     if target not in screen.table: screen = screen[with_target(screen.table, target)]
     table, source, more = screen.table, screen.source, _after_ours(item_tfms, batch_tfms)
     rows = labeled_rows(table, target, controls, several)
     note = '' if controls or not names_perturbations(target) else control_plates_note(table[table.dataset.isin(('train', 'val'))])
     if note: print(f'note: {note}')
-    if several: check_labels(rows, target, labels_of(rows, target, label_names), no_label)
+    if several:
+        if not label_names: check_spelling(rows, target)
+        check_labels(rows, target, labels_of(rows, target, label_names), no_label)
     else: _check_single(rows, target, label_names, no_label, rare)
     by_experiment = has_plates(table)
     if not by_experiment: _check_no_plates(norm, batch_by, sites)
-    train, held = split_experiments(rows, valid) if by_experiment else split_images(rows, valid, target, seed=seed)
+    train, held, plates = split_rows(rows, valid, target, seed)
     check_id_test(table, rows, sites)
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))
     how = dict(sites=sites, size=size, norm=norm, norm_from=norm_from, clahe=clahe, norm_stats=norm_stats, several=several, label_names=label_names, no_label=no_label)
@@ -523,7 +625,8 @@ def screen_dls(
     dls = ScreenLoaders(*dls.loaders, path=dls.path, device=dls.device)
     if rare: dls.train.draw_by(rare_weights(train[target], rare))
     dls.spec, dls.screen, dls.augs = spec, screen, args['augs']
-    dls.held_out, dls.held_images = (sorted(held.experiment.unique()), []) if by_experiment else ([], held.site_id.tolist())
+    dls.held_plates, dls.held_images = plates, [] if by_experiment else held.site_id.tolist()
+    dls.held_out = sorted(held.experiment.unique()) if by_experiment and not plates else []
     def rebuild(**changes): return screen_dls(**{**args, 'vocabs': spec.vocabs, **changes})
     dls.rebuild = rebuild
     return dls

@@ -255,6 +255,8 @@ def _words(items): return [_word(o) for o in items if getattr(o, '_in_title', Tr
 
 def _n_inputs(x): return len(x) if isinstance(x, tuple) else 1
 
+def _with_names(x, kwargs): return {'channels': getattr(x[0] if isinstance(x, tuple) else x, 'channels', None), **kwargs}
+
 def _meta_line(sample, n_inp): return ' · '.join(_words(sample[1:n_inp]))
 
 def _lines(*parts): return picture_text('\n'.join(p for p in parts if p))
@@ -279,7 +281,7 @@ def _show_site_batch(x, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, 
     n, n_inp = min(len(samples), max_n), _n_inputs(x)
     axs = _site_axes(samples, n, ctxs, how, nrows, ncols, figsize, width)
     for ax, s in zip(axs, samples[:n]):
-        s[0].show(ctx=ax, how=how, **kwargs)
+        s[0].show(ctx=ax, how=how, **_with_names(x, kwargs))
         ax.set_title(_lines(_meta_line(s, n_inp), ' · '.join(_words(s[n_inp:]))), fontsize=8)
     return axs
 
@@ -300,7 +302,7 @@ def _show_site_results(x, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncol
     n, n_inp = min(len(samples), max_n), _n_inputs(x)
     axs = _site_axes(samples, n, ctxs, how, nrows, ncols, figsize, width)
     for ax, s, o in zip(axs, samples[:n], outs):
-        s[0].show(ctx=ax, how=how, **kwargs)
+        s[0].show(ctx=ax, how=how, **_with_names(x, kwargs))
         target, pred = ' · '.join(_words(s[n_inp:])), ' · '.join(_words(o))
         color = 'green' if target == pred else 'red'
         ax.set_title(_lines(_meta_line(s, n_inp), f'{target} → {pred}' if target else pred), fontsize=8, color=color)
@@ -323,7 +325,7 @@ def _plot_site_losses(x, y, samples, outs, raws, losses, nrows=None, ncols=None,
     n_inp = _n_inputs(x)
     axs = _site_axes(samples, len(samples), None, how, nrows, ncols, figsize, width)
     for ax, s, o, r, l in zip(axs, samples, outs, raws, losses):
-        s[0].show(ctx=ax, how=how, **kwargs)
+        s[0].show(ctx=ax, how=how, **_with_names(x, kwargs))
         target, pred = ' · '.join(_words(s[n_inp:])), ' · '.join(_words(o))
         last = f'loss {l.item():.2f}, score {r.max().item():.2f}'
         ax.set_title(_lines(_meta_line(s, n_inp), f'{target} → {pred}', last), fontsize=8,

@@ -213,8 +213,8 @@ def profile_table(
     _row_names(meta)
     lacks = [c for c in ('experiment', 'plate', 'well') if c not in meta]
     if lacks: raise ScreenError(f'The table has no column {META}{lacks[0]}: profiles need experiment, plate and well.')
-    name, barcode = _barcode_name(meta), identifiers(meta.plate)
-    meta['plate'] = meta.experiment.astype(str) + '_' + barcode
+    name, barcode = _barcode_name(meta), identifiers(meta.plate).fillna('').astype(str)
+    meta['plate'] = (meta.experiment.astype(str) + '_' + barcode).where(barcode != '', '')          # images of an atlas are on no plate
     first = [c for c in _STANDARD if c in meta]
     meta = meta[first + [c for c in meta if c not in first]].rename(columns=_STANDARD).assign(**{name: barcode})
     lower = pd.Series(meta.columns).astype(str).str.lower()

@@ -32,12 +32,18 @@ def f1_scores(
     return dict(macro=float(each[has].mean()) if has.any() else np.nan, micro=float(2*(a & t).sum()/n) if n else np.nan)
 
 # %% ../../nbs/22b_model.labels.ipynb #3a2a2f8a
+def _numbers(p):
+    "Return probabilities as float64"
+    p = np.asarray(p, np.float64)
+    if np.isnan(p).any(): raise ScreenError('A probability is not a number: predict again.')
+    return p
+
 def label_precision(
     p, # Probabilities [N,K]
     truth, # [N,K]: 1 where an image has a label
 )->np.ndarray: # float64 [K]; NaN for a label that no image has
     "Return the average precision of each label; images with one probability count together, as in scikit-learn"
-    p, t = np.asarray(p, np.float64), np.asarray(truth) > .5
+    p, t = _numbers(p), np.asarray(truth) > .5
     res = np.full(p.shape[1], np.nan)
     for k in np.flatnonzero(t.any(0)):
         order = np.argsort(-p[:, k], kind='stable')
@@ -53,7 +59,7 @@ def label_thresholds(
     least:int=3, # Images of a label that are needed to choose
 )->list: # [K]
     "Return the threshold of each label whose F1 is best; .5 where too few images have the label"
-    p, t, res = np.asarray(p, np.float64), np.asarray(truth) > .5, []
+    p, t, res = _numbers(p), np.asarray(truth) > .5, []
     for k in range(p.shape[1]):
         order = np.argsort(-p[:, k], kind='stable')
         s, hits = p[order, k], t[order, k].cumsum()
@@ -64,7 +70,8 @@ def label_thresholds(
         f1[:-1][s[:-1] == s[1:]] = -1       # a threshold does not part equals
         i = int(f1.argmax())
         low = s[i + 1] if i + 1 < len(s) else 0.
-        res.append(float(np.clip((s[i] + low)/2, 1e-6, 1 - 1e-6)))
+        middle = (s[i] + low)/2
+        res.append(float(middle if middle > low else s[i]))     # of two neighboring doubles, the middle is one of them
     return res
 
 # %% ../../nbs/22b_model.labels.ipynb #056310be

@@ -296,18 +296,27 @@ class FocalLoss(BinaryLoss):
     def __init__(self,
         alpha=.5, # Weight of a label that is there, 0 to 1; one that is not weighs 1 − α; one number, or one per label
         gamma=2., # How little an easy label counts, 0 or more; one number, or one per label
-        rare=(), # Positions of labels with numbers of their own; those behind the last label have no effect
+        rare=(), # Labels with numbers of their own: positions, or names (text) that `named` looks up
         rare_alpha:float=.25, # α of those
         rare_gamma:float=1.5, # γ of those
         reduction:str='mean', # 'mean', 'sum' or 'none'
     ):
         super().__init__(reduction)
-        self.alpha,self.gamma,self.rare = alpha,gamma,[int(i) for i in rare]
+        self.alpha,self.gamma,self.rare = alpha,gamma,[i if isinstance(i, str) else int(i) for i in rare]
         self.rare_alpha,self.rare_gamma,self._made = rare_alpha,rare_gamma,{}
         for name,most in dict(alpha=1, rare_alpha=1, gamma=math.inf, rare_gamma=math.inf).items():
             v = getattr(self, name)
             if not all(0 <= o <= most for o in (v if isinstance(v, (list, tuple)) else [v])):
                 raise ScreenError(f'{option(name, v)} is not possible: give numbers from 0' + (' to 1.' if most == 1 else '.'))
+
+    def named(self,
+        labels, # [K] names, in the order of the logits
+    )->list: # Names in `rare` that are not among them
+        "Turn the names in `rare` into positions, and leave out those that there are not"
+        at,wanted = {str(o):i for i,o in enumerate(labels)},self.rare
+        odd = [o for o in wanted if isinstance(o, str) and o not in at]
+        self.rare,self._made = [at.get(o, o) for o in wanted if o not in odd],{}
+        return odd
 
     def each(self,
         name:str, # 'alpha' or 'gamma'

@@ -83,8 +83,9 @@ def with_image_scores(
     "Combine the probabilities of each cell with those of its image"
     check_choice('how', how, ('geometric', 'mean', 'image'))
     names = [f'{SCORE}{c}' for c in score_classes(cells)]
-    if not names or score_classes(cells) != score_classes(images):
+    if not names or {*names} != {c for c in images if c.startswith(SCORE)}:
         raise ScreenError(f'The cells and the images do not have the same columns {SCORE}LABEL: predict both with one model of several labels.')
+    if (twice := images.id_code[images.id_code.duplicated()]).any(): raise ScreenError(f'{twice.iloc[0]} has two rows of answers: keep one row per image.')
     known = images.set_index('id_code')[names]
     lost = cells.well_id[~cells.well_id.isin(known.index)]
     if len(lost): raise ScreenError(f'{first_few(lost.unique(), 3)} has cells and no answer of its own: predict its image, too.')

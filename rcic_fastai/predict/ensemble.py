@@ -23,8 +23,8 @@ from .plan import *
 # %% ../../nbs/55_predict.ensemble.ipynb #f109cea5
 def _check_alike(first, other, name):
     "Raise a `ScreenError` when a score table is about something else than the first"
-    for what in ('target', 'protocol', 'kind', 'assign'):
-        a, b = first.attrs.get(what), other.attrs.get(what)
+    for what in ('target', 'protocol', 'kind', 'assign', 'no_label'):
+        a, b = (bool(o) if what == 'no_label' else o for o in (first.attrs.get(what), other.attrs.get(what)))
         if a != b: raise ScreenError(f'{name} has the {what} {b} and the first member {a}: average predictions of one {what}.')
     for what, a, b in (('wells', first['id_code'], other['id_code']), ('classes', score_classes(first), score_classes(other))):
         lacks, extra = sorted({*map(str, a)} - {*map(str, b)}), sorted({*map(str, b)} - {*map(str, a)})
@@ -53,6 +53,11 @@ def _given_groups(tables):
     return found.array
 
 # %% ../../nbs/55_predict.ensemble.ipynb #858481c1
+def _mean_thresholds(tables, w):
+    "Return the mean threshold of each label of the first table, as good a guess as there is; members may have the labels in other orders"
+    each = [pd.Series(t.attrs['thresholds'], score_classes(t)) for t in tables]
+    return sum(a*c[each[0].index] for a, c in zip(w, each)).tolist()
+
 def average_scores(
     tables, # Score tables of the same wells and classes
     weights=None, # One number above 0 per table; `None`: all count alike
@@ -70,8 +75,7 @@ def average_scores(
     res = first.drop(columns=names).join(pd.DataFrame(total, columns=names, index=first.index))
     if first.attrs['protocol'] == 'transductive': res['plate_group'] = _given_groups(tables)
     res.attrs.update(first.attrs)
-    cuts = [t.attrs.get('thresholds') for t in tables]
-    if all(cuts): res.attrs['thresholds'] = np.average(cuts, axis=0, weights=w).tolist()      # the mean is as good a guess as there is
+    if all(t.attrs.get('thresholds') for t in tables): res.attrs['thresholds'] = _mean_thresholds(tables, w)
     return res
 
 # %% ../../nbs/55_predict.ensemble.ipynb #fe5c6bf3

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd
 from fastcore.all import delegates, patch
 from ..core import *
@@ -29,6 +30,7 @@ from ..embed.protocol import *
 from ..embed.table import *
 from ..embed.embed import *
 from ..embed.index import *
+from ..embed.neck import *
 from ..embed.correct import corrected_index
 from ..embed.choose import choose_correction
 from ..embed.cells import *
@@ -39,7 +41,7 @@ from .cells import *
 from .trained import *
 
 # %% ../../nbs/54_predict.plan.ipynb #084e98b1
-_OPEN = dict(tta=8, views='dihedral', vote='nearest', k=5, merge='', by='index', tell='no', assign='yes', adapt='auto', correct='no', same_cell_type=False)
+_OPEN = dict(tta=8, views='dihedral', vote='nearest', k=5, search='no', merge='', by='index', tell='no', assign='yes', adapt='auto', correct='no', same_cell_type=False)
 
 def _check_spelling(**given):
     "Raise for the word that meant no before"
@@ -55,7 +57,9 @@ def _decided(model, protocol, given):
     "Return the choices of a prediction: those that were given, else those of the model's recipe, else the usual ones"
     said, corrects = _recipe_choices(model), given.get('correct') not in (None, '', 'no')
     if protocol != 'transductive' or model.told_index is None or corrects: said.pop('tell', None)
-    if corrects or given.get('same_cell_type') or given.get('vote') or given.get('k'): said.pop('by', None)
+    if corrects or given.get('same_cell_type') or given.get('vote') or given.get('k') or given.get('search'): said.pop('by', None)
+    if given.get('vote') or given.get('by') == 'classifier': said.pop('search', None)
+    if given.get('search') not in (None, '', 'no'): said.pop('vote', None)
     if protocol == 'inductive': said = {k: v for k, v in said.items() if k not in ('adapt', 'correct')}
     if protocol == 'adapted' and said.get('adapt') == 'no': said.pop('adapt')
     chosen = {**_OPEN, **said, **{k: v for k, v in given.items() if v}}
@@ -161,8 +165,9 @@ def _check_controls(index, correct, wells):
         raise ScreenError(f'{option("correct", correct)} needs control wells in the index: train with {option("controls", True)}, '
                           f'or take {option("correct", "standardize")}.')
 
-def _check_classifier(model, correct, same_cell_type, vote='', k=0):
+def _check_classifier(model, correct, same_cell_type, vote='', k=0, search='no'):
     "Raise where the classifier cannot answer"
+    if search != 'no': raise ScreenError(f'{option("search", search)} says how the index is searched, which the classifier does not do: leave out {option("by", "classifier")}.')
     if vote or k: raise ScreenError(f'{option("vote", vote) if vote else option("k", k)} is of a search: leave it out, or leave out {option("by", "classifier")}.')
     stages = (model.config.get('recipe') or {}).get('stages')
     if stages is not None and not sum(s['epochs'] for s in stages):
@@ -178,6 +183,18 @@ def _index_for(model, adapt, protocol, correct, wells, by='index'):
     if correct == 'no': return index, None
     if correct != 'standardize': _check_controls(index, correct, wells)
     return corrected_index(index, correct, **_CORRECT[correct])
+
+# %% ../../nbs/54_predict.plan.ipynb #ff4c4865
+def _chosen_neck(model, index, adapt, correct, search):
+    "Return how an index is searched, as text, and sentences on the choice"
+    if search != 'auto': return str(neck_from(search)), []
+    kept = (model.config.get('search') or {}).get('adapted' if adapt else 'plain')
+    if kept and correct == 'no': return kept['neck'], list(kept['notes'])
+    if learned_labels(model.config.get('recipe')):
+        why = 'it was chosen for embeddings that are not corrected' if kept else 'the folder holds no choice made on held-out experiments (rcic_train --search auto makes one)'
+        return 'no', [f'The nearest row answers, as {why}.']
+    choice = choose_neck(index)
+    return choice.neck, choice.notes
 
 # %% ../../nbs/54_predict.plan.ipynb #1bc72410
 def _possible_corrections(index, wells):
@@ -225,10 +242,11 @@ def with_groups(
     return rows.assign(plate_group=pd.array(found.reindex(keys), dtype='Int64'))
 
 # %% ../../nbs/54_predict.plan.ipynb #5ff4094f
-def _told_index(model, by, adapt, correct):
+def _told_index(model, by, adapt, correct, neck='no'):
     "Return what is searched when the model is given the plate groups"
     if correct != 'no': raise ScreenError(f'{option("tell", "plate_group")} and {option("correct", correct)} cannot be had together: leave one of them out.')
     index = model.told_adapted_index if adapt else model.told_index
+    if neck != 'no': return NeckIndex(index, neck)
     return ClassifierIndex(index, model.spec.labels) if by == 'classifier' else index
 
 # %% ../../nbs/54_predict.plan.ipynb #b3ba4d46
@@ -252,7 +270,7 @@ def _label_choices(model, protocol, given):
     if protocol == 'transductive': raise ScreenError(f'{option("protocol", protocol)} gives each label once per plate, and an image of this model has several: ask for {option("protocol", "inductive")}.')
     _check_batches(model, protocol)
     said = (model.config.get('recipe') or {}).get('predict') or {}
-    for k, usual in dict(vote='', k=0, same_cell_type=False, assign='', tell='', correct='').items():
+    for k, usual in dict(vote='', k=0, search='', same_cell_type=False, assign='', tell='', correct='').items():
         v = given.get(k)
         if v not in (usual, None, 'none', 'no'): raise ScreenError(f'{option(k, v)} is of a search or of one label per well, and this model answers several labels by probability: leave it out.')
     if given.get('by') == 'index': raise ScreenError(f'{option("by", "index")} names the nearest image, and this model answers several labels by probability: leave it out.')
@@ -339,8 +357,10 @@ def _without_others(model, rows):
 # %% ../../nbs/54_predict.plan.ipynb #b0959111
 BY = ('index', 'classifier')
 
-def _check_search(protocol, vote, merge, by, assign, bs, **numbers):
+def _check_search(protocol, vote, merge, by, assign, bs, search, **numbers):
     "Raise for choices that no prediction knows"
+    if search != 'auto': neck_from(search)
+    if search != 'no' and vote != 'nearest': raise ScreenError(f'{option("vote", vote)} and {option("search", search)} both say how rows vote: choose one ({option("search", "shrink=1")} is the prototype).')
     Protocol(protocol)
     check_numbers(bs=bs, **numbers)
     check_choice('by', by, BY)
@@ -353,24 +373,34 @@ def _check_request(model, protocol, c, given):
     "Raise for choices that the model or the protocol does not allow"
     check_cell_options(given['cells'], **{k: given[k] for k in CELL_OPTIONS})
     _check_cell_merge(given['cells'], given['cell_merge'])
-    _check_search(protocol, c['vote'], c['merge'], c['by'], c['assign'], given['bs'], k=c['k'], workers=given['workers'])
+    _check_search(protocol, c['vote'], c['merge'], c['by'], c['assign'], given['bs'], c['search'], k=c['k'], workers=given['workers'])
     check_tta(c['tta'], c['views'])
     if protocol == 'inductive' and model.spec.per_group:
         raise ScreenError(f'The model normalizes by {model.spec.norm}, which uses pictures of the test batch: ask for {option("protocol", "adapted")} or transductive.')
     _check_tell(model, protocol, c['tell'], c['by'])
-    if c['by'] == 'classifier': _check_classifier(model, c['correct'], c['same_cell_type'], given['vote'], given['k'])
+    if c['same_cell_type']: check_restriction(model.spec.target, option('same_cell_type', True))
+    if c['by'] == 'classifier': _check_classifier(model, c['correct'], c['same_cell_type'], given['vote'], given['k'], c['search'])
 
 def _recorded(model, name, asked, spec, c, given):
     "Return how a prediction is made, for the file beside it"
     record = dict(model=str(model.folder or model.fingerprint), screen=str(name), **c, adapt_from=given['adapt_from'], wells=given['wells'],
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=[], versions=library_versions())
+    if note := validation_note(model.config): record['validation'] = note
     if given['cells']: record.update(cells=str(given['cells']), cell_merge=given['cell_merge'], n_cells=len(asked), **{k: given[k] for k in CELL_OPTIONS})
     return record
+
+def _control_notes(index, rows, adapt):
+    "Report experiments without the negative controls that the index takes its BatchNorm statistics of, beside the wells"
+    if not adapt or not (index.labels.get('batchnorm', pd.Series(dtype=object)) == WITH_CONTROLS).any(): return []
+    has = rows[rows.well_type == 'negative_control'].experiment
+    lacks = sorted({*rows.experiment.astype(str)} - {*has.astype(str)})
+    return [f'{first_few(lacks)} has no negative control, and the index takes BatchNorm statistics of these too: here they are of the wells alone.'] if lacks else []
 
 def _adapting_kinds(index, adapt_from):
     "Return the kinds of wells that BatchNorm statistics are taken of"
     if adapt_from == 'controls': return {'negative_control', 'positive_control'}
-    return set(index.labels.get('well_type', ['treatment']))
+    more = {'negative_control'} if (index.labels.get('batchnorm', pd.Series(dtype=object)) == WITH_CONTROLS).any() else set()
+    return set(index.labels.get('well_type', ['treatment'])) | more
 
 # %% ../../nbs/54_predict.plan.ipynb #55dcdff3
 _AMONG_SITES = ('The index holds whole pictures, and cells are looked up in it: a cell does not look like its site, so compare with {by}, '
@@ -406,6 +436,35 @@ def _pictures(model, whole, wells, only_present, cells, of_cells):
     sites = whole[prediction_rows(whole.table, wells)].complete(only_present or model.config.get('only_present', False))
     return _cut_cells(whole, sites, cells, **of_cells) if cells else (sites, [])
 
+# %% ../../nbs/54_predict.plan.ipynb #a9359b23
+def _way(model, protocol, c, given):
+    "Return how sites and index are treated alike: `adapt`, `correct`, `correction` of the sites, `index`, its `neck`, `kinds` of wells that are adapted from, whether it `needs_controls`, `notes`"
+    adapt = _adaptation(model, protocol, c['adapt'], given['adapt_from'], c['correct'])
+    correct, notes = _chosen_correction(model, adapt, c['correct'], given['wells'])
+    index, correction = _index_for(model, adapt, protocol, correct, given['wells'], c['by'])
+    neck, searched = _chosen_neck(model, index, adapt, correct, c['search'])
+    if neck != 'no': index = NeckIndex(index, neck)
+    if adapt and given['bs'] < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
+    kinds = _adapting_kinds(index, given['adapt_from'])
+    needs_controls = model.spec.per_group or bool(adapt) and kinds != {'treatment'}
+    return SimpleNamespace(adapt=adapt, correct=correct, correction=correction, index=index, neck=neck, kinds=kinds, needs_controls=needs_controls, notes=notes + searched)
+
+def _asked(model, whole, way, given):
+    "Return the pictures that are read, those of the wells to name, and sentences about what was left out: `first` and `last`"
+    of_cells = {k: given[k] for k in CELL_OPTIONS}
+    everything, first = _pictures(model, whole, 'all' if way.needs_controls else given['wells'], given['only_present'], given['cells'], of_cells)
+    rows, last = _without_others(model, prediction_rows(everything.table, given['wells'], model.spec.target))
+    _check_correctable(rows, way.correct)
+    return everything, everything[rows], SimpleNamespace(first=first, last=last)
+
+def _embed_options(model, spec, c, way, everything, given):
+    "Return how the sites are embedded"
+    output = 'probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding'
+    adapt_rows = everything.table[everything.table.well_type.isin(way.kinds)] if way.adapt else None
+    return EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output=output, mask=INDUCTIVE_MASK,
+                        adapt=way.adapt, adapt_rows=adapt_rows, stat_rows=everything.table if way.needs_controls else None,
+                        bs=given['bs'], num_workers=given['workers'], trained=tuple(model.trained))
+
 # %% ../../nbs/54_predict.plan.ipynb #925755f1
 def plan_prediction(
     model:TrainedModel, # From `learn.to_model` or `load_model`
@@ -418,6 +477,7 @@ def plan_prediction(
     by:str='', # Name wells after neighbors in the index, or by the classifier; empty: the recipe's, or index
     vote:str='', # nearest neighbor, mean of the k nearest of a class, or class prototype; empty: the recipe's, or nearest
     k:int=0, # Neighbors that are kept, and averaged by vote mean; 0: the recipe's, or 5
+    search:str='', # What is done to index and queries first, as a `Neck` spells it, such as shrink=1; auto: what names held-out training experiments best; or no; empty: the recipe's, or no
     merge:str='', # Sites into wells: best cosine or mean; empty: the recipe's, or best (mean by the classifier)
     same_cell_type:bool=False, # Only neighbors of the well's cell type
     assign:str='', # Transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
@@ -443,29 +503,19 @@ def plan_prediction(
     _check_spelling(tell=tell, adapt=adapt, correct=correct, assign=assign)
     c = (_label_choices if model.spec.several else _decided)(model, protocol, {k: given[k] for k in _OPEN})
     _check_request(model, protocol, c, given)
-    how = _adaptation(model, protocol, c['adapt'], adapt_from, c['correct'])
-    correct, chosen = _chosen_correction(model, how, c['correct'], wells)
-    index, correction = _index_for(model, how, protocol, correct, wells, c['by'])
-    if how and bs < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
-    kinds = _adapting_kinds(index, adapt_from)
-    needs_controls = model.spec.per_group or how and kinds != {'treatment'}
+    way = _way(model, protocol, c, given)
     whole = asked_experiments([model], screen, experiments)
-    everything, left_out = _pictures(model, whole, 'all' if needs_controls else wells, only_present, cells, {k: given[k] for k in CELL_OPTIONS})
-    rows, only_notes = _without_others(model, prediction_rows(everything.table, wells, model.spec.target))
-    asked = everything[rows]
+    everything, asked, left_out = _asked(model, whole, way, given)
     spec = model.spec_for(asked)
-    _check_correctable(asked.table, correct)
-    check_protocol_allows(protocol, model.protocols(asked.table, how), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
-    adapt_rows = everything.table[everything.table.well_type.isin(kinds)] if how else None
-    options = EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output='probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding', mask=INDUCTIVE_MASK, adapt=how, adapt_rows=adapt_rows, stat_rows=everything.table if needs_controls else None,
-                           bs=bs, num_workers=workers, trained=tuple(model.trained))
-    notes = left_out + _among_sites(cells, index, spec, cell_merge) + chosen + _size_note(index, asked.table, correct) + _notes(model, asked, how, adapt_from) + _control_plates(whole, wells) + only_notes
-    said = dict(correct=index.labels.correction.iloc[0] if correction else None, notes=notes + adaptation_notes(spec, asked.table, how, adapt_rows))
-    record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': how}, given), **said}
+    check_protocol_allows(protocol, model.protocols(asked.table, way.adapt), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
+    options = _embed_options(model, spec, c, way, everything, given)
+    notes = left_out.first + _control_notes(way.index, everything.table, way.adapt) + _among_sites(cells, way.index, spec, cell_merge) + way.notes + _size_note(way.index, asked.table, way.correct) + _notes(model, asked, way.adapt, adapt_from) + _control_plates(whole, wells) + left_out.last
+    said = dict(correct=way.index.labels.correction.iloc[0] if way.correction else None, search=way.neck, notes=notes + adaptation_notes(spec, asked.table, way.adapt, options.adapt_rows))
+    record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': way.adapt}, given), **said}
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
-    told = _told_index(model, c['by'], how, correct) if c['tell'] != 'no' else None
+    told = _told_index(model, c['by'], way.adapt, way.correct, way.neck) if c['tell'] != 'no' else None
     labels = dict(thresholds=list(model.thresholds), no_label=spec.no_label) if spec.several else {}
-    return PredictionPlan(Protocol(protocol), asked, index, options, correction, search, tuple(notes), {**record, **labels}, labels, told, spec=spec, cell_merge=cell_merge if cells else '')
+    return PredictionPlan(Protocol(protocol), asked, way.index, options, way.correction, search, tuple(notes), {**record, **labels}, labels, told, spec=spec, cell_merge=cell_merge if cells else '')
 
 # %% ../../nbs/54_predict.plan.ipynb #7f14aab8
 def nameable(
@@ -525,6 +575,11 @@ def check_searches(
         raise ScreenError(f'The classifier answers without looking for neighbors: add {option("by", "index")}, or leave the neighbors out.')
 
 # %% ../../nbs/54_predict.plan.ipynb #3b762f04
+def _with_record(pred, plan):
+    "Return answers that know how good the model is known to be, as those that are read from a file do"
+    if note := plan.record.get('validation'): pred.attrs['record'] = dict(validation=note)
+    return pred
+
 def _options(plan, progress):
     "Return the plan's `EmbedOptions` as keyword arguments"
     return {**vars(plan.options), 'progress': progress}
@@ -674,7 +729,7 @@ def predict(self:TrainedModel,
             if neighbors: check_searches(plan)
             if not rank_world()[0]:
                 for n in plan.notes: print(f'note: {n}', file=sys.stderr)
-        if out is None: return _answer(self, plan, progress)[0]
+        if out is None: return _with_record(_answer(self, plan, progress)[0], plan)
         return _write_answer(self, plan, out, neighbors, embeddings, scores, progress)
 
 # %% ../../nbs/54_predict.plan.ipynb #cb2527c9

@@ -53,13 +53,30 @@ def profile_rows(
 # %% ../../nbs/53b_predict.profiles.ipynb #20241c1f
 PROFILE_ENDINGS = ('.parquet', '.csv', '.csv.gz', '.h5ad')
 
+def _are_profiles(path, ending):
+    "Check that a file is one that `write_any_profiles` writes"
+    import gzip
+    with open(path, 'rb') as f: start = f.read(8)
+    if ending == '.h5ad': return start == b'\x89HDF\r\n\x1a\n'
+    if ending == '.parquet': return start[:4] == b'PAR1' and META in str(_parquet_names(path))
+    try:
+        with (gzip.open if ending == '.csv.gz' else open)(path, 'rt', encoding='utf-8') as f: return f.readline(2**22).startswith(META)
+    except (OSError, EOFError, UnicodeDecodeError): return False
+
+def _parquet_names(path):
+    "Return the names of the columns of a parquet file; none where it cannot be read"
+    import pyarrow as pa, pyarrow.parquet as pq
+    try: return pq.read_schema(path).names
+    except (pa.ArrowException, OSError): return []
+
 def profile_ending(
     out, # File to write
 )->str: # One of `PROFILE_ENDINGS`
-    "Return which of `PROFILE_ENDINGS` a file has; raise for another, and for a folder"
+    "Return which of `PROFILE_ENDINGS` a file has; raise for another, for a folder, and for a file that holds something else"
     found = [e for e in PROFILE_ENDINGS if str(out).lower().endswith(e)]
     if not found: raise ScreenError(f'{out} is not the name of a file of profiles: let {option("out")} end in {", ".join(PROFILE_ENDINGS)}.')
     if Path(out).is_dir(): raise ScreenError(f'{out} is a folder: name a file to write.')
+    if os.path.lexists(out) and not (Path(out).is_file() and _are_profiles(out, found[-1])): raise ScreenError(f'{out} would be overwritten and holds no profiles: choose another name.')
     if found[-1] == '.h5ad': to_anndata(toy_profiles(n_sirnas=4, plates=1, dim=2))       # says now that the package is missing
     return found[-1]
 

@@ -151,7 +151,7 @@ def _unlabeled(dls, rows):
     if not len(rows): raise ScreenError('There is no test row of a treatment well to label: set dataset to test for '
                                         'some experiments, or give rows.')
     known = set(t.well_id[t.dataset != 'test'])
-    seen = rows[rows.well_id.isin(known) | rows.experiment.isin(dls.held_out)]
+    seen = rows[rows.well_id.isin(known) | dls.is_held(rows)]
     if len(seen): raise ScreenError(f'Well {seen.well_id.iloc[0]} is of an experiment that is trained on or held out: '
                                     'give rows of other experiments, such as the test rows.')
     return rows.assign(dataset='test', sirna=None, sirna_id=pd.array([pd.NA]*len(rows), dtype='Int64'))
@@ -223,7 +223,7 @@ def _pseudo_round(self:Learner, test, base, table, share, recipe, seed, cbs, **k
     groups = _class_groups(table, spec.labels)
     wells['plate_group'], sure = _well_groups(wells, scores, groups, table)
     chosen = pseudo_labels(wells, scores, spec.labels, groups, share)
-    self.change_classes(self.dls.rebuild(screen=base.screen[pseudo_table(table, test, chosen)], valid=base.held_out or 'none'))
+    self.change_classes(self.dls.rebuild(screen=base.screen[pseudo_table(table, test, chosen)], valid=base.held_in(table)))
     model.pseudo_experiments = tuple(sorted({*model.pseudo_experiments, *chosen.experiment.astype(str)}))
     return chosen, sure, self.fit_recipe(recipe, seed, cbs)
 
@@ -300,7 +300,7 @@ def fit_pseudo(self:Learner,
                             changed=_changed(old, chosen), **last, protocol='transductive'))
             self.pseudo = old = chosen.assign(protocol='transductive')
             if folder: _keep_round(folder, get_model(self.model), i + 1, facts, res, self.history, old)
-    finally: self.change_classes(self.dls.rebuild(screen=base.screen, valid=base.held_out or 'none'))
+    finally: self.change_classes(self.dls.rebuild(screen=base.screen, valid=base.held_in(table)))
     res = pd.DataFrame(res)
     res.attrs['protocol'] = 'transductive'
     return res

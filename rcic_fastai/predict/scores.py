@@ -102,6 +102,7 @@ def score_wells(
     _check_model(queries, index)
     _check_correction(known, index, protocol)
     _check_batchnorm(known, index)
+    if restrict_cell_type: check_restriction(index.target, option('restrict_cell_type', True))
     cell = known['cell_type'].to_numpy(object) if restrict_cell_type else None
     scores, ids = _search_wells(queries, known, index, dict(vote=vote, k=k), merge, cell)
     wells = known.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index()

@@ -106,6 +106,13 @@ const OWN = {result: 'right or wrong', label: `${D.target} (label)`, named: `${D
 function colorNames() { return [...(P.length ? Object.keys(OWN) : ['label']), ...W.columns.map(c => 'column:' + c.name)]; }
 const colorTitle = c => OWN[c] ?? c.slice(7);
 const result = w => { const p = P[S.p], i = p ? p.at[w] : -1; return i < 0 || truth(w) < 0 ? 'none' : p.label[i] === truth(w) ? 'right' : 'wrong'; };
+const counts = w => result(w) !== 'none' && !(P[S.p].controls_apart && kind(w));      // controls beside treatments have an accuracy of their own
+function tally(wells) {                                       // [right, counted] of some wells
+  let right = 0, n = 0;
+  for (const w of wells) if (counts(w)) { n++; right += result(w) === 'right'; }
+  return [right, n];
+}
+const controlsSaid = wells => { const c = P[S.p]?.controls_apart ? wells.filter(w => kind(w) && result(w) !== 'none') : []; return c.length ? ` (controls: ${c.filter(w => result(w) === 'right').length} of ${c.length})` : ''; };
 function ranked(codes, names) {                               // groups by size; the largest have a look of their own
   const n = new Map();
   for (const c of codes) if (c >= 0) n.set(c, (n.get(c) ?? 0) + 1);
@@ -294,7 +301,7 @@ function fitPlates(root, n) {                                 // as large as pos
   let best = [0, 1];
   for (let k = 1; k <= n; k++) { const width = Math.min((W0 - 20*(k - 1))/k, ratio*(H0/Math.ceil(n/k))); if (width > best[0]) best = [width, k]; }
   const least = Math.min(W0, 16*shape[1] + 20);
-  if (best[0] < least) best = [least, Math.max(1, Math.floor((W0 + 20)/(least + 20)))];
+  if (best[0] < least) { const k = Math.min(n, Math.max(1, Math.floor((W0 + 20)/(least + 20)))); best = [Math.min((W0 - 20*(k - 1))/k, 28*shape[1]), k]; }
   root.style.gridTemplateColumns = `repeat(${best[1]},minmax(0,${Math.floor(best[0])}px))`;
 }
 let canvases = [];                                            // of the plates shown: [canvas, plate, caption]
@@ -325,10 +332,8 @@ function plateKeys(ev, canvas, plate) {
   tip(w, box.left + geo.left + (cursor.col + .5)*geo.step, box.top + geo.top + (cursor.row + .5)*geo.step);
 }
 function plateCaption(plate) {
-  let right = 0, n = 0, shown = 0;
-  for (const w of plate.wells) { const r = result(w); right += r === 'right'; n += r !== 'none'; shown += lit[w]; }
-  const parts = [`Plate ${D.plates[plate.plate]}`, n ? `${right} of ${n} right` : count(plate.wells.length, 'well')];
-  if (isFiltered()) parts.push(`${shown} shown`);
+  const [right, n] = tally(plate.wells), parts = [`Plate ${D.plates[plate.plate]}`, n ? `${right} of ${n} right${controlsSaid(plate.wells)}` : count(plate.wells.length, 'well')];
+  if (isFiltered()) parts.push(`${plate.wells.filter(w => lit[w]).length} shown`);
   return parts.join(' · ');
 }
 let platesOf = null;
@@ -355,9 +360,8 @@ function showPlates() {
       el('label', {}, el('span', {class: 'unseen'}, 'Experiment'), select), el('button', {type: 'button', 'aria-label': 'Next experiment', onclick: step(1)}, '›'), el('span', {class: 'soft', id: 'experiment-said'})),
       el('div', {class: 'plates'}, canvases.map(([canvas, , caption]) => el('figure', {class: 'plate'}, caption, canvas))));
   }
-  let right = 0, n = 0;
-  for (const p of e.plates) for (const w of p.wells) { const r = result(w); right += r === 'right'; n += r !== 'none'; }
-  $('experiment-said').textContent = n ? `${right} of ${n} wells right (${share(right, n)}), ${P[S.p].protocol}` : 'no well was named, or no label is known';
+  const all = e.plates.flatMap(p => p.wells), [right, n] = tally(all);
+  $('experiment-said').textContent = n ? `${right} of ${n} wells right (${share(right, n)})${controlsSaid(all)}, ${P[S.p].protocol}` : 'no well was named, or no label is known';
   fitPlates(root.querySelector('.plates'), e.plates.length);
   for (const [canvas, plate, caption] of canvases) { caption.textContent = plateCaption(plate); drawPlate(canvas, plate); }
 }
@@ -365,6 +369,29 @@ function showPlates() {
 // ---- pictures: one gray picture per site, its channels side by side, decoded when they are looked at
 let lines = null;
 const readLines = () => { lines ??= $('pictures').textContent.split('\n'); };
+const FILES = D.pictures.files, arrived = new Map();          // of a folder: number of the first picture of each file; file → its pictures
+window.rcicPictures = (k, texts) => arrived.set(k, texts);    // what a file of pictures calls
+function loadFile(k) {                                        // a script, since a page from the file system may read no other file
+  return new Promise((done, fail) => {
+    const s = el('script', {src: `pictures/${String(k).padStart(5, '0')}.js`, onload: () => { s.remove(); done(arrived.get(k)); }, onerror: () => { s.remove(); fail(new Error('absent')); }});
+    document.head.append(s);
+  });
+}
+const files = new Map();
+function fileOf(k) {
+  if (!files.has(k)) {
+    files.set(k, loadFile(k));
+    files.get(k).catch(() => files.delete(k)).finally(() => arrived.delete(k));
+    if (files.size > 80) files.delete(files.keys().next().value);
+  }
+  return files.get(k);
+}
+async function base64Of(at) {                                 // a picture, of the page or of its file
+  if (!FILES.length) { readLines(); return lines[at]; }
+  let a = 0, b = FILES.length - 1;
+  while (a < b) { const m = (a + b + 1) >> 1; if (FILES[m] <= at) a = m; else b = m - 1; }
+  return (await fileOf(a))[at - FILES[a]];
+}
 const decoded = new Map();
 let scratch = null;
 async function planes(site) {
@@ -372,8 +399,7 @@ async function planes(site) {
   if (at < 0) return null;
   if (decoded.has(at)) return decoded.get(at);
   const job = (async () => {
-    readLines();
-    const raw = atob(lines[at]), bytes = new Uint8Array(raw.length);
+    const raw = atob(await base64Of(at)), bytes = new Uint8Array(raw.length);
     for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
     const bitmap = await createImageBitmap(new Blob([bytes], {type: D.pictures.type})), {width: w, height: h} = bitmap;
     scratch ??= document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -389,6 +415,7 @@ async function planes(site) {
     return out;
   })();
   decoded.set(at, job);
+  job.catch(() => decoded.delete(at));
   if (decoded.size > 300) decoded.delete(decoded.keys().next().value);
   return job;
 }
@@ -423,7 +450,9 @@ function compose(px, plane, luts, use) {                      // the color of th
   }
 }
 async function drawSite(canvas, site, how) {
-  const plane = await planes(site), [h, w] = D.pictures.cell;
+  const [h, w] = D.pictures.cell;
+  let plane;
+  try { plane = await planes(site); } catch { canvas.replaceWith(el('p', {class: 'none'}, 'This picture cannot be read: the folder “pictures” must stay beside the page, as it was written.')); }
   if (!plane) return false;
   const paste = (fillIn, x, y) => { const im = g.createImageData(w, h); fillIn(im.data); g.putImageData(im, x, y); };
   const size = (cw, ch) => { canvas.width = cw; canvas.height = ch; return canvas.getContext('2d'); };
@@ -490,7 +519,7 @@ function verdict(w) {
   const r = result(w);
   return el('p', {class: 'verdict'}, r === 'none' ? 'named ' : '', el('b', {}, label(p.label[i])), ' ',
     r === 'right' ? el('span', {class: 'tag good'}, '✓ right') : r === 'wrong' ? [el('span', {class: 'tag bad'}, '✗ wrong'), ' it is ', el('b', {}, label(truth(w)))] : el('span', {class: 'soft'}, 'label not known'),
-    ' ', el('span', {class: 'tag soft'}, p.protocol));
+    ' ', el('span', {class: 'tag soft', title: p.about}, p.protocol));
 }
 function facts(w) {
   const skip = new Set(['experiment', 'plate', 'well', 'well_type']), line = rows => el('dl', {class: 'facts'}, rows.filter(([, v]) => v != null && v !== '' && v !== '–').map(([k, v]) => el('div', {}, el('dt', {}, k), el('dd', {}, v))));
@@ -502,13 +531,13 @@ function candidates(w) {
   const p = P[S.p], i = p ? p.at[w] : -1;
   if (i < 0 || !p.top.length) return null;
   const list = p.top.map((t, j) => [t[i], p.top_scores[j]?.[i] ?? null]).filter(([t]) => t >= 0);
-  const best = Math.max(...list.map(([, s]) => s ?? -1)), least = Math.min(...list.map(([, s]) => s ?? 1), best - .01);
-  return [el('h3', {}, `Best ${list.length} candidates`), el('table', {}, el('thead', {}, el('tr', {}, el('th', {}, D.target), el('th', {class: 'n'}, p.kind), el('th', {}, el('span', {class: 'unseen'}, 'bar')))),
-    el('tbody', {}, list.map(([t, s]) => {
+  const known = list.map(([, s]) => s).filter(s => s != null), isBest = !known.length || list[0][1] == null || list[0][1] >= Math.max(...known) - 1e-4;
+  return [el('h3', {}, `The answer, and ${list.length - 1} other candidates`), el('table', {}, el('thead', {}, el('tr', {}, el('th', {}, D.target), known.length ? [el('th', {class: 'n'}, 'cosine'), el('th', {}, '0 … 1')] : null)),
+    el('tbody', {}, list.map(([t, s], j) => {
       const bar = el('i');
-      bar.style.width = `${s == null ? 0 : clamp(100*(s - least)/(best - least || 1)*.9 + 10, 0, 100)}%`;
-      return el('tr', {}, el('td', {}, t === truth(w) ? el('b', {class: 'good'}, `${label(t)} ✓`) : label(t)), el('td', {class: 'n'}, digits(s)), el('td', {}, el('span', {class: 'meter', 'aria-hidden': true}, bar)));
-    }))), el('p', {class: 'soft'}, [['score', p.score?.[i]], ['margin', p.margin?.[i]], ['votes', p.votes?.[i]]].filter(([, v]) => v != null).map(([k, v]) => k === 'votes' ? `${Math.round(100*v)}% of neighbors vote for it` : `${k} ${digits(v)}`).join(' · '))];
+      bar.style.width = `${s == null ? 0 : clamp(100*s, 0, 100)}%`;
+      return el('tr', {}, el('td', {}, t === truth(w) ? el('b', {class: 'good'}, `${label(t)} ✓`) : label(t), j ? null : el('span', {class: 'soft'}, ' answer')), known.length ? [el('td', {class: 'n'}, digits(s)), el('td', {}, el('span', {class: 'meter', 'aria-hidden': true}, bar))] : null);
+    }))), isBest ? null : el('p', {class: 'soft'}, p.protocol === 'transductive' ? 'Another candidate is more similar, but the plate groups, and that each name is on a plate once, decided against it.' : 'Another candidate is more similar, but it was not these cosines alone that decided (see the notes at the end of the page).'), el('p', {class: 'soft'}, [['score', p.score?.[i]], ['margin', p.margin?.[i]], ['votes', p.votes?.[i]]].filter(([, v]) => v != null).map(([k, v]) => k === 'votes' ? `${Math.round(100*v)}% of neighbors vote for it` : `${k} ${digits(v)}`).join(' · '))];
 }
 function siteParts(w) {
   const mine = sitesOf[w].filter(s => D.sites.picture[s] >= 0);
@@ -731,7 +760,7 @@ function showMap() {
   }
   $('which').value = S.k;
   const m = mapPoints();
-  $('map-said').textContent = `${count(m.wells.length, 'well')}, ${sp.name} embeddings. ${m.about}`;
+  $('map-said').textContent = `${m.wells.length < N ? `${m.wells.length.toLocaleString('en')} of ${count(N, 'well')}: those that were learned or named` : count(N, 'well')}. ${sp.name[0].toUpperCase() + sp.name.slice(1)} embeddings. ${m.about}`;
   canvasRoom();
   setMarks();
   drawMap();
@@ -747,7 +776,7 @@ function showConfusions() {
   const pairs = new Map(), of = new Map(), as = new Map(), pairWas = S.pair;
   p.wells.forEach((w, i) => {
     const t = truth(w), l = p.label[i];
-    if (t < 0 || !S.pair && !lit[w]) return;
+    if (!counts(w) || !S.pair && !lit[w]) return;
     const o = of.get(t) ?? {label: label(t), n: 0, right: 0, away: new Map()};
     of.set(t, o);
     o.n++;
@@ -766,11 +795,11 @@ function showConfusions() {
   const meter = v => { const i = el('i'); i.style.width = `${100*v}%`; return el('span', {class: 'meter', 'aria-hidden': true}, i); };
   const open = pair => () => go({pair: S.pair === pair ? '' : pair});
   const head = (key, title, n) => el('th', {class: n ? 'n' : '', 'aria-sort': sorted.key === key ? sorted.down ? 'descending' : 'ascending' : 'none'}, el('button', {type: 'button', onclick: () => { sorted = {key, down: sorted.key === key ? !sorted.down : key !== 'label'}; showConfusions(); }}, title + (sorted.key === key ? sorted.down ? ' ↓' : ' ↑' : '')));
-  fill(root, el('p', {class: 'soft'}, `${p.protocol}: ${count(list.reduce((s, o) => s + o.n, 0), 'wrong well')}, ${count(list.length, 'pair')}. Choose a pair or a ${D.target} to see its wells in the other views.`),
+  fill(root, el('p', {class: 'soft'}, `${p.protocol} (${p.about || 'protocol not known'}): ${count(list.reduce((s, o) => s + o.n, 0), 'wrong well')}, ${count(list.length, 'pair')}. Choose a pair or a ${D.target} to see its wells in the other views.`),
     S.pair ? el('div', {class: 'list'}, p.wells.filter(w => lit[w]).slice(0, 60).map(w => el('button', {type: 'button', onclick: () => openWell(w, true)}, `${W.id[w]} ${result(w) === 'right' ? '✓' : '✗'}`))) : null,
     el('div', {class: 'cols'},
-      el('div', {}, el('h2', {}, 'Taken for another'), el('table', {}, el('thead', {}, el('tr', {}, el('th', {}, 'it is'), el('th', {}, 'named'), el('th', {class: 'n'}, 'wells'), el('th', {class: 'n'}, 'experiments'), el('th', {}, el('span', {class: 'unseen'}, 'bar')))),
-        el('tbody', {}, list.slice(0, 200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.key ? 'true' : 'false', onclick: open(o.key)}, o.truth)), el('td', {}, o.taken), el('td', {class: 'n'}, `${o.n} of ${o.of.n}`), el('td', {class: 'n'}, String(o.experiments.size)), el('td', {}, meter(o.n/o.of.n)))))),
+      el('div', {}, el('h2', {}, 'Taken for another'), el('table', {}, el('thead', {}, el('tr', {}, el('th', {}, 'it is'), el('th', {}, 'named'), el('th', {class: 'n'}, 'wells'), el('th', {class: 'n'}, 'experiments'), el('th', {class: 'less'}, el('span', {class: 'unseen'}, 'bar')))),
+        el('tbody', {}, list.slice(0, 200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.key ? 'true' : 'false', onclick: open(o.key)}, o.truth)), el('td', {}, o.taken), el('td', {class: 'n'}, `${o.n} of ${o.of.n}`), el('td', {class: 'n'}, String(o.experiments.size)), el('td', {class: 'less'}, meter(o.n/o.of.n)))))),
         list.length > 200 ? el('p', {class: 'soft'}, `and ${list.length - 200} more pairs`) : null),
       el('div', {}, el('h2', {}, `Each ${D.target}`), el('table', {}, el('thead', {}, el('tr', {}, head('label', D.target), head('n', 'wells', true), head('share', 'right', true), head('named', 'named so', true), el('th', {}, 'most often taken for'))),
         el('tbody', {}, rows.slice(0, 1200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.label ? 'true' : 'false', onclick: open(o.label)}, o.label)), el('td', {class: 'n'}, String(o.n)), el('td', {class: 'n'}, share(o.right, o.n)), el('td', {class: 'n'}, String(o.named)), el('td', {}, o.worst ? `${label(o.worst[0])} (${o.worst[1]})` : '')))))) ));
@@ -780,8 +809,8 @@ function showConfusions() {
 function showAccuracy() {
   const root = $('accuracy'), A = D.accuracy;
   if (!A.length) { fill(root, el('p', {class: 'none'}, 'The labels of the named wells are not known, so there is no accuracy.')); return; }
-  fill(root, el('p', {class: 'soft'}, D.accuracy_note), el('div', {class: 'blocks'}, A.map(a => el('div', {}, el('h2', {}, a.name, ' ', el('span', {class: 'tag soft'}, a.protocol)), el('div', {class: 'wide'}, el('table', {},
-    el('thead', {}, el('tr', {}, el('th', {}, 'wells of'), el('th', {class: 'n'}, 'wells'), el('th', {class: 'n'}, 'right'), el('th', {class: 'n'}, '95% interval'), el('th', {}, '0 … 1, chance in orange'))),
+  fill(root, el('p', {class: 'soft'}, D.accuracy_note), el('div', {class: 'blocks'}, A.map(a => el('div', {}, el('h2', {}, a.name, ' ', el('span', {class: 'tag soft'}, a.protocol)), el('p', {class: 'soft about'}, P.find(p => p.name === a.name)?.about ?? ''), el('div', {class: 'wide'}, el('table', {},
+    el('thead', {}, el('tr', {}, el('th', {}, 'wells of'), el('th', {class: 'n'}, 'wells'), el('th', {class: 'n'}, 'right'), el('th', {class: 'n'}, '95% interval'), el('th', {class: 'bars'}, '0 … 1, chance in orange'))),
     el('tbody', {}, a.rows.map(r => {
       const bar = el('div', {class: 'interval', 'aria-hidden': true}), put = (tag, from, to) => { const o = el(tag); o.style.left = `${100*from}%`; if (to != null) o.style.width = `${100*(to - from)}%`; bar.append(o); };
       if (r.low != null) put('i', r.low, r.high);
@@ -804,7 +833,7 @@ function showLegend() {
   const root = $('legend'), isShown = S.v === 'plates' || S.v === 'map';
   root.hidden = !isShown;
   if (!isShown) return;
-  const gray = {color: css('--empty'), mark: '', empty: true}, parts = [el('b', {}, colorTitle(S.c))];
+  const gray = {color: css('--empty'), mark: '', empty: true}, head = el('b', {}, colorTitle(S.c)), parts = [];
   if (paint.groups) {
     for (const [code, look] of paint.groups) parts.push(el('button', {type: 'button', 'aria-pressed': pick === code ? 'true' : 'false', onclick: () => { pick = pick === code ? null : code; show(); }}, swatch(look), `${look.name} (${look.n})`));
     if (paint.more) parts.push(el('span', {}, swatch({color: GRAY, mark: ''}), ` ${paint.more} more, too many for colors: search for one`));
@@ -814,8 +843,8 @@ function showLegend() {
     parts.push(short(paint.lo), bar, short(paint.hi));
   }
   const kinds = [...new Set(W.kind)].sort();
-  parts.push(el('span', {class: 'kinds'}, el('span', {}, swatch(gray), paint.rest), kinds.length > 1 ? kinds.map(k => el('span', {}, swatch({color: GRAY, mark: ''}, k), KINDS[k])) : null, S.v === 'plates' ? el('span', {}, '· no well') : null));
-  fill(root, ...parts);
+  const shapes = [el('span', {class: 'kinds'}, el('span', {}, swatch(gray), paint.rest), kinds.length > 1 ? kinds.map(k => el('span', {}, swatch({color: GRAY, mark: ''}, k), KINDS[k])) : null, S.v === 'plates' ? el('span', {}, '· no well') : null)];
+  fill(root, head, el('div', {class: 'groups'}, parts), shapes);
 }
 function options(select, entries, value) {
   const now = entries.map(([k, v]) => `${k}\t${v}`).join('\n');
@@ -825,6 +854,7 @@ function options(select, entries, value) {
 function showBar() {
   options($('prediction'), P.map((p, i) => [i, p.name === p.protocol ? p.name : `${p.name} (${p.protocol})`]), S.p);
   $('prediction').parentElement.hidden = !P.length;
+  $('prediction').title = P.length ? `${P[S.p].protocol}: ${P[S.p].about}` : '';
   $('result').parentElement.hidden = !P.length;
   options($('color'), colorNames().map(c => [c, colorTitle(c)]), S.c);
   $('result').value = S.r;
@@ -887,7 +917,7 @@ function start() {
   read();
   show();
   document.documentElement.dataset.ready = 'yes';
-  (window.requestIdleCallback ?? setTimeout)(readLines);
+  if (!FILES.length) (window.requestIdleCallback ?? setTimeout)(readLines);
 }
 function toMatch() {                                          // the experiment of the first well that is found, when this one has none
   const e = byName.get(S.e);

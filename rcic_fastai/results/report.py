@@ -13,7 +13,7 @@ from ..core import *
 from ..screen.open import open_screen
 from ..embed.protocol import *
 from ..embed.table import *
-from ..predict.trained import INDUCTIVE_MASK
+from ..predict.trained import INDUCTIVE_MASK, validation_note
 from ..predict.predict import *
 from .evaluate import *
 from .plots import *
@@ -25,6 +25,7 @@ def fig_html(
 )->str: # An `<img>` element
     "Return a figure as an embedded PNG, and close it"
     b = io.BytesIO()
+    if (engine := fig.get_layout_engine()) is not None and hasattr(engine, 'set'): engine.set(w_pad=.08, h_pad=.08)
     fig.savefig(b, format='png', metadata={'Software': None})
     plt.close(fig)
     return f'<img alt="{html_text(alt)}" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">'
@@ -95,9 +96,11 @@ def _groups_said(record):
     groups = record.get('plate_groups') or {}
     return first_few(sorted({g['source'] for g in groups.values()})) if groups else 'not used'
 
+def _behind(record): return '' if record.get('search') in _NOTHING else f" (searched with {record['search']})"
+
 def _one_record(record):
     "Return what a reader asks of one prediction"
-    by = 'classifier' if record.get('by') == 'classifier' else f"{_said(record, 'vote', '?')} of the index, {_said(record, 'merge', '?')} site"
+    by = 'classifier' if record.get('by') == 'classifier' else f"{_said(record, 'vote', '?')} of the index{_behind(record)}, {_said(record, 'merge', '?')} site"
     assign = {'yes': 'yes', 'no': 'no'}.get(record.get('assign'), 'no') if record.get('protocol') == 'transductive' else 'no'
     return {'protocol': record['protocol'], 'answered by': by, 'views of a site': f"{record.get('tta', '?')} {record.get('views', '')}".strip(),
             'BatchNorm statistics': f"of each {record['adapt']}" if record.get('adapt') not in _NOTHING else 'of training', 'correction': _said(record, 'correct', 'none'),
@@ -129,9 +132,9 @@ def settings_table(
     "Return what a model was made of and how it was trained"
     c, spec, recipe = model.config, model.spec, model.config.get('recipe') or {}
     rows = {'recipe': recipe.get('name', 'none'), 'about it': recipe.get('about', ''), 'stages': _stages_said(recipe), 'backbone': c['model']['arch'],
-            'loss': c['model']['loss']['name'], 'names': f'{len(spec.labels)} of {spec.target}', 'channels': ', '.join(spec.channels),
+            'loss': c['model']['loss']['name'], 'labels' if spec.several else 'names': f'{len(spec.labels)} of {spec.target}', 'channels': ', '.join(spec.channels),
             'normalization': spec.norm, 'side': f"{spec.size or c['data'].get('side')} px", 'metadata': ', '.join(c['model'].get('metadata') or ()) or 'none',
-            'trained on': _trained_on(c), 'held out': first_few(c['held_out']) if c['held_out'] else 'none', 'seed': c.get('seed', 'not known'),
+            'trained on': _trained_on(c), 'held out': first_few(c['held_out'] or c.get('held_plates') or ['none']), 'validation': validation_note(c), 'seed': c.get('seed', 'not known'),
             'versions': ', '.join(f'{k} {v}' for k, v in c['versions'].items() if v), 'fingerprint': c['fingerprint'][:16]}
     return pd.DataFrame({'': {k: str(v) for k, v in rows.items() if v != ''}})
 
@@ -150,12 +153,13 @@ def _examples(r, n=2):
     return pd.concat([r[r.right].head(n), r[~r.right].head(n)]).drop(columns='turn')
 
 def _map_tables(model, screen, rows, progress):
-    "Return the embeddings of the index and of some test rows, as they are and adapted where the model can"
+    "Return the embeddings of the index and of some rows that were named, as they are and adapted where the model can"
     res = []
     for index, adapt in ((model.index, None), (model.adapted_index, 'experiment')):
         if index is None: continue
-        test = model.embed(screen[rows], tta=1, mask=INDUCTIVE_MASK, adapt=adapt, progress=progress)
-        res.append(pd.concat([index.table(), test], ignore_index=True))
+        named = model.embed(screen[rows], tta=1, mask=INDUCTIVE_MASK, adapt=adapt, progress=progress)
+        named[f'{META}dataset'] = 'test'                  # a new screen, or what was held out of training, is seldom marked so
+        res.append(pd.concat([index.table(), named], ignore_index=True))
     return res
 
 # %% ../../nbs/61_results.report.ipynb #033e12c4
@@ -175,32 +179,42 @@ def _strips(near, examples, screen):
     return figs
 
 # %% ../../nbs/61_results.report.ipynb #3a145f94
-def _score_maps(pred):
-    "Return a figure of the scores on the plates of the first experiment"
-    first = pred[pred.experiment == pred.experiment.iloc[0]]
-    plates = list(dict.fromkeys(first['plate']))
-    fig, axs = plt.subplots(-(-len(plates)//2), 2, figsize=(5, .3 + 1.9*-(-len(plates)//2)), dpi=96, squeeze=False, layout='constrained')
-    for ax, plate in zip(axs.flat, plates): plate_map(first[first.plate == plate], 'score', f'plate {plate}', ctx=ax, zoom=True)
-    for ax in axs.flat[len(plates):]: ax.remove()
-    return fig
+def _of_wells(pred, wells):
+    "Return the predictions of some wells"
+    some = pred[pred.id_code.isin(wells)].reset_index(drop=True)
+    some.attrs = dict(pred.attrs)
+    return some
 
-def _truth_sections(preds, screen, model, emb, most=4):
-    "Return the sections that need true labels: accuracy first"
-    res = evaluate_screen(preds, screen.table)
-    named = {n: right_wrong(p, screen.table) for n, p in preds.items()}
-    name, r = next(iter(named.items()))
+def _truth_sections(preds, screen, model, emb, known, most=4):
+    "Return the sections that need true labels, of the wells whose labels are known: accuracy first"
+    n, preds = len(next(iter(preds.values()))), {k: _of_wells(p, known) for k, p in preds.items()}
+    res = evaluate_screen(preds, screen.table, partial=True)
+    name = next(iter(preds))
+    r = right_wrong(preds[name], screen.table)
+    some = f'Labels are known of {len(r)} of {n} wells, and all figures of right and wrong are of these. ' if len(r) < n else ''
     examples, experiments = _examples(r), list(dict.fromkeys(r.experiment))[:most]
     wrong = [('Confusions', f'What is taken for what, {name}. "other way": how many wells of the answer were called by the name of the truth.',
               [confused_pairs(r), confusion_plot(r)])] if not r.right.all() else []
     strips = _strips(_near(model, emb, examples.id_code), examples, screen)
     chance = f'Chance is 1 in {res.columns[next(iter(res.columns))]["n_classes"]}. '
-    return [('Accuracy of test wells', _PROTOCOLS + chance + ' '.join(res.notes), [res.table(), accuracy_plot(res)])], [*wrong,
+    return [('Accuracy of test wells', some + _PROTOCOLS + chance + ' '.join(res.notes), [res.table(), accuracy_plot(res)])], [*wrong,
         ('Nearest neighbors', 'Left above the well to name, then the most similar training sites (inductive); ✓ is the right name, ✗ another one.', strips),
         ('Plates', f'Right and wrong wells, {name}, of {first_few(experiments)}.', [right_wrong_map(r[r.experiment == e]) for e in experiments])]
 
+def _sure_section(name, pred, screen, model, emb, most=4):
+    "Return the section that tells how sure the model is, where no labels are known"
+    said = f'the score of each answer, {name}'
+    if 'score' not in pred:                                   # a file has no scores: those of the embeddings that the page shows
+        test = emb[(emb[f'{META}dataset'] == 'test') & emb[f'{META}well_id'].isin(set(pred.id_code))].reset_index(drop=True)
+        pred, said = predict_wells(test, model.index, 'inductive')[0], 'the cosine between each well and its most similar training site (inductive)'
+    wells = screen.table.drop_duplicates('well_id').set_index('well_id').loc[pred.id_code, ['experiment', 'plate', 'well']]
+    wells = wells.assign(score=pred['score'].to_numpy())
+    experiments = list(dict.fromkeys(wells.experiment))[:most]
+    text = f'How sure the model is: {said}, of {first_few(experiments)}. The wells have no labels, so nothing is known of right and wrong.'
+    return 'Plates', text, [plate_maps(wells[wells.experiment == e], 'score') for e in experiments]
+
 # %% ../../nbs/61_results.report.ipynb #0d297299
-_PROTOCOLS = ('Every number names its protocol: inductive uses nothing of the test batch; adapted takes the BatchNorm statistics of each test experiment (AdaBN), or a '
-              'correction fitted on it; transductive uses the plate groups and that each siRNA is on a plate once. ')
+_PROTOCOLS = f'Every number names its protocol: {"; ".join(f"{p} {about}" for p, about in PROTOCOL_ABOUT.items())}. '
 
 def _picture_sections(screen, model, maps, rows):
     "Return the sections that need no labels"
@@ -212,6 +226,22 @@ def _picture_sections(screen, model, maps, rows):
     return [*res, ('Embedding map', text, [embedding_map(maps[0], 'experiment', model.spec.target, **both)])]
 
 # %% ../../nbs/61_results.report.ipynb #957525c9
+def _known_wells(rows, target):
+    "Return the ids of the wells whose labels are known"
+    rows = target_table(rows, target)
+    return set(rows.well_id[rows[target].notna()]) if target in rows else set()
+
+def _label_sections(preds, screen, target, labeled):
+    "Return the sections of several labels per image: scores and answers"
+    name, pred = next(iter(preds.items()))
+    shown = ('Answers', f'Some of the images under the labels that they were answered with, {name}' + (', and in brackets those that they have.' if labeled else '.'), [label_gallery(pred, screen, target)])
+    if not labeled: return [shown]
+    res = evaluate_screen(preds, screen.table)
+    each = pd.DataFrame(next(iter(res.columns.values()))['labels'])
+    text = ('The macro F1 is the mean over labels, the micro F1 that of all answers together; mAP, the mean average precision, needs no thresholds. Beside each label: how many images have it. '
+            + _PROTOCOLS.split(';')[0] + '. ' + ' '.join(res._foot()))
+    return [('Scores of several labels', text, [res.table(), label_plot(each)]), shown]
+
 def report_screen(
     out, # HTML file to write
     model, # `TrainedModel`
@@ -228,10 +258,22 @@ def report_screen(
     pred = next(iter(preds.values()))
     rows = screen.table[screen.table.well_id.isin(set(pred.id_code))]
     if not len(rows): raise ScreenError('None of the predicted wells is in the screen: give the screen that was predicted.')
-    labeled = model.spec.target in rows and rows[model.spec.target].notna().any()
+    known = _known_wells(rows, model.spec.target)
+    if model.spec.several: return _write_labels(out, model, screen, preds, bool(known), title, more)
     maps = _map_tables(model, screen, _some_experiments(rows, most), progress)
-    first, last = _truth_sections(preds, screen, model, maps[0]) if labeled else ([], [('Plates', 'How sure the model is: the score of each answer. The wells have no labels, so nothing is known of right and wrong.', [_score_maps(pred)])])
-    how = how_table(preds)
-    about = [('How it was made', 'What each prediction used, and what the model is.', [*([how] if len(how) else []), settings_table(model)])]
+    first, last = _truth_sections(preds, screen, model, maps[0], known) if known else ([], [_sure_section(next(iter(preds)), pred, screen, model, maps[0])])
     title = title or f'{model}: {plural(len(pred), "well")} named'
-    return write_report(out, title, [*first, *_picture_sections(screen, model, maps, rows), *last, *(more or []), *about])
+    return write_report(out, title, [*first, *_picture_sections(screen, model, maps, rows), *last, *(more or []), _about(preds, model)])
+
+def _about(preds, model):
+    "Return the section on how everything was made"
+    how = how_table(preds)
+    return 'How it was made', 'What each prediction used, and what the model is.', [*([how] if len(how) else []), settings_table(model)]
+
+def _write_labels(out, model, screen, preds, labeled, title, more):
+    "Write the report of a model that answers several labels"
+    curve = [('Training', 'Losses and F1 by epoch; thin lines part the stages. A label counts from a probability of one half on, as the thresholds are chosen at the end.',
+              [training_curve(model.history)])] if len(model.history) else []
+    pred = next(iter(preds.values()))
+    title = title or f'{model}: {plural(len(pred), "image")} answered'
+    return write_report(out, title, [*_label_sections(preds, screen, model.spec.target, labeled), *curve, *(more or []), _about(preds, model)])

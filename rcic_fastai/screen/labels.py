@@ -52,6 +52,7 @@ def _read_images(path, dataset):
 # %% ../../nbs/06c_screen.labels.ipynb #4f8ffc0a
 _FILE = re.compile(r'(?i)(.+)_([^_.]+)\.(png|tiff?)')
 _COLORS = ('red', 'green', 'blue', 'yellow')
+_MASKS = {'mask', 'masks', 'cellmask', 'cellmasks'}         # what segmentation programs write beside the pictures
 
 def _channel_files(folders, ids):
     "Return {(image, channel): path} of the files whose names begin with an image, and the channels in order"
@@ -59,7 +60,10 @@ def _channel_files(folders, ids):
     for folder in folders:
         for name in sorted(os.listdir(folder)):
             m = _FILE.fullmatch(name)
-            if m and m[1] in ids: found.setdefault((m[1], m[2]), os.path.join(folder, name))
+            if not m or m[1] not in ids or m[2].lower() in _MASKS: continue
+            path = os.path.join(folder, name)
+            if found.setdefault((m[1], m[2]), path) != path:
+                raise ScreenError(f'{found[m[1], m[2]]} and {path} are both the channel {m[2]} of {m[1]}: keep one of them.')
     channels = {c for _, c in found}
     return found, [c for c in _COLORS if c in channels] + sorted(channels - {*_COLORS})
 

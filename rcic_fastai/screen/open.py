@@ -115,7 +115,8 @@ def _read_table(path, **kwargs):
 
 def _is_plates(path):
     "Return whether there are OME-Zarr plates, and no table of RxRx1 beside them"
-    return not _tables(path) and (any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr')))
+    is_written = (path/'wells.csv').is_file() and any(path.glob('*/*.zarr'))          # by `write_plates`
+    return not _tables(path) and (any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr')) or is_written)
 
 def _is_images(path):
     "Return whether there is a table of images with labels, which are on no plate"

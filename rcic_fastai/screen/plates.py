@@ -669,6 +669,10 @@ def missing(self:PlateSource)->pd.DataFrame: # site_id, missing (names of absent
     return pd.DataFrame(rows, columns=['site_id', 'missing', 'file'])
 
 # %% ../../nbs/06_screen.plates.ipynb #cc1c618a
+def _written_plates(folder):
+    "Return the plates of a folder that `write_plates` wrote: those of each experiment, beside the table of their wells"
+    return sorted(folder.glob('*/*.zarr')) if (folder/'wells.csv').is_file() else []
+
 def _far_plates(address):
     "Return the plates at an address: itself, or the `*.zarr` in a folder of a bucket"
     if _group(address)[0]: return [address]
@@ -687,7 +691,7 @@ def _find_plates(paths):
             continue
         p = Path(os.path.abspath(p))
         if not p.is_dir(): raise ScreenError(f'{p} is not a folder: give that of a plate, or one that holds several.')
-        inside = [p] if _zarr_format(p) else sorted(d for d in p.iterdir() if d.suffix == '.zarr' and d.is_dir())
+        inside = [p] if _zarr_format(p) else sorted(d for d in p.iterdir() if d.suffix == '.zarr' and d.is_dir()) or _written_plates(p)
         if not inside:
             raise ScreenError(f'{p} is no OME-Zarr plate (it has neither zarr.json nor .zgroup) and holds none (*.zarr): '
                               'give the folder of a plate, or one that holds several.')
@@ -835,7 +839,7 @@ def _experiments(t, w, where):
 # %% ../../nbs/06_screen.plates.ipynb #4c0533ef
 def read_plates(
     path, # Folder of a plate, folder that holds `*.zarr` plates, or a list of such folders; or their addresses
-    wells=None, # CSV, parquet or table: plate, well and any of sirna, cell_type, well_type, experiment, dataset, and others
+    wells=None, # CSV, parquet or table: plate, well and any of sirna, cell_type, well_type, experiment, dataset, and others; None: that of a folder from `write_plates`
     cell_type:str='unknown', # Cell type, where `wells` names none
     experiment:str=None, # Experiment, where `wells` names none; None = the folder that a plate is in
     dataset:str='train', # 'train', 'val' or 'test', where `wells` names none
@@ -852,7 +856,9 @@ def read_plates(
 )->tuple: # (site table: `SITE_COLUMNS`, then `field` and, where given, `acquisition`; `PlateSource`)
     "Read OME-Zarr plates, 0.4 or 0.5; return their site table and image source"
     _check_arguments(t, z, empty)
-    root, s = _plate_table(_find_plates(path), experiment, partial, progress, acquisition)
+    plates = _find_plates(path)
+    if wells is None and isinstance(path, (str, Path)) and _written_plates(Path(os.path.abspath(path))) == plates: wells = Path(path)/'wells.csv'
+    root, s = _plate_table(plates, experiment, partial, progress, acquisition)
     s, where = s.assign(cell_type=cell_type, dataset=dataset, well_type='treatment', sirna=None), 'the site table'
     if wells is None and (columns or controls):
         given = 'columns' if columns else 'controls'

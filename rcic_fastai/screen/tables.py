@@ -8,9 +8,9 @@ __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'CONTROLS', 'SITE_COLUMNS', '
            'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'identifiers', 'numbers_if_exact',
            'decimal_commas', 'read_csv', 'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table',
            'usual_name', 'well_type_of', 'usual_columns', 'names_files', 'well_types', 'further_columns', 'with_target',
-           'names_perturbations', 'is_site_table', 'has_plates', 'check_table', 'split_labels', 'join_labels',
-           'label_matrix', 'sirna_groups', 'most_frequent', 'add_plate_groups', 'read_metadata', 'write_metadata',
-           'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
+           'names_perturbations', 'is_site_table', 'has_plates', 'check_table', 'split_labels', 'in_order',
+           'join_labels', 'label_matrix', 'sirna_groups', 'most_frequent', 'add_plate_groups', 'read_metadata',
+           'write_metadata', 'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
 
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
 from importlib.resources import files
@@ -657,9 +657,20 @@ def split_labels(
     cells, # Cells of a column, such as '0|14'; an empty one holds no label
 )->list: # A list of labels per cell, each label once
     "Return the labels in each cell"
-    text = ['' if pd.isna(c) else str(c).strip() for c in cells]
-    known = {c: list(dict.fromkeys(o.strip() for o in c.split(LABEL_SEPARATOR))) if c else [] for c in dict.fromkeys(text)}
+    text = [_cell_text(c) for c in cells]
+    known = {c: [o for o in dict.fromkeys(map(str.strip, c.split(LABEL_SEPARATOR))) if o] for c in dict.fromkeys(text)}
     return [[*known[c]] for c in text]
+
+def _cell_text(c):
+    "Return a cell as text; a whole number stays one where empty cells beside it made its column one of decimals"
+    if pd.isna(c): return ''
+    return str(int(c)) if isinstance(c, float) and c.is_integer() else str(c)
+
+def in_order(
+    labels, # Labels, each once
+)->list:
+    "Return labels in order: numbers by value, the rest by name"
+    return sorted(labels, key=int if all(re.fullmatch('[0-9]{1,9}', o) for o in labels) else None)
 
 def join_labels(
     labels, # Labels of one image

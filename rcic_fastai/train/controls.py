@@ -96,12 +96,12 @@ def control_dls(
     "Return the batches of a screen with the control wells as the only samples, and their names as the classes"
     table = dls.screen.table
     rows = control_rows(table)
-    train = rows[(rows.dataset != 'test') & ~rows.experiment.isin(dls.held_out)]
+    train = rows[(rows.dataset != 'test') & ~dls.is_held(rows)]
     if train.control.nunique() < 2:
         raise ScreenError(f'The training experiments have {"only one kind of" if len(train) else "no"} control well, '
                           'so there is nothing to tell apart: keep the control wells in the table, or train on the '
                           'treatments from the start.')
-    valid = [e for e in dls.held_out if e in set(rows.experiment)] or 'none'
+    valid = dls.held_in(rows[rows.dataset != 'test'])
     table = table.assign(control=rows.control.reindex(table.index))
     return dls.rebuild(**{**dict(screen=dls.screen[table], target='control', controls=True, valid=valid), **changes})
 
@@ -333,7 +333,7 @@ def fine_tune_cell_types(
                           f'choose from {", ".join(have)}.')
     for c in cell_types or have:
         mine = table[table.cell_type == c]
-        valid = [e for e in dls.held_out if e in set(mine.experiment)] or 'none'
+        valid = dls.held_in(mine[mine.dataset != 'test'])
         twin = res[c] = _twin(learn)
         twin.change_classes(dls.rebuild(screen=dls.screen[mine], valid=valid), seed)
         twin.fit_recipe(recipe, seed, cbs)

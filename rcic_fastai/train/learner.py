@@ -69,10 +69,11 @@ def _metadata_sizes(spec, columns):
     return {c: len(spec.vocabs[c]) for c in columns}
 
 # %% ../../nbs/31_train.learner.ipynb #ae4f801f
-def _check_rare(loss, spec):
-    "Print which positions a focal loss names behind the last label"
-    odd = [i for i in getattr(loss, 'rare', ()) if i >= len(spec.labels)]
-    if odd: print(f'note: the loss gives labels {first_few(odd)} numbers of their own, and the screen has {plural(len(spec.labels), "label")} (from 0): without effect.')
+def _find_rare(loss, spec):
+    "Look up the labels that focal losses name; return which of them the screen does not have"
+    focal = [o for o in (loss, getattr(loss, 'a', None), getattr(loss, 'b', None)) if getattr(o, 'rare', ())]
+    odd = [i for o in focal for i in [*o.named(spec.labels), *(i for i in o.rare if i >= len(spec.labels))]]
+    return f'note: the loss gives numbers of their own to {plural(len(odd), "label")} that the screen does not have ({first_few(odd)}): without effect.' if odd else ''
 
 _MODEL = [k for k, p in inspect.signature(create_screen_model).parameters.items() if p.kind is not p.VAR_KEYWORD]
 
@@ -99,7 +100,7 @@ def screen_learner(
                                     emb_dim=emb_dim, neck=neck, meta_dropout=meta_dropout, loss=loss,
                                     bn_momentum=bn_momentum, **{'n_sites': spec.sites, **more})
     check_target(model.loss, spec.several, spec.target)
-    _check_rare(model.loss, spec)
+    if note := _find_rare(model.loss, spec): print(note)
     kwargs = {**dict(metrics=label_metrics() if spec.several else [accuracy], splitter=screen_splitter, opt_func=FusedAdam), **kwargs}
     learn = Learner(dls, model, loss_func=model.loss, **kwargs)
     learn.add_cb(TrainedOn())
@@ -140,7 +141,10 @@ def set_loss(self:Learner,
     "Set the loss of the model and of the learner"
     loss = loss_from_config(loss, self.model.classifier.n_classes)
     check_loss(loss, self.model.classifier)
-    if spec := getattr(self.dls, 'spec', None): check_target(loss, spec.several, spec.target)
+    if spec := getattr(self.dls, 'spec', None):
+        check_target(loss, spec.several, spec.target)
+        note = _find_rare(loss, spec)
+        if note and loss.config() != self.model.loss.config(): print(note)
     self.model.loss = loss.to(next(self.model.parameters()).device)
     self.loss_func = self.model.loss
 

@@ -11,7 +11,7 @@ import inspect
 import numpy as np, torch
 from fastcore.basics import patch
 from ..core import ScreenError, check_choice, first_few
-from .cutmix import BatchMix, CutMix, MixUp
+from .cutmix import LISA, BatchMix, CutMix, MixUp
 
 # %% ../../nbs/30c_train.mixing.ipynb #db0fbcdf
 def four_boxes(
@@ -188,7 +188,7 @@ def _fill(self:Blend, x):
     return new
 
 # %% ../../nbs/30c_train.mixing.ipynb #96c2bb8e
-MIXERS = dict(cutmix=CutMix, mixup=MixUp, ricap=RICAP, blend=Blend)
+MIXERS = dict(cutmix=CutMix, mixup=MixUp, ricap=RICAP, blend=Blend, lisa=LISA)
 
 def mix_callback(
     how, # Name of one of `MIXERS`, or a dict with `name` and arguments, such as {'name': 'ricap', 'alpha': .3}

@@ -165,7 +165,7 @@ six_channels_pseudo = replace(six_channels, name='six_channels_pseudo', pseudo=d
 _ATLAS_MEAN, _ATLAS_STD = [.0807, .0524, .0539, .0810], [.1481, .1095, .1565, .2729]      # red, green, blue, yellow
 _ATLAS_DATA = dict(several=True, size=1024, norm='global', norm_stats=[_ATLAS_MEAN[:3], _ATLAS_STD[:3]])
 _ATLAS_PREDICT = dict(by='classifier', tta=4, views='scaled', merge='mean', adapt='no')
-_MIXED = dict(name='focal', alpha=.5, gamma=0., rare=[1, 11], rare_alpha=.25, rare_gamma=1.5)
+_MIXED = dict(name='focal', alpha=.5, gamma=0., rare=['1', '11'], rare_alpha=.25, rare_gamma=1.5)
 
 def _hpa46(name, arch, bs, epochs, lr, loss, published, about, **data):
     "Return one of the recipes of the 46th place of the Human Protein Atlas"

@@ -1,0 +1,126 @@
+"What other programs read: OME-Zarr plates by other readers, a table for Embedding Atlas, and the commands that write them"
+import numpy as np, pandas as pd, pytest
+from helpers import learner, refused
+from rcic_fastai import cli, folder      # folder: `model.save`
+from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.results.explore import explore
+from rcic_fastai.results.export import atlas_table, write_plates
+from rcic_fastai.screen.images import ImageSource
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.pack import pack_screen
+from rcic_fastai.screen.plates import read_plates
+from rcic_fastai.screen.screen import Screen
+
+
+class Wide(ImageSource):
+    "16 bits, four channels with the names of another laboratory, all pixels different"
+    def __init__(self, table):
+        super().__init__('wide', table, ['DNA', 'a/b', 'c d', 'é'])
+        self.shape, self.dtype = (4, 10, 12), np.dtype('u2')
+    def _read(self, site_id, out): out[...] = np.random.default_rng(list(site_id.encode())).integers(0, 2**16, self.shape, np.uint16)
+
+
+@pytest.fixture(scope='module')
+def wide(screen):
+    "Names with leading zeros, a comma, no perturbation in some wells, a column more"
+    t = screen.table.copy()
+    names = {s: f'00{i},x' for i, s in enumerate(sorted(t.sirna.unique()))}
+    t['sirna'] = t.sirna.map(names).where(t.well != t.well.iloc[0])
+    t['dose'] = np.arange(len(t))//2/4
+    return Screen(t, Wide(t), 'wide')
+
+
+def same_screen(a, b):
+    table = b.table.set_index('site_id').loc[a.table.site_id].reset_index()
+    for c in ('site_id', 'well_id', 'experiment', 'plate', 'well', 'site', 'well_type', 'cell_type', 'dataset', 'dose'):
+        if c in a.table: assert table[c].tolist() == a.table[c].tolist(), c
+    assert table.sirna.astype(object).where(table.sirna.notna(), None).tolist() == a.table.sirna.astype(object).where(a.table.sirna.notna(), None).tolist()
+    assert tuple(b.channels) == tuple(a.channels) and b.source.dtype == a.source.dtype
+    for i in a.table.site_id: assert np.array_equal(a.source[i], b.source[i])
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_plates_come_back_as_they_were(wide, tmp_path, packed):
+    pytest.importorskip('ome_zarr_models', reason='plates are read with ome-zarr-models')
+    screen = wide if not packed else open_screen(pack_screen(wide, tmp_path/'p.zarr', progress=False))
+    same_screen(screen, open_screen(write_plates(screen, tmp_path/'plates', progress=False)))
+
+
+def test_other_readers_open_the_plates(wide, tmp_path):
+    models = pytest.importorskip('ome_zarr_models.v05', reason='ome-zarr-models is not installed')
+    import zarr
+    write_plates(wide, tmp_path/'plates', progress=False)
+    r = wide.table.iloc[5]
+    at = tmp_path/'plates'/r.experiment/f'{r.plate}.zarr'
+    plate = models.HCS.from_zarr(zarr.open_group(str(at), mode='r'))
+    assert len(plate.attributes.ome.plate.wells) == wide.wells.query('experiment == @r.experiment and plate == @r.plate').well.nunique()
+    field = zarr.open_group(str(at/r.well[0]/str(int(r.well[1:]))/str(r.site - 1)), mode='r')
+    assert np.array_equal(field['0'][:], wide.source[r.site_id]) and field['0'].metadata.dimension_names == ('c', 'y', 'x')
+    models.Image.from_zarr(field)
+
+
+def test_an_interrupted_writing_continues(wide, tmp_path, monkeypatch):
+    "Plates that are complete are kept, the one that was not is written again"
+    from rcic_fastai.results import export
+    was, done = export._write_field, []
+    def fails(folder, x, channels):
+        if len(done) == 30: raise KeyboardInterrupt
+        done.append(folder)
+        was(folder, x, channels)
+    monkeypatch.setattr(export, '_write_field', fails)
+    with pytest.raises(KeyboardInterrupt): write_plates(wide, tmp_path/'plates', workers=1, progress=False)
+    complete = {p.parent: (p.parent/'zarr.json').stat().st_mtime_ns for p in (tmp_path/'plates.part').glob('*/*.zarr/zarr.json')}
+    assert complete and not (tmp_path/'plates').exists()
+    monkeypatch.setattr(export, '_write_field', was)
+    write_plates(wide, tmp_path/'plates', progress=False)
+    for p, t in complete.items(): assert (tmp_path/'plates'/p.relative_to(tmp_path/'plates.part')/'zarr.json').stat().st_mtime_ns == t
+    write_plates(wide, tmp_path/'whole', progress=False)
+    files = lambda d: {str(p.relative_to(d)): p.read_bytes() for p in sorted(d.rglob('*')) if p.is_file()}
+    assert files(tmp_path/'plates') == files(tmp_path/'whole')
+
+
+@pytest.fixture(scope='module')
+def made(screen, tmp_path_factory):
+    "A model folder"
+    out = tmp_path_factory.mktemp('export')
+    model = learner(screen_dls(screen, valid='HUVEC-03', bs=8, device='cpu')).to_model(tta=1, progress=False)
+    model.save(out/'model')
+    return out, model
+
+
+def test_the_commands(made, screen, tmp_path, capsys):
+    out, model = made
+    pytest.importorskip('ome_zarr_models', reason='plates are read with ome-zarr-models')
+    assert cli.rcic_pack([str(screen.source.root), str(tmp_path/'plates'), '--to', 'ome-zarr']) == 0
+    same_screen(screen, open_screen(tmp_path/'plates'))
+    words = [str(out/'model'), str(screen.source.root)]
+    common = '--held-out --tta 1 --umap no --side 16'.split()
+    assert cli.rcic_explore([*words, str(tmp_path/'page'), *common]) == 0 and (tmp_path/'page'/'index.html').is_file()
+    assert cli.rcic_explore([*words, str(tmp_path/'wells.parquet'), *common]) == 0
+    said = capsys.readouterr().out
+    assert 'embedding-atlas' in said and 'pictures in 1 file' in said
+    t = pd.read_parquet(tmp_path/'wells.parquet')
+    assert set(t.experiment) == {'HUVEC-01', 'HUVEC-02', 'HUVEC-03'} and (t['inductive: answer'].notna() == (t.experiment == 'HUVEC-03')).all()
+    assert cli.rcic_pack([str(screen.source.root), str(tmp_path/'other'), '--to', 'tiff']) == 2
+    assert cli.rcic_explore([*words, str(tmp_path/'wells.csv')]) == 2
+    assert not (tmp_path/'other').exists() and not (tmp_path/'wells.csv').exists()
+
+
+def test_neighbors_of_the_table_are_those_of_the_model(made, screen):
+    out, model = made
+    held = model.held_out(screen)
+    page = explore(model, held, side=0, umap='no', tta=1, progress=False)
+    t = atlas_table(page, held, side=0)
+    near = model.neighbors(held, tta=1, progress=False)
+    for r in t[t['inductive: answer'].notna()].itertuples():
+        best = near[near.id_code == r.well_id].groupby('well_id').cosine.max().sort_values(ascending=False)
+        ids, distances = r.neighbors['ids'], np.array(r.neighbors['distances'])
+        assert t.well_id[ids[0]] == best.index[0] or abs(best.iloc[0] - (1 - distances[0])) < 1e-3
+        np.testing.assert_allclose(1 - distances, best.iloc[:len(ids)], atol=1e-3)
+        assert (np.diff(distances) >= 0).all() and 'image' not in t
+
+
+def test_a_screen_without_places_is_one_sentence(screen, tmp_path):
+    refused(lambda: write_plates(screen[screen.table.assign(well='')], tmp_path/'p'), 'have no well')
+    refused(lambda: write_plates(screen[screen.table.assign(experiment='..')], tmp_path/'p'), "'..' cannot be the name of a folder")
+    assert not list(tmp_path.iterdir())

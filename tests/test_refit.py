@@ -1,0 +1,151 @@
+"Small screens: plates held out instead of an experiment, folds in turn, and a second training on everything; killed and resumed."
+import json
+import pandas as pd, pytest
+from rcic_fastai import cli, workflow
+from rcic_fastai.batch.data import held_plates, labeled_rows, screen_dls
+from rcic_fastai.folder import load_model, model_card
+from rcic_fastai.results.report import settings_table
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.pack import pack_screen
+from rcic_fastai.screen.simulate.layout import simulate_screen
+from rcic_fastai.train.controls import control_dls
+from helpers import refused, same
+
+STAGES = [dict(name='all', epochs=2, lr=1e-2, loss='adacos')]
+
+
+@pytest.fixture(scope='module')
+def here(tmp_path_factory):
+    d = tmp_path_factory.mktemp('refit')
+    simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, controls=2, progress=False)
+    pack_screen(open_screen(d/'screen'), d/'s.zarr', progress=False)
+    write_recipe(d, 'tiny', STAGES)
+    write_recipe(d, 'best', [{**STAGES[0], 'epochs': 4, 'keep_best': 'valid_loss'}])
+    return d
+
+
+def write_recipe(d, name, stages): (d/f'{name}.json').write_text(json.dumps(dict(name=name, arch='test_resnet', model=dict(emb_dim=16), stages=stages)))
+
+
+def train(here, out, more='', recipe='tiny', code=0):
+    line = f'{here}/s.zarr {here}/{out} --recipe {here}/{recipe}.json --pretrained no --tta 1 {more}'
+    assert cli.rcic_train(line.split()) == code
+    return here/out
+
+
+def weights(folder): return load_model(folder).model.state_dict()
+
+
+def test_two_experiments_are_not_halved_but_lose_plates_and_it_is_said(here, capsys):
+    out = train(here, 'auto')
+    said = capsys.readouterr().out
+    config = load_model(out).config
+    assert len(config['held_plates']) == 2 and not config['held_out'] and {*config['trained_experiments']} == {'HUVEC-01', 'HUVEC-02'}
+    assert 'are held out: the model knows the experiments of those plates' in said and '--refit trains again on everything' in said and '--valid EXP' in said
+    assert config['metrics']['held_plates'] == config['held_plates'] and 'protocol' not in config['metrics']
+    for text in (model_card(config), str(settings_table(load_model(out)).loc['validation', ''])): assert 'of no protocol' in text and config['held_plates'][0] in text
+    assert cli.rcic_predict([str(out), str(here/'s.zarr'), str(here/'auto.csv'), '--tta', '1']) == 0
+    assert cli.rcic_evaluate([str(here/'auto.csv'), str(here/'s.zarr')]) == 0
+    assert 'of the model: Validation reached an accuracy' in capsys.readouterr().out
+    assert cli.rcic_predict([str(out), str(here/'s.zarr'), str(here/'no.csv'), '--held-out']) == 2
+    assert 'learned other plates of the same experiments' in capsys.readouterr().err
+
+
+def test_no_well_is_on_both_sides_and_every_label_is_learned(here):
+    screen = open_screen(here/'s.zarr')
+    for more in (dict(), dict(controls=True), dict(norm='plate'), dict(sites=2)):
+        dls = screen_dls(screen, 'plates', bs=4, **more)
+        train, held = dls.train.items, dls.valid.items
+        assert not {*zip(train.experiment, train.plate)} & {*zip(held.experiment, held.plate)} and len(held)
+        assert {*held.sirna[held.well_type == 'treatment']} <= {*train.sirna}
+    again = dls.rebuild(bs=2)
+    assert again.held_plates == dls.held_plates and again.valid.items.site_id.tolist() == dls.valid.items.site_id.tolist()
+    first = control_dls(dls)      # what is learned before is of no held-out plate
+    assert not {*zip(first.train.items.experiment, first.train.items.plate.astype(str))} & {*dls.held_plates} and first.held_plates == dls.held_plates
+
+
+def test_plates_that_would_take_labels_along_stay(here):
+    rows = labeled_rows(open_screen(here/'s.zarr').table)
+    held = held_plates(rows, share=.5)
+    left = rows[[(e, str(p)) not in held for e, p in zip(rows.experiment, rows.plate)]]
+    assert len(held) == 4 and {*left.sirna} == {*rows.sirna}
+    refused(lambda: held_plates(rows[rows.experiment == 'HUVEC-01']), 'No plate can be held out', 'valid')
+
+
+def test_a_model_that_learned_the_experiments_cannot_be_validated_on_their_plates(here, capsys):
+    train(here, 'first', '--valid HUVEC-02')
+    train(here, 'second', f'--valid plates --pretrained {here}/first', code=2)
+    assert 'would be memory' in capsys.readouterr().err
+    train(here, 'third', '--valid plates --cell-types each', code=2)
+    assert '--valid plates is of one model' in capsys.readouterr().err
+
+
+def test_refit_keeps_a_model_of_everything_with_what_was_measured(here, capsys):
+    one = train(here, 'refit', '--refit --valid HUVEC-02')
+    said = capsys.readouterr().out
+    config = load_model(one).config
+    measured = train(here, 'measured', '--valid HUVEC-02')
+    assert config['validation']['runs'] == [load_model(measured).config['metrics']]
+    assert not config['held_out'] and not config['metrics'] and {*config['data']['sites']} == {'HUVEC-01', 'HUVEC-02'} and not (here/'refit.validated').exists()
+    assert same(weights(one), weights(train(here, 'none', '--valid none')))
+    for text in (said, model_card(config)): assert 'is itself not validated; the same training reached an accuracy of' in text and 'HUVEC-02, which it held out' in text
+    assert load_model(one).predict(open_screen(here/'s.zarr'), tta=1, progress=False).attrs['record']['validation'] in said
+    assert cli.rcic_predict([str(one), str(here/'s.zarr'), str(here/'no.csv'), '--held-out']) == 2
+
+
+def test_the_epoch_that_validation_chose_is_the_last_one_of_the_second_training(here):
+    chosen = load_model(train(here, 'chosen', '--refit --valid HUVEC-02', 'best'))
+    h = load_model(train(here, 'looked', '--valid HUVEC-02', 'best')).history
+    best = int(h.valid_loss.idxmin()) + 1
+    assert chosen.config['validation']['epochs'] == [best] and len(chosen.history) == best
+    assert chosen.config['recipe']['stages'][0]['stop'] == best and chosen.config['recipe']['stages'][0]['epochs'] == 4
+
+
+def test_folds_in_turn(here, capsys):
+    config = load_model(train(here, 'turns', '--refit --folds 2')).config
+    assert sorted(m['held_out'] for m in config['validation']['runs']) == [['HUVEC-01'], ['HUVEC-02']] and 'fold' not in config
+    assert 'in the mean' in model_card(config) and '== validation (2 of 2)' in capsys.readouterr().out
+
+
+class Killed(BaseException): pass
+
+
+@pytest.mark.parametrize('where', ['validation', 'between', 'second', 'saved'])
+def test_killed_in_either_phase_it_ends_with_the_same_weights(here, where, monkeypatch, capsys):
+    whole = here/'whole'
+    if not whole.exists(): train(here, 'whole', '--refit', 'best')
+    name, seen = f'cut_{where}', []
+    def dies(*_, **__): raise Killed
+    if where == 'validation':
+        from rcic_fastai.train.checkpoints import Checkpoint
+        save = Checkpoint.save
+        def first_epoch(self):
+            save(self)
+            raise Killed
+        monkeypatch.setattr(Checkpoint, 'save', first_epoch)
+    if where == 'between': monkeypatch.setattr(workflow, '_chosen_epochs', dies)
+    if where == 'second':
+        from rcic_fastai.train.checkpoints import Checkpoint
+        save = Checkpoint.save
+        def second(self):
+            save(self)
+            seen.append(str(self.folder))
+            if 'validated' not in seen[-1]: raise Killed
+        monkeypatch.setattr(Checkpoint, 'save', second)
+    if where == 'saved': monkeypatch.setattr(workflow, 'save_curve', lambda history, out: dies() if 'validated' not in str(out) else None)
+    with pytest.raises(Killed): train(here, name, '--refit', 'best')
+    monkeypatch.undo()
+    assert (here/f'{name}.validated').exists()
+    train(here, name, '--refit', 'best', code=2)
+    train(here, name, '--refit --resume', 'best')
+    assert same(weights(here/name), weights(whole)) and load_model(here/name).config['validation'] == load_model(whole).config['validation']
+    assert not [*here.glob(f'{name}.*')] and (here/name/'history.png').exists()
+    train(here, name, '--refit --resume --seed 3', 'best', code=2)
+    assert 'different arguments.seed' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('more, words', [('--refit --valid none', 'holds out nothing'), ('--refit --cell-types each', 'is of one model'), ('--refit --fold 1', 'say how many with --folds'),
+                                         ('--refit --folds 2 --valid plates', 'both say what is held out'), ('--folds 2', 'or --refit for all of them'), ('--refit --experiments HUVEC-01', 'so there is nothing to validate with')])
+def test_what_cannot_be_trained_twice_is_said(here, more, words, capsys):
+    train(here, 'odd', more, code=2)
+    assert words in capsys.readouterr().err and not (here/'odd').exists()
