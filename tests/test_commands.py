@@ -32,7 +32,7 @@ def test_predict_has_the_options_of_the_model():
     assert all(mine[k] == theirs[k] for k in mine if k not in ("model", "screen", "out", "held_out", "device"))
 
 def test_profiles_and_hits_have_the_options_of_the_library():
-    for command, function in ((cli.embed, TrainedModel.profiles), (cli.hits, find_hits)):
+    for command, function in ((cli.embed, TrainedModel.profile_file), (cli.hits, find_hits)):
         mine, theirs = parameters(command), parameters(function)
         assert {*mine} - {'model'} == {*theirs} - {'self', 'progress'}
         assert all(mine[k] == (theirs[k] or '') for k in mine if k in theirs and mine[k] is not inspect.Parameter.empty and not isinstance(mine[k], (bool, int, float)))

@@ -6,7 +6,7 @@
 __all__ = ['ray_features']
 
 # %% ../../nbs/41b_embed.ray.ipynb #ra41b004
-import logging, os, re, sys
+import logging, os, re, socket, sys
 from dataclasses import replace
 from fastai.vision.all import *
 from ..core import *
@@ -55,8 +55,10 @@ def _plain(e): return first_line(re.sub('\x1b\\[[0-9;]*m', '', str(e)))       # 
 def _started(ray, address):
     "Connect to a cluster; return a function that leaves it, unless it was this process's own"
     if ray.is_initialized(): return lambda: None
-    try: ray.init(None if address == 'local' else address, log_to_driver=False, logging_level='error', include_dashboard=False if address == 'local' else None)
-    except Exception as e: raise ScreenError(f'{option("ray", address)} cannot be reached ({_plain(e)}): start a cluster with ray start, or name its address.') from None
+    try:
+        if m := re.fullmatch(r'([\w.-]+):([0-9]{1,5})', address): socket.create_connection((m[1], int(m[2])), 10).close()      # Ray would try for minutes
+        ray.init(None if address == 'local' else address, log_to_driver=False, logging_level='error', include_dashboard=False if address == 'local' else None)
+    except (Exception, SystemExit) as e: raise ScreenError(f'{option("ray", address)} cannot be reached ({_plain(e)}): start a cluster with ray start, or name its address.') from None
     return ray.shutdown
 
 def _actors(ray, device, threads, n):
