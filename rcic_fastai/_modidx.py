@@ -2735,6 +2735,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'rcic_fastai/screen/cells.py'),
                                           'rcic_fastai.screen.cells._is_foreground': ( 'screen.cells.html#_is_foreground',
                                                                                        'rcic_fastai/screen/cells.py'),
+                                          'rcic_fastai.screen.cells._largest_pieces': ( 'screen.cells.html#_largest_pieces',
+                                                                                        'rcic_fastai/screen/cells.py'),
                                           'rcic_fastai.screen.cells._left_out': ( 'screen.cells.html#_left_out',
                                                                                   'rcic_fastai/screen/cells.py'),
                                           'rcic_fastai.screen.cells._measured': ( 'screen.cells.html#_measured',

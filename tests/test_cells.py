@@ -20,7 +20,7 @@ from rcic_fastai.predict.predict import predict_wells, read_predictions
 from rcic_fastai.results.submission import (cell_map, cell_map_of_masks, decode_mask, encode_mask, match_cells, run_lengths, runs_to_text,
                                             submission_rows, text_to_runs)
 from rcic_fastai.screen.cells import (CELL_COLUMNS, CellSource, MaskFolder, WatershedMasks, cell_table, cut_window, find_cells,
-                                      measure_cells, read_mask)
+                                      in_pieces, measure_cells, read_mask)
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen, verify_store
@@ -156,6 +156,14 @@ def test_the_watershed_divides_what_touches():
     assert got.max() == 3
     of = [Counter(nearest[got == n].tolist()).most_common(1)[0] for n in (1, 2, 3)]
     assert {n for n, _ in of} == {0, 1, 2} and sum(n for _, n in of) > .98*(got > 0).sum()       # borders where brightness has its valley
+
+
+def test_no_cell_of_the_watershed_is_torn(plates):
+    "Also where a nucleus is seen in two pieces, of which only the larger one begins a cell"
+    water = WatershedMasks(plates.source, radius=4)
+    for i in plates.table.site_id:
+        mask = water[i]
+        assert not in_pieces(mask, measure_cells(mask)).any()
 
 
 def pipeline_of_skimage(nucleus, body, radius):

@@ -139,7 +139,7 @@ def test_what_was_changed_of_a_recipe_is_recorded(model):
 
 
 @pytest.mark.parametrize('options, says', [
-    ('--experiments batch1', 'The model learned the labels of batch1, so its answers would be memory: choose from batch2, batch3.'),
+    ('--experiments batch1', 'The model learned the labels of batch1, so its answers would be memory: choose from batch3.'),
     ('--experiments batch9', 'has no experiment batch9: choose from batch1, batch2, batch3.'), ('', 'choose those to predict with --experiments EXP,EXP.'),
     ('--experiments batch3 --device cuda:77', '--device cuda:77 is not there'), ('--experiments batch3 --device tpu', '--device tpu is not')])
 def test_what_cannot_be_predicted_is_said(model, capsys, options, says):

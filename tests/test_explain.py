@@ -22,26 +22,28 @@ def trained(screen, **kwargs):
 
 
 @pytest.mark.parametrize('channels', [4, 5, 6, 8])
-def test_shares_sum_to_the_cosine(screen, channels):
+def test_shares_sum_to_the_score(screen, channels):
     screen = Screen(screen.table, Repeated(screen, channels))
     model = trained(screen)
     wells = screen.wells.well_id[:3]
     why = model.explain(screen, wells, label=model.spec.labels[0], steps=96)
     names = list(screen.channels)
     gained = why.table[names].sum(axis=1)
-    np.testing.assert_allclose(gained, why.table.cosine - why.table.baseline, atol=.02)
+    np.testing.assert_allclose(gained, why.table.score - why.table.baseline, atol=.02)
     assert why.maps.shape[1] == channels and len(why) == screen.table.well_id.isin(wells).sum()
     assert len([ax for ax in why.show(0).axes if ax.images]) == channels + 1
 
 
-def test_the_cosine_is_that_of_the_embedding(screen):
+def test_the_score_is_that_of_the_embedding(screen):
     from rcic_fastai.embed.table import emb_features, unit_rows
     model, well = trained(screen), screen.wells.well_id[0]
     label = model.spec.labels[1]
     why = model.explain(screen, well, label=label, steps=1)
     emb = model.embed(screen[screen.table.well_id == well], tta=1, progress=False)
-    of = unit_rows(emb_features(model.index.table()[model.index.labels.sirna == label])).mean(0)
-    np.testing.assert_allclose(why.table.cosine, unit_rows(emb_features(emb)) @ (of/np.linalg.norm(of)), atol=1e-4)
+    means = {n: unit_rows(emb_features(model.index.table()[model.index.labels.sirna == n])).mean(0) for n in model.spec.labels}
+    means = {n: m/np.linalg.norm(m) for n, m in means.items()}
+    direction = means[label] - np.mean(list(means.values()), axis=0)
+    np.testing.assert_allclose(why.table.score, unit_rows(emb_features(emb)) @ direction, atol=1e-4)
 
 
 def test_a_channel_that_is_not_seen_gets_nothing(screen):
@@ -56,7 +58,7 @@ def test_wells_of_two_sites(screen):
     model = trained(screen, sites=2)
     why = model.explain(screen, screen.wells.well_id[:2], label=model.spec.labels[0], steps=32)
     assert len(why) == 2 and why.maps.shape[-1] == 2*why.maps.shape[-2]
-    np.testing.assert_allclose(why.table[list(screen.channels)].sum(axis=1), why.table.cosine - why.table.baseline, atol=.05)
+    np.testing.assert_allclose(why.table[list(screen.channels)].sum(axis=1), why.table.score - why.table.baseline, atol=.05)
     assert len(why.show(1).axes)
 
 

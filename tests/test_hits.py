@@ -248,15 +248,15 @@ def test_profiles_are_not_written_over_another_table(tmp_path):
     emb = read_profiles(TABLE, controls='DMSO')
     for name, content in (('l.csv', b'well,compound\n'), ('l.csv.gz', b'no gzip'), ('l.parquet', b'PAR1 but no'), ('l.h5ad', b'text')):
         (tmp_path/name).write_bytes(content)
-        refused(lambda: write_any_profiles(emb, tmp_path/name), 'would be overwritten and holds no profiles')
+        refused(lambda: write_any_profiles([emb], tmp_path/name), 'would be overwritten and holds no profiles')
     for name in ('p.csv', 'p.csv.gz', 'p.parquet'):
-        for _ in range(2): write_any_profiles(emb, tmp_path/name)
+        for _ in range(2): write_any_profiles([emb], tmp_path/name)
 
 
 @pytest.mark.extra('anndata')
 def test_hits_of_an_anndata_file_are_those_of_the_table(tmp_path):
     emb = read_profiles(TABLE, controls='DMSO')
-    for name in ('p.h5ad', 'p.parquet'): write_any_profiles(emb, tmp_path/name)
+    for name in ('p.h5ad', 'p.parquet'): write_any_profiles([emb], tmp_path/name)
     a, b = (find_hits(tmp_path/name, **{**HOW, 'target': 'sirna+dose'}) for name in ('p.h5ad', 'p.parquet'))
     pd.testing.assert_frame_equal(pd.DataFrame(a), pd.DataFrame(b))
 

@@ -172,7 +172,7 @@ def test_mixed_statistics_are_those_of_the_mixture():
 
 def test_a_recipe_that_lacks_pairs_is_refused_before_it_is_trained():
     for c in ('lisa', 'contrast', {'name': 'lisa', 'p': 1.}):
-        refused(lambda: check_batches(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[c])])), "batch_by='pairs'")
+        refused(lambda: check_batches(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[c])])), 'batch_by be pairs')
         check_batches(check_recipe(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[c])], data=dict(batch_by='pairs'))))
     check_batches(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[{'name': 'lisa', 'same': 0.}, 'mixstyle'])], data=dict(batch_by='experiment')))
     r = Recipe('r', [Stage('a', 1, 1e-3, callbacks=({'name': 'lisa', 'how': 'mixup'}, {'name': 'contrast', 'temperature': .2}))], data=dict(batch_by='pairs'))

@@ -45,7 +45,8 @@ def called(tree):
             yield n.lineno, n.args[0].value, n.args[1] if len(n.args) > 1 else None
 
 ALLOWED = {('cli.py', 'experiment'), ('cli.py', 'resume'), ('cli.py', 'dataset'), ('model/backbones.py', 'n_channels'),
-           ('screen/simulate/layout.py', 'test'), ('train/recipes.py', 'epochs'), ('embed/index.py', 'kind'), ('train/checkpoints.py', 'resume'), ('screen/tables.py', 'k')}
+           ('screen/simulate/layout.py', 'test'), ('train/recipes.py', 'epochs'), ('embed/index.py', 'kind'), ('train/checkpoints.py', 'resume'), ('screen/tables.py', 'k'),
+           ('embed/neck.py', 'shrink'), ('embed/neck.py', 'whiten')}     # what the text of --search may say
 
 def test_no_sentence_spells_an_argument_itself():
     "`option` does, in the words of the caller's route"
@@ -60,7 +61,7 @@ def test_the_test_sees_what_it_looks_for():
 
 def test_every_argument_that_is_named_is_an_option():
     "Of the command that says it or, where another is meant, of any"
-    python_only = {'views', 'adapt_rows', 'stem', 'arch_args', 'label_smoothing', 'classifier', 'sites_join', 'n_sites', 'loss', 'norm_stats', 'separate', 'lr', 'opt', 'schedule', 'augs', 'rare', 'several'}
+    python_only = {'views', 'adapt_rows', 'stem', 'arch_args', 'label_smoothing', 'classifier', 'sites_join', 'n_sites', 'loss', 'norm_stats', 'separate', 'with_controls', 'batch_groups', 'lr', 'opt', 'schedule', 'augs', 'rare', 'several'}
     found = []
     for name, tree in sources():
         home = COMMAND_OF.get(name.split('/')[0])

@@ -6,7 +6,7 @@
 __all__ = ['NECKS', 'MUTUAL_ROWS', 'NeckChoice', 'shrunk_rows', 'within_whitening', 'expanded', 'mutual_sets', 'Mutual', 'Neck',
            'neck_from', 'NeckIndex', 'label_ranks', 'try_necks', 'neck_table', 'choose_neck']
 
-# %% ../../nbs/42c_embed.neck.ipynb #be033162
+# %% ../../nbs/42c_embed.neck.ipynb #4ebd0c42
 from collections import namedtuple
 from dataclasses import dataclass, fields
 import numpy as np, pandas as pd
@@ -16,7 +16,7 @@ from ..screen.tables import *
 from .table import *
 from .index import *
 
-# %% ../../nbs/42c_embed.neck.ipynb #132dff0e
+# %% ../../nbs/42c_embed.neck.ipynb #03622702
 def shrunk_rows(
     x, # Rows [N,D]
     codes, # Class of each row, 0 to K−1 [N]
@@ -30,7 +30,7 @@ def shrunk_rows(
     at[order] = np.repeat(np.arange(len(n)), n)
     return unit_rows((1 - shrink)*x + shrink*means[at]).astype(np.float32)
 
-# %% ../../nbs/42c_embed.neck.ipynb #d22ef3d5
+# %% ../../nbs/42c_embed.neck.ipynb #f19dcbcd
 def within_whitening(
     x, # Rows [N,D]
     codes, # Class of each row, 0 to K−1 [N]
@@ -48,7 +48,7 @@ def within_whitening(
     values, vectors = np.linalg.eigh((1 - whiten)*s + whiten*size*np.eye(len(s)))
     return means.mean(0), (vectors*(size/values)**.5) @ vectors.T
 
-# %% ../../nbs/42c_embed.neck.ipynb #a7616c71
+# %% ../../nbs/42c_embed.neck.ipynb #e3558697
 def expanded(
     q, # Queries of length 1 [Q,D]
     cos, # Cosines of their nearest rows [Q,n]
@@ -59,7 +59,7 @@ def expanded(
     w = np.clip(cos, 0, None)**power
     return unit_rows(q + np.einsum('qn,qnd->qd', w, rows)).astype(np.float32)
 
-# %% ../../nbs/42c_embed.neck.ipynb #989e7149
+# %% ../../nbs/42c_embed.neck.ipynb #5655ba48
 def mutual_sets(
     near, # Nearest rows of each item [n,k], best first
     is_mutual, # Whether the item is among the nearest of that row, too [n,k]
@@ -74,7 +74,7 @@ def mutual_sets(
         grown.append(s.union(*more))
     return grown
 
-# %% ../../nbs/42c_embed.neck.ipynb #103e009d
+# %% ../../nbs/42c_embed.neck.ipynb #c1d9d5ab
 def _weights(q, x, sets):
     "Return the description of each item: sparse [n,N], exp(−d) at the rows of its set"
     from scipy.sparse import csr_array
@@ -103,7 +103,7 @@ class Mutual:
         reach = self.reach[near.shape[1]]
         return mutual_sets(near, cos >= reach[near] - 1e-6, others)
 
-# %% ../../nbs/42c_embed.neck.ipynb #dbe623c9
+# %% ../../nbs/42c_embed.neck.ipynb #633a0047
 @patch
 def distances(self:Mutual,
     q, # Queries of length 1 [Q,D]
@@ -123,7 +123,7 @@ def distances(self:Mutual,
         out[i] = (1 - self.share)*jaccard + self.share*(2 - 2*(self.x @ q[i]))
     return out
 
-# %% ../../nbs/42c_embed.neck.ipynb #f9af14fc
+# %% ../../nbs/42c_embed.neck.ipynb #e82e1025
 @dataclass(frozen=True)
 class Neck:
     "What happens to the rows of an index, and to queries, before the nearest row answers"
@@ -155,7 +155,7 @@ def neck_from(
         if k not in names or not eq: raise ScreenError(f'{option("search", said)} is not understood at {part!r}: write pairs of {", ".join(names)} and a number, such as whiten=0.3,shrink=1, or auto or no.')
     return Neck(**given)
 
-# %% ../../nbs/42c_embed.neck.ipynb #73cd7135
+# %% ../../nbs/42c_embed.neck.ipynb #517e2d88
 class NeckIndex(EmbeddingIndex):
     "An `EmbeddingIndex` that is searched through a `Neck`"
     def __init__(self,
@@ -185,7 +185,7 @@ class NeckIndex(EmbeddingIndex):
         cos, rows = self._search_rows(q, n, np.arange(len(self)))
         return expanded(q, cos, self.vectors(rows.ravel()).reshape(*rows.shape, -1))
 
-# %% ../../nbs/42c_embed.neck.ipynb #4d4adccb
+# %% ../../nbs/42c_embed.neck.ipynb #6d5e6102
 @patch
 def class_scores(self:NeckIndex,
     q, # [Q,D] embeddings
@@ -205,7 +205,7 @@ def class_scores(self:NeckIndex,
         np.maximum.at(out[i], self.codes[rows], near[i, rows])
     return out
 
-# %% ../../nbs/42c_embed.neck.ipynb #65c42b9e
+# %% ../../nbs/42c_embed.neck.ipynb #dd5e1bcb
 NECKS = ('no', 'shrink=0.5', 'shrink=1', 'expand=5', 'rerank=10', 'whiten=0.3', 'whiten=0.3,shrink=0.5', 'whiten=0.3,shrink=1', 'whiten=0.1,shrink=1')
 MUTUAL_ROWS = 20_000     # of larger indexes, mutual neighbors are not tried
 
@@ -228,7 +228,7 @@ def label_ranks(
     before, tied = (scores > mine + TIE).sum(1), (np.abs(scores - mine) <= TIE).sum(1) - 1
     return pd.DataFrame(dict(well_id=wells.index, experiment=wells.experiment.astype(str).to_numpy(), rank=1 + before + tied/2))
 
-# %% ../../nbs/42c_embed.neck.ipynb #48e31245
+# %% ../../nbs/42c_embed.neck.ipynb #2a10350e
 def _parts(index, held, most, seed):
     "Yield (index, labeled embeddings that it does not hold): the held-out ones, or each experiment of the index in turn"
     emb = index.table() if held is None else held
@@ -260,7 +260,7 @@ def try_necks(
             found.setdefault(str(neck), []).append(label_ranks(NeckIndex(last, neck), new))
     return {k: pd.concat(v, ignore_index=True) for k, v in found.items()}
 
-# %% ../../nbs/42c_embed.neck.ipynb #18230e78
+# %% ../../nbs/42c_embed.neck.ipynb #dbd1bb1a
 NeckChoice = namedtuple('NeckChoice', 'neck tried notes')
 
 def neck_table(

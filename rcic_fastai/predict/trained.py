@@ -49,6 +49,17 @@ def remove_index_parts(
         for sub in (Path(folder)/kind, *Path(folder).glob(f'{kind}-*')): PARTS_FOLDER.remove(sub)
     remove_empty(folder)
 
+# %% ../../nbs/53_predict.trained.ipynb #bfb8f1a1
+WITH_CONTROLS = 'experiment and negative controls'     # what the rows of an index say of their BatchNorm statistics
+
+def _with_negative_controls(learn, rows):
+    "Return rows, and the negative controls of their experiments"
+    table = learn.dls.screen.table
+    more = table[table.well_type.isin(CONTROLS['negative']) & table.experiment.isin(rows.experiment)]
+    lacks = sorted({*rows.experiment.astype(str)} - {*more.experiment.astype(str)})
+    if lacks: raise ScreenError(f'{first_few(lacks)} has no negative control to take BatchNorm statistics of: keep the control wells in the table, or leave out {option("with_controls", True)} of the index.')
+    return pd.concat([rows, more[~more.site_id.isin(rows.site_id)]])
+
 # %% ../../nbs/53_predict.trained.ipynb #5e711c15
 def _reads_groups(model):
     "Check whether a model reads the plate group"
@@ -70,16 +81,6 @@ def check_random_views(
         raise ScreenError(f'{option("views", "random")} shows sites as in training, which augmented nothing, or with transforms of your own: '
                           f'take {option("views", "dihedral")}, or train with arguments of site_augs.')
     return augs
-
-WITH_CONTROLS = 'experiment and negative controls'     # what the rows of an index say of their BatchNorm statistics
-
-def _with_negative_controls(learn, rows):
-    "Return rows, and the negative controls of their experiments"
-    table = learn.dls.screen.table
-    more = table[table.well_type.isin(CONTROLS['negative']) & table.experiment.isin(rows.experiment)]
-    lacks = sorted({*rows.experiment.astype(str)} - {*more.experiment.astype(str)})
-    if lacks: raise ScreenError(f'{first_few(lacks)} has no negative control to take BatchNorm statistics of: keep the control wells in the table, or leave out {option("with_controls", True)} of the index.')
-    return pd.concat([rows, more[~more.site_id.isin(rows.site_id)]])
 
 def build_index(
     learn:Learner, # A trained `screen_learner`

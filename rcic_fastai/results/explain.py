@@ -36,13 +36,13 @@ def integrated_gradients(
 def label_direction(
     model, # `TrainedModel`
     label:str, # One of the labels that it learned
-)->Tensor: # [D], unit length
-    "Return the mean embedding of the training sites of a label"
-    index = model.index
-    mine = np.flatnonzero(index.labels[index.target].astype(str) == str(label))
-    if not len(mine): raise ScreenError(f'The model did not learn {label}: choose one of {first_few(sorted(index.labels[index.target].astype(str).unique()))}.')
-    mean = unit_rows(index.vectors(mine)).mean(0)
-    return torch.from_numpy(mean/np.linalg.norm(mean)).float()
+)->Tensor: # [D]
+    "Return the direction of a label: the mean embedding of its training sites, of unit length, less the mean of that of all labels"
+    names = model.index.labels[model.index.target].astype(str).to_numpy()
+    if str(label) not in names: raise ScreenError(f'The model did not learn {label}: choose one of {first_few(sorted(set(names)))}.')
+    x = unit_rows(model.index.vectors(np.arange(len(names))))
+    means = pd.DataFrame(unit_rows(pd.DataFrame(x).groupby(names).mean().to_numpy()), sorted(set(names)))
+    return torch.from_numpy((means.loc[str(label)] - means.mean()).to_numpy()).float()
 
 def _own_answers(model, rows, screen):
     "Return what the model calls each well, from the well alone"
@@ -51,27 +51,27 @@ def _own_answers(model, rows, screen):
 
 # %% ../../nbs/63_results.explain.ipynb #11f59aed
 class Explanation:
-    "What each channel contributed to the cosines of some sites: `.table`, and `.show()`"
+    "What each channel contributed to the scores of some sites: `.table`, and `.show()`"
     def __init__(self,
-        table:pd.DataFrame, # One row per site (per well, where the model reads wells): its id, label, cosine, baseline, and a column per channel
+        table:pd.DataFrame, # One row per site (per well, where the model reads wells): its id, label, score, baseline, and a column per channel
         maps:np.ndarray, # [N,C,H,W] share of each pixel; of wells the sites beside each other
         pixels:np.ndarray, # [N,C,H,W] what the model saw
         channels:list, # Their names
     ): store_attr()
     def __len__(self): return len(self.table)
-    def __repr__(self): return f'Explanation of {plural(len(self), "cosine")} by {plural(len(self.channels), "channel")}'
+    def __repr__(self): return f'Explanation of {plural(len(self), "score")} by {plural(len(self.channels), "channel")}'
 
 @patch
 def show(self:Explanation,
     i:int=0, # Row of the table
 )->plt.Figure:
-    "Show a picture, and each of its channels with the pixels that raised (orange) and lowered (blue) the cosine"
+    "Show a picture, and each of its channels with the pixels that raised (orange) and lowered (blue) the score"
     r, maps, x = self.table.iloc[i], self.maps[i], self.pixels[i]
     n, columns = len(self.channels) + 1, min(len(self.channels) + 1, 4)
     fig, axs = plt.subplots(-(-n//columns), columns, figsize=(1.9*columns, 2.15*-(-n//columns)), dpi=80, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     axs.flat[0].imshow(rgb_composite(x, channels=self.channels))
-    axs.flat[0].set_title(picture_text(f'{short_text(r.iloc[0], 20)}\n{short_text(r.label, 14)}: cosine {r.cosine:.2f}'), fontsize=8)
+    axs.flat[0].set_title(picture_text(f'{short_text(r.iloc[0], 20)}\n{short_text(r.label, 14)}: {r.score:+.2f}'), fontsize=8)
     top = np.quantile(np.abs(maps), .995) or 1.
     for ax, name, m, gray in zip(axs.flat[1:], self.channels, maps, stretch(x)):
         ax.imshow(gray, cmap='gray', vmin=0, vmax=1)
@@ -81,15 +81,15 @@ def show(self:Explanation,
 
 # %% ../../nbs/63_results.explain.ipynb #23b44d02
 def _explained(model, dl, directions, steps):
-    "Yield shares, pixels, cosines and baselines of each batch"
+    "Yield shares, pixels, scores and baselines of each batch"
     net, at = model.model.eval(), 0
     for xb, *meta in dl:
         toward = directions[at:at + len(xb)].to(xb.device)
         at += len(xb)
         def raw(x): return net.neck(net.features(x, *meta)).float()
         with torch.no_grad(): length = raw(xb.float()).norm(dim=-1)
-        shares, cosine, base = integrated_gradients(lambda x: (raw(x)*toward).sum(-1)/length, xb.float(), steps)
-        yield [o.cpu().as_subclass(Tensor).numpy() for o in (shares, xb.float(), cosine, base)]
+        shares, there, base = integrated_gradients(lambda x: (raw(x)*toward).sum(-1)/length, xb.float(), steps)
+        yield [o.cpu().as_subclass(Tensor).numpy() for o in (shares, xb.float(), there, base)]
 
 def _flat(x): return x if x.ndim == 4 else np.concatenate([*x.swapaxes(0, 1)], -1)      # sites of a well beside each other
 
@@ -97,7 +97,7 @@ def _flat(x): return x if x.ndim == 4 else np.concatenate([*x.swapaxes(0, 1)], -
 def explain(self:TrainedModel,
     screen, # A `Screen`, or where one is
     wells, # Ids of wells
-    label:str=None, # Label whose cosine is explained; `None`: what the model calls each well, inductive
+    label:str=None, # Label whose score is explained; `None`: what the model calls each well, inductive
     steps:int=16, # More are more exact
     bs:int=8, # Batch size
 )->Explanation:
@@ -110,7 +110,7 @@ def explain(self:TrainedModel,
     answers = _own_answers(self, rows, screen) if label is None else {}
     labels = [label or answers[w] for w in dl.rows.well_id]
     directions = torch.stack([label_direction(self, l) for l in labels])
-    shares, x, cosine, base = [np.concatenate(o) for o in zip(*_explained(self, dl, directions, steps))]
-    table = pd.DataFrame({self.spec.key: dl.rows[self.spec.key], 'label': labels, 'cosine': cosine, 'baseline': base})
+    shares, x, there, base = [np.concatenate(o) for o in zip(*_explained(self, dl, directions, steps))]
+    table = pd.DataFrame({self.spec.key: dl.rows[self.spec.key], 'label': labels, 'score': there, 'baseline': base})
     each = pd.DataFrame(shares.sum((-2, -1)).reshape(len(table), -1, len(self.spec.channels)).sum(1), columns=list(self.spec.channels))
     return Explanation(table.join(each), _flat(shares), _flat(x), list(self.spec.channels))

@@ -648,7 +648,7 @@ def _differing_note(name, pred, own):
     return [f'{name}: {n} of {len(both)} wells are named otherwise than the neighbors shown here would name them (by a classifier, an ensemble, or with other options); '
             'scores, votes and neighbors are those of the embeddings shown here.']
 
-# %% ../../nbs/64_results.explore.ipynb #46e76f63
+# %% ../../nbs/64_results.explore.ipynb #d15ff940
 def _column_of(model, screen, name, pred, emb, spaces, progress, kwargs):
     "Return a prediction with its space; without `pred`, the model names the wells"
     protocol = name if pred is None else str(pred['protocol'].iloc[0])
@@ -666,6 +666,39 @@ def _check_pictures(max_mb, side, quality):
     if not max_mb > 0: raise ScreenError(f'{option("max_mb", max_mb)} leaves no room for a page: give more than 0.')
     for name, v, most in (('side', side, 4096), ('quality', quality, 100)):
         if not isinstance(v, int) or not 0 <= v <= most: raise ScreenError(f'{option(name, v)} is not possible: give a whole number from 0 to {most}.')
+
+# %% ../../nbs/64_results.explore.ipynb #a5dc5c1a
+@contextmanager
+def _new_folder(out):
+    "Make a folder under another name, and give it its name when it is complete; an earlier page is replaced"
+    out = PAGE_FOLDER.check(out)
+    part = out.with_name(out.name + '.part')
+    PAGE_FOLDER.remove(part)
+    try: yield PAGE_FOLDER.make(part)
+    except BaseException:
+        PAGE_FOLDER.remove(part)
+        raise
+    if PAGE_FOLDER.owns(out) and not PAGE_FOLDER.remove(out): raise ScreenError(f'{out} holds more than a page: take that out of it. The new page is in {part}.')
+    os.replace(part, out)
+
+def _seen_wells(model, screen):
+    "Return what the model has seen of each well"
+    wells = screen.table.drop_duplicates('well_id')
+    held = wells.experiment.astype(str).isin([*map(str, model.config['held_out'])])
+    seen = np.select([trained_wells(model, wells), held], ['learned', 'held out'], 'not used')
+    return pd.DataFrame({'in training': seen}, index=wells.well_id.astype(str))
+
+# %% ../../nbs/64_results.explore.ipynb #46e76f63
+def _page_columns(model, screen, predictions, protocol, embeddings, progress, kwargs):
+    "Return the predictions of a page with their spaces"
+    if model is not None and not isinstance(model, TrainedModel):
+        raise ScreenError(f'A page shows the neighbors of one model, and this is a {type(model).__name__}: give one of its models, or {option("model", None)} and predictions.')
+    if model is not None and model.spec.several: raise ScreenError(f'A page shows one name per well and its neighbors, and this model answers several {model.spec.target} by probability: write a report of it (rcic_report).')
+    preds = named_columns(predictions, 'predictions') if predictions is not None else {} if model is None else {str(Protocol(p)): None for p in ([protocol] if isinstance(protocol, str) else protocol)}
+    column_headings({n: p for n, p in preds.items() if p is not None})
+    emb, spaces = named_columns(embeddings, 'embeddings', list(preds)), {}
+    if model is None: return [PageColumn(str(n), p) for n, p in preds.items()]
+    return [_column_of(model, screen, str(n), p, emb.get(n), spaces, progress, kwargs) for n, p in preds.items()]
 
 @delegates(plan_prediction, but=['model', 'screen', 'protocol', 'by', 'cells', 'cell_merge', *CELL_OPTIONS])
 def explore(
@@ -701,34 +734,3 @@ def explore(
     page = screen_page(screen, *how)
     if out is not None: page.save(out)
     return page
-
-@contextmanager
-def _new_folder(out):
-    "Make a folder under another name, and give it its name when it is complete; an earlier page is replaced"
-    out = PAGE_FOLDER.check(out)
-    part = out.with_name(out.name + '.part')
-    PAGE_FOLDER.remove(part)
-    try: yield PAGE_FOLDER.make(part)
-    except BaseException:
-        PAGE_FOLDER.remove(part)
-        raise
-    if PAGE_FOLDER.owns(out) and not PAGE_FOLDER.remove(out): raise ScreenError(f'{out} holds more than a page: take that out of it. The new page is in {part}.')
-    os.replace(part, out)
-
-def _seen_wells(model, screen):
-    "Return what the model has seen of each well"
-    wells = screen.table.drop_duplicates('well_id')
-    held = wells.experiment.astype(str).isin([*map(str, model.config['held_out'])])
-    seen = np.select([trained_wells(model, wells), held], ['learned', 'held out'], 'not used')
-    return pd.DataFrame({'in training': seen}, index=wells.well_id.astype(str))
-
-def _page_columns(model, screen, predictions, protocol, embeddings, progress, kwargs):
-    "Return the predictions of a page with their spaces"
-    if model is not None and not isinstance(model, TrainedModel):
-        raise ScreenError(f'A page shows the neighbors of one model, and this is a {type(model).__name__}: give one of its models, or {option("model", None)} and predictions.')
-    if model is not None and model.spec.several: raise ScreenError(f'A page shows one name per well and its neighbors, and this model answers several {model.spec.target} by probability: write a report of it (rcic_report).')
-    preds = named_columns(predictions, 'predictions') if predictions is not None else {} if model is None else {str(Protocol(p)): None for p in ([protocol] if isinstance(protocol, str) else protocol)}
-    column_headings({n: p for n, p in preds.items() if p is not None})
-    emb, spaces = named_columns(embeddings, 'embeddings', list(preds)), {}
-    if model is None: return [PageColumn(str(n), p) for n, p in preds.items()]
-    return [_column_of(model, screen, str(n), p, emb.get(n), spaces, progress, kwargs) for n, p in preds.items()]

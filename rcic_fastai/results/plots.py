@@ -413,9 +413,13 @@ def neighbor_strip(
     fig, axs = _picture_grid(len(near) + 1, 3, 2.25)
     for ax in axs: ax.axis('off')
     _show_site(axs[0], screen, query, f'{_site_lines(screen, query)}\n{short_text(truth or "not known", 14)}\n', side=side)
+    here = set(screen.table.site_id)
     for ax, r in zip(axs[1:], near.itertuples()):
         is_right = None if truth is None else str(r.label) == str(truth)
-        mark = {None: '', True: ' ✓', False: ' ✗'}[is_right]
-        _show_site(ax, screen, r.site_id, f'{_site_lines(screen, r.site_id)}\n{short_text(r.label, 14)}{mark}\n{r.cosine:.2f}', side=side)
+        said = f'{short_text(r.label, 14)}{ {None: "", True: " ✓", False: " ✗"}[is_right] }\n{r.cosine:.2f}'
+        if r.site_id in here: _show_site(ax, screen, r.site_id, f'{_site_lines(screen, r.site_id)}\n{said}', side=side)
+        else:                                                # the model was trained on another screen
+            ax.set_title(picture_text(f'{short_text(r.site_id, 28)}\n{said}'), fontsize=8)
+            ax.text(.5, .5, 'not in this screen', ha='center', fontsize=8, transform=ax.transAxes)
         if is_right is not None: ax.title.set_color(_RIGHT if is_right else _WRONG)
     return fig

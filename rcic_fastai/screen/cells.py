@@ -122,6 +122,15 @@ def _fill_from(nuclei, brightness, inside):
     return np.where(inside, names[of[:-1]].reshape(inside.shape), 0).astype(np.int32)
 
 # %% ../../nbs/09b_screen.cells.ipynb #589aeee5
+def _largest_pieces(nuclei):
+    "Return nuclei without the pieces that lie apart from the largest of each"
+    from scipy import ndimage as ndi
+    res = nuclei.copy()
+    for n, box in enumerate(ndi.find_objects(nuclei), 1):
+        pieces, count = ndi.label(nuclei[box] == n, np.ones((3, 3), int))
+        if count > 1: res[box][(pieces > 0) & (pieces != np.bincount(pieces.ravel())[1:].argmax() + 1)] = 0
+    return res
+
 def find_cells(
     nucleus:np.ndarray, # Nuclear stain [H,W], any numbers
     cytoplasm:np.ndarray, # A stain of the whole cell [H,W], such as ER
@@ -131,7 +140,7 @@ def find_cells(
     from scipy import ndimage as ndi
     if nucleus.shape != cytoplasm.shape:
         raise ScreenError(f'The pictures are {list(nucleus.shape)} and {list(cytoplasm.shape)}: give two channels of one site.')
-    nuclei = find_nuclei(nucleus, radius)
+    nuclei = _largest_pieces(find_nuclei(nucleus, radius))
     if not nuclei.any(): return nuclei
     smooth = ndi.gaussian_filter(cytoplasm.astype(np.float32), radius/6)
     return _fill_from(nuclei, smooth, (smooth > otsu_threshold(smooth)) | (nuclei > 0))

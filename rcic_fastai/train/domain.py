@@ -563,7 +563,7 @@ def _experiment(self:ControlBatches):
 
 
 # %% ../../nbs/32b_train.domain.ipynb #d8b4c493
-DOMAIN_METHODS = dict(coral=CORAL, swd=SlicedWasserstein, reversal=GradientReversal, irm=IRM, groupdro=GroupDRO, contrast=Contrast, mixstyle=MixStyle, control_batches=ControlBatches)
+DOMAIN_METHODS = dict(coral=CORAL, swd=SlicedWasserstein, reversal=GradientReversal, irm=IRM, groupdro=GroupDRO, contrast=Contrast, mixstyle=MixStyle)
 
 def domain_callback(
     how, # Name of one of `DOMAIN_METHODS`, or a dict with `name` and arguments, such as {'name': 'coral', 'weight': .1}

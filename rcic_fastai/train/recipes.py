@@ -137,7 +137,7 @@ def _check_kinds(given, func, what, free=()):
         if is_odd: raise ScreenError(f'{what} has {k}={given[k]!r}: give {words}.')
 
 # %% ../../nbs/33_train.recipes.ipynb #6765f2be
-CALLBACKS = {**MIXERS, **DOMAIN_METHODS, 'ema': EMA, 'mean_teacher': MeanTeacher}
+CALLBACKS = {**MIXERS, **DOMAIN_METHODS, 'control_batches': ControlBatches, 'ema': EMA, 'mean_teacher': MeanTeacher}
 
 def stage_callback(
     config, # Name from `CALLBACKS`, or a dict with `name` and settings
@@ -240,7 +240,7 @@ def _check_entries(entry, given, takes):
         if k in given and given[k] not in choices: raise ScreenError(f'{what} has {k}={given[k]!r}: choose from {", ".join(choices)}.')
     for k in ('separate', 'with_controls', 'same_cell_type'):
         if not isinstance(given.get(k, False), bool): raise ScreenError(f'{what} has {k}={given[k]!r}: give true or false.')
-    if not isinstance(given.get('search', ''), str): raise ScreenError(f'{what} has search={given["search"]!r}: give text, such as auto or shrink=1.')
+    if not isinstance(given.get('search', ''), str): raise ScreenError(f'{what} has {given["search"]!r} as its search: give text, such as auto.')
     if 'lr' in given: part_lrs(given['lr'])
 
 def _check_views(entry, given):
@@ -334,9 +334,9 @@ def check_batches(
     by, groups = recipe.data.get('batch_by'), recipe.data.get('batch_groups', 1)
     for i, name, said in _asked(recipe):
         if (name == 'contrast' or name == 'lisa' and said.get('same', 1.)) and by != 'pairs':
-            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of pairs: add batch_by='pairs' to its data.")
+            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of pairs: let batch_by be pairs in its data.")
         if name == 'control_batches' and (by != 'experiment' or groups != 1):
-            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of one experiment: add batch_by='experiment' to its data.")
+            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of one experiment: let batch_by be experiment in its data.")
 
 # %% ../../nbs/33_train.recipes.ipynb #4e826c19
 def get_recipe(
