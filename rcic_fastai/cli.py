@@ -668,7 +668,7 @@ def _write_atlas(model, screen, given):
     opened, out, side = open_screen(screen, check=False), given['out'], given['side']
     page = explore(model, opened, **{**given, 'out': None, 'side': 0, 'max_mb': 1e6})
     for n in page.data['notes']: print(f'note: {n}')
-    print(f'{write_atlas(page, opened, out, side)}: {plural(len(page.data["wells"]["id"]), "well")}, for: embedding-atlas {out} --x x --y y --neighbors neighbors --image image')
+    print(f'{write_atlas(page, opened, out, side)}: {plural(len(page.data["wells"]["id"]), "well")}, a table for Embedding Atlas')
 
 explore_screen.groups = {'the page': ['max_mb', 'side', 'quality', 'umap', 'title'],
                          'how wells are named': ['wells', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],

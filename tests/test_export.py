@@ -98,7 +98,7 @@ def test_the_commands(made, screen, tmp_path, capsys):
     assert cli.rcic_explore([*words, str(tmp_path/'page'), *common]) == 0 and (tmp_path/'page'/'index.html').is_file()
     assert cli.rcic_explore([*words, str(tmp_path/'wells.parquet'), *common]) == 0
     said = capsys.readouterr().out
-    assert 'embedding-atlas' in said and 'pictures in 1 file' in said
+    assert 'Embedding Atlas' in said and 'pictures in 1 file' in said
     t = pd.read_parquet(tmp_path/'wells.parquet')
     assert set(t.experiment) == {'HUVEC-01', 'HUVEC-02', 'HUVEC-03'} and (t['inductive: answer'].notna() == (t.experiment == 'HUVEC-03')).all()
     assert cli.rcic_pack([str(screen.source.root), str(tmp_path/'other'), '--to', 'tiff']) == 2

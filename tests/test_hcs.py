@@ -568,8 +568,8 @@ def test_metadata_of_many_fields(tmp_path, fmt, monkeypatch):
             m["datasets"][0]["coordinateTransformations"].append(dict(type="translation", translation=[0, n*.5, n]))
         edit(meta(f), own)
     read, validated = [], []
-    plain, model = plates.read_plain, plates._validated
-    monkeypatch.setattr(plates, "read_plain", lambda path, *a: (read.append(str(path)), plain(path, *a))[1])
+    plain, model = plates.read_any, plates._validated
+    monkeypatch.setattr(plates, "read_any", lambda path, *a: (read.append(str(path)), plain(path, *a))[1])
     monkeypatch.setattr(plates, "_validated", lambda folder, kind, *a: (validated.append(kind), model(folder, kind, *a))[1])
     table, source = read_plates(p, **quiet)
     assert len(table) == 60 and len(source) == 60 and len({id(layout) for _, layout in source._where.values()}) == 1

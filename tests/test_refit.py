@@ -149,3 +149,9 @@ def test_killed_in_either_phase_it_ends_with_the_same_weights(here, where, monke
 def test_what_cannot_be_trained_twice_is_said(here, more, words, capsys):
     train(here, 'odd', more, code=2)
     assert words in capsys.readouterr().err and not (here/'odd').exists()
+
+
+def test_a_search_is_not_chosen_on_plates_of_known_experiments(here):
+    "Wells of the same experiment are in the index: what finds those best is not what finds new experiments best"
+    config = load_model(train(here, 'plates_search', '--valid plates --search auto')).config
+    assert config['held_plates'] and config['search']['plain']['neck'] == 'no' and 'no experiment was held out to choose by' in config['search']['plain']['notes'][0]

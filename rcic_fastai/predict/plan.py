@@ -43,9 +43,8 @@ from .trained import *
 # %% ../../nbs/54_predict.plan.ipynb #084e98b1
 _OPEN = dict(tta=8, views='dihedral', vote='nearest', k=5, search='no', merge='', by='index', tell='no', assign='yes', adapt='auto', correct='no', same_cell_type=False)
 
-def _check_spelling(protocol, **given):
-    "Raise for a protocol that is none, and for the word that meant no before"
-    Protocol(protocol)
+def _check_spelling(**given):
+    "Raise for the word that meant no before"
     for k, v in given.items():
         if v == 'none': raise ScreenError(f'{option(k, "none")} is spelled {option(k, "no")} now: say that.')
 
@@ -192,7 +191,7 @@ def _chosen_neck(model, index, adapt, correct, search):
     kept = (model.config.get('search') or {}).get('adapted' if adapt else 'plain')
     if kept and correct == 'no': return kept['neck'], list(kept['notes'])
     if learned_labels(model.config.get('recipe')):
-        why = 'it was chosen for embeddings that are not corrected' if kept else f'the folder holds no choice made on held-out experiments (train with {option("search", "auto")} to have one)'
+        why = 'it was chosen for embeddings that are not corrected' if kept else 'the folder holds no choice made on held-out experiments (rcic_train --search auto makes one)'
         return 'no', [f'The nearest row answers, as {why}.']
     choice = choose_neck(index)
     return choice.neck, choice.notes
@@ -500,7 +499,8 @@ def plan_prediction(
 )->PredictionPlan:
     "Decide everything about a prediction; a `ScreenError` for what is impossible, before an image is read (but for the masks of cells)"
     given = dict(locals())
-    _check_spelling(protocol, tell=tell, adapt=adapt, correct=correct, assign=assign)
+    Protocol(protocol)
+    _check_spelling(tell=tell, adapt=adapt, correct=correct, assign=assign)
     c = (_label_choices if model.spec.several else _decided)(model, protocol, {k: given[k] for k in _OPEN})
     _check_request(model, protocol, c, given)
     way = _way(model, protocol, c, given)

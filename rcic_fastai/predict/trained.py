@@ -369,6 +369,7 @@ def choose_search(self:Learner,
 )->dict: # plain and adapted (`None` without an adapted index): neck, notes, tried (records), each from `choose_neck`
     "Choose how the index of a model is searched, on the held-out experiments; the nearest row where none is"
     dls, rows = self.dls, self.dls.valid.items
+    if getattr(dls, 'held_plates', None): rows = rows[:0]       # plates of known experiments would choose what finds those experiments
     if dls.spec.several: raise ScreenError(f'Several labels are answered by probability, not by a search: leave {option("search", "auto")} out.')
     if not len(rows) and learned_labels(model.config.get('recipe')):
         alone = dict(neck='no', notes=['The nearest row answers, as no experiment was held out to choose by.'], tried=[])
