@@ -21,7 +21,7 @@ from machine import save
 from rcic_fastai.all import *
 from rcic_fastai.core import write_atomic
 from rcic_fastai.embed.embed import eval_mode
-from rcic_fastai.embed.neck import NECKS
+from rcic_fastai.embed.neck import SEARCHES, NeckIndex
 from rcic_fastai.predict.predict import best_class
 from rcic_fastai.screen.screen import store_fingerprint
 
@@ -126,7 +126,7 @@ def judge(learn, table, test, tta, name):
     bn_index = as_index(bn_train)
     res['+ AdaBN, index too'] = ('adapted', accuracy_of(bn_query, bn_index, table, 'adapted'))
     res['+ AdaBN, index too, groups and assignment'] = ('transductive', accuracy_of(bn_query, bn_index, table, 'transductive'))
-    for neck in NECKS[1:]:
+    for neck in SEARCHES[1:]:
         res[f'search {neck}'] = ('inductive', accuracy_of(query, NeckIndex(index, neck), table))
         res[f'+ AdaBN, search {neck}'] = ('adapted', accuracy_of(bn_query, NeckIndex(bn_index, neck), table, 'adapted'))
     for tag, (a, b) in {'': (emb, query), 'AdaBN, ': (bn_train, bn_query)}.items():
@@ -236,7 +236,7 @@ CLAIMS = ( # what is said to help, on experiments never seen: with it, and witho
     *[(f'{what}{", adapted" if way else ""}', (m, way or 'two sites, TTA'), (beside, way or 'two sites, TTA')) for way in ('', '+ AdaBN, index too') for what, m, beside in (
         ('batches of pairs', 'pairs', 'cutmix'), ('LISA (boxes)', 'lisa', 'cutmix'), ('LISA (Mixup)', 'lisa_mixup', 'cutmix'), ('contrast of pairs', 'contrast', 'cutmix'), ('LISA and contrast', 'lisa_contrast', 'cutmix'),
         ('MixStyle', 'mixstyle', 'cutmix'), ('batches of one experiment', 'by_experiment', 'cutmix'), ('batches of two experiments', 'by_two', 'cutmix'), ('controls in every batch', 'with_controls', 'by_experiment'))],
-    *[(f'{m}: search {n}{", adapted" if a else ""}', (m, f'{a}search {n}'), (m, '+ AdaBN, index too' if a else 'two sites, TTA')) for m in ('cutmix', 'lisa') for a in ('', '+ AdaBN, ') for n in NECKS[1:]])
+    *[(f'{m}: search {n}{", adapted" if a else ""}', (m, f'{a}search {n}'), (m, '+ AdaBN, index too' if a else 'two sites, TTA')) for m in ('cutmix', 'lisa') for a in ('', '+ AdaBN, ') for n in SEARCHES[1:]])
 FULL = 'cutmix', 'two sites, TTA'  # the full method, inductive; two sites in training were to be part of it, and lost with the first seed
 CHOSEN = 'full: after the first seed; best: after all seeds; both on the experiments that are judged, so take them as a little too good'
 

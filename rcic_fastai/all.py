@@ -17,7 +17,7 @@ from .screen.simulate.layout import screen_layout, simulate_screen
 from .screen.simulate.labels import simulate_labels
 from .screen.images import ImageSource, PngTree, load_site, only_present, screen_stats, site_stats
 from .screen.screen import Screen
-from .screen.pack import PackedScreen, pack_screen, picture_kinds, picture_notes, verify_store
+from .screen.pack import PackedScreen, pack_screen, picture_notes, verify_store
 from .screen.tiff import read_planes
 from .screen.files import FileSource, check_files, plate_format, read_files
 from .screen.plates import PlateSource, read_plates
@@ -32,7 +32,7 @@ from .batch.augment import (CLAHE, ChannelJitter, FoldSites, IntToFloat, Normali
     NormalizeOwn, ShuffleSites, SiteAffine, SiteDihedral, SiteResize, UnfoldSites, clahe, site_augs, site_tfms)
 from .batch.loader import GroupBatches, RowValue, ScreenDL, SiteReader, WellReader
 from .batch.resident import ResidentSource
-from .batch.data import (ExperimentSplitter, GroupCategorize, MetadataBlock, MetadataCategorize, ScreenLoaders,
+from .batch.data import (ExperimentSplitter, MetadataBlock, MetadataCategorize, ScreenLoaders,
     ScreenSpec, SiteBlock, WellBlock, screen_block, screen_dls, spec_dl)
 
 # %% ../nbs/73_all.ipynb #5aa6076e
@@ -47,7 +47,7 @@ from .train.optimizer import FusedAdam
 from .train.learner import screen_learner, screen_splitter
 from .train.checkpoints import Checkpoint, checkpointed, read_checkpoint
 from .train.recipes import RECIPES, Recipe, Stage, get_recipe, recipe_from_dict
-from .train.domain import CORAL, EMA, Contrast, DomainLoss, GradientReversal, MeanTeacher, MixStyle, SlicedWasserstein
+from .train.domain import CORAL, EMA, Contrast, DomainLoss, GradientReversal, MeanTeacher, SlicedWasserstein
 from .train.controls import (ControlMeans, MinusControls, PlateControls, control_dls, control_rows,
     control_similarity, difference_learner, fine_tune_cell_types)
 from .train.distributed import all_agree, rank_device, rank_world
@@ -59,14 +59,14 @@ from .embed.table import (emb_features, emb_metadata, make_emb_table, merge_site
 from .embed.profiles import read_profiles
 from .embed.embed import EmbedOptions, embed_dl, embed_screen
 from .embed.index import EmbeddingIndex, merge_wells
-from .embed.plots import group_styles, legend_below, principal_plane, scatter_groups, show_correction
+from .embed.plots import group_styles, principal_plane, scatter_groups, show_correction
 from .embed.correct import (CORRECTIONS, TVN, CenterScale, Correction, Harmony, Sphering, Standardize, correct,
     corrected_index, load_correction, save_correction)
 from .embed.cells import merge_cells
 from .embed.metrics import (average_precision, batch_predictability, energy_distance, perturbation_magnitude,
     replicate_consistency, retrieval_map)
 from .embed.choose import choose_correction
-from .embed.neck import Neck, NeckIndex, choose_neck
+from .embed.neck import Neck, choose_neck
 from .embed.hits import find_hits, show_hits
 from .predict.assign import assign_plate, balance_plate, group_patterns, infer_groups, infer_rotation
 from .predict.predict import plate_groups_of, predict_wells, read_predictions, top_candidates, write_predictions

@@ -52,12 +52,12 @@ def test_a_query_answers_alone():
     "Nothing of the other queries is used: inductive"
     known, new = split(table(np.random.default_rng(0)), 'E3')
     index, q = EmbeddingIndex(known), emb_features(new)
-    for neck in NECKS:
+    for neck in SEARCHES:
         searched = NeckIndex(index, neck)
         whole = searched.class_scores(q)
         for i in (0, 7): np.testing.assert_allclose(searched.class_scores(q[i:i+1])[0], whole[i], atol=1e-5)
 
-@pytest.mark.parametrize('neck', NECKS)
+@pytest.mark.parametrize('neck', SEARCHES)
 def test_restrictions_hold(neck):
     known, new = split(table(np.random.default_rng(1), cell_types=('HUVEC', 'RPE')), 'E3')
     searched, q = NeckIndex(EmbeddingIndex(known), neck), emb_features(new)
@@ -81,7 +81,7 @@ def test_one_row_per_class_and_one_class():
     rng = np.random.default_rng(3)
     for emb in (table(rng, experiments=1, sites=1), table(rng, experiments=3, classes=1)):
         index = EmbeddingIndex(emb)
-        for neck in NECKS: assert np.isfinite(NeckIndex(index, neck).class_scores(emb_features(emb))).all()
+        for neck in SEARCHES: assert np.isfinite(NeckIndex(index, neck).class_scores(emb_features(emb))).all()
 
 # Choosing
 
@@ -142,8 +142,8 @@ def test_the_folder_keeps_the_choice_and_the_recipe(folder):
     assert m.config['recipe']['predict'] == {'search': 'auto'} and m.config['recipe']['data']['batch_by'] == 'pairs'
     for way in ('plain', 'adapted'):
         kept = m.config['search'][way]
-        assert {r['search'] for r in kept['tried']} == set(NECKS) and 'held out' in kept['notes'][0]
-        assert kept['neck'] == 'no' or kept['neck'] in NECKS
+        assert {r['search'] for r in kept['tried']} == set(SEARCHES) and 'held out' in kept['notes'][0]
+        assert kept['neck'] == 'no' or kept['neck'] in SEARCHES
 
 def test_predictions_follow_the_choice(folder, drawn):
     m = load_model(folder)
