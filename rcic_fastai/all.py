@@ -76,12 +76,12 @@ from .predict.plan import PredictionPlan, plan_prediction
 from .predict.ensemble import ensemble_predictions
 from .results.labels import evaluate_labels
 from .results.evaluate import ScreenResult, bootstrap_interval, evaluate, evaluate_screen, right_wrong
-from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_strip, plate_array, plate_map, right_wrong_map,
+from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_strip, plate_map, right_wrong_map,
     site_gallery, training_curve)
 from .results.report import report_screen
-from .results.explain import Explanation
+from .results import explain as _explain      # `model.explain`
 from .results.explore import explore
-from .results.export import write_atlas, write_plates
+from .results.export import write_plates
 from .results.submission import cell_map, submission_rows, write_submission
 from .folder import load_model, model_card, read_config
 from .workflow import run_demo, screen_summary, train_screen
