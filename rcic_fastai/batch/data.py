@@ -157,7 +157,7 @@ def check_spelling(
     for o in found:
         parts = [p for p in re.split(r'[,;/+\s]+', o) if p]
         if len(parts) > 1 and all(p.isdigit() or p in found for p in parts):
-            raise ScreenError(f'{target} has the label {o!r}, which looks like {len(parts)} labels: write {LABEL_SEPARATOR.join(parts)}, with a bar between them.')
+            raise ScreenError(f'{target} has the label {o!r}, which looks like several: write {LABEL_SEPARATOR.join(parts)}, with a bar between them.')
         key = ' '.join(o.lower().split())
         key = str(int(key)) if key.isdecimal() else key
         if plain.setdefault(key, o) != o:

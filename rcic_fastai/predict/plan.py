@@ -191,7 +191,7 @@ def _chosen_neck(model, index, adapt, correct, search):
     kept = (model.config.get('search') or {}).get('adapted' if adapt else 'plain')
     if kept and correct == 'no': return kept['neck'], list(kept['notes'])
     if learned_labels(model.config.get('recipe')):
-        why = 'it was chosen for embeddings that are not corrected' if kept else 'the folder holds no choice made on held-out experiments (rcic_train --search auto makes one)'
+        why = 'it was chosen for embeddings that are not corrected' if kept else f'training made no choice on held-out experiments ({option("search", "auto")} asks for it there too)'
         return 'no', [f'The nearest row answers, as {why}.']
     choice = choose_neck(index)
     return choice.neck, choice.notes

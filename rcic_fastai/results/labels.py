@@ -86,8 +86,8 @@ def label_intervals(
     seed:int=0, # Of the draws
 )->dict: # (low, high) of macro_f1, micro_f1 and mean_ap; of F1 and AP: each [K]. NaN where nothing can be drawn
     "Return percentile intervals of label scores, drawing images or groups of them with replacement"
-    if not 0 < level < 1: raise ScreenError(f'level={level} is not between 0 and 1: ask for .95, for example.')
-    if n_boot < 1: raise ScreenError(f'n_boot={n_boot} draws give no interval: ask for 1 or more, 2000 is usual.')
+    if not 0 < level < 1: raise ScreenError(f'{option("level", level)} is not between 0 and 1: ask for .95, for example.')
+    if n_boot < 1: raise ScreenError(f'{option("n_boot", n_boot)} gives no interval: ask for 1 or more, 2000 is usual.')
     groups = np.arange(len(answers)) if groups is None else np.asarray(groups)
     n, rng, f1, micro, ap = int(groups.max()) + 1, np.random.default_rng(seed), [], [], []
     step = max(1, 2**22//max(len(groups), n))                                    # draws at once, for 32 MB
@@ -139,7 +139,7 @@ def _probabilities(pred, learned, never):
     "Return the probabilities [N,K], 0 for what was never learned; None where the predictions have none"
     if not score_classes(pred): return None
     if lacks := [n for n in learned if n not in score_classes(pred)]:
-        raise ScreenError(f'The predictions have probabilities, but no column {SCORE}{lacks[0]}: give those of all {len(learned)} labels, or none.')
+        raise ScreenError(f'The predictions have probabilities, but no column {SCORE}{lacks[0]}: give those of all labels, or none.')
     p = pred[[f'{SCORE}{n}' for n in learned]].to_numpy(np.float64)
     return np.pad(p, ((0, 0), (0, len(never))))
 

@@ -107,7 +107,7 @@ _gate, _reader = threading.BoundedSemaphore(REQUESTS), []     # the number of th
 def _check_process(address):
     "Raise in a process that was forked from one that reads addresses: the threads of obstore are not in it, and it would wait for ever"
     if not _reader: _reader.append(os.getpid())
-    if _reader[0] != os.getpid(): raise ScreenError(f'{address} cannot be read in a process that was forked: let threads read, with num_workers=0.')
+    if _reader[0] != os.getpid(): raise ScreenError(f'{address} cannot be read in a process that was forked: let threads read it, without reader processes.')
 
 @contextmanager
 def _asking(address):
