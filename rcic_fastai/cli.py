@@ -289,19 +289,18 @@ def pack(
         from rcic_fastai.screen.open import describe_screen, open_screen
         from rcic_fastai.screen.pack import is_store, pack_screen, verify_store
         from rcic_fastai.workflow import folder_bytes, screen_summary
-    of_cells = {k: options[k] for k in CELL_OPTIONS}
+    start, of_cells = time.time(), {k: options[k] for k in CELL_OPTIONS}
     check_numbers(workers=workers)
     check_cell_options(cells, **of_cells)
     check_choice('to', to, ('packed', 'ome-zarr'))
-    start, given = time.time(), _meaning(options)
+    given = _meaning(options)
     if dry_run: return print(describe_screen(screen, only_present, **given))
     packed = open_screen(screen, only_present, **given)
     if cells: packed = packed.cells(cells, **of_cells)
     if to == 'ome-zarr': return _write_plates(packed, dest, verify, workers)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
-        sites = f'{plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}'
-        print(f'{dest}: {sites}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
+        print(f'{dest}: {plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
     if verify: print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} the same as in {screen}')
 
 # %% ../nbs/72_cli.ipynb #06681e4c

@@ -226,7 +226,7 @@ def test_labels_of_wells_on_plates(screen, tmp_path):
     "Split by experiment, answered inductively and adapted, judged per well"
     held = screen[screen.table.assign(dataset=np.where(screen.table.experiment == 'HUVEC-03', 'test', 'train'), labels=['0|1' if i < 4 else '2' for i in screen.table.sirna_id])]
     r = tiny('hpa46', channels='')
-    m = train_screen(held, tmp_path/'m', replace(r, data={**{k: v for k, v in r.data.items() if k != 'norm_stats'}, 'norm': 'own'}), target='labels', pretrained='no')
+    m = train_screen(held, tmp_path/'m', replace(r, data={**{k: v for k, v in r.data.items() if k != 'norm_stats'}, 'norm': 'own'}), target='labels', pretrained='no', valid='HUVEC-02')
     assert m.config['held_out'] == ['HUVEC-02'] and m.model.trained_experiments == ('HUVEC-01',)
     for protocol in ('inductive', 'adapted'):
         res = m.evaluate(held, protocol, progress=False)

@@ -100,6 +100,7 @@ def test_without_obstore_the_sentence_says_so(monkeypatch):
     for address in ('s3://bucket/screen.zarr', 'https://a.org/load_data.csv', 'gs://bucket/plate.zarr'):
         refused(lambda: open_screen(address), 'pip install "rcic_fastai[remote]"')
 
+@needs_obstore
 def test_what_is_not_read_at_an_address(tmp_path):
     refused(lambda: open_screen('s3://b/folder', pattern='{well}.tif'), 'is for a folder on the disk')
     refused(lambda: read_remote('https://a.org/a.tif?token=1'), 'has a query')

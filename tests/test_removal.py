@@ -10,6 +10,8 @@ from rcic_fastai.embed.embed import embed_parts
 from rcic_fastai.predict.predict import write_predictions
 from rcic_fastai.results.report import write_report
 from rcic_fastai.screen.simulate.labels import LABELS_FOLDER
+from rcic_fastai.results.explore import PAGE_FOLDER
+from rcic_fastai.results.export import PLATES_FOLDER
 from rcic_fastai.screen import download as D
 from rcic_fastai.screen.simulate import layout as S
 from rcic_fastai.screen.images import PngTree
@@ -129,7 +131,19 @@ def images_with_labels(made, d, ours):
     if ours: LABELS_FOLDER.make(d/'atlas')
     return d/'atlas', lambda: LABELS_FOLDER.remove(d/'atlas')
 
-REMOVE = dict(demo=demo, images_with_labels=images_with_labels, cell_types=cell_types, embedding_parts=embedding_parts, index_parts=index_parts, index_plain=index_plain, trained=trained,
+def page(made, d, ours):
+    if ours: PAGE_FOLDER.make(d/'page')
+    return d/'page', lambda: PAGE_FOLDER.remove(d/'page')
+
+def plates(made, d, ours):
+    if ours: PLATES_FOLDER.make(d/'plates')
+    return d/'plates', lambda: PLATES_FOLDER.remove(d/'plates')
+
+def validation(made, d, ours):
+    if ours: workflow._VALIDATED.make(d/'m.validated')
+    return d/'m.validated', lambda: workflow.remove_unfinished(d/'m')
+
+REMOVE = dict(demo=demo, page=page, plates=plates, validation=validation, images_with_labels=images_with_labels, cell_types=cell_types, embedding_parts=embedding_parts, index_parts=index_parts, index_plain=index_plain, trained=trained,
               trained_index=trained_index, checkpoint_old=checkpoint('epoch_0001'), checkpoint_same=checkpoint('epoch_0003'),
               checkpoint_part=checkpoint('epoch_0004.part'), model_part=model_part, store_part=store_part, store_begun=store_begun)
 MOVED = dict(store_part='s.zarr', store_begun='s.zarr', model_part='m', checkpoint_same='c/epoch_0003')    # what was finished has a new name
@@ -175,7 +189,7 @@ def test_what_is_ours_goes(made, tmp_path):
 
 def test_every_kind_of_folder_is_tried():
     from rcic_fastai.core import OwnFolder
-    assert {k for k in OwnFolder.kinds} == {'demo', 'embedding parts', 'checkpoint', 'unfinished model', 'packed screen', 'simulated screen', 'simulated images with labels', 'predictions of cell types'}
+    assert {k for k in OwnFolder.kinds} == {'demo', 'embedding parts', 'checkpoint', 'unfinished model', 'packed screen', 'simulated screen', 'simulated images with labels', 'predictions of cell types', 'page', 'OME-Zarr plates', 'validation'}
 
 def test_a_demo_with_something_in_the_way_removes_nothing(tmp_path):
     out = workflow.DEMO_FOLDER.make(tmp_path/'demo')

@@ -61,7 +61,7 @@ def test_the_test_sees_what_it_looks_for():
 
 def test_every_argument_that_is_named_is_an_option():
     "Of the command that says it or, where another is meant, of any"
-    python_only = {'views', 'adapt_rows', 'stem', 'arch_args', 'label_smoothing', 'classifier', 'sites_join', 'n_sites', 'loss', 'norm_stats', 'separate', 'with_controls', 'batch_groups', 'lr', 'opt', 'schedule', 'augs', 'rare', 'several', 'private', 'restrict_cell_type'}
+    python_only = {'views', 'adapt_rows', 'stem', 'arch_args', 'label_smoothing', 'classifier', 'sites_join', 'n_sites', 'loss', 'norm_stats', 'separate', 'with_controls', 'batch_groups', 'lr', 'opt', 'schedule', 'augs', 'rare', 'several', 'private', 'restrict_cell_type', 'n_boot'}
     found = []
     for name, tree in sources():
         home = COMMAND_OF.get(name.split('/')[0])

@@ -518,14 +518,17 @@ def held_plates(
     target:str='sirna', # Their labels
     share:float=.2, # Of the plates; one at least
 )->list: # (experiment, plate) of each, as text
-    "Return plates to hold out, spread over the experiments: those whose labels are on the most other plates"
-    plates, has = _plates_and_labels(rows[rows.dataset == 'train'], target)
+    "Return plates to hold out, spread over the experiments: those whose labels are on the most other plates; where plates hold groups, one experiment stays whole, as its plates say how groups lie"
+    rows = rows[rows.dataset == 'train']
+    plates, has = _plates_and_labels(rows, target)
+    grouped = 'plate_group' in rows and rows.plate_group.notna().any()
     of, experiment = plates.of.to_numpy(float), plates.experiment.to_numpy()
     held, left = np.zeros(len(plates), bool), np.asarray(has.sum(0)).ravel()
     for _ in range(max(1, round(share*len(plates)))):
         taken = pd.Series(held).groupby(experiment).transform('sum').to_numpy()
         lost, rare = has @ (left == 1), has @ (1/np.maximum(left, 1))/has.sum(1)
-        able = np.flatnonzero(~held & (taken < of - 1) & (lost <= has.sum(1)/2))
+        last_whole = grouped and len(set(experiment) - set(experiment[held])) == 1
+        able = np.flatnonzero(~held & (taken < of - 1) & (lost <= has.sum(1)/2) & ~(last_whole & (taken == 0)))
         if not len(able): break
         best = able[np.lexsort([-able, rare[able], lost[able], taken[able]/of[able]])[0]]
         held[best], left = True, left - has[[best]].toarray().ravel()

@@ -591,6 +591,7 @@ def screen_page(
     more = pd.DataFrame(index=ids) if more is None else more.reindex(ids)
     return _with_pictures(screen, sites, ids, columns, data, near, named, why, dict(max_mb=max_mb, side=side, quality=quality), title, more, folder)
 
+# %% ../../nbs/64_results.explore.ipynb #7a689878
 def _controls_apart(pred, sites, target):
     "Return whether the control wells of a prediction are not counted as right or wrong, as in its accuracy: where treatments were named too"
     kinds = sites.drop_duplicates('well_id').set_index('well_id').well_type.reindex(pred['id_code'])

@@ -53,7 +53,9 @@ PLATES_FOLDER = OwnFolder('OME-Zarr plates', 'wells.csv', *_WELL_PATHS)
 def _write_field(folder, x, channels):
     "Write one field: a chunk per channel"
     import zarr
-    array = zarr.create_array(str(folder/'0'), shape=x.shape, dtype=x.dtype, chunks=(1, *x.shape[1:]), dimension_names=('c', 'y', 'x'), overwrite=True)
+    if (folder/'0/zarr.json').is_file(): array = zarr.open_array(str(folder/'0'), mode='r+')      # of a run that was interrupted here
+    else: array = zarr.create_array(str(folder/'0'), shape=x.shape, dtype=x.dtype, chunks=(1, *x.shape[1:]), dimension_names=('c', 'y', 'x'))
+    if (array.shape, array.dtype) != (x.shape, x.dtype): raise ScreenError(f'{folder} is of another screen, which was not written to its end: remove that folder of plates, or choose another name.')
     array[...] = x
     write_json(folder/'zarr.json', image_attributes(x, channels))
 
@@ -103,9 +105,9 @@ def _bar(total, progress):
     "Return a function that moves a progress bar by `n`"
     from fastprogress.fastprogress import progress_bar
     steps = iter(progress_bar(range(total)) if progress else range(total))
-    def move(n):
+    def step(n):
         for _ in range(n): next(steps, None)
-    return move
+    return step
 
 # %% ../../nbs/65_results.export.ipynb #6edacf90
 def _values(column):
