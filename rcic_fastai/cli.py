@@ -610,6 +610,17 @@ def rcic_hits(argv=None):
     "Run the console script"
     return run_command(hits, argv, 'rcic_hits')
 
+# %% ../nbs/72_cli.ipynb #89b60219
+def _write_atlas(model, screen, given):
+    "Write what a page would show as a table for Embedding Atlas"
+    from rcic_fastai.results.explore import explore
+    from rcic_fastai.results.export import write_atlas
+    from rcic_fastai.screen.open import open_screen
+    opened, out, side = open_screen(screen, check=False), given['out'], given['side']
+    page = explore(model, opened, **{**given, 'out': None, 'side': 0, 'max_mb': 1e6})
+    for n in page.data['notes']: print(f'note: {n}')
+    print(f'{write_atlas(page, opened, out, side)}: {plural(len(page.data["wells"]["id"]), "well")}, a table for Embedding Atlas')
+
 # %% ../nbs/72_cli.ipynb #8b8be2b3
 def explore_screen(
     model, # Model folder, from rcic_train
@@ -658,16 +669,6 @@ def explore_screen(
     page = explore(opened, screen, **given)
     for n in page.data['notes']: print(f'note: {n}')
     print(f'{out}: {page.about}')
-
-def _write_atlas(model, screen, given):
-    "Write what a page would show as a table for Embedding Atlas"
-    from rcic_fastai.results.explore import explore
-    from rcic_fastai.results.export import write_atlas
-    from rcic_fastai.screen.open import open_screen
-    opened, out, side = open_screen(screen, check=False), given['out'], given['side']
-    page = explore(model, opened, **{**given, 'out': None, 'side': 0, 'max_mb': 1e6})
-    for n in page.data['notes']: print(f'note: {n}')
-    print(f'{write_atlas(page, opened, out, side)}: {plural(len(page.data["wells"]["id"]), "well")}, a table for Embedding Atlas')
 
 explore_screen.groups = {'the page': ['max_mb', 'side', 'quality', 'umap', 'title'],
                          'how wells are named': ['wells', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],
