@@ -288,6 +288,16 @@ def test_notebook_begins_with_title_and_description(nb):
     assert re.match(r'# \S', lines[0]) and re.match(r'> \S', lines[1])
 
 
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=name_of)
+def test_options_of_cells_are_understood(nb):
+    "With a colon in the text of one, such as `fig-alt: a page: plates`, the builder of the pages would leave out all options of the cell"
+    from smalldocs.notebook import cell_options
+    for n, c in enumerate(cells(nb)):
+        source = ''.join(c['source'])
+        said = re.findall(r'^#\| (fig-\w+|echo|label|output):', source, re.M)
+        if c['cell_type'] == 'code' and said: assert set(said) <= set(cell_options(source)[0]), f'cell {n}'
+
+
 @pytest.mark.parametrize('nb', NOTEBOOKS[1:], ids=name_of)
 def test_notebook_imports_only_lower_numbers(nb):
     number = {pages.page_name(p): pages.number(p) for p in NOTEBOOKS[1:]}
