@@ -79,7 +79,7 @@ from .results.evaluate import ScreenResult, bootstrap_interval, evaluate, evalua
 from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_strip, plate_map, right_wrong_map,
     site_gallery, training_curve)
 from .results.report import report_screen
-from .results import explain as _explain      # `model.explain`
+from .results.explain import Explanation as _Explanation      # brings `model.explain`
 from .results.explore import explore
 from .results.export import write_plates
 from .results.submission import cell_map, submission_rows, write_submission

@@ -172,7 +172,7 @@ def test_without_a_kept_choice_the_nearest_row_answers(folder, drawn):
     assert any('not corrected' in n for n in plan_prediction(m, drawn, 'adapted', search='auto', correct='standardize').notes)
     del m.config['search']
     plan = plan_prediction(m, drawn, search='auto')
-    assert plan.record['search'] == 'no' and any('holds no choice' in n for n in plan.notes)
+    assert plan.record['search'] == 'no' and any('made no choice' in n for n in plan.notes)
     m.config['recipe']['stages'] = []                                                 # nothing was trained: the experiments of the index can tell
     assert any('each left out in turn' in n for n in plan_prediction(m, drawn, search='auto').notes)
 
