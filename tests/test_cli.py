@@ -315,7 +315,7 @@ REAL = real_data()
 @pytest.mark.real('images')
 def test_real_sites_by_command(here, tmp_path):
     out = ok(f'rcic_train {REAL} {tmp_path}/m --target cell_type --only-present --size 224 --seed 0')
-    assert '16 training' in out
+    assert '13 training and 3 held-out samples (HUVEC-01 plate 4, ' in out
     ok(f'rcic_predict {tmp_path}/m {REAL} {tmp_path}/p.csv --wells all --only-present')
     pred = pd.read_csv(tmp_path/'p.csv')
     assert pred.id_code.tolist() == ['HEPG2-08_1_B02', 'HEPG2-08_2_B02'] and set(pred.cell_type) == {'HEPG2'}

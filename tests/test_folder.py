@@ -26,7 +26,7 @@ WATCHED, SEEN = [False], []
 
 def watch(event, args):
     "Notes what a model folder must never cause: code that is found or started, and the network"
-    if WATCHED[0] and event in ('pickle.find_class', 'os.system', 'os.exec', 'subprocess.Popen', 'socket.connect', 'socket.getaddrinfo'): SEEN.append((event, args))
+    if WATCHED and WATCHED[0] and event in ('pickle.find_class', 'os.system', 'os.exec', 'subprocess.Popen', 'socket.connect', 'socket.getaddrinfo'): SEEN.append((event, args))
 sys.addaudithook(watch)
 
 @pytest.fixture(scope='module')
