@@ -5,7 +5,7 @@ from rcic_fastai import cli
 from rcic_fastai.core import ScreenError
 from rcic_fastai.embed.choose import CANDIDATES, choose_correction, try_corrections
 from rcic_fastai.embed.correct import CORRECTIONS
-from rcic_fastai.embed.hits import MEASURES, activity, find_hits, write_hits
+from rcic_fastai.embed.hits import MEASURES, activity, find_hits, hit_notes, write_hits
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.metrics import energy_distance, map_significance, precision_null, retrieval_map
 from rcic_fastai.embed.profiles import read_profiles, without_gaps
@@ -126,6 +126,15 @@ def test_wells_that_were_trained_on_are_said():
     found = find_hits(TABLE.assign(Metadata_trained=TABLE.Metadata_Plate.eq('P0')), **HOW)
     assert any('were trained on (Metadata_trained)' in n and n.startswith('26 of 104') for n in found.attrs['notes'])
     assert not any('trained' in n for n in HITS.attrs['notes'])
+
+
+def test_hits_of_trained_wells_say_which_profiles_to_search_instead():
+    "A model makes the wells that it learned differ from controls without an effect, so the advice is to leave them out"
+    m = pd.DataFrame(dict(experiment=['B1', 'B2', 'B3', 'B3'], trained=[True, True, False, False]))
+    table = pd.DataFrame(dict(floor=[.001]))
+    assert 'hits may be false: embed only what it did not learn (experiments=\'B3\')' in hit_notes(m, table, table[:0], .05)[0]
+    everything = hit_notes(m[:2], table, table[:0], .05)[0]
+    assert 'experiments=' not in everything and 'recipe features' in everything
 
 def test_few_controls_are_said_and_more_shuffles_are_made_where_needed():
     weak = find_hits(profiles(dmso=1, plates=2), **HOW)

@@ -591,7 +591,8 @@ def test_advice_about_what_is_missing_is_of_the_kind_of_screen(tmp_path, kind):
         s = open_screen(tmp_path/'s')
         if kind == 'packed': s = open_screen(pack_screen(s, tmp_path/'s.zarr', progress=False))
     said = '; '.join(missing_parts(s))
-    assert ('test=' in said) == (kind == 'files') and ('column dataset' in said) == (kind != 'files')
+    assert ('test=' in said) == (kind != 'folder') and ('column dataset' in said) == (kind == 'folder')     # nobody edits the table of a packed screen
+    assert 'a prediction needs' not in said      # a trained model names experiments that it did not learn, marked or not
     if kind == 'files': assert "controls=dict(negative_control=['DMSO'])" in said
 
 
@@ -617,6 +618,29 @@ def test_a_screen_without_names_of_perturbations_is_said(tmp_path):
     assert "no well has a perturbation" in said and "columns=dict(sirna='COLUMN')" in said
     named = '; '.join(missing_parts(open_screen(saved(table(tmp_path/'g', compound='x'), tmp_path/'g/load_data.csv'))))
     assert 'no well has' not in named
+
+
+def test_controls_without_a_column_of_perturbations_ask_for_the_column(tmp_path):
+    "The name is in the table, in a column whose name nothing knows: the spelling is not what is wrong"
+    df = table(tmp_path/'f', cpd='DMSO')
+    with pytest.raises(ScreenError, match=r"has no column of perturbations by any usual name: name it with columns=dict\(sirna='COLUMN'\)"):
+        read_files(df, tmp_path/'f', controls=dict(negative_control=['DMSO']))
+    assert set(read_files(df, tmp_path/'f', controls=dict(negative_control=['DMSO']), columns=dict(sirna='cpd'))[0].well_type) == {'negative_control'}
+
+
+@pytest.mark.parametrize('given, said', [('DMS0', 'did you mean DMSO[?]'), ('dmso', 'did you mean DMSO[?]'), ('water', 'it has DMSO[.]')])
+def test_a_misspelled_control_is_told_what_there_is(tmp_path, given, said):
+    with pytest.raises(ScreenError, match=said): read_files(table(tmp_path/'f', compound='DMSO'), tmp_path/'f', controls=dict(negative_control=[given]))
+
+
+def test_text_among_doses_is_said(tmp_path):
+    from rcic_fastai.screen.open import dose_notes
+    def said(doses):
+        df = table(tmp_path/'f', compound='x', plates=('P1', 'P2'), batch='May')
+        df['dose'] = [doses[p == 'P2'] for p in df.Metadata_Plate]
+        return '; '.join(dose_notes(open_screen(saved(df, tmp_path/'f/load_data.csv')).wells))
+    assert "the column dose has '1 uM' beside numbers" in said(('0.1', '1 uM'))
+    assert 'beside numbers' not in said(('0.1', '1')) + said(('low', 'high'))
 
 
 def test_no_weights_are_advised_as_each_route_says_it():

@@ -336,6 +336,15 @@ def show_hits(
 # %% ../../nbs/45_embed.hits.ipynb #974c3e95
 _FROM_CONTROLS = re.compile('Sphering|TVN')
 
+def _trained_note(m, trained):
+    "Return what it means that some wells were trained on, and which profiles to search instead"
+    of = m.experiment.astype(str)
+    new = [e for e in of.unique() if e not in {*of[trained]}]
+    do = (f'embed only what it did not learn ({option("experiments", ",".join(new))})' if new else
+          'embed other experiments, or all with a model that learned none (recipe features)')
+    return (f'{trained.sum()} of {len(m)} wells were trained on ({META}trained): the model knows their answers, so they differ from the controls '
+            f'even where the perturbation does nothing, and hits may be false: {do}.')
+
 def hit_notes(
     m:pd.DataFrame, # Metadata of the wells
     table:pd.DataFrame, # One row per perturbation
@@ -344,7 +353,7 @@ def hit_notes(
 )->list: # Sentences
     "Return what should be known about hits"
     notes, trained = [], m.get('trained', pd.Series(False, m.index)).astype(str).str.lower().isin(['true', '1', '1.0'])
-    if trained.any(): notes.append(f'{trained.sum()} of {len(m)} wells were trained on ({META}trained): the model knows their answers, so they differ more from the controls than new wells would.')
+    if trained.any(): notes.append(_trained_note(m, trained))
     if len(alone): notes.append(f'{plural(len(alone), "perturbation has", "perturbations have")} a single well and {"is" if len(alone) == 1 else "are"} left out: {first_few([" ".join(map(str, r)) for r in alone.to_numpy()])}.')
     weak = (table.floor > level).sum()
     if weak: notes.append(f'{weak} of {len(table)} perturbations cannot reach p ≤ {level}, whatever they do: their plates have too few controls or replicates.')

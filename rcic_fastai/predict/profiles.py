@@ -29,8 +29,10 @@ def trained_wells(
     "Return which rows are of wells whose labels the weights learned"
     now = model.index.labels[['experiment', 'well_id']].astype(str).drop_duplicates()
     mine = pd.MultiIndex.from_frame(rows[['experiment', 'well_id']].astype(str)).isin(pd.MultiIndex.from_frame(now))
-    before = {*map(str, model.model.trained_experiments), *map(str, model.model.pseudo_experiments)} - {*model.trained}
-    return mine | rows.experiment.astype(str).isin(before).to_numpy()
+    learned = {*map(str, model.model.trained_experiments), *map(str, model.model.pseudo_experiments)}
+    of = rows.experiment.astype(str)
+    mine &= of.isin(learned | {''}).to_numpy()      # an index of pretrained features has labels that no weight learned; images of an atlas are in no experiment
+    return mine | of.isin(learned - {*model.trained}).to_numpy()
 
 # %% ../../nbs/53b_predict.profiles.ipynb #cbae638c
 PROFILE_WELLS = ('all', 'treatment', 'control')
@@ -120,7 +122,7 @@ def _marked(model, emb, level):
 
 def _say(notes, n, of):
     "Print what should be known of some profiles, of which `n` are of wells that were trained on; return it"
-    if n: notes = [*notes, f'{n} of {of} profiles are of wells that the model was trained on ({META}trained): they look better than those of new wells.']
+    if n: notes = [*notes, f'{n} of {of} profiles are of wells that the model was trained on ({META}trained): they look better than those of new wells, and differ from controls even where the perturbation does nothing.']
     for o in notes: print(f'note: {o}')
     return notes
 

@@ -220,6 +220,12 @@ def _dose_line(wells, column):
     values = sorted(values, key=str if any(isinstance(o, str) for o in values) else None)
     return f'doses ({column}): {first_few(values, 12)}'
 
+def _no_dose(values):
+    "Return the first text in a column of doses that is no number; nothing where none is a number"
+    values = values.dropna()
+    odd = values[pd.to_numeric(values, errors='coerce').isna()]
+    return odd.iloc[0] if 0 < len(odd) < len(values) else ''
+
 def dose_notes(
     wells:pd.DataFrame, # Table of wells
 )->list: # A sentence for each column of doses of which a perturbation has several
@@ -228,6 +234,7 @@ def dose_notes(
     for column in [c for c in wells if c not in SITE_COLUMNS and _DOSE.search(c)]:
         several = treated.groupby('sirna')[column].nunique()
         several = several.index[several > 1]
+        if odd := _no_dose(treated[column]): notes.append(f'the column {column} has {odd!r} beside numbers: write doses as numbers in one unit, or rcic_hits makes no curves of them')
         if not len(several): continue
         has = plural(len(several), 'perturbation has', 'perturbations have')
         notes.append(f'{has} wells of several doses in the column {column} ({first_few(several, 5)}), and each perturbation is one class: '
@@ -277,11 +284,12 @@ def missing_parts(
     if wells[wells.well_type == 'treatment'].sirna.isna().all():
         lines.append(f'no well has a perturbation: name the column that says it with {option("columns", {"sirna": "COLUMN"})}')
     elif note := unnamed_note(wells): lines.append(note)
-    is_ours = isinstance(screen.source, (PngTree, PackedScreen))
-    do = 'the word test in the column dataset of its table' if is_ours else option('test', 'EXP,EXP')
-    if (wells.dataset != 'test').all(): lines.append(f'no experiment is a test: a prediction needs some; {do} marks them')
+    do, is_packed = option('test', 'EXP,EXP'), isinstance(screen.source, PackedScreen)
+    if isinstance(screen.source, PngTree): do = 'the word test in the column dataset of its table'
+    if (wells.dataset != 'test').all():
+        lines.append(f'no experiment is a test: {do}{" of rcic_train" if is_packed else ""} keeps some from being learned, to predict them; a model that learned none of these names them all as they are')
     if (wells.dataset == 'test').all():
-        lines.append(f'every experiment is a test, so nothing is left to train on: mark fewer ({do}), unless a model that was trained elsewhere is to name them')
+        lines.append(f'every experiment is a test, so nothing is left to train on: mark fewer ({do}{", when it is packed" if is_packed else ""}), unless a model that was trained elsewhere is to name them')
     return lines
 
 def _missing_lines(screen, only_present):

@@ -15,7 +15,7 @@ __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'CONTROLS', 'SITE_COLUMNS', '
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
 from importlib.resources import files
 from pathlib import Path
-import bz2, gzip, io, os, re
+import bz2, difflib, gzip, io, os, re
 import numpy as np, pandas as pd
 from ..core import *
 
@@ -439,6 +439,15 @@ def _given_controls(controls):
 
 def _loose(name): return re.sub(r'[\s_-]+', '', str(name)).casefold()
 
+def _alike(names, known):
+    "Return which known names are spelled much like one of some names"
+    loose, found = {}, {}
+    for o in known: loose.setdefault(_loose(o), []).append(o)
+    for name in names:
+        key = _loose(name)
+        for near in [key] if key in loose else difflib.get_close_matches(key, loose, 3, .75): found.update(dict.fromkeys(loose[near]))
+    return list(found)
+
 def _check_named(mine, kind, sirna, where):
     "Raise a `ScreenError` when a name is not in the table"
     if '' in mine and sirna.isna().all():
@@ -448,10 +457,13 @@ def _check_named(mine, kind, sirna, where):
         raise ScreenError(f'{option("controls")} names the empty cell, but every well in {where} has a perturbation: name that.')
     known = [*sirna.dropna().unique(), *kind.dropna().unique()]
     unused = sorted(set(mine) - set(known) - {''})
-    near = list(dict.fromkeys(o for o in known if _loose(o) in {_loose(u) for u in unused}))
+    if unused and not known:
+        raise ScreenError(f'{option("controls")} names {first_few(unused)}, but {where} has no column of perturbations by any usual name: '
+                          f'name it with {_as_columns("sirna", "COLUMN")}.')
     if unused:
-        raise ScreenError(f'{option("controls")} names {first_few(unused)}, which is no perturbation or well type in {where}'
-                          + (f': did you mean {first_few(near)}?' if near else '.'))
+        near = _alike(unused, known)
+        has = f'did you mean {first_few(near)}?' if near else f'it has {first_few(dict.fromkeys(known), 20)}.'
+        raise ScreenError(f'{option("controls")} names {first_few(unused)}, which is no perturbation or well type in {where}: {has}')
 
 def _check_spelling(mine, types, sirna, where):
     "Raise a `ScreenError` when wells of a control in another spelling would be something else"
