@@ -3139,6 +3139,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'rcic_fastai.screen.open._tables': ('screen.open.html#_tables', 'rcic_fastai/screen/open.py'),
                                          'rcic_fastai.screen.open.describe_screen': ( 'screen.open.html#describe_screen',
                                                                                       'rcic_fastai/screen/open.py'),
+                                         'rcic_fastai.screen.open.dose_columns': ( 'screen.open.html#dose_columns',
+                                                                                   'rcic_fastai/screen/open.py'),
                                          'rcic_fastai.screen.open.dose_notes': ( 'screen.open.html#dose_notes',
                                                                                  'rcic_fastai/screen/open.py'),
                                          'rcic_fastai.screen.open.missing_parts': ( 'screen.open.html#missing_parts',

@@ -269,6 +269,7 @@ def read_config(folder):
     "Return what config.json of a model folder says, with every entry checked"
     f = folder/'config.json'
     point = 'point to what rcic_train wrote.'
+    if not os.path.lexists(folder): raise ScreenError(f'There is no {folder}: {point}')
     if not os.path.lexists(f): raise ScreenError(f'{folder} is not a model folder (it has no config.json): {point}')
     c = read_json(f, 2**23)
     if type(c.get('format')) is not int or not {'model', 'spec'} <= set(c):

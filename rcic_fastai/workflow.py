@@ -791,7 +791,7 @@ def train_screen(
     controls:bool=False, # Train on control wells too (on RxRx1 1139 classes instead of 1108)
     only_present:bool=False, # Leave out sites whose files are absent
     sites:int=0, # Sites per sample, 1 or 2; 0: 1, or the recipe's
-    norm:str='', # own, plate, experiment, global or none; empty: own, or the recipe's
+    norm:str='', # own (each picture by itself, so brightness does not count), plate, experiment, global or none; empty: own, or the recipe's
     norm_from:str='', # Wells that plate or experiment statistics are taken of: all, or controls
     experiments:str='', # Training experiments to learn from and to hold out, EXP,EXP; empty: all
     test:str='', # Experiments that are neither learned from nor held out, besides those that are marked as test

@@ -324,6 +324,19 @@ def test_a_click_opens_a_well_its_neighbor_and_back(made, preds, tab):
 
 
 @browses
+def test_doses_are_seen_at_once_and_colored_by_their_logarithm(made, tab):
+    "Doses go in steps of so many times: on a linear scale all but the highest look alike"
+    wells = made[0].wells
+    page = tab('w=HUVEC-17_1_B02&c=column:dose')
+    open_well(page, 'HUVEC-17_1_B02')
+    said = page.inner_text('#well dl.facts >> nth=0')
+    assert 'dose' in said and f"{wells.dose[wells.well_id == 'HUVEC-17_1_B02'].iloc[0]:.3g}"[:3] in said
+    assert 'log scale' in page.inner_text('#legend')
+    page.select_option('#color', 'score')
+    assert 'log scale' not in page.inner_text('#legend')
+
+
+@browses
 def test_pictures_are_those_of_the_screen(made, tab):
     "A panel on the scale of its own picture, against the site"
     screen = made[0]

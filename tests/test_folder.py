@@ -548,3 +548,9 @@ def test_fuzzed_folders(made, tmp_path, quick):
         assert not ran.exists(), (seed, what)
     print(count)
     assert count['refused'] > .5*CASES and count['same'] and count['opened']
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(ScreenError, match='There is no .*typo: point to what rcic_train wrote'): load_model(tmp_path/'typo')
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(ScreenError, match='is not a model folder'): load_model(tmp_path/'empty')

@@ -426,7 +426,7 @@ def test_a_data_frame_becomes_a_markdown_table(column, cell):
 def test_readme_commands_are_understood():
     from rcic_fastai import cli
     functions = dict(rcic_simulate=cli.simulate, rcic_download=cli.download, rcic_pack=cli.pack, rcic_train=cli.train,
-                     rcic_predict=cli.predict, rcic_evaluate=cli.evaluate_csv)
+                     rcic_predict=cli.predict, rcic_evaluate=cli.evaluate_csv, rcic_embed=cli.embed, rcic_hits=cli.hits)
     seen = set()
     for name, *arguments in commands():
         if name not in functions: continue

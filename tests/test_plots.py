@@ -1,4 +1,5 @@
 "Figures: plate maps of labels, numbers and booleans."
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from rcic_fastai.results.plots import plate_array, plate_map
 
@@ -38,3 +39,14 @@ def test_plate_map_numbers_and_booleans():
     ax = plate_map(pd.DataFrame(dict(well=['AF48'], v=[1.])), 'v', shape=(32, 48))
     assert ax.images[0].get_array().shape == (32, 48)
     plate_map(t, 'v', cmap='magma', text=True); plate_map(t, 'ok', colors={'True': 'k', 'False': 'w'})
+
+
+def test_a_contact_sheet_says_the_dose():
+    "A compound at .1 and at 10 is not the same treatment"
+    from rcic_fastai.results.plots import contact_sheet
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(dict(site_id=list('abc'), well_id=['E_1_A01', 'E_1_A02', 'E_1_A03'], experiment='E', plate='1', well=['A01', 'A02', 'A03'], site='1',
+                              well_type=['treatment', 'treatment', 'negative_control'], sirna=['drug', 'drug', 'DMSO'], dose=[.1, 10, np.nan]))
+    pictures = {s: rng.integers(0, 255, (3, 16, 16), np.uint8) for s in 'abc'}
+    fig = contact_sheet(SimpleNamespace(table=table, source=pictures, name='x'))
+    assert [ax.get_title().split('\n')[1] for ax in fig.axes] == ['drug 0.1', 'drug 10', 'DMSO']

@@ -120,6 +120,7 @@ function ranked(codes, names) {                               // groups by size;
   const looks = new Map(list.slice(0, MOST).map((c, i) => [c, {color: HUES[i % HUES.length], mark: MARKS[Math.floor(i/HUES.length)], name: names[c], n: n.get(c)}]));
   return {groups: looks, more: list.length - looks.size};
 }
+const isDose = name => /dose|concentration|(?<![a-z])conc(?![a-z])/i.test(name);
 let paint = null;                                             // {look(w), groups or numbers} of the current color
 function setPaint() {
   const c = S.c, p = P[S.p], none = {color: css('--empty'), mark: '', empty: true};
@@ -133,11 +134,13 @@ function setPaint() {
   const column = columns[c.slice(7)], isNumber = ['score', 'margin', 'votes'].includes(c) || column?.kind === 'number';
   if (isNumber) {
     const value = column ? w => column.values[w] : w => { const i = p.at[w]; return i < 0 ? null : p[c]?.[i] ?? null; };
-    let lo = Infinity, hi = -Infinity;
-    for (let w = 0; w < N; w++) { const v = value(w); if (v != null) { lo = Math.min(lo, v); hi = Math.max(hi, v); } }
+    let lo = Infinity, hi = -Infinity, least = Infinity;
+    for (let w = 0; w < N; w++) { const v = value(w); if (v != null) { lo = Math.min(lo, v); hi = Math.max(hi, v); if (v > 0) least = Math.min(least, v); } }
     if (lo > hi) lo = hi = 0;
+    const isLog = !!column && isDose(column.name) && lo >= 0 && hi >= 30*least, from = lo > 0 ? 0 : .15;      // doses go in steps of so many times; 0 is below all
+    const part = v => isLog ? v > 0 ? from + (1 - from)*Math.log(v/least)/Math.log(hi/least) : 0 : hi > lo ? (v - lo)/(hi - lo) : .5;
     const looks = Array.from({length: 65}, (_, i) => ({color: ramp(i/64), mark: '', edge: true}));
-    paint = {look: w => { const v = value(w); return v == null ? none : looks[Math.round(64*(hi > lo ? (v - lo)/(hi - lo) : .5))]; }, lo, hi, value, rest: 'no value'};
+    paint = {look: w => { const v = value(w); return v == null ? none : looks[Math.round(64*part(v))]; }, lo, hi, isLog, value, rest: 'no value'};
     return;
   }
   let code = w => column.codes[w], names = column?.names;
@@ -523,8 +526,8 @@ function verdict(w) {
 }
 function facts(w) {
   const skip = new Set(['experiment', 'plate', 'well', 'well_type']), line = rows => el('dl', {class: 'facts'}, rows.filter(([, v]) => v != null && v !== '' && v !== '–').map(([k, v]) => el('div', {}, el('dt', {}, k), el('dd', {}, v))));
-  const of = kind => W.columns.filter(c => !skip.has(c.name) && c.kind === kind).map(c => [c.name, text(c.name, w)]), numbers = of('number');
-  return [line([['experiment', D.experiments[W.experiment[w]]], ['plate', D.plates[W.plate[w]]], ['well', W.well[w]], ['kind', KINDS[kind(w)]], ...of('text')]),
+  const of = kind => W.columns.filter(c => !skip.has(c.name) && c.kind === kind).map(c => [c.name, text(c.name, w)]), numbers = of('number').filter(([k]) => !isDose(k)), doses = of('number').filter(([k]) => isDose(k));
+  return [line([['experiment', D.experiments[W.experiment[w]]], ['plate', D.plates[W.plate[w]]], ['well', W.well[w]], ['kind', KINDS[kind(w)]], ...doses, ...of('text')]),
     numbers.length > 4 ? el('details', {}, el('summary', {}, count(numbers.length, 'number')), line(numbers)) : line(numbers)];
 }
 function candidates(w) {
@@ -840,7 +843,7 @@ function showLegend() {
   } else {
     const bar = el('span', {class: 'ramp', role: 'img', 'aria-label': 'from dark blue (low) to yellow (high)'});
     bar.style.background = `linear-gradient(90deg,${RAMP.map(c => `rgb(${c})`).join(',')})`;
-    parts.push(short(paint.lo), bar, short(paint.hi));
+    parts.push(short(paint.lo), bar, short(paint.hi) + (paint.isLog ? ' (log scale)' : ''));
   }
   const kinds = [...new Set(W.kind)].sort();
   const shapes = [el('span', {class: 'kinds'}, el('span', {}, swatch(gray), paint.rest), kinds.length > 1 ? kinds.map(k => el('span', {}, swatch({color: GRAY, mark: ''}, k), KINDS[k])) : null, S.v === 'plates' ? el('span', {}, '· no well') : null)];

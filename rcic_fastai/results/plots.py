@@ -11,6 +11,7 @@ __all__ = ['plate_array', 'plate_map', 'accuracy_plot', 'plate_maps', 'right_wro
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
+from ..screen.open import dose_columns
 from ..batch.site import *
 from ..embed.table import *
 from ..embed.plots import group_styles, legend_below, principal_plane, scatter_groups, short_text
@@ -266,9 +267,10 @@ def contact_sheet(
     if not 1 <= most <= 600: raise ScreenError(f'{option("most", most)} is not possible: give 1 to 600.')
     if names: rows = rows[rows.well_id.isin(names) | rows.well.isin(names)]
     rows = rows.iloc[np.unique(np.linspace(0, len(rows)-1, min(most, len(rows))).astype(int))]
+    doses = rows[dose_columns(rows)].apply(pd.to_numeric, errors='coerce')
     fig, axs = _picture_grid(len(rows), min(6, len(rows)), 1.9)
     for ax, r in zip(axs, rows.itertuples()):
-        holds = r.well_type.replace('_', ' ') if pd.isna(r.sirna) else r.sirna
+        holds = r.well_type.replace('_', ' ') if pd.isna(r.sirna) else ' '.join([short_text(r.sirna, 14), *(f'{v:g}' for v in doses.loc[r.Index].dropna())])
         _show_site(ax, screen, r.site_id, f'{short_text(r.well_id, 20)}\n{short_text(holds, 20)}', how)
     return fig
 
