@@ -132,9 +132,9 @@ def test_hits_of_trained_wells_say_which_profiles_to_search_instead():
     "A model makes the wells that it learned differ from controls without an effect, so the advice is to leave them out"
     m = pd.DataFrame(dict(experiment=['B1', 'B2', 'B3', 'B3'], trained=[True, True, False, False]))
     table = pd.DataFrame(dict(floor=[.001]))
-    assert 'hits may be false: embed only what it did not learn (experiments=\'B3\')' in hit_notes(m, table, table[:0], .05)[0]
+    assert 'hits may be false: embed only the experiments that it did not learn (B3).' in hit_notes(m, table, table[:0], .05)[0]
     everything = hit_notes(m[:2], table, table[:0], .05)[0]
-    assert 'experiments=' not in everything and 'recipe features' in everything
+    assert 'experiments that it did not' not in everything and 'recipe features' in everything
 
 def test_few_controls_are_said_and_more_shuffles_are_made_where_needed():
     weak = find_hits(profiles(dmso=1, plates=2), **HOW)

@@ -340,7 +340,7 @@ def _trained_note(m, trained):
     "Return what it means that some wells were trained on, and which profiles to search instead"
     of = m.experiment.astype(str)
     new = [e for e in of.unique() if e not in {*of[trained]}]
-    do = (f'embed only what it did not learn ({option("experiments", ",".join(new))})' if new else
+    do = (f'embed only the experiments that it did not learn ({first_few(new)})' if new else
           'embed other experiments, or all with a model that learned none (recipe features)')
     return (f'{trained.sum()} of {len(m)} wells were trained on ({META}trained): the model knows their answers, so they differ from the controls '
             f'even where the perturbation does nothing, and hits may be false: {do}.')

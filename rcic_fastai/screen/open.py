@@ -293,7 +293,7 @@ def missing_parts(
     do, is_packed = option('test', 'EXP,EXP'), isinstance(screen.source, PackedScreen)
     if isinstance(screen.source, PngTree): do = 'the word test in the column dataset of its table'
     if (wells.dataset != 'test').all():
-        lines.append(f'no experiment is a test: {do}{" of rcic_train" if is_packed else ""} keeps some from being learned, to predict them; a model that learned none of these names them all as they are')
+        lines.append(f'no experiment is a test: {do}{" in training" if is_packed else ""} keeps some from being learned, to predict them; a model that learned none of these names them all as they are')
     if (wells.dataset == 'test').all():
         lines.append(f'every experiment is a test, so nothing is left to train on: mark fewer ({do}{", when it is packed" if is_packed else ""}), unless a model that was trained elsewhere is to name them')
     return lines
