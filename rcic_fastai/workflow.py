@@ -340,6 +340,7 @@ def _screen_to_learn(screen, recipe, given, data):
     mine = _rows_of(whole.table, recipe.only)
     rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1), data.get('several', False))
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
+    if given['phase'] == 'refit' or given['folds']: learned = learned[all_to_train(learned.table)]
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
 # %% ../nbs/71_workflow.ipynb #8191c58d
@@ -391,6 +392,11 @@ def _before(given, begin):
     try: return read_config(folder)
     except ScreenError: return None                # what else lies there is said by those who read it
 
+def _aside_notes(table, dls):
+    "Report experiments that the table reserves for validation, where others are held out, or nothing is"
+    names = sorted({*table.experiment[table.dataset == 'val']} - {*dls.held_out}) if has_plates(table) else []
+    return [f'{first_few(names, 6)} {"is" if len(names) == 1 else "are"} marked as val in the table, so neither learned nor, as {option("valid")} names others, held out.'] if names else []
+
 def _training_learner(screen, recipe, given, workers, begin=None):
     "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
@@ -411,7 +417,7 @@ def _training_learner(screen, recipe, given, workers, begin=None):
           f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
     by_itself = by_itself and given['phase'] != 'validate' and not (learned.table.dataset == 'val').any()
     held = training_notes(learned.train.table, given['target'], dls.held_out if by_itself else (), plates, by_itself and not dls.valid.n and has_plates(learned.table))
-    for note in [*held, *picture_notes(learned)]: print(f'note: {note}')
+    for note in [*held, *_aside_notes(learned.table, dls), *picture_notes(learned)]: print(f'note: {note}')
     if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
@@ -483,9 +489,10 @@ def _plain_arguments(args):
 
 def _training_facts(args, recipe, views, begin=None):
     "Return what must be the same where a model is finished already, or its training is continued"
-    table = open_screen(args['screen'], check=False).table
+    table = with_target(open_screen(args['screen'], check=False).table, args['target'])
+    rows = table[table.dataset.isin(('train', 'val'))]
     return dict(arguments=_plain_arguments(args), recipe=recipe.to_dict(), index_views=views, begins_with=begin.fingerprint if begin else '',
-                training_rows=data_fingerprint(table[table.dataset.isin(('train', 'val'))])['sha256'])
+                training_rows=data_fingerprint(rows, columns=[args['target']])['sha256'])
 
 # %% ../nbs/71_workflow.ipynb #8a437f22
 def _train_model(args, recipe, begin=None, validation=None):

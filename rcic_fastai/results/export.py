@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from PIL import Image
 from ..core import *
 from ..screen.tables import *
-from ..screen.screen import Screen
+from ..screen.screen import Screen, store_fingerprint
 from ..batch.site import channel_colors, channel_names, rgb_composite, stretch_limits
 from .explore import *
 
@@ -48,14 +48,13 @@ def image_attributes(
 
 # %% ../../nbs/65_results.export.ipynb #3089f30a
 _WELL_PATHS = [f'*/*.zarr/{o}' for o in ('zarr.json', '*/zarr.json', '*/*/zarr.json', '*/*/*/zarr.json', '*/*/*/0/zarr.json', '*/*/*/0/c/*/0/0')]
-PLATES_FOLDER = OwnFolder('OME-Zarr plates', 'wells.csv', *_WELL_PATHS)
+PLATES_FOLDER = OwnFolder('OME-Zarr plates', 'wells.csv', 'writing.json', *_WELL_PATHS)
 
 def _write_field(folder, x, channels):
     "Write one field: a chunk per channel"
     import zarr
     if (folder/'0/zarr.json').is_file(): array = zarr.open_array(str(folder/'0'), mode='r+')      # of a run that was interrupted here
     else: array = zarr.create_array(str(folder/'0'), shape=x.shape, dtype=x.dtype, chunks=(1, *x.shape[1:]), dimension_names=('c', 'y', 'x'))
-    if (array.shape, array.dtype) != (x.shape, x.dtype): raise ScreenError(f'{folder} is of another screen, which was not written to its end: remove that folder of plates, or choose another name.')
     array[...] = x
     write_json(folder/'zarr.json', image_attributes(x, channels))
 
@@ -78,6 +77,16 @@ def _check_folders(table):
     odd = [n for n in {*table['experiment'].astype(str), *table['plate'].astype(str)} if not n or n[0] == '.' or any(c in n for c in '/\\\0')]
     if odd: raise ScreenError(f'{odd[0]!r} cannot be the name of a folder: rename this experiment or plate in the table.')
 
+def _begin(part, screen, wells):
+    "Make the folder that plates are written in; a `ScreenError` where those of another screen were begun there"
+    table, source, f = screen.table, screen.source, part/'writing.json'
+    now = dict(wells=sha256(wells.to_csv(index=False)), sites=sha256(table[['site_id', 'experiment', 'plate', 'well']].to_csv(index=False)), shape=list(source.shape), dtype=str(source.dtype),
+               channels=list(source.channels), pictures=digest(store_fingerprint(source), *map(source.stamp, table.site_id)))
+    PLATES_FOLDER.make(part)
+    then = read_json(f, 2**20) if f.is_file() else {} if (part/'wells.csv').exists() else now
+    check_unchanged(part, then, now, 'write that screen to its end, or remove the folder to start again')
+    write_json(f, now)
+
 def write_plates(
     screen, # A `Screen` whose wells have places on plates
     dest, # Folder to write; must not exist yet
@@ -89,15 +98,21 @@ def write_plates(
     if dest.exists(): raise ScreenError(f'{dest} exists already: name another folder, or remove it first.')
     if not table['well'].map(bool, na_action='ignore').fillna(False).all(): raise ScreenError('Some images have no well, and a plate needs one for each: write a screen of plates.')
     _check_folders(table)
-    part = PLATES_FOLDER.make(dest.with_name(dest.name + '.part'))
-    wells = table.drop(columns=[c for c in ('site_id', 'site', 'well_id', 'sirna_id', 'plate_group', 'field', 'acquisition') if c in table])
-    write_atomic(part/'wells.csv', lambda p: wells[~table.duplicated('well_id')].to_csv(p, index=False))
+    wells = table.drop(columns=[c for c in ('site_id', 'site', 'well_id', 'sirna_id', 'plate_group', 'field', 'acquisition') if c in table])[~table.duplicated('well_id')]
+    with only_one(dest): return _write_all(screen, dest, wells, workers or n_cores(), progress)
+
+def _write_all(screen, dest, wells, workers, progress):
+    "Write all plates, beside their final place until they are complete"
+    part, table = dest.with_name(dest.name + '.part'), screen.table
+    _begin(part, screen, wells)
+    write_atomic(part/'wells.csv', lambda p: wells.to_csv(p, index=False))
     names, bar = channel_names(screen.shape[0], screen.channels), _bar(table['well_id'].nunique(), progress)
     for (e, p), rows in table.groupby(['experiment', 'plate'], sort=False):
         folder = part/str(e)/f'{p}.zarr'
         if (folder/'zarr.json').exists(): bar(rows['well_id'].nunique())
         else:
-            for _ in _write_plate(screen.source, folder, rows, names, workers or n_cores()): bar(1)
+            for _ in _write_plate(screen.source, folder, rows, names, workers): bar(1)
+    (part/'writing.json').unlink()
     PLATES_FOLDER.hand_over(part, dest)
     return dest
 

@@ -25,7 +25,7 @@ from .optimizer import *
 from .schedule import *
 from .learner import *
 from .domain import *
-from ..batch.data import screen_dls
+from ..batch.data import all_to_train, screen_dls
 
 # %% ../../nbs/33_train.recipes.ipynb #b6303e93
 @dataclass(frozen=True)
@@ -426,7 +426,7 @@ def _stage_data(learn, stage):
     changes = {k:v for k,v in dict(size=stage.size, bs=stage.bs).items() if v is not None}
     may_choose = isinstance(getattr(learn.dls, 'augs', 'default'), (str, dict))
     if stage.augs is not None and may_choose: changes['augs'] = PUBLISHED_AUGS[stage.augs] if isinstance(stage.augs, str) else stage.augs
-    if stage.full_data: changes['valid'] = 'none'
+    if stage.full_data: changes.update(valid='none', screen=learn.dls.screen[all_to_train(learn.dls.screen.table)])
     if changes: learn.dls = learn.dls.rebuild(**changes)
 
 # %% ../../nbs/33_train.recipes.ipynb #da07435c
@@ -535,7 +535,7 @@ def _learner_facts(learn):
     some = rows.site_id.iloc[np.unique(np.linspace(0, len(rows) - 1, 3).astype(int))]
     try: model = model.config
     except ScreenError: model = {k: list(v.shape) for k, v in model.state_dict().items() if k != EXTRA}
-    table = rows[[*SITE_COLUMNS]].to_csv(index=False, lineterminator='\n').encode()
+    table = rows[list(dict.fromkeys([*SITE_COLUMNS, dls.spec.target]))].to_csv(index=False, lineterminator='\n').encode()
     pixels = b''.join(np.ascontiguousarray(dls.screen.source[i]).tobytes() for i in some)
     return dict(model=model, spec=asdict(dls.spec), held_out=dls.held_out, bs=dls.train.bs,
                 samples=[dls.train.n, dls.valid.n], table=sha256(table), pixels=sha256(pixels))
