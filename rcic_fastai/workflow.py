@@ -171,7 +171,10 @@ def _with_search(recipe, search):
     said = search or recipe.predict.get('search') or 'no'
     if said != 'auto': neck_from(said)
     check_batches(recipe)
-    return replace(recipe, predict={**recipe.predict, 'search': search}) if search else recipe
+    if not search: return recipe
+    if search != 'no' and recipe.data.get('several'): raise ScreenError(f'{option("search", search)} says how an index is searched, and several labels are answered by probability: leave it out.')
+    kept = {k: v for k, v in recipe.predict.items() if search == 'no' or k not in ('vote', 'by')}      # which would name wells otherwise
+    return replace(recipe, predict={**kept, 'search': search})
 
 def _check_counts(**counts):
     "Raise for counts below 0"
@@ -440,6 +443,7 @@ def _check_steps(a, recipe, learn):
     pretrain, pseudo = a.pretrain or recipe.pretrain, _pseudo_plan(a.pseudo, recipe)
     if learn.dls.spec.several and (pretrain or pseudo):
         raise ScreenError(f'{option("pseudo", a.pseudo) if pseudo else option("pretrain", pretrain)} gives each image one label, and those of {learn.dls.spec.target} have several: leave it out.')
+    check_known(recipe, learn.dls)
     if pretrain: control_dls(learn.dls)
     if pseudo:
         if rank_world()[1] > 1: raise ScreenError(f'Pseudo-labels are given by one process: train with one, or leave {option("pseudo")} out.')
@@ -535,7 +539,7 @@ def _train_model(args, recipe, begin=None, validation=None):
         index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
         if not is_first: return
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
-        if recipe.predict.get('search') == 'auto': model.config['search'] = (validation or {}).get('search') or learn.choose_search(model, views['tta'])
+        if recipe.predict.get('search') == 'auto': model.config['search'] = (validation or {}).get('search') or learn.choose_search(model, views['tta'] if views.get('views', 'dihedral') == 'dihedral' else 4)
         model.folder = model.save(out)
         save_curve(model.history, out)
         remove_unfinished(out)

@@ -207,3 +207,24 @@ def test_corrected_labels_are_another_training(here, monkeypatch):
     refused(lambda: learned(s[second], here, 'labels', resume=True, **how), 'was begun with different')
     learned(s[first], here, 'labels', resume=True, **how)
     refused(lambda: learned(s[second], here, 'labels', resume=True, **how), 'was begun with different training_rows')
+
+
+def test_a_log_keeps_all_rows_and_no_file_of_others(here, monkeypatch):
+    "Killed after the control wells were learned, and continued; a CSV that is no log stays"
+    from rcic_fastai.train import recipes
+    s, how = open_screen(here/'s.zarr'), dict(valid='HUVEC-02', log='csv', pretrain='controls')
+    whole = learned(s, here, 'log_whole', **how).history.stage.tolist()
+    was, n = recipes.EpochLog.after_epoch, []
+    def dies(self):
+        was(self)
+        n.append(1)
+        if len(n) == 3: raise Killed
+    monkeypatch.setattr(recipes.EpochLog, 'after_epoch', dies)
+    with pytest.raises(Killed): learned(s, here, 'log_cut', **how)
+    monkeypatch.setattr(recipes.EpochLog, 'after_epoch', was)
+    learned(s, here, 'log_cut', resume=True, **how)
+    rows = [len(pd.read_csv(here/f'log_{k}.log.csv')) for k in ('whole', 'cut')]
+    assert rows == [len(whole)]*2
+    (here/'mine.log.csv').write_text('what,when\nscreen,May\n')
+    refused(lambda: learned(s, here, 'mine', **how), 'mine.log.csv would be overwritten and is no log')
+    assert (here/'mine.log.csv').read_text() == 'what,when\nscreen,May\n' and not (here/'mine').exists()
