@@ -76,6 +76,7 @@ from .predict.plan import PredictionPlan, plan_prediction
 from .predict.ensemble import ensemble_predictions
 from .results.labels import evaluate_labels
 from .results.evaluate import ScreenResult, bootstrap_interval, evaluate, evaluate_screen, right_wrong
+from .results.confidence import Confidence, confidence_files, fit_confidence, judge_confidence
 from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_strip, plate_map, right_wrong_map,
     site_gallery, training_curve)
 from .results.report import report_screen

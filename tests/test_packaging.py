@@ -488,7 +488,7 @@ def shell_lines(text):
 def test_shell_commands_of_notebooks_are_understood():
     "Those that stand in the text of a notebook, as a line of their own"
     from rcic_fastai import cli
-    functions, seen = {**cli._commands(), 'rcic_simulate': cli.simulate, 'rcic_demo': cli.demo, 'rcic_ensemble': cli.ensemble, 'rcic_download': cli.download,
+    functions, seen = {**cli._commands(), 'rcic_simulate': cli.simulate, 'rcic_demo': cli.demo, 'rcic_ensemble': cli.ensemble, 'rcic_confidence': cli.confidence, 'rcic_download': cli.download,
                        'rcic_embed': cli.embed, 'rcic_hits': cli.hits, 'rcic_report': cli.report, 'rcic_explore': cli.explore_screen, 'rcic_show': cli.show}, 0
     for nb in NOTEBOOKS:
         for name, *arguments in [w for c in cells(nb) if c['cell_type'] == 'markdown' for w in shell_lines(''.join(c['source']))]:
@@ -618,3 +618,8 @@ def test_every_extra_mark_names_a_package_of_an_extra():
     named = set(re.findall(r"@pytest\.mark\.extra\('(\w+)'\)", text))
     assert {'tensorstore', 'pycytominer', 'copairs', 'anndata', 'harmonypy'} <= named
     assert {*map(distribution, named)} <= required(*lock.extras()) - required('dev', 'lite', 'hcs')
+
+
+def test_the_overview_is_one_notebook():
+    "nbs/index.ipynb is a link to the notebook at the top, so that the two cannot differ"
+    assert (NBS/'index.ipynb').is_symlink() and (NBS/'index.ipynb').resolve() == ROOT/'index.ipynb'

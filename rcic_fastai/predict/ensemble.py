@@ -170,7 +170,7 @@ def read_answers(
 
 # %% ../../nbs/55_predict.ensemble.ipynb #fb2f6e81
 def ensemble_files(
-    out, # CSV to write; a record and the best five go beside it
+    out, # CSV to write; a record, the best five and the averaged scores go beside it
     *members, # CSV files of predictions, two or more
     weights=None, # One number above 0 per member; `None`: all count alike
 )->pd.DataFrame: # One row per well
@@ -178,12 +178,11 @@ def ensemble_files(
     if len(members) < 2: raise ScreenError('An ensemble needs two files of predictions or more: name them after the file to write.')
     same = [m for m in members if Path(m).resolve() == Path(out).resolve()]
     if same: raise ScreenError(f'{out} would be overwritten by its own ensemble: choose another name.')
-    check_outputs(out)
+    check_outputs(out, scores=True)
     tables = [read_member(m) for m in members]
     w = _member_weights(weights, len(members))
     pred = ensemble_predictions(tables, weights)
     how = [dict(file=str(m), weight=round(float(a), 6), sha256=file_facts(m)['sha256']) for m, a in zip(members, w)]
-    made = {}
-    if 'thresholds' in pred.attrs: made['scores_sha256'] = file_facts(write_scores(average_scores(tables, weights), scores_path(out)))['sha256']
-    write_predictions(pred, out, dict(ensemble=how, score=tables[0].attrs['kind'], **made))
+    made = file_facts(write_scores(average_scores(tables, weights), scores_path(out)))['sha256']
+    write_predictions(pred, out, dict(ensemble=how, score=tables[0].attrs['kind'], scores_sha256=made))
     return pred

@@ -1,0 +1,180 @@
+"How sure an answer is: what is learned from held-out experiments, and what is refused."
+import json
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from helpers import refused
+from rcic_fastai import cli
+from rcic_fastai.core import read_json
+from rcic_fastai.embed.index import EmbeddingIndex
+from rcic_fastai.embed.table import emb_metadata, toy_profiles
+from rcic_fastai.predict.ensemble import average_scores, ensemble_files, name_wells
+from rcic_fastai.predict.predict import write_predictions
+from rcic_fastai.predict.scores import SCORE, score_classes, score_matrix, score_wells, scores_path, write_scores
+from rcic_fastai.results.confidence import confidence_files, covering_level, fit_confidence, judge_confidence, name_probabilities
+from rcic_fastai.screen.screen import Screen
+
+TRAIN, NEW = [f'HUVEC-{i:02d}' for i in range(1, 11)], ['HUVEC-11', 'HUVEC-12', 'RPE-01']
+EMB = toy_profiles(TRAIN, NEW, n_sirnas=24, signal=.7, seed=2)
+META = emb_metadata(EMB)
+TABLE = META.assign(sirna=META.sirna.astype(str))
+TREATED = META.well_type == 'treatment'
+
+def scores(asked, known, protocol='inductive', **kwargs):
+    "Scores of wells whose plate groups nobody knows"
+    asked = EMB[asked].assign(Metadata_plate_group=pd.array([pd.NA]*int(asked.sum()), dtype='Int64'))
+    return score_wells(asked, EmbeddingIndex(EMB[known & TREATED]), protocol, **kwargs)
+
+def held(protocol='inductive', wells=TREATED, **kwargs):
+    is_train = META.dataset == 'train'
+    return [scores(wells & (META.experiment == e), is_train & (META.experiment != e), protocol, **kwargs) for e in TRAIN]
+
+def new(protocol='inductive', wells=TREATED, **kwargs): return scores(wells & (META.dataset == 'test'), META.dataset == 'train', protocol, **kwargs)
+
+HELD, ASKED = held(), new()
+
+def with_attrs(t, like):
+    t.attrs.update(like.attrs)
+    return t
+
+def test_labels_of_the_new_wells_are_not_read():
+    blind = TABLE.assign(sirna=TABLE.sirna.where(TABLE.dataset == 'train'))
+    a, b = (fit_confidence(HELD, t).answers(ASKED) for t in (TABLE, blind))
+    pd.testing.assert_frame_equal(a, b)
+
+def test_labels_of_held_out_wells_are():
+    wrong = TABLE.assign(sirna=np.where(TABLE.dataset == 'train', np.roll(TABLE.sirna, 8), TABLE.sirna))
+    assert fit_confidence(HELD, wrong).answers(ASKED).chance.mean() < fit_confidence(HELD, TABLE).answers(ASKED).chance.mean() - .2
+
+@pytest.mark.parametrize('coverage', [.5, .8, .95])
+def test_sets_cover_the_held_out_wells_as_asked(coverage):
+    conf = fit_confidence(HELD, TABLE, coverage)
+    shares = []
+    for t in HELD:
+        p = name_probabilities(t, name_wells(t), conf.temperature)
+        truth = TABLE.drop_duplicates('well_id').set_index('well_id').sirna[t.id_code]
+        shares.append((p[np.arange(len(t)), pd.Index(score_classes(t)).get_indexer(truth)] >= 1 - conf.level - 1e-12).mean())
+    assert coverage <= np.mean(shares) < coverage + .02
+
+def test_more_coverage_takes_larger_sets_of_the_same_answers():
+    small, large, sure = (fit_confidence(HELD, TABLE, c, g).answers(ASKED) for c, g in ((.6, False), (.9, False), (.9, True)))
+    assert (small.n_names <= large.n_names).all() and (large.n_names <= sure.n_names).all() and small.n_names.sum() < large.n_names.sum() < sure.n_names.sum()
+    assert all(a.split('|')[0] == b for a, b in zip(small.names, small.sirna)) and (small.chance == large.chance).all()
+
+@pytest.mark.parametrize('protocol, assign', [('inductive', True), ('transductive', True), ('transductive', False)])
+def test_what_is_said_holds_about(protocol, assign):
+    conf = fit_confidence(held(protocol, assign=assign), TABLE)
+    res, per = judge_confidence(conf.answers(new(protocol, assign=assign)), TABLE)
+    assert abs(res['expected'] - res['accuracy']) < .12 and res['coverage'] > .78 and len(per) == len(NEW)
+
+def test_only_names_of_the_plates_group_are_in_its_sets():
+    asked = new('transductive')
+    ans = fit_confidence(held('transductive'), TABLE, .99).answers(asked)
+    group_of = TABLE[TREATED].drop_duplicates('sirna').set_index('sirna').plate_group
+    found = name_wells(asked).set_index('id_code').plate_group
+    for r in ans.itertuples(): assert {group_of[n] for n in r.names.split('|')} == {found[r.id_code]}
+
+def test_probabilities_as_scores_are_read_as_logarithms():
+    def softened(t):
+        z = np.exp(score_matrix(t)/.05)
+        t = with_attrs(t.assign(**dict(zip([c for c in t if c.startswith(SCORE)], (z/z.sum(1, keepdims=True)).T))), t)
+        t.attrs['kind'] = 'probability'
+        return t
+    a, b = fit_confidence(HELD, TABLE).answers(ASKED), fit_confidence([softened(t) for t in HELD], TABLE).answers(softened(ASKED))
+    assert np.abs(a.chance - b.chance).max() < .01 and (a.n_names == b.n_names).mean() > .95
+
+def test_controls_are_left_out():
+    everything = META.well_type.notna()
+    assert (new(wells=everything).well_type != 'treatment').any()
+    a, b = fit_confidence(HELD, TABLE).answers(ASKED), fit_confidence(held(wells=everything), TABLE).answers(new(wells=everything))
+    pd.testing.assert_frame_equal(a, b)
+
+def test_labels_that_were_never_learned_are_counted_and_not_learned_from():
+    odd = TABLE.assign(sirna=TABLE.sirna.mask((TABLE.experiment == TRAIN[0]) & (TABLE.plate == 1), 'something else'))
+    conf = fit_confidence(HELD, odd)
+    n = int((TREATED & (odd.sirna == 'something else')).groupby(odd.well_id).any().sum())
+    assert conf.held.wells.sum() == sum(map(len, HELD)) - n and f'{n} held-out wells have labels that their model never learned' in conf.notes[0]
+
+def test_wells_that_outnumber_the_names_of_a_plate_are_judged_alone():
+    t = new('transductive')
+    double = with_attrs(pd.concat([t, t.assign(id_code=t.id_code + 'x')], ignore_index=True), t)
+    p = name_probabilities(double, pd.concat([name_wells(t)]*2, ignore_index=True), .05)
+    assert np.allclose(p.sum(1), 1)
+
+@pytest.mark.parametrize('change, words', [
+    (dict(coverage=1.), ['coverage=1.0 is no share of wells']), (dict(coverage=0), ['coverage=0 is no share']),
+    (dict(coverage=.95, guarantee=True), ['needs 19 held-out experiments or more and there are 10', 'leave guarantee=True out'])])
+def test_shares_that_cannot_be_kept(change, words): refused(lambda: fit_confidence(HELD, TABLE, **change), *words)
+
+def test_a_guarantee_for_nine_tenths_needs_nine(): assert fit_confidence(HELD[:9], TABLE, .9, True).guarantee
+
+def test_the_level_does_not_depend_on_the_order():
+    rng = np.random.default_rng(0)
+    x, e = rng.normal(size=200), rng.integers(0, 7, 200)
+    order = rng.permutation(200)
+    assert covering_level(x, e) == covering_level(x[order], e[order])
+
+def test_answers_of_several_labels_are_refused():
+    t = with_attrs(HELD[0].copy(), HELD[0]); t.attrs['thresholds'] = [.5]
+    refused(lambda: fit_confidence([t], TABLE), 'several labels')
+
+# ---- by files
+
+def write(folder, name, t, **record):
+    path = folder/f'{name}.csv'
+    write_scores(t, scores_path(path))
+    return write_predictions(name_wells(t), path, record)
+
+@pytest.fixture
+def files(tmp_path):
+    return [write(tmp_path, 'new', ASKED), *(write(tmp_path, e, t) for e, t in zip(TRAIN, HELD))]
+
+@pytest.fixture
+def screen(tmp_path, monkeypatch):
+    "A screen of which only the table is read"
+    import rcic_fastai.results.confidence as module
+    monkeypatch.setattr(module, 'open_screen', lambda s, check: Screen(TABLE, None))
+    return 'screen'
+
+def test_the_command_writes_what_the_function_returns(tmp_path, files, screen, capsys):
+    assert cli.rcic_confidence([str(tmp_path/'sure.csv'), str(files[0]), screen, *map(str, files[1:])]) == 0
+    out = capsys.readouterr().out
+    back, said = pd.read_csv(tmp_path/'sure.csv'), fit_confidence(HELD, TABLE).answers(ASKED)
+    assert back.id_code.tolist() == said.id_code.tolist() and back.names.tolist() == said.names.tolist() and np.allclose(back.chance, said.chance, atol=1e-4)
+    record = json.loads((tmp_path/'sure.json').read_text())
+    assert [r['experiment'] for r in record['forecasts']] == NEW and len(record['held_out']) == len(TRAIN) and record['error'] > 0
+    assert all(f'{e}: about ' in out for e in NEW) and 'sets of 90 %, protocol inductive' in out
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith('.') or 'tmp' in f.name]
+
+@pytest.mark.parametrize('arguments, words', [
+    ('{d}/sure.csv {d}/none.csv {s} {d}/HUVEC-01.csv', 'none.csv: write predictions'),
+    ('{d}/sure.txt {d}/new.csv {s} {d}/HUVEC-01.csv', 'let OUT end in .csv'),
+    ('{d}/new.csv {d}/new.csv {s} {d}/HUVEC-01.csv', 'over what it is made from'),
+    ('{d}/HUVEC-02.csv {d}/new.csv {s} {d}/HUVEC-01.csv', 'HUVEC-02.csv would be overwritten and is something else'),
+    ('{d}/sure.csv {d}/HUVEC-01.csv {s} {d}/HUVEC-01.csv', 'would be memory'),
+    ('{d}/sure.csv {d}/HUVEC-01.csv {s} {d}/new.csv', 'are test experiments, whose labels only judge'),
+    ('{d}/sure.csv {d}/new.csv {s} {d}/HUVEC-01.csv {d}/HUVEC-01.csv', 'was held out twice'),
+    ('{d}/sure.csv {d}/new.csv {s} {d}/HUVEC-01.csv --coverage 2', '--coverage 2.0 is no share of wells'),
+    ('{d}/sure.csv {d}/new.csv {s} {d}/HUVEC-01.csv --guarantee', 'hold out more with --folds (rcic_train), ask for a lower --coverage, or leave --guarantee out')])
+def test_wrong_input_is_one_line_and_writes_nothing(tmp_path, files, screen, arguments, words, capsys):
+    before = {f: f.read_bytes() for f in tmp_path.iterdir()}
+    assert cli.rcic_confidence(arguments.format(d=tmp_path, s=screen).split()) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count('\n') == 1, err
+    assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+@pytest.mark.parametrize('key, a, b', [('by', 'index', 'classifier'), ('tta', 8, 4), ('adapt', 'experiment', None), ('correct', None, 'standardize per experiment'), ('search', 'no', 'shrink=1')])
+def test_predictions_that_were_made_in_different_ways_are_not_compared(tmp_path, key, a, b):
+    x, y = write(tmp_path, 'x', ASKED, **{key: a}), write(tmp_path, 'y', HELD[0], **{key: b})
+    refused(lambda: confidence_files(tmp_path/'o.csv', x, Screen(TABLE, None), y), f'with {key} {a}', f'with {b}: predict both in one way')
+
+def test_without_scores_it_says_so(tmp_path, files):
+    scores_path(files[0]).unlink()
+    refused(lambda: confidence_files(tmp_path/'o.csv', files[0], Screen(TABLE, None), *files[1:]), 'new.scores.parquet: predict again and keep the scores')
+
+def test_averages_are_judged_as_averages(tmp_path, files):
+    mean = tmp_path/'mean.csv'
+    ensemble_files(mean, files[0], files[0])
+    refused(lambda: confidence_files(tmp_path/'o.csv', mean, Screen(TABLE, None), files[1]), 'is the average of 2 predictions and', 'of 0: average both alike')
+    ensemble_files(tmp_path/'h.csv', files[1], files[1])
+    ans, _ = confidence_files(tmp_path/'o.csv', mean, Screen(TABLE, None), tmp_path/'h.csv')
+    assert len(ans) == len(ASKED) and read_json(tmp_path/'o.json', 2**20)['held'][0]['experiment'] == TRAIN[0]
