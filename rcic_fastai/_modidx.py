@@ -2550,6 +2550,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'rcic_fastai/results/export.py'),
                                             'rcic_fastai.results.export.atlas_table': ( 'results.export.html#atlas_table',
                                                                                         'rcic_fastai/results/export.py'),
+                                            'rcic_fastai.results.export.check_atlas_path': ( 'results.export.html#check_atlas_path',
+                                                                                             'rcic_fastai/results/export.py'),
                                             'rcic_fastai.results.export.image_attributes': ( 'results.export.html#image_attributes',
                                                                                              'rcic_fastai/results/export.py'),
                                             'rcic_fastai.results.export.plate_attributes': ( 'results.export.html#plate_attributes',

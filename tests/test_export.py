@@ -4,7 +4,7 @@ from helpers import learner, refused
 from rcic_fastai import cli, folder      # folder: `model.save`
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.results.explore import explore
-from rcic_fastai.results.export import atlas_table, write_plates
+from rcic_fastai.results.export import atlas_table, write_atlas, write_plates
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
@@ -150,3 +150,14 @@ def test_plates_of_another_screen_are_not_continued(wide, tmp_path, monkeypatch)
     (tmp_path/'plates.part/writing.json').unlink()      # of an earlier version, which did not note it
     refused(lambda: write_plates(wide, tmp_path/'plates', progress=False), 'was begun with different')
     assert not [*tmp_path.glob('*.lock')]
+
+
+def test_a_table_is_not_written_over_something_else(made, screen, tmp_path, capsys):
+    out, model = made
+    page = explore(None, screen, side=0)
+    (tmp_path/'folder.parquet').mkdir()
+    (tmp_path/'mine.parquet').write_text('my own words')
+    for name, words in (('folder.parquet', 'folder.parquet is a folder'), ('mine.parquet', 'would be overwritten and is no parquet file'), ('table.csv', 'end in .parquet')):
+        refused(lambda: write_atlas(page, screen, tmp_path/name, 0), words)
+    assert cli.rcic_explore([str(out), str(screen.source.root), str(tmp_path/'mine.parquet')]) == 2 and 'is no parquet file' in capsys.readouterr().err
+    assert (tmp_path/'mine.parquet').read_text() == 'my own words'
