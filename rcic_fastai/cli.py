@@ -682,9 +682,10 @@ def explore_screen(
     from rcic_fastai.folder import load_model
     from rcic_fastai.predict.predict import read_predictions
     from rcic_fastai.results.explore import check_page_path, explore
+    from rcic_fastai.results.export import check_atlas_path
     from rcic_fastai.train.distributed import rank_device
     is_table = out.lower().endswith('.parquet')
-    if not is_table: check_page_path(out)
+    (check_atlas_path if is_table else check_page_path)(out)
     given.update(predictions=_tables(predictions, read_predictions), embeddings=_tables(embeddings, read_embeddings), protocol=as_names(protocol))
     opened = load_model(model, rank_device())
     if held_out: screen = opened.held_out(screen)

@@ -226,7 +226,22 @@ def _is_validation(v): return isinstance(v, dict) and isinstance(v.get('runs'), 
 def _is_metrics(v): return v == {} or v is None or isinstance(v, dict) and _is_run(v)
 
 _MEASURED_THERE = dict(held_plates=_NAMES, validation=('what a validation measured', _is_validation), metrics=('what was measured', _is_metrics))
-_TOP = dict(**_MEASURED_THERE, model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
+_PLAIN = _text('text of one line', r'[^\x00-\x1f\x7f-\x9f]{0,2000}')
+_AS_PREDICTED = dict(tta=_int(1, 2**10), k=_int(1, 10**6), same_cell_type=_BOOL)
+
+def _is_stage(v): return isinstance(v, dict) and type(v.get('epochs')) is int and _WORD[1](v.get('name')) and (_or(_NONE, _AUGS)[1](v.get('augs')) or v['augs'] in (*PUBLISHED_AUGS, 'default'))
+def _is_recipe(v):
+    "Check what is read of the recipe of a model"
+    if v is None: return True
+    if not isinstance(v, dict) or not all(isinstance(v.get(k) or {}, dict) for k in ('predict', 'only', 'data')) or not isinstance(v.get('stages'), list): return False
+    said = [_AS_PREDICTED.get(k, _PLAIN)[1](o) for k, o in (v.get('predict') or {}).items()] + [_SCALAR[1](o) for o in (v.get('only') or {}).values()]
+    return all(said) and all(map(_is_stage, v['stages'])) and all(_PLAIN[1](v.get(k, '')) for k in ('name', 'about'))
+
+def _is_searched(v): return v is None or isinstance(v, dict) and _PLAIN[1](v.get('neck')) and isinstance(v.get('notes'), list) and all(map(_PLAIN[1], v['notes']))
+def _is_search(v): return isinstance(v, dict) and {*v} <= {'plain', 'adapted'} and all(map(_is_searched, v.values()))
+
+_READ = dict(recipe=('a recipe', _is_recipe), search=('how an index is searched', _is_search), only_present=_BOOL)
+_TOP = dict(**_MEASURED_THERE, **_READ, model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
             augs=_or(_NONE, _AUGS), held_images=_list(_LABEL, 0, 2**24), thresholds=_list(_SHARE, 1, 2**20), data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
 # %% ../nbs/70_folder.ipynb #01b7def6
@@ -277,7 +292,7 @@ def read_config(folder):
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
     if c['format'] < FORMAT: raise _written_before(folder, c['format'])
-    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds', *_MEASURED_THERE)], f)
+    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds', *_MEASURED_THERE, *_READ)], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)

@@ -171,7 +171,10 @@ def _with_search(recipe, search):
     said = search or recipe.predict.get('search') or 'no'
     if said != 'auto': neck_from(said)
     check_batches(recipe)
-    return replace(recipe, predict={**recipe.predict, 'search': search}) if search else recipe
+    if not search: return recipe
+    if search != 'no' and recipe.data.get('several'): raise ScreenError(f'{option("search", search)} says how an index is searched, and several labels are answered by probability: leave it out.')
+    kept = {k: v for k, v in recipe.predict.items() if search == 'no' or k not in ('vote', 'by')}      # which would name wells otherwise
+    return replace(recipe, predict={**kept, 'search': search})
 
 def _check_counts(**counts):
     "Raise for counts below 0"
@@ -340,6 +343,7 @@ def _screen_to_learn(screen, recipe, given, data):
     mine = _rows_of(whole.table, recipe.only)
     rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1), data.get('several', False))
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
+    if given['phase'] == 'refit' or given['folds']: learned = learned[all_to_train(learned.table)]
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
 # %% ../nbs/71_workflow.ipynb #8191c58d
@@ -391,6 +395,11 @@ def _before(given, begin):
     try: return read_config(folder)
     except ScreenError: return None                # what else lies there is said by those who read it
 
+def _aside_notes(table, dls):
+    "Report experiments that the table reserves for validation, where others are held out, or nothing is"
+    names = sorted({*table.experiment[table.dataset == 'val']} - {*dls.held_out}) if has_plates(table) else []
+    return [f'{first_few(names, 6)} {"is" if len(names) == 1 else "are"} marked as val in the table, so neither learned nor, as {option("valid")} names others, held out.'] if names else []
+
 def _training_learner(screen, recipe, given, workers, begin=None):
     "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
@@ -411,7 +420,7 @@ def _training_learner(screen, recipe, given, workers, begin=None):
           f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
     by_itself = by_itself and given['phase'] != 'validate' and not (learned.table.dataset == 'val').any()
     held = training_notes(learned.train.table, given['target'], dls.held_out if by_itself else (), plates, by_itself and not dls.valid.n and has_plates(learned.table))
-    for note in [*held, *picture_notes(learned)]: print(f'note: {note}')
+    for note in [*held, *_aside_notes(learned.table, dls), *picture_notes(learned)]: print(f'note: {note}')
     if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
@@ -434,6 +443,7 @@ def _check_steps(a, recipe, learn):
     pretrain, pseudo = a.pretrain or recipe.pretrain, _pseudo_plan(a.pseudo, recipe)
     if learn.dls.spec.several and (pretrain or pseudo):
         raise ScreenError(f'{option("pseudo", a.pseudo) if pseudo else option("pretrain", pretrain)} gives each image one label, and those of {learn.dls.spec.target} have several: leave it out.')
+    check_known(recipe, learn.dls)
     if pretrain: control_dls(learn.dls)
     if pseudo:
         if rank_world()[1] > 1: raise ScreenError(f'Pseudo-labels are given by one process: train with one, or leave {option("pseudo")} out.')
@@ -483,9 +493,10 @@ def _plain_arguments(args):
 
 def _training_facts(args, recipe, views, begin=None):
     "Return what must be the same where a model is finished already, or its training is continued"
-    table = open_screen(args['screen'], check=False).table
+    table = with_target(open_screen(args['screen'], check=False).table, args['target'])
+    rows = table[table.dataset.isin(('train', 'val'))]
     return dict(arguments=_plain_arguments(args), recipe=recipe.to_dict(), index_views=views, begins_with=begin.fingerprint if begin else '',
-                training_rows=data_fingerprint(table[table.dataset.isin(('train', 'val'))])['sha256'])
+                training_rows=data_fingerprint(rows, columns=[args['target']])['sha256'])
 
 # %% ../nbs/71_workflow.ipynb #8a437f22
 def _train_model(args, recipe, begin=None, validation=None):
@@ -528,7 +539,7 @@ def _train_model(args, recipe, begin=None, validation=None):
         index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
         if not is_first: return
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
-        if recipe.predict.get('search') == 'auto': model.config['search'] = (validation or {}).get('search') or learn.choose_search(model, views['tta'])
+        if recipe.predict.get('search') == 'auto': model.config['search'] = (validation or {}).get('search') or learn.choose_search(model, views['tta'] if views.get('views', 'dihedral') == 'dihedral' else 4)
         model.folder = model.save(out)
         save_curve(model.history, out)
         remove_unfinished(out)

@@ -247,6 +247,15 @@ def test_a_folder_is_replaced_whole_and_nothing_else(many, tmp_path):
     assert not (tmp_path/'small').exists() and not (tmp_path/'small.part').exists()
 
 
+
+def test_the_folder_where_one_is(many, tmp_path, monkeypatch):
+    screen = many[0][many[0].table.experiment == 'HUVEC-01']
+    (tmp_path/'here').mkdir()
+    monkeypatch.chdir(tmp_path/'here')
+    explore(None, screen, out='.')
+    assert (tmp_path/'here/index.html').is_file() and [p.name for p in tmp_path.iterdir()] == ['here']
+
+
 # ---- in a browser: playwright drives a Chromium that is installed, its own or that of EXPLORE_BROWSER
 
 def chromium():

@@ -4,7 +4,7 @@ from helpers import learner, refused
 from rcic_fastai import cli, folder      # folder: `model.save`
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.results.explore import explore
-from rcic_fastai.results.export import atlas_table, write_plates
+from rcic_fastai.results.export import atlas_table, write_atlas, write_plates
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
@@ -122,3 +122,42 @@ def test_a_screen_without_places_is_one_sentence(screen, tmp_path):
     refused(lambda: write_plates(screen[screen.table.assign(well='')], tmp_path/'p'), 'have no well')
     refused(lambda: write_plates(screen[screen.table.assign(experiment='..')], tmp_path/'p'), "'..' cannot be the name of a folder")
     assert not list(tmp_path.iterdir())
+
+
+class Again(Wide):
+    "The same wells, photographed again"
+    def _read(self, site_id, out):
+        super()._read(site_id, out)
+        out[...] = ~out
+    def stamp(self, site_id): return 'again'
+
+
+def test_plates_of_another_screen_are_not_continued(wide, tmp_path, monkeypatch):
+    "Same wells, shape and type, other pictures: complete plates of the first would stay"
+    from rcic_fastai.results import export
+    was, done = export._write_field, []
+    def fails(folder, x, channels):
+        if len(done) == 30: raise KeyboardInterrupt
+        done.append(folder)
+        was(folder, x, channels)
+    monkeypatch.setattr(export, '_write_field', fails)
+    with pytest.raises(KeyboardInterrupt): write_plates(wide, tmp_path/'plates', workers=1, progress=False)
+    monkeypatch.setattr(export, '_write_field', was)
+    before = {p: p.read_bytes() for p in (tmp_path/'plates.part').rglob('*') if p.is_file()}
+    refused(lambda: write_plates(Screen(wide.table, Again(wide.table), 'again'), tmp_path/'plates', progress=False), 'plates.part was begun with different pictures', 'remove the folder')
+    refused(lambda: write_plates(wide[wide.table.iloc[::-1]], tmp_path/'plates', progress=False), 'begun with different', 'sites')
+    assert before == {p: p.read_bytes() for p in (tmp_path/'plates.part').rglob('*') if p.is_file()}
+    (tmp_path/'plates.part/writing.json').unlink()      # of an earlier version, which did not note it
+    refused(lambda: write_plates(wide, tmp_path/'plates', progress=False), 'was begun with different')
+    assert not [*tmp_path.glob('*.lock')]
+
+
+def test_a_table_is_not_written_over_something_else(made, screen, tmp_path, capsys):
+    out, model = made
+    page = explore(None, screen, side=0)
+    (tmp_path/'folder.parquet').mkdir()
+    (tmp_path/'mine.parquet').write_text('my own words')
+    for name, words in (('folder.parquet', 'folder.parquet is a folder'), ('mine.parquet', 'would be overwritten and is no parquet file'), ('table.csv', 'end in .parquet')):
+        refused(lambda: write_atlas(page, screen, tmp_path/name, 0), words)
+    assert cli.rcic_explore([str(out), str(screen.source.root), str(tmp_path/'mine.parquet')]) == 2 and 'is no parquet file' in capsys.readouterr().err
+    assert (tmp_path/'mine.parquet').read_text() == 'my own words'

@@ -275,7 +275,9 @@ def test_architectures(hostile, arch):
     ('fingerprint', '0'*64), ('files', {}), ('files', []), ('files__weights.safetensors', None), ('files__weights.safetensors', {'size': 10**18, 'sha256': '0'*64}),
     ('files', {'a': {'size': -1, 'sha256': '0'*64}}), ('spec__size', 2**14), ('pseudo_experiments', 'x'), ('pseudo_experiments', [3]), ('data', None), ('data', {}), ('data', []),
     ('data__channels', {'nucleus': {}}), ('data__channels', {}), ('data__channels', {c: dict(mean=.1, std=.1) for c in 'abcdef'}), ('data__sites', {'a': 'x'}), ('data__sites', []),
-    ('data__store', 'x'), ('data__rows', '9'), ('data__evil', 1)])
+    ('data__store', 'x'), ('data__rows', '9'), ('data__evil', 1), ('search', 'x'), ('search', {'plain': {}}), ('search', {'plain': {'neck': 'no', 'notes': ['\x1b]0;evil\x07']}}),
+    ('recipe', [1]), ('recipe', {'stages': 5}), ('recipe', {'stages': [], 'predict': [1]}), ('recipe', {'stages': [], 'predict': {'k': {}}}), ('recipe', {'stages': [], 'only': 5}), ('recipe', {'stages': [{}]}),
+    ('only_present', 'x')])
 def test_entries(hostile, path, value):
     if path.startswith('files'):
         c = json.loads((hostile/'config.json').read_text())

@@ -193,3 +193,48 @@ def test_by_command(folder, drawn, tmp_path, capsys):
     assert record['search'] == 'whiten=0.3,shrink=1'
     assert rcic_predict([str(folder), str(drawn), str(tmp_path/'b.csv'), '--search', 'shrnk=1']) == 2
     assert '--search shrnk=1 is not understood' in capsys.readouterr().err
+
+def test_ways_of_searching_are_compared_by_the_same_wells(monkeypatch):
+    "Also where an index without one experiment is small enough for mutual neighbors and that without another is not"
+    from rcic_fastai.embed import neck
+    emb = table(np.random.default_rng(7))
+    first = emb.Metadata_experiment == 'E0'
+    emb = pd.concat([emb, emb[first].assign(Metadata_site_id=emb.Metadata_site_id[first] + 'x')], ignore_index=True)
+    monkeypatch.setattr(neck, 'MUTUAL_ROWS', int((emb.Metadata_experiment != 'E0').sum()))
+    found = try_necks(EmbeddingIndex(emb), candidates=('no', 'rerank=5', 'shrink=1'))
+    assert set(found) == {'no', 'shrink=1'} and found['no'].well_id.tolist() == found['shrink=1'].well_id.tolist()
+    monkeypatch.setattr(neck, 'MUTUAL_ROWS', len(emb))
+    found = try_necks(EmbeddingIndex(emb), candidates=('no', 'rerank=5'))
+    assert found['no'].well_id.tolist() == found['rerank=5'].well_id.tolist() and set(found['no'].experiment) == {'E0', 'E1', 'E2', 'E3'}
+
+def test_what_would_end_a_training_at_its_end_is_refused_before_it(drawn, tmp_path):
+    "Several labels have no search; a recipe that votes otherwise could not predict"
+    def recipe(**kwargs):
+        (tmp_path/'r.json').write_text(json.dumps(dict(name='r', arch='test_resnet', model=dict(emb_dim=16), stages=[dict(name='a', epochs=1, lr=1e-3)], **kwargs)))
+        return str(tmp_path/'r.json')
+    several = dict(data=dict(several=True))
+    refused(lambda: train_screen(drawn, tmp_path/'m', recipe(predict=dict(search='auto', vote='mean'))), 'both say how wells are named')
+    refused(lambda: train_screen(drawn, tmp_path/'m', recipe(predict=dict(search='auto', by='classifier'))), 'both say how wells are named')
+    many = Recipe('many', [Stage('a', 1, 1e-3, loss='bce')], arch='test_resnet', model=dict(emb_dim=16, loss='bce', classifier='linear'), **several)
+    refused(lambda: train_screen(drawn, tmp_path/'m', many, search='auto'), 'several labels are answered by probability')
+    refused(lambda: train_screen(drawn, tmp_path/'m', Recipe('many', many.stages, arch=many.arch, model=many.model, predict=dict(search='auto'), **several)), 'several labels are answered by probability')
+    assert not (tmp_path/'m').exists()
+
+def test_a_search_is_chosen_for_an_index_of_many_random_views(drawn, tmp_path):
+    r = Recipe('views', [Stage('a', 1, 1e-3)], arch='test_resnet', model=dict(emb_dim=16), index=dict(tta=9, views='random'), predict=dict(search='auto', tta=1))
+    m = train_screen(drawn, tmp_path/'m', r, valid='HUVEC-03', pretrained='no', device='cpu')
+    assert {o['search'] for o in m.config['search']['plain']['tried']} == set(SEARCHES)
+
+def test_search_no_leaves_the_classifier_of_the_recipe(folder, drawn):
+    m = load_model(folder)
+    m.config['recipe']['predict'] = dict(by='classifier')
+    assert [plan_prediction(m, drawn, search=s).record['by'] for s in ('', 'no', 'shrink=1')] == ['classifier', 'classifier', 'index']
+
+def test_wells_by_which_the_search_was_chosen_are_known_as_such(folder, drawn):
+    m = load_model(folder)
+    held, said = m.held_out(open_screen(drawn)), 'was chosen by wells of HUVEC-03'
+    for neck, kwargs, is_said in (('shrink=1', {}, True), ('no', {}, False), ('shrink=1', dict(search='shrink=1'), False)):
+        m.config['search']['plain']['neck'] = neck
+        plan = plan_prediction(m, held, tta=1, **kwargs)
+        assert any(said in n for n in plan.notes) == is_said == (said in plan.record.get('validation', ''))
+        assert not any(said in n for n in plan_prediction(m, drawn, tta=1, **kwargs).notes)

@@ -1,7 +1,7 @@
 "Batches of pairs, and what mixes or compares pairs: partners are of one siRNA and two experiments, whatever the screen looks like."
 import random
 from types import SimpleNamespace
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback
 from helpers import learner, quiet, refused
 from rcic_fastai.batch.data import screen_dls
@@ -174,7 +174,8 @@ def test_a_recipe_that_lacks_pairs_is_refused_before_it_is_trained():
     for c in ('lisa', 'contrast', {'name': 'lisa', 'p': 1.}):
         refused(lambda: check_batches(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[c])])), 'batch_by be pairs')
         check_batches(check_recipe(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[c])], data=dict(batch_by='pairs'))))
-    check_batches(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[{'name': 'lisa', 'same': 0.}, 'mixstyle'])], data=dict(batch_by='experiment')))
+    check_batches(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[{'name': 'lisa', 'same': 0.}, 'mixstyle'])], data=dict(batch_by='experiment', batch_groups=2)))
+    refused(lambda: check_batches(Recipe('r', [Stage('a', 1, 1e-3, callbacks=['mixstyle'])], data=dict(batch_by='experiment'))), 'nothing to mix')
     r = Recipe('r', [Stage('a', 1, 1e-3, callbacks=({'name': 'lisa', 'how': 'mixup'}, {'name': 'contrast', 'temperature': .2}))], data=dict(batch_by='pairs'))
     assert recipe_from_dict(r.to_dict()) == r
     assert stage_callback({'name': 'lisa', 'how': 'mixup'}, seed=4).seed == 4
@@ -234,3 +235,30 @@ def test_predictions_take_controls_where_the_index_did(with_controls, tmp_path):
     whole = open_screen(with_controls)
     bare = whole[whole.table[whole.table.well_type == 'treatment']]
     assert any('no negative control' in n for n in plan_prediction(again, bare, 'adapted').notes)
+
+# A model that is continued
+
+def test_experiments_that_the_model_does_not_know_are_not_taken_for_one(screen):
+    "Its vocabulary is kept, in which new experiments are all unknown: each method says so, by itself and before a training"
+    from rcic_fastai.train.domain import CORAL, GroupDRO
+    from rcic_fastai.train.recipes import check_known
+    known = screen_dls(screen[screen.table[screen.table.experiment != 'HUVEC-01']], valid='none', bs=4, device='cpu').spec.vocabs
+    def dls(**kwargs): return screen_dls(screen, valid='HUVEC-03', vocabs=known, bs=4, device='cpu', **kwargs)
+    for name, cb, data in (('lisa', LISA(p=1.), PAIRS), ('contrast', Contrast(), PAIRS), ('mixstyle', MixStyle(), {}), ('coral', CORAL(), {}), ('groupdro', GroupDRO(), {}),
+                           ('control_batches', ControlBatches(), dict(batch_by='experiment'))):
+        made = dls(**data)
+        learn = learner(made)
+        with pytest.raises(ScreenError, match='never learned of HUVEC-01'): quiet(learn, lambda: learn.fit(1, cbs=[cb]))
+        refused(lambda: check_known(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[name])]), made), f'{name} needs to know the experiment', 'HUVEC-01')
+        check_known(Recipe('r', [Stage('a', 1, 1e-3, callbacks=[name])]), made.rebuild(vocabs=None))
+    check_known(Recipe('r', [Stage('a', 1, 1e-3)]), made)
+
+def test_controls_have_a_style_of_their_own(with_controls):
+    "Both together: partners are drawn of all samples of the batch, controls included"
+    from rcic_fastai.screen.open import open_screen
+    s = open_screen(with_controls)
+    dls = screen_dls(s[s.table.assign(plate_group=pd.array([1, 2]*(len(s)//2) + [1]*(len(s) % 2), 'Int64'))], valid='none', bs=4, batch_by='experiment', augs=None, device='cpu')
+    for n in (2, 4):
+        learn, cb = learner(dls), MixStyle(p=1., by='plate_group', seed=0)
+        quiet(learn, lambda: learn.fit(1, 1e-3, cbs=[cb, ControlBatches(n, seed=0)]))
+        assert np.isfinite(learn.recorder.losses).all() and not cb.hooks

@@ -161,3 +161,70 @@ def test_a_search_is_not_chosen_on_plates_of_known_experiments(here):
     "Wells of the same experiment are in the index: what finds those best is not what finds new experiments best"
     config = load_model(train(here, 'plates_search', '--valid plates --search auto')).config
     assert config['held_plates'] and config['search']['plain']['neck'] == 'no' and 'no experiment was held out to choose by' in config['search']['plain']['notes'][0]
+
+
+# ---- experiments that the table marks as val, and labels that were corrected
+
+@pytest.fixture(scope='module')
+def marked(here):
+    "Four experiments, of which one is marked as val and one is for testing"
+    simulate_screen(here/'four', ['HUVEC-01', 'HUVEC-02', 'HUVEC-03', 'HUVEC-17'], sirnas=8, size=32, controls=2, progress=False)
+    s = open_screen(here/'four')
+    return s[s.table.assign(dataset=s.table.dataset.where(s.table.experiment != 'HUVEC-03', 'val'))]
+
+
+def learned(screen, here, out, recipe='tiny', **kwargs): return workflow.train_screen(screen, here/out, str(here/f'{recipe}.json'), pretrained='no', tta=1, **kwargs)
+
+
+def test_what_is_trained_again_learns_what_the_table_marks_as_val(marked, here, capsys):
+    model = learned(marked, here, 'val_refit', refit=True)
+    assert sorted(model.trained) == ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'] and model.config['validation']['runs'][0]['held_out'] == ['HUVEC-03']
+    assert sorted(learned(marked, here, 'val_fold', folds=3, fold=1).trained + load_model(here/'val_fold').config['held_out']) == ['HUVEC-01', 'HUVEC-02', 'HUVEC-03']
+    write_recipe(here, 'full', [STAGES[0], dict(name='more', epochs=1, lr=1e-3, full_data=True)])
+    assert sorted(learned(marked, here, 'val_full', 'full').trained) == ['HUVEC-01', 'HUVEC-02', 'HUVEC-03']
+    assert 'is marked as val' not in capsys.readouterr().out
+    for out, valid in (('val_none', 'none'), ('val_other', 'HUVEC-02')):
+        model = learned(marked, here, out, valid=valid)
+        assert 'HUVEC-03' not in [*model.trained, *model.config['held_out']] and 'HUVEC-03 is marked as val in the table, so neither learned nor' in capsys.readouterr().out
+
+
+def test_corrected_labels_are_another_training(here, monkeypatch):
+    "Also where they are in a column of their own: two columns of the same labels, in other wells"
+    s = open_screen(here/'s.zarr')
+    first = s.table.assign(compound='c ' + s.table.sirna.astype(str))
+    treated = first.well_type == 'treatment'
+    names = sorted(first.compound[treated].unique())
+    second = first.assign(compound=first.compound.where(~treated, first.compound.map(dict(zip(names, names[1:] + names[:1])))))
+    how = dict(target='compound', valid='HUVEC-02', log='csv')
+    from rcic_fastai.train import recipes
+    was = recipes.EpochLog.after_epoch
+    def dies(self):
+        was(self)
+        if self.epoch: raise Killed
+    monkeypatch.setattr(recipes.EpochLog, 'after_epoch', dies)
+    with pytest.raises(Killed): learned(s[first], here, 'labels', **how)
+    monkeypatch.setattr(recipes.EpochLog, 'after_epoch', was)
+    refused(lambda: learned(s[second], here, 'labels', resume=True, **how), 'was begun with different')
+    learned(s[first], here, 'labels', resume=True, **how)
+    refused(lambda: learned(s[second], here, 'labels', resume=True, **how), 'was begun with different training_rows')
+
+
+def test_a_log_keeps_all_rows_and_no_file_of_others(here, monkeypatch):
+    "Killed after the control wells were learned, and continued; a CSV that is no log stays"
+    from rcic_fastai.train import recipes
+    s, how = open_screen(here/'s.zarr'), dict(valid='HUVEC-02', log='csv', pretrain='controls')
+    whole = learned(s, here, 'log_whole', **how).history.stage.tolist()
+    was, n = recipes.EpochLog.after_epoch, []
+    def dies(self):
+        was(self)
+        n.append(1)
+        if len(n) == 3: raise Killed
+    monkeypatch.setattr(recipes.EpochLog, 'after_epoch', dies)
+    with pytest.raises(Killed): learned(s, here, 'log_cut', **how)
+    monkeypatch.setattr(recipes.EpochLog, 'after_epoch', was)
+    learned(s, here, 'log_cut', resume=True, **how)
+    rows = [len(pd.read_csv(here/f'log_{k}.log.csv')) for k in ('whole', 'cut')]
+    assert rows == [len(whole)]*2
+    (here/'mine.log.csv').write_text('what,when\nscreen,May\n')
+    refused(lambda: learned(s, here, 'mine', **how), 'mine.log.csv would be overwritten and is no log')
+    assert (here/'mine.log.csv').read_text() == 'what,when\nscreen,May\n' and not (here/'mine').exists()

@@ -7,8 +7,8 @@ __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'T
            'ExperimentSplitter', 'labeled_rows', 'label_order', 'label_names', 'labels_of', 'check_labels',
            'check_spelling', 'check_one_label', 'LabelRow', 'MultiLabelBlock', 'control_plates_note', 'check_id_test',
            'ScreenSpec', 'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders',
-           'rarest_label', 'split_images', 'plate_name', 'held_plates', 'split_rows', 'rare_weights', 'screen_dls',
-           'channels_note', 'spec_source', 'spec_dl']
+           'rarest_label', 'split_images', 'plate_name', 'held_plates', 'split_rows', 'all_to_train', 'rare_weights',
+           'screen_dls', 'channels_note', 'spec_source', 'spec_dl']
 
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
 import re, warnings
@@ -560,6 +560,13 @@ def split_rows(
     plates = valid if are_plates else held_plates(rows, target)
     out = _on_plates(rows, plates)
     return rows[~out], rows[out], [(str(e), str(p)) for e, p in plates]
+
+# %% ../../nbs/13_batch.data.ipynb #18132dd1
+def all_to_train(
+    table:pd.DataFrame, # Site table
+)->pd.DataFrame: # The same rows; what was marked as val is for training
+    "Return a site table in which nothing is reserved for validation"
+    return table.assign(dataset=table.dataset.where(table.dataset != 'val', 'train'))
 
 # %% ../../nbs/13_batch.data.ipynb #e78b6abc
 def rare_weights(

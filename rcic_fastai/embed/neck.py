@@ -256,7 +256,7 @@ def try_necks(
         if held is None or last is None: last = EmbeddingIndex(known, index.target, model=index.model)
         for c in candidates:
             neck = neck_from(c)
-            if neck.rerank and len(last) > MUTUAL_ROWS: continue
+            if neck.rerank and len(index) > MUTUAL_ROWS: continue         # for all experiments, or for none
             found.setdefault(str(neck), []).append(label_ranks(NeckIndex(last, neck), new))
     return {k: pd.concat(v, ignore_index=True) for k, v in found.items()}
 

@@ -57,7 +57,7 @@ def _decided(model, protocol, given):
     "Return the choices of a prediction: those that were given, else those of the model's recipe, else the usual ones"
     said, corrects = _recipe_choices(model), given.get('correct') not in (None, '', 'no')
     if protocol != 'transductive' or model.told_index is None or corrects: said.pop('tell', None)
-    if corrects or given.get('same_cell_type') or given.get('vote') or given.get('k') or given.get('search'): said.pop('by', None)
+    if corrects or given.get('same_cell_type') or given.get('vote') or given.get('k') or given.get('search') not in (None, '', 'no'): said.pop('by', None)
     if given.get('vote') or given.get('by') == 'classifier': said.pop('search', None)
     if given.get('search') not in (None, '', 'no'): said.pop('vote', None)
     if protocol == 'inductive': said = {k: v for k, v in said.items() if k not in ('adapt', 'correct')}
@@ -381,11 +381,17 @@ def _check_request(model, protocol, c, given):
     if c['same_cell_type']: check_restriction(model.spec.target, option('same_cell_type', True))
     if c['by'] == 'classifier': _check_classifier(model, c['correct'], c['same_cell_type'], given['vote'], given['k'], c['search'])
 
-def _recorded(model, name, asked, spec, c, given):
+def _chosen_here(model, rows, c, neck):
+    "Return what is to be known of wells by which the search was chosen; empty for others"
+    if c['search'] != 'auto' or neck == 'no' or not model.config.get('search'): return ''
+    same = sorted({*rows.experiment.astype(str)} & {*model.config['held_out']})
+    return f'The search {neck} was chosen by wells of {first_few(same, 3)}, so accuracy there is a little more than on new experiments.' if same else ''
+
+def _recorded(model, name, asked, spec, c, given, chosen=''):
     "Return how a prediction is made, for the file beside it"
     record = dict(model=str(model.folder or model.fingerprint), screen=str(name), **c, adapt_from=given['adapt_from'], wells=given['wells'],
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=[], versions=library_versions())
-    if note := validation_note(model.config): record['validation'] = note
+    if note := ' '.join(filter(None, [validation_note(model.config), chosen])): record['validation'] = note
     if given['cells']: record.update(cells=str(given['cells']), cell_merge=given['cell_merge'], n_cells=len(asked), **{k: given[k] for k in CELL_OPTIONS})
     return record
 
@@ -508,10 +514,10 @@ def plan_prediction(
     everything, asked, left_out = _asked(model, whole, way, given)
     spec = model.spec_for(asked)
     check_protocol_allows(protocol, model.protocols(asked.table, way.adapt), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
-    options = _embed_options(model, spec, c, way, everything, given)
-    notes = left_out.first + _control_notes(way.index, everything.table, way.adapt) + _among_sites(cells, way.index, spec, cell_merge) + way.notes + _size_note(way.index, asked.table, way.correct) + _notes(model, asked, way.adapt, adapt_from) + _control_plates(whole, wells) + left_out.last
+    options, chosen = _embed_options(model, spec, c, way, everything, given), _chosen_here(model, asked.table, c, way.neck)
+    notes = left_out.first + _control_notes(way.index, everything.table, way.adapt) + _among_sites(cells, way.index, spec, cell_merge) + way.notes + [chosen]*bool(chosen) + _size_note(way.index, asked.table, way.correct) + _notes(model, asked, way.adapt, adapt_from) + _control_plates(whole, wells) + left_out.last
     said = dict(correct=way.index.labels.correction.iloc[0] if way.correction else None, search=way.neck, notes=notes + adaptation_notes(spec, asked.table, way.adapt, options.adapt_rows))
-    record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': way.adapt}, given), **said}
+    record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': way.adapt}, given, chosen), **said}
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
     told = _told_index(model, c['by'], way.adapt, way.correct, way.neck) if c['tell'] != 'no' else None
     labels = dict(thresholds=list(model.thresholds), no_label=spec.no_label) if spec.several else {}

@@ -672,7 +672,7 @@ def _check_pictures(max_mb, side, quality):
 @contextmanager
 def _new_folder(out):
     "Make a folder under another name, and give it its name when it is complete; an earlier page is replaced"
-    out = PAGE_FOLDER.check(out)
+    out = PAGE_FOLDER.check(Path(os.path.abspath(out)))       # '.' has a name, too
     part = out.with_name(out.name + '.part')
     PAGE_FOLDER.remove(part)
     try: yield PAGE_FOLDER.make(part)

@@ -115,6 +115,7 @@ class DomainLoss(Callback):
         vocabs = list(self.learn.dls.spec.vocabs)
         if self.by not in vocabs:
             raise ScreenError(f'{self.by} is not a metadata column: choose from {", ".join(vocabs)}.')
+        check_groups(self.learn.dls, self.by, type(self).__name__)
         self.at = 1 + vocabs.index(self.by)
         self._begin()
 
@@ -466,7 +467,7 @@ def _restyle(module, inputs, x, partner, lam):
 # %% ../../nbs/32b_train.domain.ipynb #e4242845
 class MixStyle(Callback):
     "Mix the statistics of early feature maps between experiments (arXiv 2104.02008)"
-    run_valid, order = False, DomainLoss.order
+    run_valid, order = False, DomainLoss.order + .5      # behind `ControlBatches`: its samples have a style, too
     def __init__(self,
         p:float=.5, # Probability that a batch is mixed
         alpha:float=.1, # λ is drawn from Beta(alpha, alpha)
@@ -481,6 +482,9 @@ class MixStyle(Callback):
     def before_fit(self):
         vocabs, blocks = list(self.learn.dls.spec.vocabs), body_blocks(get_model(self.model).body)
         if self.by not in vocabs: raise ScreenError(f'{self.by} is not a metadata column: choose from {", ".join(vocabs)}.')
+        check_groups(self.learn.dls, self.by, 'MixStyle')
+        dl = self.learn.dls.train
+        if getattr(dl, 'group_by', None) == self.by and dl.groups < 2: raise ScreenError(f'MixStyle has nothing to mix in batches of one {self.by}: make them with batch_groups=2, or without batch_by.')
         self.at = 1 + vocabs.index(self.by)
         last = max(round(self.depth*len(blocks)), 1)
         self.places = [blocks[i] for i in sorted({max(last//2, 1) - 1, last - 1})]
@@ -522,6 +526,7 @@ class ControlBatches(Callback):
         if get_model(self.model).metadata is not None and any(isinstance(cb, BatchMix) for cb in self.learn.cbs):
             raise ScreenError('ControlBatches and mixed metadata cannot be had together: leave out the metadata of the model, or what mixes batches.')
         if self.seed is None: self.rng = np.random.default_rng(torch.randint(2**31, ()).item())
+        check_groups(self.dls, 'experiment', 'ControlBatches')
         self.dl, self.at = _control_dl(self.dls, self.n)
 
     def before_batch(self):

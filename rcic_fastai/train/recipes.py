@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALLBACKS', 'RECIPES', 'LOGS', 'Stage', 'Recipe', 'stage_callback', 'part_lrs', 'check_recipe', 'recipe_from_dict',
-           'needs_controls', 'check_batches', 'get_recipe', 'StageHistory', 'epoch_logs', 'EpochLog']
+           'needs_controls', 'check_batches', 'check_known', 'get_recipe', 'StageHistory', 'epoch_logs', 'EpochLog']
 
 # %% ../../nbs/33_train.recipes.ipynb #ed601dd4
 import inspect, json, sys, time
@@ -25,7 +25,7 @@ from .optimizer import *
 from .schedule import *
 from .learner import *
 from .domain import *
-from ..batch.data import screen_dls
+from ..batch.data import all_to_train, screen_dls
 
 # %% ../../nbs/33_train.recipes.ipynb #b6303e93
 @dataclass(frozen=True)
@@ -250,6 +250,14 @@ def _check_views(entry, given):
     if given.get('tta', 1) > most: raise ScreenError(f'The recipe, in its {entry}, has {given["tta"]} views, and {views} ones are {most}: let views be random, or tta be {most}.')
     if given.get('separate') and views != 'random': raise ScreenError(f'The recipe, in its {entry}, keeps random views apart and has none: let views be random.')
 
+def _check_search(recipe):
+    "Raise for a search where nothing is searched, or where rows vote otherwise"
+    said, search = recipe.predict, recipe.predict.get('search') or 'no'
+    if search == 'no': return
+    if recipe.data.get('several'): raise ScreenError(f'The recipe, in its predict, has search={search!r}, and several labels are answered by probability: leave it out.')
+    odd = [k for k, usual in dict(vote='nearest', by='index').items() if said.get(k, usual) != usual]
+    if odd: raise ScreenError(f'The recipe, in its predict, has {odd[0]}={said[odd[0]]!r} and search={search!r}, which both say how wells are named: leave one of them out.')
+
 def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
     if twice := [s.name for i, s in enumerate(recipe.stages) if s.name in [o.name for o in recipe.stages[:i]]]: raise ScreenError(f'The recipe has two stages called {twice[0]!r}: give each a name of its own, by which its epochs are found.')
@@ -259,6 +267,7 @@ def _check_steps(recipe):
     if old: raise ScreenError(f"The recipe has {old[0]} 'none' in its predict: say 'no'.")
     for entry, takes in dict(predict=_PREDICT, index=_INDEX, pseudo=_PSEUDO).items(): _check_entries(entry, getattr(recipe, entry), takes)
     for entry in ('predict', 'index'): _check_views(entry, getattr(recipe, entry))
+    _check_search(recipe)
     first, last = recipe.pseudo.get('first', .41), recipe.pseudo.get('last', .98)
     if not 0 < first <= last: raise ScreenError(f'The recipe, in its pseudo, grows from the share {first} to {last}: choose two above 0, the smaller first.')
     cells = recipe.cell_types
@@ -337,6 +346,16 @@ def check_batches(
             raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of pairs: let batch_by be pairs in its data.")
         if name == 'control_batches' and (by != 'experiment' or groups != 1):
             raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of one experiment: let batch_by be experiment in its data.")
+        if name == 'mixstyle' and by == said.get('by', 'experiment') and groups == 1:
+            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which has nothing to mix in batches of one {by}: let batch_groups be 2 in its data, or leave batch_by out.")
+
+def check_known(
+    recipe:Recipe, # Any recipe
+    dls, # The batches that it will be trained with
+):
+    "Raise for callbacks that compare experiments where a model that is continued does not know those of the training"
+    for _, name, said in _asked(recipe):
+        if name in ('lisa', 'control_batches', *DOMAIN_METHODS): check_groups(dls, said.get('by', 'experiment'), name)
 
 # %% ../../nbs/33_train.recipes.ipynb #4e826c19
 def get_recipe(
@@ -426,7 +445,7 @@ def _stage_data(learn, stage):
     changes = {k:v for k,v in dict(size=stage.size, bs=stage.bs).items() if v is not None}
     may_choose = isinstance(getattr(learn.dls, 'augs', 'default'), (str, dict))
     if stage.augs is not None and may_choose: changes['augs'] = PUBLISHED_AUGS[stage.augs] if isinstance(stage.augs, str) else stage.augs
-    if stage.full_data: changes['valid'] = 'none'
+    if stage.full_data: changes.update(valid='none', screen=learn.dls.screen[all_to_train(learn.dls.screen.table)])
     if changes: learn.dls = learn.dls.rebuild(**changes)
 
 # %% ../../nbs/33_train.recipes.ipynb #da07435c
@@ -481,7 +500,9 @@ class StageHistory(Callback):
 # %% ../../nbs/33_train.recipes.ipynb #3fe7404c
 def _to_csv(path):
     "Return what writes the rows to PATH.log.csv"
-    def write(rows): write_csv(pd.DataFrame(rows), f'{path}.log.csv')
+    f = Path(f'{path}.log.csv')
+    if f.is_file() and not read_plain(f, 2**26).startswith(b'stage,epoch,'): raise ScreenError(f'{f} would be overwritten and is no log of a training: move it elsewhere, or leave {option("log", "csv")} out.')
+    def write(rows): write_csv(pd.DataFrame(rows), f)
     return write
 
 def _to_tensorboard(path):
@@ -522,9 +543,11 @@ class EpochLog(Callback):
     "Give the rows of `StageHistory` to functions after each epoch"
     order, _is_kept = StageHistory.order + 1, False
     def __init__(self, writers): self.writers, self.before, self.log = writers, [], None
+    def before_fit(self):
+        "Note whose rows follow, also where a resumed stage has none left"
+        if self.log is not self.learn.stage_history: self.before, self.log = [*self.before, *(self.log.rows if self.log else [])], self.learn.stage_history
     def after_epoch(self):
         if rank_distrib(): return
-        if self.log is not self.learn.stage_history: self.before, self.log = [*self.before, *(self.log.rows if self.log else [])], self.learn.stage_history
         for write in self.writers: write([*self.before, *self.log.rows])
 
 # %% ../../nbs/33_train.recipes.ipynb #356ec4e2
@@ -535,7 +558,7 @@ def _learner_facts(learn):
     some = rows.site_id.iloc[np.unique(np.linspace(0, len(rows) - 1, 3).astype(int))]
     try: model = model.config
     except ScreenError: model = {k: list(v.shape) for k, v in model.state_dict().items() if k != EXTRA}
-    table = rows[[*SITE_COLUMNS]].to_csv(index=False, lineterminator='\n').encode()
+    table = rows[list(dict.fromkeys([*SITE_COLUMNS, dls.spec.target]))].to_csv(index=False, lineterminator='\n').encode()
     pixels = b''.join(np.ascontiguousarray(dls.screen.source[i]).tobytes() for i in some)
     return dict(model=model, spec=asdict(dls.spec), held_out=dls.held_out, bs=dls.train.bs,
                 samples=[dls.train.n, dls.valid.n], table=sha256(table), pixels=sha256(pixels))
