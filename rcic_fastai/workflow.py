@@ -347,7 +347,7 @@ def _screen_to_learn(screen, recipe, given, data):
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
 # %% ../nbs/71_workflow.ipynb #8191c58d
-_SHARED_BATCH = 'the model knows the experiments of those plates, so accuracy there is more than on new experiments, and of no protocol'
+_SHARED_BATCH = 'the model knows the experiments of those plates, so accuracy there is more than on new experiments, and no result of a protocol'
 
 def _held_note(n, held, plates, nothing):
     "Return what is held out of `n` training experiments and what that costs; empty where nothing needs to be said"

@@ -144,7 +144,7 @@ def test_plates_are_the_same_anywhere(far):
         assert not len(there.missing()) and 'absent' not in map(there.stamp, there.site_ids)
     assert screen_kind('s3://bucket/exp/P1.zarr') == 'plates' and len(open_screen('s3://bucket/exp/P1.zarr', progress=False)) == 2
     refused(lambda: open_screen(f'{far.url}/bucket/exp'), 'does not list')
-    refused(lambda: open_screen('s3://bucket/nothing'), 'is no OME-Zarr plate')
+    refused(lambda: open_screen('s3://bucket/nothing'), 'Nothing that can be read is at', 'no packed screen', 'correct the address')
     refused(lambda: read_plates(['s3://bucket/exp', far.folder/'bucket/exp/P1.zarr'], progress=False), 'on the disk and others elsewhere')
 
 @needs_obstore

@@ -152,6 +152,7 @@ def test_a_model_of_fewer_channels_reads_a_screen_of_all(here, tmp_path):
     assert alone.sirna.tolist() == got.sirna.tolist() and np.allclose(alone.score, model.predict(here/'s.zarr', tta=1, progress=False).score, atol=1e-6)
 
 
+@pytest.mark.filterwarnings('error::RuntimeWarning')
 def test_a_screen_without_a_channel_of_the_model_is_refused(here, tmp_path, capsys):
     train(here, 'golgi', '--channels golgi --valid none')
     pack_screen(open_screen(here/'s.zarr').pick('ER,actin'), tmp_path/'er.zarr', progress=False)

@@ -237,7 +237,7 @@ def _reached_on(m):
     where = m.get('held_plates') or m.get('held_out') or ['held-out images']
     return f'{what} of {value:.3f} on {first_few(where, 4)}'
 
-_SHARED = 'the model knows the experiments of those plates, so this is more than it reaches on new experiments, and of no protocol'
+_SHARED = 'the model knows the experiments of those plates, so this is more than it reaches on new experiments, and no result of a protocol'
 
 def validation_note(
     config:dict, # `TrainedModel.config`
@@ -428,8 +428,9 @@ def _size_notes(data, spec, source):
 def _brightness_notes(data, rows, source, much=8):
     "Report images on another scale: 12 bits in 16, stretched, inverted or normalized before"
     then, now = data.get('channels'), data_fingerprint(rows, source)['channels']
-    if not then: return []
-    ratio = np.median([(now[c]['std'] + 1e-6)/(then[c]['std'] + 1e-6) for c in now if c in then])
+    both = [c for c in now if c in (then or {})]
+    if not both: return []
+    ratio = np.median([(now[c]['std'] + 1e-6)/(then[c]['std'] + 1e-6) for c in both])
     if 1/much < ratio < much: return []
     more = f'{ratio:.0f} times' if ratio > 1 else f'1/{1/ratio:.0f} of'
     return [f'The pictures have {more} the contrast of those that the model was trained on: check that they are on the '

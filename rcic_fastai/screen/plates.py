@@ -680,7 +680,7 @@ def _far_plates(address):
     inside = [address/f for f in listed[1] if f.endswith('.zarr')] if listed else []
     if inside: return inside
     more = '' if listed else '; a server of this kind does not list what it has'
-    raise ScreenError(f'{address} is no OME-Zarr plate (it has neither zarr.json nor .zgroup) and holds none (*.zarr{more}): give the address of a plate.')
+    raise ScreenError(f'Nothing that can be read is at {address}: no packed screen, no .csv and no OME-Zarr plate (it has neither zarr.json nor .zgroup), and no plates in it (*.zarr{more}): correct the address.')
 
 def _find_plates(paths):
     "Return the folders of plates: those given, and the `*.zarr` in those given"
