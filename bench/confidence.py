@@ -53,7 +53,7 @@ def table_of(results):
     rows = []
     for p in PROTOCOLS:
         each = pd.DataFrame([r[p] for r in results])
-        rows.append(dict(protocol=p, **{c: dict(mean=round(each[c].mean(), 4), low=round(each[c].min(), 4), high=round(each[c].max(), 4)) for c in each}))
+        rows.append(dict(protocol=p, **{c: dict(mean=round(float(each[c].mean()), 4), low=round(float(each[c].min()), 4), high=round(float(each[c].max()), 4)) for c in each}))
     return rows
 
 
