@@ -247,6 +247,7 @@ def answers(self:Confidence,
     t = _treated(scores)
     if not len(t): raise ScreenError('There is no treatment well among the new answers: predict some.')
     pred, classes, target = name_wells(t), np.array(score_classes(t), object), self.facts['target']
+    if barred := [c for c in classes if LABEL_SEPARATOR in c]: raise ScreenError(f'The name {barred[0]} has a {LABEL_SEPARATOR}, which separates the names of a set: give it another name in the table.')
     p = name_probabilities(t, pred, self.temperature)
     at = pd.Index(classes).get_indexer(pred[target].astype(str))
     chance = chance_of(p[np.arange(len(at)), at], self.slope, self.intercept)
@@ -296,7 +297,7 @@ def plot_chances(
         n, share = len(at), right[at].mean()
         if n: ax.errorbar(answers['chance'].to_numpy()[at].mean(), share, yerr=(share*(1 - share)/n)**.5, fmt='o', color='#0072b2', ms=4)
     ax.plot([0, 1], [0, 1], color='.6', lw=1, zorder=0)
-    ax.set(xlabel='stated chance', ylabel='share right', xlim=(0, 1), ylim=(0, 1), title=answers['protocol'].iloc[0])
+    ax.set(xlabel='stated chance', ylabel='share right', xlim=(0, 1.02), ylim=(0, 1.02), title=answers['protocol'].iloc[0])
     return ax
 
 # %% ../../nbs/60c_results.confidence.ipynb #5339dc88
