@@ -7,6 +7,7 @@ from helpers import learner, refused
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.results.evaluate import confused_pairs, evaluate, right_wrong
 from rcic_fastai.results.explore import *
+from rcic_fastai.results.explore import _seen_wells
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.screen import Screen
@@ -135,8 +136,11 @@ def test_the_page_says_what_the_model_learned(made):
     screen, model, page, _ = made
     seen = next(c for c in page.data['wells']['columns'] if c['name'] == 'in training')
     wells = screen.wells
-    want = wells.experiment.map({'HUVEC-03': 'held out'}).fillna('not used').where(~wells.well_id.isin(model.index.labels.well_id), 'learned')
-    assert [seen['names'][i] for i in seen['codes']] == want.tolist() and set(want) == {'learned', 'held out', 'not used'}
+    want = wells.experiment.map({'HUVEC-03': 'held out'}).fillna('not used').where(~wells.well_id.isin(model.index.labels.well_id), 'in the index')     # its weights have learned nothing
+    assert [seen['names'][i] for i in seen['codes']] == want.tolist() and set(want) == {'in the index', 'held out', 'not used'}
+    model.model.trained_experiments = tuple(model.trained)
+    try: assert _seen_wells(model, screen)['in training'].tolist() == want.replace('in the index', 'learned').tolist()
+    finally: model.model.trained_experiments = ()
 
 
 def test_a_target_under_another_name(made, preds):

@@ -686,7 +686,8 @@ def _seen_wells(model, screen):
     "Return what the model has seen of each well"
     wells = screen.table.drop_duplicates('well_id')
     held = wells.experiment.astype(str).isin([*map(str, model.config['held_out'])])
-    seen = np.select([trained_wells(model, wells), held], ['learned', 'held out'], 'not used')
+    known = wells.well_id.astype(str).isin({*model.index.labels.well_id.astype(str)})       # of features that learned no label, too
+    seen = np.select([trained_wells(model, wells), known, held], ['learned', 'in the index', 'held out'], 'not used')
     return pd.DataFrame({'in training': seen}, index=wells.well_id.astype(str))
 
 # %% ../../nbs/64_results.explore.ipynb #46e76f63

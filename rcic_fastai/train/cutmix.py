@@ -201,8 +201,8 @@ def check_groups(
     what:str, # What compares its groups
 ):
     "Raise a `ScreenError` where a model that is continued does not know the groups of the training, so that all would look like one"
-    rows, vocab = dls.train.items, getattr(getattr(dls, 'spec', None), 'vocabs', {}).get(by)
-    if vocab is None or by not in rows: return
+    rows, vocab = getattr(getattr(dls, 'train', None), 'items', None), getattr(getattr(dls, 'spec', None), 'vocabs', {}).get(by)
+    if vocab is None or rows is None or by not in rows: return
     lacks = sorted({*rows[by].dropna().astype(str)} - {*map(str, vocab)})
     if lacks: raise ScreenError(f'{what} needs to know the {by} of each sample, and the model that is continued never learned of {first_few(lacks, 3)}: leave it out, or begin with the backbone only.')
 
