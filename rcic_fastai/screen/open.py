@@ -215,6 +215,7 @@ def dose_columns(
     "Return the further columns that hold doses, by their names"
     return [c for c in table if c not in SITE_COLUMNS and _DOSE.search(c)]
 
+# %% ../../nbs/08_screen.open.ipynb #de8eeb29
 def _names(wells):
     "Return 'DMSO in 4 wells, x in 2 wells' for the perturbations of some wells"
     counts = wells.sirna.fillna('(no name)').value_counts(sort=False)

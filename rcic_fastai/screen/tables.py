@@ -465,6 +465,7 @@ def _check_named(mine, kind, sirna, where):
         has = f'did you mean {first_few(near)}?' if near else f'it has {first_few(dict.fromkeys(known), 20)}.'
         raise ScreenError(f'{option("controls")} names {first_few(unused)}, which is no perturbation or well type in {where}: {has}')
 
+# %% ../../nbs/01_screen.tables.ipynb #2fabe931
 def _check_spelling(mine, types, sirna, where):
     "Raise a `ScreenError` when wells of a control in another spelling would be something else"
     loose = {_loose(name): name for name in mine}

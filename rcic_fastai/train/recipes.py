@@ -254,9 +254,9 @@ def _check_search(recipe):
     "Raise for a search where nothing is searched, or where rows vote otherwise"
     said, search = recipe.predict, recipe.predict.get('search') or 'no'
     if search == 'no': return
-    if recipe.data.get('several'): raise ScreenError(f'The recipe, in its predict, has search={search!r}, and several labels are answered by probability: leave it out.')
+    if recipe.data.get('several'): raise ScreenError(f'The recipe, in its predict, has the search {search!r}, and several labels are answered by probability: leave it out.')
     odd = [k for k, usual in dict(vote='nearest', by='index').items() if said.get(k, usual) != usual]
-    if odd: raise ScreenError(f'The recipe, in its predict, has {odd[0]}={said[odd[0]]!r} and search={search!r}, which both say how wells are named: leave one of them out.')
+    if odd: raise ScreenError(f'The recipe, in its predict, has the {odd[0]} {said[odd[0]]!r} and the search {search!r}, which both say how wells are named: leave one of them out.')
 
 def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
