@@ -549,8 +549,9 @@ def confidence(
         from rcic_fastai.results.confidence import confidence_files, forecast_accuracy
     answers, conf = confidence_files(out, new, screen, *held, coverage=coverage, guarantee=guarantee)
     for n in conf.notes: print(f'note: {n}', file=sys.stderr)
-    off = f' ± {conf.error:.3f}' if conf.error == conf.error else ''
-    for r in forecast_accuracy(answers).itertuples(): print(f'{r.experiment}: about {r.forecast:.3f}{off} of {plural(r.wells, "well")} right, {r.n_names:.1f} names a set')
+    for r in forecast_accuracy(answers, conf.error).itertuples():
+        off = f' (such forecasts were off by {r.error:.3f} in the mean)' if r.error == r.error else ''
+        print(f'{r.experiment}: about {r.forecast:.3f} of {plural(r.wells, "well")} right{off}, {r.n_names:.1f} names a set')
     print(f'{out}: {plural(len(answers), "well")}, sets of {100*coverage:g} %, protocol {conf.facts["protocol"]}')
 
 def rcic_confidence(argv=None):

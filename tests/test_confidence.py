@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from helpers import refused
 from rcic_fastai import cli
-from rcic_fastai.core import read_json
+from rcic_fastai.core import ScreenError, read_json
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.table import emb_metadata, toy_profiles
 from rcic_fastai.predict.ensemble import average_scores, ensemble_files, name_wells
 from rcic_fastai.predict.predict import write_predictions
 from rcic_fastai.predict.scores import SCORE, score_classes, score_matrix, score_wells, scores_path, write_scores
-from rcic_fastai.results.confidence import confidence_files, covering_level, fit_confidence, judge_confidence, name_probabilities
+from rcic_fastai.results.confidence import confidence_files, covering_level, fit_confidence, forecast_accuracy, judge_confidence, name_probabilities
 from rcic_fastai.screen.screen import Screen
 
 TRAIN, NEW = [f'HUVEC-{i:02d}' for i in range(1, 11)], ['HUVEC-11', 'HUVEC-12', 'RPE-01']
@@ -94,14 +94,64 @@ def test_labels_that_were_never_learned_are_counted_and_not_learned_from():
     n = int((TREATED & (odd.sirna == 'something else')).groupby(odd.well_id).any().sum())
     assert conf.held.wells.sum() == sum(map(len, HELD)) - n and f'{n} held-out wells have labels that their model never learned' in conf.notes[0]
 
-def test_wells_that_outnumber_the_names_of_a_plate_are_judged_alone():
+def test_plates_that_do_not_settle_are_judged_well_by_well(monkeypatch):
+    import rcic_fastai.results.confidence as module
+    def fails(*args): raise ScreenError('not balanced')
+    monkeypatch.setattr(module, 'balance_plate', fails)
     t = new('transductive')
-    double = with_attrs(pd.concat([t, t.assign(id_code=t.id_code + 'x')], ignore_index=True), t)
-    p = name_probabilities(double, pd.concat([name_wells(t)]*2, ignore_index=True), .05)
-    assert np.allclose(p.sum(1), 1)
+    p, s = name_probabilities(t, name_wells(t), .05), module.possible_scores(t, name_wells(t).plate_group)
+    assert np.array_equal(p, module.softmax_at(s, .05))
+
+def test_wells_without_a_known_label_still_fill_their_plate():
+    "A plate is balanced whole, whatever is known of its wells"
+    t = held('transductive')
+    odd = TABLE.assign(sirna=TABLE.sirna.mask((TABLE.experiment == TRAIN[0]) & (TABLE.well_id.isin(t[0].id_code[::3])), 'something else'))
+    import rcic_fastai.results.confidence as module
+    whole, part = (module._of_experiments(t[:1], x)[0][TRAIN[0]][0] for x in (TABLE, odd))
+    assert np.allclose(module._stated(part, .05)[0], module._stated(whole, .05)[0][part.keep]) and 0 < part.keep.mean() < 1
+
+def test_other_names_are_refused():
+    few = [with_attrs(t[[c for c in t if not c.startswith(SCORE)] + [c for c in t if c.startswith(SCORE)][:6]], t) for t in (ASKED, HELD[0])]
+    refused(lambda: fit_confidence(HELD, TABLE).answers(few[0]), 'The new answers choose among 6 names and the held-out ones among 24')
+    refused(lambda: fit_confidence([few[1], *HELD[1:]], TABLE), 'Some held-out answers choose among')
+
+def test_a_cell_type_that_was_never_held_out_is_said():
+    ans = fit_confidence(HELD, TABLE).answers(ASKED)
+    assert ans.attrs['unknown'] == ['RPE-01'] and 'No experiment of RPE was held out' in ans.attrs['notes'][0]
+    assert forecast_accuracy(ans, .05).set_index('experiment').error.isna().to_dict() == {'HUVEC-11': False, 'HUVEC-12': False, 'RPE-01': True}
+
+def test_groups_that_were_given_say_nothing_of_those_that_are_inferred():
+    is_train = META.dataset == 'train'
+    given = [score_wells(EMB[TREATED & (META.experiment == e)], EmbeddingIndex(EMB[is_train & TREATED & (META.experiment != e)]), 'transductive') for e in TRAIN]
+    refused(lambda: fit_confidence(given, TABLE).answers(new('transductive')), 'plate groups of the new wells were inferred and those of the held-out ones given')
+
+def test_names_that_are_not_possible_are_in_no_set():
+    "One held-out experiment whose groups were inferred wrongly makes the sets whole plates, and that is said"
+    t = held('transductive')
+    wrong = t[0].assign(**{c: t[0][c].to_numpy()[np.random.default_rng(0).permutation(len(t[0]))] for c in t[0] if c.startswith(SCORE)})
+    conf = fit_confidence([with_attrs(wrong, t[0]), *t[1:]], TABLE, .95)
+    ans = conf.answers(new('transductive'))
+    assert conf.level == 1 and any('all names of a plate' in n for n in conf.notes) and ans.n_names.max() <= 6
+
+def test_labels_for_testing_are_not_read():
+    refused(lambda: fit_confidence(HELD, TABLE.assign(dataset=TABLE.dataset.mask(TABLE.experiment == TRAIN[0], 'id_test'))), f'{TRAIN[0]} is there for testing')
+    second = TABLE.assign(dataset=TABLE.dataset.mask((TABLE.dataset == 'train') & (TABLE.site == 2), 'id_test'))       # as WILDS divides a well
+    assert fit_confidence(HELD, second).held.wells.sum() == sum(map(len, HELD))
+
+def test_an_experiment_in_two_files_counts_once():
+    halves = [with_attrs(HELD[0].iloc[k::2].reset_index(drop=True), HELD[0]) for k in (0, 1)]
+    a, b = fit_confidence(HELD, TABLE), fit_confidence([*halves, *HELD[1:]], TABLE)
+    assert np.isclose(a.temperature, b.temperature, rtol=1e-4) and np.isclose(a.slope, b.slope, rtol=1e-3)
+
+def test_a_file_of_controls_only_is_passed_over():
+    everything = META.well_type.notna()
+    controls = held(wells=everything)[0]
+    controls = with_attrs(controls[controls.well_type != 'treatment'].reset_index(drop=True), controls)
+    assert len(fit_confidence([controls, *HELD[1:]], TABLE).held) == len(HELD) - 1
+    refused(lambda: fit_confidence([controls], TABLE), 'No held-out well has a label')
 
 @pytest.mark.parametrize('change, words', [
-    (dict(coverage=1.), ['coverage=1.0 is no share of wells']), (dict(coverage=0), ['coverage=0 is no share']),
+    (dict(coverage='.9'), ['is no share of wells']), (dict(coverage=1.), ['coverage=1.0 is no share of wells']), (dict(coverage=0), ['coverage=0 is no share']),
     (dict(coverage=.95, guarantee=True), ['needs 19 held-out experiments or more and there are 10', 'leave guarantee=True out'])])
 def test_shares_that_cannot_be_kept(change, words): refused(lambda: fit_confidence(HELD, TABLE, **change), *words)
 
@@ -151,7 +201,7 @@ def test_the_command_writes_what_the_function_returns(tmp_path, files, screen, c
     ('{d}/new.csv {d}/new.csv {s} {d}/HUVEC-01.csv', 'over what it is made from'),
     ('{d}/HUVEC-02.csv {d}/new.csv {s} {d}/HUVEC-01.csv', 'HUVEC-02.csv would be overwritten and is something else'),
     ('{d}/sure.csv {d}/HUVEC-01.csv {s} {d}/HUVEC-01.csv', 'would be memory'),
-    ('{d}/sure.csv {d}/HUVEC-01.csv {s} {d}/new.csv', 'are test experiments, whose labels only judge'),
+    ('{d}/sure.csv {d}/HUVEC-01.csv {s} {d}/new.csv', 'are there for testing, so labels of them only judge'),
     ('{d}/sure.csv {d}/new.csv {s} {d}/HUVEC-01.csv {d}/HUVEC-01.csv', 'was held out twice'),
     ('{d}/sure.csv {d}/new.csv {s} {d}/HUVEC-01.csv --coverage 2', '--coverage 2.0 is no share of wells'),
     ('{d}/sure.csv {d}/new.csv {s} {d}/HUVEC-01.csv --guarantee', 'hold out more with --folds (rcic_train), ask for a lower --coverage, or leave --guarantee out')])
@@ -162,7 +212,7 @@ def test_wrong_input_is_one_line_and_writes_nothing(tmp_path, files, screen, arg
     assert words in err and err.count('\n') == 1, err
     assert {f: f.read_bytes() for f in tmp_path.iterdir()} == before
 
-@pytest.mark.parametrize('key, a, b', [('by', 'index', 'classifier'), ('tta', 8, 4), ('adapt', 'experiment', None), ('correct', None, 'standardize per experiment'), ('search', 'no', 'shrink=1')])
+@pytest.mark.parametrize('key, a, b', [('by', 'index', 'classifier'), ('tta', 8, 4), ('adapt', 'experiment', None), ('correct', None, 'standardize per experiment'), ('search', 'no', 'shrink=1'), ('cell_side', 64, 256)])
 def test_predictions_that_were_made_in_different_ways_are_not_compared(tmp_path, key, a, b):
     x, y = write(tmp_path, 'x', ASKED, **{key: a}), write(tmp_path, 'y', HELD[0], **{key: b})
     refused(lambda: confidence_files(tmp_path/'o.csv', x, Screen(TABLE, None), y), f'with {key} {a}', f'with {b}: predict both in one way')
@@ -171,6 +221,24 @@ def test_without_scores_it_says_so(tmp_path, files):
     scores_path(files[0]).unlink()
     refused(lambda: confidence_files(tmp_path/'o.csv', files[0], Screen(TABLE, None), *files[1:]), 'new.scores.parquet: predict again and keep the scores')
 
+@pytest.mark.parametrize('name, text', [('mine.csv', 'well,chance,comment\n1,2,3\n'), ('mine.json', '{"temperature": 37, "notes": "of the incubator"}')])
+def test_files_of_others_stay(tmp_path, files, name, text):
+    (tmp_path/name).write_text(text)
+    refused(lambda: confidence_files(tmp_path/'mine.csv', files[0], Screen(TABLE, None), *files[1:]), f'{name} would be overwritten and is something else')
+    assert (tmp_path/name).read_text() == text
+
+def test_what_is_known_of_the_held_out_answers_is_passed_on(tmp_path, files):
+    write(tmp_path, TRAIN[0], HELD[0], validation='The search was chosen by these wells.')
+    _, conf = confidence_files(tmp_path/'o.csv', files[0], Screen(TABLE, None), *files[1:])
+    assert 'The search was chosen by these wells.' in conf.notes and any('No experiment of RPE' in n for n in read_json(tmp_path/'o.json', 2**20)['notes'])
+
+def test_models_of_cell_types_are_compared_by_cell_type(tmp_path):
+    ways = dict(HUVEC=dict(search='no'), RPE=dict(search='shrink=1'))
+    x, y = write(tmp_path, 'x', ASKED, cell_types=ways), write(tmp_path, 'y', HELD[0], cell_types=dict(HUVEC=dict(search='no')))
+    confidence_files(tmp_path/'o.csv', x, Screen(TABLE, None), y)
+    z = write(tmp_path, 'z', HELD[0], cell_types=dict(HUVEC=dict(search='expand=3')))
+    refused(lambda: confidence_files(tmp_path/'p.csv', x, Screen(TABLE, None), z), 'with search no', 'with expand=3')
+
 def test_averages_are_judged_as_averages(tmp_path, files):
     mean = tmp_path/'mean.csv'
     ensemble_files(mean, files[0], files[0])
@@ -178,3 +246,8 @@ def test_averages_are_judged_as_averages(tmp_path, files):
     ensemble_files(tmp_path/'h.csv', files[1], files[1])
     ans, _ = confidence_files(tmp_path/'o.csv', mean, Screen(TABLE, None), tmp_path/'h.csv')
     assert len(ans) == len(ASKED) and read_json(tmp_path/'o.json', 2**20)['held'][0]['experiment'] == TRAIN[0]
+    ensemble_files(tmp_path/'w.csv', files[1], files[1], weights=[1, 2])
+    refused(lambda: confidence_files(tmp_path/'p.csv', mean, Screen(TABLE, None), tmp_path/'w.csv'), 'are averages with other weights')
+    other = write(tmp_path, 'other', HELD[0], tta=2)
+    ensemble_files(tmp_path/'v.csv', other, other)
+    refused(lambda: confidence_files(tmp_path/'p.csv', mean, Screen(TABLE, None), tmp_path/'v.csv'), 'with tta None', 'with 2: predict both in one way')

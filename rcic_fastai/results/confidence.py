@@ -7,7 +7,8 @@ __all__ = ['possible_scores', 'softmax_at', 'name_probabilities', 'fit_temperatu
            'Confidence', 'fit_confidence', 'forecast_accuracy', 'judge_confidence', 'plot_chances', 'confidence_files']
 
 # %% ../../nbs/60c_results.confidence.ipynb #ac5ac223
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.all import patch
@@ -66,11 +67,13 @@ def fit_temperature(
 )->float: # In units of the scores
     "Return the temperature with the lowest mean negative log-probability of the right names"
     from scipy.optimize import minimize_scalar
-    spread = np.mean([np.nanstd(np.where(np.isfinite(s), s, np.nan)) for s, _ in parts])
+    from scipy.special import logsumexp
+    said = [(s[ok], at[ok]) for s, at in parts if (ok := np.isfinite(s[np.arange(len(at)), at])).any()]      # a right name that is not possible says nothing
+    spread = np.mean([np.nanstd(np.where(np.isfinite(s), s, np.nan)) for s, _ in said]) if said else 0.
     if not spread > 0: return 1.
     def loss(log_t):
-        each = [softmax_at(s, np.exp(log_t))[np.arange(len(at)), at] for s, at in parts]
-        return np.mean([-np.log(np.maximum(p, 1e-12)).mean() for p in each])
+        t = np.exp(log_t)
+        return np.mean([(logsumexp(s/t, axis=1) - s[np.arange(len(at)), at]/t).mean() for s, at in said])
     return float(np.exp(minimize_scalar(loss, bounds=np.log([.01*spread, 10*spread]), method='bounded').x))
 
 # %% ../../nbs/60c_results.confidence.ipynb #578a97e5
@@ -131,20 +134,30 @@ def _check_held(tables, table):
     "Raise for held-out answers that nothing can be learned from, or must not be"
     if not tables: raise ScreenError('There are no answers for held-out experiments: give one score table or more.')
     for t in tables:
+        if not isinstance(t, pd.DataFrame): raise ScreenError(f'{t!r} is no score table: give those of class_scores or read_scores, or call confidence_files.')
+        if 'experiment' not in t or (t['experiment'].astype(object).map(str, na_action='ignore').fillna('') == '').any(): raise ScreenError('Some held-out wells are of no experiment, and what is learned here is how experiments differ: give wells of plates.')
         if 'thresholds' in t.attrs: raise ScreenError('These are answers of several labels for each image, whose probabilities and thresholds are in their scores already: give answers of one name.')
         for k in _ALIKE:
             if t.attrs.get(k) != tables[0].attrs.get(k):
                 raise ScreenError(f'Held-out answers have the {k} {tables[0].attrs.get(k)} and {t.attrs.get(k)}: give those of one {k}.')
     ids = pd.concat([t['id_code'] for t in tables])
     if ids.duplicated().any(): raise ScreenError(f'Well {ids[ids.duplicated()].iloc[0]} was held out twice: give the answers of each fold once, all of one seed.')
-    judged = table.well_id.isin(set(ids)) & (table.dataset == 'test')
-    if judged.any(): raise ScreenError(f'{first_few(table.experiment[judged].unique(), 4)} {"is a test experiment" if table.experiment[judged].nunique() == 1 else "are test experiments"}, whose labels only judge: give answers for training experiments that were held out.')
+    mine = table[table.well_id.isin(set(ids))]
+    judged = mine.experiment[~mine.dataset.isin(('train', 'val')).groupby(mine.well_id).transform('any')].unique()
+    if len(judged): raise ScreenError(f'{first_few(judged, 4)} {"is" if len(judged) == 1 else "are"} there for testing, so labels of {"it" if len(judged) == 1 else "them"} only judge: give answers for training experiments that were held out.')
+
+# %% ../../nbs/60c_results.confidence.ipynb #8a0593e8
+def _check_names(mine, theirs, what):
+    "Raise where answers choose among quite other names, so that a chance among the one says nothing of the other"
+    mine, theirs = {*map(str, mine)}, {*map(str, theirs)}
+    if len(mine & theirs) >= .9*len(mine | theirs): return
+    raise ScreenError(f'{what} choose among {plural(len(mine), "name")} and the held-out ones among {len(theirs)}, of which {len(mine & theirs)} are the same: predict both with models of the same names.')
 
 # %% ../../nbs/60c_results.confidence.ipynb #fd65dae8
 @dataclass(frozen=True)
 class Confidence:
     "What held-out experiments say about answers: from `fit_confidence`"
-    facts:dict # Of the answers: target, protocol, kind of scores, assign
+    facts:dict # Of the answers: target, protocol, kind of scores, assign, names, cell_types, groups (given or inferred)
     temperature:float # Of the softmax
     slope:float # Of the chance, see `fit_chance`
     intercept:float # Of the chance
@@ -170,47 +183,42 @@ class Confidence:
 # %% ../../nbs/60c_results.confidence.ipynb #d00f6b78
 @dataclass(frozen=True)
 class _Held:
-    "Held-out wells of one experiment: what they were scored, and what is right"
-    scores:pd.DataFrame; pred:pd.DataFrame; s:np.ndarray; at:np.ndarray; right:np.ndarray
+    "Held-out wells of one experiment in one file: what they were scored; of those whose label can be named (`keep`), the column of it and whether the answer was right"
+    scores:pd.DataFrame; pred:pd.DataFrame; s:np.ndarray; keep:np.ndarray; at:np.ndarray; right:np.ndarray
 
 def _of_experiments(tables, table):
     "Return the held-out wells by experiment, and how many have a label that their model cannot name"
     found, unknown = {}, 0
     for t in map(_treated, tables):
+        if not len(t): continue
         pred = name_wells(t)
         truth = right_wrong(pred, table).truth.to_numpy(str)
-        at = pd.Index(score_classes(t)).get_indexer(truth)
+        at, answer = pd.Index(score_classes(t)).get_indexer(truth), pred[t.attrs['target']].astype(str).to_numpy()
         s = possible_scores(t, pred['plate_group'] if t.attrs['protocol'] == 'transductive' else None)
         unknown += int((at < 0).sum())
         for e, rows in t.groupby(t['experiment'].astype(str)).indices.items():
-            rows = rows[at[rows] >= 0]
-            mine, answers = t.iloc[rows].reset_index(drop=True), pred.iloc[rows].reset_index(drop=True)
+            keep, mine = at[rows] >= 0, t.iloc[rows].reset_index(drop=True)
             mine.attrs.update(t.attrs)
-            if len(rows): found.setdefault(e, []).append(_Held(mine, answers, s[rows], at[rows], answers[t.attrs['target']].astype(str).to_numpy() == truth[rows]))
+            if keep.any(): found.setdefault(e, []).append(_Held(mine, pred.iloc[rows].reset_index(drop=True), s[rows], keep, at[rows][keep], (answer == truth)[rows][keep]))
     return found, unknown
 
 # %% ../../nbs/60c_results.confidence.ipynb #a8a0ea69
 def _stated(h, temperature):
     "Return the probability of each answer, and that of the right name"
-    p, rows = name_probabilities(h.scores, h.pred, temperature), np.arange(len(h.at))
-    answer = pd.Index(score_classes(h.scores)).get_indexer(h.pred[h.scores.attrs['target']].astype(str))
+    p = name_probabilities(h.scores, h.pred, temperature)[h.keep]
+    answer = pd.Index(score_classes(h.scores)).get_indexer(h.pred[h.scores.attrs['target']].astype(str))[h.keep]
+    rows = np.arange(len(p))
     return p[rows, answer], p[rows, h.at]
 
-def _fitted(parts):
-    "Return temperature, slope, intercept, and of each well: what was missed, its experiment, and the probability of its answer"
-    temperature = fit_temperature([(h.s, h.at) for hs in parts.values() for h in hs])
-    stated = {e: [_stated(h, temperature) for h in hs] for e, hs in parts.items()}
-    answered, truth = ({e: np.concatenate([o[i] for o in of]) for e, of in stated.items()} for i in (0, 1))
-    right = np.concatenate([h.right for hs in parts.values() for h in hs])
-    experiment = np.concatenate([[e]*len(p) for e, p in answered.items()])
-    weight = np.concatenate([np.full(len(p), 1/len(p)) for p in answered.values()])
-    slope, intercept = fit_chance(np.concatenate([*answered.values()]), right, weight)
-    return temperature, slope, intercept, 1 - np.concatenate([*truth.values()]), experiment
+def _temperature_of(parts):
+    "Return the temperature of held-out wells by experiment"
+    return fit_temperature([(np.concatenate([h.s[h.keep] for h in hs]), np.concatenate([h.at for h in hs])) for hs in parts.values()])
 
-def _forecast(parts, e):
-    "Return the accuracy that the other held-out experiments forecast for one of them"
-    temperature, slope, intercept, *_ = _fitted({k: v for k, v in parts.items() if k != e})
-    return float(np.concatenate([chance_of(_stated(h, temperature)[0], slope, intercept) for h in parts[e]]).mean())
+def _fit_chances(answered, right, but=None):
+    "Return slope and intercept of the chances, without one experiment"
+    of = [e for e in answered if e != but]
+    weight = np.concatenate([np.full(len(answered[e]), 1/len(answered[e])) for e in of])
+    return fit_chance(np.concatenate([answered[e] for e in of]), np.concatenate([right[e] for e in of]), weight)
 
 # %% ../../nbs/60c_results.confidence.ipynb #ee07ba84
 def fit_confidence(
@@ -220,54 +228,74 @@ def fit_confidence(
     guarantee:bool=False, # At least that share, in the mean over new experiments that are exchangeable with those held out
 )->Confidence:
     "Learn from held-out experiments how far answers can be believed"
-    if not 0 < coverage < 1: raise ScreenError(f'{option("coverage", coverage)} is no share of wells: give a number between 0 and 1, such as .9.')
-    held = [held] if isinstance(held, pd.DataFrame) else list(held)
+    if not isinstance(coverage, (int, float)) or not 0 < coverage < 1: raise ScreenError(f'{option("coverage", coverage)} is no share of wells: give a number between 0 and 1, such as .9.')
+    held = [held] if isinstance(held, (pd.DataFrame, str, Path)) else list(held)
     _check_held(held, table)
     parts, unknown = _of_experiments(held, table)
     if not parts: raise ScreenError('No held-out well has a label that its model can name: give answers for experiments with treatments that were learned.')
-    temperature, slope, intercept, missed, experiment = _fitted(parts)
-    rows = [dict(experiment=e, wells=sum(len(h.at) for h in hs), accuracy=float(np.concatenate([h.right for h in hs]).mean()),
-                 forecast=_forecast(parts, e) if len(parts) > 2 else np.nan) for e, hs in sorted(parts.items())]
-    notes = []
+    for t in held: _check_names(score_classes(t), score_classes(held[0]), 'Some held-out answers')
+    temperature = _temperature_of(parts)
+    stated = {e: [np.concatenate(o) for o in zip(*(_stated(h, temperature) for h in hs))] for e, hs in sorted(parts.items())}
+    answered, right = {e: a for e, (a, _) in stated.items()}, {e: np.concatenate([h.right for h in parts[e]]) for e in stated}
+    forecast = {e: float(chance_of(a, *_fit_chances(answered, right, e)).mean()) if len(parts) > 2 else np.nan for e, a in answered.items()}
+    rows = [dict(experiment=e, wells=len(a), accuracy=float(right[e].mean()), forecast=forecast[e]) for e, a in answered.items()]
+    missed, experiment = 1 - np.concatenate([t for _, t in stated.values()]), np.concatenate([[e]*len(a) for e, a in answered.items()])
+    level, notes = covering_level(missed, experiment, coverage, guarantee), []
+    if level >= 1 - 1e-12: notes.append(f'So many right names of held-out wells were not possible (their plate group was not the one that was inferred) that a set of {100*coverage:g} % is all names of a plate: ask for a lower {option("coverage")}.')
     if unknown: notes.append(f'{plural(unknown, "held-out well has a label that its model", "held-out wells have labels that their model")} never learned: no set can hold it, and what is said here is of the others.')
     if len(parts) < 4: notes.append(f'{plural(len(parts), "experiment was", "experiments were")} held out, which says little of how experiments differ: {option("folds")} holds out all of them in turn.')
-    facts = {k: held[0].attrs.get(k) for k in _ALIKE}
-    return Confidence(facts, temperature, slope, intercept, covering_level(missed, experiment, coverage, guarantee), coverage, guarantee, pd.DataFrame(rows), tuple(notes))
+    every = [h for hs in parts.values() for h in hs]
+    facts = {**{k: held[0].attrs.get(k) for k in _ALIKE}, 'names': score_classes(held[0]), 'cell_types': sorted({str(c) for h in every for c in h.scores.get('cell_type', ())}),
+             'groups': sorted({str(g) for h in every for g in h.pred.get('group_source', ())})}
+    return Confidence(facts, temperature, *_fit_chances(answered, right), level, coverage, guarantee, pd.DataFrame(rows), tuple(notes))
 
 # %% ../../nbs/60c_results.confidence.ipynb #c55285a6
 @patch
 def answers(self:Confidence,
     scores:pd.DataFrame, # A score table of new wells, made as those of the held-out ones
-)->pd.DataFrame: # One row per treatment well: id_code, the target, chance (that it is right), names (the set, most probable first), n_names, experiment, plate, protocol
+)->pd.DataFrame: # One row per treatment well: id_code, the target, chance (that it is right), names (the set: the answer, then by probability), n_names, experiment, plate, protocol; `.attrs`: notes, and `unknown`, the experiments whose cell type was not held out
     "Return the answers for new wells, with the chance that each is right and a set of names"
     for k in _ALIKE:
         if scores.attrs.get(k) != self.facts[k]: raise ScreenError(f'The new answers have the {k} {scores.attrs.get(k)} and the held-out ones {self.facts[k]}: predict both in one way.')
     if same := sorted({*scores['experiment'].astype(str)} & {*self.held['experiment']}):
         raise ScreenError(f'{first_few(same, 4)} {"is" if len(same) == 1 else "are"} among the held-out experiments, so what is said of {"it" if len(same) == 1 else "them"} would be memory: give answers for other experiments.')
+    _check_names(score_classes(scores), self.facts['names'], 'The new answers')
     t = _treated(scores)
     if not len(t): raise ScreenError('There is no treatment well among the new answers: predict some.')
     pred, classes, target = name_wells(t), np.array(score_classes(t), object), self.facts['target']
     if barred := [c for c in classes if LABEL_SEPARATOR in c]: raise ScreenError(f'The name {barred[0]} has a {LABEL_SEPARATOR}, which separates the names of a set: give it another name in the table.')
+    how = sorted({str(g) for g in pred.get('group_source', ())})
+    if how != self.facts['groups'] and not {*how} <= {*self.facts['groups']}: raise ScreenError(f'The plate groups of the new wells were {first_few(how)} and those of the held-out ones {first_few(self.facts["groups"])}: predict both in one way.')
     p = name_probabilities(t, pred, self.temperature)
     at = pd.Index(classes).get_indexer(pred[target].astype(str))
     chance = chance_of(p[np.arange(len(at)), at], self.slope, self.intercept)
-    inside = p >= 1 - self.level - 1e-12
+    inside = (p >= 1 - self.level - 1e-12) & (p > 0)             # a name that is not possible is in no set
     inside[np.arange(len(at)), at] = True                        # the answer itself, however improbable
     p[np.arange(len(at)), at] += 1                               # and first
     sets = [join_labels(classes[row[:n]]) for row, n in zip(np.argsort(-p, 1, kind='stable'), inside.sum(1))]
     res = pd.DataFrame({'id_code': pred['id_code'], target: pred[target], 'chance': chance, 'names': sets, 'n_names': inside.sum(1),
                         **{c: t[c] for c in ('experiment', 'plate') if c in t}, 'protocol': self.facts['protocol']})
-    res.attrs.update(target=target, coverage=self.coverage, classes=[*classes])
+    res.attrs.update(target=target, coverage=self.coverage, classes=[*classes], **self._strange(t))
     return res
+
+@patch
+def _strange(self:Confidence, t):
+    "Return the experiments whose cell type was not held out, and a note on them"
+    cells = t['cell_type'].astype(str) if 'cell_type' in t else pd.Series('', t.index)
+    odd = ~cells.isin(self.facts['cell_types']) & ('cell_type' in t)
+    if not odd.any(): return dict(unknown=[], notes=[])
+    names = sorted(t['experiment'][odd].astype(str).unique())
+    return dict(unknown=names, notes=[f'No experiment of {first_few(sorted(cells[odd].unique()), 4)} was held out, so nothing is known of answers for {first_few(names, 4)}: their chances, sets and forecasts are those of other cells.'])
 
 # %% ../../nbs/60c_results.confidence.ipynb #78dc991e
 def forecast_accuracy(
     answers:pd.DataFrame, # From `Confidence.answers`
     error:float=np.nan, # Mean error of such forecasts: `Confidence.error`
-)->pd.DataFrame: # One row per experiment: wells, forecast, error, n_names (mean size of the sets)
+)->pd.DataFrame: # One row per experiment: wells, forecast, error (NaN where nothing is known of its cell type), n_names (mean size of the sets)
     "Return the accuracy to expect of each experiment"
     g = answers.groupby('experiment', sort=True)
-    return g.agg(wells=('id_code', 'size'), forecast=('chance', 'mean'), n_names=('n_names', 'mean')).reset_index().assign(error=error)[['experiment', 'wells', 'forecast', 'error', 'n_names']]
+    res = g.agg(wells=('id_code', 'size'), forecast=('chance', 'mean'), n_names=('n_names', 'mean')).reset_index()
+    return res.assign(error=np.where(res.experiment.isin(answers.attrs.get('unknown', ())), np.nan, error))[['experiment', 'wells', 'forecast', 'error', 'n_names']]
 
 # %% ../../nbs/60c_results.confidence.ipynb #f4a1fb82
 def judge_confidence(
@@ -293,30 +321,32 @@ def plot_chances(
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(3.2, 3.2))
     right = right_wrong(answers, table)['right'].to_numpy()
-    for at in np.array_split(np.argsort(answers['chance'].to_numpy(), kind='stable'), bins):
+    for at in np.array_split(np.argsort(answers['chance'].to_numpy(), kind='stable'), min(bins, len(answers))):
         n, share = len(at), right[at].mean()
-        if n: ax.errorbar(answers['chance'].to_numpy()[at].mean(), share, yerr=(share*(1 - share)/n)**.5, fmt='o', color='#0072b2', ms=4)
+        ax.errorbar(answers['chance'].to_numpy()[at].mean(), share, yerr=(share*(1 - share)/n)**.5, fmt='o', color='#0072b2', ms=4)
     ax.plot([0, 1], [0, 1], color='.6', lw=1, zorder=0)
     ax.set(xlabel='stated chance', ylabel='share right', xlim=(0, 1.02), ylim=(0, 1.02), title=answers['protocol'].iloc[0])
     return ax
 
 # %% ../../nbs/60c_results.confidence.ipynb #5339dc88
-_WAY = ('by', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'adapt', 'adapt_from', 'correct', 'tta', 'views', 'cell_merge')
-
 def _check_ways(new, held):
     "Raise where files of predictions were not made in one way"
     a, records = read_predictions(new).attrs['record'], {h: read_predictions(h).attrs['record'] for h in held}
     for h, b in records.items():
-        for k in _WAY:
-            if a.get(k) != b.get(k): raise ScreenError(f'{new} was predicted with {k} {a.get(k)} and {h} with {b.get(k)}: predict both in one way.')
-        if len(a.get('ensemble', ())) != len(b.get('ensemble', ())): raise ScreenError(f'{new} is the average of {plural(len(a.get("ensemble", ())), "prediction")} and {h} of {len(b.get("ensemble", ()))}: average both alike.')
+        mine, theirs = a.get('ensemble', ()), b.get('ensemble', ())
+        if len(mine) != len(theirs): raise ScreenError(f'{new} is the average of {plural(len(mine), "prediction")} and {h} of {len(theirs)}: average both alike.')
+        if [m['weight'] for m in mine] != [m['weight'] for m in theirs]: raise ScreenError(f'{new} and {h} are averages with other weights: average both alike.')
+        for x, y in zip(way_of(a), way_of(b)):
+            for cell, k in [(c, k) for c in x for k in WAY if c in y and x[c].get(k) != y[c].get(k)]:
+                raise ScreenError(f'{new} was predicted with {k} {x[cell].get(k)} and {h} with {y[cell].get(k)}: predict both in one way.')
 
 def _check_out(out, given):
     "Raise for a file that must not be written"
     out = Path(out)
     if out.suffix.lower() != '.csv': raise ScreenError(f'{out} is not the name of a CSV: let {option("out")} end in .csv.')
     if any(Path(g).resolve() == out.resolve() for g in given): raise ScreenError(f'{out} would be written over what it is made from: choose another {option("out")}.')
-    for f, known in ((out, lambda: ',chance,' in out.open(encoding='utf-8').readline(1000)), (info_path(out), lambda: 'temperature' in read_json(info_path(out), 2**26))):
+    for f, known in ((out, lambda: re.fullmatch('id_code,.+,chance,names,n_names,experiment', out.open(encoding='utf-8').readline(1000).strip())),
+                     (info_path(out), lambda: {'temperature', 'slope', 'level', 'held_out', 'forecasts'} <= {*read_json(info_path(out), 2**26)})):
         if not (f.exists() or f.is_symlink()): continue
         try: mine = f.is_file() and known()
         except (OSError, ValueError): mine = False
@@ -334,14 +364,18 @@ def confidence_files(
     "Say of files of predictions how far each answer can be believed"
     _check_out(out, (new, *held))
     if not held: raise ScreenError(f'There are no held-out answers to learn from: predict with {option("held_out", True)} and {option("scores", True)}, and name that file too.')
-    _check_ways(new, held)
     scores, tables = read_member(new), [read_member(h) for h in held]
+    _check_ways(new, held)
     conf = fit_confidence(tables, open_screen(screen, check=False).table, coverage, guarantee)
     answers = conf.answers(scores)
+    said = [read_predictions(h).attrs['record'].get('validation') for h in held]
+    conf = replace(conf, notes=(*conf.notes, *dict.fromkeys(filter(None, said)), *answers.attrs['notes']))
     made = dict(predictions=str(new), held_out={str(h): file_facts(h)['sha256'] for h in held}, sha256=file_facts(new)['sha256'])
     record = as_plain({**conf.to_dict(), **made, 'forecasts': forecast_accuracy(answers, conf.error).replace({np.nan: None}).to_dict('records')})
-    Path(info_path(out)).unlink(missing_ok=True)                 # the record of other answers
     columns = ['id_code', conf.facts['target'], 'chance', 'names', 'n_names', 'experiment']
-    write_atomic(out, lambda p: answers[columns].round({'chance': 4}).map(csv_text).to_csv(p, index=False))
+    def write(p):
+        answers[columns].round({'chance': 4}).map(csv_text).to_csv(p, index=False)
+        info_path(out).unlink(missing_ok=True)                   # the record of other answers
+    write_atomic(out, write)
     write_json(info_path(out), record, indent=1)
     return answers, conf
