@@ -43,7 +43,7 @@ def test_two_experiments_are_not_halved_but_lose_plates_and_it_is_said(here, cap
     assert len(config['held_plates']) == 2 and not config['held_out'] and {*config['trained_experiments']} == {'HUVEC-01', 'HUVEC-02'}
     assert 'are held out: the model knows the experiments of those plates' in said and '--refit trains again on everything' in said and '--valid EXP' in said
     assert config['metrics']['held_plates'] == config['held_plates'] and 'protocol' not in config['metrics']
-    for text in (model_card(config), str(settings_table(load_model(out)).loc['validation', ''])): assert 'of no protocol' in text and config['held_plates'][0] in text
+    for text in (model_card(config), str(settings_table(load_model(out)).loc['validation', ''])): assert 'no result of a protocol' in text and config['held_plates'][0] in text
     assert cli.rcic_predict([str(out), str(here/'s.zarr'), str(here/'auto.csv'), '--tta', '1']) == 0
     assert cli.rcic_evaluate([str(here/'auto.csv'), str(here/'s.zarr')]) == 0
     assert 'of the model: Validation reached an accuracy' in capsys.readouterr().out
