@@ -114,8 +114,8 @@ def _write_all(screen, dest, wells, workers, progress):
         if (folder/'zarr.json').exists(): bar(rows['well_id'].nunique())
         else:
             for _ in _write_plate(screen.source, folder, rows, names, workers): bar(1)
-    (part/'writing.json').unlink()
     PLATES_FOLDER.hand_over(part, dest)
+    (dest/'writing.json').unlink()         # last: killed before, the same call would not know what it had been writing
     return dest
 
 def _bar(total, progress):
