@@ -193,8 +193,9 @@ def ensemble_files(
     check_outputs(out, scores=True)
     tables = [read_member(m) for m in members]
     w = _member_weights(weights, len(members))
-    pred = ensemble_predictions(tables, weights)
+    mean = average_scores(tables, weights)
+    pred = name_wells(mean)
     how = [dict(file=str(m), weight=round(float(a), 6), sha256=file_facts(m)['sha256'], way=way_of(read_predictions(m).attrs['record'])[0]) for m, a in zip(members, w)]
-    made = file_facts(write_scores(average_scores(tables, weights), scores_path(out)))['sha256']
+    made = file_facts(write_scores(mean, scores_path(out)))['sha256']
     write_predictions(pred, out, dict(ensemble=how, score=tables[0].attrs['kind'], scores_sha256=made))
     return pred

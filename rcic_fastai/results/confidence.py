@@ -265,7 +265,7 @@ def answers(self:Confidence,
     pred, classes, target = name_wells(t), np.array(score_classes(t), object), self.facts['target']
     if barred := [c for c in classes if LABEL_SEPARATOR in c]: raise ScreenError(f'The name {barred[0]} has a {LABEL_SEPARATOR}, which separates the names of a set: give it another name in the table.')
     how = sorted({str(g) for g in pred.get('group_source', ())})
-    if how != self.facts['groups'] and not {*how} <= {*self.facts['groups']}: raise ScreenError(f'The plate groups of the new wells were {first_few(how)} and those of the held-out ones {first_few(self.facts["groups"])}: predict both in one way.')
+    if not {*how} <= {*self.facts['groups']}: raise ScreenError(f'The plate groups of the new wells were {first_few(how)} and those of the held-out ones {first_few(self.facts["groups"])}: predict both in one way.')
     p = name_probabilities(t, pred, self.temperature)
     at = pd.Index(classes).get_indexer(pred[target].astype(str))
     chance = chance_of(p[np.arange(len(at)), at], self.slope, self.intercept)
@@ -329,9 +329,9 @@ def plot_chances(
     return ax
 
 # %% ../../nbs/60c_results.confidence.ipynb #5339dc88
-def _check_ways(new, held):
-    "Raise where files of predictions were not made in one way"
-    a, records = read_predictions(new).attrs['record'], {h: read_predictions(h).attrs['record'] for h in held}
+def _check_ways(new, records):
+    "Raise where files of predictions were not made in one way, as their records tell"
+    a = records[new]
     for h, b in records.items():
         mine, theirs = a.get('ensemble', ()), b.get('ensemble', ())
         if len(mine) != len(theirs): raise ScreenError(f'{new} is the average of {plural(len(mine), "prediction")} and {h} of {len(theirs)}: average both alike.')
@@ -365,11 +365,12 @@ def confidence_files(
     _check_out(out, (new, *held))
     if not held: raise ScreenError(f'There are no held-out answers to learn from: predict with {option("held_out", True)} and {option("scores", True)}, and name that file too.')
     scores, tables = read_member(new), [read_member(h) for h in held]
-    _check_ways(new, held)
+    records = {f: read_predictions(f).attrs['record'] for f in (new, *held)}
+    _check_ways(new, records)
     conf = fit_confidence(tables, open_screen(screen, check=False).table, coverage, guarantee)
     answers = conf.answers(scores)
-    said = [read_predictions(h).attrs['record'].get('validation') for h in held]
-    conf = replace(conf, notes=(*conf.notes, *dict.fromkeys(filter(None, said)), *answers.attrs['notes']))
+    said = dict.fromkeys(filter(None, (records[h].get('validation') for h in held)))
+    conf = replace(conf, notes=(*conf.notes, *said, *answers.attrs['notes']))
     made = dict(predictions=str(new), held_out={str(h): file_facts(h)['sha256'] for h in held}, sha256=file_facts(new)['sha256'])
     record = as_plain({**conf.to_dict(), **made, 'forecasts': forecast_accuracy(answers, conf.error).replace({np.nan: None}).to_dict('records')})
     columns = ['id_code', conf.facts['target'], 'chance', 'names', 'n_names', 'experiment']
