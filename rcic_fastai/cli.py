@@ -77,7 +77,8 @@ def _called(func, args, prog, err):
     def say(text): print(f'{prog}: {text}', file=err)
     try: func(**args)
     except ScreenError as e: say(_sentence(e))
-    except OSError as e: say(f'{e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.')
+    except OSError as e:
+        say(f'{e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.')
     except KeyboardInterrupt:
         say(_INTERRUPTED)
         return 130
@@ -114,7 +115,8 @@ def _options(func):
     parameters = inspect.signature(func).parameters.values()
     return {p.name: p.annotation is store_true for p in parameters if p.default is not p.empty}
 
-_SENT_TO = dict(rcic_pack='pack', rcic_train='train', rcic_predict='predict', rcic_evaluate='evaluate_csv', rcic_embed='embed', rcic_hits='hits')
+_SENT_TO = dict(rcic_pack='pack', rcic_train='train', rcic_predict='predict', rcic_evaluate='evaluate_csv',
+                rcic_embed='embed', rcic_hits='hits')
 
 def _commands():
     "Return {name: function} of the commands that a message may send someone to"
@@ -132,7 +134,8 @@ def run_command(
     others = {c: _options(f) for c, f in _commands().items() if f is not func}
     out, err = _OwnLines(sys.stdout if _is_first() else open(os.devnull, 'w')), _OwnLines(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), as_command(by_position, _options(func), others), warnings.catch_warnings():
-        if not sys.warnoptions: warnings.simplefilter('ignore', FutureWarning)      # what other packages will change is nothing that a user can mend
+        # what other packages will change is nothing that a user can mend
+        if not sys.warnoptions: warnings.simplefilter('ignore', FutureWarning)
         try: return _called(func, args, prog, err)
         finally: out.end()
 
@@ -150,11 +153,13 @@ def quick_imports():
             atexit.register(gc.unfreeze)       # some packages complain of what is left at the end
 
 # %% ../nbs/72_cli.ipynb #34fa1010
-_EXAMPLES = dict(columns='experiment=Batch,dataset= for no such column', controls='DMSO=negative_control', channels='nucleus=DNA',
+_EXAMPLES = dict(columns='experiment=Batch,dataset= for no such column', controls='DMSO=negative_control',
+                 channels='nucleus=DNA',
                  replace='s3://bucket/=/data/')
 
 def _not_understood(s, what, part):
-    return ScreenError(f'--{what} {s} is not understood at {part!r}: write pairs with commas, such as {_EXAMPLES[what]}.')
+    return ScreenError(f'--{what} {s} is not understood at {part!r}: '
+                       f'write pairs with commas, such as {_EXAMPLES[what]}.')
 
 def _pairs(s, what, split):
     "Read 'a=b,c=d' as [('a', 'b'), ('c', 'd')], each name once; `split` takes a pair apart"
@@ -190,12 +195,14 @@ def _roles(s):
         res.setdefault(kind, []).append(name)
     return res
 
-_SAID = ('cell_type', 'split', 'dataset', 'root', 'plate_wells', 'wells', 'experiment', 'empty', 'pattern', 'layout', 'partial', 'cache')
+_SAID = ('cell_type', 'split', 'dataset', 'root', 'plate_wells', 'wells', 'experiment', 'empty', 'pattern',
+         'layout', 'partial', 'cache')
 
 def _meaning(o):
     "Return what was said about the meaning of a source, as arguments of `open_screen`, from the options of `pack`"
     lists = {k: as_names(o[k]) for k in ('test', 'cell_types')}
-    pairs = dict(channels=_channels(o['channels']), columns=_mapping(o['columns'], 'columns'), controls=_roles(o['controls']), replace=_mapping(o['replace'], 'replace'))
+    pairs = dict(channels=_channels(o['channels']), columns=_mapping(o['columns'], 'columns'),
+                 controls=_roles(o['controls']), replace=_mapping(o['replace'], 'replace'))
     planes = dict(z=_plane(o['z']), t=_plane(o['t']), acquisition=o['acquisition'] if o['acquisition'] >= 0 else None)
     given = {**pairs, **lists, **planes, **{k: o[k] for k in _SAID}}
     return {k: v for k, v in given.items() if v or v == 0 and k in planes}
@@ -219,10 +226,12 @@ def simulate(
     from rcic_fastai.screen.simulate.layout import simulate_screen, write_file_table
     check_numbers(seed=seed, workers=workers)
     start = time.time()
-    t = simulate_screen(dest, as_names(experiments), sirnas=sirnas, size=size, sites=sites, plates=plates, controls=controls,
+    t = simulate_screen(dest, as_names(experiments), sirnas=sirnas, size=size, sites=sites, plates=plates,
+                        controls=controls,
                         seed=seed, test=as_names(test) or None, n_workers=workers or None, progress=True, doses=doses)
     if files: write_file_table(dest)
-    print(f'{dest}: {plural(len(t), "site")} of 6×{size}×{size}, {plural(t.experiment.nunique(), "experiment")}, {sirnas} siRNAs, in {time.time()-start:.0f} s')
+    print(f'{dest}: {plural(len(t), "site")} of 6×{size}×{size}, {plural(t.experiment.nunique(), "experiment")}, '
+          f'{sirnas} siRNAs, in {time.time()-start:.0f} s')
 
 def rcic_simulate(argv=None):
     "Run the console script"
@@ -301,20 +310,26 @@ def pack(
     if to == 'ome-zarr': return _write_plates(packed, dest, verify, workers)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
-        print(f'{dest}: {plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
-    if verify: print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} the same as in {screen}')
+        print(f'{dest}: {plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}, '
+              f'{folder_bytes(dest)/1e6:.1f} MB, '
+              f'in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
+    if verify:
+        print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} '
+              f'the same as in {screen}')
 
 # %% ../nbs/72_cli.ipynb #06681e4c
 def _write_plates(screen, dest, verify, workers):
     "Write a screen as OME-Zarr plates"
     from rcic_fastai.results.export import write_plates
-    if verify: raise ScreenError(f'{option("verify")} compares packed screens: leave it out with {option("to", "ome-zarr")}.')
+    if verify:
+        raise ScreenError(f'{option("verify")} compares packed screens: leave it out with {option("to", "ome-zarr")}.')
     write_plates(screen, dest, workers or None)
     print(f'{dest}: {plural(len(screen.plates), "plate")}, {plural(len(screen), "field")}')
 
 pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'split', 'dataset', 'wells', 'experiment'],
                'single cells': ['cells', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
-               'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'cache', 'plate_wells', 'empty', 'partial', 'only_present']}
+               'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'cache', 'plate_wells', 'empty',
+                                  'partial', 'only_present']}
 
 def rcic_pack(argv=None):
     "Run the console script"
@@ -333,7 +348,8 @@ def show(
     from rcic_fastai.results.plots import contact_sheet
     from rcic_fastai.screen.open import open_screen
     kind = Path(out).suffix[1:].lower()
-    if kind not in ('png', 'pdf', 'svg'): raise ScreenError(f'{out} is not the name of a picture: let {option("out")} end in .png, .pdf or .svg.')
+    if kind not in ('png', 'pdf', 'svg'):
+        raise ScreenError(f'{out} is not the name of a picture: let {option("out")} end in .png, .pdf or .svg.')
     check_choice('how', how, ('3d+3d', 'composite', 'panels'))
     fig = contact_sheet(open_screen(screen, check=False), wells, most, how)
     write_atomic(out, lambda p: fig.savefig(p, format=kind, dpi=120))
@@ -470,7 +486,8 @@ def _tables(spec, read):
     parts = [('', o) if Path(o).exists() or '=' not in o else o.split('=', 1) for o in as_names(spec)]
     if not any(n for n, _ in parts): return [read(p) for _, p in parts] or None
     names = [n or Path(p).stem for n, p in parts]
-    if len(set(names)) < len(names): raise ScreenError(f'{spec} names two columns alike: give each its own name, as NAME=FILE.')
+    if len(set(names)) < len(names):
+        raise ScreenError(f'{spec} names two columns alike: give each its own name, as NAME=FILE.')
     return {n: read(p) for n, (_, p) in zip(names, parts)}
 
 def evaluate_csv(
@@ -492,7 +509,9 @@ def evaluate_csv(
         from rcic_fastai.screen.open import SCREEN_KINDS, open_screen, screen_kind
         from rcic_fastai.screen.tables import read_metadata
     check_numbers(seed=seed)
-    if SCREEN_KINDS[screen_kind(screen)].needs_options: raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: name the screen that rcic_pack made of it.')
+    if SCREEN_KINDS[screen_kind(screen)].needs_options:
+        raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: '
+                          'name the screen that rcic_pack made of it.')
     table = open_screen(screen, check=False).table if screen_kind(screen) == 'images' or is_remote(screen) else read_metadata(screen)
     res = evaluate_screen(_tables(out, read_answers), table, embeddings=_tables(embeddings, read_embeddings),
                           sites=_tables(sites, read_predictions), partial=partial, seed=seed)
@@ -527,7 +546,9 @@ def ensemble(
     with quick_imports():
         from rcic_fastai.predict.ensemble import ensemble_files
     try: numbers = [float(w) for w in as_names(weights)] or None
-    except ValueError: raise ScreenError(f'{option("weights", weights)} is not understood: write numbers with commas, such as 1,2.') from None
+    except ValueError:
+        raise ScreenError(f'{option("weights", weights)} is not understood: '
+                          'write numbers with commas, such as 1,2.') from None
     pred = ensemble_files(out, *members, weights=numbers)
     print(f'{out}: {_of_what(pred)}, {plural(len(members), "prediction")} averaged, protocol {pred.protocol.iloc[0]}')
 
@@ -551,7 +572,8 @@ def confidence(
     for n in conf.notes: print(f'note: {n}', file=sys.stderr)
     for r in forecast_accuracy(answers, conf.error).itertuples():
         off = f' (such forecasts were off by {r.error:.3f} in the mean)' if r.error == r.error else ''
-        print(f'{r.experiment}: about {r.forecast:.3f} of {plural(r.wells, "well")} right{off}, {r.n_names:.1f} names a set')
+        print(f'{r.experiment}: '
+              f'about {r.forecast:.3f} of {plural(r.wells, "well")} right{off}, {r.n_names:.1f} names a set')
     print(f'{out}: {plural(len(answers), "well")}, sets of {100*coverage:g} %, protocol {conf.facts["protocol"]}')
 
 def rcic_confidence(argv=None):
@@ -600,7 +622,9 @@ def embed(
     with all_agree(): opened = load_model(model, rank_device())
     made = opened.profile_file(**given)
     if made is None: return
-    if shard: print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; when all are, the same command without {option("shard")} writes {out}')
+    if shard:
+        print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; '
+              f'when all are, the same command without {option("shard")} writes {out}')
     else: print(f'{out}: {made["profiles"]} profiles of {plural(made["experiments"], "experiment")}, one per {level}')
 
 def rcic_embed(argv=None):
@@ -627,7 +651,8 @@ def hits(
 ):
     "Find the perturbations that differ from the negative controls of their plates"
     from rcic_fastai.embed.hits import find_hits, hits_text
-    found = find_hits(profiles, out, _named_controls(controls), target, dose, measure, correct, level, n_null, seed, _mapping(columns, 'columns'))
+    found = find_hits(profiles, out, _named_controls(controls), target, dose, measure, correct, level, n_null,
+                      seed, _mapping(columns, 'columns'))
     print(f'{hits_text(found)}\n{out}: {plural(len(found), "perturbation")}')
 
 def rcic_hits(argv=None):
@@ -643,7 +668,8 @@ def _write_atlas(model, screen, given):
     opened, out, side = open_screen(screen, check=False), given['out'], given['side']
     page = explore(model, opened, **{**given, 'out': None, 'side': 0, 'max_mb': 1e6})
     for n in page.data['notes']: print(f'note: {n}')
-    print(f'{write_atlas(page, opened, out, side)}: {plural(len(page.data["wells"]["id"]), "well")}, a table for Embedding Atlas')
+    print(f'{write_atlas(page, opened, out, side)}: '
+          f'{plural(len(page.data["wells"]["id"]), "well")}, a table for Embedding Atlas')
 
 # %% ../nbs/72_cli.ipynb #8b8be2b3
 def explore_screen(
@@ -687,7 +713,8 @@ def explore_screen(
     from rcic_fastai.train.distributed import rank_device
     is_table = out.lower().endswith('.parquet')
     (check_atlas_path if is_table else check_page_path)(out)
-    given.update(predictions=_tables(predictions, read_predictions), embeddings=_tables(embeddings, read_embeddings), protocol=as_names(protocol))
+    given.update(predictions=_tables(predictions, read_predictions), embeddings=_tables(embeddings, read_embeddings),
+                 protocol=as_names(protocol))
     opened = load_model(model, rank_device())
     if held_out: screen = opened.held_out(screen)
     if is_table: return _write_atlas(opened, screen, given)

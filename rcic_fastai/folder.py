@@ -59,8 +59,11 @@ def _how_good(config):
     m, k = config['metrics'], len(config['spec']['labels'])
     if note := validation_note(config): return markdown_text(note)
     if not m: return 'No experiment was held out, so nothing is known of its accuracy.'
-    if 'macro_f1' in m: return (f'{m["images"]} images were held out: macro F1 **{m["macro_f1"]:.3f}**, micro F1 **{m["micro_f1"]:.3f}** at a probability of one half (protocol {m["protocol"]}: {_USES[m["protocol"]]}). '
-                                f'With thresholds that were chosen for these images: {m["chosen"]["macro"]:.3f} and {m["chosen"]["micro"]:.3f}.')
+    if 'macro_f1' in m:
+        return (f'{m["images"]} images were held out: macro F1 **{m["macro_f1"]:.3f}**, '
+                f'micro F1 **{m["micro_f1"]:.3f}** at a probability of one half (protocol {m["protocol"]}: '
+                f'{_USES[m["protocol"]]}). With thresholds that were chosen for these images: '
+                f'{m["chosen"]["macro"]:.3f} and {m["chosen"]["micro"]:.3f}.')
     before = 'not trained on' if not {*m['held_out']} & {*_earlier(config)} else 'not trained on last, but before'
     return (f'Accuracy of the classifier on {m["samples"]} of {", ".join(map(markdown_text, m["held_out"]))}, '
             f'which it was {before}: **{m["accuracy"]:.3f}** '
@@ -69,13 +72,16 @@ def _how_good(config):
 # %% ../nbs/70_folder.ipynb #aa76da03
 def _seen_under_its_own_labels(config):
     names = config.get('pseudo_experiments')
-    return (f'\n\nIt also learned from wells of {", ".join(map(markdown_text, names))} under its own labels. What it says of '
-            f'{"that experiment" if len(names) == 1 else "those experiments"} is transductive.') if names else ''
+    return (f'\n\nIt also learned from wells of {", ".join(map(markdown_text, names))} under its own labels. '
+            f'What it says of {"that experiment" if len(names) == 1 else "those experiments"} '
+            'is transductive.') if names else ''
 
 def _learned_before(config):
     names = _earlier(config)
-    return (f'\n\nIts weights learned the labels of {", ".join(map(markdown_text, names))} before, in an earlier training or in the model that '
-            f'they began from. Of {"that experiment" if len(names) == 1 else "those experiments"} it says nothing inductive.') if names else ''
+    return (f'\n\nIts weights learned the labels of {", ".join(map(markdown_text, names))} before, '
+            'in an earlier training or in the model that they began from. '
+            f'Of {"that experiment" if len(names) == 1 else "those experiments"} '
+            'it says nothing inductive.') if names else ''
 
 # %% ../nbs/70_folder.ipynb #be546089
 def _table(head, rows):
@@ -87,9 +93,9 @@ def _reads(s, m, d):
     "Return the sentence about the pictures, metadata and channels that the model reads"
     size = f' scaled to {s["size"]} pixels' if s['size'] else ''
     sample = 'one site' if s['sites'] == 1 else f'{s["sites"]} sites of a well'
-    return (f'{s["bits"]}-bit pictures{size}, normalization `{s["norm"]}`, {sample} at a time; metadata: '
-            f'{markdown_text(", ".join(m["metadata"]) or "none")}. The channels, in this order (mean and standard deviation as '
-            f'shares of full scale, of {d["sites_measured"]} training sites):')
+    return (f'{s["bits"]}-bit pictures{size}, normalization `{s["norm"]}`, {sample} at a time; '
+            f'metadata: {markdown_text(", ".join(m["metadata"]) or "none")}. The channels, in this order '
+            f'(mean and standard deviation as shares of full scale, of {d["sites_measured"]} training sites):')
 
 # %% ../nbs/70_folder.ipynb #7e5fc351
 def model_card(
@@ -198,7 +204,8 @@ _SCALAR = _or(_NONE, _BOOL, _REAL, _WORD)
 
 def _is_loss(v, depth=0):
     "Check that a loss is one of ours, with plain numbers or other losses as arguments"
-    if not isinstance(v, dict) or depth > 3 or not isinstance(v.get('name'), str) or v['name'] not in LOSSES: return False
+    if not isinstance(v, dict) or depth > 3 or not isinstance(v.get('name'), str) or v['name'] not in LOSSES:
+        return False
     _, ok = _or(_NONE, _BOOL, _REAL, _list(_REAL, 0, 2**12))
     return all(_is_loss(o, depth+1) if k in ('a', 'b') else ok(o) for k, o in v.items() if k != 'name')
 
@@ -208,48 +215,65 @@ _NOT_SAVED = ('pretrained', 'stem', 'kwargs')
 _BACKBONE = ('drop_connect_rate', 'drop_path_rate', 'drop_rate', 'proj_drop_rate', 'attn_drop_rate')
 _MODEL = dict({p: _SCALAR for p in inspect.signature(create_screen_model).parameters if p not in _NOT_SAVED},
     arch=_ARCH, n_classes=_int(1, 2**20), n_channels=_int(1, 16), inputs=_list(_WORD, 0, 100), emb_dim=_int(1, 2**14),
-    metadata=_dict(_int(1, 2**20), 100), neck=_one(*NECKS), meta_dim=_or(_int(1, 2**12), _one('onehot')), dropout=_SHARE,
+    metadata=_dict(_int(1, 2**20), 100), neck=_one(*NECKS), meta_dim=_or(_int(1, 2**12), _one('onehot')),
+    dropout=_SHARE,
     meta_dropout=_or(_SHARE, _dict(_SHARE, 100)), loss=('a loss', _is_loss), use_metadata=_BOOL,
     n_sites=_or(_NONE, _int(1, 64)), arch_args=('plain arguments of an architecture', is_arch_args), stem=_one(*TO_RGB),
-    bn_momentum=_or(_NONE, _SHARE), img_size=_or(_int(8, 2048), _list(_int(8, 2048), 2, 2)), **dict.fromkeys(_BACKBONE, _SHARE))
+    bn_momentum=_or(_NONE, _SHARE), img_size=_or(_int(8, 2048), _list(_int(8, 2048), 2, 2)),
+    **dict.fromkeys(_BACKBONE, _SHARE))
 
 # %% ../nbs/70_folder.ipynb #b253bf33
 _STATS = _or(_NONE, _list(_num(-1e6, 1e6), 1, 16))
 _SPEC = dict({f.name: _SCALAR for f in fields(ScreenSpec)},
-    target=_WORD, labels=_list(_LABEL, 1, 2**20), channels=_list(_WORD, 1, 16), vocabs=_dict(_list(_LABEL, 1, 2**20), 100),
+    target=_WORD, labels=_list(_LABEL, 1, 2**20), channels=_list(_WORD, 1, 16),
+    vocabs=_dict(_list(_LABEL, 1, 2**20), 100),
     sites=_int(1, 64), size=_or(_NONE, _int(8, 2**12)), norm=_one(*NORMALIZERS), norm_mean=_STATS, norm_std=_STATS,
     bits=_one(8, 16), clahe=_BOOL, several=_BOOL, no_label=_BOOL, norm_from=_one('all', 'controls'))
 _AUGS = _dict(_or(_SCALAR, _list(_REAL, 1, 2)), 100, _one(*inspect.signature(site_augs).parameters))
 _NAMES = _list(_LABEL, 0, 2**16)
-def _is_run(v): return isinstance(v, dict) and _SHARE[1](v.get('macro_f1', v.get('accuracy'))) and all(_NAMES[1](v.get(k, [])) for k in ('held_out', 'held_plates'))
-def _is_validation(v): return isinstance(v, dict) and isinstance(v.get('runs'), list) and 0 < len(v['runs']) <= 1000 and all(map(_is_run, v['runs']))
+
+def _is_run(v):
+    return isinstance(v, dict) and _SHARE[1](v.get('macro_f1', v.get('accuracy'))) and all(_NAMES[1](v.get(k, [])) for k in ('held_out', 'held_plates'))
+
+def _is_validation(v):
+    return isinstance(v, dict) and isinstance(v.get('runs'), list) and 0 < len(v['runs']) <= 1000 and all(map(_is_run, v['runs']))
+
 def _is_metrics(v): return v == {} or v is None or isinstance(v, dict) and _is_run(v)
 
-_MEASURED_THERE = dict(held_plates=_NAMES, validation=('what a validation measured', _is_validation), metrics=('what was measured', _is_metrics))
+_MEASURED_THERE = dict(held_plates=_NAMES, validation=('what a validation measured', _is_validation),
+                       metrics=('what was measured', _is_metrics))
 _PLAIN = _text('text of one line', r'[^\x00-\x1f\x7f-\x9f]{0,2000}')
 _AS_PREDICTED = dict(tta=_int(1, 2**10), k=_int(1, 10**6), same_cell_type=_BOOL)
 
-def _is_stage(v): return isinstance(v, dict) and type(v.get('epochs')) is int and _WORD[1](v.get('name')) and (_or(_NONE, _AUGS)[1](v.get('augs')) or v['augs'] in (*PUBLISHED_AUGS, 'default'))
+def _is_stage(v):
+    return isinstance(v, dict) and type(v.get('epochs')) is int and _WORD[1](v.get('name')) and (_or(_NONE, _AUGS)[1](v.get('augs')) or v['augs'] in (*PUBLISHED_AUGS, 'default'))
+
 def _is_recipe(v):
     "Check what is read of the recipe of a model"
     if v is None: return True
-    if not isinstance(v, dict) or not all(isinstance(v.get(k) or {}, dict) for k in ('predict', 'only', 'data')) or not isinstance(v.get('stages'), list): return False
+    if not isinstance(v, dict) or not all(isinstance(v.get(k) or {}, dict) for k in ('predict', 'only', 'data')) or not isinstance(v.get('stages'), list):
+        return False
     said = [_AS_PREDICTED.get(k, _PLAIN)[1](o) for k, o in (v.get('predict') or {}).items()] + [_SCALAR[1](o) for o in (v.get('only') or {}).values()]
     return all(said) and all(map(_is_stage, v['stages'])) and all(_PLAIN[1](v.get(k, '')) for k in ('name', 'about'))
 
-def _is_searched(v): return v is None or isinstance(v, dict) and _PLAIN[1](v.get('neck')) and isinstance(v.get('notes'), list) and all(map(_PLAIN[1], v['notes']))
+def _is_searched(v):
+    return v is None or isinstance(v, dict) and _PLAIN[1](v.get('neck')) and isinstance(v.get('notes'), list) and all(map(_PLAIN[1], v['notes']))
+
 def _is_search(v): return isinstance(v, dict) and {*v} <= {'plain', 'adapted'} and all(map(_is_searched, v.values()))
 
 _READ = dict(recipe=('a recipe', _is_recipe), search=('how an index is searched', _is_search), only_present=_BOOL)
-_TOP = dict(**_MEASURED_THERE, **_READ, model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
-            augs=_or(_NONE, _AUGS), held_images=_list(_LABEL, 0, 2**24), thresholds=_list(_SHARE, 1, 2**20), data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
+_TOP = dict(**_MEASURED_THERE, **_READ, model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES,
+            pseudo_experiments=_NAMES,
+            augs=_or(_NONE, _AUGS), held_images=_list(_LABEL, 0, 2**24), thresholds=_list(_SHARE, 1, 2**20),
+            data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
 
 # %% ../nbs/70_folder.ipynb #01b7def6
 _COUNT = _int(0, 2**40)
 def _is_measured(v): return isinstance(v, dict) and set(v) == {'mean', 'std'} and all(map(_SHARE[1], v.values()))
 
 _MEASURED = 'the mean and std of a channel, from 0 to 1', _is_measured
-_DATA = dict(rows=_COUNT, sha256=_HASH, sites=_dict(_COUNT, 2**16, _LABEL), store=_text('32 hexadecimal digits', '[0-9a-f]{32}'),
+_DATA = dict(rows=_COUNT, sha256=_HASH, sites=_dict(_COUNT, 2**16, _LABEL),
+             store=_text('32 hexadecimal digits', '[0-9a-f]{32}'),
              channels=_dict(_MEASURED, 16), sites_measured=_COUNT, side=_int(1, 2**20))
 
 # %% ../nbs/70_folder.ipynb #6d2349b3
@@ -292,14 +316,16 @@ def read_config(folder):
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
     if c['format'] < FORMAT: raise _written_before(folder, c['format'])
-    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds', *_MEASURED_THERE, *_READ)], f)
+    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP,
+                   [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds', *_MEASURED_THERE, *_READ)], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
     _check_entries(c['spec'], _SPEC, ('target', 'labels', 'channels', 'vocabs'), f)
     _check_entries(c['data'], _DATA, [k for k in _DATA if k not in ('store', 'side')], f)
     _check_agreement(c['model'], c['spec'], c['data'], f)
-    if len(c.get('thresholds', c['spec']['labels'])) != len(c['spec']['labels']): raise _again(f'{f} contradicts itself about its thresholds')
+    if len(c.get('thresholds', c['spec']['labels'])) != len(c['spec']['labels']):
+        raise _again(f'{f} contradicts itself about its thresholds')
     return c
 
 # %% ../nbs/70_folder.ipynb #99f1d4ab
@@ -317,7 +343,8 @@ def _check_files(folder, config):
     if inner != {n: files[n] for n in INDEX_FILES}: raise not_the_file(folder/'index.json')
     known = (*MODEL_FILES, 'config.json', 'README.md', 'history.png')
     stray = _quote(first_few(sorted(n for n in os.listdir(folder) if n not in known and not n.startswith('.')), 3))
-    if stray != "''": warnings.warn(f'{folder} also holds {stray}, which is no part of the model and is not read.', stacklevel=3)
+    if stray != "''":
+        warnings.warn(f'{folder} also holds {stray}, which is no part of the model and is not read.', stacklevel=3)
 
 # %% ../nbs/70_folder.ipynb #5cac3b00
 _TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
@@ -417,8 +444,8 @@ def _write_part(model, folder):
     state = _state(model.model)
     _check_finite(state, 'the model')
     if model_fingerprint(model.model, model.spec) != model.fingerprint:
-        raise ScreenError('The weights have changed since the model was made of them, and the index is of those before: '
-                          'call learn.to_model() again.')
+        raise ScreenError('The weights have changed since the model was made of them, '
+                          'and the index is of those before: call learn.to_model() again.')
     part = MODEL_FOLDER.check(folder.with_name(folder.name + '.part'))
     MODEL_FOLDER.remove(part)
     MODEL_FOLDER.make(part)
@@ -464,7 +491,8 @@ def check_cell_name(
 )->str:
     "Return a cell type that can be the name of a folder; a `ScreenError` for another"
     if isinstance(name, str) and _CELL_NAME.fullmatch(name) and name != 'common': return name
-    raise ScreenError(f'The cell type {_quote(name)} cannot be the name of a folder: give it a name of letters and digits in the table.')
+    raise ScreenError(f'The cell type {_quote(name)} cannot be the name of a folder: '
+                      'give it a name of letters and digits in the table.')
 
 def is_cell_types(
     folder, # Any path
@@ -486,11 +514,14 @@ def read_cell_types(
     "Return what the file of a folder with a model for each cell type says"
     said = read_json(Path(folder)/_CELLS, 2**23)
     names = said.get('models') if isinstance(said, dict) and said.get('format') == 1 else None
-    if not isinstance(names, dict) or not names or len(names) > 1000: raise _again(f'{Path(folder)/_CELLS} does not name the models of cell types')
+    if not isinstance(names, dict) or not names or len(names) > 1000:
+        raise _again(f'{Path(folder)/_CELLS} does not name the models of cell types')
     return said
 
 # %% ../nbs/70_folder.ipynb #998b9ffc
-_ON_HUB = {'config.json': 2**23, 'weights.safetensors': 2**34, 'history.csv': 2**24, 'index.json': 2**22, **dict.fromkeys(INDEX_FILES, 2**36)}       # most bytes
+# most bytes
+_ON_HUB = {'config.json': 2**23, 'weights.safetensors': 2**34, 'history.csv': 2**24, 'index.json': 2**22,
+           **dict.fromkeys(INDEX_FILES, 2**36)}
 
 # %% ../nbs/70_folder.ipynb #16cac92d
 def load_model(
@@ -501,14 +532,18 @@ def load_model(
     folder = hub_folder(folder, _ON_HUB) if is_hub_address(folder) else Path(folder)
     if is_cell_types(folder): return load_cell_types(folder, device)
     several = [] if (folder/'config.json').exists() else sorted(f.parent.name for f in folder.glob('*/config.json'))
-    if several: raise ScreenError(f'{folder} holds {plural(len(several), "model")} ({first_few(several, 3)}): name one of them, or predict with each and average the files with rcic_ensemble.')
+    if several:
+        raise ScreenError(f'{folder} holds {plural(len(several), "model")} ({first_few(several, 3)}): '
+                          'name one of them, or predict with each and average the files with rcic_ensemble.')
     config = read_config(folder)
     _check_files(folder, config)
     changes, weights, key = changed_versions(config['versions']), folder/'weights.safetensors', config['fingerprint']
     if changes:
-        warnings.warn(f'{folder} was saved with {", ".join(changes)}: answers may differ in the last digits.', stacklevel=2)
+        warnings.warn(f'{folder} was saved with {", ".join(changes)}: '
+                      'answers may differ in the last digits.', stacklevel=2)
     model, spec = _built(config, weights, _read_weights(weights, config)), ScreenSpec(**config['spec'])
-    if model_fingerprint(model, spec) != key: raise _again(f'{folder/"config.json"} has the fingerprint of another model')
+    if model_fingerprint(model, spec) != key:
+        raise _again(f'{folder/"config.json"} has the fingerprint of another model')
     index = EmbeddingIndex.load(folder, key)
     set_provenance(model, config)
     dim, rows = model.classifier.weight.shape[1], index.dim
@@ -533,12 +568,15 @@ def push_to_hub(self:TrainedModel,
         return upload_folder(folder, repo, files, private, message)
 
 # %% ../nbs/70_folder.ipynb #04679d4a
-def _never_learned(model): return [e for e in model.config['held_out'] if e not in {*map(str, model.model.trained_experiments)}]
+def _never_learned(model):
+    return [e for e in model.config['held_out'] if e not in {*map(str, model.model.trained_experiments)}]
 
 def _held_images(screen, names):
     "Return a screen in which some images are those to predict"
     rows = screen.table[screen.table.site_id.isin(set(names))]
-    if len(rows) < len(names): raise ScreenError(f'The model held out {plural(len(names), "image")}, of which the screen has {len(rows)}: give the screen that it was trained on.')
+    if len(rows) < len(names):
+        raise ScreenError(f'The model held out {plural(len(names), "image")}, of which the screen has {len(rows)}: '
+                          'give the screen that it was trained on.')
     return screen[rows.assign(dataset='test')]
 
 @patch
@@ -549,15 +587,21 @@ def held_out(self:TrainedModel,
     screen, names = open_screen(screen, check=False), _never_learned(self)
     if images := self.config.get('held_images'): return _held_images(screen, images)
     if (plates := self.config.get('held_plates')) and not names:
-        raise ScreenError(f'The model held out {first_few(plates, 3)} and learned other plates of the same experiments, so its answers there say nothing of new experiments: train one with {option("valid", "EXP")}.')
+        raise ScreenError(f'The model held out {first_few(plates, 3)} and learned other plates of '
+                          'the same experiments, so its answers there say nothing of new experiments: '
+                          f'train one with {option("valid", "EXP")}.')
     if not names:
         why = f'learned the labels of {first_few(self.config["held_out"], 4)} before' if self.config['held_out'] else 'was trained on all training experiments'
-        raise ScreenError(f'The model {why}, so it has none to name as held out: train one with {option("valid")}, or with {option("folds")} and {option("fold")}.')
+        raise ScreenError(f'The model {why}, so it has none to name as held out: '
+                          f'train one with {option("valid")}, or with {option("folds")} and {option("fold")}.')
     rows = screen.table[screen.table.experiment.astype(str).isin(names)]
     absent = sorted(set(names) - set(rows.experiment.astype(str)))
-    if absent: raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: give the screen that it was trained on.')
+    if absent:
+        raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: '
+                          'give the screen that it was trained on.')
     rows = rows[~other_wells(self, rows)]
-    is_of_one_group = 'plate_group' in ((self.config.get('recipe') or {}).get('only') or {})       # its wells are chosen by it
+    # its wells are chosen by it
+    is_of_one_group = 'plate_group' in ((self.config.get('recipe') or {}).get('only') or {})
     return screen[as_test(rows, keep_groups=is_of_one_group)]
 
 # %% ../nbs/70_folder.ipynb #c8ab8617
@@ -582,12 +626,17 @@ class CellTypeModels:
     )->dict: # cell type → (model, the screen of that cell type)
         "Divide a screen by cell type; a `ScreenError` when a cell type has no model"
         odd = [c for c, m in self.models.items() if m.spec.target == 'cell_type']
-        if odd: raise ScreenError(f'The model of {odd[0]} names cell types, and the cell type of a well chooses its model: name them with one model of all cell types.')
+        if odd:
+            raise ScreenError(f'The model of {odd[0]} names cell types, and the cell type of '
+                              'a well chooses its model: name them with one model of all cell types.')
         screen = open_screen(screen, check=False)
-        cells, is_test = screen.table.cell_type.astype(object).map(str, na_action='ignore'), screen.table.dataset == 'test'
+        cells = screen.table.cell_type.astype(object).map(str, na_action='ignore')
+        is_test = screen.table.dataset == 'test'
         asked = cells[is_test] if wells == 'test' and is_test.any() else cells
         lacks = sorted({'none' if pd.isna(c) else c for c in asked.unique()} - set(self.models))
-        if lacks: raise ScreenError(f'There is no model of the cell type {first_few(lacks, 4)}: the folder has {", ".join(self.models)}; leave those wells out, or train on them.')
+        if lacks:
+            raise ScreenError(f'There is no model of the cell type {first_few(lacks, 4)}: '
+                              f'the folder has {", ".join(self.models)}; leave those wells out, or train on them.')
         return {c: (m, screen[(cells == c).to_numpy()]) for c, m in self.models.items() if c in set(asked)}
 
     def held_out(self,
@@ -598,14 +647,16 @@ class CellTypeModels:
         cells = screen.table.cell_type.astype(object).map(str, na_action='ignore')
         here = {c: m for c, m in self.models.items() if c in set(cells)} or self.models
         able = {c: m for c, m in here.items() if _never_learned(m)} or here
-        return screen[pd.concat([m.held_out(screen[(cells == c).to_numpy()]).table for c, m in able.items()], ignore_index=True)]
+        return screen[pd.concat([m.held_out(screen[(cells == c).to_numpy()]).table for c, m in able.items()],
+                                ignore_index=True)]
 
 # %% ../nbs/70_folder.ipynb #44fba44c
 def _check_one_width(parts):
     "Raise when the models of cell types give embeddings of different lengths, which cannot stand in one table"
     widths = {c: m.model.classifier.weight.shape[1] for c, (m, _) in parts.items()}
     if len({*widths.values()}) > 1:
-        raise ScreenError(f'The models of the cell types embed into different lengths ({first_few([f"{c} {n}" for c, n in widths.items()], 4)}): '
+        raise ScreenError('The models of the cell types embed into different lengths '
+                          f'({first_few([f"{c} {n}" for c, n in widths.items()], 4)}): '
                           'take the model of one cell type, in the folder of that name.')
 
 # %% ../nbs/70_folder.ipynb #70679597
@@ -689,14 +740,16 @@ def _check_same(what, each):
     "Raise where score tables, or the models of cell types, differ in what one table has once"
     if len({*each.values()}) == 1: return
     way = option({'kind': 'by'}.get(what, what))
-    raise ScreenError(f'Scores with a different {what} ({first_few([f"{k}: {v}" for k, v in each.items()], 4)}) cannot stand in one table: '
+    raise ScreenError(f'Scores with a different {what} '
+                      f'({first_few([f"{k}: {v}" for k, v in each.items()], 4)}) cannot stand in one table: '
                       f'give {way} for all, or predict with the model of one cell type after the other.')
 
 def scores_together(
     tables, # Score tables of different wells, of one kind and protocol
 )->pd.DataFrame: # A class that a model does not have is never its answer: −∞
     "Return score tables of several models as one"
-    for what in ('target', 'protocol', 'kind', 'assign'): _check_same(what, {str(i+1): t.attrs.get(what) for i, t in enumerate(tables)})
+    for what in ('target', 'protocol', 'kind', 'assign'):
+        _check_same(what, {str(i+1): t.attrs.get(what) for i, t in enumerate(tables)})
     if any(map(has_untold, tables)): tables = [t if has_untold(t) else with_untold(t) for t in tables]
     res = pd.concat(tables, ignore_index=True)
     names = [c for c in res if c.startswith((SCORE, UNTOLD))]
@@ -723,7 +776,8 @@ def _facts_of(model, plan, **more):
     "Return what must be the same where the answers of one cell type are taken from an earlier run; None for cells, whose masks may have changed"
     if plan.cell_merge: return None
     sites = plan.screen.table
-    return json_hash(as_plain(dict(record=plan.record, sites=data_fingerprint(sites)['sha256'], store=store_fingerprint(plan.screen.source), model=model.fingerprint, **more)))
+    return json_hash(as_plain(dict(record=plan.record, sites=data_fingerprint(sites)['sha256'],
+                                   store=store_fingerprint(plan.screen.source), model=model.fingerprint, **more)))
 
 def _answered(beside, cell_type, facts, files):
     "Return the answers of a cell type that an interrupted run had finished, else None"
@@ -753,24 +807,30 @@ def _write_parts(self:CellTypeModels, parts, plans, protocol, out, more, scores,
     for c, (m, s) in parts.items():
         files = {k: beside/f'{c}.{k}.parquet' for k, v in more.items() if v}
         facts = _facts_of(m, plans[c], files=sorted(files), scores=scores)
-        made = [*files.values(), beside/f'{c}.csv', info_path(beside/f'{c}.csv'), *([scores_path(beside/f'{c}.csv')] if scores else [])]
+        made = [*files.values(), beside/f'{c}.csv', info_path(beside/f'{c}.csv'),
+                *([scores_path(beside/f'{c}.csv')] if scores else [])]
         preds[c] = None if rank_world()[0] else _answered(beside, c, facts, made)
         is_kept = from_first(preds[c] is not None)
         try:
-            if not is_kept: preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files, **kwargs)
+            if not is_kept:
+                preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files,
+                                     **kwargs)
         except ScreenError:
-            if not rank_world()[0] and all(f.name.startswith('.') or f.suffix == '.lock' for f in beside.iterdir()): CELLS_FOLDER.remove(beside)
+            if not rank_world()[0] and all(f.name.startswith('.') or f.suffix == '.lock' for f in beside.iterdir()):
+                CELLS_FOLDER.remove(beside)
             raise
         if preds[c] is not None and not is_kept and facts: _keep_answers(beside, c, facts, made, preds[c])
         records[c] = None if preds[c] is None else {k: v for k, v in read_json(info_path(beside/f'{c}.csv'), 2**26).items() if k not in ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')}
     if rank_world()[0]: return
     pred, said = together(list(preds.values())), _in_all(list(records.values()))
     for k, path in more.items():
-        if path: write_tables(path, [pd.concat([pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts], ignore_index=True)])
+        if path:
+            write_tables(path, [pd.concat([pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts], ignore_index=True)])
     if kwargs.get('cells'):
         of_cells = pd.concat([pd.read_parquet(cells_path(beside/f'{c}.csv')) for c in parts], ignore_index=True)
         said = {**said, 'cells_sha256': file_facts(write_tables(cells_path(out), [of_cells]))['sha256']}
-    if scores: said = {**said, 'scores_sha256': file_facts(write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out)))['sha256']}
+    if scores:
+        said = {**said, 'scores_sha256': file_facts(write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out)))['sha256']}
     pred.attrs['notes'] = list(dict.fromkeys(n for r in records.values() for n in r.get('notes', ())))
     write_predictions(pred, out, {**said, 'model': str(self.folder or self.fingerprint), 'cell_types': records})
     CELLS_FOLDER.remove(beside)
@@ -790,7 +850,8 @@ def predict(self:CellTypeModels,
     **kwargs
 )->pd.DataFrame: # One row per well, as from a model
     "Name the test wells of a screen, each by the model of its cell type"
-    if out is None and (neighbors or embeddings or scores): raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
+    if out is None and (neighbors or embeddings or scores):
+        raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
     if out is not None: check_outputs(out, scores, neighbors=neighbors, embeddings=embeddings)
     experiments = kwargs.pop('experiments', '')
     if out is not None and kwargs.get('cells'): check_cells_file(out, neighbors, embeddings)
@@ -798,8 +859,11 @@ def predict(self:CellTypeModels,
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
             parts = self.parts(asked_experiments(self.models.values(), screen, experiments))
-            plans = _plan_parts(parts, protocol, kwargs, neighbors, embeddings, scores)        # what is impossible is said first
-        if out is not None: return self._write_parts(parts, plans, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
+            # what is impossible is said first
+            plans = _plan_parts(parts, protocol, kwargs, neighbors, embeddings, scores)
+        if out is not None:
+            return self._write_parts(parts, plans, protocol, out, dict(neighbors=neighbors, embeddings=embeddings),
+                                     scores, progress, kwargs)
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
 
 @patch
@@ -822,7 +886,8 @@ def evaluate(self:CellTypeModels,
 )->ScreenResult: # Accuracy of wells under each protocol, with intervals
     "Predict the test wells of a screen and compare them with their labels"
     screen, protocols = open_screen(screen, check=False), [protocol] if isinstance(protocol, str) else list(protocol)
-    return evaluate_screen({str(Protocol(p)): self.predict(screen, p, progress=progress, **kwargs) for p in protocols}, screen.table)
+    return evaluate_screen({str(Protocol(p)): self.predict(screen, p, progress=progress, **kwargs) for p in protocols},
+                           screen.table)
 
 # %% ../nbs/70_folder.ipynb #40d23fc7
 @patch
@@ -849,7 +914,8 @@ def neighbors(self:CellTypeModels,
     "Return the nearest training sites of every test site, each found by the model of its cell type"
     parts = self.parts(asked_experiments(self.models.values(), screen, kwargs.pop('experiments', '')))
     _plan_parts(parts, protocol, kwargs, neighbors=True)
-    near = pd.concat([m.neighbors(s, protocol, progress=progress, **kwargs) for m, s in parts.values()], ignore_index=True)
+    near = pd.concat([m.neighbors(s, protocol, progress=progress, **kwargs) for m, s in parts.values()],
+                     ignore_index=True)
     return near.sort_values(['id_code', 'query', 'rank'], kind='stable').reset_index(drop=True)
 
 # %% ../nbs/70_folder.ipynb #cc11a4cb

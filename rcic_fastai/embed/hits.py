@@ -33,15 +33,18 @@ def target_columns(
     dose:str='', # Column of the doses; empty: one of the target that is called dose or concentration, if there is one
 )->tuple: # (names of the columns, the dose last; the column of the doses, '' for none)
     "Return the columns that make a perturbation"
-    def known(name): return 'sirna' if name not in m and 'sirna' in m and usual_name(name) in map(usual_name, USUAL_NAMES['sirna'].split()) else name
+    def known(name):
+        return 'sirna' if name not in m and 'sirna' in m and usual_name(name) in map(usual_name, USUAL_NAMES['sirna'].split()) else name
     names = [known(c.strip()) for c in str(target).split('+') if c.strip()]
     lacks = [c for c in (*names, *([dose] if dose else [])) if c not in m]
     if lacks or not names:
-        raise ScreenError(f'{option("target", target)} names {first_few(lacks) or "nothing"}, which is no column of the profiles: '
-                          f'they have {first_few(m.columns, 30)}.')
+        raise ScreenError(f'{option("target", target)} names {first_few(lacks) or "nothing"}, '
+                          f'which is no column of the profiles: they have {first_few(m.columns, 30)}.')
     dose = dose or next((c for c in names if usual_name(c) in map(usual_name, _DOSES)), '')
     names = [c for c in dict.fromkeys(names) if c != dose]
-    if not names: raise ScreenError(f'{option("target", target)} names doses only: name the column of the perturbations, too, as compound+dose.')
+    if not names:
+        raise ScreenError(f'{option("target", target)} names doses only: '
+                          'name the column of the perturbations, too, as compound+dose.')
     return names + [dose]*bool(dose), dose
 
 # %% ../../nbs/45_embed.hits.ipynb #53ed3985
@@ -63,7 +66,8 @@ def screened_wells(
     emb = _name_controls(profiles, controls) if is_ours else read_profiles(profiles, columns, controls)
     if f'{META}site_id' in emb: emb = merge_sites(emb)
     if not (emb[f'{META}well_type'] == 'negative_control').any():
-        raise ScreenError(f'The profiles have no negative control to compare with: name it with {option("controls", dict(negative_control=["DMSO"]))}.')
+        raise ScreenError('The profiles have no negative control to compare with: '
+                          f'name it with {option("controls", dict(negative_control=["DMSO"]))}.')
     return emb
 
 # %% ../../nbs/45_embed.hits.ipynb #d788c732
@@ -80,9 +84,12 @@ def comparable_wells(
     notes = [f'{plural(int(bare.sum()), "well")} without a name left out ({first_few(m.well_id[bare], 3)}).'] if bare.any() else []
     if lacks.any():
         where = [f'plate {p} of {e}' for e, p in plates[lacks].unique()]
-        notes.append(f'{plural(int(lacks.sum()), "well")} of {plural(len(where), "plate")} without a negative control left out, as there is nothing to compare them with ({first_few(where, 3)}).')
+        notes.append(f'{plural(int(lacks.sum()), "well")} of {plural(len(where), "plate")} without a '
+                     f'negative control left out, as there is nothing to compare them with ({first_few(where, 3)}).')
     keep = ~bare & ~lacks
-    if not (keep & ~is_control).any(): raise ScreenError('No treated well is left that could be compared with negative controls of its plate: ' + (' '.join(notes) or 'all wells are negative controls.'))
+    if not (keep & ~is_control).any():
+        raise ScreenError('No treated well is left that could be compared with negative '
+                          'controls of its plate: ' + (' '.join(notes) or 'all wells are negative controls.'))
     return (emb if keep.all() else emb[keep].reset_index(drop=True)), notes
 
 # %% ../../nbs/45_embed.hits.ipynb #a745ea76
@@ -91,7 +98,10 @@ def _compared(emb, names):
     m, x = emb_metadata(emb), emb_features(emb).astype(np.float64)
     is_control = (m.well_type == 'negative_control').to_numpy()
     gap = m[names].isna().any(axis=1).to_numpy() & ~is_control
-    if gap.any(): raise ScreenError(f'Well {m.well_id[gap].iloc[0]} has no {first_few([c for c in names if pd.isna(m.loc[gap.argmax(), c])])}: fill it in or leave it out.')
+    if gap.any():
+        raise ScreenError(f'Well {m.well_id[gap].iloc[0]} has no '
+                          f'{first_few([c for c in names if pd.isna(m.loc[gap.argmax(), c])])}: '
+                          'fill it in or leave it out.')
     m = m.assign(experiment=m.experiment.astype(str), plate=m.plate.astype(str))
     code, _ = _codes(m, ['experiment', 'plate'])
     order = np.lexsort([m.well_id.astype(str), code])
@@ -103,7 +113,8 @@ def _with_dose(emb, dose):
     if not dose: return emb, []
     alone = (emb[f'{META}well_type'] == 'positive_control') & emb[META + dose].isna()
     if not alone.any(): return emb, []
-    return emb[~alone].reset_index(drop=True), [f'{plural(int(alone.sum()), "positive control well")} without a {dose} left out: look for hits without doses to measure them.']
+    return emb[~alone].reset_index(drop=True), [f'{plural(int(alone.sum()), "positive control well")} without a '
+                                                f'{dose} left out: look for hits without doses to measure them.']
 
 # %% ../../nbs/45_embed.hits.ipynb #633bfcf3
 def within_plates(
@@ -178,7 +189,9 @@ def _activities(m, x, names, measure, level, n_null, seed, progress):
         facts = dict(n_wells=int(n[c]), n_plates=len(np.unique(plate[mine])), n_controls=int(control[at].sum()))
         row = _finer(activity(*data, measure, n_null, seed), data, measure, n_null, int(len(several)/level), seed)
         rows.append({**levels.iloc[c].to_dict(), **facts, **row})
-    if not rows: raise ScreenError('No perturbation has two wells, so nothing could be repeated: name the perturbations by other columns, or give more plates.')
+    if not rows:
+        raise ScreenError('No perturbation has two wells, so nothing could be repeated: '
+                          'name the perturbations by other columns, or give more plates.')
     return pd.DataFrame(rows), levels[n == 1].reset_index(drop=True)
 
 # %% ../../nbs/45_embed.hits.ipynb #ddefaab3
@@ -220,7 +233,9 @@ def dose_trend(
     from scipy.stats import rankdata
     if len(np.unique(dose)) < 3: return np.nan, np.nan
     order = np.argsort(plate, kind='stable')
-    d, e, plate = rankdata(dose)[order], rankdata(effect)[order], np.unique(np.asarray(plate)[order], return_inverse=True)[1]
+    d = rankdata(dose)[order]
+    e = rankdata(effect)[order]
+    plate = np.unique(np.asarray(plate)[order], return_inverse=True)[1]
     d, e = (d - d.mean())/d.std(), (e - e.mean())/max(e.std(), 1e-12)
     shuffled = np.argsort(plate + np.random.default_rng(seed).random((_n_null(n_null), len(d))), axis=1)
     seen = float((d*e).mean())
@@ -245,7 +260,8 @@ def fit_hill(
     room = hi - lo
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', OptimizeWarning)
-        try: (low, high, mid, slope), _ = curve_fit(hill, dose, effect, [lo, hi, (a + b)/2, 1.], bounds=([lo - room, lo, a - 3, .2], [hi, hi + room, b + 3, 5]))
+        try:
+            (low, high, mid, slope), _ = curve_fit(hill, dose, effect, [lo, hi, (a + b)/2, 1.], bounds=([lo - room, lo, a - 3, .2], [hi, hi + room, b + 3, 5]))
         except (RuntimeError, ValueError): return nothing
     return dict(ec50=float(np.exp(mid)), slope=slope, low=low, high=high) if a <= mid <= b and high > low else nothing
 
@@ -271,11 +287,14 @@ def dose_responses(
     "Return trend and Hill curve of each perturbation"
     d, rows = pd.to_numeric(m[dose], errors='coerce').to_numpy(float, na_value=np.nan), []
     if not np.isfinite(d).all():
-        raise ScreenError(f'Well {m.well_id[~np.isfinite(d)].iloc[0]} has the {dose} {m.loc[~np.isfinite(d), dose].iloc[0]!r}, which is no number: write doses as numbers in one unit.')
+        raise ScreenError(f'Well {m.well_id[~np.isfinite(d)].iloc[0]} has the {dose} '
+                          f'{m.loc[~np.isfinite(d), dose].iloc[0]!r}, which is no number: '
+                          'write doses as numbers in one unit.')
     for key, at in m.reset_index(drop=True).groupby(names, sort=True).indices.items():
         trend, p = dose_trend(d[at], effect[at], m.plate_code.to_numpy()[at], n_null, seed)
         key = key if isinstance(key, tuple) else (key,)
-        rows.append({**dict(zip(names, key)), 'n_doses': len(np.unique(d[at])), 'trend': trend, 'trend_p': p, **fit_hill(d[at], effect[at])})
+        rows.append({**dict(zip(names, key)), 'n_doses': len(np.unique(d[at])), 'trend': trend, 'trend_p': p,
+                     **fit_hill(d[at], effect[at])})
     t = pd.DataFrame(rows)
     t.insert(t.columns.get_loc('trend_p') + 1, 'trend_q', adjusted(t.trend_p))
     return t
@@ -307,7 +326,9 @@ def _draw_activity(ax, hits, names, most):
         mine = hits.hit == is_hit
         ax.scatter(hits.activity[mine], y[mine], s=14, color=color, lw=0, label=f'{label} ({mine.sum()})')
     best = hits[hits.hit].sort_values(['p', 'activity'], ascending=[True, False])[:most]
-    for _, row in best.iterrows(): ax.annotate(picture_text(_name_of(row, names)), (row.activity, -np.log10(row.p)), fontsize=6, xytext=(3, 2), textcoords='offset points')
+    for _, row in best.iterrows():
+        ax.annotate(picture_text(_name_of(row, names)), (row.activity, -np.log10(row.p)), fontsize=6,
+                    xytext=(3, 2), textcoords='offset points')
     ax.set(xlabel='activity', ylabel='−log₁₀ p')
     ax.legend(fontsize=7, loc='lower right')
 
@@ -317,7 +338,8 @@ def _draw_doses(ax, hits, names, dose, most):
     clear = hits.drop_duplicates(names).sort_values(['trend_p', 'trend'], ascending=[True, False])[:most]
     for (_, row), style in zip(clear.iterrows(), group_styles(range(most)).values()):
         mine = hits[(hits[names] == row[names].to_numpy()).all(axis=1)].sort_values(dose)
-        ax.plot(mine[dose].astype(float), mine.activity, '-', ms=4, lw=1, label=picture_text(_name_of(row, names)), **style)
+        ax.plot(mine[dose].astype(float), mine.activity, '-', ms=4, lw=1, label=picture_text(_name_of(row, names)),
+                **style)
     ax.set(xlabel=dose, ylabel='activity', xscale='log' if (hits[dose].astype(float) > 0).all() else 'linear')
     ax.legend(fontsize=7)
 
@@ -342,8 +364,8 @@ def _trained_note(m, trained):
     new = [e for e in of.unique() if e not in {*of[trained]}]
     do = (f'embed only the experiments that it did not learn ({first_few(new)})' if new else
           'embed other experiments, or all with a model that learned none (recipe features)')
-    return (f'{trained.sum()} of {len(m)} wells were trained on ({META}trained): the model knows their answers, so they differ from the controls '
-            f'even where the perturbation does nothing, and hits may be false: {do}.')
+    return (f'{trained.sum()} of {len(m)} wells were trained on ({META}trained): the model knows their answers, so '
+            f'they differ from the controls even where the perturbation does nothing, and hits may be false: {do}.')
 
 def hit_notes(
     m:pd.DataFrame, # Metadata of the wells
@@ -354,24 +376,35 @@ def hit_notes(
     "Return what should be known about hits"
     notes, trained = [], m.get('trained', pd.Series(False, m.index)).astype(str).str.lower().isin(['true', '1', '1.0'])
     if trained.any(): notes.append(_trained_note(m, trained))
-    if len(alone): notes.append(f'{plural(len(alone), "perturbation has", "perturbations have")} a single well and {"is" if len(alone) == 1 else "are"} left out: {first_few([" ".join(map(str, r)) for r in alone.to_numpy()])}.')
+    if len(alone):
+        notes.append(f'{plural(len(alone), "perturbation has", "perturbations have")} '
+                     f'a single well and {"is" if len(alone) == 1 else "are"} left out: '
+                     f'{first_few([" ".join(map(str, r)) for r in alone.to_numpy()])}.')
     weak = (table.floor > level).sum()
-    if weak: notes.append(f'{weak} of {len(table)} perturbations cannot reach p ≤ {level}, whatever they do: their plates have too few controls or replicates.')
+    if weak:
+        notes.append(f'{weak} of {len(table)} perturbations cannot reach p ≤ {level}, whatever they do: '
+                     'their plates have too few controls or replicates.')
     if 'correction' in m and m.correction.astype(str).str.contains(_FROM_CONTROLS).any():
-        notes.append('The profiles were corrected by their controls, which then lie closer together than other wells without an effect: expect more false hits than the level says.')
+        notes.append('The profiles were corrected by their controls, which then lie closer '
+                     'together than other wells without an effect: expect more false hits than the level says.')
     cells = m.get('cell_type', pd.Series(dtype=object)).dropna().astype(str).unique()
-    if len(cells) > 1 and 'cell_type' not in table: notes.append(f'Wells of {first_few(cells)} are compared together: add cell_type to the target for hits of each.')
+    if len(cells) > 1 and 'cell_type' not in table:
+        notes.append(f'Wells of {first_few(cells)} are compared together: '
+                     'add cell_type to the target for hits of each.')
     return notes
 
 # %% ../../nbs/45_embed.hits.ipynb #ea2455d7
 def _check_out(out):
     "Return the file to write and those beside it; raise for names that cannot be used"
     out = Path(out)
-    if out.suffix.lower() not in ('.csv', '.parquet'): raise ScreenError(f'{out} is not the name of a table: let {option("out")} end in .csv or .parquet.')
+    if out.suffix.lower() not in ('.csv', '.parquet'):
+        raise ScreenError(f'{out} is not the name of a table: let {option("out")} end in .csv or .parquet.')
     if out.is_dir(): raise ScreenError(f'{out} is a folder: name a file to write.')
     files = out, out.with_suffix('.png'), out.with_suffix('.json')
     taken = next((f for f in files if f.exists() or f.is_symlink()), None)
-    if taken and not _is_record(files[2]): raise ScreenError(f'{taken} would be overwritten and is not of an earlier search for hits: choose another name for {out.name}.')
+    if taken and not _is_record(files[2]):
+        raise ScreenError(f'{taken} would be overwritten and is not of an earlier search for hits: '
+                          f'choose another name for {out.name}.')
     return files
 
 def _is_record(path):
@@ -390,7 +423,8 @@ def write_hits(
     write_json(record, as_plain(hits.attrs), indent=1)
     table = pd.DataFrame(hits)
     table.attrs = {}
-    if out.suffix.lower() == '.csv': return write_csv(table.assign(**{c: table[c].map(csv_text) for c in table if table[c].dtype == object}), out)
+    if out.suffix.lower() == '.csv':
+        return write_csv(table.assign(**{c: table[c].map(csv_text) for c in table if table[c].dtype == object}), out)
     return write_atomic(out, lambda p: table.to_parquet(p, index=False))
 
 # %% ../../nbs/45_embed.hits.ipynb #2ba36c72
@@ -404,7 +438,8 @@ def _hits(m, x, names, dose, measure, level, n_null, seed, progress):
         only, treated = [c for c in names if c != dose], ~m.is_control.to_numpy()
         effect = well_effects(x, m.plate_code.to_numpy(), ~treated, m.groupby(only, dropna=False).ngroup().to_numpy())
         needed = min(int(t[only].drop_duplicates().shape[0]/level), 10**5)
-        t = t.merge(dose_responses(m[treated], effect[treated], only, dose, max(n_null, needed), seed), on=only, how='left')
+        t = t.merge(dose_responses(m[treated], effect[treated], only, dose, max(n_null, needed), seed), on=only,
+                    how='left')
     return t.sort_values(['p', 'activity'], ascending=[True, False], ignore_index=True, kind='stable'), alone
 
 # %% ../../nbs/45_embed.hits.ipynb #0f8d2950
@@ -425,7 +460,8 @@ def find_hits(
     "Find the perturbations that differ from the negative controls of their plates"
     check_choice('measure', measure, MEASURES)
     check_numbers(seed=seed, n_null=n_null)
-    if not 0 < level < 1: raise ScreenError(f'{option("level", level)} is not possible: give a share between 0 and 1, such as 0.05.')
+    if not 0 < level < 1:
+        raise ScreenError(f'{option("level", level)} is not possible: give a share between 0 and 1, such as 0.05.')
     if out is not None: _check_out(out)
     emb = screened_wells(profiles, controls, columns)
     names, dose = target_columns(emb_metadata(emb), target, dose)
@@ -437,7 +473,8 @@ def find_hits(
     hits, alone = _hits(m, within_plates(x, m.plate_code), names, dose, measure, level, n_null, seed, progress)
     notes = [*notes, *left, *hit_notes(m, hits, alone, level)]
     used = highest_protocol(m.protocol) if 'protocol' in m else Protocol.inductive
-    hits.attrs.update(target=names, dose=dose, measure=measure, correct=correct, level=level, n_null=n_null, seed=seed, left_out=len(alone), notes=notes, embeddings=used.value)
+    hits.attrs.update(target=names, dose=dose, measure=measure, correct=correct, level=level, n_null=n_null,
+                      seed=seed, left_out=len(alone), notes=notes, embeddings=used.value)
     if out is not None: write_hits(hits, out)
     return hits
 

@@ -87,7 +87,8 @@ def _draw_labels(ax, a, cmap, vmin, vmax, colors):
     pick = {n: matplotlib.colors.to_rgb((colors or {}).get(n, hue)) for n, hue in zip(names, hues)}
     ax.imshow([[(.93,)*3 if v is None else pick[str(v)] for v in row] for row in a])
     if len(names) <= 12:
-        ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], [*map(picture_text, names)], fontsize=7, loc='upper left',
+        ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], [*map(picture_text, names)],
+                  fontsize=7, loc='upper left',
                   bbox_to_anchor=(1, 1), frameon=False)
 
 def _well_text(v): return f'{v:.3g}' if isinstance(v, float) else str(v)
@@ -164,7 +165,8 @@ def plate_maps(
         raise ScreenError(f'Maps of plates show one experiment, not {table.experiment.nunique()}: choose one.')
     plates = sorted(table['plate'].unique(), key=_natural)
     fig, axs = _picture_grid(len(plates), min(2, len(plates)), 1.9)
-    if pd.api.types.is_float_dtype(table[values]): kwargs = {'vmin': table[values].min(), 'vmax': table[values].max(), **kwargs}
+    if pd.api.types.is_float_dtype(table[values]):
+        kwargs = {'vmin': table[values].min(), 'vmax': table[values].max(), **kwargs}
     for ax, plate in zip(axs, plates):
         mine = table[table['plate'] == plate]
         name = f'plate {short_text(plate, 12)}'
@@ -177,7 +179,8 @@ def plate_maps(
     if kwargs.get('colors'): _legend_of_colors(fig, kwargs['colors'])
     return fig
 
-def _natural(name): return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', str(name))]      # plate 2 before plate 10
+# plate 2 before plate 10
+def _natural(name): return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', str(name))]
 
 def _legend_of_colors(fig, colors):
     "Name colors below a figure"
@@ -263,7 +266,9 @@ def contact_sheet(
     "Show the first site of some wells, each under its id and what it holds"
     rows, names = screen.table.drop_duplicates('well_id'), list(as_names(wells))
     strange = [n for n in names if n not in {*rows.well_id, *rows.well}]
-    if strange: raise ScreenError(f'{screen.name} has no well {first_few(strange)}: give ids such as {rows.well_id.iloc[0]}, or names such as {rows.well.iloc[0]}.')
+    if strange:
+        raise ScreenError(f'{screen.name} has no well {first_few(strange)}: '
+                          f'give ids such as {rows.well_id.iloc[0]}, or names such as {rows.well.iloc[0]}.')
     if not 1 <= most <= 600: raise ScreenError(f'{option("most", most)} is not possible: give 1 to 600.')
     if names: rows = rows[rows.well_id.isin(names) | rows.well.isin(names)]
     rows = rows.iloc[np.unique(np.linspace(0, len(rows)-1, min(most, len(rows))).astype(int))]
@@ -309,7 +314,8 @@ def label_plot(
     for i, k in enumerate(shown):
         at = y + .3*(i - (len(shown) - 1)/2)
         ax.barh(at, each[k], .28, color=(_RIGHT, _WRONG)[i], label=dict(F1='F1', AP='average precision')[k])
-        for v, low, high in zip(at, each[f'{k}_low'], each[f'{k}_high']): ax.plot([low, high], [v, v], color='#333', lw=1)
+        for v, low, high in zip(at, each[f'{k}_low'], each[f'{k}_high']):
+            ax.plot([low, high], [v, v], color='#333', lw=1)
     ax.set_yticks(y, [f'{picture_text(short_text(o.label, 24))} ({o.images})' for o in each.itertuples()], fontsize=8)
     ax.invert_yaxis()
     ax.set(xlim=(0, 1.03))
@@ -414,7 +420,8 @@ def neighbor_strip(
     near = near.head(n)
     fig, axs = _picture_grid(len(near) + 1, 3, 2.25)
     for ax in axs: ax.axis('off')
-    _show_site(axs[0], screen, query, f'{_site_lines(screen, query)}\n{short_text(truth or "not known", 14)}\n', side=side)
+    _show_site(axs[0], screen, query, f'{_site_lines(screen, query)}\n{short_text(truth or "not known", 14)}\n',
+               side=side)
     here = set(screen.table.site_id)
     for ax, r in zip(axs[1:], near.itertuples()):
         is_right = None if truth is None else str(r.label) == str(truth)

@@ -102,9 +102,11 @@ def _one_record(record):
     "Return what a reader asks of one prediction"
     by = 'classifier' if record.get('by') == 'classifier' else f"{_said(record, 'vote', '?')} of the index{_behind(record)}, {_said(record, 'merge', '?')} site"
     assign = {'yes': 'yes', 'no': 'no'}.get(record.get('assign'), 'no') if record.get('protocol') == 'transductive' else 'no'
-    return {'protocol': record['protocol'], 'answered by': by, 'views of a site': f"{record.get('tta', '?')} {record.get('views', '')}".strip(),
+    return {'protocol': record['protocol'], 'answered by': by,
+            'views of a site': f"{record.get('tta', '?')} {record.get('views', '')}".strip(),
             'BatchNorm statistics': f"of each {record['adapt']}" if record.get('adapt') not in _NOTHING else 'of training', 'correction': _said(record, 'correct', 'none'),
-            'plate groups': _groups_said(record), 'the model was given': _said(record, 'tell', 'nothing of the batch'), 'each name once on a plate': assign}
+            'plate groups': _groups_said(record), 'the model was given': _said(record, 'tell', 'nothing of the batch'),
+            'each name once on a plate': assign}
 
 def _record_said(record):
     "Return the same of a prediction by the models of several cell types: an entry of each where they differ"
@@ -120,7 +122,8 @@ def how_table(
     return pd.DataFrame({n: _record_said(r) for n, p in predictions.items() if (r := p.attrs.get('record', {})).get('protocol')})
 
 # %% ../../nbs/61_results.report.ipynb #ca6ee305
-def _trained_on(c): return f"{c['data']['rows']} sites of {plural(len(c['data']['sites']), 'experiment')}: {first_few(c['data']['sites'], 8)}"
+def _trained_on(c):
+    return f"{c['data']['rows']} sites of {plural(len(c['data']['sites']), 'experiment')}: {first_few(c['data']['sites'], 8)}"
 
 def _stages_said(recipe):
     "Return the stages of a recipe in a line"
@@ -131,11 +134,15 @@ def settings_table(
 )->pd.DataFrame: # One row per setting
     "Return what a model was made of and how it was trained"
     c, spec, recipe = model.config, model.spec, model.config.get('recipe') or {}
-    rows = {'recipe': recipe.get('name', 'none'), 'about it': recipe.get('about', ''), 'stages': _stages_said(recipe), 'backbone': c['model']['arch'],
+    rows = {'recipe': recipe.get('name', 'none'), 'about it': recipe.get('about', ''), 'stages': _stages_said(recipe),
+            'backbone': c['model']['arch'],
             'loss': c['model']['loss']['name'], 'labels' if spec.several else 'names': f'{len(spec.labels)} of {spec.target}', 'channels': ', '.join(spec.channels),
-            'normalization': spec.norm, 'side': f"{spec.size or c['data'].get('side')} px", 'metadata': ', '.join(c['model'].get('metadata') or ()) or 'none',
-            'trained on': _trained_on(c), 'held out': first_few(c['held_out'] or c.get('held_plates') or ['none']), 'validation': validation_note(c), 'seed': c.get('seed', 'not known'),
-            'versions': ', '.join(f'{k} {v}' for k, v in c['versions'].items() if v), 'fingerprint': c['fingerprint'][:16]}
+            'normalization': spec.norm, 'side': f"{spec.size or c['data'].get('side')} px",
+            'metadata': ', '.join(c['model'].get('metadata') or ()) or 'none',
+            'trained on': _trained_on(c), 'held out': first_few(c['held_out'] or c.get('held_plates') or ['none']),
+            'validation': validation_note(c), 'seed': c.get('seed', 'not known'),
+            'versions': ', '.join(f'{k} {v}' for k, v in c['versions'].items() if v),
+            'fingerprint': c['fingerprint'][:16]}
     return pd.DataFrame({'': {k: str(v) for k, v in rows.items() if v != ''}})
 
 # %% ../../nbs/61_results.report.ipynb #362150db
@@ -149,7 +156,8 @@ def _some_experiments(rows, most):
 
 def _examples(r, n=2):
     "Return up to `n` wells that are named right and `n` that are not, of several experiments where there are"
-    r = r.assign(turn=r.groupby(['right', 'experiment']).cumcount()).sort_values(['turn', 'experiment', 'id_code'], kind='stable')
+    r = r.assign(turn=r.groupby(['right', 'experiment']).cumcount()).sort_values(['turn', 'experiment', 'id_code'],
+                                                                                 kind='stable')
     return pd.concat([r[r.right].head(n), r[~r.right].head(n)]).drop(columns='turn')
 
 def _map_tables(model, screen, rows, progress):
@@ -158,7 +166,8 @@ def _map_tables(model, screen, rows, progress):
     for index, adapt in ((model.index, None), (model.adapted_index, 'experiment')):
         if index is None: continue
         named = model.embed(screen[rows], tta=1, mask=INDUCTIVE_MASK, adapt=adapt, progress=progress)
-        named[f'{META}dataset'] = 'test'                  # a new screen, or what was held out of training, is seldom marked so
+        # a new screen, or what was held out of training, is seldom marked so
+        named[f'{META}dataset'] = 'test'
         res.append(pd.concat([index.table(), named], ignore_index=True))
     return res
 
@@ -193,20 +202,25 @@ def _truth_sections(preds, screen, model, emb, known, most=4):
     r = right_wrong(preds[name], screen.table)
     some = f'Labels are known of {len(r)} of {n} wells, and all figures of right and wrong are of these. ' if len(r) < n else ''
     examples, experiments = _examples(r), list(dict.fromkeys(r.experiment))[:most]
-    wrong = [('Confusions', f'What is taken for what, {name}. "other way": how many wells of the answer were called by the name of the truth.',
+    wrong = [('Confusions', f'What is taken for what, {name}. "other way": '
+                            'how many wells of the answer were called by the name of the truth.',
               [confused_pairs(r), confusion_plot(r)])] if not r.right.all() else []
     strips = _strips(_near(model, emb, examples.id_code), examples, screen)
     chance = f'Chance is 1 in {res.columns[next(iter(res.columns))]["n_classes"]}. '
     return [('Accuracy of test wells', some + _PROTOCOLS + chance + ' '.join(res.notes), [res.table(), accuracy_plot(res)])], [*wrong,
-        ('Nearest neighbors', 'Left above the well to name, then the most similar training sites (inductive); ✓ is the right name, ✗ another one.', strips),
-        ('Plates', f'Right and wrong wells, {name}, of {first_few(experiments)}.', [right_wrong_map(r[r.experiment == e]) for e in experiments])]
+        ('Nearest neighbors', 'Left above the well to name, then the most similar training sites (inductive); '
+                              '✓ is the right name, ✗ another one.', strips),
+        ('Plates', f'Right and wrong wells, {name}, '
+                   f'of {first_few(experiments)}.', [right_wrong_map(r[r.experiment == e]) for e in experiments])]
 
 def _sure_section(name, pred, screen, model, emb, most=4):
     "Return the section that tells how sure the model is, where no labels are known"
     said = f'the score of each answer, {name}'
-    if 'score' not in pred:                                   # a file has no scores: those of the embeddings that the page shows
+    # a file has no scores: those of the embeddings that the page shows
+    if 'score' not in pred:
         test = emb[(emb[f'{META}dataset'] == 'test') & emb[f'{META}well_id'].isin(set(pred.id_code))].reset_index(drop=True)
-        pred, said = predict_wells(test, model.index, 'inductive')[0], 'the cosine between each well and its most similar training site (inductive)'
+        pred = predict_wells(test, model.index, 'inductive')[0]
+        said = 'the cosine between each well and its most similar training site (inductive)'
     wells = screen.table.drop_duplicates('well_id').set_index('well_id').loc[pred.id_code, ['experiment', 'plate', 'well']]
     wells = wells.assign(score=pred['score'].to_numpy())
     experiments = list(dict.fromkeys(wells.experiment))[:most]
@@ -218,11 +232,16 @@ _PROTOCOLS = f'Every number names its protocol: {"; ".join(f"{p} {about}" for p,
 
 def _picture_sections(screen, model, maps, rows):
     "Return the sections that need no labels"
-    res = [('Sites', f'{plural(len(screen.channels), "channel")} as one color picture, contrast stretched for the eye.', [site_gallery(screen)])]
-    if len(model.history): res.append(('Training', 'Losses and accuracy by epoch; thin lines part the stages. Accuracy is that of the classifier on single held-out sites.', [training_curve(model.history)]))
+    res = [('Sites', f'{plural(len(screen.channels), "channel")} as one color picture, '
+                     'contrast stretched for the eye.', [site_gallery(screen)])]
+    if len(model.history):
+        res.append(('Training', 'Losses and accuracy by epoch; thin lines part the stages. Accuracy is '
+                                'that of the classifier on single held-out sites.', [training_curve(model.history)]))
     both = dict(adapted=maps[1]) if len(maps) > 1 else {}
-    text = ('Principal components of the embeddings' + (', before and after the BatchNorm statistics are those of each experiment' if both else '') +
-            f'. By experiment: what the batch does; by {model.spec.target}, of which a few are shown: what should remain. Hollow points are test wells, of {first_few(sorted(rows.experiment.unique()), 6)}.')
+    text = ('Principal components of the embeddings' + (', before and after the BatchNorm '
+                                                        'statistics are those of each experiment' if both else '') +
+            f'. By experiment: what the batch does; by {model.spec.target}, of which a few are shown: '
+            f'what should remain. Hollow points are test wells, of {first_few(sorted(rows.experiment.unique()), 6)}.')
     return [*res, ('Embedding map', text, [embedding_map(maps[0], 'experiment', model.spec.target, **both)])]
 
 # %% ../../nbs/61_results.report.ipynb #957525c9
@@ -234,11 +253,14 @@ def _known_wells(rows, target):
 def _label_sections(preds, screen, target, labeled):
     "Return the sections of several labels per image: scores and answers"
     name, pred = next(iter(preds.items()))
-    shown = ('Answers', f'Some of the images under the labels that they were answered with, {name}' + (', and in brackets those that they have.' if labeled else '.'), [label_gallery(pred, screen, target)])
+    shown = ('Answers', 'Some of the images under the labels that they were answered with, '
+                        f'{name}' + (', and in brackets those that they have.' if labeled else '.'),
+                        [label_gallery(pred, screen, target)])
     if not labeled: return [shown]
     res = evaluate_screen(preds, screen.table)
     each = pd.DataFrame(next(iter(res.columns.values()))['labels'])
-    text = ('The macro F1 is the mean over labels, the micro F1 that of all answers together; mAP, the mean average precision, needs no thresholds. Beside each label: how many images have it. '
+    text = ('The macro F1 is the mean over labels, the micro F1 that of all answers together; '
+            'mAP, the mean average precision, needs no thresholds. Beside each label: how many images have it. '
             + _PROTOCOLS.split(';')[0] + '. ' + ' '.join(res._foot()))
     return [('Scores of several labels', text, [res.table(), label_plot(each)]), shown]
 
@@ -257,7 +279,8 @@ def report_screen(
     screen, preds = open_screen(screen, check=False), named_predictions(predictions)
     pred = next(iter(preds.values()))
     rows = screen.table[screen.table.well_id.isin(set(pred.id_code))]
-    if not len(rows): raise ScreenError('None of the predicted wells is in the screen: give the screen that was predicted.')
+    if not len(rows):
+        raise ScreenError('None of the predicted wells is in the screen: give the screen that was predicted.')
     known = _known_wells(rows, model.spec.target)
     if model.spec.several: return _write_labels(out, model, screen, preds, bool(known), title, more)
     maps = _map_tables(model, screen, _some_experiments(rows, most), progress)
@@ -272,7 +295,8 @@ def _about(preds, model):
 
 def _write_labels(out, model, screen, preds, labeled, title, more):
     "Write the report of a model that answers several labels"
-    curve = [('Training', 'Losses and F1 by epoch; thin lines part the stages. A label counts from a probability of one half on, as the thresholds are chosen at the end.',
+    curve = [('Training', 'Losses and F1 by epoch; thin lines part the stages. A label counts '
+                          'from a probability of one half on, as the thresholds are chosen at the end.',
               [training_curve(model.history)])] if len(model.history) else []
     pred = next(iter(preds.values()))
     title = title or f'{model}: {plural(len(pred), "image")} answered'

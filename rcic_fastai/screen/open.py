@@ -73,8 +73,8 @@ def _folder_channels(channels):
     known = {c.casefold(): i for i, c in enumerate(CHANNELS)}
     odd = [n for i, n in enumerate(names) if known.get(n.casefold(), i) != i]
     if not odd: return names
-    raise ScreenError(f'{odd[0]} is w{known[odd[0].casefold()] + 1} in such a folder, whose files are read in order: leave out '
-                      f'{option("channels")}, or name w1, w2, … as they are.')
+    raise ScreenError(f'{odd[0]} is w{known[odd[0].casefold()] + 1} in such a folder, whose files are read in order: '
+                      f'leave out {option("channels")}, or name w1, w2, … as they are.')
 
 def _read_folder(
     path, # RxRx1's folder, or its table
@@ -159,12 +159,15 @@ def _check_options(path, kind, how):
         raise ScreenError(f'{option("layout")} is about files whose names say their wells: add '
                           f'{option("pattern", example)}, or leave it out.')
     if strange:
-        raise ScreenError(f'{path} is {kind.what}, for which {option(strange[0])} cannot be given: leave it out{kind.hint}.')
+        raise ScreenError(f'{path} is {kind.what}, for which {option(strange[0])} cannot be given: '
+                          f'leave it out{kind.hint}.')
 
 # %% ../../nbs/08_screen.open.ipynb #83dd0ca0
 def _kind_for(path, how):
     "Return the kind of screen that a path and options mean, once it is clear that it has these options"
-    if how.get('pattern') and is_remote(path): raise ScreenError(f'{option("pattern")} is for a folder on the disk, and {path} is an address: list its files in a table, or copy them.')
+    if how.get('pattern') and is_remote(path):
+        raise ScreenError(f'{option("pattern")} is for a folder on the disk, and {path} is an address: '
+                          'list its files in a table, or copy them.')
     name = screen_kind(path)
     says_files = 'file' in (how.get('columns') or {}) or isinstance(how.get('channels'), dict)
     if name == 'folder' and Path(path).is_file() and says_files: name = 'files'
@@ -196,7 +199,8 @@ def _plate_format(wells):
 
 def _place_lines(screen):
     "Return the experiments, plates and wells of a screen, a line for each"
-    if not has_plates(screen.table): return [f'images: {len(screen)} ({first_few(f"{n} {k}" for k, n in screen.table.dataset.value_counts(sort=False).items())}), on no plate']
+    if not has_plates(screen.table):
+        return [f'images: {len(screen)} ({first_few(f"{n} {k}" for k, n in screen.table.dataset.value_counts(sort=False).items())}), on no plate']
     wells, by_plate = screen.wells, screen.wells.groupby(['experiment', 'plate'], sort=False).size()
     names = [str(p) if str(p) == e else f'{e} {p}' for e, p in by_plate.index]
     sets = wells.groupby('experiment', sort=False).dataset.unique()
@@ -241,16 +245,19 @@ def dose_notes(
     for column in dose_columns(wells):
         several = treated.groupby('sirna')[column].nunique()
         several = several.index[several > 1]
-        if odd := _no_dose(treated[column]): notes.append(f'the column {column} has {odd!r} beside numbers: write doses as numbers in one unit, or rcic_hits makes no curves of them')
+        if odd := _no_dose(treated[column]):
+            notes.append(f'the column {column} has {odd!r} beside numbers: '
+                         'write doses as numbers in one unit, or rcic_hits makes no curves of them')
         if not len(several): continue
         has = plural(len(several), 'perturbation has', 'perturbations have')
-        notes.append(f'{has} wells of several doses in the column {column} ({first_few(several, 5)}), and each perturbation is one class: '
-                     f'{option("target", f"sirna+{column}")} makes a class of each pair')
+        notes.append(f'{has} wells of several doses in the column {column} ({first_few(several, 5)}), and each '
+                     f'perturbation is one class: {option("target", f"sirna+{column}")} makes a class of each pair')
     return notes
 
 def _label_lines(table):
     "Return which labels the images of an atlas have, and how often"
-    if 'labels' not in table: return [f'further columns: {first_few([c for c in table if c not in SITE_COLUMNS], 20) or "none"}']
+    if 'labels' not in table:
+        return [f'further columns: {first_few([c for c in table if c not in SITE_COLUMNS], 20) or "none"}']
     parts = split_labels(table.labels)
     counts = pd.Series([o for p in parts for o in p], dtype=object).value_counts()
     bare = sum(not p for p in parts)
@@ -276,27 +283,34 @@ def unnamed_note(
     "Return which training wells have an empty cell in place of a perturbation"
     bare = wells[(wells.well_type == 'treatment') & wells.sirna.isna() & wells.dataset.isin(('train', 'val'))]
     if not len(bare): return ''
-    return (f'{plural(len(bare), "training well names no perturbation and is", "training wells name no perturbation and are")} left out of training '
-            f'({first_few(bare.well_id, 5)}): fill those cells; if they are controls, say {option("controls", {"negative_control": [""]})}')
+    return (f'{plural(len(bare), "training well names no perturbation and is", "training wells name no perturbation and are")} '
+            f'left out of training ({first_few(bare.well_id, 5)}): fill those cells; '
+            f'if they are controls, say {option("controls", {"negative_control": [""]})}')
 
 def missing_parts(
     screen, # A `Screen`
 )->list: # Sentences
     "Return what a screen lacks for training and prediction: controls, names, experiments on either side"
     wells, lines = screen.wells, []
-    if not has_plates(screen.table): return [] if (wells.dataset == 'test').any() else ['no image is for testing: a prediction needs some; list them in test.csv']
+    if not has_plates(screen.table):
+        return [] if (wells.dataset == 'test').any() else ['no image is for testing: '
+                                                           'a prediction needs some; list them in test.csv']
     if (wells.well_type == 'treatment').all():
         lines.append(f'no well is a control; in a table of files or a layout, '
                      f'{option("controls", {"negative_control": ["DMSO"]})} names perturbations that are')
     if wells[wells.well_type == 'treatment'].sirna.isna().all():
-        lines.append(f'no well has a perturbation: name the column that says it with {option("columns", {"sirna": "COLUMN"})}')
+        lines.append('no well has a perturbation: '
+                     f'name the column that says it with {option("columns", {"sirna": "COLUMN"})}')
     elif note := unnamed_note(wells): lines.append(note)
     do, is_packed = option('test', 'EXP,EXP'), isinstance(screen.source, PackedScreen)
     if isinstance(screen.source, PngTree): do = 'the word test in the column dataset of its table'
     if (wells.dataset != 'test').all():
-        lines.append(f'no experiment is a test: {do}{" in training" if is_packed else ""} keeps some from being learned, to predict them; a model that learned none of these names them all as they are')
+        lines.append(f'no experiment is a test: {do}{" in training" if is_packed else ""} keeps some from '
+                     'being learned, to predict them; a model that learned none of these names them all as they are')
     if (wells.dataset == 'test').all():
-        lines.append(f'every experiment is a test, so nothing is left to train on: mark fewer ({do}{", when it is packed" if is_packed else ""}), unless a model that was trained elsewhere is to name them')
+        lines.append('every experiment is a test, so nothing is left to train on: '
+                     f'mark fewer ({do}{", when it is packed" if is_packed else ""}), '
+                     'unless a model that was trained elsewhere is to name them')
     return lines
 
 def _missing_lines(screen, only_present):

@@ -191,8 +191,9 @@ def _check_wells(files, pattern):
     if not all(m['well'][0] in 'stwzfcpSTWZ' for _, m in found): return
     like = [_LIKE_WELL.search(p[:m.start('well')] + '/' + p[m.end('well'):]) for p, m in found]
     if all(like):
-        raise ScreenError(f'The pattern {pattern} takes {found[0][1]["well"]} in {found[0][0]} for a well, where '
-                          f'{like[0][0]} looks like one: give a pattern with all parts of the names, such as _s{{site}}.')
+        raise ScreenError(f'The pattern {pattern} takes {found[0][1]["well"]} in {found[0][0]} for a well, '
+                          f'where {like[0][0]} looks like one: '
+                          f'give a pattern with all parts of the names, such as _s{{site}}.')
 
 def pattern_files(
     folder, # Folder of the pictures
@@ -374,5 +375,6 @@ def read_pattern(
     own = {k: k if k in files and k not in ('folder', 'page') else None for k in USUAL_NAMES}
     inside = {k: v for k, v in dict(z=z, t=t).items() if k not in planes}      # planes of files that hold several
     name_it = 'name it in the layout, in a column experiment, or with {experiment} in the pattern'
-    return _read_listed(files.set_index('file', drop=False), Path(folder).resolve().name, Path(folder), channels, own, controls, test, cell_type, dataset, plate_wells,
+    return _read_listed(files.set_index('file', drop=False), Path(folder).resolve().name, Path(folder),
+                        channels, own, controls, test, cell_type, dataset, plate_wells,
                         name_it=name_it, **inside)

@@ -22,7 +22,8 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from ..core import ScreenError, check_choice, first_few, is_remote, open_plain, option, plural
-from .remote import REQUESTS, Forbidden, RemoteFile, as_path, each, read_any, read_remote, remote_facts, remote_list
+from .remote import (REQUESTS, Forbidden, RemoteFile, as_path, each, read_any, read_remote,
+                                       remote_facts, remote_list)
 from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
                                         read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
                                         _complete_types, _well_names, _whole_numbers)
@@ -167,7 +168,8 @@ def _axes(multiscale, folder):
     are_known, are_different = set('yx') <= set(names) <= set('tczyx'), len(set(names)) == len(multiscale.axes)
     if are_known and are_different: return names
     have = ', '.join(str(a.name)[:20] for a in multiscale.axes)
-    raise ScreenError(f'{folder} has the axes {have}, but only time, channel, z, y and x are understood: convert the plate.')
+    raise ScreenError(f'{folder} has the axes {have}, but only time, channel, z, y and x are understood: '
+                      'convert the plate.')
 
 # %% ../../nbs/06_screen.plates.ipynb #86f32310
 def _channel_names(omero, n, folder):
@@ -409,13 +411,13 @@ def _check_size(array, region, axes, folder):
     "Raise for pictures larger than `MOST_PIXELS`, and for sites of too many bytes or chunks"
     size = dict(zip(axes, array['shape']))
     if size['y']*size['x'] > MOST_PIXELS:
-        raise ScreenError(f'{folder} has pictures of {size["y"]}×{size["x"]} px, but at most {MOST_PIXELS:,} pixels are '
-                          'read: cut them, or write them at a lower resolution.')
+        raise ScreenError(f'{folder} has pictures of {size["y"]}×{size["x"]} px, but at most '
+                          f'{MOST_PIXELS:,} pixels are read: cut them, or write them at a lower resolution.')
     part = [r.stop - r.start for r in region]
     files = prod((r.stop-1)//n - r.start//n + 1 for r, n in zip(region, array['chunk']))
     if prod(part)*array['dtype'].itemsize > _MOST_SITE or files > _MOST_FILES:
-        raise ScreenError(f'{folder} is an array of {list(array["shape"])} in {files:,} chunks, more than is read for one '
-                          'site: choose a plane or time point, or write it again in larger chunks.')
+        raise ScreenError(f'{folder} is an array of {list(array["shape"])} in {files:,} chunks, more than '
+                          'is read for one site: choose a plane or time point, or write it again in larger chunks.')
 
 def _image(folder, fmt, attrs):
     "Return the axes of an image and the path of its array at full resolution"
@@ -629,8 +631,8 @@ class PlateSource(ImageSource):
         self.channels = named or _agree_names(root, names, dict(zip(fields, table.acquisition)) if 'acquisition' in table else {})
         if isinstance(channels, dict): self.channels = renamed_channels(channels, self.channels, 'the plates')
         if len(self.channels) != self.shape[0]:
-            raise ScreenError(f'{option("channels")} has {len(self.channels)} names ({", ".join(self.channels)}), but the fields '
-                              f'have {self.shape[0]} channels: name each.')
+            raise ScreenError(f'{option("channels")} has {len(self.channels)} names ({", ".join(self.channels)}), '
+                              f'but the fields have {self.shape[0]} channels: name each.')
 
 # %% ../../nbs/06_screen.plates.ipynb #7df63698
 @patch
@@ -644,8 +646,8 @@ def _read(self:PlateSource, site_id, out):
     with _sentence(f'site {site_id} cannot be read from {path}', 'copy that field again from the original plate'):
         try: out[:] = layout.pixels(path, self.empty == 'fill')
         except _Absent as e:
-            raise ScreenError(f'site {site_id} lacks {e} in {path}: copy the plate again, or read with {option("empty", "fill")} if '
-                              'its writer leaves out chunks that are empty.') from None
+            raise ScreenError(f'site {site_id} lacks {e} in {path}: copy the plate again, or read with '
+                              f'{option("empty", "fill")} if its writer leaves out chunks that are empty.') from None
 
 # %% ../../nbs/06_screen.plates.ipynb #5ed024f2
 @patch
@@ -680,7 +682,9 @@ def _far_plates(address):
     inside = [address/f for f in listed[1] if f.endswith('.zarr')] if listed else []
     if inside: return inside
     more = '' if listed else '; a server of this kind does not list what it has'
-    raise ScreenError(f'Nothing that can be read is at {address}: no packed screen, no .csv and no OME-Zarr plate (it has neither zarr.json nor .zgroup), and no plates in it (*.zarr{more}): correct the address.')
+    raise ScreenError(f'Nothing that can be read is at {address}: '
+                      'no packed screen, no .csv and no OME-Zarr plate (it has neither zarr.json nor .zgroup), '
+                      f'and no plates in it (*.zarr{more}): correct the address.')
 
 def _find_plates(paths):
     "Return the folders of plates: those given, and the `*.zarr` in those given"
@@ -693,8 +697,8 @@ def _find_plates(paths):
         if not p.is_dir(): raise ScreenError(f'{p} is not a folder: give that of a plate, or one that holds several.')
         inside = [p] if _zarr_format(p) else sorted(d for d in p.iterdir() if d.suffix == '.zarr' and d.is_dir()) or _written_plates(p)
         if not inside:
-            raise ScreenError(f'{p} is no OME-Zarr plate (it has neither zarr.json nor .zgroup) and holds none (*.zarr): '
-                              'give the folder of a plate, or one that holds several.')
+            raise ScreenError(f'{p} is no OME-Zarr plate (it has neither zarr.json nor .zgroup) and holds none '
+                              '(*.zarr): give the folder of a plate, or one that holds several.')
         found += inside
     twice = [str(p) for p, n in Counter(found).items() if n > 1]
     if twice: raise ScreenError(f'{twice[0]} is given twice: name each plate once.')
@@ -712,8 +716,8 @@ def _plate_names(plates, said, experiments)->pd.Series:
     twice = t[t.duplicated(['experiment', 'plate'])]
     if len(twice):
         e, name = twice[['experiment', 'plate']].iloc[0]
-        raise ScreenError(f'{plates[twice.index[0]]} is the second plate {name} of experiment {e}: rename its folder, or '
-                          'keep it in the folder of another experiment.')
+        raise ScreenError(f'{plates[twice.index[0]]} is the second plate {name} of experiment {e}: '
+                          'rename its folder, or keep it in the folder of another experiment.')
     return t.plate
 
 # %% ../../nbs/06_screen.plates.ipynb #41ab3c3d
@@ -735,7 +739,8 @@ def _of_acquisition(read, acquisition, plates):
 
 def _plate_table(plates, experiment, partial, progress, acquisition=None):
     "Return the folder above all plates, and one row per field: experiment, plate, well, site, acquisition, field"
-    if len({str(as_path(p)).split('://')[0] if is_remote(p) else '' for p in plates}) > 1: raise ScreenError('Some plates are on the disk and others elsewhere: read each kind as a screen of its own.')
+    if len({str(as_path(p)).split('://')[0] if is_remote(p) else '' for p in plates}) > 1:
+        raise ScreenError('Some plates are on the disk and others elsewhere: read each kind as a screen of its own.')
     root = as_path(os.path.commonpath([p.parent for p in plates]))
     read = _of_acquisition([_plate_fields(p, progress) for p in plates], acquisition, plates)
     experiments = [experiment or p.parent.name for p in plates]
@@ -743,8 +748,9 @@ def _plate_table(plates, experiment, partial, progress, acquisition=None):
     for p, (_, _, without) in zip(plates, read): bare += [f'{p.name} {w}' for w in without]
     what = 'field on disk' if acquisition is None else f'field of acquisition {acquisition}'
     if bare and not partial:
-        raise ScreenError(f'{plural(len(bare), "listed well has", "listed wells have")} no {what} ({first_few(bare)}): copy the '
-                          f'plate again, or leave such wells out with {option("partial", True)}.')
+        raise ScreenError(f'{plural(len(bare), "listed well has", "listed wells have")} no '
+                          f'{what} ({first_few(bare)}): '
+                          f'copy the plate again, or leave such wells out with {option("partial", True)}.')
     names, rows = _plate_names(plates, [name or None for name, _, _ in read], experiments), []
     for e, n, p, (_, fields, _) in zip(experiments, names, plates, read):
         at = p.relative_to(root).as_posix()
@@ -775,7 +781,8 @@ def _read_wells(wells, columns=None, controls=None, need=('plate', 'well')):
     if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs {" and ".join(need)}.')
     w = pd.DataFrame({c: identifiers(d[found[c][0]], where) for c in ('plate', 'well', *_ANNOTATIONS) if found[c]})
     for c in [c for c in ('plate', 'well') if c in w]:
-        if w[c].isna().any(): raise ScreenError(f'{where}, row {w.index[w[c].isna()][0]}: {c} is empty; fill that cell.')
+        if w[c].isna().any():
+            raise ScreenError(f'{where}, row {w.index[w[c].isna()][0]}: {c} is empty; fill that cell.')
     w['well'] = _well_names(w.well, where)
     if found['well_type'] or controls: w['well_type'] = _types(d, w, found, controls, where)
     if 'dataset' in w: w['dataset'] = w.dataset.map(lambda o: DATASET_NAMES.get(o.lower(), o), na_action='ignore')
@@ -806,20 +813,22 @@ def _annotate(t, wells, partial, columns=None, controls=None):
     w['plate'] = _called_as(w, t)
     several = t.drop_duplicates(['experiment', 'plate']).plate.duplicated().any()
     if several and 'experiment' not in w:
-        raise ScreenError(f'{where} does not name the experiment of its plates, and several experiments have a plate of '
-                          'the same name: add a column experiment.')
+        raise ScreenError(f'{where} does not name the experiment of its plates, '
+                          'and several experiments have a plate of the same name: add a column experiment.')
     keys = ['experiment', 'plate', 'well'] if several else ['plate', 'well']
     def spelt(o): return first_few(' '.join(map(str, r)) for r in o[keys].itertuples(index=False)) or 'none'
     twice = w[w.duplicated(keys)]
     if len(twice):
-        raise ScreenError(f'{where} lists {plural(len(twice), "well")} more than once ({spelt(twice)}): keep one row per well.')
+        raise ScreenError(f'{where} lists {plural(len(twice), "well")} more than once ({spelt(twice)}): '
+                          'keep one row per well.')
     rows, index = (pd.MultiIndex.from_frame(o[keys].astype(str)) for o in (t, w))
     extra, lacking = w[~index.isin(rows)], t[~rows.isin(index)].drop_duplicates(keys)
     none_fits, all_fit = len(extra) == len(w), not len(extra) and not len(lacking)
     if none_fits or not (all_fit or partial):
-        raise ScreenError(f'{where} has {plural(len(extra), "well")} not on the plates ({spelt(extra)}), and the plates have '
-                          f'{plural(len(lacking), "well")} not in it ({spelt(lacking)}): correct it, or '
-                          f'add {option("partial", True)}: wells that are not on the plates are left out, and those not in it have no perturbation.')
+        raise ScreenError(f'{where} has {plural(len(extra), "well")} not on the plates ({spelt(extra)}), '
+                          f'and the plates have {plural(len(lacking), "well")} not in it ({spelt(lacking)}): '
+                          f'correct it, or add {option("partial", True)}: '
+                          'wells that are not on the plates are left out, and those not in it have no perturbation.')
     if 'experiment' in w and not several: t['experiment'] = _experiments(t, w, where)
     new = w.drop(columns=['plate', 'well', 'experiment'], errors='ignore').set_axis(index)
     for c, s in new.items():
@@ -833,7 +842,8 @@ def _experiments(t, w, where):
     known = w.dropna(subset='experiment').groupby('plate').experiment.unique()
     split = known[known.str.len() > 1]
     if len(split):
-        raise ScreenError(f'{where} puts plate {split.index[0]} in the experiments {first_few(split.iloc[0])}: name one.')
+        raise ScreenError(f'{where} puts plate {split.index[0]} in the experiments '
+                          f'{first_few(split.iloc[0])}: name one.')
     return t.plate.astype(str).map(known.str[0]).fillna(t.experiment)
 
 # %% ../../nbs/06_screen.plates.ipynb #4c0533ef
@@ -857,13 +867,14 @@ def read_plates(
     "Read OME-Zarr plates, 0.4 or 0.5; return their site table and image source"
     _check_arguments(t, z, empty)
     plates = _find_plates(path)
-    if wells is None and isinstance(path, (str, Path)) and _written_plates(Path(os.path.abspath(path))) == plates: wells = Path(path)/'wells.csv'
+    if wells is None and isinstance(path, (str, Path)) and _written_plates(Path(os.path.abspath(path))) == plates:
+        wells = Path(path)/'wells.csv'
     root, s = _plate_table(plates, experiment, partial, progress, acquisition)
     s, where = s.assign(cell_type=cell_type, dataset=dataset, well_type='treatment', sirna=None), 'the site table'
     if wells is None and (columns or controls):
         given = 'columns' if columns else 'controls'
-        raise ScreenError(f'{option(given)} is about the table of wells, and there is none: give {option("wells")}, or leave '
-                          'it out.')
+        raise ScreenError(f'{option(given)} is about the table of wells, and there is none: '
+                          f'give {option("wells")}, or leave it out.')
     if wells is not None: s, where = _annotate(s, wells, partial, columns, controls)
     s['sirna'] = s.sirna.astype(object).where(s.sirna.notna(), None)
     s['well_id'] = s.experiment + '_' + s.plate.astype(str) + '_' + s.well

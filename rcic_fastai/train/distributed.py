@@ -35,8 +35,12 @@ def _known_device(name):
     except RuntimeError: raise ScreenError(f'{option("device", name)} is not known: {do}.') from None
     if device.type not in ('cpu', 'cuda'): raise ScreenError(f'{option("device", name)} is not used: {do}.')
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == 'cuda' and (device.index or 0) >= n: raise ScreenError(f'{option("device", name)} is not there, as this machine has {plural(n, "usable GPU")}: {do}.')
-    if num_distrib(): raise ScreenError(f'{option("device", name)} is for one process, and there are several, each on the GPU of its number: leave it out.')
+    if device.type == 'cuda' and (device.index or 0) >= n:
+        raise ScreenError(f'{option("device", name)} is not there, '
+                          f'as this machine has {plural(n, "usable GPU")}: {do}.')
+    if num_distrib():
+        raise ScreenError(f'{option("device", name)} is for one process, and there are several, '
+                          'each on the GPU of its number: leave it out.')
     return device
 
 @contextmanager

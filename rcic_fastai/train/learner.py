@@ -53,7 +53,8 @@ class TrainedOn(Callback):
     def _record(self):
         rows, model = getattr(self.dls.train, 'items', None), get_model(self.model)
         if not isinstance(rows, pd.DataFrame) or 'experiment' not in rows: return
-        names = {*rows.experiment.astype(str).unique()} - {'', *getattr(model, 'pseudo_experiments', ())}      # images of an atlas are in none
+        # images of an atlas are in none
+        names = {*rows.experiment.astype(str).unique()} - {'', *getattr(model, 'pseudo_experiments', ())}
         model.trained_experiments = tuple(sorted({*getattr(model, 'trained_experiments', ()), *names}))
 
 # %% ../../nbs/31_train.learner.ipynb #3b489cd1

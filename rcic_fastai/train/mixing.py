@@ -111,7 +111,8 @@ def _mix_encodings(self:ManyMix, meta):
         this = known.get(columns[0])
         if this is None or this.data_ptr() != own.data_ptr(): return      # another batch
         total = output*(1 - sum(shares))
-        for p, s in zip(partners, shares): total = total + s*module.forward({c: v[p] if c in columns else v for c, v in known.items()}, *rest)
+        for p, s in zip(partners, shares):
+            total = total + s*module.forward({c: v[p] if c in columns else v for c, v in known.items()}, *rest)
         return total
     self.hook = model.metadata.register_forward_hook(mixed)
 

@@ -74,7 +74,8 @@ def _sgd(params, lr, mom=.9, wd=0., nesterov=False):
     return Optimizer(params, [l2_reg, average_grad, step], lr=lr, mom=mom, wd=wd)
 
 # %% ../../nbs/30b_train.optimizer.ipynb #485f006d
-OPTIMIZERS = dict(adamw=FusedAdam, adam=partial(Adam, decouple_wd=False), radam=partial(RAdam, decouple_wd=False), ranger=ranger, sgd=_sgd)
+OPTIMIZERS = dict(adamw=FusedAdam, adam=partial(Adam, decouple_wd=False), radam=partial(RAdam, decouple_wd=False),
+                  ranger=ranger, sgd=_sgd)
 _SETTINGS = dict(adamw=('mom', 'sqr_mom', 'eps'), adam=('mom', 'sqr_mom', 'eps'), radam=('mom', 'sqr_mom', 'eps'),
                  ranger=('mom', 'sqr_mom', 'eps', 'k', 'alpha'), sgd=('mom', 'nesterov'))
 
@@ -82,7 +83,8 @@ def optimizer_from_config(
     config, # Name from `OPTIMIZERS`, or a dict with `name` and settings: mom, sqr_mom, eps; k and alpha of ranger; nesterov of sgd
 )->callable: # `opt_func` of a `Learner`
     "Return what makes the optimizer that `config` describes; rate and weight decay are those of the stage"
-    if not isinstance(config, (str, dict)): raise ScreenError(f'{option("opt", config)} is no optimizer: give a name, or a table with a name and settings.')
+    if not isinstance(config, (str, dict)):
+        raise ScreenError(f'{option("opt", config)} is no optimizer: give a name, or a table with a name and settings.')
     settings = dict(name=config) if isinstance(config, str) else dict(config)
     name = settings.pop('name', None)
     check_choice('opt', name, OPTIMIZERS)

@@ -78,7 +78,8 @@ def _dots(where, n, radius, rng):
     res, p = np.zeros(where.shape, np.float32), where.ravel()/max(where.sum(), 1e-6)
     if not where.any(): return res
     for at in rng.choice(where.size, n, p=p):
-        cv2.circle(res, (int(at % where.shape[1]), int(at//where.shape[1])), max(round(radius*rng.uniform(.7, 1.3)), 1), float(rng.uniform(.7, 1.)), -1)
+        cv2.circle(res, (int(at % where.shape[1]), int(at//where.shape[1])), max(round(radius*rng.uniform(.7, 1.3)), 1),
+                   float(rng.uniform(.7, 1.)), -1)
     return res
 
 def _rods(where, n, length, rng):
@@ -158,10 +159,12 @@ def _exposed(planes, rng):
     return (seen + rng.normal(0, 4, seen.shape)).clip(0, 255).astype(np.uint8)
 
 # %% ../../../nbs/02d_screen.simulate.labels.ipynb #7ffe4584
-LABELS_FOLDER = OwnFolder('simulated images with labels', 'train.csv', 'test.csv', 'cells.csv', 'labels.csv', 'train/*.png', 'test/*.png', 'masks/*.png')
+LABELS_FOLDER = OwnFolder('simulated images with labels', 'train.csv', 'test.csv', 'cells.csv', 'labels.csv',
+                          'train/*.png', 'test/*.png', 'masks/*.png')
 
 def _write_png(path, im):
-    if not cv2.imwrite(str(path), im, [cv2.IMWRITE_PNG_COMPRESSION, 1]): raise ScreenError(f'{path} could not be written: make room on the disk.')
+    if not cv2.imwrite(str(path), im, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
+        raise ScreenError(f'{path} could not be written: make room on the disk.')
 
 def _draw_into(folder, name, dataset, size, cells, rng):
     "Draw and write one image; the rows of its cells"
@@ -188,16 +191,19 @@ def simulate_labels(
     progress:bool=True, # Show a progress bar
 )->Path: # `dest`; `open_screen` opens it
     "Draw images with several labels each, in the layout of the Human Protein Atlas, with the truth about each cell"
-    for name, value, low, high in (('images', images, 4, 10**6), ('size', size, 48, 2048), ('cells', cells, 1, 12)): _check_whole(name, value, low, high)
+    for name, value, low, high in (('images', images, 4, 10**6), ('size', size, 48, 2048), ('cells', cells, 1, 12)):
+        _check_whole(name, value, low, high)
     _check_counts(seed=seed)
-    if not (isinstance(test, (int, float)) and 0 <= test < 1): raise ScreenError(f'test is {test!r}: give a share from 0, below 1.')
+    if not (isinstance(test, (int, float)) and 0 <= test < 1):
+        raise ScreenError(f'test is {test!r}: give a share from 0, below 1.')
     dest, names = _free_dest(dest), [f'image{i:05d}' for i in range(images)]
     is_test = set(names[images - round(images*test):])
     tmp = LABELS_FOLDER.make(tempfile.mkdtemp(prefix=f'.{dest.name}.', dir=dest.parent))
     try:
         for sub in ('train', 'test', 'masks'): (tmp/sub).mkdir()
         done = progress_bar(names) if progress else names
-        rows = [r for n in done for r in _draw_into(tmp, n, 'test' if n in is_test else 'train', size, cells, named_rng(seed, 'atlas', n))]
+        rows = [r for n in done for r in _draw_into(tmp, n, 'test' if n in is_test else 'train', size, cells,
+                                                    named_rng(seed, 'atlas', n))]
         for name, table in _label_tables(rows, is_test).items(): table.to_csv(tmp/f'{name}.csv', index=False)
         pd.DataFrame(dict(label=range(len(COMPARTMENTS)), name=[*COMPARTMENTS])).to_csv(tmp/'labels.csv', index=False)
         tmp.chmod(0o755)
