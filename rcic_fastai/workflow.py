@@ -94,26 +94,32 @@ def _controls_checkpoints(out): return _beside(out, '.controls.checkpoints')
 def _pseudo_checkpoints(out): return _beside(out, '.pseudo.checkpoints')
 def _index_folder(out): return _beside(out, '.index.part')
 def _validated(out): return _beside(out, '.validated')
+def _all_checkpoints(out): return _checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)
 
-_VALIDATED = OwnFolder('validation', *MODEL_FOLDER.inside('*'), *CHECKPOINT_FOLDER.inside('*.checkpoints/epoch_*'),
-                       *PARTS_FOLDER.inside('*.index.part/*'), '*.lock', '*.log.csv', '*.tensorboard/*')
-
-def _without_about(o): return {k: _without_about(v) for k, v in o.items() if k != 'about'} if isinstance(o, dict) else o
+# %% ../nbs/71_workflow.ipynb #f027908d
+def _without_about(o):
+    if not isinstance(o, dict): return o
+    return {k: _without_about(v) for k, v in o.items() if k != 'about'}
 
 def _check_same(out, then, now):
     "Raise where a finished model is that of another training than the one that is to be continued"
     then = {k: then.get(k) for k in now}
-    check_unchanged(out, _without_about(then), _without_about(now), 'give the same arguments as then, '
-                                                                    'or name another folder')
+    remedy = 'give the same arguments as then, or name another folder'
+    check_unchanged(out, _without_about(then), _without_about(now), remedy)
+
+# %% ../nbs/71_workflow.ipynb #cbb4cd62
+_VALIDATED = OwnFolder('validation', *MODEL_FOLDER.inside('*'), *CHECKPOINT_FOLDER.inside('*.checkpoints/epoch_*'),
+                       *PARTS_FOLDER.inside('*.index.part/*'), '*.lock', '*.log.csv', '*.tensorboard/*')
 
 def remove_unfinished(
     out, # Model folder
 ):
     "Remove what a training keeps beside its output until the model is written"
-    for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)): remove_checkpoints(folder)
+    for folder in _all_checkpoints(out): remove_checkpoints(folder)
     remove_index_parts(_index_folder(out))
     if not _VALIDATED.remove(_validated(out)): print(f'{_validated(out)} is not needed any more.')
 
+# %% ../nbs/71_workflow.ipynb #a705b71d
 def is_finished(
     out, # Model folder
     facts:dict=None, # What the config of the model must say of its training; `None`: anything
@@ -174,6 +180,7 @@ def _check_training(size, bs, tta, views, **numbers):
         raise ScreenError(f"{option('size', size)} is not possible: give 16 to 4096 pixels, or 0 for the screen's own.")
     check_tta(tta, views)
 
+# %% ../nbs/71_workflow.ipynb #4704d10c
 def _with_search(recipe, search):
     "Return the recipe with how its index will be searched; raise for what is not understood, and for batches that its callbacks cannot use"
     said = search or recipe.predict.get('search') or 'no'
@@ -187,6 +194,7 @@ def _with_search(recipe, search):
     kept = {k: v for k, v in recipe.predict.items() if search == 'no' or k not in ('vote', 'by')}
     return replace(recipe, predict={**kept, 'search': search})
 
+# %% ../nbs/71_workflow.ipynb #93dbf394
 def _check_counts(**counts):
     "Raise for counts below 0"
     for k, v in counts.items():
@@ -215,6 +223,7 @@ def _held_again(config, here):
               f'so {"nothing" if held == "none" else "the same"} is held out; {option("valid")} can name others.')
     return held
 
+# %% ../nbs/71_workflow.ipynb #70df110c
 def _held_out(screen, recipe, valid, before=None):
     "Return the experiments to hold out: those asked for, those of the model `before`, those of the recipe if the screen has any of them, or 'auto'"
     held = _held_again(before, _training_names(screen.table)) if before and valid == 'auto' else None
@@ -226,6 +235,7 @@ def _held_out(screen, recipe, valid, before=None):
               f'({first_few(recipe.valid, 4)}): others are.')
     return have or 'auto'
 
+# %% ../nbs/71_workflow.ipynb #cc9548dc
 def _without_full_data(recipe, held):
     "Return the recipe without the stages that would train on what is to be `held` out"
     gone = [s.name for s in recipe.stages if s.full_data] if held else []
@@ -235,6 +245,7 @@ def _without_full_data(recipe, held):
               f'is left out of {recipe.name}: {", ".join(gone)}.')
     return replace(recipe, stages=[s for s in recipe.stages if not s.full_data])
 
+# %% ../nbs/71_workflow.ipynb #4b7aae1c
 def _is_for(table, only):
     "Return which rows a recipe is for"
     is_mine = pd.Series(True, table.index)
@@ -269,6 +280,7 @@ def auto_valid(
     try: return held_plates(rows, target)
     except ScreenError: return 'none'              # each plate has labels of its own
 
+# %% ../nbs/71_workflow.ipynb #bcd0cdd1
 def _choose_held(screen, recipe, given, data, before):
     "Return what is held out of the rows that are learned from, and whether nobody asked for it"
     if given['phase'] == 'refit': return 'none', False
@@ -280,7 +292,8 @@ def _choose_held(screen, recipe, given, data, before):
                           f'{given["pretrained"]} learned, so what is measured there would be memory: '
                           'hold out experiments that it did not learn.')
     if valid != 'auto' or given['phase'] == 'common': return valid, isinstance(valid, str) and valid == 'auto'
-    return auto_valid(labeled_rows(screen.table, given['target'], data['controls'], data.get('several', False)), given['target']), True
+    rows = labeled_rows(screen.table, given['target'], data['controls'], data.get('several', False))
+    return auto_valid(rows, given['target']), True
 
 # %% ../nbs/71_workflow.ipynb #38594cc4
 def _asks_fold(folds, fold):
@@ -293,6 +306,7 @@ def _asks_fold(folds, fold):
     if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
     return True
 
+# %% ../nbs/71_workflow.ipynb #ff9baad5
 def fold_experiments(
     table:pd.DataFrame, # Site table; only training rows count
     folds:int, # How many folds; 0: none
@@ -302,8 +316,12 @@ def fold_experiments(
     "Return the experiments of one fold"
     if not _asks_fold(folds, fold): return []
     n = table.experiment[table.dataset.isin(('train', 'val'))].nunique()
+    if n < 2:
+        raise ScreenError(f'{option("folds", folds)} needs two training experiments or more, and there is {n}: '
+                          'leave it out.')
     if not 2 <= folds <= n:
-        raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.' if n > 1 else f'{option("folds", folds)} needs two training experiments or more, and there is {n}: leave it out.')
+        raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(n, "training experiment")}: '
+                          f'choose 2 to {n}.')
     which = experiment_folds(table, folds, seed)
     return which.index[which == fold - 1].tolist()
 
@@ -327,7 +345,7 @@ def fold_images(
     except ImportError:
         raise ScreenError('Folds of images with several labels need the package iterative-stratification: '
                           'run pip install "rcic_fastai[labels]".') from None
-    truth = label_matrix(images[target], sorted({o for p in split_labels(images[target]) for o in p}))
+    truth = label_matrix(images[target], sorted(set().union(*split_labels(images[target]))))
     parts = MultilabelStratifiedKFold(folds, shuffle=True, random_state=seed).split(truth, truth)
     mine = images.well_id.iloc[[*parts][fold - 1][1]]
     return rows.site_id[rows.well_id.isin(mine)].tolist()
@@ -343,8 +361,10 @@ def _folded(args):
     if not has_plates(table): return args
     labeled = labeled_rows(table, args['target'], True)
     treated = labeled[labeled.well_type == 'treatment']
-    return {**args, 'valid': fold_experiments(treated if len(treated) else labeled, args['folds'], args['fold'], args['seed'])}
+    rows = treated if len(treated) else labeled
+    return {**args, 'valid': fold_experiments(rows, args['folds'], args['fold'], args['seed'])}
 
+# %% ../nbs/71_workflow.ipynb #a3319907
 def _fold_of(screen, given):
     "Return which experiments of the fold a recipe is for, or the images where there are no experiments; empty without folds"
     if not given['folds']: return []
@@ -361,8 +381,11 @@ def _picked_stats(data, whole, channels):
     stats = data.get('norm_stats')
     if not channels or stats is None or any(len(o) != len(whole.channels) for o in stats): return data
     at = channel_positions(channels, whole.channels)
-    return {**data, 'norm_stats': [[o[i] for i in at] for o in stats]}
+    picked = []
+    for numbers in stats: picked.append([numbers[i] for i in at])
+    return {**data, 'norm_stats': picked}
 
+# %% ../nbs/71_workflow.ipynb #f6e5c2fd
 def _also(table, recipe, given):
     "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
     needs = pd.Series(False, table.index)
@@ -372,6 +395,7 @@ def _also(table, recipe, given):
         needs |= (table.dataset == 'test') & _is_for(table, recipe.only)
     return needs
 
+# %% ../nbs/71_workflow.ipynb #804924df
 def _screen_to_learn(screen, recipe, given, data):
     "Return the rows and pictures that are learned from, and how batches are made of them"
     whole, channels = open_screen(screen, check=False), given['channels'] or recipe.channels
@@ -385,22 +409,27 @@ def _screen_to_learn(screen, recipe, given, data):
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
 # %% ../nbs/71_workflow.ipynb #8191c58d
-_SHARED_BATCH = 'the model knows the experiments of those plates, so accuracy there is more than on new experiments, and no result of a protocol'
+_SHARED_BATCH = ('the model knows the experiments of those plates, so accuracy there is more than on new experiments, '
+                 'and no result of a protocol')
 
 def _held_note(n, held, plates, nothing):
     "Return what is held out of `n` training experiments and what that costs; empty where nothing needs to be said"
-    choices = f'{option("valid", "EXP")} holds out others, and {option("valid", "none")} learns from all and measures nothing'
+    choices = (f'{option("valid", "EXP")} holds out others, '
+               f'and {option("valid", "none")} learns from all and measures nothing')
     again = f'; {option("refit", True)} trains again on everything afterwards' if n < 10 else ''
     if len(held):
         return (f'{first_few(held, 6)} of {plural(n, "training experiment")} {"is" if len(held) == 1 else "are"} '
                 f'held out to measure accuracy while training, so {n - len(held)} of {n} are learned from: '
                 f'{choices}{"; with so few it costs accuracy" if n < 10 else ""}{again}.')
     if len(plates):
-        return f'{first_few(plates, 6)} {"is" if len(plates) == 1 else "are"} held out: {_SHARED_BATCH}; {choices}{again}.'
+        is_are = 'is' if len(plates) == 1 else 'are'
+        return f'{first_few(plates, 6)} {is_are} held out: {_SHARED_BATCH}; {choices}{again}.'
     if nothing:
-        return f'nothing is held out, as {plural(n, "training experiment")} on so few plates are too few, so no accuracy is measured: {option("valid", "EXP")} holds out an experiment.'
+        return (f'nothing is held out, as {plural(n, "training experiment")} on so few plates are too few, '
+                f'so no accuracy is measured: {option("valid", "EXP")} holds out an experiment.')
     return ''
 
+# %% ../nbs/71_workflow.ipynb #9fe424c3
 def training_notes(
     table:pd.DataFrame, # Training rows of the site table
     target:str, # What is predicted
@@ -413,7 +442,8 @@ def training_notes(
     said = _held_note(wells.experiment.nunique(), held, plates, nothing)
     notes = [said] if said else []
     if names_perturbations(target):
-        notes += [f'{o}.' for o in ([] if '+' in target else dose_notes(wells)) + ([unnamed_note(wells)] if unnamed_note(wells) else [])]
+        doses, unnamed = [] if '+' in target else dose_notes(wells), unnamed_note(wells)
+        notes += [f'{o}.' for o in [*doses, *([unnamed] if unnamed else [])]]
     is_number = target in wells and target not in SITE_COLUMNS and pd.api.types.is_numeric_dtype(wells[target])
     if is_number:
         notes.append(f'{target} holds numbers, and this is a classifier: '
@@ -440,32 +470,41 @@ def _before(given, begin):
     try: return read_config(folder)
     except ScreenError: return None                # what else lies there is said by those who read it
 
+# %% ../nbs/71_workflow.ipynb #870851fd
 def _aside_notes(table, dls):
     "Report experiments that the table reserves for validation, where others are held out, or nothing is"
-    names = sorted({*table.experiment[table.dataset == 'val']} - {*dls.held_out}) if has_plates(table) else []
-    return [f'{first_few(names, 6)} {"is" if len(names) == 1 else "are"} marked as val in the table, so neither learned nor, as {option("valid")} names others, held out.'] if names else []
+    if not has_plates(table): return []
+    names = sorted({*table.experiment[table.dataset == 'val']} - {*dls.held_out})
+    if not names: return []
+    return [f'{first_few(names, 6)} {"is" if len(names) == 1 else "are"} marked as val in the table, '
+            f'so neither learned nor, as {option("valid")} names others, held out.']
 
-def _training_learner(screen, recipe, given, workers, begin=None):
-    "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
+# %% ../nbs/71_workflow.ipynb #69cf3564
+def _batch_arguments(recipe, given, of_model):
+    "Return arguments of `screen_dls`: what was given wins over a trained model, and that over the recipe"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
-    of_model = _data_of(begin) if begin else {}
-    if begin and not given['channels']: given = {**given, 'channels': ','.join(begin.spec.channels)}
-    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None, **{k: given[k] for k in ('label_names', 'no_label') if given[k]}}
+    labels = {k: given[k] for k in ('label_names', 'no_label') if given[k]}
+    controls = given['controls'] or recipe.data.get('controls') or None
+    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': controls, **labels}
     if data['norm'] != 'global': data.pop('norm_stats', None)
     if data['norm'] not in ('plate', 'experiment') and not given['norm_from']: data.pop('norm_from', None)
-    learned, data = _screen_to_learn(screen, recipe, given, data)
-    # in the order of its channels
-    if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']
-    valid, by_itself = _choose_held(learned, recipe, given, data, _before(given, begin) if has_plates(learned.table) else None)
-    dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
+    return data
+
+# %% ../nbs/71_workflow.ipynb #59709d8a
+def _check_dls(dls, recipe, given):
+    "Raise for batches of which nothing could be learned, or measured"
     if recipe.only and len(dls.spec.labels) < 2 and not dls.spec.several:
         raise ScreenError(f'All training wells have one {given["target"]}, {first_few(dls.spec.labels)}, '
                           f'so there is nothing to tell apart: choose another {option("target")}.')
-    what = 'labels' if dls.spec.several else f'{given["target"]} classes'
     if given['phase'] == 'validate' and not dls.valid.n:
         raise ScreenError('Nothing can be held out of so few experiments and plates, '
                           'so there is nothing to validate with: '
                           f'name experiments with {option("valid", "EXP")}, or leave {option("refit", True)} out.')
+
+# %% ../nbs/71_workflow.ipynb #aaa4de61
+def _say_data(learned, dls, given, by_itself):
+    "Print how much is learned from and held out, and what should be known of it"
+    what = 'labels' if dls.spec.several else f'{given["target"]} classes'
     plates = [plate_name(*o) for o in dls.held_plates]
     print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples '
           f'({", ".join(dls.held_out or plates) or ("images" if dls.held_images else "none")}), '
@@ -474,9 +513,24 @@ def _training_learner(screen, recipe, given, workers, begin=None):
     held = training_notes(learned.train.table, given['target'], dls.held_out if by_itself else (), plates,
                           by_itself and not dls.valid.n and has_plates(learned.table))
     for note in [*held, *_aside_notes(learned.table, dls), *picture_notes(learned)]: print(f'note: {note}')
+
+# %% ../nbs/71_workflow.ipynb #c2a8097f
+def _training_learner(screen, recipe, given, workers, begin=None):
+    "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
+    of_model = _data_of(begin) if begin else {}
+    if begin and not given['channels']: given = {**given, 'channels': ','.join(begin.spec.channels)}
+    learned, data = _screen_to_learn(screen, recipe, given, _batch_arguments(recipe, given, of_model))
+    # in the order of its channels
+    if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']
+    before = _before(given, begin) if has_plates(learned.table) else None
+    valid, by_itself = _choose_held(learned, recipe, given, data, before)
+    how = dict(valid=valid, target=given['target'], seed=given['seed'], num_workers=workers)
+    dls = screen_dls(learned, **{**data, **how})
+    _check_dls(dls, recipe, given)
+    _say_data(learned, dls, given, by_itself)
     if begin:
-        return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec,
-                            dls, given['seed'])
+        spec = replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec
+        return learner_from(begin.model, spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
     if given['metadata']: model['metadata'] = given['metadata']
@@ -489,12 +543,14 @@ def _pseudo_plan(rounds, recipe):
     if not said.get('rounds'): return None
     how = {k: said[k] for k in ('lr', 'cutmix') if k in said}
     if recipe.stages:
-        how.update(wd=recipe.stages[-1].wd, opt=next((s.opt for s in reversed(recipe.stages) if s.opt is not None), None))
+        opt = next((s.opt for s in reversed(recipe.stages) if s.opt is not None), None)
+        how.update(wd=recipe.stages[-1].wd, opt=opt)
     if 'lr' in said: how['schedule'] = 'constant'
     stage = replace(PSEUDO.stages[0], **how)
     return dict(rounds=said['rounds'], first=said.get('first', .41), last=said.get('last', .98),
                 recipe=replace(PSEUDO, stages=[stage]))
 
+# %% ../nbs/71_workflow.ipynb #9b0bd49f
 def _check_steps(a, recipe, learn):
     "Raise for steps before or after the training that cannot be made; return the plan of the pseudo-labels"
     pretrain, pseudo = a.pretrain or recipe.pretrain, _pseudo_plan(a.pseudo, recipe)
@@ -524,6 +580,7 @@ def _build_again(learn, was, seed):
     if model.loss.config() != was['loss']: learn.set_loss(was['loss'])
     model.use_metadata, learn.opt_func = was['use_metadata'], was['opt']
 
+# %% ../nbs/71_workflow.ipynb #0bf4384f
 def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     "Train: control wells first, then the recipe, then pseudo-labels; return tables of what each reached"
     res = {}
@@ -535,8 +592,10 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
             built = _as_built(learn)
             first = replace(stages, name=f'{recipe.name}, controls',
                             stages=[replace(s, full_data=False) for s in stages.stages])
-            res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, **how(_controls_checkpoints(a.out), True))
-            before = learn.history.assign(stage='controls: ' + learn.history.stage) if len(learn.history) else learn.history
+            kept = how(_controls_checkpoints(a.out), True)
+            res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, **kept)
+            before = learn.history
+            if len(before): before = before.assign(stage='controls: ' + before.stage)
             _build_again(learn, built, a.seed)
         res['stages'] = learn.fit_recipe(stages, seed=a.seed, cbs=cbs, **how(_checkpoints(a.out), not pretrain))
         if pretrain: learn.history = pd.concat([before, learn.history], ignore_index=True)
@@ -551,11 +610,14 @@ _FREE = ('screen', 'out', 'recipe', 'tta', 'search', 'precision', 'compile', 'de
 
 def _plain_arguments(args):
     "Return the arguments that decide what is learned, as plain data without the places of files"
-    given = {k: ','.join(as_names(v)) if k in ('channels', 'valid', 'metadata', 'cell_types', 'experiments', 'test') else v for k, v in args.items() if k not in (*_FREE, 'phase')}
+    given = {k: v for k, v in args.items() if k not in (*_FREE, 'phase')}
+    for k in ('channels', 'valid', 'metadata', 'cell_types', 'experiments', 'test'):
+        if k in given: given[k] = ','.join(as_names(given[k]))
     if not given['refit']: given.pop('refit')
     given['pretrained'] = (_before(args, None) or {}).get('fingerprint', Path(str(args['pretrained'])).name)
     return given
 
+# %% ../nbs/71_workflow.ipynb #0cf311fc
 def _training_facts(args, recipe, views, begin=None):
     "Return what must be the same where a model is finished already, or its training is continued"
     table = with_target(open_screen(args['screen'], check=False).table, args['target'])
@@ -565,18 +627,40 @@ def _training_facts(args, recipe, views, begin=None):
                 training_rows=data_fingerprint(rows, columns=[args['target']])['sha256'])
 
 # %% ../nbs/71_workflow.ipynb #8a437f22
+def _model_info(a, validation):
+    "Return what a model folder says of its training, known before it begins"
+    info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, precision=a.precision,
+                compile=a.compile, mask=list(INDUCTIVE_MASK))
+    if a.folds and a.fold: info['fold'] = dict(folds=a.folds, fold=a.fold)
+    if validation: info['validation'] = {k: v for k, v in validation.items() if k not in ('thresholds', 'search')}
+    if a.changed: info['changed'] = a.changed
+    return info
+
+def _say_changed(changed):
+    said = [f'{k} {now:g} instead of {then:g}' for k, (then, now) in changed.items()]
+    print('changed: ' + ', '.join(said))
+
+# %% ../nbs/71_workflow.ipynb #5b4d35c8
+def _search_again(learn, model, views):
+    "Return how the index is searched, chosen on what was held out, with the views of the index where they are repeatable"
+    return learn.choose_search(model, views['tta'] if views.get('views', 'dihedral') == 'dihedral' else 4)
+
+def _write_model(model, out):
+    "Write a trained model and its curves, and remove what was kept to continue its training"
+    model.folder = model.save(out)
+    save_curve(model.history, out)
+    remove_unfinished(out)
+    print(f'{out}: model, index of {plural(len(model.index.labels), "embedding")}, history')
+    return model
+
+# %% ../nbs/71_workflow.ipynb #4166943c
 def _train_model(args, recipe, begin=None, validation=None):
     "Train one model with the arguments of `train_screen`, and write its folder; it may `begin` with a trained one, and know what a `validation` measured before"
     a = SimpleNamespace(**args)
     measures = a.phase == 'validate' or a.phase != 'refit' and (a.folds or a.valid not in ('auto', 'none'))
     given, recipe = {k: v for k, v in args.items() if k not in _FREE}, _without_full_data(recipe, measures)
     views = {'tta': 4, **recipe.index, **({'tta': a.tta} if a.tta else {})}
-    info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, precision=a.precision,
-                compile=a.compile, mask=list(INDUCTIVE_MASK))
-    if a.folds and a.fold: info['fold'] = dict(folds=a.folds, fold=a.fold)
-    if validation: info['validation'] = {k: v for k, v in validation.items() if k not in ('thresholds', 'search')}
-    if a.changed: info['changed'] = a.changed
-    is_first, out = not rank_world()[0], a.out
+    info, is_first, out = _model_info(a, validation), not rank_world()[0], a.out
     with ExitStack() as run:
         with all_agree():
             if is_first: run.enter_context(only_one(out))
@@ -588,16 +672,14 @@ def _train_model(args, recipe, begin=None, validation=None):
             out = new_folder(out)
             info.update(facts)
             if not a.resume and is_first:
-                for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)):
-                    begin_checkpoints(folder)
+                for folder in _all_checkpoints(out): begin_checkpoints(folder)
             device = rank_device()
             torch.backends.cudnn.benchmark = device.type == 'cuda'
             faster = [*precision_callbacks(a.precision, device), *epoch_logs(a.log, out)]
             learn = _training_learner(a.screen, recipe, given, a.workers, begin)
             learn.thresholds = (validation or {}).get('thresholds')
             if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
-            if is_first and a.changed:
-                print('changed: ' + ', '.join(f'{k} {now:g} instead of {then:g}' for k, (then, now) in a.changed.items()))
+            if is_first and a.changed: _say_changed(a.changed)
             pretrain, pseudo = _check_steps(a, recipe, learn)
             if pretrain: info['pretrain'] = pretrain
             if pseudo: info['pseudo'] = {**pseudo, 'recipe': pseudo['recipe'].to_dict()}
@@ -609,12 +691,8 @@ def _train_model(args, recipe, begin=None, validation=None):
         if not is_first: return
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
         if recipe.predict.get('search') == 'auto':
-            model.config['search'] = (validation or {}).get('search') or learn.choose_search(model, views['tta'] if views.get('views', 'dihedral') == 'dihedral' else 4)
-        model.folder = model.save(out)
-        save_curve(model.history, out)
-        remove_unfinished(out)
-        print(f'{out}: model, index of {plural(len(index.labels), "embedding")}, history')
-        return model
+            model.config['search'] = (validation or {}).get('search') or _search_again(learn, model, views)
+        return _write_model(model, out)
 
 # %% ../nbs/71_workflow.ipynb #0f078d65
 def save_curve(
@@ -644,6 +722,7 @@ def _several_in(out, resume):
     finally:
         if not rank_world()[0] and not was_there and out.is_dir() and not any(out.iterdir()): out.rmdir()
 
+# %% ../nbs/71_workflow.ipynb #ac423df6
 def _train_several(args, each):
     "Train a model for each name, in OUT/name, with other arguments; {name: model}"
     out, models = Path(args['out']), {}
@@ -666,6 +745,7 @@ def _chosen_epochs(recipe, reached):
     def last(i): return int(np.median([rows[i].get('kept_epoch') or rows[i]['epochs'] for rows in reached]))
     return [max(1, last(i)) if s.epochs and (s.keep_best or s.patience) else None for i, s in enumerate(stages)]
 
+# %% ../nbs/71_workflow.ipynb #a581bfdd
 def _agreed_search(found):
     "Return how an index is searched, as the validations chose; the nearest row where they differ. None where none chose"
     if not all(found): return None
@@ -673,16 +753,18 @@ def _agreed_search(found):
         each = [o[k] for o in found]
         if None in each: return None
         if len({o['neck'] for o in each}) == 1: return each[0]
-        return dict(neck='no', notes=['The nearest row answers, as the folds '
-                                      'chose differently: ' + ', '.join(o['neck'] for o in each) + '.'], tried=[])
+        note = f'The nearest row answers, as the folds chose differently: {", ".join(o["neck"] for o in each)}.'
+        return dict(neck='no', notes=[note], tried=[])
     return {k: agreed(k) for k in ('plain', 'adapted')}
 
+# %% ../nbs/71_workflow.ipynb #887225a6
 def _ending_at(recipe, epochs):
     "Return the recipe whose stages end where a validation chose"
+    def ending(s, at): return s if at is None else replace(s, keep_best=None, patience=None, stop=at)
     chosen = iter(epochs)
-    stages = [s if s.full_data else (s, next(chosen)) for s in recipe.stages]
-    return replace(recipe, stages=[s if isinstance(s, Stage) else s[0] if s[1] is None else replace(s[0], keep_best=None, patience=None, stop=s[1]) for s in stages])
+    return replace(recipe, stages=[s if s.full_data else ending(s, next(chosen)) for s in recipe.stages])
 
+# %% ../nbs/71_workflow.ipynb #74f3337e
 def _check_refit(args, recipe):
     "Raise for trainings that cannot be made twice"
     asked = option('refit', True)
@@ -710,11 +792,13 @@ def _begin_validation(args):
                           f'{option("resume", True)}, or remove the folder to start again from the beginning.')
     return _VALIDATED.make(folder)
 
+# %% ../nbs/71_workflow.ipynb #940cfe6a
 def _validate(args, recipe, begin):
     "Train with rows held out, once or with each fold, and return what was measured and which epochs were chosen"
     is_first = not rank_world()[0]
     folds = range(1, args['folds'] + 1) if args['folds'] and not args['fold'] else [args['fold']]
-    each = [_folded({**args, 'fold': f, 'refit': False, 'phase': 'validate', 'out': _validated(args['out'])/str(f or 1)}) for f in folds]
+    validating = {**args, 'refit': False, 'phase': 'validate'}
+    each = [_folded({**validating, 'fold': f, 'out': _validated(args['out'])/str(f or 1)}) for f in folds]
     with all_agree():
         if is_first: _begin_validation(args)
     for i, a in enumerate(each, 1):
@@ -730,6 +814,7 @@ def _validate(args, recipe, begin):
                 thresholds=np.mean(cuts, axis=0).tolist() if cuts else None,
                 search=_agreed_search([c.get('search') for c in done]))
 
+# %% ../nbs/71_workflow.ipynb #1be9c7f0
 def _train_twice(args, recipe):
     "Train with rows held out, which measures and chooses epochs, then on all rows the model that is kept"
     out = Path(args['out'])
@@ -750,7 +835,8 @@ def _cell_type_names(table, asked, recipe):
     "Return the cell types that get a model of their own"
     have = sorted(table.cell_type[table.dataset.isin(('train', 'val'))].dropna().astype(str).unique())
     mine = [c for c in have if str(recipe.only.get('cell_type', c)) == c] or have
-    names = mine if asked == 'each' or (not asked and 'each' in recipe.cell_types) else as_names(asked) or [c for c in recipe.cell_types if c in have]
+    names = as_names(asked) or [c for c in recipe.cell_types if c in have]
+    if asked == 'each' or (not asked and 'each' in recipe.cell_types): names = mine
     lacks = [c for c in names if c not in have]
     if lacks:
         raise ScreenError(f'No training well has the cell type {first_few(lacks)}: '
@@ -760,6 +846,7 @@ def _cell_type_names(table, asked, recipe):
                           f'{first_few(have)}: choose another recipe, or say {option("cell_types", "each")}.')
     return [check_cell_name(c) for c in names]
 
+# %% ../nbs/71_workflow.ipynb #93cf2285
 def _cell_type_recipe(recipe, cell_type):
     "Return the recipe of the model of one cell type"
     name = recipe.cell_types.get(cell_type) or recipe.cell_types.get('each')
@@ -772,8 +859,9 @@ def _cell_type_recipe(recipe, cell_type):
     also = {k: getattr(own, k) or getattr(recipe, k) for k in ('pseudo', 'index', 'predict')}
     return replace(own, only={**own.only, 'cell_type': cell_type}, cell_types={}, pretrain='', **also)
 
+# %% ../nbs/71_workflow.ipynb #a45c887f
 def _check_fits(recipe, recipes, channels):
-    "Raise for recipes of cell types that cannot go on with a model of the common recipe"
+    "Raise for recipes of cell types that cannot continue with a model of the common recipe"
     for c, r in recipes.items():
         entries = ['arch'] if r.begin == 'backbone' else []           # the others take what they begin with
         if not channels: entries.append('channels')
@@ -801,6 +889,7 @@ def _given_model(args):
                           f'leave {option("metadata", args["metadata"])} out.')
     return model
 
+# %% ../nbs/71_workflow.ipynb #b138a5be
 def _begin_with(args, recipe):
     "Return the trained model that a recipe says to begin with; None where it says nothing, or none was given"
     if recipe.begin == 'backbone': return None
@@ -810,6 +899,7 @@ def _begin_with(args, recipe):
               f'give its folder with {option("pretrained")}.')
     return model
 
+# %% ../nbs/71_workflow.ipynb #db64392e
 def _common_model(args, recipe, out):
     "Return the model of all that the models of cell types begin with, trained in OUT/common"
     common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0, 'phase': 'common'}
@@ -824,6 +914,7 @@ def _held_at_first(args, rows, recipe, given):
     valid = args['valid'] if args['valid'] != 'auto' else given and _held_by(given.config, here)
     return {*split_experiments(rows, valid or [e for e in recipe.valid if e in here] or 'auto')[1].experiment}
 
+# %% ../nbs/71_workflow.ipynb #1710bccb
 def _check_rows(args, table, recipes, held):
     "Raise for a cell type whose model would have nothing to learn, or no well for its pseudo-labels"
     target = args['target']
@@ -842,6 +933,7 @@ def _check_rows(args, table, recipes, held):
                               'to which pseudo-labels could be given: '
                               f'leave {c} out of {option("cell_types")}, or {option("pseudo")} out.')
 
+# %% ../nbs/71_workflow.ipynb #ff871ba1
 def _check_cell_types(args, table, recipe, recipes, given):
     "Raise now for what would be in the way of the models of cell types after the common one is trained"
     if args['target'] == 'cell_type':
@@ -853,14 +945,36 @@ def _check_cell_types(args, table, recipe, recipes, given):
                           f'and the one in {args["pretrained"]} takes its place: leave it out.')
     else:
         for r in recipes.values(): check_recipe(r, given.model)
-    _check_rows(args, table, recipes, _held_at_first(args, labeled_rows(table, args['target'], args['controls'] or None), recipe, given))
+    rows = labeled_rows(table, args['target'], args['controls'] or None)
+    _check_rows(args, table, recipes, _held_at_first(args, rows, recipe, given))
 
 # %% ../nbs/71_workflow.ipynb #02202bea
+def _held_of_all(args, common, table):
+    "Return what models of cell types hold out: what is asked for, or what the one that they begin with held out and never learned"
+    if args['valid'] != 'auto': return args['valid']
+    return _held_again(common.config, _training_names(table)) or 'auto'
+
+# %% ../nbs/71_workflow.ipynb #1ab00ece
+def _each_cell_type(args, recipes, common, table):
+    "Train the model of each cell type from the common one; {cell type: model}"
+    wait_for_all()
+    held, done = _held_of_all(args, common, table), {}
+    args = {**args, 'folds': 0, 'fold': 0, 'cell_types': '', 'pretrain': ''}
+    for i, (c, r) in enumerate(recipes.items(), 1):
+        if not rank_world()[0]: print(f'== {c} ({i} of {len(recipes)})', flush=True)
+        valid = held if held in ('auto', 'none') else _held_of(as_names(held), table, c)
+        done[c] = _train_model({**args, 'out': Path(args['out'])/c, 'valid': valid}, r, common)
+    return done
+
+# %% ../nbs/71_workflow.ipynb #c9710a55
 def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
     with all_agree():
-        recipes = {c: _with_search(_cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0], args['search']) for c in _cell_type_names(table, args['cell_types'], recipe)}
+        recipes = {}
+        for c in _cell_type_names(table, args['cell_types'], recipe):
+            own = _cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0]
+            recipes[c] = _with_search(own, args['search'])
         given = _given_model(args)
         _check_cell_types(args, table, recipe, recipes, given)
     facts = _training_facts(args, recipe, {'tta': args['tta']}, given)
@@ -875,20 +989,6 @@ def _train_cell_types(args, recipe):
     write_cell_types(out, {c: m.fingerprint for c, m in done.items()}, facts)
     print(f'{out}: models of {", ".join(done)}, which answer as one')
     return load_cell_types(out)
-
-def _held_of_all(args, common, table):
-    "Return what models of cell types hold out: what is asked for, or what the one that they begin with held out and never learned"
-    return args['valid'] if args['valid'] != 'auto' else _held_again(common.config, _training_names(table)) or 'auto'
-
-def _each_cell_type(args, recipes, common, table):
-    "Train the model of each cell type from the common one; {cell type: model}"
-    wait_for_all()
-    held, done = _held_of_all(args, common, table), {}
-    for i, (c, r) in enumerate(recipes.items(), 1):
-        if not rank_world()[0]: print(f'== {c} ({i} of {len(recipes)})', flush=True)
-        valid = held if held in ('auto', 'none') else _held_of(as_names(held), table, c)
-        done[c] = _train_model({**args, 'out': Path(args['out'])/c, 'valid': valid, 'folds': 0, 'fold': 0, 'cell_types': '', 'pretrain': ''}, r, common)
-    return done
 
 # %% ../nbs/71_workflow.ipynb #828eb844
 def train_screen(
@@ -949,7 +1049,8 @@ def train_screen(
         with on_device(device): return _train_twice(args, r)
     folded = _folded(args)
     with on_device(device):
-        return _train_cell_types(folded, r) if cell_types or r.cell_types else _train_model(folded, r, _begin_with(args, r))
+        if cell_types or r.cell_types: return _train_cell_types(folded, r)
+        return _train_model(folded, r, _begin_with(args, r))
 
 # %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),
@@ -958,13 +1059,13 @@ DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE
 def _demo_files():
     "Return the names of everything that a demo writes"
     ends = ('.csv', '.json', '.top.csv', '.csv.lock', '.embeddings.parquet')
-    of_protocols = [f'{p}{end}' for p in PROTOCOLS for end in ends]
-    of_parts = []
-    for p in PROTOCOLS: of_parts += PARTS_FOLDER.inside(f'{p}.csv.part')
+    of_protocols, of_parts = [], []
+    for p in PROTOCOLS:
+        of_protocols += [f'{p}{end}' for end in ends]
+        of_parts += PARTS_FOLDER.inside(f'{p}.csv.part')
     folders = [*SCREEN_FOLDER.inside('screen'), *SCREEN_FOLDER.inside('.screen.*'), *STORE_FOLDER.inside('screen.zarr'),
                *STORE_FOLDER.inside('screen.zarr.part'), *MODEL_FOLDER.inside('model'),
-               *MODEL_FOLDER.inside('model.part'),
-               *CHECKPOINT_FOLDER.inside('model.checkpoints/epoch_*')]
+               *MODEL_FOLDER.inside('model.part'), *CHECKPOINT_FOLDER.inside('model.checkpoints/epoch_*')]
     return ['report.html', 'explore.html', 'results.json', 'neighbors.parquet', 'model.lock', 'screen.zarr.lock',
             *of_protocols, *of_parts, *folders]
 
@@ -989,11 +1090,11 @@ def demo_report(
 )->Path:
     "Write report.html of a demo folder"
     preds = {p: read_predictions(Path(out)/f'{p}.csv') for p in PROTOCOLS}
-    page = ('Every well', 'Plates, pictures, neighbors, maps and confusions, '
-                          'on a page of its own.', ['<p><a href="explore.html">explore.html</a></p>'])
-    return report_screen(Path(out)/'report.html', load_model(Path(out)/'model'), Path(out)/'screen.zarr',
-                         preds, progress=False,
-                         title='rcic_fastai demo: naming siRNAs in experiments never seen', more=[page])
+    page = ('Every well', 'Plates, pictures, neighbors, maps and confusions, on a page of its own.',
+            ['<p><a href="explore.html">explore.html</a></p>'])
+    title = 'rcic_fastai demo: naming siRNAs in experiments never seen'
+    return report_screen(Path(out)/'report.html', load_model(Path(out)/'model'), Path(out)/'screen.zarr', preds,
+                         progress=False, title=title, more=[page])
 
 # %% ../nbs/71_workflow.ipynb #00a3ce6a
 def demo_page(
@@ -1012,15 +1113,18 @@ def demo_page(
 # %% ../nbs/71_workflow.ipynb #3a67aa50
 def _step(text, start): print(f'\n== {text} ({time.time()-start:.0f} s since start)', flush=True)
 
-def run_demo(
-    out, # Folder to write: screen/, model/, predictions, report.html and explore.html
-    force:bool=False, # Replace the folder when it exists
-    seed:int=0, # Screen and training
-)->ScreenResult: # Accuracy by protocol
-    "Simulate, pack, train, predict, evaluate and report, in a few minutes"
-    check_numbers(seed=seed)
-    with only_one(out): return _demo(new_folder(out, force), force, seed)
+def _demo_predictions(out, model, start):
+    "Predict under each protocol, and write what the report and the page read"
+    preds = []
+    for protocol in PROTOCOLS:
+        _step(f'predicting the test wells, {protocol}', start)
+        near = out/'neighbors.parquet' if protocol == 'inductive' else None
+        emb = '' if protocol == 'transductive' else out/f'{protocol}.embeddings.parquet'    # the same as adapted
+        model.predict(out/'screen.zarr', protocol, out/f'{protocol}.csv', neighbors=near, embeddings=emb)
+        preds.append(read_predictions(out/f'{protocol}.csv'))
+    return preds
 
+# %% ../nbs/71_workflow.ipynb #ccdc9963
 def _demo(out, force, seed):
     "Make a demo in a folder that no other run writes"
     start = time.time()
@@ -1034,13 +1138,8 @@ def _demo(out, force, seed):
     print(screen_summary(screen))
     _step('training', start)
     train_screen(out/'screen.zarr', out/'model', valid='HUVEC-04', seed=seed)
-    model, preds = load_model(out/'model'), []
-    for protocol in PROTOCOLS:
-        _step(f'predicting the test wells, {protocol}', start)
-        near = out/'neighbors.parquet' if protocol == 'inductive' else None
-        emb = '' if protocol == 'transductive' else out/f'{protocol}.embeddings.parquet'    # the same as adapted
-        model.predict(out/'screen.zarr', protocol, out/f'{protocol}.csv', neighbors=near, embeddings=emb)
-        preds.append(read_predictions(out/f'{protocol}.csv'))
+    model = load_model(out/'model')
+    preds = _demo_predictions(out, model, start)
     res = evaluate_screen(preds, read_metadata(out/'screen'))
     write_json(out/'results.json', as_plain(res.columns), indent=1)
     _step('report', start)
@@ -1049,3 +1148,13 @@ def _demo(out, force, seed):
     demo_page(out, model, screen, preds)
     print(f'\n{res.to_text()}\n\nopen {out/"report.html"} and {out/"explore.html"}')
     return res
+
+# %% ../nbs/71_workflow.ipynb #cd600540
+def run_demo(
+    out, # Folder to write: screen/, model/, predictions, report.html and explore.html
+    force:bool=False, # Replace the folder when it exists
+    seed:int=0, # Screen and training
+)->ScreenResult: # Accuracy by protocol
+    "Simulate, pack, train, predict, evaluate and report, in a few minutes"
+    check_numbers(seed=seed)
+    with only_one(out): return _demo(new_folder(out, force), force, seed)
