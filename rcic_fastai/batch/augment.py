@@ -166,8 +166,11 @@ class SiteCrop(DisplayedTransform):
                               f'give a smaller {option("crop")}.')
         resize = noop if self.fixed else SiteResize((h, w) if self.size is None else self.size)
         sides = torch.randint(self.side[0], self.side[1] + 1, (len(x),)).tolist()
-        at = [(int(torch.randint(h - s + 1, ())), int(torch.randint(w - s + 1, ()))) for s in sides]
-        return torch.cat([resize(x[i:i+1, :, top:top+s, left:left+s]) for i, (s, (top, left)) in enumerate(zip(sides, at))])
+        squares = []
+        for i, s in enumerate(sides):
+            top, left = int(torch.randint(h - s + 1, ())), int(torch.randint(w - s + 1, ()))
+            squares.append(resize(x[i:i+1, :, top:top+s, left:left+s]))
+        return torch.cat(squares)
 
 # %% ../../nbs/11_batch.augment.ipynb #cb00917d
 def own_normalize(
@@ -215,7 +218,7 @@ class NormalizeGlobal(DisplayedTransform):
         eps:float=1e-5, # Smallest standard deviation
     ):
         super().__init__()
-        self.mean, self.std = (torch.tensor([float(v) for v in o]) for o in (mean, std))
+        self.mean, self.std = torch.tensor(list(map(float, mean))), torch.tensor(list(map(float, std)))
         self.eps = eps
 
     def encodes(self, x:TensorSite):
@@ -330,8 +333,12 @@ def lighting_tfms(
         if ends is not None and not (len(ends) == 2 and 0 < ends[0] <= ends[1] < most):
             raise ScreenError(f'{option(name, ends)} is not a range: give the smallest and the '
                               'largest value, above 0' + (' and below 1.' if most == 1 else '.'))
-    res = [] if brightness is None else [Brightness(p=p, draw=partial(_brightness_between, low=brightness[0], high=brightness[1]))]
-    return res + ([] if contrast is None else [Contrast(p=p, draw=partial(_contrast_between, low=contrast[0], high=contrast[1]))])
+    res = []
+    if brightness is not None:
+        res.append(Brightness(p=p, draw=partial(_brightness_between, low=brightness[0], high=brightness[1])))
+    if contrast is not None:
+        res.append(Contrast(p=p, draw=partial(_contrast_between, low=contrast[0], high=contrast[1])))
+    return res
 
 # %% ../../nbs/11_batch.augment.ipynb #ddd760f7
 class SiteCutout(DisplayedTransform):
@@ -498,7 +505,8 @@ def site_augs(
 )->list: # Transforms of the batch
     "Return geometry and color for training, and the resize for both training and validation"
     part = [partial(crop_mat, min_scale=min_scale, ratio=ratio)] if min_scale < 1 else []
-    geo = [Rotate(max_rotate, p=p_affine)]*(max_rotate > 0) + [Zoom(min_zoom, max_zoom, p=p_affine)]*(max_zoom > 1 or min_zoom < 1)
+    geo = [Rotate(max_rotate, p=p_affine)]*(max_rotate > 0)
+    geo += [Zoom(min_zoom, max_zoom, p=p_affine)]*(max_zoom > 1 or min_zoom < 1)
     geo += [Warp(max_warp, p=p_affine)]*(max_warp > 0)
     res = ([] if crop is None else [SiteCrop(crop, size)]) + [SiteDihedral()]*flip
     if geo or part: res.append(SiteAffine(geo, part, size=size if part else None, pad_mode=pad_mode))

@@ -13,6 +13,8 @@ __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'T
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
 import re, warnings
 from dataclasses import asdict, dataclass, field, replace
+from collections import Counter
+from itertools import chain
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
@@ -135,7 +137,7 @@ def labels_of(
 )->list: # Text: as they were named; else numbers by value, the rest by name
     "Return the labels of a target with several, in order"
     if names is not None and len(names): return label_names(names)
-    return in_order({o for p in split_labels(rows[target]) for o in p})
+    return in_order(set().union(*split_labels(rows[target])))
 
 # %% ../../nbs/13_batch.data.ipynb #9b9f7640
 def check_labels(
@@ -160,7 +162,7 @@ def check_spelling(
     target:str, # Column with several labels
 ):
     "Raise a `ScreenError` for labels that are separated otherwise than by a bar, and for one label that is spelled in two ways"
-    found, plain = sorted({o for p in split_labels(rows[target]) for o in p}), {}
+    found, plain = sorted(set().union(*split_labels(rows[target]))), {}
     for o in found:
         parts = [p for p in re.split(r'[,;/+\s]+', o) if p]
         if len(parts) > 1 and all(p.isdigit() or p in found for p in parts):
@@ -364,8 +366,8 @@ class ScreenLoaders(DataLoaders):
     def new_empty(self):
         "Return the same loaders without rows, as `learn.export` stores them; statistics of known groups are kept"
         res = super().new_empty()
-        res.spec, res.screen, res.held_out, res.held_images = self.spec, self.screen[:0], self.held_out, getattr(self, 'held_images', [])
-        res.held_plates = getattr(self, 'held_plates', [])
+        res.spec, res.screen, res.held_out = self.spec, self.screen[:0], self.held_out
+        res.held_images, res.held_plates = getattr(self, 'held_images', []), getattr(self, 'held_plates', [])
         return res
 
     def is_held(self,
@@ -479,7 +481,7 @@ def rarest_label(
 )->np.ndarray: # Text; '' for an image without a label
     "Return the rarest label of each image"
     parts = split_labels(cells)
-    n = pd.Series([o for p in parts for o in p], dtype=object).value_counts().to_dict()
+    n = Counter(chain(*parts))
     return np.array([min(p, key=lambda o: (n[o], o)) if p else '' for p in parts], object)
 
 def split_images(
@@ -538,7 +540,8 @@ def _plates_and_labels(rows, target):
     code, plates = pd.factorize(pd.MultiIndex.from_frame(pairs[['experiment', 'plate']]), sort=True)
     label, names = pd.factorize(pairs[target])
     plates = plates.to_frame(index=False, name=['experiment', 'plate'])
-    return plates.assign(of=plates.groupby('experiment').plate.transform('size')), csr_array((np.ones(len(code)), (code, label)), (len(plates), len(names)))
+    has = csr_array((np.ones(len(code)), (code, label)), (len(plates), len(names)))
+    return plates.assign(of=plates.groupby('experiment').plate.transform('size')), has
 
 def held_plates(
     rows:pd.DataFrame, # Labeled rows; only those of `dataset` train count
@@ -647,8 +650,9 @@ def screen_dls(
     if target not in screen.table: screen = screen[with_target(screen.table, target)]
     table, source, more = screen.table, screen.source, _after_ours(item_tfms, batch_tfms)
     rows = labeled_rows(table, target, controls, several)
-    note = '' if controls or not names_perturbations(target) else control_plates_note(table[table.dataset.isin(('train', 'val'))])
-    if note: print(f'note: {note}')
+    if not controls and names_perturbations(target):
+        note = control_plates_note(table[table.dataset.isin(('train', 'val'))])
+        if note: print(f'note: {note}')
     if several:
         if not label_names: check_spelling(rows, target)
         check_labels(rows, target, labels_of(rows, target, label_names), no_label)
@@ -684,7 +688,8 @@ def channels_note(
 )->str: # A sentence; empty where the channels are the same
     "Return which channels of a source a model reads, where it has others or another order"
     if list(source.channels) == list(spec.channels): return ''
-    return f'The screen has the channels {", ".join(source.channels)}, and the model reads {", ".join(spec.channels)} of them, by name.'
+    return (f'The screen has the channels {", ".join(source.channels)}, '
+            f'and the model reads {", ".join(spec.channels)} of them, by name.')
 
 def spec_source(
     spec:ScreenSpec, # What the model was trained on

@@ -206,7 +206,11 @@ class PairBatches:
         self.pairs = len(self._pairs(random.Random(0)))
     def __len__(self): return max(self.pairs//self.half, 1)
     def _pairs(self, rng):
-        return [(m[i], m[j]) for m in self.members for i, j in pair_up([self.groups[n] for n in m], rng)]
+        pairs = []
+        for m in self.members:
+            groups = [self.groups[n] for n in m]
+            pairs += [(m[i], m[j]) for i, j in pair_up(groups, rng)]
+        return pairs
 
     def order(self, rng): # list of len(self)·bs positions
         "Return the samples of an epoch, in order"

@@ -34,7 +34,8 @@ def target_columns(
 )->tuple: # (names of the columns, the dose last; the column of the doses, '' for none)
     "Return the columns that make a perturbation"
     def known(name):
-        return 'sirna' if name not in m and 'sirna' in m and usual_name(name) in map(usual_name, USUAL_NAMES['sirna'].split()) else name
+        means_sirna = usual_name(name) in map(usual_name, USUAL_NAMES['sirna'].split())
+        return 'sirna' if name not in m and 'sirna' in m and means_sirna else name
     names = [known(c.strip()) for c in str(target).split('+') if c.strip()]
     lacks = [c for c in (*names, *([dose] if dose else [])) if c not in m]
     if lacks or not names:
@@ -81,7 +82,9 @@ def comparable_wells(
     bare = ~is_control & m[names].isna().any(axis=1).to_numpy()
     plates = pd.MultiIndex.from_frame(m[['experiment', 'plate']].astype(str))
     lacks = ~plates.isin(plates[is_control]) & ~bare
-    notes = [f'{plural(int(bare.sum()), "well")} without a name left out ({first_few(m.well_id[bare], 3)}).'] if bare.any() else []
+    notes = []
+    if bare.any():
+        notes.append(f'{plural(int(bare.sum()), "well")} without a name left out ({first_few(m.well_id[bare], 3)}).')
     if lacks.any():
         where = [f'plate {p} of {e}' for e, p in plates[lacks].unique()]
         notes.append(f'{plural(int(lacks.sum()), "well")} of {plural(len(where), "plate")} without a '
@@ -201,7 +204,8 @@ def _consistencies(m, x, names, n_null, seed):
     treated = ~m.is_control.to_numpy()
     code, levels = _codes(m[treated], names)
     wells = m.loc[treated, ['well_id', 'experiment', 'plate']].assign(well_type='treatment', perturbation=code)
-    _, t = replicate_consistency(make_emb_table(wells, x[treated]), 'perturbation', 'well_id', n_null=n_null, seed=seed, progress=False)
+    treatments = make_emb_table(wells, x[treated])
+    _, t = replicate_consistency(treatments, 'perturbation', 'well_id', n_null=n_null, seed=seed, progress=False)
     facts = t[['consistency', 'p']].rename(columns=dict(p='consistency_p'))
     return pd.concat([levels.iloc[t.perturbation].reset_index(drop=True), facts], axis=1)
 
@@ -257,11 +261,11 @@ def fit_hill(
     if len(np.unique(dose)) < 3 or (dose <= 0).any(): return nothing
     a, b, lo, hi = np.log(dose.min()), np.log(dose.max()), min(effect), max(effect)
     if not hi > lo: return nothing
-    room = hi - lo
+    room, start = hi - lo, [lo, hi, (a + b)/2, 1.]
+    bounds = [lo - room, lo, a - 3, .2], [hi, hi + room, b + 3, 5]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', OptimizeWarning)
-        try:
-            (low, high, mid, slope), _ = curve_fit(hill, dose, effect, [lo, hi, (a + b)/2, 1.], bounds=([lo - room, lo, a - 3, .2], [hi, hi + room, b + 3, 5]))
+        try: (low, high, mid, slope), _ = curve_fit(hill, dose, effect, start, bounds=bounds)
         except (RuntimeError, ValueError): return nothing
     return dict(ec50=float(np.exp(mid)), slope=slope, low=low, high=high) if a <= mid <= b and high > low else nothing
 
@@ -311,8 +315,10 @@ def corrected_profiles(
     check_choice('correct', how, ('auto', *CANDIDATES))
     (method, options), notes = CANDIDATES.get(how, (None, {})), list(emb.attrs.get('notes', []))
     if how == 'auto':
-        label = [' '.join(map(str, row)) for row in emb[[META + c for c in names]].to_numpy(object)]
-        _, method, options, _, said = choose_correction(emb.assign(**{f'{META}perturbation': label}), 'perturbation', HIT_CANDIDATES)
+        named = emb[[META + c for c in names]].to_numpy(object)
+        label = [' '.join(map(str, row)) for row in named]
+        labeled = emb.assign(**{f'{META}perturbation': label})
+        _, method, options, _, said = choose_correction(labeled, 'perturbation', HIT_CANDIDATES)
         notes += said
     return (emb if method is None else correct(emb, method, **options)), notes
 
@@ -349,7 +355,8 @@ def show_hits(
 )->plt.Figure:
     "Plot activity and p-value of all perturbations and, with doses, the clearest trends"
     names, dose = hits.attrs['target'], hits.attrs['dose']
-    fig, axs = plt.subplots(1, 1 + bool(dose), figsize=(4.2*(1 + bool(dose)), 3.2), dpi=80, layout='constrained', squeeze=False)
+    n = 1 + bool(dose)
+    fig, axs = plt.subplots(1, n, figsize=(4.2*n, 3.2), dpi=80, layout='constrained', squeeze=False)
     _draw_activity(axs[0, 0], hits, names, most)
     if dose: _draw_doses(axs[0, 1], hits, [c for c in names if c != dose], dose, most)
     plt.close(fig)
@@ -485,7 +492,8 @@ def hits_text(
 )->str: # Lines
     "Return the strongest perturbations and the notes as text"
     a = hits.attrs
-    shown = [c for c in (*a['target'], 'n_wells', 'activity', 'p', 'q', 'consistency', 'trend', 'trend_q', 'ec50') if c in hits]
-    head = f'{int(hits.hit.sum())} of {plural(len(hits), "perturbation")} differ from the controls of their plates ({a["measure"]}, q ≤ {a["level"]})'
-    table = hits[shown].head(most).to_string(index=False, float_format='{:.3g}'.format)
+    shown = (*a['target'], 'n_wells', 'activity', 'p', 'q', 'consistency', 'trend', 'trend_q', 'ec50')
+    head = (f'{int(hits.hit.sum())} of {plural(len(hits), "perturbation")} differ from the controls of their plates '
+            f'({a["measure"]}, q ≤ {a["level"]})')
+    table = hits[[c for c in shown if c in hits]].head(most).to_string(index=False, float_format='{:.3g}'.format)
     return '\n'.join([head, table, *(f'note: {n}' for n in a['notes'])])

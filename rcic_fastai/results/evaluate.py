@@ -8,6 +8,7 @@ __all__ = ['target_table', 'right_wrong', 'confused_pairs', 'held_out_experiment
 
 # %% ../../nbs/60_results.evaluate.ipynb #275c286b
 import json, re
+from itertools import chain
 import numpy as np, pandas as pd
 from fastcore.all import delegates, patch, store_attr
 from ..core import *
@@ -117,8 +118,8 @@ def confused_pairs(
     pairs = g.agg(wells=('id_code', 'size'), experiments=('experiment', 'nunique')).reset_index()
     counts = pairs.set_index(['truth', 'predicted']).wells
     pairs['of'] = pairs.truth.map(r.truth.value_counts())
-    pairs['other way'] = counts.reindex(pd.MultiIndex.from_arrays([pairs.predicted, pairs.truth]),
-                                        fill_value=0).to_numpy()
+    turned = pd.MultiIndex.from_arrays([pairs.predicted, pairs.truth])
+    pairs['other way'] = counts.reindex(turned, fill_value=0).to_numpy()
     pairs = pairs.sort_values(['wells', 'experiments', 'truth', 'predicted'], ascending=[False, False, True, True])
     return pairs[['truth', 'predicted', 'wells', 'of', 'experiments', 'other way']].head(most).reset_index(drop=True)
 
@@ -222,8 +223,8 @@ def bootstrap_interval(
 # %% ../../nbs/60_results.evaluate.ipynb #2c2a2acf
 _COUNTS = ('wells', 'experiments', 'control wells', 'images', 'labels')
 _ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'control accuracy', 'chance',
-          'chance inside the plate group',
-          'embedding', 'cell_type', 'worst', 'experiment', 'images', 'labels', 'macro F1', 'micro F1', 'mAP', 'label']
+          'chance inside the plate group', 'embedding', 'cell_type', 'worst', 'experiment', 'images', 'labels',
+          'macro F1', 'micro F1', 'mAP', 'label']
 _ROW = dict(measure='', group='all', name='', cell_type='', value=np.nan, low=np.nan, high=np.nan, n=0, n_experiments=0,
             chance=np.nan, p=np.nan)
 
@@ -302,7 +303,7 @@ def _joined(given):
         same = groups.setdefault(key, [[]])
         apart = 'id_code' in f and not any(set(f['id_code']) & set(o['id_code']) for o in same[-1])
         same[-1].append(f) if apart else same.append([f])
-    lists = [fs for same in groups.values() for fs in same if fs]
+    lists = [fs for fs in chain(*groups.values()) if fs]
     return dict(enumerate([fs[0] if len(fs) == 1 else _concat_predictions(fs) for fs in lists], 1))
 
 def _concat_predictions(frames):
@@ -310,7 +311,7 @@ def _concat_predictions(frames):
     res = pd.concat(frames, ignore_index=True)
     res.attrs = dict(frames[0].attrs)
     known = [f.attrs['classes'] for f in frames if f.attrs.get('classes')]
-    if known: res.attrs['classes'] = list(dict.fromkeys(c for names in known for c in names))
+    if known: res.attrs['classes'] = list(dict.fromkeys(chain(*known)))
     return res
 
 def named_predictions(
@@ -495,15 +496,16 @@ class ScreenResult:
         full:bool=False, # Cell types and experiments for every accuracy, not only that of wells
     )->pd.DataFrame: # Text; a column for each prediction
         "Return the numbers side by side, every column under its protocol"
-        d = self.rows if full else self.rows[(self.rows.group == 'all') | self.rows.measure.isin(['well accuracy', 'F1'])]
+        d = self.rows
+        if not full: d = d[(d.group == 'all') | d.measure.isin(['well accuracy', 'F1'])]
         d = d.assign(label=[_label(r) for r in d.itertuples()], text=[_text(r) for r in d.itertuples()])
         wide = d.pivot(index='label', columns='column', values='text')
         return wide.loc[d.label.unique(), list(self.columns)].fillna('').rename_axis(index=None, columns=None)
 
     def _foot(self):
         said = 'Intervals: {level:.0%}, percentile bootstrap over {drawn}, {n_boot} draws, seed {seed}.'
-        return [*([said.format(**{'drawn': 'experiments', **self.how})] if self.rows.low.notna().any() else []),
-                *self.notes]
+        if not self.rows.low.notna().any(): return [*self.notes]
+        return [said.format(**{'drawn': 'experiments', **self.how}), *self.notes]
 
     def __repr__(self): return self.to_text()
     def _repr_html_(self): return self.table().to_html() + ''.join(f'<p>{html_text(o)}</p>' for o in self._foot())
@@ -567,12 +569,16 @@ def _label_numbers(pred, table, target, partial, draws):
 
 def _label_notes(pred, res):
     "Return what is to be known about the scores of several labels"
-    notes = [f'the model never learned the labels {first_few(res["never_learned"])} and cannot answer them.'] if res['never_learned'] else []
+    notes = []
+    if never := res['never_learned']:
+        notes.append(f'the model never learned the labels {first_few(never)} and cannot answer them.')
     if res['drawn'] == 'experiments' and np.isnan(res['intervals']['micro_f1'][0]):
         notes.append('the images are of one experiment, and how much scores differ between '
                      'experiments cannot be known from one: there is no interval.')
     if res['trained_on']:
-        chosen = ' F1 of images that were held out is a little too high even then, as thresholds were chosen on them; mAP is not.' if pred.attrs.get('thresholds') else ''
+        chosen = (' F1 of images that were held out is a little too high even then, '
+                  'as thresholds were chosen on them; mAP is not.')
+        if not pred.attrs.get('thresholds'): chosen = ''
         notes.append(f'{res["trained_on"]} images are of the training set: '
                      f'that is a score for new images only if the model did not train on them.{chosen}')
     return notes
@@ -581,7 +587,8 @@ def _is_several(pred):
     "Return whether predictions are of several labels: as their record says, or as a bar between labels shows"
     target = pred.attrs.get('target', 'sirna')
     if 'thresholds' in pred.attrs: return True
-    return target not in ('sirna', 'sirna_id') and target in pred and pred[target].astype(str).str.contains(LABEL_SEPARATOR, regex=False).any()
+    if target in ('sirna', 'sirna_id') or target not in pred: return False
+    return pred[target].astype(str).str.contains(LABEL_SEPARATOR, regex=False).any()
 
 def _have_several(preds):
     "Return whether predictions are of several labels; a `ScreenError` where some are and some are not"

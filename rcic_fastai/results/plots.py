@@ -85,11 +85,13 @@ def _draw_labels(ax, a, cmap, vmin, vmax, colors):
     pal = plt.get_cmap(cmap or ('tab10' if len(names) <= 10 else 'tab20' if len(names) <= 20 else 'gist_ncar'))
     hues = [pal(i % pal.N) if pal.N <= 20 else pal(i/max(len(names)-1, 1)) for i in range(len(names))]
     pick = {n: matplotlib.colors.to_rgb((colors or {}).get(n, hue)) for n, hue in zip(names, hues)}
-    ax.imshow([[(.93,)*3 if v is None else pick[str(v)] for v in row] for row in a])
+    picture = np.full((*a.shape, 3), .93)
+    for at, v in np.ndenumerate(a):
+        if v is not None: picture[at] = pick[str(v)]
+    ax.imshow(picture)
     if len(names) <= 12:
         ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], [*map(picture_text, names)],
-                  fontsize=7, loc='upper left',
-                  bbox_to_anchor=(1, 1), frameon=False)
+                  fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
 
 def _well_text(v): return f'{v:.3g}' if isinstance(v, float) else str(v)
 
@@ -173,7 +175,8 @@ def plate_maps(
         plate_map(mine, values, f'{name}: {title(mine)}' if title else name, ctx=ax, zoom=zoom, **kwargs)
         ax.title.set_fontsize(9)
         if ax.get_legend(): ax.get_legend().remove()          # one below serves all plates
-    left, right, bottom, top = [f(o) for f, o in zip((min, max, max, min), zip(*(ax.get_xlim() + ax.get_ylim() for ax in axs)))]
+    ends = np.array([ax.get_xlim() + ax.get_ylim() for ax in axs])
+    (left, _, _, top), (_, right, bottom, _) = ends.min(0), ends.max(0)
     for ax in axs: ax.set(xlim=(left, right), ylim=(bottom, top))     # the same part of every plate
     fig.suptitle(picture_text(short_text(table.experiment.iloc[0])), fontsize=10)
     if kwargs.get('colors'): _legend_of_colors(fig, kwargs['colors'])
@@ -275,7 +278,8 @@ def contact_sheet(
     doses = rows[dose_columns(rows)].apply(pd.to_numeric, errors='coerce')
     fig, axs = _picture_grid(len(rows), min(6, len(rows)), 1.9)
     for ax, r in zip(axs, rows.itertuples()):
-        holds = r.well_type.replace('_', ' ') if pd.isna(r.sirna) else ' '.join([short_text(r.sirna, 14), *(f'{v:g}' for v in doses.loc[r.Index].dropna())])
+        if pd.isna(r.sirna): holds = r.well_type.replace('_', ' ')
+        else: holds = ' '.join([short_text(r.sirna, 14), *(f'{v:g}' for v in doses.loc[r.Index].dropna())])
         _show_site(ax, screen, r.site_id, f'{short_text(r.well_id, 20)}\n{short_text(holds, 20)}', how)
     return fig
 

@@ -187,7 +187,8 @@ def _area(s, hit, n_true):
 
 def _partners(cells, masks, truth, true_masks, iou):
     "Return the row of `truth` that each row of `cells` covers; -1: none"
-    where, rows = ({k: n for n, k in enumerate(zip(d.image_id, d.cell.astype(int)))} for d in (truth, cells))
+    def numbered(d): return {k: n for n, k in enumerate(zip(d.image_id, d.cell.astype(int)))}
+    where, rows = numbered(truth), numbered(cells)
     for name, d, known in (('truth', truth, where), ('cells', cells, rows)):
         if len(known) < len(d): raise ScreenError(f'{name} has two rows of one cell: keep one.')
     res = np.full(len(cells), -1)
@@ -221,7 +222,7 @@ def cell_map_of_masks(
         raise ScreenError(f'The table has no column {SCORE}LABEL: name the cells with {option("scores", True)}.')
     if np.isnan(s).any(): raise ScreenError('A confidence is not a number: name the cells again.')
     # what no cell is answered with is not found
-    names = [*labels, *in_order({o for p in split_labels(truth[target]) for o in p} - {*labels})]
+    names = [*labels, *in_order(set().union(*split_labels(truth[target])) - {*labels})]
     y = label_matrix(truth[target], names) > .5
     if not y.any(): raise ScreenError('No true cell has a label: there is nothing to score.')
     of, rows = _partners(cells, masks, truth, true_masks, iou), []

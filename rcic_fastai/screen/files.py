@@ -335,7 +335,9 @@ def _page_numbers(df, cells, where):
 def _joined(df, file, folder, where):
     "Return the paths from a column of files and, if there is one, a column of folders"
     p = _filled(identifiers(df[file], where), where)
-    return (p if folder is None else _filled(identifiers(df[folder], where), where).str.replace('/+$', '', regex=True) + '/' + p).to_numpy(object)
+    if folder is None: return p.to_numpy(object)
+    above = _filled(identifiers(df[folder], where), where).str.replace('/+$', '', regex=True)
+    return (above + '/' + p).to_numpy(object)
 
 # %% ../../nbs/05_screen.files.ipynb #61b462dd
 def _begins(path, folder):
@@ -458,7 +460,9 @@ def _fold(t, extra, key, names, where):
 # %% ../../nbs/05_screen.files.ipynb #1b8b00d0
 def _read_columns(found, keys):
     "Return the columns that were read for `keys`, and those that say the same; a second column of well types says more"
-    return [c for k in keys for c in (found[k][:1] if k in ('well_type', 'file') else found[k])]
+    columns = []
+    for k in keys: columns += found[k][:1] if k in ('well_type', 'file') else found[k]
+    return columns
 
 def _gather_wide(df, found, wide, used, channels, where, facts):
     "Return (site table, further columns, paths [N,C], channels, pages [N,C] or None) of a table with one row per site"

@@ -74,7 +74,10 @@ def _paths(rows, found, channels, root):
     def expected(row, c):
         sub = row.dataset if (root/row.dataset).is_dir() else 'train' if (root/'train').is_dir() else '.'
         return os.path.join(root, sub, f'{row.site_id}_{c}.png')
-    return np.array([[found.get((r.site_id, c)) or expected(r, c) for c in channels] for r in rows.itertuples()], object).reshape(len(rows), -1)
+    paths = np.empty((len(rows), len(channels)), object)
+    for i, row in enumerate(rows.itertuples()):
+        paths[i] = [found.get((row.site_id, c)) or expected(row, c) for c in channels]
+    return paths
 
 # %% ../../nbs/06c_screen.labels.ipynb #44eeb5da
 def _site_rows(t):
@@ -102,7 +105,8 @@ def read_labels(
     if not tables: raise ScreenError(f'{path} holds no train.csv: give the folder or the table that lists the images.')
     t = pd.concat([_read_images(f, d) for f, d in tables.items()], ignore_index=True)
     root, where = path if path.is_dir() else path.parent, first_few(f.name for f in tables)
-    found, have = _channel_files([d for d in (root, *(root/s for s in ('train', 'test', 'images'))) if d.is_dir()], t.site_id)
+    folders = (root, root/'train', root/'test', root/'images')
+    found, have = _channel_files([d for d in folders if d.is_dir()], t.site_id)
     if not have:
         raise ScreenError(f'{root} has no pictures of the images in {where}, '
                           f'such as {root/"train"}/{t.site_id.iloc[0]}_red.png: '

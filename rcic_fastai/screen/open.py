@@ -9,7 +9,7 @@ __all__ = ['SCREEN_KINDS', 'ScreenKind', 'screen_kind', 'open_screen', 'dose_col
 # %% ../../nbs/08_screen.open.ipynb #336ddaa3
 import inspect, re
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 import pandas as pd
 from fastcore.meta import delegates
@@ -98,7 +98,7 @@ _TABLES = ('load_data.csv', 'metadata.csv', 'train.csv', 'test.csv')
 
 def _tables(folder):
     "Return the tables in the folder of a screen that describe it"
-    found = [p/n for p in (folder, folder/'metadata') for n in _TABLES]
+    found = [*(folder/n for n in _TABLES), *(folder/'metadata'/n for n in _TABLES)]
     return [f for f in found if f.is_file() and (is_site_table(f) or names_files(table_columns(f)))]
 
 def _is_table(path):
@@ -116,11 +116,13 @@ def _read_table(path, **kwargs):
 def _is_plates(path):
     "Return whether there are OME-Zarr plates, and no table of RxRx1 beside them"
     is_written = (path/'wells.csv').is_file() and any(path.glob('*/*.zarr'))          # by `write_plates`
-    return not _tables(path) and (any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr')) or is_written)
+    is_plate = (path/'zarr.json').is_file() or (path/'.zgroup').is_file()
+    return not _tables(path) and (is_plate or any(path.glob('*.zarr')) or is_written)
 
 def _is_images(path):
     "Return whether there is a table of images with labels, which are on no plate"
-    return lists_images(path) if path.is_file() else lists_images(path/'train.csv') if (path/'train.csv').is_file() else False
+    table = path if path.is_file() else path/'train.csv'
+    return table.is_file() and lists_images(table)
 
 def _is_any(path): return True
 def _is_never(path): return False      # a pattern says it, not the path
@@ -200,7 +202,8 @@ def _plate_format(wells):
 def _place_lines(screen):
     "Return the experiments, plates and wells of a screen, a line for each"
     if not has_plates(screen.table):
-        return [f'images: {len(screen)} ({first_few(f"{n} {k}" for k, n in screen.table.dataset.value_counts(sort=False).items())}), on no plate']
+        said = first_few(f'{n} {k}' for k, n in screen.table.dataset.value_counts(sort=False).items())
+        return [f'images: {len(screen)} ({said}), on no plate']
     wells, by_plate = screen.wells, screen.wells.groupby(['experiment', 'plate'], sort=False).size()
     names = [str(p) if str(p) == e else f'{e} {p}' for e, p in by_plate.index]
     sets = wells.groupby('experiment', sort=False).dataset.unique()
@@ -259,9 +262,9 @@ def _label_lines(table):
     if 'labels' not in table:
         return [f'further columns: {first_few([c for c in table if c not in SITE_COLUMNS], 20) or "none"}']
     parts = split_labels(table.labels)
-    counts = pd.Series([o for p in parts for o in p], dtype=object).value_counts()
-    bare = sum(not p for p in parts)
-    return [f'labels: {len(counts)} ({first_few((f"{k}: {n}" for k, n in counts.items()), 20)}), {plural(bare, "image")} without a label']
+    counts = pd.Series(list(chain(*parts)), dtype=object).value_counts()
+    said, bare = first_few((f'{k}: {n}' for k, n in counts.items()), 20), sum(not p for p in parts)
+    return [f'labels: {len(counts)} ({said}), {plural(bare, "image")} without a label']
 
 def _content_lines(screen):
     "Return the controls, perturbations, doses and further columns of a screen, a line for each"
@@ -283,8 +286,8 @@ def unnamed_note(
     "Return which training wells have an empty cell in place of a perturbation"
     bare = wells[(wells.well_type == 'treatment') & wells.sirna.isna() & wells.dataset.isin(('train', 'val'))]
     if not len(bare): return ''
-    return (f'{plural(len(bare), "training well names no perturbation and is", "training wells name no perturbation and are")} '
-            f'left out of training ({first_few(bare.well_id, 5)}): fill those cells; '
+    how_many = plural(len(bare), 'training well names no perturbation and is', 'training wells name no perturbation and are')
+    return (f'{how_many} left out of training ({first_few(bare.well_id, 5)}): fill those cells; '
             f'if they are controls, say {option("controls", {"negative_control": [""]})}')
 
 def missing_parts(

@@ -436,7 +436,8 @@ def _layout(folder, path, fmt, text, axes, t, z):
         have = len(array['shape'])
         if len(axes) != have: raise ValueError(f'it has {have} axes, the metadata {len(axes)}')
     want = dict(t=t, z=z)
-    region = tuple(choose_plane(a, n, want[a], folder) if a in want else slice(0, n) for a, n in zip(axes, array['shape']))
+    def part(a, n): return choose_plane(a, n, want[a], folder) if a in want else slice(0, n)
+    region = tuple(map(part, axes, array['shape']))
     _check_size(array, region, axes, folder)
     return _Layout(array, axes, region)
 
@@ -469,7 +470,8 @@ def _open_field(folder, t, z, named, known):
     if array is None: return None
     layout = _once(known, (fmt, axes, array), lambda: _layout(folder, path, fmt, array, axes, t, z))
     n = layout.shape[0]
-    named_here = _once(known, (n, json.dumps(omero)), lambda: _check_named(omero, named, folder) if named else _channel_names(omero, n, folder))
+    def names(): return _check_named(omero, named, folder) if named else _channel_names(omero, n, folder)
+    named_here = _once(known, (n, json.dumps(omero)), names)
     return os.path.join(folder, path), layout, named_here
 
 # %% ../../nbs/06_screen.plates.ipynb #ee45e71b
@@ -511,7 +513,7 @@ def _part(codecs, data, shape, wanted, dtype, fill):
     "Return the slices `wanted` of a chunk of `shape`; `fill` replaces absent inner chunks, with None they raise"
     (name, *how), *rest = codecs
     if name == 'transpose':
-        turned, part = ([o[i] for i in how[0]] for o in (shape, wanted))
+        turned, part = [shape[i] for i in how[0]], [wanted[i] for i in how[0]]
         return _part(rest, data, turned, part, dtype, fill).transpose(np.argsort(how[0]))
     if name == 'bytes':
         pixels = np.frombuffer(_unpack(rest, data, prod(shape)*dtype.itemsize), dtype.newbyteorder(how[0]))
@@ -597,8 +599,9 @@ def _agree_names(root, names, rounds={})->tuple:
     several = sorted({int(a) for a in rounds.values() if pd.notna(a)})
     for f, k in names.items():
         if k == usual: continue
-        do = f'choose one of the acquisitions {first_few(several)} with {option("acquisition", several[0])}' if len(several) > 1 else \
-             f'correct its omero metadata, or name them all with {option("channels", ["DNA", "…"])}'
+        do = f'correct its omero metadata, or name them all with {option("channels", ["DNA", "…"])}'
+        if len(several) > 1:
+            do = f'choose one of the acquisitions {first_few(several)} with {option("acquisition", several[0])}'
         raise ScreenError(f'{os.path.join(root, f)} has the channels {", ".join(k)}, but this screen has '
                           f'{", ".join(usual)}: {do}.')
     return usual
@@ -628,7 +631,8 @@ class PlateSource(ImageSource):
             if found is None: self._where[i] = os.path.join(root, f), None
             else: *self._where[i], names[f] = found
         self.shape, self.dtype = _agree(root, fields, [o[1] for o in self._where.values()])
-        self.channels = named or _agree_names(root, names, dict(zip(fields, table.acquisition)) if 'acquisition' in table else {})
+        rounds = dict(zip(fields, table.acquisition)) if 'acquisition' in table else {}
+        self.channels = named or _agree_names(root, names, rounds)
         if isinstance(channels, dict): self.channels = renamed_channels(channels, self.channels, 'the plates')
         if len(self.channels) != self.shape[0]:
             raise ScreenError(f'{option("channels")} has {len(self.channels)} names ({", ".join(self.channels)}), '
@@ -666,7 +670,7 @@ def missing(self:PlateSource)->pd.DataFrame: # site_id, missing (names of absent
             paths = self._paths(i)
             there = each(remote_facts, paths) if self.remote else map(os.path.isfile, paths)
             absent = [(f, c) for f, (_, c), found in zip(paths, layout.keys(), there) if not found]
-            lost = {c for _, span in absent for c in span}
+            lost = set().union(*(span for _, span in absent))
             if absent: rows.append((i, tuple(n for c, n in enumerate(self.channels) if c in lost), absent[0][0]))
     return pd.DataFrame(rows, columns=['site_id', 'missing', 'file'])
 
@@ -695,7 +699,8 @@ def _find_plates(paths):
             continue
         p = Path(os.path.abspath(p))
         if not p.is_dir(): raise ScreenError(f'{p} is not a folder: give that of a plate, or one that holds several.')
-        inside = [p] if _zarr_format(p) else sorted(d for d in p.iterdir() if d.suffix == '.zarr' and d.is_dir()) or _written_plates(p)
+        inside = [p] if _zarr_format(p) else sorted(d for d in p.iterdir() if d.suffix == '.zarr' and d.is_dir())
+        inside = inside or _written_plates(p)
         if not inside:
             raise ScreenError(f'{p} is no OME-Zarr plate (it has neither zarr.json nor .zgroup) and holds none '
                               '(*.zarr): give the folder of a plate, or one that holds several.')
@@ -724,10 +729,12 @@ def _plate_names(plates, said, experiments)->pd.Series:
 def _of_acquisition(read, acquisition, plates):
     "Return the fields of one acquisition, numbered from 1 in each well, and as wells without a field those that lack it"
     if acquisition is None: return read
-    have = sorted({a for _, fields, _ in read for *_, a in fields if a is not None})
+    have = set()
+    for _, fields, _ in read: have |= {a for *_, a in fields if a is not None}
+    have = sorted(have)
     if acquisition not in have:
-        raise ScreenError(f'{option("acquisition", acquisition)} is not in {plates[0]}: '
-                          + (f'choose from {first_few(have)}.' if have else 'its fields name no acquisition; leave it out.'))
+        do = f'choose from {first_few(have)}.' if have else 'its fields name no acquisition; leave it out.'
+        raise ScreenError(f'{option("acquisition", acquisition)} is not in {plates[0]}: {do}')
     out = []
     for name, fields, bare in read:
         mine = pd.DataFrame(fields, columns=['well', 'site', 'path', 'acquisition'], dtype=object)
@@ -786,7 +793,8 @@ def _read_wells(wells, columns=None, controls=None, need=('plate', 'well')):
     w['well'] = _well_names(w.well, where)
     if found['well_type'] or controls: w['well_type'] = _types(d, w, found, controls, where)
     if 'dataset' in w: w['dataset'] = w.dataset.map(lambda o: DATASET_NAMES.get(o.lower(), o), na_action='ignore')
-    own = [c for k in SITE_COLUMNS for c in (found[k][:1] if k == 'well_type' else found[k])]
+    own = []
+    for k in SITE_COLUMNS: own += found[k][:1] if k == 'well_type' else found[k]
     more = further_columns(d, [*own, *_FIELD], [*SITE_COLUMNS, *_FIELD], where)
     return pd.concat([w, more], axis=1).reset_index(drop=True), where
 

@@ -10,6 +10,7 @@ import atexit, os, re
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
+from itertools import chain
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
@@ -177,7 +178,7 @@ def _modules_in(o):
     inside = ()
     if isinstance(o, dict): inside = o.values()
     if isinstance(o, (list, tuple, L)): inside = o
-    return [m for v in inside for m in _modules_in(v)]
+    return list(chain(*map(_modules_in, inside)))
 
 # %% ../../nbs/36_train.distributed.ipynb #b39a82bc
 def _made_by_callbacks(learn):

@@ -8,6 +8,7 @@ __all__ = ['DOMAIN_METHODS', 'coral', 'sliced_wasserstein', 'reverse_gradient', 
            'Contrast', 'mix_style', 'MixStyle', 'ControlBatches', 'domain_callback', 'EMA', 'MeanTeacher']
 
 # %% ../../nbs/32b_train.domain.ipynb #5ba1a6ce
+from itertools import chain
 from fastai.vision.all import *
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -244,7 +245,8 @@ def _clones(state): return {k: v.clone() for k, v in state.items()}
 
 def _step_where(opt, good):
     "Take a step of an optimizer if `good`, a tensor of one truth value, without waiting for its value"
-    before = [(p, p.detach().clone(), _clones(opt.state[p])) for group in opt.param_groups for p in group['params']]
+    params = chain(*(group['params'] for group in opt.param_groups))
+    before = [(p, p.detach().clone(), _clones(opt.state[p])) for p in params]
     opt.step()
     with torch.no_grad():
         for p, value, state in before:
@@ -551,7 +553,8 @@ class ControlBatches(Callback):
         rows = self.rng.choice(at, self.n, replace=len(at) < self.n)
         batch = self.dl.after_batch(to_device(self.dl._read_batch(rows.tolist()), self.dls.device))
         self.count = len(self.xb[0])
-        self.learn.xb = tuple(torch.cat([a.as_subclass(Tensor), b.as_subclass(Tensor).to(a.dtype)]) for a, b in zip(self.xb, batch))
+        def beside(a, b): return torch.cat([a.as_subclass(Tensor), b.as_subclass(Tensor).to(a.dtype)])
+        self.learn.xb = tuple(map(beside, self.xb, batch))
 
     def after_pred(self):
         "Drop the answers for the controls"

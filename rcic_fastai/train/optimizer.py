@@ -28,7 +28,8 @@ def _adam_state(p, state):
 def _fused_step(ps, states, lr, mom, sqr_mom, eps, wd, **kwargs):
     "Update parameters that share their hyperparameters, in place"
     from torch.optim.adamw import adamw
-    averages, squares, steps = ([s[k] for s in states] for k in ('grad_avg', 'sqr_avg', 'step'))
+    def each(k): return [s[k] for s in states]
+    averages, squares, steps = each('grad_avg'), each('sqr_avg'), each('step')
     are_dense = all(a.stride() == p.stride() for a, p in zip(averages, ps))        # a slice of a larger tensor is not
     fused = are_dense and {p.device.type for p in ps} in ({'cpu'}, {'cuda'})
     with torch.no_grad():

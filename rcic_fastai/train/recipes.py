@@ -195,7 +195,8 @@ def _check_stage(stage, i):
     if not _is_names(stage.parts): raise ScreenError(f'{what} has {stage.parts!r} as its parts: give names of parts.')
     _check_augs(stage.augs, what)
     if stage.opt is not None: optimizer_from_config(stage.opt)
-    odd = [k for k, v in (stage.opt.items() if isinstance(stage.opt, dict) else ()) if k != 'name' and not (isinstance(v, bool) if k == 'nesterov' else _is_number(v))]
+    def fits(k, v): return k == 'name' or (isinstance(v, bool) if k == 'nesterov' else _is_number(v))
+    odd = [k for k, v in stage.opt.items() if not fits(k, v)] if isinstance(stage.opt, dict) else []
     if odd:
         raise ScreenError(f'{what} has {odd[0]}={stage.opt[odd[0]]!r} in its opt: '
                           f'give {"true or false" if odd[0] == "nesterov" else "a number"}.')
@@ -210,10 +211,10 @@ def _check_losses(recipe, model=None):
     "Raise where a loss does not read what the classifier of the recipe, or of the model that it continues with, returns, and for a neck that has no place"
     kind = recipe.model.get('classifier', 'cosine') if model is None else model.classifier.kind
     neck = recipe.model.get('neck') if model is None else model._args['neck']
-    several = bool(recipe.data.get('several'))
+    several, first = bool(recipe.data.get('several')), recipe.model.get('loss', 'adacos')
+    def embeds(loss): return getattr(loss_from_config(loss, 2), 'embeds', False)
     if recipe.stages and model is None:
-        check_target(loss_from_config(recipe.stages[0].loss or recipe.model.get('loss', 'adacos'), 2), several,
-                     'the target of the recipe')
+        check_target(loss_from_config(recipe.stages[0].loss or first, 2), several, 'the target of the recipe')
     for i, s in enumerate(recipe.stages):
         if s.neck and neck == 'identity':
             raise ScreenError(f"Stage {i+1} of the recipe has the neck {s.neck!r}, and the model has none "
@@ -222,8 +223,7 @@ def _check_losses(recipe, model=None):
             check_loss(loss_from_config(s.loss, 2), SimpleNamespace(kind=kind))
             check_target(loss_from_config(s.loss, 2), several, 'the target of the recipe')
         alone = [c for c in s.callbacks if (c if isinstance(c, str) else c['name']) in ('irm', 'groupdro')]
-        if alone and (kind == 'both' or getattr(loss_from_config(s.loss or recipe.model.get('loss', 'adacos'), 2),
-                                                'embeds', False)):
+        if alone and (kind == 'both' or embeds(s.loss or first)):
             raise ScreenError(f'Stage {i+1} of the recipe has {alone[0]!r}, which reads one classifier: '
                               'leave it out, or the second part of the loss.')
 
@@ -295,7 +295,8 @@ def _check_search(recipe):
 
 def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
-    if twice := [s.name for i, s in enumerate(recipe.stages) if s.name in [o.name for o in recipe.stages[:i]]]:
+    names = [s.name for s in recipe.stages]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ScreenError(f'The recipe has two stages called {twice[0]!r}: '
                           'give each a name of its own, by which its epochs are found.')
     if recipe.pretrain: check_choice('pretrain', recipe.pretrain, ('controls',))
@@ -415,7 +416,8 @@ def get_recipe(
     if recipe in RECIPES: return RECIPES[recipe]
     p = Path(str(recipe))
     if not p.is_file():
-        published = '' if 'rcic_fastai.train.systems' in sys.modules else ' (import rcic_fastai.train.systems for the published systems)'
+        published = ' (import rcic_fastai.train.systems for the published systems)'
+        if 'rcic_fastai.train.systems' in sys.modules: published = ''
         raise ScreenError(f'There is no recipe {str(recipe)!r}: '
                           f'choose from {", ".join(RECIPES)}{published}, or name a JSON file.')
     try: return recipe_from_dict(json.loads(read_plain(p, 2**20)))

@@ -125,7 +125,7 @@ def _cell_labels(labels, n, rng):
     for i in range(n):
         if not shown[i].any(): shown[i, rng.integers(len(labels))] = True
     for j in np.flatnonzero(~shown.any(0)): shown[rng.integers(n), j] = True
-    return [[labels[j] for j in np.flatnonzero(row)] for row in shown]
+    return [np.asarray(labels)[row].tolist() for row in shown]
 
 def _structures(cell, inside, x, y, rng):
     "Return microtubules, nucleus and ER of one cell"
@@ -176,7 +176,8 @@ def _draw_into(folder, name, dataset, size, cells, rng):
 def _label_tables(rows, is_test):
     "Return the tables of training images, test images and cells, from the rows of the cells"
     cells = pd.DataFrame(rows)
-    of_image = cells.groupby('ID', sort=False).Label.agg(lambda s: join_labels(sorted({int(o) for c in s for o in c.split('|')}))).reset_index()
+    def of_all(of_cells): return join_labels(sorted(map(int, set().union(*split_labels(of_cells)))))
+    of_image = cells.groupby('ID', sort=False).Label.agg(of_all).reset_index()
     test = of_image.ID.isin(is_test)
     return dict(train=of_image[~test], test=of_image[test], cells=cells)
 
@@ -201,9 +202,10 @@ def simulate_labels(
     tmp = LABELS_FOLDER.make(tempfile.mkdtemp(prefix=f'.{dest.name}.', dir=dest.parent))
     try:
         for sub in ('train', 'test', 'masks'): (tmp/sub).mkdir()
-        done = progress_bar(names) if progress else names
-        rows = [r for n in done for r in _draw_into(tmp, n, 'test' if n in is_test else 'train', size, cells,
-                                                    named_rng(seed, 'atlas', n))]
+        rows = []
+        for name in progress_bar(names) if progress else names:
+            dataset = 'test' if name in is_test else 'train'
+            rows += _draw_into(tmp, name, dataset, size, cells, named_rng(seed, 'atlas', name))
         for name, table in _label_tables(rows, is_test).items(): table.to_csv(tmp/f'{name}.csv', index=False)
         pd.DataFrame(dict(label=range(len(COMPARTMENTS)), name=[*COMPARTMENTS])).to_csv(tmp/'labels.csv', index=False)
         tmp.chmod(0o755)

@@ -298,8 +298,10 @@ def write_file_table(
         raise ScreenError(f'{folder} has {plural(len(names), "experiment")}, '
                           'more than there are months to name them by: simulate at most 12.')
     t['month'] = t.experiment.map(dict(zip(names, _MONTHS)))
-    rows = [dict(Batch=r.month, Barcode=f'{r.month}{r.plate}', Position=r.well, Field=r.site,
-                 Reagent='untreated' if r.sirna == 'EMPTY' else r.sirna,
-                 Stain=c, Path=f'images/{r.dataset}/{r.experiment}/Plate{r.plate}/{r.well}_s{r.site}_w{i}.png')
-            for r in t.itertuples() for i, c in enumerate(channels, 1)]
+    rows = []
+    for r in t.itertuples():
+        place = dict(Batch=r.month, Barcode=f'{r.month}{r.plate}', Position=r.well, Field=r.site,
+                     Reagent='untreated' if r.sirna == 'EMPTY' else r.sirna)
+        start = f'images/{r.dataset}/{r.experiment}/Plate{r.plate}/{r.well}_s{r.site}'
+        rows += [{**place, 'Stain': c, 'Path': f'{start}_w{i}.png'} for i, c in enumerate(channels, 1)]
     return write_atomic(folder/'plates.csv', lambda p: pd.DataFrame(rows).to_csv(p, index=False))
