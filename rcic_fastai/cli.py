@@ -122,6 +122,7 @@ def _commands():
     "Return {name: function} of the commands that a message may send someone to"
     return {c: globals()[f] for c, f in _SENT_TO.items() if f in globals()}
 
+# %% ../nbs/72_cli.ipynb #613c5fcd
 def run_command(
     func, # A documented function
     argv=None, # Arguments; `None`: those of the process
@@ -133,7 +134,8 @@ def run_command(
     by_position = [a.dest for a in parser._actions if not a.option_strings]
     others = {c: _options(f) for c, f in _commands().items() if f is not func}
     out, err = _OwnLines(sys.stdout if _is_first() else open(os.devnull, 'w')), _OwnLines(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), as_command(by_position, _options(func), others), warnings.catch_warnings():
+    said = as_command(by_position, _options(func), others)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), said, warnings.catch_warnings():
         # what other packages will change is nothing that a user can mend
         if not sys.warnoptions: warnings.simplefilter('ignore', FutureWarning)
         try: return _called(func, args, prog, err)
@@ -154,8 +156,7 @@ def quick_imports():
 
 # %% ../nbs/72_cli.ipynb #34fa1010
 _EXAMPLES = dict(columns='experiment=Batch,dataset= for no such column', controls='DMSO=negative_control',
-                 channels='nucleus=DNA',
-                 replace='s3://bucket/=/data/')
+                 channels='nucleus=DNA', replace='s3://bucket/=/data/')
 
 def _not_understood(s, what, part):
     return ScreenError(f'--{what} {s} is not understood at {part!r}: '
@@ -179,6 +180,7 @@ def _mapping(s, what):
     if any(not a or not b and what != 'columns' for a, b in pairs): raise _not_understood(s, what, '=')
     return {a: b or None for a, b in pairs}
 
+# %% ../nbs/72_cli.ipynb #4d692af9
 def _channels(s):
     "Read 'A,B' as names, and 'a=A,b=B' as names for those of the screen"
     return _mapping(s, 'channels') if '=' in s else as_names(s)
@@ -195,6 +197,7 @@ def _roles(s):
         res.setdefault(kind, []).append(name)
     return res
 
+# %% ../nbs/72_cli.ipynb #ed3e4303
 _SAID = ('cell_type', 'split', 'dataset', 'root', 'plate_wells', 'wells', 'experiment', 'empty', 'pattern',
          'layout', 'partial', 'cache')
 
@@ -311,8 +314,8 @@ def pack(
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
         print(f'{dest}: {plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}, '
-              f'{folder_bytes(dest)/1e6:.1f} MB, '
-              f'in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
+              f'{folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n'
+              f'{screen_summary(open_screen(dest, check=False))}')
     if verify:
         print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} '
               f'the same as in {screen}')
@@ -326,10 +329,11 @@ def _write_plates(screen, dest, verify, workers):
     write_plates(screen, dest, workers or None)
     print(f'{dest}: {plural(len(screen.plates), "plate")}, {plural(len(screen), "field")}')
 
-pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'split', 'dataset', 'wells', 'experiment'],
-               'single cells': ['cells', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
-               'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'cache', 'plate_wells', 'empty',
-                                  'partial', 'only_present']}
+pack.groups = {
+    'what the source means': ('pattern layout channels columns controls test cell_type cell_types split dataset '
+                              'wells experiment').split(),
+    'single cells': 'cells cell_side cell_masked cell_border cell_channels cell_radius cell_partial'.split(),
+    'how it is read': 'z t acquisition root replace cache plate_wells empty partial only_present'.split()}
 
 def rcic_pack(argv=None):
     "Run the console script"
@@ -406,8 +410,12 @@ def train(
         from rcic_fastai.workflow import train_screen
     train_screen(**given)
 
-train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'experiments', 'test', 'valid', 'folds', 'fold', 'refit', 'target', 'label_names', 'no_label', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'search', 'precision', 'compile', 'resident', 'device', 'workers', 'log', 'resume']}
+train.groups = {
+    'model': 'arch metadata pretrained'.split(),
+    'data': ('size channels experiments test valid folds fold refit target label_names no_label controls '
+             'only_present sites norm norm_from').split(),
+    'steps': 'pretrain cell_types pseudo'.split(),
+    'run': 'epochs lr bs seed tta search precision compile resident device workers log resume'.split()}
 
 def rcic_train(argv=None):
     "Run the console script"
@@ -470,10 +478,12 @@ def predict(
         pred = opened.predict(**given)
     if pred is not None: print(f'{out}: {_of_what(pred)}, protocol {protocol}')
 
-predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
-                  'how wells are named': ['by', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
-                  'single cells': ['cells', 'cell_merge', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
-                  'run': ['experiments', 'wells', 'held_out', 'only_present', 'device', 'workers', 'bs']}
+predict.groups = {
+    'what is used of the test batch': 'protocol tell adapt adapt_from correct'.split(),
+    'how wells are named': 'by vote k search merge same_cell_type assign tta views'.split(),
+    'what is written': 'neighbors embeddings scores'.split(),
+    'single cells': ('cells cell_merge cell_side cell_masked cell_border cell_channels cell_radius cell_partial').split(),
+    'run': 'experiments wells held_out only_present device workers bs'.split()}
 
 def rcic_predict(argv=None):
     "Run the console script"
@@ -512,7 +522,8 @@ def evaluate_csv(
     if SCREEN_KINDS[screen_kind(screen)].needs_options:
         raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: '
                           'name the screen that rcic_pack made of it.')
-    table = open_screen(screen, check=False).table if screen_kind(screen) == 'images' or is_remote(screen) else read_metadata(screen)
+    is_opened = screen_kind(screen) == 'images' or is_remote(screen)
+    table = open_screen(screen, check=False).table if is_opened else read_metadata(screen)
     res = evaluate_screen(_tables(out, read_answers), table, embeddings=_tables(embeddings, read_embeddings),
                           sites=_tables(sites, read_predictions), partial=partial, seed=seed)
     print(res.to_json() if json else res.to_text(full))
@@ -572,8 +583,8 @@ def confidence(
     for n in conf.notes: print(f'note: {n}', file=sys.stderr)
     for r in forecast_accuracy(answers, conf.error).itertuples():
         off = f' (such forecasts were off by {r.error:.3f} in the mean)' if r.error == r.error else ''
-        print(f'{r.experiment}: '
-              f'about {r.forecast:.3f} of {plural(r.wells, "well")} right{off}, {r.n_names:.1f} names a set')
+        right = f'about {r.forecast:.3f} of {plural(r.wells, "well")} right{off}'
+        print(f'{r.experiment}: {right}, {r.n_names:.1f} names a set')
     print(f'{out}: {plural(len(answers), "well")}, sets of {100*coverage:g} %, protocol {conf.facts["protocol"]}')
 
 def rcic_confidence(argv=None):
@@ -722,9 +733,11 @@ def explore_screen(
     for n in page.data['notes']: print(f'note: {n}')
     print(f'{out}: {page.about}')
 
-explore_screen.groups = {'the page': ['max_mb', 'side', 'quality', 'umap', 'title'],
-                         'how wells are named': ['wells', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],
-                         'run': ['experiments', 'held_out', 'only_present', 'workers', 'bs']}
+explore_screen.groups = {
+    'the page': 'max_mb side quality umap title'.split(),
+    'how wells are named': ('wells vote k search merge same_cell_type assign tell tta views adapt adapt_from '
+                            'correct').split(),
+    'run': 'experiments held_out only_present workers bs'.split()}
 
 def rcic_explore(argv=None):
     "Run the console script"

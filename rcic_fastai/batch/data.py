@@ -130,6 +130,7 @@ def label_names(
                           'name each label once.')
     return names
 
+# %% ../../nbs/13_batch.data.ipynb #5bd780d9
 def labels_of(
     rows:pd.DataFrame, # Labeled rows
     target:str, # Column
@@ -157,6 +158,7 @@ def check_labels(
                           f'label them, leave them out of the table, or allow them with {option("no_label", True)}.')
     label_matrix(rows[target], labels, rows.site_id, f'The column {target}')
 
+# %% ../../nbs/13_batch.data.ipynb #294c833e
 def check_spelling(
     rows:pd.DataFrame, # Labeled rows
     target:str, # Column with several labels
@@ -174,6 +176,7 @@ def check_spelling(
             raise ScreenError(f'{target} has the labels {plain[key]!r} and {o!r}, which look like one: '
                               f'spell it alike, or name all labels with {option("label_names")}.')
 
+# %% ../../nbs/13_batch.data.ipynb #794a2d6c
 def check_one_label(
     rows:pd.DataFrame, # Rows to train on or to hold out
     target:str, # Column, of one label per image
@@ -405,6 +408,7 @@ def _every_site(rows, source):
     ids = [source.sites_of(w) for w in rows.well_id]
     return rows.iloc[np.repeat(np.arange(len(rows)), [len(o) for o in ids])].assign(site_id=list(itertools.chain(*ids)))
 
+# %% ../../nbs/13_batch.data.ipynb #bc34f118
 @patch
 def _statistics(self:ScreenLoaders, norm, items):
     "Return the statistics of the groups that are known, and of those of `items`"
@@ -484,6 +488,29 @@ def rarest_label(
     n = Counter(chain(*parts))
     return np.array([min(p, key=lambda o: (n[o], o)) if p else '' for p in parts], object)
 
+# %% ../../nbs/13_batch.data.ipynb #d2ffd303
+def _named_images(rows, names):
+    "Return which rows are named, or are cells of an image that is: bool [N]"
+    names = set(names)
+    odd = sorted(names - set(rows.site_id) - set(rows.well_id))
+    if odd:
+        raise ScreenError(f'{first_few(odd, 3)} cannot be held out, as no training image is called so: '
+                          'name images of the table.')
+    of = rows.well_id[rows.site_id.isin(names) | rows.well_id.isin(names)]
+    return rows.well_id.isin(of).to_numpy()
+
+# %% ../../nbs/13_batch.data.ipynb #b6279b94
+def _some_of_each(kinds, share, seed):
+    "Return a share of the positions of each kind at random: bool [N]"
+    rng, out, start = np.random.default_rng(seed), np.zeros(len(kinds), bool), 0.
+    for k in sorted(set(kinds)):
+        at = rng.permutation(np.flatnonzero(kinds == k))
+        # what a rare label lacks, the next one gets
+        n, start = int(start + share*len(at)), (start + share*len(at)) % 1
+        out[at[:n]] = True
+    return out
+
+# %% ../../nbs/13_batch.data.ipynb #1e74d507
 def split_images(
     rows:pd.DataFrame, # Labeled rows of images that are in no experiment
     valid='auto', # Held-out images: names (a list), 'auto' (those of dataset val, else a share of each label) or 'none'
@@ -505,26 +532,6 @@ def split_images(
                           'give all cells of an image one dataset.')
     return rows[~is_val], rows[is_val]
 
-def _named_images(rows, names):
-    "Return which rows are named, or are cells of an image that is: bool [N]"
-    names = set(names)
-    odd = sorted(names - set(rows.site_id) - set(rows.well_id))
-    if odd:
-        raise ScreenError(f'{first_few(odd, 3)} cannot be held out, as no training image is called so: '
-                          'name images of the table.')
-    of = rows.well_id[rows.site_id.isin(names) | rows.well_id.isin(names)]
-    return rows.well_id.isin(of).to_numpy()
-
-def _some_of_each(kinds, share, seed):
-    "Return a share of the positions of each kind at random: bool [N]"
-    rng, out, start = np.random.default_rng(seed), np.zeros(len(kinds), bool), 0.
-    for k in sorted(set(kinds)):
-        at = rng.permutation(np.flatnonzero(kinds == k))
-        # what a rare label lacks, the next one gets
-        n, start = int(start + share*len(at)), (start + share*len(at)) % 1
-        out[at[:n]] = True
-    return out
-
 # %% ../../nbs/13_batch.data.ipynb #6a2a505f
 def plate_name(
     experiment, # Its experiment
@@ -543,6 +550,7 @@ def _plates_and_labels(rows, target):
     has = csr_array((np.ones(len(code)), (code, label)), (len(plates), len(names)))
     return plates.assign(of=plates.groupby('experiment').plate.transform('size')), has
 
+# %% ../../nbs/13_batch.data.ipynb #b36cc833
 def held_plates(
     rows:pd.DataFrame, # Labeled rows; only those of `dataset` train count
     target:str='sirna', # Their labels
@@ -691,6 +699,7 @@ def channels_note(
     return (f'The screen has the channels {", ".join(source.channels)}, '
             f'and the model reads {", ".join(spec.channels)} of them, by name.')
 
+# %% ../../nbs/13_batch.data.ipynb #5685cb47
 def spec_source(
     spec:ScreenSpec, # What the model was trained on
     source, # Image source

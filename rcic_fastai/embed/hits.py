@@ -250,6 +250,7 @@ def hill(dose, low, high, log_ec50, slope):
     "Return the effect at a dose; `log_ec50` is the natural logarithm"
     return low + (high - low)/(1 + np.exp(slope*(log_ec50 - np.log(dose))))
 
+# %% ../../nbs/45_embed.hits.ipynb #1257bb7e
 def fit_hill(
     dose, # [N], above 0
     effect, # [N]
@@ -374,6 +375,7 @@ def _trained_note(m, trained):
     return (f'{trained.sum()} of {len(m)} wells were trained on ({META}trained): the model knows their answers, so '
             f'they differ from the controls even where the perturbation does nothing, and hits may be false: {do}.')
 
+# %% ../../nbs/45_embed.hits.ipynb #261b2779
 def hit_notes(
     m:pd.DataFrame, # Metadata of the wells
     table:pd.DataFrame, # One row per perturbation
@@ -420,6 +422,7 @@ def _is_record(path):
     except ScreenError: return False
     return {'target', 'measure', 'n_null', 'level'} <= {*said}
 
+# %% ../../nbs/45_embed.hits.ipynb #a07493c9
 def write_hits(
     hits:pd.DataFrame, # From `find_hits`
     out, # CSV or parquet; the picture OUT.png and the record OUT.json are written beside it

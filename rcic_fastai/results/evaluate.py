@@ -66,6 +66,7 @@ def _check_columns(pred, table, target):
         raise ScreenError(f'The table has no column {target}, so {target} cannot be evaluated with it: '
                           'give the labeled table.')
 
+# %% ../../nbs/60_results.evaluate.ipynb #12687509
 def _labeled_rows(pred, table, target, key, what):
     "Return the row of the table for each prediction, in the order of the predictions"
     twice = pred['id_code'].duplicated()
@@ -142,6 +143,7 @@ def _expected(table, pred_wells, target):
     done = t.well_id.isin(pred_wells)
     return t.well_id[~done & t.well_type.isin(t.well_type[done].unique())].tolist()
 
+# %% ../../nbs/60_results.evaluate.ipynb #fbb1f6da
 def _asked(r, target):
     "Return the rows that count: no control wells beside treatments, which have an accuracy of their own"
     is_treated = (r.well_type == 'treatment').to_numpy()
@@ -314,6 +316,7 @@ def _concat_predictions(frames):
     if known: res.attrs['classes'] = list(dict.fromkeys(chain(*known)))
     return res
 
+# %% ../../nbs/60_results.evaluate.ipynb #00c9cd65
 def named_predictions(
     preds, # Predictions: one, a list, or a dict by name
 )->dict: # Name → predictions; without names, their protocols
@@ -583,6 +586,7 @@ def _label_notes(pred, res):
                      f'that is a score for new images only if the model did not train on them.{chosen}')
     return notes
 
+# %% ../../nbs/60_results.evaluate.ipynb #05025c6e
 def _is_several(pred):
     "Return whether predictions are of several labels: as their record says, or as a bar between labels shows"
     target = pred.attrs.get('target', 'sirna')

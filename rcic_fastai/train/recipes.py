@@ -187,6 +187,7 @@ def _check_named(config, classes, what, make):
             if k in config and config['name'] == 'mix': _check_named(config[k], classes, what, make)
     make(config)
 
+# %% ../../nbs/33_train.recipes.ipynb #ea2081f5
 def _check_stage(stage, i):
     "Raise a `ScreenError` for a stage that cannot be trained"
     what = f'Stage {i+1} of the recipe'
@@ -207,6 +208,7 @@ def _check_stage(stage, i):
     if stage.loss is not None: _check_named(stage.loss, LOSSES, what, partial(loss_from_config, n_classes=2))
     if stage.neck is not None: check_choice('neck', stage.neck, [n for n in NECKS if n != 'identity'])
 
+# %% ../../nbs/33_train.recipes.ipynb #6a068a0d
 def _check_losses(recipe, model=None):
     "Raise where a loss does not read what the classifier of the recipe, or of the model that it continues with, returns, and for a neck that has no place"
     kind = recipe.model.get('classifier', 'cosine') if model is None else model.classifier.kind
@@ -227,6 +229,7 @@ def _check_losses(recipe, model=None):
             raise ScreenError(f'Stage {i+1} of the recipe has {alone[0]!r}, which reads one classifier: '
                               'leave it out, or the second part of the loss.')
 
+# %% ../../nbs/33_train.recipes.ipynb #9fa7674b
 def _check_arguments(entry, given, func, but):
     "Raise for arguments that a function does not take"
     takes = [n for n, p in inspect.signature(func).parameters.items() if n not in but and p.kind != p.VAR_KEYWORD]
@@ -271,6 +274,7 @@ def _check_entries(entry, given, takes):
         raise ScreenError(f'{what} has {given["search"]!r} as its search: give text, such as auto.')
     if 'lr' in given: part_lrs(given['lr'])
 
+# %% ../../nbs/33_train.recipes.ipynb #5155ec44
 def _check_views(entry, given):
     "Raise for more views than there are"
     views = given.get('views', 'dihedral')
@@ -281,6 +285,7 @@ def _check_views(entry, given):
     if given.get('separate') and views != 'random':
         raise ScreenError(f'The recipe, in its {entry}, keeps random views apart and has none: let views be random.')
 
+# %% ../../nbs/33_train.recipes.ipynb #647156d1
 def _check_search(recipe):
     "Raise for a search where nothing is searched, or where rows vote otherwise"
     said, search = recipe.predict, recipe.predict.get('search') or 'no'
@@ -293,6 +298,7 @@ def _check_search(recipe):
         raise ScreenError(f'The recipe, in its predict, has the {odd[0]} {said[odd[0]]!r} and the search {search!r}, '
                           'which both say how wells are named: leave one of them out.')
 
+# %% ../../nbs/33_train.recipes.ipynb #42be3df4
 def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
     names = [s.name for s in recipe.stages]
@@ -383,6 +389,7 @@ def needs_controls(
     "Return whether a training needs the negative controls, which it does not learn to name"
     return 'control_batches' in [name for _, name, _ in _asked(recipe)] or bool(recipe.index.get('with_controls'))
 
+# %% ../../nbs/33_train.recipes.ipynb #ddb831b0
 def check_batches(
     recipe:Recipe, # Whose `data` makes the batches
 ):

@@ -16,7 +16,7 @@ import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
 from ...core import OwnFolder, ScreenError
-from ..tables import join_labels
+from ..tables import join_labels, split_labels
 from .cells import blur, named_rng, texture
 from .layout import _check_counts, _check_whole, _free_dest
 
