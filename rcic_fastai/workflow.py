@@ -645,12 +645,12 @@ def _search_again(learn, model, views):
     "Return how the index is searched, chosen on what was held out, with the views of the index where they are repeatable"
     return learn.choose_search(model, views['tta'] if views.get('views', 'dihedral') == 'dihedral' else 4)
 
-def _write_model(model, out):
+def _write_model(model, index, out):
     "Write a trained model and its curves, and remove what was kept to continue its training"
     model.folder = model.save(out)
     save_curve(model.history, out)
     remove_unfinished(out)
-    print(f'{out}: model, index of {plural(len(model.index.labels), "embedding")}, history')
+    print(f'{out}: model, index of {plural(len(index.labels), "embedding")}, history')
     return model
 
 # %% ../nbs/71_workflow.ipynb #4166943c
@@ -692,7 +692,7 @@ def _train_model(args, recipe, begin=None, validation=None):
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
         if recipe.predict.get('search') == 'auto':
             model.config['search'] = (validation or {}).get('search') or _search_again(learn, model, views)
-        return _write_model(model, out)
+        return _write_model(model, index, out)
 
 # %% ../nbs/71_workflow.ipynb #0f078d65
 def save_curve(

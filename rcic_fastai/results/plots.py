@@ -93,6 +93,7 @@ def _draw_labels(ax, a, cmap, vmin, vmax, colors):
         ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], [*map(picture_text, names)],
                   fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
 
+# %% ../../nbs/60b_results.plots.ipynb #4c14af24
 def _well_text(v): return f'{v:.3g}' if isinstance(v, float) else str(v)
 
 def _write_wells(ax, a):
@@ -327,6 +328,7 @@ def label_plot(
     legend_below(fig, ax.containers)
     return fig
 
+# %% ../../nbs/60b_results.plots.ipynb #1e1f95e7
 def label_gallery(
     pred:pd.DataFrame, # Answers of images: id_code and the target, such as '0|14'
     screen, # The `Screen` of these images

@@ -33,10 +33,10 @@ def fig_html(
 # %% ../../nbs/61_results.report.ipynb #d91da451
 _CSS = ''':root{--ink:#222;--paper:#fff;--line:#ddd;--soft:#555;color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e6e6;--paper:#16181c;--line:#3a3f47;--soft:#a9b0ba}}
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;\
 color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
 h1{font-size:1.7rem;line-height:1.25}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
-.pics{display:flex;flex-wrap:wrap;gap:.6rem 1rem;align-items:flex-start;margin:.6rem 0}
+.pics{display:flex;flex-wrap:wrap;gap:.6rem 1rem;align-items:flex-start;margin:.6rem 0}\
 img{max-width:100%;height:auto;background:#fff;border-radius:4px}
 .wide{overflow-x:auto;overflow-wrap:normal;margin:.6rem 0}table{border-collapse:collapse;font-size:.9rem}
 td,th{padding:.25rem .8rem;border-bottom:1px solid var(--line);text-align:right;min-width:5.2rem}
@@ -46,7 +46,7 @@ thead th{border-bottom:2px solid var(--soft)}p.note{color:var(--soft);font-size:
 td,th{padding:.2rem .25rem;min-width:0}th:first-child,td:first-child{max-width:5.6rem}}
 @media(min-width:110rem){body{max-width:104rem;font-size:18px}}
 @media print{:root{--ink:#000;--paper:#fff;--line:#bbb;--soft:#333}body{max-width:none;margin:0;font-size:10pt}
-h2{break-after:avoid}img,tr{break-inside:avoid}.wide{overflow:visible}
+h2{break-after:avoid}img,tr{break-inside:avoid}.wide{overflow:visible}\
 table{font-size:8pt}td,th{min-width:0;padding:.15rem .4rem}}'''
 
 # %% ../../nbs/61_results.report.ipynb #026a949d

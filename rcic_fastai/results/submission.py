@@ -78,6 +78,7 @@ def encode_mask(
         raise ScreenError(f'A mask is a picture [H,W], not {list(mask.shape)}: give that of one cell.')
     return _encoded(np.flatnonzero(mask.T), mask.shape)
 
+# %% ../../nbs/62b_results.submission.ipynb #fb6fcca1
 def decode_mask(
     text:str, # From `encode_mask`
     shape:tuple, # (height, width), px
@@ -185,6 +186,7 @@ def _area(s, hit, n_true):
     raised = np.maximum.accumulate((right/(last + 1))[::-1])[::-1]
     return float((np.diff(right, prepend=0)*raised).sum()/n_true)
 
+# %% ../../nbs/62b_results.submission.ipynb #dbe8446f
 def _partners(cells, masks, truth, true_masks, iou):
     "Return the row of `truth` that each row of `cells` covers; -1: none"
     def numbered(d): return {k: n for n, k in enumerate(zip(d.image_id, d.cell.astype(int)))}

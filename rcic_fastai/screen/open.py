@@ -257,6 +257,7 @@ def dose_notes(
                      f'perturbation is one class: {option("target", f"sirna+{column}")} makes a class of each pair')
     return notes
 
+# %% ../../nbs/08_screen.open.ipynb #4b13d1d0
 def _label_lines(table):
     "Return which labels the images of an atlas have, and how often"
     if 'labels' not in table:
@@ -290,6 +291,7 @@ def unnamed_note(
     return (f'{how_many} left out of training ({first_few(bare.well_id, 5)}): fill those cells; '
             f'if they are controls, say {option("controls", {"negative_control": [""]})}')
 
+# %% ../../nbs/08_screen.open.ipynb #3a51559b
 def missing_parts(
     screen, # A `Screen`
 )->list: # Sentences
