@@ -16,6 +16,7 @@ from fastai.vision.all import *
 from .core import *
 from .screen.tables import *
 from .screen.images import *
+from .screen.exposure import EXPOSED, EXPOSURE_COLUMNS
 from .screen.screen import *
 from .screen.open import open_screen
 from .batch.augment import *
@@ -249,8 +250,12 @@ _COUNT = _int(0, 2**40)
 def _is_measured(v): return isinstance(v, dict) and set(v) == {'mean', 'std'} and all(map(_SHARE[1], v.values()))
 
 _MEASURED = 'the mean and std of a channel, from 0 to 1', _is_measured
+_EXPOSURE_KINDS = dict(experiment=_LABEL, cell_type=_LABEL, wells=_one(*EXPOSED), channel=_WORD, n=_COUNT)
+def _is_exposure(v): return isinstance(v, dict) and {*v} == {*EXPOSURE_COLUMNS} and all(_EXPOSURE_KINDS.get(k, _REAL)[1](o) for k, o in v.items())
+
 _DATA = dict(rows=_COUNT, sha256=_HASH, sites=_dict(_COUNT, 2**16, _LABEL), store=_text('32 hexadecimal digits', '[0-9a-f]{32}'),
-             channels=_dict(_MEASURED, 16), sites_measured=_COUNT, side=_int(1, 2**20))
+             channels=_dict(_MEASURED, 16), sites_measured=_COUNT, side=_int(1, 2**20),
+             exposure=_list(('how bright a channel of an experiment is', _is_exposure), 0, 2**21))
 
 # %% ../nbs/70_folder.ipynb #6d2349b3
 def _quote(o): return re.sub('[\x00-\x1f\x7f-\x9f]', ' ', repr(o)[:80])
@@ -297,7 +302,7 @@ def read_config(folder):
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
     _check_entries(c['spec'], _SPEC, ('target', 'labels', 'channels', 'vocabs'), f)
-    _check_entries(c['data'], _DATA, [k for k in _DATA if k not in ('store', 'side')], f)
+    _check_entries(c['data'], _DATA, [k for k in _DATA if k not in ('store', 'side', 'exposure')], f)
     _check_agreement(c['model'], c['spec'], c['data'], f)
     if len(c.get('thresholds', c['spec']['labels'])) != len(c['spec']['labels']): raise _again(f'{f} contradicts itself about its thresholds')
     return c

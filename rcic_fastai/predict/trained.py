@@ -18,6 +18,7 @@ from ..screen.images import *
 from ..screen.screen import *
 from ..screen.pack import picture_notes
 from ..screen.cells import cell_side
+from ..screen.exposure import *
 from ..batch.data import *
 from ..model.model import *
 from ..model.batchnorm import *
@@ -215,6 +216,16 @@ def _accuracy(learn):
     return dict(accuracy=last.accuracy, valid_loss=last.get('valid_loss'), stage=last.get('stage'),
                 **_measured_on(learn, highest_protocol(used).value), samples='single sites' if spec.sites == 1 else f'wells of {spec.sites} sites')
 
+# %% ../../nbs/53_predict.trained.ipynb #b3da1406
+def _exposure(learn):
+    "Return how bright the training experiments are, for `config['data']`; empty where there are none"
+    rows, table, source = index_rows(learn), learn.dls.screen.table, learn.dls.screen.source
+    if not has_plates(rows): return {}
+    also = table[table.experiment.isin(rows.experiment) & table.well_type.isin(CONTROLS['negative'])]
+    try: found = batch_exposure(pd.concat([rows, also]).drop_duplicates('site_id'), source)
+    except ScreenError: found = batch_exposure(rows, source)       # pictures of controls that were not learned may be absent
+    return dict(exposure=found.round(5).to_dict('records'))
+
 # %% ../../nbs/53_predict.trained.ipynb #43cc72bf
 OWN_FACTS = ('format', 'model', 'spec', 'held_out', 'held_plates', 'held_images', 'thresholds', 'augs', *PROVENANCE, 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
 
@@ -227,7 +238,7 @@ def _config(learn, info):
     plates, images = [plate_name(*o) for o in getattr(dls, 'held_plates', ())], getattr(dls, 'held_images', [])
     own = {k: v for k, v in dict(held_plates=plates, held_images=images, thresholds=thresholds or getattr(learn, 'thresholds', None)).items() if v}
     return as_plain(dict(model=model.config, spec=asdict(dls.spec), held_out=dls.held_out, augs=trained_augs(dls), **own, **provenance(model),
-                       data=data_fingerprint(index_rows(learn), dls.screen.source), metrics=metrics, versions=library_versions(),
+                       data={**data_fingerprint(index_rows(learn), dls.screen.source), **_exposure(learn)}, metrics=metrics, versions=library_versions(),
                        fingerprint=model_fingerprint(model, dls.spec), **{'license': MODEL_LICENSE, **info}))
 
 # %% ../../nbs/53_predict.trained.ipynb #9c5a2547
