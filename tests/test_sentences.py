@@ -13,7 +13,7 @@ PYTHON_ONLY = {'batch/augment.py', 'embed/correct.py', 'embed/metrics.py', 'embe
                'train/controls.py', 'train/cutmix.py', 'train/domain.py', 'results/report.py', 'results/plots.py', 'results/evaluate.py', 'results/wilds.py', 'results/submission.py', 'screen/look.py',
                'showdoc.py', '_modidx.py'}
 COMMAND_OF = dict(screen='rcic_pack', batch='rcic_train', train='rcic_train', model='rcic_train', predict='rcic_predict', embed='rcic_predict')
-OPTIONS = {name: cli._options(f) for name, f in {**cli._commands(), 'rcic_ensemble': cli.ensemble, 'rcic_confidence': cli.confidence}.items()}
+OPTIONS = {name: cli._options(f) for name, f in {**cli._commands(), 'rcic_ensemble': cli.ensemble, 'rcic_confidence': cli.confidence, 'rcic_drift': cli.drift}.items()}
 ANY = {k for o in [*OPTIONS.values(), cli._options(cli.explore_screen)] for k in o}
 
 def sources():

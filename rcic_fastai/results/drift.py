@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SpreadTest', 'DRIFT_PROTOCOLS', 'spread_test', 'holm', 'exposure_findings', 'deviations', 'mean_findings',
-           'nearest_distance', 'embedding_findings', 'Drift']
+           'nearest_distance', 'embedding_findings', 'Drift', 'check_drift_file']
 
 # %% ../../nbs/61b_results.drift.ipynb #1bc75f68
 from dataclasses import dataclass
@@ -30,7 +30,9 @@ def _grouped(groups, group):
     for g in (groups, np.full(len(groups), group, object)):
         mine, df = g == group, len(g) - len({*g})
         if mine.any() and df >= 2: return g, mine, df
-    raise ScreenError(f'{plural(len(groups), "training experiment does", "training experiments do")} not tell how experiments differ: train on three or more.')
+    raise ScreenError(_few_experiments(len(groups)))
+
+def _few_experiments(n): return f'{plural(n, "training experiment does", "training experiments do")} not tell how experiments differ: train on three or more.'
 
 def spread_test(
     values, # [E] of the training experiments
@@ -288,6 +290,7 @@ def _check_drift(model, protocol, level, most):
     if not hasattr(model, 'index'): raise ScreenError('These are the models of several cell types: take one of them, in the folder of its name.')
     if 'image_id' in model.index.labels: raise ScreenError('The model was trained on single cells, and drift compares whole sites: take a model of sites.')
     if not any(model.trained): raise ScreenError('The model learned images that are in no experiment, and drift compares experiments: train on a screen with plates.')
+    if len(model.trained) < 3: raise ScreenError(_few_experiments(len(model.trained)))
     if protocol == 'adapted' and model.adapted_index is None: raise ScreenError(f'The model has no index of adapted embeddings: leave {option("protocol", protocol)} out.')
 
 # %% ../../nbs/61b_results.drift.ipynb #e80432ab
@@ -364,7 +367,9 @@ def _compared(known, emb, seen, exposed, wells, held, level):
     table = pd.concat(res, ignore_index=True)
     return table.assign(toward=table.toward.fillna(''))[list(_COLUMNS)]
 
-def _check_drift_file(out):
+def check_drift_file(
+    out, # .csv or .html
+):
     "Raise for a file that must not be written"
     if Path(out).suffix.lower() not in ('.csv', '.html'): raise ScreenError(f'{out} is neither a CSV nor a page: let {option("out")} end in .csv or .html.')
     if not (Path(out).exists() or Path(out).is_symlink()): return
@@ -378,7 +383,7 @@ def save(self:Drift,
     out, # .csv: the table; .html: a page with sentences, picture and table
 )->Path: # `out`
     "Write what was found"
-    _check_drift_file(out)
+    check_drift_file(out)
     if Path(out).suffix.lower() == '.csv': return write_atomic(Path(out), lambda p: self.table.round(5).map(csv_text).to_csv(p, index=False))
     said = ''.join(f'<li>{html_text(s)}</li>' for s in self.sentences())
     names, about = self.table[~self.table.held_out].experiment.unique(), f'Protocol of the embeddings: {self.protocol}. An experiment like those of training is found outside in anything with a chance of {100*self.level:g} % at most. '
