@@ -59,7 +59,7 @@ def test_the_dark_channel_and_the_shift_are_named_and_nothing_else(seed):
     emb, exposed = drawn(np.random.default_rng(seed + 50), NAMES + new, shift=2., dim={('HUVEC-18', 'ER'): .3}, unlike=['RPE-09'])
     t = compared(emb, exposed, new)
     out = t[t.outside]
-    assert set(zip(out[out.finding.isin(D.MEASURES)].experiment, out[out.finding.isin(D.MEASURES)].channel)) == {('HUVEC-18', 'ER')}
+    assert set(zip(out[out.finding.isin(D.EXPOSURES)].experiment, out[out.finding.isin(D.EXPOSURES)].channel)) == {('HUVEC-18', 'ER')}
     assert 'new direction' in set(out[out.experiment == 'RPE-09'].finding) and 'HUVEC-17' not in set(out.experiment)
     said = ' '.join(D.Drift(t, .05, 'inductive').sentences())
     assert 'ER of HUVEC-18 is 0.' in said and '(negative controls)' in said and 'HUVEC-17 is inside' in said

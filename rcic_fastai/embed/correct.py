@@ -138,6 +138,13 @@ def protocol(self:Correction)->Protocol:
     "Return what a new batch is asked for: adapted when its own wells are measured, inductive when all was fitted beforehand"
     return Protocol.adapted if self.by else Protocol.inductive
 
+@patch(as_prop=True)
+def measures(self:Correction)->str: # Words that follow "it measures"
+    "Return what is measured of a new batch when it is corrected, and whether anything was fitted beforehand"
+    if not self.by: return 'nothing of a new batch: all was fitted beforehand'
+    wells = {None: 'all wells', 'all': 'the control wells', 'treatment': 'the treatment wells'}.get(self.controls, f'the {self.controls} control wells')
+    return f'{wells} of each new {self.by}, {"beside what" if self.learns else "and nothing"} was fitted beforehand'
+
 # %% ../../nbs/43_embed.correct.ipynb #ba117bc4
 @patch
 def _mark(self:Correction, t, z):
@@ -319,6 +326,11 @@ class Harmony(Correction):
     seed:int=0 # Random start
 
     learns = True
+    @property
+    def measures(self)->str:
+        "Return what is measured: the table as a whole"
+        return 'all wells of all batches, training and new ones together'
+
     def fit(self,
         emb:pd.DataFrame, # Not used
     ):
@@ -406,6 +418,7 @@ def corrected_index(
         raise ScreenError(f'The index was corrected before, by {first_few(before)}: give the one that it was made from.')
     emb = fix.fit_transform(index.table())
     def corrected(emb): return fix.transform(make_emb_table(emb_metadata(emb), unit_rows(emb_features(emb))))
+    corrected.measures = fix.measures
     return EmbeddingIndex(emb, index.target, index.kind, index.model), corrected
 
 # %% ../../nbs/43_embed.correct.ipynb #ea546485

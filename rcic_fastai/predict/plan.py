@@ -448,6 +448,7 @@ def _way(model, protocol, c, given):
     adapt = _adaptation(model, protocol, c['adapt'], given['adapt_from'], c['correct'])
     correct, notes = _chosen_correction(model, adapt, c['correct'], given['wells'])
     index, correction = _index_for(model, adapt, protocol, correct, given['wells'], c['by'])
+    if correction and not notes: notes = [f'The correction {correct} measures {correction.measures}.']
     neck, searched = _chosen_neck(model, index, adapt, correct, c['search'])
     if neck != 'no': index = NeckIndex(index, neck)
     if adapt and given['bs'] < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')

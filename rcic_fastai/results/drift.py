@@ -83,7 +83,7 @@ def exposure_findings(
     known, asked, res = known[known.wells == wells], asked[asked.wells == wells], []
     for c in [c for c in asked.channel.unique() if c in set(known.channel)]:
         old, new = known[known.channel == c], asked[asked.channel == c]
-        for m in MEASURES:
+        for m in EXPOSURES:
             f = spread_test(old[m], old.cell_type, new[m].iloc[0], new.cell_type.iloc[0], _chance_noise(new, old, m), _LEAST[m])
             said = [new[m].iloc[0], f.center, f.low, f.high]
             if m != 'saturation': said = np.exp(said)
@@ -148,10 +148,12 @@ def mean_findings(
     group, # Its cell type
 )->list: # Of dicts: finding, value, training, low, high, t, p, toward (a training experiment on that side, of a direction)
     "Compare the mean embedding of a new experiment"
+    from scipy.stats import t as student
     d = deviations(means, groups)
     used, df = np.flatnonzero(~np.isnan(d).any(1)), _free(groups)
     if df < 2: raise ScreenError(_too_few(groups))
     mine = groups == group if (groups == group).any() else np.ones(len(groups), bool)
+    reach = float(student.ppf(.975, _grouped(groups, group)[2]))
     away, axes, res = (new - means[mine].mean(0))/np.sqrt(1 + 1/mine.sum()), _axes(d), []
     far = {'distance': (_log_length(d[used]), _log_length(away)), 'new direction': (_new_directions(means, groups, used), _log_length(_outside_span(away, axes)))}
     for k, (old, value) in far.items():
@@ -159,8 +161,7 @@ def mean_findings(
         res.append(dict(finding=k, value=float(np.exp(value - f.center)), training=1., low=np.nan, high=float(np.exp(f.high - f.center)), t=f.t, p=f.p, toward=''))
     for i, a in enumerate(axes[:2]):
         f = spread_test(means @ a, groups, new @ a, group)
-        s = (f.high - f.center)/2 or 1.
-        res.append(dict(finding=f'direction {i+1}', value=float((new @ a - f.center)/s), training=0., low=-2., high=2., t=f.t, p=f.p, toward=str(names[_toward(means, groups, group, a, np.sign(f.t))])))
+        res.append(dict(finding=f'direction {i+1}', value=f.t, training=0., low=-reach, high=reach, t=f.t, p=f.p, toward=str(names[_toward(means, groups, group, a, np.sign(f.t))])))
     return res
 
 # %% ../../nbs/61b_results.drift.ipynb #e7d1166e
@@ -272,7 +273,7 @@ _ONE_SIDED = ('distance', 'new direction', 'nearest')
 def _judged(found, level):
     "Return findings of one experiment with adjusted chances, pictures and embeddings each at half of the level"
     t = pd.DataFrame(found)
-    for part in (t.finding.isin(MEASURES), ~t.finding.isin([*MEASURES, 'cell type'])):
+    for part in (t.finding.isin(EXPOSURES), ~t.finding.isin([*EXPOSURES, 'cell type'])):
         if part.any(): t.loc[part, 'p'] = np.minimum(2*holm(t.p[part]), 1)
     return t.assign(outside=t.p < level)
 
@@ -291,7 +292,7 @@ def _check_drift(model, protocol, level, most):
     if 'image_id' in model.index.labels: raise ScreenError('The model was trained on single cells, and drift compares whole sites: take a model of sites.')
     if not any(model.trained): raise ScreenError('The model learned images that are in no experiment, and drift compares experiments: train on a screen with plates.')
     if len(model.trained) < 3: raise ScreenError(_few_experiments(len(model.trained)))
-    if protocol == 'adapted' and model.adapted_index is None: raise ScreenError(f'The model has no index of adapted embeddings: leave {option("protocol", protocol)} out.')
+    if protocol == 'adapted' and model.adapted_index is None and not model.spec.per_group: raise ScreenError(f'The model has no index of adapted embeddings: leave {option("protocol", protocol)} out.')
 
 # %% ../../nbs/61b_results.drift.ipynb #e80432ab
 def _spread_rows(rows, most):
@@ -305,11 +306,24 @@ def _held_rows(model, table, asked):
     names = [e for e in map(str, model.config['held_out']) if e not in known]
     return table[table.experiment.astype(str).isin(names)]
 
-def _embedded(model, screen, rows, protocol, index, how):
-    "Return embeddings of rows, made as those of the index were"
-    if protocol == 'inductive' or model.spec.per_group: return model.embed(screen[rows], **how)
+def _embedded(model, screen, rows, every, index, how):
+    "Return embeddings of some of the rows `every`, made as those of the index were"
+    if index is model.index: return model.embed(screen[rows], **how)
     kinds = _adapting_kinds(index, 'all')
-    return model.embed(screen[rows], adapt='experiment', adapt_rows=rows[rows.well_type.isin(kinds)], **how)
+    return model.embed(screen[rows], adapt='experiment', adapt_rows=every[every.well_type.isin(kinds)], **how)
+
+def _without_labels(rows, target):
+    "Return rows without the labels of their wells"
+    if target in rows and target not in SITE_COLUMNS: rows = rows.assign(**{target: None})
+    return rows.assign(sirna=None, sirna_id=pd.array([pd.NA]*len(rows), 'Int64'))
+
+def _drift_notes(seen, wells, known, has_held):
+    "Return notes on what new experiments are compared with"
+    notes = _picture_notes(seen, wells)
+    if known.kind_for(np.array(['negative_control']*2)) == 'treatment': notes.append(f'Embeddings of treated wells are compared, as the model learned no negative controls ({option("controls", True)} in training): other perturbations on the plates can look like drift.')
+    if _free(known.cells) < 2: return [*notes, _too_few(known.cells)]
+    if not has_held: notes.append('The model learned the labels of the training experiments, which draws them together: new ones lie farther away even without drift. Give a screen with experiments that were held out to see how far.')
+    return notes
 
 def _picture_notes(known, wells):
     "Return notes on what pictures are compared with"
@@ -333,37 +347,34 @@ def drift(self:TrainedModel,
     "Say how new experiments differ from those that the model was trained on; labels of their wells are not read"
     _check_drift(self, protocol, level, most)
     whole = asked_experiments([self], screen, experiments)
-    asked = whole.table[(whole.table.dataset == 'test') & whole.table.well_type.isin(EXPOSED)]
+    table = _without_labels(whole.table, self.spec.target)
+    asked = table[(table.dataset == 'test') & table.well_type.isin(EXPOSED)]
     if not len(asked): raise ScreenError(f'There is no treated well and no negative control to compare: choose {option("experiments", "EXP,EXP")}.')
-    held = _held_rows(self, whole.table, asked)
-    rows = pd.concat([asked, held[held.well_type.isin(EXPOSED)]])
-    rows = rows.assign(sirna=None, sirna_id=pd.array([pd.NA]*len(rows), 'Int64'))
-    seen = pd.DataFrame(self.config['data'].get('exposure', []), columns=EXPOSURE_COLUMNS)
-    exposed = batch_exposure(rows, whole.source)
-    wells = _compared_wells(seen, exposed)
-    index = self.index if protocol == 'inductive' else self.adapted_index
-    known, how = _Known(index, most), dict(tta=tta, progress=progress, bs=bs, num_workers=workers)
-    known_kinds = rows[rows.well_type.isin({*known.kinds})]
-    emb = _embedded(self, whole, _spread_rows(known_kinds, most), protocol, index, how)
-    notes = _picture_notes(seen, wells)
-    if known.kind_for(np.array(['negative_control']*2)) == 'treatment': notes.append(f'Embeddings of treated wells are compared, as the model learned no negative controls ({option("controls", True)} in training): other perturbations on the plates can look like drift.')
-    if _free(known.cells) < 2: notes.append(_too_few(known.cells))
-    elif not len(held): notes.append('The model learned the labels of the training experiments, which draws them together: new ones lie farther away even without drift. Give a screen with experiments that were held out to see how far.')
-    table = _compared(known, emb, seen, exposed, wells, {*held.experiment.astype(str)}, level)
-    return Drift(_not_farther(table), level, protocol, tuple(notes))
+    held = _held_rows(self, table, asked)
+    every = pd.concat([table[table.dataset == 'test'], held]).drop_duplicates('site_id')
+    index = self.adapted_index if protocol == 'adapted' and not self.spec.per_group else self.index
+    known, seen = _Known(index, most), pd.DataFrame(self.config['data'].get('exposure', []), columns=EXPOSURE_COLUMNS)
+    if not len(seen) and _free(known.cells) < 2: raise ScreenError(_too_few(known.cells))
+    exposed = batch_exposure(every, whole.source)
+    wells, rows = _compared_wells(seen, exposed), every[every.well_type.isin({*known.kinds} & {*EXPOSED})]
+    emb = _embedded(self, whole, _spread_rows(rows, most), every, index, dict(tta=tta, progress=progress, bs=bs, num_workers=workers))
+    found = _compared(known, emb, seen, exposed, wells, {*held.experiment.astype(str)}, level)
+    lost = sorted({*asked.experiment.astype(str)} - {*found.experiment})
+    notes = [f'{first_few(lost, 4)}: nothing could be compared.']*bool(lost) + _drift_notes(seen, wells, known, len(held) > 0)
+    return Drift(_not_farther(found), level, 'adapted' if self.spec.per_group else protocol, tuple(notes))
 
 # %% ../../nbs/61b_results.drift.ipynb #3f736585
 def _compared(known, emb, seen, exposed, wells, held, level):
     "Return the table of all comparisons"
     meta, x, res = emb_metadata(emb), emb_features(emb), []
     of = meta.experiment.astype(str).to_numpy(object)
-    for e in sorted({*of}):
-        at = np.flatnonzero(of == e)
-        cell = str(meta.cell_type.iloc[at[0]])
+    cells = exposed.drop_duplicates('experiment').set_index('experiment').cell_type
+    for e in sorted({*cells.index}):
+        at, cell = np.flatnonzero(of == e), str(cells[e])
         found = exposure_findings(seen, exposed[exposed.experiment == e], wells) if len(seen) else []
         if _free(known.cells) >= 2: found += embedding_findings(known, x[at], meta.well_type.to_numpy(object)[at], cell)
         if cell not in known.cells: found.append(dict(finding='cell type', channel=cell, wells='', n=len(at), value=np.nan, training=np.nan, low=np.nan, high=np.nan, t=np.nan, p=0.))
-        res.append(_judged(found, level).assign(experiment=e, held_out=e in held))
+        if found: res.append(_judged(found, level).assign(experiment=e, held_out=e in held))
     table = pd.concat(res, ignore_index=True)
     return table.assign(toward=table.toward.fillna(''))[list(_COLUMNS)]
 
