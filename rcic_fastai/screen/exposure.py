@@ -50,7 +50,6 @@ def batch_exposure(
     most:int=16, # Sites to read of each experiment and kind of well, where the source does not know their measures
 )->pd.DataFrame: # One row per experiment, kind of wells and channel, in the columns `EXPOSURE_COLUMNS`; n: wells measured
     "Return how bright each channel is in each experiment"
-    if most < 2: raise ScreenError(f'{option("most", most)} leaves nothing to compare: give 2 or more.')
     rows, res = rows[rows.well_type.isin(EXPOSED)], []
     if not len(rows): return pd.DataFrame(columns=EXPOSURE_COLUMNS)
     stats = _measured(rows, source, most)
