@@ -15,7 +15,6 @@ from .protocol import *
 from .table import *
 from .index import *
 from .correct import *
-from .correct import _correction
 from .metrics import *
 
 # %% ../../nbs/44b_embed.choose.ipynb #58ebf9ea
@@ -30,7 +29,7 @@ def candidate_table(
     candidates:dict=None, # {name: (method, options)}; `None`: all of `CANDIDATES`
 )->pd.DataFrame: # candidate, method, protocol
     "Return what each candidate uses of the batch that it corrects"
-    rows = [(k, m or 'no', (Protocol.inductive if m is None else _correction(m, o).protocol).value) for k, (m, o) in (candidates or CANDIDATES).items()]
+    rows = [(k, m or 'no', (Protocol.inductive if m is None else new_correction(m, o).protocol).value) for k, (m, o) in (candidates or CANDIDATES).items()]
     return pd.DataFrame(rows, columns=['candidate', 'method', 'protocol'])
 
 # %% ../../nbs/44b_embed.choose.ipynb #650230b6
@@ -42,7 +41,7 @@ def corrected_tables(
 )->tuple: # Both, corrected
     "Correct two tables; what is learned comes from the first"
     if method is None: return known, new
-    fix = _correction(method, options).fit(known)
+    fix = new_correction(method, options).fit(known)
     return fix.transform(known), fix.transform(new)
 
 def _treated(emb, target):

@@ -22,7 +22,6 @@ from .plots import *
 from .correct import *
 from .metrics import *
 from .choose import *
-from .metrics import _codes, _energy_null, _floor, _n_null, _p_value
 
 # %% ../../nbs/45_embed.hits.ipynb #c2259910
 _DOSES = ('dose', 'concentration', 'conc', 'dose_um', 'concentration_um', 'mmoles_per_liter', 'pert_dose')
@@ -93,7 +92,7 @@ def _compared(emb, names):
     gap = m[names].isna().any(axis=1).to_numpy() & ~is_control
     if gap.any(): raise ScreenError(f'Well {m.well_id[gap].iloc[0]} has no {first_few([c for c in names if pd.isna(m.loc[gap.argmax(), c])])}: fill it in or leave it out.')
     m = m.assign(experiment=m.experiment.astype(str), plate=m.plate.astype(str))
-    code, _ = _codes(m, ['experiment', 'plate'])
+    code, _ = group_codes(m, ['experiment', 'plate'])
     order = np.lexsort([m.well_id.astype(str), code])
     return m.assign(is_control=is_control, plate_code=code).iloc[order].reset_index(drop=True), x[order]
 
@@ -137,7 +136,7 @@ def _map_null(x, plate, treated, n_null, seed):
     return total[0]/n, np.nan, total[1:]/n
 
 # %% ../../nbs/45_embed.hits.ipynb #6a3d6098
-MEASURES = dict(energy=_energy_null, map=_map_null)
+MEASURES = dict(energy=energy_null, map=_map_null)
 
 def activity(
     x, # [N, D], wells of one perturbation and the controls of its plates, sorted by plate
@@ -150,11 +149,11 @@ def activity(
     "Measure how far the wells of a perturbation are from the controls of the same plates"
     check_choice('measure', measure, MEASURES)
     x = x - pd.DataFrame(x).groupby(plate).transform('mean').to_numpy()
-    seen, _, null = MEASURES[measure](x, plate, treated, _n_null(n_null), seed)
+    seen, _, null = MEASURES[measure](x, plate, treated, checked_n_null(n_null), seed)
     size = np.unique(plate, return_counts=True)[1]
     taken = pd.Series(treated).groupby(plate).sum().to_numpy()
-    floor = _floor(taken, size, n_null, symmetric=measure == 'energy')
-    return dict(activity=seen, null=null.mean(), p=float(_p_value(seen, null)), floor=floor)
+    floor = least_p(taken, size, n_null, symmetric=measure == 'energy')
+    return dict(activity=seen, null=null.mean(), p=float(p_value(seen, null)), floor=floor)
 
 # %% ../../nbs/45_embed.hits.ipynb #a96d4762
 def _finer(row, data, measure, n_null, needed, seed):
@@ -166,7 +165,7 @@ def _finer(row, data, measure, n_null, needed, seed):
 def _activities(m, x, names, measure, level, n_null, seed, progress):
     "Return one row per perturbation with two wells or more, and the perturbations with a single one"
     control, plate = m.is_control.to_numpy(), m.plate_code.to_numpy()
-    code, levels = _codes(m[~control], names)
+    code, levels = group_codes(m[~control], names)
     of = np.full(len(m), -1)
     of[~control] = code
     n, rows = np.bincount(code, minlength=len(levels)), []
@@ -186,7 +185,7 @@ def _consistencies(m, x, names, n_null, seed):
     "Return one row per perturbation: the columns `names`, consistency, consistency_p"
     x = x - pd.DataFrame(x).groupby(m.plate_code.to_numpy()).transform('mean').to_numpy()
     treated = ~m.is_control.to_numpy()
-    code, levels = _codes(m[treated], names)
+    code, levels = group_codes(m[treated], names)
     wells = m.loc[treated, ['well_id', 'experiment', 'plate']].assign(well_type='treatment', perturbation=code)
     _, t = replicate_consistency(make_emb_table(wells, x[treated]), 'perturbation', 'well_id', n_null=n_null, seed=seed, progress=False)
     facts = t[['consistency', 'p']].rename(columns=dict(p='consistency_p'))
@@ -222,9 +221,9 @@ def dose_trend(
     order = np.argsort(plate, kind='stable')
     d, e, plate = rankdata(dose)[order], rankdata(effect)[order], np.unique(np.asarray(plate)[order], return_inverse=True)[1]
     d, e = (d - d.mean())/d.std(), (e - e.mean())/max(e.std(), 1e-12)
-    shuffled = np.argsort(plate + np.random.default_rng(seed).random((_n_null(n_null), len(d))), axis=1)
+    shuffled = np.argsort(plate + np.random.default_rng(seed).random((checked_n_null(n_null), len(d))), axis=1)
     seen = float((d*e).mean())
-    return seen, float(_p_value(seen, (d[shuffled]*e).mean(1)))
+    return seen, float(p_value(seen, (d[shuffled]*e).mean(1)))
 
 # %% ../../nbs/45_embed.hits.ipynb #9d89a883
 def hill(dose, low, high, log_ec50, slope):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILE_WELLS', 'PROFILE_ENDINGS', 'trained_wells', 'profile_rows', 'profile_ending', 'write_any_profiles',
-           'shard_share', 'write_profile_file']
+           'profile_options', 'profile_screen', 'shard_share', 'write_profile_file']
 
 # %% ../../nbs/53b_predict.profiles.ipynb #02124849
 import gzip, re
@@ -98,7 +98,15 @@ def write_any_profiles(
     return write_atomic(out, lambda p: to_anndata(pd.concat(tables, ignore_index=True)).write_h5ad(p))
 
 # %% ../../nbs/53b_predict.profiles.ipynb #5ffe2bb0
-def _profile_options(model, level, adapt, tta, bs, workers, progress):
+def profile_options(
+    model:TrainedModel, # Any trained model
+    level:str, # well or site
+    adapt:str, # experiment, plate or no
+    tta:int, # Views per site
+    bs:int, # Batch size
+    workers:int, # Reader processes
+    progress:bool, # Show a progress bar
+)->dict:
     "Return the arguments of `embed_screen`; raise for choices that the model does not have"
     check_choice('level', level, ('well', 'site'))
     check_choice('adapt', adapt, ('no', 'experiment', 'plate'))
@@ -109,7 +117,13 @@ def _profile_options(model, level, adapt, tta, bs, workers, progress):
     return dict(tta=tta, adapt=None if adapt == 'no' else adapt, bs=bs, num_workers=workers, progress=progress, mask=INDUCTIVE_MASK)
 
 # %% ../../nbs/53b_predict.profiles.ipynb #09cb3cef
-def _asked(model, screen, wells, experiments, only_present):
+def profile_screen(
+    model:TrainedModel, # Any trained model
+    screen, # A `Screen`, or where one is
+    wells:str, # all, treatment or control
+    experiments, # Names, or text with commas; empty: all
+    only_present:bool, # Leave out sites whose files are absent
+)->tuple: # (screen, notes)
     "Return the screen of the wells that are asked for, complete, and what should be known of it"
     whole = open_screen(screen, check=False)
     asked = whole[profile_rows(whole.table, wells, experiments)].complete(only_present or model.config.get('only_present', False))
@@ -140,8 +154,8 @@ def profiles(self:TrainedModel,
     progress:bool=True, # Show a progress bar
 )->pd.DataFrame: # Embeddings table; `Metadata_trained`: whether the label of the well was learned
     "Embed wells of any screen"
-    how = _profile_options(self, level, adapt, tta, bs, workers, progress)
-    asked, notes = _asked(self, screen, wells, experiments, only_present)
+    how = profile_options(self, level, adapt, tta, bs, workers, progress)
+    asked, notes = profile_screen(self, screen, wells, experiments, only_present)
     emb = _marked(self, embed_screen(self.model, self.spec, asked, trained=self.trained, **how), level)
     emb.attrs.update(model=self.fingerprint, notes=_say(notes, int(emb[f'{META}trained'].sum()), len(emb)))
     return emb
@@ -221,7 +235,7 @@ def profile_file(self:TrainedModel,
 )->dict: # profiles, experiments, notes; with a shard parts and how many are done. Of several processes only the first has it
     "Embed wells of any screen into a file, with one experiment in memory at a time; interrupted, the same call continues"
     profile_ending(out)
-    how = _profile_options(self, level, adapt, tta, bs, workers, progress)
-    with all_agree(): asked = _asked(self, screen, wells, experiments, only_present)
+    how = profile_options(self, level, adapt, tta, bs, workers, progress)
+    with all_agree(): asked = profile_screen(self, screen, wells, experiments, only_present)
     return write_profile_file(out, {'': (self, *asked)}, level, shard, ray, **how)
 

@@ -19,7 +19,6 @@ from ..predict.assign import balance_plate
 from ..predict.predict import *
 from ..predict.scores import *
 from ..predict.ensemble import *
-from ..predict.ensemble import _stand_in
 from .evaluate import *
 
 # %% ../../nbs/60c_results.confidence.ipynb #9a70af89
@@ -32,7 +31,7 @@ def possible_scores(
     if facts['kind'] == 'probability':
         with np.errstate(divide='ignore'): s = np.log(s)
     if groups is None: return s
-    of_class = groups_of_classes(_stand_in(facts, score_classes(scores))).to_numpy('float64', na_value=np.nan)
+    of_class = groups_of_classes(stand_in_index(facts, score_classes(scores))).to_numpy('float64', na_value=np.nan)
     of_well = pd.array(groups, dtype='Int64').to_numpy('float64', na_value=np.nan)
     return np.where(of_class[None] == of_well[:, None], s, -np.inf)
 
