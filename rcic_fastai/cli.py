@@ -327,16 +327,15 @@ def show(
     wells:str='', # Wells by id, or by name on every plate, such as B02, with commas; empty: some of all
     most:int=24, # Pictures at most; of more wells, evenly spread ones are shown
     how:str='composite', # 3d+3d, composite or panels
+    scale:str='shared', # Of brightness: shared (of a channel the same in all pictures, to compare wells) or own (each picture by itself, to see what is in a dark one)
 ):
     "Write a contact sheet: the first site of some wells, each under its id and what it holds"
-    from pathlib import Path
-    from rcic_fastai.results.plots import contact_sheet
+    from rcic_fastai.results.plots import check_picture_path, contact_sheet, write_picture
     from rcic_fastai.screen.open import open_screen
-    kind = Path(out).suffix[1:].lower()
-    if kind not in ('png', 'pdf', 'svg'): raise ScreenError(f'{out} is not the name of a picture: let {option("out")} end in .png, .pdf or .svg.')
+    check_picture_path(out)
     check_choice('how', how, ('3d+3d', 'composite', 'panels'))
-    fig = contact_sheet(open_screen(screen, check=False), wells, most, how)
-    write_atomic(out, lambda p: fig.savefig(p, format=kind, dpi=120))
+    fig = contact_sheet(open_screen(screen, check=False), wells, most, how, scale)
+    write_picture(fig, out)
     print(f'{out}: {plural(sum(bool(ax.get_title()) for ax in fig.axes), "well")} of {screen}')
 
 def rcic_show(argv=None):
@@ -600,7 +599,8 @@ def embed(
     with all_agree(): opened = load_model(model, rank_device())
     made = opened.profile_file(**given)
     if made is None: return
-    if shard: print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; when all are, the same command without {option("shard")} writes {out}')
+    if shard and os.path.exists(out): print(f'{out} was written meanwhile, and its parts are not needed any more')
+    elif shard: print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; when all are, the same command without {option("shard")} writes {out}')
     else: print(f'{out}: {made["profiles"]} profiles of {plural(made["experiments"], "experiment")}, one per {level}')
 
 def rcic_embed(argv=None):

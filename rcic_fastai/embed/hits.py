@@ -10,6 +10,7 @@ __all__ = ['MEASURES', 'HIT_CANDIDATES', 'target_columns', 'screened_wells', 'co
 # %% ../../nbs/45_embed.hits.ipynb #4a4314c8
 from pathlib import Path
 import re
+from functools import partial
 import numpy as np, pandas as pd
 from fastprogress.fastprogress import progress_bar
 import matplotlib.pyplot as plt
@@ -367,17 +368,14 @@ def _check_out(out):
     "Return the file to write and those beside it; raise for names that cannot be used"
     out = Path(out)
     if out.suffix.lower() not in ('.csv', '.parquet'): raise ScreenError(f'{out} is not the name of a table: let {option("out")} end in .csv or .parquet.')
-    if out.is_dir(): raise ScreenError(f'{out} is a folder: name a file to write.')
     files = out, out.with_suffix('.png'), out.with_suffix('.json')
-    taken = next((f for f in files if f.exists() or f.is_symlink()), None)
-    if taken and not _is_record(files[2]): raise ScreenError(f'{taken} would be overwritten and is not of an earlier search for hits: choose another name for {out.name}.')
+    check_replaceable(files[2], 'hits', *files[:2])
     return files
 
-def _is_record(path):
-    "Check that a file is the record that `write_hits` writes beside its table"
-    try: said = read_json(path, 2**24) if Path(path).is_file() and not Path(path).is_symlink() else {}
-    except ScreenError: return False
-    return {'target', 'measure', 'n_null', 'level'} <= {*said}
+def _write_table(table, path):
+    "Write hits as CSV or parquet"
+    if path.suffix.lower() == '.parquet': return table.to_parquet(path, index=False)
+    write_csv(table.assign(**{c: table[c].map(csv_text) for c in table if table[c].dtype == object}), path)
 
 def write_hits(
     hits:pd.DataFrame, # From `find_hits`
@@ -385,12 +383,10 @@ def write_hits(
 )->Path: # `out`
     "Write hits, a picture of them, and how they were found"
     out, picture, record = _check_out(out)
-    write_atomic(picture, lambda p: show_hits(hits).savefig(p, format='png'))
-    write_json(record, as_plain(hits.attrs), indent=1)
     table = pd.DataFrame(hits)
     table.attrs = {}
-    if out.suffix.lower() == '.csv': return write_csv(table.assign(**{c: table[c].map(csv_text) for c in table if table[c].dtype == object}), out)
-    return write_atomic(out, lambda p: table.to_parquet(p, index=False))
+    write_recorded(record, 'hits', hits.attrs, dict(table=(out, partial(_write_table, table)), picture=(picture, lambda p: show_hits(hits).savefig(p, format='png'))))
+    return out
 
 # %% ../../nbs/45_embed.hits.ipynb #2ba36c72
 def _hits(m, x, names, dose, measure, level, n_null, seed, progress):

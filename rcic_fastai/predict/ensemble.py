@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAY', 'average_scores', 'name_wells', 'stand_in_index', 'ensemble_predictions', 'read_member', 'read_answers',
-           'way_of', 'ensemble_files']
+           'way_of', 'makers_of', 'models_differ', 'ensemble_files']
 
 # %% ../../nbs/55_predict.ensemble.ipynb #bbee6263
 from pathlib import Path
@@ -183,6 +183,26 @@ def way_of(
     if members := record.get('ensemble'): return [m.get('way', {}) for m in members]
     return [{c: {k: o[k] for k in WAY if k in o} for c, o in (record.get('cell_types') or {'': record}).items()}]
 
+def makers_of(
+    record:dict, # Of a file of predictions
+)->list: # One dict per member of an average, or one: {cell type, '' for all: what `TrainedModel.about` says}; empty dicts for older files
+    "Return which models made predictions"
+    if members := record.get('ensemble'): return [m.get('made_by', {}) for m in members]
+    return [{c: o['made_by'] for c, o in (record.get('cell_types') or {'': record}).items() if isinstance(o.get('made_by'), dict)}]
+
+# %% ../../nbs/55_predict.ensemble.ipynb #52a7bf01
+_BUILT = ('arch', 'recipe', 'emb_dim', 'channels', 'size', 'norm', 'norm_from', 'sites', 'metadata')
+
+def _of_model(o): return first_few(o) if isinstance(o, list) else 'as stored' if o is None else str(o) or 'none'
+
+def models_differ(
+    mine:dict, # What `TrainedModel.about` says of a model
+    theirs:dict, # The same of another
+)->str: # Such as 'arch (resnet18, resnet50)'; empty where both are built alike, whatever their weights
+    "Return in what two models are built differently"
+    odd = next((k for k in _BUILT if k in mine and k in theirs and mine[k] != theirs[k]), None)
+    return f'{odd} ({_of_model(mine[odd])}, {_of_model(theirs[odd])})' if odd else ''
+
 # %% ../../nbs/55_predict.ensemble.ipynb #fb2f6e81
 def ensemble_files(
     out, # CSV to write; a record, the best five and the averaged scores go beside it
@@ -198,7 +218,8 @@ def ensemble_files(
     w = _member_weights(weights, len(members))
     mean = average_scores(tables, weights)
     pred = name_wells(mean)
-    how = [dict(file=str(m), weight=round(float(a), 6), sha256=file_facts(m)['sha256'], way=way_of(read_predictions(m).attrs['record'])[0]) for m, a in zip(members, w)]
+    records = [read_predictions(m).attrs['record'] for m in members]
+    how = [dict(file=str(m), weight=round(float(a), 6), sha256=file_facts(m)['sha256'], way=way_of(r)[0], made_by=makers_of(r)[0]) for m, a, r in zip(members, w, records)]
     made = file_facts(write_scores(mean, scores_path(out)))['sha256']
     write_predictions(pred, out, dict(ensemble=how, score=tables[0].attrs['kind'], scores_sha256=made))
     return pred

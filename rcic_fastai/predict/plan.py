@@ -389,7 +389,7 @@ def _chosen_here(model, rows, c, neck):
 
 def _recorded(model, name, asked, spec, c, given, chosen=''):
     "Return how a prediction is made, for the file beside it"
-    record = dict(model=str(model.folder or model.fingerprint), screen=str(name), **c, adapt_from=given['adapt_from'], wells=given['wells'],
+    record = dict(model=str(model.folder or model.fingerprint), made_by=model.about, screen=str(name), **c, adapt_from=given['adapt_from'], wells=given['wells'],
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=[], versions=library_versions())
     if note := ' '.join(filter(None, [validation_note(model.config), chosen])): record['validation'] = note
     if given['cells']: record.update(cells=str(given['cells']), cell_merge=given['cell_merge'], n_cells=len(asked), **{k: given[k] for k in CELL_OPTIONS})
@@ -537,13 +537,6 @@ def nameable(
         if len(t): yield t
 
 # %% ../../nbs/54_predict.plan.ipynb #b6c24479
-def _check_parquet(name, path):
-    "Raise when a parquet file would have another ending, or be written over something that is none"
-    if path.suffix.lower() != '.parquet': raise ScreenError(f'{path} is not the name of a parquet file: let {name} end in .parquet.')
-    if not path.exists(): return
-    with open_plain(path, 2**40) as f: is_parquet = f.read(4) == b'PAR1'
-    if not is_parquet: raise ScreenError(f'{path} would be overwritten and is no parquet file: choose another name.')
-
 def check_outputs(
     out, # CSV to write
     scores:bool=False, # Whether scores are written beside it
@@ -557,10 +550,10 @@ def check_outputs(
         if f.is_dir(): raise ScreenError(f'{f} is a folder: name a file to write.')
         other = next((o for o in files if o != k and files[o].resolve() == f.resolve()), None)
         if other: raise ScreenError(f'{f} would be written twice, as {k} and as {other}: give each its own name.')
-        if k in map(option, more): _check_parquet(k, f)
+        if k in map(option, more): check_parquet_path(k, f)
     check_beside(out)
     if (f := files.get('its scores')) and (f.exists() or f.is_symlink()) and not (f.is_file() and is_scores(f)):
-        raise ScreenError(f'{f} would be overwritten and is not a file of scores: choose another name for {out.name}.')
+        raise ScreenError(f'{f} would be overwritten, and rcic_fastai did not write it as it is now: choose another name for {out.name}.')
 
 def check_cells_file(
     out, # CSV to write
@@ -570,7 +563,7 @@ def check_cells_file(
     path = cells_path(out)
     if any(f and Path(f).resolve() == path.resolve() for f in more): raise ScreenError(f'{path} is where the answers of the cells are written: give the other file another name.')
     if path.is_dir(): raise ScreenError(f'{path} is a folder: name another {option("out")}.')
-    _check_parquet('it', path)
+    check_parquet_path('it', path)
 
 def check_searches(
     plan:PredictionPlan, # Any plan

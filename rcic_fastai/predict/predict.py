@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['wells_of', 'groups_of_classes', 'plate_groups_of', 'best_class', 'top_candidates', 'name_scored', 'neighbor_table',
            'vote_share', 'learned_names', 'search_wells', 'check_corrected_alike', 'check_batchnorm_alike',
-           'check_one_model', 'check_restriction', 'predict_wells', 'write_tables', 'predict_tables', 'info_path',
-           'top_path', 'check_beside', 'write_predictions', 'read_predictions']
+           'check_one_model', 'check_restriction', 'predict_wells', 'write_tables', 'check_parquet_path',
+           'predict_tables', 'info_path', 'top_path', 'check_beside', 'write_predictions', 'read_predictions']
 
 # %% ../../nbs/51_predict.predict.ipynb #8c231e14
-import hashlib, json, warnings
+import hashlib, json, os, warnings
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -327,7 +327,9 @@ def _schema(table):
     schema = pa.Schema.from_pandas(table, preserve_index=False)
     for i, f in enumerate(schema):
         if pa.types.is_null(f.type): schema = schema.set(i, pa.field(f.name, pa.string()))
-    return schema
+    return schema.with_metadata({**(schema.metadata or {}), _MARK: b'parquet'})
+
+_MARK = b'rcic_fastai'      # in the metadata of a parquet file; other programs drop it when they write the table again
 
 def write_tables(
     path, # `*.parquet`
@@ -346,6 +348,21 @@ def write_tables(
             if writer: writer.close()
         if not writer: raise ScreenError(f'There is no table to write to {path}: give one or more.')
     return write_atomic(path, write)
+
+# %% ../../nbs/51_predict.predict.ipynb #a419fd02
+def check_parquet_path(
+    name:str, # What the file is called in messages
+    path, # Parquet file to write
+):
+    "Raise when a parquet file would have another ending, or be written over a file that `write_tables` did not write"
+    import pyarrow as pa, pyarrow.parquet as pq
+    path = Path(path)
+    if path.suffix.lower() != '.parquet': raise ScreenError(f'{path} is not the name of a parquet file: let {name} end in .parquet.')
+    if path.is_dir(): raise ScreenError(f'{path} is a folder: name a file to write.')
+    if not os.path.lexists(path): return
+    try: is_ours = path.is_file() and _MARK in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError): is_ours = False
+    if not is_ours: raise ScreenError(f'{path} would be overwritten, and rcic_fastai did not write it as it is now: choose another name.')
 
 # %% ../../nbs/51_predict.predict.ipynb #798e30be
 def predict_tables(
@@ -384,32 +401,11 @@ def top_path(path):
 def _sha(path):
     with open_plain(path, 2**31) as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def _is_record(path):
-    try: d = json.loads(path.read_text())
-    except (OSError, ValueError): return False
-    return isinstance(d, dict) and 'protocol' in d
-
-def _is_best_five(path):
-    try:
-        with open(path, encoding='utf-8') as f: return f.readline(1000).startswith('id_code,top_')
-    except (OSError, ValueError): return False
-
-def _is_predictions(path):
-    "Return whether a file is a CSV as `write_predictions` writes it: id_code and one label"
-    try:
-        with open(path, encoding='utf-8') as f: names = f.readline(1000).strip().split(',')
-    except (OSError, ValueError): return False
-    return len(names) == 2 and names[0] == 'id_code'
-
 def check_beside(
     path, # CSV of predictions, to be written
 ):
     "Raise a `ScreenError` when predictions, their record or the best five would be written over a file that is something else"
-    for f, known, what in ((Path(path), _is_predictions, 'a file of predictions'), (info_path(path), _is_record, 'a record of predictions'),
-                           (top_path(path), _is_best_five, 'the best five of predictions')):
-        taken = f.exists() or f.is_symlink()
-        if taken and not (f.is_file() and known(f)):
-            raise ScreenError(f'{f} would be overwritten and is not {what}: choose another name for {Path(path).name}.')
+    check_replaceable(info_path(path), 'predictions', path, top_path(path))
 
 def write_predictions(
     pred:pd.DataFrame, # From `predict_wells`
@@ -430,15 +426,11 @@ def write_predictions(
     record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **{**(info or {}), **labels})
     if classes := pred.attrs.get('classes'): record['classes'] = classes
     if notes := pred.attrs.get('notes'): record['notes'] = [*record.get('notes', ()), *notes]
-    def answers(p):
-        pred[['id_code', target]].rename(columns=csv_text).map(csv_text).to_csv(p, index=False)
-        info_path(path).unlink(missing_ok=True)                  # the record of other answers
     tops, top = [c for c in pred if c.startswith('top_')], top_path(path)
-    if tops: write_atomic(top, lambda p: pred[['id_code', *tops]].map(csv_text).to_csv(p, index=False))
-    else: top.unlink(missing_ok=True)
-    write_atomic(path, answers)
-    record['sha256'] = {k: _sha(f) for k, f in dict(csv=path, top=top).items() if f.is_file()}
-    write_json(info_path(path), record, indent=1, default=str)
+    if not tops: top.unlink(missing_ok=True)
+    def answers(p): pred[['id_code', target]].rename(columns=csv_text).map(csv_text).to_csv(p, index=False)
+    def best(p): pred[['id_code', *tops]].map(csv_text).to_csv(p, index=False)
+    write_recorded(info_path(path), 'predictions', record, dict(csv=(path, answers), **(dict(top=(top, best)) if tops else {})))
     return path
 
 # %% ../../nbs/51_predict.predict.ipynb #b606ce82
@@ -477,5 +469,5 @@ def read_predictions(
     pred.attrs['target'] = target
     if 'thresholds' in record: pred.attrs.update({k: record.get(k) for k in ('thresholds', 'no_label')})
     if isinstance(names := record.get('classes'), list): pred.attrs['classes'] = [str(n) for n in names]
-    pred.attrs['record'] = {k: v for k, v in record.items() if k not in ('classes', 'sha256')}
+    pred.attrs['record'] = {k: v for k, v in record.items() if k not in ('classes', 'sha256', 'written_by', 'kind', 'replaced')}
     return pred
