@@ -399,9 +399,9 @@ def rcic_train(argv=None):
 # %% ../nbs/72_cli.ipynb #996d4255
 def _of_what(pred):
     "Return what was predicted, for a sentence"
-    has_experiments = pred.experiment.astype(str).ne('').any() if 'experiment' in pred else True
-    if not has_experiments: return plural(len(pred), 'image')
-    of = f' of {plural(pred.experiment.nunique(), "experiment")}' if 'experiment' in pred else ''
+    names = pred.experiment.dropna().astype(str).loc[lambda s: s != ''].unique() if 'experiment' in pred else None
+    if names is not None and not len(names): return plural(len(pred), 'image')
+    of = f' of {plural(len(names), "experiment")}' if names is not None else ''
     return plural(len(pred), 'well') + of
 
 # %% ../nbs/72_cli.ipynb #7d9d1f4b
@@ -569,7 +569,8 @@ def report(
     "Write one HTML file that shows what a model did with a screen"
     from rcic_fastai.folder import load_model
     from rcic_fastai.predict.ensemble import read_answers
-    from rcic_fastai.results.report import report_screen
+    from rcic_fastai.results.report import check_report_path, report_screen
+    check_report_path(out)
     print(report_screen(out, load_model(model), screen, _tables(predictions, read_answers), title, most))
 
 def rcic_report(argv=None):
@@ -580,7 +581,7 @@ def rcic_report(argv=None):
 def embed(
     model, # Model folder, from rcic_train
     screen, # A screen: packed, or a folder with tables and images
-    out, # File to write: .parquet, .csv, .csv.gz or .h5ad (AnnData)
+    out, # File to write: .parquet, .csv, .csv.gz or .h5ad (AnnData); OUT.json records how it was made
     level:str='well', # well: the mean of its sites; site: one row for each
     wells:str='all', # Wells to embed: all, treatment or control
     experiments:str='', # Only these experiments, with commas; empty: all
@@ -595,13 +596,15 @@ def embed(
     "Write the embeddings of any wells as profiles for pycytominer, copairs, AnnData and rcic_hits; interrupted, the same command continues"
     given = {k: v for k, v in locals().items() if k != 'model'}
     from rcic_fastai.folder import load_model
+    from rcic_fastai.predict.profiles import profile_ending
     from rcic_fastai.train.distributed import all_agree, rank_device
+    profile_ending(out)
     with all_agree(): opened = load_model(model, rank_device())
     made = opened.profile_file(**given)
     if made is None: return
     if shard and os.path.exists(out): print(f'{out} was written meanwhile, and its parts are not needed any more')
     elif shard: print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; when all are, the same command without {option("shard")} writes {out}')
-    else: print(f'{out}: {made["profiles"]} profiles of {plural(made["experiments"], "experiment")}, one per {level}')
+    else: print(f'{out}: {plural(made["profiles"], "profile")}{" of " + plural(made["experiments"], "experiment") if made["experiments"] else ""}, one per {level}')
 
 def rcic_embed(argv=None):
     "Run the console script"

@@ -279,6 +279,11 @@ def _label_choices(model, protocol, given):
     merge = given.get('merge') or said.get('merge') or 'mean'
     return {**_OPEN, 'tta': tta, 'views': views, 'by': 'classifier', 'merge': merge, 'assign': 'no', 'adapt': given.get('adapt') or 'auto'}
 
+def _threshold_note(model, c):
+    "Report that several labels are answered by other views than those that their thresholds were chosen with"
+    if not model.spec.several or 'thresholds' not in model.config or c['tta'] == 1: return []
+    return [f'The thresholds were chosen with one view of each held-out image, and probabilities are the mean of {c["tta"]} views here: {option("tta", 1)} answers as they were chosen.']
+
 # %% ../../nbs/54_predict.plan.ipynb #d66f73b1
 @dataclass(frozen=True, eq=False)
 class PredictionPlan:
@@ -307,11 +312,14 @@ class PredictionPlan:
 # %% ../../nbs/54_predict.plan.ipynb #2058c06b
 _FROM_CONTROLS = 'BatchNorm statistics are of control wells here and of the wells that were trained on in the index: compare with {all}.'
 
-def _notes(model, asked, adapt, adapt_from):
-    "Return what users should read before they believe the answers"
-    notes = [*unknown_notes(model.spec, asked.table, INDUCTIVE_MASK), *model.screen_notes(asked)]
-    if adapt and adapt_from == 'controls': notes.append(_FROM_CONTROLS.format(all=option('adapt_from', 'all')))
-    return notes
+def _notes_on_search(way, everything, asked, spec, given):
+    "Return what users should read of how wells are named"
+    return [*_control_notes(way.index, everything.table, way.adapt), *_among_sites(given['cells'], way.index, spec, given['cell_merge']), *way.notes, *_size_note(way.index, asked.table, way.correct)]
+
+def _notes_on_wells(model, whole, asked, way, c, given):
+    "Return what users should read of the wells, before they believe the answers"
+    from_controls = [_FROM_CONTROLS.format(all=option('adapt_from', 'all'))] if way.adapt and given['adapt_from'] == 'controls' else []
+    return [*unknown_notes(model.spec, asked.table, INDUCTIVE_MASK), *model.screen_notes(asked), *from_controls, *_threshold_note(model, c), *_control_plates(whole, given['wells'])]
 
 def _control_plates(screen, wells):
     "Return a note of the test plates that are left out, if there are any"
@@ -515,7 +523,7 @@ def plan_prediction(
     spec = model.spec_for(asked)
     check_protocol_allows(protocol, model.protocols(asked.table, way.adapt), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
     options, chosen = _embed_options(model, spec, c, way, everything, given), _chosen_here(model, asked.table, c, way.neck)
-    notes = left_out.first + _control_notes(way.index, everything.table, way.adapt) + _among_sites(cells, way.index, spec, cell_merge) + way.notes + [chosen]*bool(chosen) + _size_note(way.index, asked.table, way.correct) + _notes(model, asked, way.adapt, adapt_from) + _control_plates(whole, wells) + left_out.last
+    notes = [*left_out.first, *_notes_on_search(way, everything, asked, spec, given), *filter(None, [chosen]), *_notes_on_wells(model, whole, asked, way, c, given), *left_out.last]
     said = dict(correct=way.index.labels.correction.iloc[0] if way.correction else None, search=way.neck, notes=notes + adaptation_notes(spec, asked.table, way.adapt, options.adapt_rows))
     record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': way.adapt}, given, chosen), **said}
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
