@@ -674,7 +674,7 @@ def explore_screen(
     adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or no; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
     correct:str='', # Correction of the embeddings per experiment: standardize, center, sphere or tvn, or no; auto: the one that finds labels best across training experiments; empty: the recipe's, or no
-    experiments:str='', # Experiments to show, with commas; empty: those for testing, or all where the model learned none
+    experiments:str='', # Experiments to name, with commas; empty: those for testing, or all where the model learned none. The page shows the others of the screen, too
     held_out:store_true=False, # The wells of the training experiments that the model held out, instead of test experiments
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads

@@ -760,7 +760,7 @@ def _write_parts(self:CellTypeModels, parts, plans, protocol, out, more, scores,
             if not rank_world()[0] and all(f.name.startswith('.') or f.suffix == '.lock' for f in beside.iterdir()): CELLS_FOLDER.remove(beside)
             raise
         if preds[c] is not None and not is_kept and facts: _keep_answers(beside, c, facts, made, preds[c])
-        records[c] = None if preds[c] is None else {k: v for k, v in read_json(info_path(beside/f'{c}.csv'), 2**26).items() if k not in ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')}
+        records[c] = None if preds[c] is None else {k: v for k, v in read_json(info_path(beside/f'{c}.csv'), 2**26).items() if k not in ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups', 'written_by', 'kind')}
     if rank_world()[0]: return
     pred, said = together(list(preds.values())), _in_all(list(records.values()))
     for k, path in more.items():
@@ -820,7 +820,8 @@ def evaluate(self:CellTypeModels,
 )->ScreenResult: # Accuracy of wells under each protocol, with intervals
     "Predict the test wells of a screen and compare them with their labels"
     screen, protocols = open_screen(screen, check=False), [protocol] if isinstance(protocol, str) else list(protocol)
-    return evaluate_screen({str(Protocol(p)): self.predict(screen, p, progress=progress, **kwargs) for p in protocols}, screen.table)
+    asked = asked_experiments(self.models.values(), screen, kwargs.pop('experiments', ''))       # once, as it may say something
+    return evaluate_screen({str(Protocol(p)): self.predict(asked, p, progress=progress, **kwargs) for p in protocols}, screen.table)
 
 # %% ../nbs/70_folder.ipynb #40d23fc7
 @patch

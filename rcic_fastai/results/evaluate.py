@@ -650,5 +650,6 @@ def evaluate(self:TrainedModel,
     "Predict the test wells of a screen and compare them with their labels"
     screen = open_screen(screen, check=False)
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
-    predictions = {str(Protocol(p)): self.predict(screen, p, progress=progress, **kwargs) for p in protocols}
+    asked = asked_experiments([self], screen, kwargs.pop('experiments', ''))       # once, as it may say something
+    predictions = {str(Protocol(p)): self.predict(asked, p, progress=progress, **kwargs) for p in protocols}
     return evaluate_screen(predictions, screen.table)
