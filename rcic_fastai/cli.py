@@ -327,16 +327,15 @@ def show(
     wells:str='', # Wells by id, or by name on every plate, such as B02, with commas; empty: some of all
     most:int=24, # Pictures at most; of more wells, evenly spread ones are shown
     how:str='composite', # 3d+3d, composite or panels
+    scale:str='shared', # Of brightness: shared (of a channel the same in all pictures, to compare wells) or own (each picture by itself, to see what is in a dark one)
 ):
     "Write a contact sheet: the first site of some wells, each under its id and what it holds"
-    from pathlib import Path
-    from rcic_fastai.results.plots import contact_sheet
+    from rcic_fastai.results.plots import check_picture_path, contact_sheet, write_picture
     from rcic_fastai.screen.open import open_screen
-    kind = Path(out).suffix[1:].lower()
-    if kind not in ('png', 'pdf', 'svg'): raise ScreenError(f'{out} is not the name of a picture: let {option("out")} end in .png, .pdf or .svg.')
+    check_picture_path(out)
     check_choice('how', how, ('3d+3d', 'composite', 'panels'))
-    fig = contact_sheet(open_screen(screen, check=False), wells, most, how)
-    write_atomic(out, lambda p: fig.savefig(p, format=kind, dpi=120))
+    fig = contact_sheet(open_screen(screen, check=False), wells, most, how, scale)
+    write_picture(fig, out)
     print(f'{out}: {plural(sum(bool(ax.get_title()) for ax in fig.axes), "well")} of {screen}')
 
 def rcic_show(argv=None):
@@ -400,9 +399,9 @@ def rcic_train(argv=None):
 # %% ../nbs/72_cli.ipynb #996d4255
 def _of_what(pred):
     "Return what was predicted, for a sentence"
-    has_experiments = pred.experiment.astype(str).ne('').any() if 'experiment' in pred else True
-    if not has_experiments: return plural(len(pred), 'image')
-    of = f' of {plural(pred.experiment.nunique(), "experiment")}' if 'experiment' in pred else ''
+    names = pred.experiment.dropna().astype(str).loc[lambda s: s != ''].unique() if 'experiment' in pred else None
+    if names is not None and not len(names): return plural(len(pred), 'image')
+    of = f' of {plural(len(names), "experiment")}' if names is not None else ''
     return plural(len(pred), 'well') + of
 
 # %% ../nbs/72_cli.ipynb #7d9d1f4b
@@ -598,7 +597,8 @@ def report(
     "Write one HTML file that shows what a model did with a screen"
     from rcic_fastai.folder import load_model
     from rcic_fastai.predict.ensemble import read_answers
-    from rcic_fastai.results.report import report_screen
+    from rcic_fastai.results.report import check_report_path, report_screen
+    check_report_path(out)
     print(report_screen(out, load_model(model), screen, _tables(predictions, read_answers), title, most))
 
 def rcic_report(argv=None):
@@ -609,7 +609,7 @@ def rcic_report(argv=None):
 def embed(
     model, # Model folder, from rcic_train
     screen, # A screen: packed, or a folder with tables and images
-    out, # File to write: .parquet, .csv, .csv.gz or .h5ad (AnnData)
+    out, # File to write: .parquet, .csv, .csv.gz or .h5ad (AnnData); OUT.json records how it was made
     level:str='well', # well: the mean of its sites; site: one row for each
     wells:str='all', # Wells to embed: all, treatment or control
     experiments:str='', # Only these experiments, with commas; empty: all
@@ -624,12 +624,15 @@ def embed(
     "Write the embeddings of any wells as profiles for pycytominer, copairs, AnnData and rcic_hits; interrupted, the same command continues"
     given = {k: v for k, v in locals().items() if k != 'model'}
     from rcic_fastai.folder import load_model
+    from rcic_fastai.predict.profiles import profile_ending
     from rcic_fastai.train.distributed import all_agree, rank_device
+    profile_ending(out)
     with all_agree(): opened = load_model(model, rank_device())
     made = opened.profile_file(**given)
     if made is None: return
-    if shard: print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; when all are, the same command without {option("shard")} writes {out}')
-    else: print(f'{out}: {made["profiles"]} profiles of {plural(made["experiments"], "experiment")}, one per {level}')
+    if shard and os.path.exists(out): print(f'{out} was written meanwhile, and its parts are not needed any more')
+    elif shard: print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; when all are, the same command without {option("shard")} writes {out}')
+    else: print(f'{out}: {plural(made["profiles"], "profile")}{" of " + plural(made["experiments"], "experiment") if made["experiments"] else ""}, one per {level}')
 
 def rcic_embed(argv=None):
     "Run the console script"
@@ -699,7 +702,7 @@ def explore_screen(
     adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or no; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
     correct:str='', # Correction of the embeddings per experiment: standardize, center, sphere or tvn, or no; auto: the one that finds labels best across training experiments; empty: the recipe's, or no
-    experiments:str='', # Experiments to show, with commas; empty: those for testing, or all where the model learned none
+    experiments:str='', # Experiments to name, with commas; empty: those for testing, or all where the model learned none. The page shows the others of the screen, too
     held_out:store_true=False, # The wells of the training experiments that the model held out, instead of test experiments
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads

@@ -34,14 +34,12 @@ from .predict.predict import *
 from .predict.scores import *
 from .predict.trained import *
 from .predict.profiles import *
-from .predict.profiles import _asked, _profile_options
 from .predict.cells import *
 from .predict.plan import *
 from .predict.ensemble import *
 from .results.evaluate import *
 from .hub import *
 from .embed.index import *
-from .embed.index import _written_before
 
 # %% ../nbs/70_folder.ipynb #e420b6bd
 def _state(model):
@@ -296,7 +294,7 @@ def read_config(folder):
         raise ScreenError(f'{f} is not the configuration of a model folder: {point}')
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
-    if c['format'] < FORMAT: raise _written_before(folder, c['format'])
+    if c['format'] < FORMAT: raise written_before(folder, c['format'])
     _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds', *_MEASURED_THERE, *_READ)], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
@@ -671,9 +669,9 @@ def profile_file(self:CellTypeModels,
 )->dict: # As from a model
     "Embed wells of any screen into a file, each by the model of its cell type; interrupted, the same call continues"
     profile_ending(out)
-    how = [_profile_options(m, level, adapt, tta, bs, workers, progress) for m in self.models.values()][0]
+    how = [profile_options(m, level, adapt, tta, bs, workers, progress) for m in self.models.values()][0]
     with all_agree():
-        asked = {f'.{c}': (m, *_asked(m, s, 'all', '', only_present)) for c, (m, s) in _profiled(self, screen, wells, experiments).items()}
+        asked = {f'.{c}': (m, *profile_screen(m, s, 'all', '', only_present)) for c, (m, s) in _profiled(self, screen, wells, experiments).items()}
     return write_profile_file(out, asked, level, shard, ray, **how)
 
 # %% ../nbs/70_folder.ipynb #7fdfd7c4
@@ -767,7 +765,7 @@ def _write_parts(self:CellTypeModels, parts, plans, protocol, out, more, scores,
             if not rank_world()[0] and all(f.name.startswith('.') or f.suffix == '.lock' for f in beside.iterdir()): CELLS_FOLDER.remove(beside)
             raise
         if preds[c] is not None and not is_kept and facts: _keep_answers(beside, c, facts, made, preds[c])
-        records[c] = None if preds[c] is None else {k: v for k, v in read_json(info_path(beside/f'{c}.csv'), 2**26).items() if k not in ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')}
+        records[c] = None if preds[c] is None else {k: v for k, v in read_json(info_path(beside/f'{c}.csv'), 2**26).items() if k not in ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups', 'written_by', 'kind')}
     if rank_world()[0]: return
     pred, said = together(list(preds.values())), _in_all(list(records.values()))
     for k, path in more.items():
@@ -827,7 +825,8 @@ def evaluate(self:CellTypeModels,
 )->ScreenResult: # Accuracy of wells under each protocol, with intervals
     "Predict the test wells of a screen and compare them with their labels"
     screen, protocols = open_screen(screen, check=False), [protocol] if isinstance(protocol, str) else list(protocol)
-    return evaluate_screen({str(Protocol(p)): self.predict(screen, p, progress=progress, **kwargs) for p in protocols}, screen.table)
+    asked = asked_experiments(self.models.values(), screen, kwargs.pop('experiments', ''))       # once, as it may say something
+    return evaluate_screen({str(Protocol(p)): self.predict(asked, p, progress=progress, **kwargs) for p in protocols}, screen.table)
 
 # %% ../nbs/70_folder.ipynb #40d23fc7
 @patch

@@ -343,7 +343,7 @@ def _screen_to_learn(screen, recipe, given, data):
     mine = _rows_of(whole.table, recipe.only)
     rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1), data.get('several', False))
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
-    if given['phase'] == 'refit' or given['folds']: learned = learned[all_to_train(learned.table)]
+    if given['phase'] in ('refit', 'fold') or given['folds']: learned = learned[all_to_train(learned.table)]
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
 # %% ../nbs/71_workflow.ipynb #8191c58d
@@ -752,6 +752,7 @@ def _check_cell_types(args, table, recipe, recipes, given):
 def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
+    if args['folds']: table = all_to_train(table)
     with all_agree():
         recipes = {c: _with_search(_cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0], args['search']) for c in _cell_type_names(table, args['cell_types'], recipe)}
         given = _given_model(args)
@@ -779,7 +780,8 @@ def _each_cell_type(args, recipes, common, table):
     for i, (c, r) in enumerate(recipes.items(), 1):
         if not rank_world()[0]: print(f'== {c} ({i} of {len(recipes)})', flush=True)
         valid = held if held in ('auto', 'none') else _held_of(as_names(held), table, c)
-        done[c] = _train_model({**args, 'out': Path(args['out'])/c, 'valid': valid, 'folds': 0, 'fold': 0, 'cell_types': '', 'pretrain': ''}, r, common)
+        of_fold = dict(folds=0, fold=0, phase='fold' if args['folds'] else args['phase'])       # a fold may have no experiment of this cell type
+        done[c] = _train_model({**args, **of_fold, 'out': Path(args['out'])/c, 'valid': valid, 'cell_types': '', 'pretrain': ''}, r, common)
     return done
 
 # %% ../nbs/71_workflow.ipynb #828eb844

@@ -15,7 +15,6 @@ from .protocol import *
 from .table import *
 from .index import *
 from .correct import *
-from .correct import _correction
 from .metrics import *
 
 # %% ../../nbs/44b_embed.choose.ipynb #58ebf9ea
@@ -32,7 +31,7 @@ def candidate_table(
     "Return what each candidate uses of the batch that it corrects"
     rows = []
     for k, (m, o) in (candidates or CANDIDATES).items():
-        fix = None if m is None else _correction(m, o)
+        fix = None if m is None else new_correction(m, o)
         rows.append((k, m or 'no', *((Protocol.inductive.value, 'nothing') if fix is None else (fix.protocol.value, fix.measures))))
     return pd.DataFrame(rows, columns=['candidate', 'method', 'protocol', 'measures'])
 
@@ -45,7 +44,7 @@ def corrected_tables(
 )->tuple: # Both, corrected
     "Correct two tables; what is learned comes from the first"
     if method is None: return known, new
-    fix = _correction(method, options).fit(known)
+    fix = new_correction(method, options).fit(known)
     return fix.transform(known), fix.transform(new)
 
 def _treated(emb, target):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALED_VIEWS', 'OUTPUTS', 'PARTS_FOLDER', 'scaled_view', 'eval_mode', 'check_tta', 'EmbedOptions', 'embed_dl',
-           'adaptation_notes', 'weights_fingerprint', 'model_fingerprint', 'EmbeddingParts', 'embed_parts',
-           'embed_screen']
+           'adaptation_notes', 'embed_features', 'weights_fingerprint', 'model_fingerprint', 'EmbeddingParts',
+           'embed_parts', 'embed_screen']
 
 # %% ../../nbs/41_embed.embed.ipynb #82831b30
 import hashlib, json, sys
@@ -104,7 +104,7 @@ class EmbedOptions:
     part:int=2048 # Samples per part
     trained:tuple=None # Experiments that were trained on; `None`: those in the vocabulary of the `ScreenSpec`
     share:tuple=(0, 1) # With a folder: which share of the parts is made, from 0, and how many shares there are
-    maker:callable=None # What makes parts, as `_features` does; `None`: this process
+    maker:callable=None # What makes parts, as `embed_features` does; `None`: this process
 
     def __post_init__(self):
         check_tta(self.tta, self.views)
@@ -257,7 +257,14 @@ def _ticks(plan, todo, o):
     return lambda: next(bar, None)
 
 # %% ../../nbs/41_embed.embed.ipynb #94d30672
-def _features(model, spec, screen, plan, todo, o):
+def embed_features(
+    model, # A `ScreenModel`
+    spec:ScreenSpec, # How sites become batches
+    screen:Screen, # What is embedded
+    plan:list, # Its parts
+    todo:list, # Numbers of the parts to make
+    o:EmbedOptions, # How
+):
     "Yield (number, float32 [N,D]) of the parts `todo`, one after the other"
     rows = _RowsOf(spec, screen.table, o)
     fixed = dict(bs=o.bs, mask=o.mask, num_workers=o.num_workers, device=next(model.parameters()).device)
@@ -437,7 +444,7 @@ def _make_parts(folder, model, spec, screen, o):
     if o.progress and not rank_world()[0] and len(lacking) < len(plan):
         print(f'{folder}: {len(plan) - len(lacking)} of {len(plan)} parts are there already')
     todo = [i for i in lacking if (plan[i].number if o.adapt else i) % shares == mine]
-    make = o.maker or _features
+    make = o.maker or embed_features
     for i, x in make(model, spec, screen, plan, todo, replace(o, progress=o.progress and not rank_world()[0])):
         begin()
         _write_part(parts, i, x)
@@ -471,7 +478,7 @@ def embed_screen(
         samples, plan = _planned(model, spec, screen.table, o)
         o = _of_whole_groups(spec, screen, o)
         parts = EmbeddingParts(None, samples, spec, plan)
-        done = _features(model, spec, screen, plan, list(range(len(plan))), o)
+        done = embed_features(model, spec, screen, plan, list(range(len(plan))), o)
     else:
         parts = embed_parts(folder, model, spec, screen, **kwargs)
         done = ((i, parts.features(i)) for i in range(len(parts)))

@@ -342,6 +342,15 @@ def protocols(self:TrainedModel,
     "Return what the embedding of each row would use of its batch, before it is made"
     return row_protocols(self.model, self.spec, rows, adapt, mask, self.trained)
 
+# %% ../../nbs/53_predict.trained.ipynb #b03756c9
+@patch(as_prop=True)
+def about(self:TrainedModel)->dict:
+    "Return what tells this model from others: its fingerprint, what it is built of, what it reads, and what it was trained on"
+    c, s = self.config, self.spec
+    recipe, rows = c.get('recipe') or {}, c.get('training_rows') or c['data']['sha256']
+    return dict(fingerprint=self.fingerprint, arch=c['model']['arch'], recipe=str(recipe.get('name', '')), emb_dim=c['model']['emb_dim'], channels=list(s.channels), size=s.size, norm=s.norm,
+                norm_from=s.norm_from, sites=s.sites, metadata=sorted(c['model']['metadata']), experiments=list(self.trained), training_rows=rows)
+
 # %% ../../nbs/53_predict.trained.ipynb #4485d52d
 @patch(as_prop=True)
 def thresholds(self:TrainedModel)->list: # [K], of a model of several labels

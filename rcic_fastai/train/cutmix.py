@@ -201,6 +201,7 @@ def check_groups(
     what:str, # What compares its groups
 ):
     "Raise a `ScreenError` where a model that is continued does not know the groups of the training, so that all would look like one"
+    # the lessons show callbacks on stand-ins, which hold no rows; `screen_dls` always has both
     rows, vocab = getattr(getattr(dls, 'train', None), 'items', None), getattr(getattr(dls, 'spec', None), 'vocabs', {}).get(by)
     if vocab is None or rows is None or by not in rows: return
     lacks = sorted({*rows[by].dropna().astype(str)} - {*map(str, vocab)})
