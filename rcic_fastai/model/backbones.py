@@ -6,8 +6,8 @@
 __all__ = ['STEMS', 'TO_RGB', 'RXRX1_COLORS', 'RXRX1_FULL', 'EFFNETS', 'LITE', 'CAPSTONE', 'BAGS', 'ACTIVATIONS', 'Slot',
            'Backbone', 'adapt_filters', 'adapt_stem', 'tile_projection', 'FixedColors', 'front_of_stem',
            'backbone_family', 'arch_name', 'EffNetBody', 'capstone_body', 'feature_map', 'TimmBody', 'read_weights',
-           'lite0_weights', 'one_channel', 'BagStem', 'BagBody', 'is_plain', 'is_arch_args', 'set_momentum',
-           'set_activation', 'create_backbone', 'body_blocks', 'body_groups']
+           'lite0_weights', 'one_channel', 'BagStem', 'BagBody', 'TokenBody', 'is_plain', 'is_arch_args',
+           'set_momentum', 'set_activation', 'create_backbone', 'body_blocks', 'body_groups']
 
 # %% ../../nbs/20_model.backbones.ipynb #b5b897da
 import copy, difflib, inspect, os, socket, sys, warnings
@@ -560,10 +560,48 @@ class BagBody(nn.Module):
     )->torch.Tensor: # [B,F,h',w']
         return self.each(y.flatten(0, 1)).unflatten(0, y.shape[:2]).mean(1)
 
-# %% ../../nbs/20_model.backbones.ipynb #c5dd3641
+# %% ../../nbs/20_model.backbones.ipynb #7dec3909
+class TokenBody(BagBody):
+    "Let a vision transformer attend over the patches of all channels together (ChannelViT)"
+    def forward(self,
+        y:torch.Tensor, # [B,C,O,h,w]
+    )->torch.Tensor: # [B,O,h,w]
+        net,n = self.each.net,self.each.n_prefix
+        tokens = net._pos_embed(net.patch_embed(y.flatten(0, 1))).unflatten(0, y.shape[:2])      # [B,C,n+N,O]
+        x = torch.cat([tokens[:, 0, :n], tokens[:, :, n:].flatten(1, 2)], 1)
+        x = net.norm(net.blocks(net.norm_pre(net.patch_drop(x))))
+        return x[:, n:].unflatten(1, (y.shape[1], -1)).mean(1).transpose(1, 2).unflatten(2, y.shape[-2:])
+
 def _bag_body(stem, body, arch):
     "Return the body that goes with a stem of single channels"
-    return BagBody(body)
+    if stem == 'bag': return BagBody(body)
+    kind = type(getattr(body, 'net', None)).__name__
+    if kind != 'VisionTransformer':
+        raise ScreenError(f"{option('stem', 'tokens')} makes tokens of the patches of each channel, and {arch} is no plain vision transformer of timm: "
+                          f"choose one, such as vit_small_patch16_224, or {option('stem', 'bag')}.")
+    return TokenBody(body)
+
+# %% ../../nbs/20_model.backbones.ipynb #8a0f9b80
+_VECTORS = 'patch_embed.channel_embed'
+
+def _single_channels(state, stem, source, arch):
+    "Return the weights of a ChannelViT under the names of timm, and the vectors of its channels [C,O]; other weights as they are, and None"
+    state = dict(state or {})
+    vectors,filters = state.pop(_VECTORS, None),state.get('patch_embed.proj.weight')
+    if filters is not None and filters.ndim == 5: state['patch_embed.proj.weight'] = filters.flatten(1, 2)
+    if vectors is None: return state or None,None
+    if stem not in BAGS: raise _no_fit(source, arch, f"they read single channels, which {option('stem', 'tokens')} does")
+    if vectors.ndim != 5 or vectors.shape[0] != 1: raise _no_fit(source, arch, f'{_VECTORS} has the shape {list(vectors.shape)}')
+    return state,vectors[0, :, :, 0, 0].T
+
+def _set_vectors(stem, vectors, source, arch):
+    "Give a stem the vectors of a file: in their order, or all the mean where there are more or fewer"
+    n,width = stem.channel.shape
+    if vectors.shape[1] != width: raise _no_fit(source, arch, f'{_VECTORS} has {vectors.shape[1]} numbers a channel')
+    if len(vectors) != n:
+        warnings.warn(f'{source} has vectors of {plural(len(vectors), "channel")} and the pictures have {n}: every channel starts at their mean.', stacklevel=4)
+        vectors = vectors.mean(0).expand(n, -1)
+    stem.channel = nn.Parameter(vectors.float().clone())
 
 # %% ../../nbs/20_model.backbones.ipynb #c735146d
 _OURS = ('pretrained', 'checkpoint', 'cache', 'feature', 'model_', 'kwargs_', 'out_indices', 'num_classes', 'in_chans', 'in_channels',
@@ -653,14 +691,16 @@ def create_backbone(
     arch = arch_name(arch)
     family = backbone_family(arch)
     state,own = _weights_for(arch, family, pretrained)
+    source = 'the package or hub' if pretrained in (True, 'lite0') else pretrained
+    if not own: state,vectors = _single_channels(state, stem, source, arch)
     net,published = _bare(arch, family, pretrained, kwargs, arch_args or {})
     state = published if state is None else state
-    source = 'the package or hub' if pretrained in (True, 'lite0') else pretrained
     width,how = (3, 'tile') if stem in (*TO_RGB, *BAGS) else (n_channels, stem)
     model = _assemble(net, family, arch, width, how, None if own else state, source, bool(arch_args))
     if stem in BAGS: model.stem,model.body = BagStem(one_channel(model.stem), n_channels),_bag_body(stem, model.body, arch)
     model.stem,model.n_channels = front_of_stem(model.stem, n_channels, stem, input_bn),n_channels
     if own: _load_own(model, state, stem, source)
+    elif vectors is not None: _set_vectors(model.stem, vectors, source, arch)
     model.weights = None if pretrained in (None, False, True, 'lite0') else pretrained      # a model asks it for its past
     model.config = dict(arch=arch, n_channels=n_channels, bn_momentum=bn_momentum, **kwargs)
     said = dict(input_bn=input_bn, arch_args=copy.deepcopy(arch_args), stem=stem if stem in (*TO_RGB, *BAGS) else None)
