@@ -542,7 +542,7 @@ class BagStem(nn.Module):
         x:torch.Tensor, # Pictures [B,C,H,W]
     )->torch.Tensor: # [B,C,O,h,w]
         known = self.channel if self.at is None else self.channel[list(self.at)]
-        if self.drawn is not None: x,known = x[:, self.drawn],known[self.drawn]
+        if self.drawn is not None and self.training: x,known = x[:, self.drawn],known[self.drawn]
         y = self.conv(x.flatten(0, 1)[:, None])
         return y.unflatten(0, x.shape[:2]) + known[:, :, None, None].to(y.dtype)
 

@@ -15,6 +15,7 @@ from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
 from ..batch.augment import PUBLISHED_AUGS, site_augs
+from ..model.backbones import BAGS
 from ..model.heads import *
 from ..model.losses import *
 from ..model.model import *
@@ -25,6 +26,7 @@ from .optimizer import *
 from .schedule import *
 from .learner import *
 from .domain import *
+from .channels import *
 from ..batch.data import all_to_train, screen_dls
 
 # %% ../../nbs/33_train.recipes.ipynb #b6303e93
@@ -137,7 +139,7 @@ def _check_kinds(given, func, what, free=()):
         if is_odd: raise ScreenError(f'{what} has {k}={given[k]!r}: give {words}.')
 
 # %% ../../nbs/33_train.recipes.ipynb #6765f2be
-CALLBACKS = {**MIXERS, **DOMAIN_METHODS, 'control_batches': ControlBatches, 'ema': EMA, 'mean_teacher': MeanTeacher}
+CALLBACKS = {**MIXERS, **DOMAIN_METHODS, 'control_batches': ControlBatches, 'channel_sampling': ChannelSampling, 'ema': EMA, 'mean_teacher': MeanTeacher}
 
 def stage_callback(
     config, # Name from `CALLBACKS`, or a dict with `name` and settings
@@ -207,6 +209,12 @@ def _check_losses(recipe, model=None):
         alone = [c for c in s.callbacks if (c if isinstance(c, str) else c['name']) in ('irm', 'groupdro')]
         if alone and (kind == 'both' or getattr(loss_from_config(s.loss or recipe.model.get('loss', 'adacos'), 2), 'embeds', False)):
             raise ScreenError(f'Stage {i+1} of the recipe has {alone[0]!r}, which reads one classifier: leave it out, or the second part of the loss.')
+
+def _check_sampling(recipe, model=None):
+    "Raise where channels are to be left out of a model that reads them together"
+    reads_each = recipe.model.get('stem') in BAGS if model is None else is_adaptive(model)
+    asked = [s.name for s in recipe.stages if 'channel_sampling' in [c if isinstance(c, str) else c.get('name') for c in s.callbacks]]
+    if asked and not reads_each: raise ScreenError(f"The stage {asked[0]!r} of the recipe has 'channel_sampling', and its model reads all channels together: let stem be bag in the model of the recipe, or leave channel_sampling out.")
 
 def _check_arguments(entry, given, func, but):
     "Raise for arguments that a function does not take"
@@ -292,6 +300,7 @@ def check_recipe(
     _check_arguments('model', recipe.model, screen_learner, ('dls', 'arch', 'seed'))
     _check_model(recipe.model)
     _check_losses(recipe, model)
+    _check_sampling(recipe, model)
     augs = recipe.data.get('augs', 'default')
     if augs != 'default' and isinstance(augs, (str, dict)): _check_augs(augs if isinstance(augs, dict) else [augs], 'The recipe, in its data,')
     _check_steps(recipe)
