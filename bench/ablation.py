@@ -49,7 +49,9 @@ MODELS = dict( # name: what the model is trained with; each adds to the one abov
     mixstyle=dict(**_BATCH, callbacks=('mixstyle',)),
     by_experiment=dict(**_BATCH, batch_by='experiment'),
     by_two=dict(**_BATCH, batch_by='experiment', batch_groups=2),
-    with_controls=dict(**_BATCH, batch_by='experiment', callbacks=(dict(name='control_batches', n=8),)))
+    with_controls=dict(**_BATCH, batch_by='experiment', callbacks=(dict(name='control_batches', n=8),)),
+    bag=dict(**_BATCH, stem='bag'),
+    bag_sampled=dict(**_BATCH, stem='bag', callbacks=('channel_sampling',)))
 
 
 def screen(scale, path, runs):
@@ -63,11 +65,11 @@ def screen(scale, path, runs):
     return open_screen(store)
 
 
-def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None, longer=1, held='none', callbacks=(), trained=True, **batches):
+def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None, longer=1, held='none', callbacks=(), trained=True, stem='tile', **batches):
     "A learner trained on the training experiments but those held out: the test experiments judge, or these"
     s = SCALES[scale]
     dls = screen_dls(Screen(table if rows is None else rows, source), valid=held, norm=norm, sites=sites, size=s['size'], bs=max(8, s['bs']//sites), seed=seed, **batches)
-    learn = screen_learner(dls, s['arch'], metadata=metadata, loss=loss, seed=seed)
+    learn = screen_learner(dls, s['arch'], stem=stem, metadata=metadata, loss=loss, seed=seed)
     if torch.cuda.is_available(): learn.to_fp16(); learn.model.to(memory_format=torch.channels_last)
     stages = [Stage('head', 1, 1e-2, 'stem,head', loss=loss), Stage('all', longer*s['epochs'], s['lr'], cutmix=cutmix, callbacks=callbacks)] if trained else []
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe(Recipe('ablation', stages, arch=s['arch']), seed=seed)

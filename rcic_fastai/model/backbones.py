@@ -591,7 +591,7 @@ def _single_channels(state, stem, source, arch):
     if filters is not None and filters.ndim == 5: state['patch_embed.proj.weight'] = filters.flatten(1, 2)
     if vectors is None: return state or None,None
     if stem not in BAGS: raise _no_fit(source, arch, f"they read single channels, which {option('stem', 'tokens')} does")
-    if vectors.ndim != 5 or vectors.shape[0] != 1: raise _no_fit(source, arch, f'{_VECTORS} has the shape {list(vectors.shape)}')
+    if vectors.ndim != 5 or {vectors.shape[i] for i in (0, 3, 4)} != {1}: raise _no_fit(source, arch, f'{_VECTORS} has the shape {list(vectors.shape)}')
     return state,vectors[0, :, :, 0, 0].T
 
 def _set_vectors(stem, vectors, source, arch):
