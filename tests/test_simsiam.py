@@ -3,6 +3,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback
 from helpers import learner, quiet, refused, same
 from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.core import ScreenError
 from rcic_fastai.embed.protocol import row_protocols
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.simulate.layout import simulate_screen
@@ -87,7 +88,7 @@ def test_a_collapse_ends_it(screen):
     class Same(Callback):
         def before_batch(self): self.learn.xb = (self.xb[0]*0, *self.xb[1:])
     learn = learner(dls_of(screen))
-    refused(lambda: quiet(learn, lambda: learn.pretrain_simsiam(TWO, cbs=Same())), 'all embeddings are the same', 'lower the learning rate')
+    with pytest.raises(ScreenError, match='all embeddings are the same.*lower the learning rate'): quiet(learn, lambda: learn.pretrain_simsiam(TWO, cbs=Same()))
     assert learn.model.classifier.n_classes == 4 and not isinstance(learn.model.classifier, SimSiamHead)
 
 
