@@ -314,7 +314,7 @@ REAL = real_data()
 
 @pytest.mark.real('images')
 def test_real_sites_by_command(here, tmp_path):
-    out = ok(f'rcic_train {REAL} {tmp_path}/m --target cell_type --only-present --size 224 --seed 0')
+    out = ok(f'rcic_train {REAL} {tmp_path}/m --target cell_type --only-present --size 96 --seed 0 --recipe {here}/tiny.json {TINY}')
     assert '13 training and 3 held-out samples (HUVEC-01 plate 4, ' in out
     ok(f'rcic_predict {tmp_path}/m {REAL} {tmp_path}/p.csv --wells all --only-present')
     pred = pd.read_csv(tmp_path/'p.csv')

@@ -18,6 +18,7 @@ def forked(work):
     finally: os._exit(code)
 
 def holding(out, ready):
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored where the tests were started in the background
     with only_one(out): ready.touch(); time.sleep(60)
 
 def held(tmp_path, how=signal.SIGKILL):
