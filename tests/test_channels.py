@@ -161,7 +161,7 @@ def test_unknown_channels_are_refused_by_name(model, screen):
     odd = screen.pick([c for c in screen.channels if c != 'ER'])
     odd.source.channels = tuple('DNA' if c == 'nucleus' else c for c in odd.source.channels)
     for f in (lambda: model.predict(odd, tta=1, progress=False), lambda: model.embed(odd, tta=1, progress=False), lambda: model.profiles(odd, tta=1, progress=False)):
-        refused(f, 'lacks nucleus, ER and has DNA', '--channels nucleus=DNA')
+        refused(f, 'lacks nucleus, ER and has DNA', "channels='nucleus=DNA'")
 
 
 def test_other_models_refuse_as_ever(screen):

@@ -676,8 +676,8 @@ def narrowed_spec(
     at = [i for i, c in enumerate(want) if c in have]
     lacks, odd = [c for c in want if c not in have], [c for c in have if c not in want]
     if lacks and odd:
-        raise ScreenError(f'The screen lacks {first_few(lacks)} and has {first_few(odd)}, which the model does not know: if they are the same stains, pack it with the names of the model (rcic_pack --channels '
-                          f'{lacks[0]}={odd[0]}); if not, pack or pick the other channels only.')
+        raise ScreenError(f'The screen lacks {first_few(lacks)} and has {first_few(odd)}, which the model does not know: if they are the same stains, pack it with the names of the model, as '
+                          f'{option("channels", f"{lacks[0]}={odd[0]}")}; if not, pack or pick the other channels only.')
     if not lacks: return spec
     stats = {k: [v[i] for i in at] for k in ('norm_mean', 'norm_std') if (v := getattr(spec, k)) is not None}
     return replace(spec, channels=[want[i] for i in at], **stats)
