@@ -370,7 +370,7 @@ def train(
     epochs:int=0, # In all stages together, shared as the recipe shares them; 0: the recipe's
     lr:float=0., # Highest learning rate of any stage, the others in proportion; 0: the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder
-    pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
+    pretrain:str='', # What is learned first: controls (the control wells), simsiam (all wells of the training experiments, without labels) or simsiam_test (the test wells too: transductive); empty: the recipe's
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4

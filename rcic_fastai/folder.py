@@ -21,7 +21,7 @@ from .screen.screen import *
 from .screen.open import open_screen
 from .batch.augment import *
 from .batch.data import *
-from .model.backbones import TO_RGB, is_arch_args
+from .model.backbones import BAGS, TO_RGB, is_arch_args
 from .model.heads import *
 from .model.losses import *
 from .model.model import *
@@ -209,7 +209,7 @@ _MODEL = dict({p: _SCALAR for p in inspect.signature(create_screen_model).parame
     arch=_ARCH, n_classes=_int(1, 2**20), n_channels=_int(1, 16), inputs=_list(_WORD, 0, 100), emb_dim=_int(1, 2**14),
     metadata=_dict(_int(1, 2**20), 100), neck=_one(*NECKS), meta_dim=_or(_int(1, 2**12), _one('onehot')), dropout=_SHARE,
     meta_dropout=_or(_SHARE, _dict(_SHARE, 100)), loss=('a loss', _is_loss), use_metadata=_BOOL,
-    n_sites=_or(_NONE, _int(1, 64)), arch_args=('plain arguments of an architecture', is_arch_args), stem=_one(*TO_RGB),
+    n_sites=_or(_NONE, _int(1, 64)), arch_args=('plain arguments of an architecture', is_arch_args), stem=_one(*TO_RGB, *BAGS),
     bn_momentum=_or(_NONE, _SHARE), img_size=_or(_int(8, 2048), _list(_int(8, 2048), 2, 2)), **dict.fromkeys(_BACKBONE, _SHARE))
 
 # %% ../nbs/70_folder.ipynb #b253bf33

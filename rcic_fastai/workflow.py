@@ -33,6 +33,7 @@ from .train.recipes import *
 from .train.schedule import parsed_schedule
 from .train.systems import *
 from .train.controls import *
+from .train.simsiam import *
 from .train.distributed import *
 from .embed.protocol import *
 from .embed.table import *
@@ -330,8 +331,10 @@ def _picked_stats(data, whole, channels):
 def _also(table, recipe, given):
     "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
     needs = pd.Series(False, table.index)
-    if given['pretrain'] or recipe.pretrain or needs_controls(recipe): needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
-    if given['pseudo'] or recipe.pseudo:
+    pretrain = given['pretrain'] or recipe.pretrain
+    if pretrain or needs_controls(recipe): needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
+    if pretrain.startswith('simsiam'): needs |= table.dataset == 'train'
+    if given['pseudo'] or recipe.pseudo or pretrain == 'simsiam_test':
         needs |= (table.dataset == 'test') & _is_for(table, recipe.only)
     return needs
 
@@ -444,7 +447,8 @@ def _check_steps(a, recipe, learn):
     if learn.dls.spec.several and (pretrain or pseudo):
         raise ScreenError(f'{option("pseudo", a.pseudo) if pseudo else option("pretrain", pretrain)} gives each image one label, and those of {learn.dls.spec.target} have several: leave it out.')
     check_known(recipe, learn.dls)
-    if pretrain: control_dls(learn.dls)
+    if pretrain == 'controls': control_dls(learn.dls)
+    if pretrain == 'simsiam_test' and not (learn.dls.screen.table.dataset == 'test').any(): raise ScreenError(f'{option("pretrain", pretrain)} shows the test wells too, and the screen has none: say {option("pretrain", "simsiam")}.')
     if pseudo:
         if rank_world()[1] > 1: raise ScreenError(f'Pseudo-labels are given by one process: train with one, or leave {option("pseudo")} out.')
         check_pseudo(learn.dls, **{k: v for k, v in pseudo.items() if k != 'recipe'})
@@ -465,16 +469,17 @@ def _build_again(learn, was, seed):
     model.use_metadata, learn.opt_func = was['use_metadata'], was['opt']
 
 def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
-    "Train: control wells first, then the recipe, then pseudo-labels; return tables of what each reached"
+    "Train: control wells or pictures without labels first, then the recipe, then pseudo-labels; return tables of what each reached"
     res = {}
     def how(folder, is_first): return dict(folder=folder, resume=a.resume and (is_first or folder.is_dir()), facts=dict(arguments=given))
     stages = _without_sizes(recipe, a.size, a.bs)
     with learn.sharded():
         if pretrain:
             built = _as_built(learn)
-            first = replace(stages, name=f'{recipe.name}, controls', stages=[replace(s, full_data=False) for s in stages.stages])
-            res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, **how(_controls_checkpoints(a.out), True))
-            before = learn.history.assign(stage='controls: ' + learn.history.stage) if len(learn.history) else learn.history
+            first, begun = replace(stages, name=f'{recipe.name}, {pretrain}', stages=[replace(s, full_data=False) for s in stages.stages]), how(_controls_checkpoints(a.out), True)
+            if pretrain == 'controls': res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, **begun)
+            else: res['pretrain_stages'] = learn.pretrain_simsiam(first, a.seed, cbs, pretrain == 'simsiam_test', **begun)
+            before = learn.history.assign(stage=f'{pretrain}: ' + learn.history.stage) if len(learn.history) else learn.history
             _build_again(learn, built, a.seed)
         res['stages'] = learn.fit_recipe(stages, seed=a.seed, cbs=cbs, **how(_checkpoints(a.out), not pretrain))
         if pretrain: learn.history = pd.concat([before, learn.history], ignore_index=True)
@@ -812,7 +817,7 @@ def train_screen(
     epochs:int=0, # In all stages together, shared as the recipe shares them; 0: the recipe's
     lr:float=0., # Highest learning rate of any stage, the others in proportion; 0: the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder (its backbone, or all of it where the recipe says so)
-    pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
+    pretrain:str='', # What is learned first: controls (the control wells), simsiam (all wells of the training experiments, without labels) or simsiam_test (the test wells too: transductive); empty: the recipe's
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
@@ -830,7 +835,7 @@ def train_screen(
     r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
     r = _with_search(r, search)
     _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed, sites=sites, workers=workers)
-    if pretrain: check_choice('pretrain', pretrain, ('controls',))
+    if pretrain: check_choice('pretrain', pretrain, PRETRAIN)
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
     if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
     if experiments or test: args['screen'] = open_screen(screen, check=False).choose(experiments, test)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALED_VIEWS', 'OUTPUTS', 'PARTS_FOLDER', 'scaled_view', 'eval_mode', 'check_tta', 'EmbedOptions', 'embed_dl',
            'adaptation_notes', 'embed_features', 'weights_fingerprint', 'model_fingerprint', 'EmbeddingParts',
-           'embed_parts', 'embed_screen']
+           'for_source', 'embed_parts', 'embed_screen']
 
 # %% ../../nbs/41_embed.embed.ipynb #82831b30
 import hashlib, json, sys
@@ -17,7 +17,7 @@ from ..screen.tables import *
 from ..screen.images import *
 from ..batch.augment import *
 from ..batch.data import *
-from ..model.model import EXTRA
+from ..model.model import EXTRA, is_adaptive, with_channels
 from ..model.batchnorm import *
 from ..train.learner import *
 from ..train.distributed import *
@@ -426,6 +426,17 @@ def _parts_facts(model, spec, screen, o):
                 pictures=_of_source(screen.source, screen.table), mask=sorted(o.mask), device=next(model.parameters()).device.type,
                 torch=torch.__version__, **of_rows, **same)
 
+# %% ../../nbs/41_embed.embed.ipynb #291a7e27
+def for_source(
+    model, # A `ScreenModel`
+    spec:ScreenSpec, # How sites become batches, with the channels that it was trained on
+    source, # Image source
+)->tuple: # (model, spec); the same where nothing is lacking, or nothing can lack
+    "Return a model and its spec as they read the channels that a source has"
+    narrow = narrowed_spec(spec, source) if is_adaptive(model) else spec
+    if narrow.channels == spec.channels: return model, spec
+    return with_channels(model, [spec.channels.index(c) for c in narrow.channels]), narrow
+
 # %% ../../nbs/41_embed.embed.ipynb #0ea5acd0
 def _share(o):
     "Return the number of this process's share of the parts, from 0, and how many shares there are"
@@ -434,6 +445,7 @@ def _share(o):
 
 def _make_parts(folder, model, spec, screen, o):
     "Embed the parts that are not in the folder yet; of several shares and processes each makes its own"
+    model, spec = for_source(model, spec, screen.source)
     samples, plan = _planned(model, spec, screen.table, o)
     o = _of_whole_groups(spec, screen, o)
     parts = EmbeddingParts(folder, samples, spec, plan)
@@ -449,7 +461,6 @@ def _make_parts(folder, model, spec, screen, o):
         begin()
         _write_part(parts, i, x)
     return parts
-
 
 # %% ../../nbs/41_embed.embed.ipynb #adfc498e
 @delegates(EmbedOptions)
@@ -475,6 +486,7 @@ def embed_screen(
     "Embed the sites of a screen; `Metadata_protocol` says what was used of their own batch"
     if folder is None:
         o = EmbedOptions(**kwargs)
+        model, spec = for_source(model, spec, screen.source)
         samples, plan = _planned(model, spec, screen.table, o)
         o = _of_whole_groups(spec, screen, o)
         parts = EmbeddingParts(None, samples, spec, plan)

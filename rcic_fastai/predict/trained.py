@@ -411,6 +411,7 @@ def spec_for(self:TrainedModel,
 )->ScreenSpec: # That of the model; for cells with the `size` at which they are as large as in training
     "Return how the pictures of a screen become batches"
     spec, side, then = self.spec, cell_side(screen.source), self.config['data'].get('side')
+    if is_adaptive(self.model): narrowed_spec(spec, screen.source)      # what cannot be told by name is refused here, before an image is read
     if side is None: return spec
     if spec.sites > 1: raise ScreenError(f'The model reads {spec.sites} sites of a well at once, so it cannot be shown one cell: train with {option("sites", 1)}.')
     if not spec.size or not then: return spec
@@ -466,11 +467,16 @@ def _store_notes(data, index, source):
             'if its pictures or labels are others, train again.']
 
 # %% ../../nbs/53_predict.trained.ipynb #287f9756
+def _channel_notes(self, source):
+    "Report channels that are not those of the training; what a model cannot do without is refused when it is embedded"
+    lacks = set(self.spec.channels) - set(source.channels)
+    return [n for n in [channels_note(self.spec, source)] if n and (not lacks or is_adaptive(self.model))]
+
 @patch
 def screen_notes(self:TrainedModel,
     screen:Screen, # Sites to name
 )->list: # Sentences
     "Return what is odd about a screen, beside the one that the model was trained on"
     rows, source, data = screen.table, screen.source, self.config['data']
-    return [*picture_notes(screen), *([n] if (n := channels_note(self.spec, source)) else []), *_earlier_notes(self.model, self.trained, rows), *_size_notes(data, self.spec, source),
+    return [*picture_notes(screen), *_channel_notes(self, source), *_earlier_notes(self.model, self.trained, rows), *_size_notes(data, self.spec, source),
             *_brightness_notes(data, rows, source), *_store_notes(data, self.index, source)]
