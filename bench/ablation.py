@@ -49,7 +49,10 @@ MODELS = dict( # name: what the model is trained with; each adds to the one abov
     mixstyle=dict(**_BATCH, callbacks=('mixstyle',)),
     by_experiment=dict(**_BATCH, batch_by='experiment'),
     by_two=dict(**_BATCH, batch_by='experiment', batch_groups=2),
-    with_controls=dict(**_BATCH, batch_by='experiment', callbacks=(dict(name='control_batches', n=8),)))
+    with_controls=dict(**_BATCH, batch_by='experiment', callbacks=(dict(name='control_batches', n=8),)),
+    bag=dict(**_BATCH, stem='bag'),
+    bag_sampled=dict(**_BATCH, stem='bag', callbacks=('channel_sampling',)),
+    simsiam=dict(**_BATCH, pretrain='simsiam'))
 
 
 def screen(scale, path, runs):
@@ -63,14 +66,16 @@ def screen(scale, path, runs):
     return open_screen(store)
 
 
-def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None, longer=1, held='none', callbacks=(), trained=True, **batches):
+def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None, longer=1, held='none', callbacks=(), trained=True, stem='tile', pretrain='', **batches):
     "A learner trained on the training experiments but those held out: the test experiments judge, or these"
     s = SCALES[scale]
     dls = screen_dls(Screen(table if rows is None else rows, source), valid=held, norm=norm, sites=sites, size=s['size'], bs=max(8, s['bs']//sites), seed=seed, **batches)
-    learn = screen_learner(dls, s['arch'], metadata=metadata, loss=loss, seed=seed)
+    learn = screen_learner(dls, s['arch'], stem=stem, metadata=metadata, loss=loss, seed=seed)
     if torch.cuda.is_available(): learn.to_fp16(); learn.model.to(memory_format=torch.channels_last)
     stages = [Stage('head', 1, 1e-2, 'stem,head', loss=loss), Stage('all', longer*s['epochs'], s['lr'], cutmix=cutmix, callbacks=callbacks)] if trained else []
-    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(Recipe('ablation', stages, arch=s['arch']), seed=seed)
+    with learn.no_bar(), learn.no_logging():
+        if pretrain: learn.pretrain_simsiam(Recipe('simsiam', stages[1:]), seed=seed)
+        learn.fit_recipe(Recipe('ablation', stages, arch=s['arch']), seed=seed)
     return learn
 
 
@@ -235,7 +240,8 @@ CLAIMS = ( # what is said to help, on experiments never seen: with it, and witho
     ('metadata: plate group', ('metadata', 'plate groups as input'), ('metadata', 'two sites, TTA')),
     *[(f'{what}{", adapted" if way else ""}', (m, way or 'two sites, TTA'), (beside, way or 'two sites, TTA')) for way in ('', '+ AdaBN, index too') for what, m, beside in (
         ('batches of pairs', 'pairs', 'cutmix'), ('LISA (boxes)', 'lisa', 'cutmix'), ('LISA (Mixup)', 'lisa_mixup', 'cutmix'), ('contrast of pairs', 'contrast', 'cutmix'), ('LISA and contrast', 'lisa_contrast', 'cutmix'),
-        ('MixStyle', 'mixstyle', 'cutmix'), ('batches of one experiment', 'by_experiment', 'cutmix'), ('batches of two experiments', 'by_two', 'cutmix'), ('controls in every batch', 'with_controls', 'by_experiment'))],
+        ('MixStyle', 'mixstyle', 'cutmix'), ('batches of one experiment', 'by_experiment', 'cutmix'), ('batches of two experiments', 'by_two', 'cutmix'), ('controls in every batch', 'with_controls', 'by_experiment'),
+        ('a bag of channels', 'bag', 'cutmix'), ('channel sampling', 'bag_sampled', 'bag'), ('SimSiam first', 'simsiam', 'cutmix'))],
     *[(f'{m}: search {n}{", adapted" if a else ""}', (m, f'{a}search {n}'), (m, '+ AdaBN, index too' if a else 'two sites, TTA')) for m in ('cutmix', 'lisa') for a in ('', '+ AdaBN, ') for n in SEARCHES[1:]])
 FULL = 'cutmix', 'two sites, TTA'  # the full method, inductive; two sites in training were to be part of it, and lost with the first seed
 CHOSEN = 'full: after the first seed; best: after all seeds; both on the experiments that are judged, so take them as a little too good'

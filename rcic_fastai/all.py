@@ -80,6 +80,7 @@ from .results.confidence import Confidence, confidence_files, fit_confidence, ju
 from .results.plots import (accuracy_plot, embedding_map, layout_map, neighbor_strip, plate_map, right_wrong_map,
     site_gallery, training_curve)
 from .results.report import report_screen
+from .results.drift import Drift as _Drift                  # brings `model.drift`
 from .results.explain import Explanation as _Explanation      # brings `model.explain`
 from .results.explore import explore
 from .results.export import write_plates

@@ -6,13 +6,13 @@
 __all__ = ['terminal_text', 'ScreenError', 'first_few', 'plural', 'as_names', 'as_command', 'option', 'check_choice', 'html_text',
            'markdown_text', 'picture_text', 'csv_text', 'csv_name', 'is_remote', 'write_atomic', 'as_plain',
            'write_json', 'plain_file', 'open_plain', 'read_plain', 'first_line', 'parse_json', 'read_json',
-           'file_facts', 'sha256', 'json_hash', 'is_facts', 'copy_again', 'not_the_file', 'check_file', 'differing',
-           'check_unchanged', 'sync_path', 'sync_tree', 'write_through', 'OwnFolder', 'remove_empty', 'OwnLock',
-           'only_one', 'n_cores', 'digest', 'check_numbers']
+           'file_facts', 'check_replaceable', 'write_recorded', 'sha256', 'json_hash', 'is_facts', 'copy_again',
+           'not_the_file', 'check_file', 'differing', 'check_unchanged', 'sync_path', 'sync_tree', 'write_through',
+           'OwnFolder', 'remove_empty', 'OwnLock', 'only_one', 'n_cores', 'digest', 'check_numbers']
 
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
 import numpy as np
@@ -207,6 +207,16 @@ def _check_local(path):
     if is_remote(path): raise ScreenError(f'{path} is an address, and files are written on disks only: name a file or folder here, and copy it there.')
 
 # %% ../nbs/00_core.ipynb #6a350e31
+@contextmanager
+def _temporary(path):
+    "Give a temporary name beside a file that will be written; what is left of it at the end is removed"
+    _check_local(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clean_once(path.parent)
+    tmp = path.with_name(f'{_HOST}{os.getpid()}.{path.name}')
+    try: yield tmp
+    finally: tmp.unlink(missing_ok=True)
+
 def write_atomic(
     path,   # file to write; its folder is made when missing
     write,  # called with the temporary path (a `Path` with the same ending); it writes the file
@@ -214,13 +224,9 @@ def write_atomic(
     "Write a file under a temporary name and move it into place once it is complete."
     _check_local(path)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _clean_once(path.parent)
-    tmp = path.with_name(f'{_HOST}{os.getpid()}.{path.name}')
-    try:
+    with _temporary(path) as tmp:
         write(tmp)
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00_core.ipynb #4de18a5a
@@ -353,6 +359,47 @@ def file_facts(
     "Return the size and SHA-256 of a file"
     with open_plain(path, do=_AGAIN) as f:
         return dict(size=os.fstat(f.fileno()).st_size, sha256=hashlib.file_digest(f, 'sha256').hexdigest())
+
+# %% ../nbs/00_core.ipynb #cb52b744
+def _said_of(record, kind):
+    "Return what a record of this kind says; nothing where it is something else"
+    try: said = read_json(record, 2**26)
+    except ScreenError: return {}
+    is_ours = said.get('written_by') == 'rcic_fastai' and said.get('kind') == kind
+    return said if is_ours and all(isinstance(said.get(k, {}), dict) for k in ('sha256', 'replaced')) else {}
+
+def check_replaceable(
+    record, # JSON file beside the others, from `write_recorded`
+    kind:str, # What it is a record of, such as predictions
+    *files, # The files that will be written with it
+):
+    "Raise for a file that is there and that the library did not write, or that was changed since"
+    said = _said_of(record, kind)
+    sums = {*said.get('sha256', {}).values(), *said.get('replaced', {}).values()}
+    for f in map(Path, (*files, record)):
+        if f.is_dir(): raise ScreenError(f'{f} is a folder: name a file to write.')
+        if not os.path.lexists(f): continue
+        is_ours = bool(said) and not f.is_symlink() and (f == Path(record) or file_facts(f)['sha256'] in sums)
+        if not is_ours: raise ScreenError(f'{f} would be overwritten, and rcic_fastai did not write it as it is now: choose another name.')
+
+# %% ../nbs/00_core.ipynb #591a6b59
+def write_recorded(
+    record, # JSON file to write beside the others
+    kind:str, # What it is a record of, such as predictions
+    facts:dict, # Plain data for the record; read when the files are written
+    files:dict, # {name in the record: (path, function that writes the file under a temporary name)}
+):
+    "Write files and their record; at every moment the record knows the files that are there, so that an interrupted run can be repeated"
+    files = {k: (Path(p), write) for k, (p, write) in files.items()}
+    check_replaceable(record, kind, *(p for p, _ in files.values()))
+    with ExitStack() as run:
+        made = {k: run.enter_context(_temporary(p)) for k, (p, _) in files.items()}
+        for k, (_, write) in files.items(): write(made[k])
+        said = {**as_plain(facts), 'written_by': 'rcic_fastai', 'kind': kind, 'sha256': {k: file_facts(f)['sha256'] for k, f in made.items()}}
+        before = {k: file_facts(p)['sha256'] for k, (p, _) in files.items() if p.is_file()}
+        if before: write_json(record, {**said, 'replaced': before}, indent=1)
+        for k, (p, _) in files.items(): os.replace(made[k], p)
+        write_json(record, said, indent=1)
 
 # %% ../nbs/00_core.ipynb #28be7992
 def sha256(

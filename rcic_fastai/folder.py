@@ -17,11 +17,12 @@ from fastai.vision.all import *
 from .core import *
 from .screen.tables import *
 from .screen.images import *
+from .screen.exposure import EXPOSED, EXPOSURE_COLUMNS
 from .screen.screen import *
 from .screen.open import open_screen
 from .batch.augment import *
 from .batch.data import *
-from .model.backbones import TO_RGB, is_arch_args
+from .model.backbones import BAGS, TO_RGB, is_arch_args
 from .model.heads import *
 from .model.losses import *
 from .model.model import *
@@ -34,14 +35,12 @@ from .predict.predict import *
 from .predict.scores import *
 from .predict.trained import *
 from .predict.profiles import *
-from .predict.profiles import _asked, _profile_options
 from .predict.cells import *
 from .predict.plan import *
 from .predict.ensemble import *
 from .results.evaluate import *
 from .hub import *
 from .embed.index import *
-from .embed.index import _written_before
 
 # %% ../nbs/70_folder.ipynb #e420b6bd
 def _state(model):
@@ -228,7 +227,8 @@ _MODEL = dict({p: _SCALAR for p in inspect.signature(create_screen_model).parame
     arch=_ARCH, n_classes=_int(1, 2**20), n_channels=_int(1, 16), inputs=_list(_WORD, 0, 100), emb_dim=_int(1, 2**14),
     metadata=_dict(_int(1, 2**20), 100), neck=_one(*NECKS), meta_dim=_or(_int(1, 2**12), _one('onehot')),
     dropout=_SHARE, meta_dropout=_or(_SHARE, _dict(_SHARE, 100)), loss=('a loss', _is_loss), use_metadata=_BOOL,
-    n_sites=_or(_NONE, _int(1, 64)), arch_args=('plain arguments of an architecture', is_arch_args), stem=_one(*TO_RGB),
+    n_sites=_or(_NONE, _int(1, 64)), arch_args=('plain arguments of an architecture', is_arch_args),
+    stem=_one(*TO_RGB, *BAGS),
     bn_momentum=_or(_NONE, _SHARE), img_size=_or(_int(8, 2048), _list(_int(8, 2048), 2, 2)),
     **dict.fromkeys(_BACKBONE, _SHARE))
 
@@ -293,9 +293,15 @@ _COUNT = _int(0, 2**40)
 def _is_measured(v): return isinstance(v, dict) and set(v) == {'mean', 'std'} and all(map(_SHARE[1], v.values()))
 
 _MEASURED = 'the mean and std of a channel, from 0 to 1', _is_measured
+_EXPOSURE_KINDS = dict(experiment=_LABEL, cell_type=_LABEL, wells=_one(*EXPOSED), channel=_WORD, n=_COUNT)
+
+def _is_exposure(v):
+    return isinstance(v, dict) and {*v} == {*EXPOSURE_COLUMNS} and all(_EXPOSURE_KINDS.get(k, _REAL)[1](o) for k, o in v.items())
+
 _DATA = dict(rows=_COUNT, sha256=_HASH, sites=_dict(_COUNT, 2**16, _LABEL),
              store=_text('32 hexadecimal digits', '[0-9a-f]{32}'),
-             channels=_dict(_MEASURED, 16), sites_measured=_COUNT, side=_int(1, 2**20))
+             channels=_dict(_MEASURED, 16), sites_measured=_COUNT, side=_int(1, 2**20),
+             exposure=_list(('how bright a channel of an experiment is', _is_exposure), 0, 2**21))
 
 # %% ../nbs/70_folder.ipynb #6d2349b3
 def _quote(o): return re.sub('[\x00-\x1f\x7f-\x9f]', ' ', repr(o)[:80])
@@ -337,13 +343,13 @@ def read_config(folder):
         raise ScreenError(f'{f} is not the configuration of a model folder: {point}')
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
-    if c['format'] < FORMAT: raise _written_before(folder, c['format'])
+    if c['format'] < FORMAT: raise written_before(folder, c['format'])
     _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in _OPTIONAL], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
     _check_entries(c['spec'], _SPEC, ('target', 'labels', 'channels', 'vocabs'), f)
-    _check_entries(c['data'], _DATA, [k for k in _DATA if k not in ('store', 'side')], f)
+    _check_entries(c['data'], _DATA, [k for k in _DATA if k not in ('store', 'side', 'exposure')], f)
     _check_agreement(c['model'], c['spec'], c['data'], f)
     if len(c.get('thresholds', c['spec']['labels'])) != len(c['spec']['labels']):
         raise _again(f'{f} contradicts itself about its thresholds')
@@ -752,10 +758,10 @@ def profile_file(self:CellTypeModels,
 )->dict: # As from a model
     "Embed wells of any screen into a file, each by the model of its cell type; interrupted, the same call continues"
     profile_ending(out)
-    how = [_profile_options(m, level, adapt, tta, bs, workers, progress) for m in self.models.values()][0]
+    how = [profile_options(m, level, adapt, tta, bs, workers, progress) for m in self.models.values()][0]
     with all_agree():
         parts = _profiled(self, screen, wells, experiments)
-        asked = {f'.{c}': (m, *_asked(m, s, 'all', '', only_present)) for c, (m, s) in parts.items()}
+        asked = {f'.{c}': (m, *profile_screen(m, s, 'all', '', only_present)) for c, (m, s) in parts.items()}
     return write_profile_file(out, asked, level, shard, ray, **how)
 
 # %% ../nbs/70_folder.ipynb #7fdfd7c4
@@ -840,7 +846,7 @@ def _in_all(records):
     return {k: v for k, v in first.items() if is_common(k)}
 
 # %% ../nbs/70_folder.ipynb #94012de2
-_OF_ALL = ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')
+_OF_ALL = ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups', 'written_by', 'kind')
 
 def _record_of(path):
     "Return how the answers of one cell type were made"
@@ -946,7 +952,9 @@ def evaluate(self:CellTypeModels,
     "Predict the test wells of a screen and compare them with their labels"
     screen = open_screen(screen, check=False)
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
-    preds = {str(Protocol(p)): self.predict(screen, p, progress=progress, **kwargs) for p in protocols}
+    # once, as it may say something
+    asked = asked_experiments(self.models.values(), screen, kwargs.pop('experiments', ''))
+    preds = {str(Protocol(p)): self.predict(asked, p, progress=progress, **kwargs) for p in protocols}
     return evaluate_screen(preds, screen.table)
 
 # %% ../nbs/70_folder.ipynb #40d23fc7

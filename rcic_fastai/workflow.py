@@ -33,6 +33,7 @@ from .train.recipes import *
 from .train.schedule import parsed_schedule
 from .train.systems import *
 from .train.controls import *
+from .train.simsiam import *
 from .train.distributed import *
 from .embed.protocol import *
 from .embed.table import *
@@ -389,9 +390,11 @@ def _picked_stats(data, whole, channels):
 def _also(table, recipe, given):
     "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
     needs = pd.Series(False, table.index)
-    if given['pretrain'] or recipe.pretrain or needs_controls(recipe):
+    pretrain = given['pretrain'] or recipe.pretrain
+    if pretrain or needs_controls(recipe):
         needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
-    if given['pseudo'] or recipe.pseudo:
+    if pretrain.startswith('simsiam'): needs |= table.dataset == 'train'
+    if given['pseudo'] or recipe.pseudo or pretrain == 'simsiam_test':
         needs |= (table.dataset == 'test') & _is_for(table, recipe.only)
     return needs
 
@@ -405,7 +408,7 @@ def _screen_to_learn(screen, recipe, given, data):
     rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1),
                          data.get('several', False))
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
-    if given['phase'] == 'refit' or given['folds']: learned = learned[all_to_train(learned.table)]
+    if given['phase'] in ('refit', 'fold') or given['folds']: learned = learned[all_to_train(learned.table)]
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
 # %% ../nbs/71_workflow.ipynb #8191c58d
@@ -558,7 +561,10 @@ def _check_steps(a, recipe, learn):
         raise ScreenError(f'{option("pseudo", a.pseudo) if pseudo else option("pretrain", pretrain)} gives '
                           f'each image one label, and those of {learn.dls.spec.target} have several: leave it out.')
     check_known(recipe, learn.dls)
-    if pretrain: control_dls(learn.dls)
+    if pretrain == 'controls': control_dls(learn.dls)
+    if pretrain == 'simsiam_test' and not (learn.dls.screen.table.dataset == 'test').any():
+        raise ScreenError(f'{option("pretrain", pretrain)} shows the test wells too, and the screen has none: '
+                          f'say {option("pretrain", "simsiam")}.')
     if pseudo:
         if rank_world()[1] > 1:
             raise ScreenError('Pseudo-labels are given by one process: '
@@ -582,7 +588,7 @@ def _build_again(learn, was, seed):
 
 # %% ../nbs/71_workflow.ipynb #0bf4384f
 def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
-    "Train: control wells first, then the recipe, then pseudo-labels; return tables of what each reached"
+    "Train: control wells or pictures without labels first, then the recipe, then pseudo-labels; return tables of what each reached"
     res = {}
     def how(folder, is_first):
         return dict(folder=folder, resume=a.resume and (is_first or folder.is_dir()), facts=dict(arguments=given))
@@ -590,12 +596,13 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     with learn.sharded():
         if pretrain:
             built = _as_built(learn)
-            first = replace(stages, name=f'{recipe.name}, controls',
+            first = replace(stages, name=f'{recipe.name}, {pretrain}',
                             stages=[replace(s, full_data=False) for s in stages.stages])
-            kept = how(_controls_checkpoints(a.out), True)
-            res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, **kept)
+            begun, sees_test = how(_controls_checkpoints(a.out), True), pretrain == 'simsiam_test'
+            if pretrain == 'controls': res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, **begun)
+            else: res['pretrain_stages'] = learn.pretrain_simsiam(first, a.seed, cbs, sees_test, **begun)
             before = learn.history
-            if len(before): before = before.assign(stage='controls: ' + before.stage)
+            if len(before): before = before.assign(stage=f'{pretrain}: ' + before.stage)
             _build_again(learn, built, a.seed)
         res['stages'] = learn.fit_recipe(stages, seed=a.seed, cbs=cbs, **how(_checkpoints(a.out), not pretrain))
         if pretrain: learn.history = pd.concat([before, learn.history], ignore_index=True)
@@ -959,7 +966,9 @@ def _each_cell_type(args, recipes, common, table):
     "Train the model of each cell type from the common one; {cell type: model}"
     wait_for_all()
     held, done = _held_of_all(args, common, table), {}
-    args = {**args, 'folds': 0, 'fold': 0, 'cell_types': '', 'pretrain': ''}
+    # a fold may have no experiment of a cell type
+    phase = 'fold' if args['folds'] else args['phase']
+    args = {**args, 'folds': 0, 'fold': 0, 'phase': phase, 'cell_types': '', 'pretrain': ''}
     for i, (c, r) in enumerate(recipes.items(), 1):
         if not rank_world()[0]: print(f'== {c} ({i} of {len(recipes)})', flush=True)
         valid = held if held in ('auto', 'none') else _held_of(as_names(held), table, c)
@@ -970,6 +979,7 @@ def _each_cell_type(args, recipes, common, table):
 def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
+    if args['folds']: table = all_to_train(table)
     with all_agree():
         recipes = {}
         for c in _cell_type_names(table, args['cell_types'], recipe):
@@ -1018,7 +1028,7 @@ def train_screen(
     epochs:int=0, # In all stages together, shared as the recipe shares them; 0: the recipe's
     lr:float=0., # Highest learning rate of any stage, the others in proportion; 0: the recipe's
     pretrained:str='yes', # yes, no, a file with weights, or a model folder (its backbone, or all of it where the recipe says so)
-    pretrain:str='', # controls: learn the control wells first, then the target from those weights; empty: the recipe's
+    pretrain:str='', # What is learned first: controls (the control wells), simsiam (all wells of the training experiments, without labels) or simsiam_test (the test wells too: transductive); empty: the recipe's
     cell_types:str='', # each, or NAME,NAME: a model OUT/NAME for each cell type, from one of all; OUT answers with them; empty: the recipe's
     pseudo:int=0, # Rounds of pseudo-labels on the test wells after the training (transductive); 0: the recipe's, or none
     tta:int=0, # Views of each indexed site, 1 to 8; 0: the recipe's, or 4
@@ -1037,7 +1047,7 @@ def train_screen(
     r = _with_search(r, search)
     _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed,
                     sites=sites, workers=workers)
-    if pretrain: check_choice('pretrain', pretrain, ('controls',))
+    if pretrain: check_choice('pretrain', pretrain, PRETRAIN)
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
     if lists := _channel_lists(screen, channels or r.channels):
         return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})

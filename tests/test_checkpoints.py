@@ -11,6 +11,7 @@ from rcic_fastai.train.checkpoints import *
 from rcic_fastai.train.cutmix import *
 from rcic_fastai.batch.data import *
 from rcic_fastai.train.domain import *
+from rcic_fastai.train.channels import ChannelSampling
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.train.learner import *
 from rcic_fastai.core import ScreenError
@@ -33,10 +34,10 @@ def screen(tmp_path_factory):
     simulate_screen(path, ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=6, size=64, controls=1, plates=1, progress=False)
     return path
 
-def make(screen, cbs=None, **kwargs):
+def make(screen, cbs=None, stem='tile', **kwargs):
     table = read_metadata(screen)
     dls = screen_dls(Screen(table, PngTree(screen, table)), **{**dict(valid='HUVEC-03', bs=8, device='cpu'), **kwargs})
-    return screen_learner(dls, ARCH, metadata='cell_type,experiment', pretrained=None, cbs=cbs)
+    return screen_learner(dls, ARCH, metadata='cell_type,experiment', pretrained=None, stem=stem, cbs=cbs)
 
 def fit(learn, recipe=RECIPE, **kwargs):
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe(recipe, seed=5, **kwargs)
@@ -112,7 +113,7 @@ def broken_off(screen, folder, epoch, recipe=TWO, cbs=list, made=make, **kwargs)
     return a, fit(new(), recipe, folder=folder, resume=True)
 
 CARRIED = dict(
-    ema=dict(cbs=lambda: [EMA(.9)]), teacher=dict(cbs=lambda: [MeanTeacher(.9)]),
+    channels=dict(cbs=lambda: [ChannelSampling()], stem='bag'), ema=dict(cbs=lambda: [EMA(.9)]), teacher=dict(cbs=lambda: [MeanTeacher(.9)]),
     reversal=dict(cbs=lambda: [GradientReversal(hidden=8)], batch_by='experiment', batch_groups=2),
     wasserstein=dict(cbs=lambda: [SlicedWasserstein(directions=4)], batch_by='experiment', batch_groups=2),
     lisa=dict(cbs=lambda: [LISA(same=.7)], batch_by='pairs'), contrast=dict(cbs=lambda: [Contrast(), MixStyle()], batch_by='pairs'),

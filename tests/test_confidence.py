@@ -199,7 +199,7 @@ def test_the_command_writes_what_the_function_returns(tmp_path, files, screen, c
     ('{d}/sure.csv {d}/none.csv {s} {d}/HUVEC-01.csv', 'none.csv: write predictions'),
     ('{d}/sure.txt {d}/new.csv {s} {d}/HUVEC-01.csv', 'let OUT end in .csv'),
     ('{d}/new.csv {d}/new.csv {s} {d}/HUVEC-01.csv', 'over what it is made from'),
-    ('{d}/HUVEC-02.csv {d}/new.csv {s} {d}/HUVEC-01.csv', 'HUVEC-02.csv would be overwritten and is something else'),
+    ('{d}/HUVEC-02.csv {d}/new.csv {s} {d}/HUVEC-01.csv', 'HUVEC-02.csv would be overwritten'),
     ('{d}/sure.csv {d}/HUVEC-01.csv {s} {d}/HUVEC-01.csv', 'would be memory'),
     ('{d}/sure.csv {d}/HUVEC-01.csv {s} {d}/new.csv', 'are there for testing, so labels of them only judge'),
     ('{d}/sure.csv {d}/new.csv {s} {d}/HUVEC-01.csv {d}/HUVEC-01.csv', 'was held out twice'),
@@ -217,6 +217,21 @@ def test_predictions_that_were_made_in_different_ways_are_not_compared(tmp_path,
     x, y = write(tmp_path, 'x', ASKED, **{key: a}), write(tmp_path, 'y', HELD[0], **{key: b})
     refused(lambda: confidence_files(tmp_path/'o.csv', x, Screen(TABLE, None), y), f'with {key} {a}', f'with {b}: predict both in one way')
 
+ABOUT = dict(fingerprint='1', arch='resnet18', recipe='demo', channels=['DNA', 'ER'], size=64, norm='own', training_rows='a')
+
+@pytest.mark.parametrize('key, other, words', [('arch', 'resnet50', 'arch (resnet18, resnet50)'), ('recipe', 'rcic117', 'recipe (demo, rcic117)'), ('channels', ['DNA'], 'channels (DNA, ER, DNA)'), ('size', None, 'size (64, as stored)')])
+def test_predictions_of_models_that_were_built_differently_are_not_compared(tmp_path, key, other, words):
+    x, y = write(tmp_path, 'x', ASKED, made_by=ABOUT), write(tmp_path, 'y', HELD[0], made_by={**ABOUT, 'fingerprint': '2', key: other})
+    refused(lambda: confidence_files(tmp_path/'o.csv', x, Screen(TABLE, None), y), f'models that differ in {words}')
+    x, y = (write(tmp_path, n, t, cell_types=dict(RPE=dict(made_by=m))) for n, t, m in (('x', ASKED, ABOUT), ('y', HELD[0], {**ABOUT, key: other})))
+    refused(lambda: confidence_files(tmp_path/'o.csv', x, Screen(TABLE, None), y), f'models that differ in {words}')
+
+def test_models_of_other_folds_are_compared_and_those_of_other_wells_with_a_note(tmp_path):
+    x, y = write(tmp_path, 'x', ASKED, made_by=ABOUT), write(tmp_path, 'y', HELD[0], made_by={**ABOUT, 'fingerprint': '2'})
+    assert not any('another table' in n for n in confidence_files(tmp_path/'o.csv', x, Screen(TABLE, None), y)[1].notes)
+    write(tmp_path, 'y', HELD[0], made_by={**ABOUT, 'training_rows': 'b'})
+    assert any('was trained on another table of wells' in n for n in confidence_files(tmp_path/'o.csv', x, Screen(TABLE, None), y)[1].notes)
+
 def test_without_scores_it_says_so(tmp_path, files):
     scores_path(files[0]).unlink()
     refused(lambda: confidence_files(tmp_path/'o.csv', files[0], Screen(TABLE, None), *files[1:]), 'new.scores.parquet: predict again and keep the scores')
@@ -224,7 +239,7 @@ def test_without_scores_it_says_so(tmp_path, files):
 @pytest.mark.parametrize('name, text', [('mine.csv', 'well,chance,comment\n1,2,3\n'), ('mine.json', '{"temperature": 37, "notes": "of the incubator"}')])
 def test_files_of_others_stay(tmp_path, files, name, text):
     (tmp_path/name).write_text(text)
-    refused(lambda: confidence_files(tmp_path/'mine.csv', files[0], Screen(TABLE, None), *files[1:]), f'{name} would be overwritten and is something else')
+    refused(lambda: confidence_files(tmp_path/'mine.csv', files[0], Screen(TABLE, None), *files[1:]), f'{name} would be overwritten')
     assert (tmp_path/name).read_text() == text
 
 def test_what_is_known_of_the_held_out_answers_is_passed_on(tmp_path, files):

@@ -398,6 +398,29 @@ def test_search_finds_wells(made, tab, typed):
 
 
 @browses
+def test_a_search_for_a_perturbation_says_what_it_counted(made, tab):
+    "All wells of it and those that were named so; a longer name that holds its name is another"
+    wells, d, page = made[0].wells, made[2].data, tab()
+    page.fill('#search', HOSTILE[1])
+    p, code = d['predictions'][0], d['labels'].index(HOSTILE[1])
+    mine = {w for w, t in enumerate(d['wells']['truth']) if t == code}
+    named = {w for w, l in zip(p['wells'], p['label']) if l == code} - mine
+    assert page.inner_text('#count') == f'{len(mine | named)} of {len(wells)} wells: {len(mine)} are {HOSTILE[1]}, {len(named)} more named so'
+    page.fill('#search', 'treatment')                  # a text of the table
+    assert page.inner_text('#count') == f"{(wells.well_type == 'treatment').sum()} of {len(wells)} wells"
+
+
+def test_a_note_is_said_once_and_the_wells_that_were_named_are_counted(made, capsys):
+    screen, model, page, _ = made
+    new = screen[screen.table[screen.table.experiment.isin(['HUVEC-17', 'HUVEC-18'])].assign(dataset='train')]
+    page = explore(model, new, protocol=['inductive', 'adapted'], side=0, umap='no', tta=1, progress=False)
+    assert capsys.readouterr().err.count('no experiment is marked as test') == 1
+    one = explore(model, screen, experiments='HUVEC-17', side=0, umap='no', tta=1, progress=False)
+    n = (screen.wells.experiment.eq('HUVEC-17') & screen.wells.well_type.eq('treatment')).sum()
+    assert f'{len(screen.wells)} wells ({n} of them named)' in one.about
+
+
+@browses
 def test_filters_are_shared_and_kept_in_the_address(made, preds, tab):
     page, pred = tab(), preds['inductive']
     truth = made[0].wells.set_index('well_id').sirna[pred.id_code].to_numpy()

@@ -153,6 +153,6 @@ def test_embedding_looks_at_each_row_a_few_times(wide, monkeypatch, norm):
     plan = E._plan(wide.reset_index(drop=True), 'plate', 32, 2048)
     begun = time.process_time()
     options = E.EmbedOptions(tta=1, mask=(), adapt='plate', adapt_rows=wide, stat_rows=wide, progress=False)
-    done = E._features(torch.nn.Linear(1, 1), spec, Screen(wide, None), plan, list(range(len(plan))), options)
+    done = E.embed_features(torch.nn.Linear(1, 1), spec, Screen(wide, None), plan, list(range(len(plan))), options)
     assert sum(len(x) for _, x in done) == len(wide) and looked.n <= 4*len(wide)
     assert time.process_time() - begun < 3

@@ -89,9 +89,9 @@ def test_tables_of_files(tmp_path, kind):
     assert (got.well_type == 'negative_control').tolist() == [w in WORDS for w in NAMES]
 
 def test_tables_of_wells(tmp_path):
-    from rcic_fastai.screen.plates import _read_wells
+    from rcic_fastai.screen.plates import read_wells
     write_csv(pd.DataFrame(dict(plate=[*WORDS, 'P', 'Q'], well=WELLS, sirna=NAMES, dose=NAMES)), tmp_path/'wells.csv')
-    w, _ = _read_wells(tmp_path/'wells.csv')
+    w, _ = read_wells(tmp_path/'wells.csv')
     same(w.sirna)
     same(w.dose)
     same(w.plate, [*WORDS, 'P', 'Q'])

@@ -71,3 +71,13 @@ def test_no_function_is_written_twice():
 @pytest.mark.parametrize('call,home', [('sched_getaffinity', 'core.py'), ('os.cpu_count', 'core.py')])
 def test_what_core_has_is_not_called_elsewhere(call, home):
     assert {f.name for f in MODULES if call in f.read_text(encoding='utf-8')} == {home}
+
+
+def test_no_module_imports_a_private_name_of_another():
+    "What another module needs is public, or at home there"
+    found = []
+    for f in MODULES:
+        for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+            if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('rcic_fastai')): continue
+            found += [f'{f.name}: {node.module}.{a.name}' for a in node.names if a.name.startswith('_') and not a.name.startswith('__')]
+    assert found == []

@@ -488,7 +488,7 @@ def shell_lines(text):
 def test_shell_commands_of_notebooks_are_understood():
     "Those that stand in the text of a notebook, as a line of their own"
     from rcic_fastai import cli
-    functions, seen = {**cli._commands(), 'rcic_simulate': cli.simulate, 'rcic_demo': cli.demo, 'rcic_ensemble': cli.ensemble, 'rcic_confidence': cli.confidence, 'rcic_download': cli.download,
+    functions, seen = {**cli._commands(), 'rcic_simulate': cli.simulate, 'rcic_demo': cli.demo, 'rcic_ensemble': cli.ensemble, 'rcic_confidence': cli.confidence, 'rcic_drift': cli.drift, 'rcic_download': cli.download,
                        'rcic_embed': cli.embed, 'rcic_hits': cli.hits, 'rcic_report': cli.report, 'rcic_explore': cli.explore_screen, 'rcic_show': cli.show}, 0
     for nb in NOTEBOOKS:
         for name, *arguments in [w for c in cells(nb) if c['cell_type'] == 'markdown' for w in shell_lines(''.join(c['source']))]:

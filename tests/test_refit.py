@@ -188,6 +188,13 @@ def test_what_is_trained_again_learns_what_the_table_marks_as_val(marked, here, 
         assert 'HUVEC-03' not in [*model.trained, *model.config['held_out']] and 'HUVEC-03 is marked as val in the table, so neither learned nor' in capsys.readouterr().out
 
 
+def test_folds_of_cell_types_learn_what_the_table_marks_as_val(marked, here, capsys):
+    "As those of one model do: nothing is left aside"
+    models = learned(marked, here, 'val_cells', folds=3, fold=1, cell_types='each').models
+    assert 'is marked as val' not in capsys.readouterr().out
+    assert sorted([*models['HUVEC'].trained, *models['HUVEC'].config['held_out']]) == ['HUVEC-01', 'HUVEC-02', 'HUVEC-03']
+
+
 def test_corrected_labels_are_another_training(here, monkeypatch):
     "Also where they are in a column of their own: two columns of the same labels, in other wells"
     s = open_screen(here/'s.zarr')

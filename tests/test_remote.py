@@ -346,3 +346,28 @@ def test_absent_files_are_named(far, tmp_path, lists, capsys):
 def test_a_dry_run_reads_no_more_than_it_says(far, capsys):
     assert cli.rcic_pack([str(far.folder/'load_data.csv'), 'x.zarr', '--dry-run']) == 0
     assert 'pictures: 6 sites of 24×24 px, 16 bits, 2 channels (DNA, ER)' in capsys.readouterr().out
+
+# ---- what is read is what was named, in one version
+
+def test_a_key_is_kept_byte_for_byte():
+    for text in ('s3://b/a//b', 's3://b/a/./b', 's3://b//a', r's3://b/a\b', 'gs://b/a///b.tif'):
+        assert str(as_path(text)) == text and str(as_path(as_path(text))) == text, text
+    assert str(as_path('s3://b/a')/'c//d.tif') == 's3://b/a/c//d.tif' and str(as_path('s3://b/a//b').parent) == 's3://b/a/'
+    assert str(pickle.loads(pickle.dumps(as_path('s3://b/a//b')))) == 's3://b/a//b'
+
+@needs_obstore
+def test_another_key_is_never_read_instead(far):
+    (far.folder/'bucket/a').mkdir()
+    (far.folder/'bucket/a/b.txt').write_bytes(b'of another key')
+    for key in ('a//b.txt', 'a/./b.txt', '/a/b.txt'): refused(lambda: read_remote(f's3://bucket/{key}'), 'empty or dotted part')
+    assert read_remote('s3://bucket/a/b.txt') == b'of another key'
+
+@needs_obstore
+@pytest.mark.parametrize('size', [8, 12])
+def test_parts_of_two_versions_are_not_mixed(far, size):
+    f = far.folder/'bucket/parts.bin'
+    f.write_bytes(b'a'*8)
+    file = RemoteFile('s3://bucket/parts.bin')
+    assert file[0:4] == b'aaaa'
+    f.write_bytes(b'b'*size)
+    refused(lambda: file[4:8], 'parts.bin changed while it was read')

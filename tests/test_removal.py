@@ -251,7 +251,7 @@ def test_the_archive_of_the_user(tmp_path, monkeypatch, ours):
 def test_files_beside_predictions(tmp_path, name, tops):
     pred = pd.DataFrame(dict(id_code=['a'], sirna=['s'], protocol='inductive', **(dict(top_1='s') if tops else {})))
     (tmp_path/name).write_text('{"mine": 1}')
-    with pytest.raises(ScreenError, match=f'{re.escape(name)} would be overwritten and is not'): write_predictions(pred, tmp_path/'p.csv')
+    with pytest.raises(ScreenError, match=f'{re.escape(name)} would be overwritten'): write_predictions(pred, tmp_path/'p.csv')
     assert (tmp_path/name).read_text() == '{"mine": 1}' and not (tmp_path/'p.csv').exists()
     write_predictions(pred, tmp_path/'q.csv'); write_predictions(pred, tmp_path/'q.csv')
 
@@ -262,10 +262,10 @@ def test_files_beside_a_report(tmp_path):
 
 # The source
 
-REMOVERS = {'core.py': {'remove', 'remove_empty', 'unmark', 'write_atomic', '_remove_stale', '_put_lock', 'release'},
+REMOVERS = {'core.py': {'remove', 'remove_empty', 'unmark', '_temporary', '_remove_stale', '_put_lock', 'release'},
             'screen/download.py': {'_forget', '_receive', '_remove_fetched'}, 'screen/pack.py': {'_finish', '_name'},
-            'predict/predict.py': {'answers', 'write_predictions'}, 'predict/plan.py': {'_drop_cells'}, 'folder.py': {'save'}, 'workflow.py': {'_several_in'},
-            'results/confidence.py': {'write'}, 'results/export.py': {'_write_all'}}      # records of their own, looked at before
+            'predict/predict.py': {'write_predictions'}, 'predict/plan.py': {'_drop_cells'}, 'folder.py': {'save'}, 'workflow.py': {'_several_in'},
+            'results/export.py': {'_write_all'}}      # records of their own, looked at before
 
 def removals(path):
     "(function, what it calls) of each call that removes something"

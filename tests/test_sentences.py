@@ -10,10 +10,10 @@ from rcic_fastai.core import ScreenError, as_command, option
 ROOT = Path(rcic_fastai.__file__).parent
 # Functions that no command calls, or whose arguments are those of steps that a command chooses for itself: Python is their only route
 PYTHON_ONLY = {'batch/augment.py', 'embed/correct.py', 'embed/metrics.py', 'embed/table.py', 'embed/plots.py', 'predict/assign.py', 'predict/pseudo.py',
-               'train/controls.py', 'train/cutmix.py', 'train/domain.py', 'results/report.py', 'results/plots.py', 'results/evaluate.py', 'results/wilds.py', 'results/submission.py', 'screen/look.py',
+               'train/channels.py', 'train/controls.py', 'train/cutmix.py', 'train/domain.py', 'results/report.py', 'results/plots.py', 'results/evaluate.py', 'results/wilds.py', 'results/submission.py', 'screen/look.py',
                'showdoc.py', '_modidx.py'}
 COMMAND_OF = dict(screen='rcic_pack', batch='rcic_train', train='rcic_train', model='rcic_train', predict='rcic_predict', embed='rcic_predict')
-OPTIONS = {name: cli._options(f) for name, f in {**cli._commands(), 'rcic_ensemble': cli.ensemble, 'rcic_confidence': cli.confidence}.items()}
+OPTIONS = {name: cli._options(f) for name, f in {**cli._commands(), 'rcic_ensemble': cli.ensemble, 'rcic_confidence': cli.confidence, 'rcic_drift': cli.drift}.items()}
 ANY = {k for o in [*OPTIONS.values(), cli._options(cli.explore_screen)] for k in o}
 
 def sources():
@@ -61,7 +61,7 @@ def test_the_test_sees_what_it_looks_for():
 
 def test_every_argument_that_is_named_is_an_option():
     "Of the command that says it or, where another is meant, of any"
-    python_only = {'views', 'adapt_rows', 'stem', 'arch_args', 'label_smoothing', 'classifier', 'sites_join', 'n_sites', 'loss', 'norm_stats', 'separate', 'with_controls', 'batch_groups', 'lr', 'opt', 'schedule', 'augs', 'rare', 'several', 'private', 'restrict_cell_type', 'n_boot'}
+    python_only = {'views', 'adapt_rows', 'stem', 'input_bn', 'arch_args', 'label_smoothing', 'classifier', 'sites_join', 'n_sites', 'loss', 'norm_stats', 'separate', 'with_controls', 'batch_groups', 'lr', 'opt', 'schedule', 'augs', 'rare', 'several', 'private', 'restrict_cell_type', 'n_boot'}
     found = []
     for name, tree in sources():
         home = COMMAND_OF.get(name.split('/')[0])

@@ -36,7 +36,28 @@ def test_shards_end_with_the_bytes_of_the_whole_run(made, tmp_path, how, capsys)
     assert 'when all are, the same command without --shard' in said
     assert embed(made, tmp_path/'a.parquet', *how) == 0          # makes what the second one has not
     assert (tmp_path/'a.parquet').read_bytes() == whole
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.parquet', 'whole.parquet']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.parquet', 'a.parquet.json', 'whole.parquet', 'whole.parquet.json']
+
+def test_a_shard_after_the_merge_leaves_nothing(made, tmp_path, capsys):
+    assert embed(made, tmp_path/'a.parquet') == 0
+    was = (tmp_path/'a.parquet').read_bytes()
+    assert embed(made, tmp_path/'a.parquet', '--shard', '1/2') == 2 and 'is there already' in capsys.readouterr().err
+    assert (tmp_path/'a.parquet').read_bytes() == was and not (tmp_path/'a.parquet.part').exists()
+
+@pytest.mark.parametrize('when', [0, 1])
+def test_a_shard_during_the_merge_leaves_nothing(made, tmp_path, capsys, monkeypatch, when):
+    "Another run puts all together, and removes the folder, while this one makes a part"
+    from rcic_fastai.predict import profiles as P
+    real = P.embed_features
+    def slow(*args):
+        for n, made_part in enumerate(real(*args)):
+            if n == when:
+                P.PARTS_FOLDER.remove(tmp_path/'a.parquet.part')
+                (tmp_path/'a.parquet').write_bytes(b'put together')
+            yield made_part
+    monkeypatch.setattr(P, 'embed_features', slow)
+    assert embed(made, tmp_path/'a.parquet', '--shard', '1/2') == 0 and 'not needed any more' in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.parquet']
 
 def test_a_shard_that_runs_twice_at_once(made, tmp_path):
     assert embed(made, tmp_path/'whole.csv') == 0

@@ -8,7 +8,7 @@ __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'T
            'check_spelling', 'check_one_label', 'LabelRow', 'MultiLabelBlock', 'control_plates_note', 'check_id_test',
            'ScreenSpec', 'GroupCategorize', 'statistics_rows', 'whole_groups', 'screen_block', 'ScreenLoaders',
            'rarest_label', 'split_images', 'plate_name', 'held_plates', 'split_rows', 'all_to_train', 'rare_weights',
-           'screen_dls', 'channels_note', 'spec_source', 'spec_dl']
+           'screen_dls', 'channels_note', 'spec_source', 'narrowed_spec', 'spec_dl']
 
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
 import re, warnings
@@ -695,9 +695,13 @@ def channels_note(
     source, # Image source
 )->str: # A sentence; empty where the channels are the same
     "Return which channels of a source a model reads, where it has others or another order"
-    if list(source.channels) == list(spec.channels): return ''
-    return (f'The screen has the channels {", ".join(source.channels)}, '
-            f'and the model reads {", ".join(spec.channels)} of them, by name.')
+    have, want = list(source.channels), list(spec.channels)
+    if have == want: return ''
+    if lacks := [c for c in want if c not in have]:
+        known = first_few([c for c in want if c in have], 16)
+        return (f'The screen lacks {first_few(lacks)}: the model answers from {known}, by name, '
+                'with less to go by than in training.')
+    return f'The screen has the channels {", ".join(have)}, and the model reads {", ".join(want)} of them, by name.'
 
 # %% ../../nbs/13_batch.data.ipynb #5685cb47
 def spec_source(
@@ -714,6 +718,24 @@ def spec_source(
         raise ScreenError(f'The model was trained on {spec.bits}-bit images and the screen has '
                           f'{source.dtype.itemsize*8}-bit ones: convert them, or train on this screen.')
     return picked_source(source, want)
+
+# %% ../../nbs/13_batch.data.ipynb #78e9c6ec
+def narrowed_spec(
+    spec:ScreenSpec, # What the model was trained on
+    source, # Image source
+)->ScreenSpec: # With the channels that the source has, in the order of the model
+    "Return a spec without the channels that a source lacks; a `ScreenError` where one may have another name"
+    have, want = list(source.channels), list(spec.channels)
+    at = [i for i, c in enumerate(want) if c in have]
+    lacks, odd = [c for c in want if c not in have], [c for c in have if c not in want]
+    if lacks and odd:
+        raise ScreenError(f'The screen lacks {first_few(lacks)} and has {first_few(odd)}, '
+                          'which the model does not know: if they are the same stains, '
+                          f'pack it with the names of the model, as {option("channels", f"{lacks[0]}={odd[0]}")}; '
+                          'if not, pack or pick the other channels only.')
+    if not lacks: return spec
+    stats = {k: [v[i] for i in at] for k in ('norm_mean', 'norm_std') if (v := getattr(spec, k)) is not None}
+    return replace(spec, channels=[want[i] for i in at], **stats)
 
 # %% ../../nbs/13_batch.data.ipynb #bfccb76f
 def spec_dl(

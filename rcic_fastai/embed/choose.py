@@ -15,7 +15,6 @@ from .protocol import *
 from .table import *
 from .index import *
 from .correct import *
-from .correct import _correction
 from .metrics import *
 
 # %% ../../nbs/44b_embed.choose.ipynb #58ebf9ea
@@ -29,10 +28,13 @@ CANDIDATES = {
 
 def candidate_table(
     candidates:dict=None, # {name: (method, options)}; `None`: all of `CANDIDATES`
-)->pd.DataFrame: # candidate, method, protocol
+)->pd.DataFrame: # candidate, method, protocol, measures (of a new batch)
     "Return what each candidate uses of the batch that it corrects"
-    rows = [(k, m or 'no', (Protocol.inductive if m is None else _correction(m, o).protocol).value) for k, (m, o) in (candidates or CANDIDATES).items()]
-    return pd.DataFrame(rows, columns=['candidate', 'method', 'protocol'])
+    rows = []
+    for k, (m, o) in (candidates or CANDIDATES).items():
+        fix = None if m is None else new_correction(m, o)
+        rows.append((k, m or 'no', *((Protocol.inductive.value, 'nothing') if fix is None else (fix.protocol.value, fix.measures))))
+    return pd.DataFrame(rows, columns=['candidate', 'method', 'protocol', 'measures'])
 
 # %% ../../nbs/44b_embed.choose.ipynb #650230b6
 def corrected_tables(
@@ -43,7 +45,7 @@ def corrected_tables(
 )->tuple: # Both, corrected
     "Correct two tables; what is learned comes from the first"
     if method is None: return known, new
-    fix = _correction(method, options).fit(known)
+    fix = new_correction(method, options).fit(known)
     return fix.transform(known), fix.transform(new)
 
 def _treated(emb, target):
@@ -89,14 +91,14 @@ def try_corrections(
     candidates:dict=None, # {name: (method, options)}; `None`: all of `CANDIDATES`
     most:int=200, # Wells of a batch that look
     seed:int=0, # Which ones
-)->pd.DataFrame: # One row per candidate: candidate, method, protocol, retrieval, gain over none, why (empty, or why it cannot be had), and one column per batch
+)->pd.DataFrame: # One row per candidate: candidate, method, protocol, measures (of a new batch), retrieval, gain over none, why (empty, or why it cannot be had), and one column per batch
     "Score corrections on training batches, each left out once"
     candidates, rows = candidates or CANDIDATES, []
     for method, options in candidates.values():
         scores, why = _scores(emb, target, method, options, most, seed)
         rows.append(dict(retrieval=np.nanmean(list(scores.values())) if scores and not np.isnan(list(scores.values())).all() else np.nan, why=why, **scores))
     t = pd.concat([candidate_table(candidates), pd.DataFrame(rows)], axis=1)
-    t.insert(4, 'gain', t.retrieval - t.retrieval[t.candidate == 'no'].sum())
+    t.insert(5, 'gain', t.retrieval - t.retrieval[t.candidate == 'no'].sum())
     return t
 
 # %% ../../nbs/44b_embed.choose.ipynb #735a4518
@@ -147,7 +149,7 @@ def choose_correction(
     name = best.candidate if best.gain > .005 else 'no'
     method, options = (candidates or CANDIDATES)[name]
     others = t[(t.candidate != name) & t.retrieval.notna()].sort_values('retrieval', ascending=False).head(2)
-    said = f'The correction {name} was chosen' if method else 'No correction was chosen'
+    said = f'The correction {name} was chosen, which measures {best.measures}' if method else 'No correction was chosen'
     mine = t.set_index('candidate').retrieval[name]
     beside = ', '.join(f'{o.candidate} {o.retrieval:.3f}' for o in others.itertuples())
     notes = [f'{said}: leaving out one training batch at a time, it finds the same {target} in the others with a mean average precision of {mine:.3f} ({beside}).']

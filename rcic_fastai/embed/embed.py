@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALED_VIEWS', 'OUTPUTS', 'PARTS_FOLDER', 'scaled_view', 'eval_mode', 'check_tta', 'EmbedOptions', 'embed_dl',
-           'adaptation_notes', 'weights_fingerprint', 'model_fingerprint', 'EmbeddingParts', 'embed_parts',
-           'embed_screen']
+           'adaptation_notes', 'embed_features', 'weights_fingerprint', 'model_fingerprint', 'EmbeddingParts',
+           'for_source', 'embed_parts', 'embed_screen']
 
 # %% ../../nbs/41_embed.embed.ipynb #82831b30
 import hashlib, json, sys
@@ -17,7 +17,7 @@ from ..screen.tables import *
 from ..screen.images import *
 from ..batch.augment import *
 from ..batch.data import *
-from ..model.model import EXTRA
+from ..model.model import EXTRA, is_adaptive, with_channels
 from ..model.batchnorm import *
 from ..train.learner import *
 from ..train.distributed import *
@@ -104,7 +104,7 @@ class EmbedOptions:
     part:int=2048 # Samples per part
     trained:tuple=None # Experiments that were trained on; `None`: those in the vocabulary of the `ScreenSpec`
     share:tuple=(0, 1) # With a folder: which share of the parts is made, from 0, and how many shares there are
-    maker:callable=None # What makes parts, as `_features` does; `None`: this process
+    maker:callable=None # What makes parts, as `embed_features` does; `None`: this process
 
     def __post_init__(self):
         check_tta(self.tta, self.views)
@@ -257,7 +257,14 @@ def _ticks(plan, todo, o):
     return lambda: next(bar, None)
 
 # %% ../../nbs/41_embed.embed.ipynb #94d30672
-def _features(model, spec, screen, plan, todo, o):
+def embed_features(
+    model, # A `ScreenModel`
+    spec:ScreenSpec, # How sites become batches
+    screen:Screen, # What is embedded
+    plan:list, # Its parts
+    todo:list, # Numbers of the parts to make
+    o:EmbedOptions, # How
+):
     "Yield (number, float32 [N,D]) of the parts `todo`, one after the other"
     rows = _RowsOf(spec, screen.table, o)
     fixed = dict(bs=o.bs, mask=o.mask, num_workers=o.num_workers, device=next(model.parameters()).device)
@@ -419,6 +426,17 @@ def _parts_facts(model, spec, screen, o):
                 pictures=_of_source(screen.source, screen.table), mask=sorted(o.mask), device=next(model.parameters()).device.type,
                 torch=torch.__version__, **of_rows, **same)
 
+# %% ../../nbs/41_embed.embed.ipynb #291a7e27
+def for_source(
+    model, # A `ScreenModel`
+    spec:ScreenSpec, # How sites become batches, with the channels that it was trained on
+    source, # Image source
+)->tuple: # (model, spec); the same where nothing is lacking, or nothing can lack
+    "Return a model and its spec as they read the channels that a source has"
+    narrow = narrowed_spec(spec, source) if is_adaptive(model) else spec
+    if narrow.channels == spec.channels: return model, spec
+    return with_channels(model, [spec.channels.index(c) for c in narrow.channels]), narrow
+
 # %% ../../nbs/41_embed.embed.ipynb #0ea5acd0
 def _share(o):
     "Return the number of this process's share of the parts, from 0, and how many shares there are"
@@ -427,6 +445,7 @@ def _share(o):
 
 def _make_parts(folder, model, spec, screen, o):
     "Embed the parts that are not in the folder yet; of several shares and processes each makes its own"
+    model, spec = for_source(model, spec, screen.source)
     samples, plan = _planned(model, spec, screen.table, o)
     o = _of_whole_groups(spec, screen, o)
     parts = EmbeddingParts(folder, samples, spec, plan)
@@ -437,12 +456,11 @@ def _make_parts(folder, model, spec, screen, o):
     if o.progress and not rank_world()[0] and len(lacking) < len(plan):
         print(f'{folder}: {len(plan) - len(lacking)} of {len(plan)} parts are there already')
     todo = [i for i in lacking if (plan[i].number if o.adapt else i) % shares == mine]
-    make = o.maker or _features
+    make = o.maker or embed_features
     for i, x in make(model, spec, screen, plan, todo, replace(o, progress=o.progress and not rank_world()[0])):
         begin()
         _write_part(parts, i, x)
     return parts
-
 
 # %% ../../nbs/41_embed.embed.ipynb #adfc498e
 @delegates(EmbedOptions)
@@ -468,10 +486,11 @@ def embed_screen(
     "Embed the sites of a screen; `Metadata_protocol` says what was used of their own batch"
     if folder is None:
         o = EmbedOptions(**kwargs)
+        model, spec = for_source(model, spec, screen.source)
         samples, plan = _planned(model, spec, screen.table, o)
         o = _of_whole_groups(spec, screen, o)
         parts = EmbeddingParts(None, samples, spec, plan)
-        done = _features(model, spec, screen, plan, list(range(len(plan))), o)
+        done = embed_features(model, spec, screen, plan, list(range(len(plan))), o)
     else:
         parts = embed_parts(folder, model, spec, screen, **kwargs)
         done = ((i, parts.features(i)) for i in range(len(parts)))

@@ -10,6 +10,7 @@ __all__ = ['MEASURES', 'HIT_CANDIDATES', 'target_columns', 'screened_wells', 'co
 # %% ../../nbs/45_embed.hits.ipynb #4a4314c8
 from pathlib import Path
 import re
+from functools import partial
 import numpy as np, pandas as pd
 from fastprogress.fastprogress import progress_bar
 import matplotlib.pyplot as plt
@@ -22,7 +23,6 @@ from .plots import *
 from .correct import *
 from .metrics import *
 from .choose import *
-from .metrics import _codes, _energy_null, _floor, _n_null, _p_value
 
 # %% ../../nbs/45_embed.hits.ipynb #c2259910
 _DOSES = ('dose', 'concentration', 'conc', 'dose_um', 'concentration_um', 'mmoles_per_liter', 'pert_dose')
@@ -106,7 +106,7 @@ def _compared(emb, names):
                           f'{first_few([c for c in names if pd.isna(m.loc[gap.argmax(), c])])}: '
                           'fill it in or leave it out.')
     m = m.assign(experiment=m.experiment.astype(str), plate=m.plate.astype(str))
-    code, _ = _codes(m, ['experiment', 'plate'])
+    code, _ = group_codes(m, ['experiment', 'plate'])
     order = np.lexsort([m.well_id.astype(str), code])
     return m.assign(is_control=is_control, plate_code=code).iloc[order].reset_index(drop=True), x[order]
 
@@ -151,7 +151,7 @@ def _map_null(x, plate, treated, n_null, seed):
     return total[0]/n, np.nan, total[1:]/n
 
 # %% ../../nbs/45_embed.hits.ipynb #6a3d6098
-MEASURES = dict(energy=_energy_null, map=_map_null)
+MEASURES = dict(energy=energy_null, map=_map_null)
 
 def activity(
     x, # [N, D], wells of one perturbation and the controls of its plates, sorted by plate
@@ -164,11 +164,11 @@ def activity(
     "Measure how far the wells of a perturbation are from the controls of the same plates"
     check_choice('measure', measure, MEASURES)
     x = x - pd.DataFrame(x).groupby(plate).transform('mean').to_numpy()
-    seen, _, null = MEASURES[measure](x, plate, treated, _n_null(n_null), seed)
+    seen, _, null = MEASURES[measure](x, plate, treated, checked_n_null(n_null), seed)
     size = np.unique(plate, return_counts=True)[1]
     taken = pd.Series(treated).groupby(plate).sum().to_numpy()
-    floor = _floor(taken, size, n_null, symmetric=measure == 'energy')
-    return dict(activity=seen, null=null.mean(), p=float(_p_value(seen, null)), floor=floor)
+    floor = least_p(taken, size, n_null, symmetric=measure == 'energy')
+    return dict(activity=seen, null=null.mean(), p=float(p_value(seen, null)), floor=floor)
 
 # %% ../../nbs/45_embed.hits.ipynb #a96d4762
 def _finer(row, data, measure, n_null, needed, seed):
@@ -180,7 +180,7 @@ def _finer(row, data, measure, n_null, needed, seed):
 def _activities(m, x, names, measure, level, n_null, seed, progress):
     "Return one row per perturbation with two wells or more, and the perturbations with a single one"
     control, plate = m.is_control.to_numpy(), m.plate_code.to_numpy()
-    code, levels = _codes(m[~control], names)
+    code, levels = group_codes(m[~control], names)
     of = np.full(len(m), -1)
     of[~control] = code
     n, rows = np.bincount(code, minlength=len(levels)), []
@@ -202,7 +202,7 @@ def _consistencies(m, x, names, n_null, seed):
     "Return one row per perturbation: the columns `names`, consistency, consistency_p"
     x = x - pd.DataFrame(x).groupby(m.plate_code.to_numpy()).transform('mean').to_numpy()
     treated = ~m.is_control.to_numpy()
-    code, levels = _codes(m[treated], names)
+    code, levels = group_codes(m[treated], names)
     wells = m.loc[treated, ['well_id', 'experiment', 'plate']].assign(well_type='treatment', perturbation=code)
     treatments = make_emb_table(wells, x[treated])
     _, t = replicate_consistency(treatments, 'perturbation', 'well_id', n_null=n_null, seed=seed, progress=False)
@@ -241,9 +241,9 @@ def dose_trend(
     e = rankdata(effect)[order]
     plate = np.unique(np.asarray(plate)[order], return_inverse=True)[1]
     d, e = (d - d.mean())/d.std(), (e - e.mean())/max(e.std(), 1e-12)
-    shuffled = np.argsort(plate + np.random.default_rng(seed).random((_n_null(n_null), len(d))), axis=1)
+    shuffled = np.argsort(plate + np.random.default_rng(seed).random((checked_n_null(n_null), len(d))), axis=1)
     seen = float((d*e).mean())
-    return seen, float(_p_value(seen, (d[shuffled]*e).mean(1)))
+    return seen, float(p_value(seen, (d[shuffled]*e).mean(1)))
 
 # %% ../../nbs/45_embed.hits.ipynb #9d89a883
 def hill(dose, low, high, log_ec50, slope):
@@ -408,19 +408,14 @@ def _check_out(out):
     out = Path(out)
     if out.suffix.lower() not in ('.csv', '.parquet'):
         raise ScreenError(f'{out} is not the name of a table: let {option("out")} end in .csv or .parquet.')
-    if out.is_dir(): raise ScreenError(f'{out} is a folder: name a file to write.')
     files = out, out.with_suffix('.png'), out.with_suffix('.json')
-    taken = next((f for f in files if f.exists() or f.is_symlink()), None)
-    if taken and not _is_record(files[2]):
-        raise ScreenError(f'{taken} would be overwritten and is not of an earlier search for hits: '
-                          f'choose another name for {out.name}.')
+    check_replaceable(files[2], 'hits', *files[:2])
     return files
 
-def _is_record(path):
-    "Check that a file is the record that `write_hits` writes beside its table"
-    try: said = read_json(path, 2**24) if Path(path).is_file() and not Path(path).is_symlink() else {}
-    except ScreenError: return False
-    return {'target', 'measure', 'n_null', 'level'} <= {*said}
+def _write_table(table, path):
+    "Write hits as CSV or parquet"
+    if path.suffix.lower() == '.parquet': return table.to_parquet(path, index=False)
+    write_csv(table.assign(**{c: table[c].map(csv_text) for c in table if table[c].dtype == object}), path)
 
 # %% ../../nbs/45_embed.hits.ipynb #a07493c9
 def write_hits(
@@ -429,13 +424,10 @@ def write_hits(
 )->Path: # `out`
     "Write hits, a picture of them, and how they were found"
     out, picture, record = _check_out(out)
-    write_atomic(picture, lambda p: show_hits(hits).savefig(p, format='png'))
-    write_json(record, as_plain(hits.attrs), indent=1)
     table = pd.DataFrame(hits)
     table.attrs = {}
-    if out.suffix.lower() == '.csv':
-        return write_csv(table.assign(**{c: table[c].map(csv_text) for c in table if table[c].dtype == object}), out)
-    return write_atomic(out, lambda p: table.to_parquet(p, index=False))
+    write_recorded(record, 'hits', hits.attrs, dict(table=(out, partial(_write_table, table)), picture=(picture, lambda p: show_hits(hits).savefig(p, format='png'))))
+    return out
 
 # %% ../../nbs/45_embed.hits.ipynb #2ba36c72
 def _hits(m, x, names, dose, measure, level, n_null, seed, progress):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PIECE', 'EF_SEARCH', 'VOTES', 'DEPTH', 'TIE', 'INDEX_FORMAT', 'INDEX_FILES', 'checked_rows',
-           'EmbeddingIndex', 'stack_views', 'class_centroids', 'merge_wells']
+           'EmbeddingIndex', 'stack_views', 'class_centroids', 'merge_wells', 'written_before']
 
 # %% ../../nbs/42_embed.index.ipynb #91533f69
 import json, os, re
@@ -549,8 +549,11 @@ def save(self:EmbeddingIndex,
     write_json(folder/'index.json', {**info, 'sha256': json_hash(info)}, indent=1)
 
 # %% ../../nbs/42_embed.index.ipynb #228f1905
-def _written_before(path, form):
-    "The error for a file of format `form`, older than this version reads"
+def written_before(
+    path, # The file
+    form:int, # Its format
+)->ScreenError:
+    "Return the error for a file of format `form`, older than this version reads"
     return ScreenError(f'{path} was written by rcic_fastai 0.1 (format {form}): '
                        "open it with that version, pip install 'rcic_fastai==0.1.0'.")
 
@@ -574,7 +577,7 @@ def _index_info(path):
     form = info.get('format')
     if type(form) is int and form > INDEX_FORMAT:
         raise ScreenError(f'{path} was written by a newer rcic_fastai (format {form}): update the package.')
-    if type(form) is int and form < INDEX_FORMAT: raise _written_before(path, form)
+    if type(form) is int and form < INDEX_FORMAT: raise written_before(path, form)
     if type(form) is not int or not _is_index_info(info): raise copy_again(f'{path} is damaged')
     if info.get('sha256') != json_hash(info): raise copy_again(f'{path} was changed after it was saved')
     return info

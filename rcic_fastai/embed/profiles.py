@@ -11,7 +11,7 @@ import re
 import numpy as np, pandas as pd
 from ..core import *
 from ..screen.tables import *
-from ..screen.files import _facts
+from ..screen.files import row_facts
 from .table import *
 
 # %% ../../nbs/40b_embed.profiles.ipynb #af5a2cf6
@@ -147,7 +147,7 @@ def read_profiles(
     df = df[here]
     known = df[[c for c in df if _METADATA.match(str(c))]]
     found = usual_columns(known, columns, where)
-    t = _facts(known, found, where, control_kinds(controls), 'unknown', 'train', ())
+    t = row_facts(known, found, where, control_kinds(controls), 'unknown', 'train', ())
     if not found['experiment']: notes.append('No column names the experiment (batch), so each plate is taken for one.')
     used = [c for k in SITE_COLUMNS for c in found[k]]
     t = pd.concat([t, further_columns(known, used, SITE_COLUMNS)], axis=1)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from fastai.vision.all import *
 from ..core import *
 from ..train.distributed import *
-from .embed import _features
+from .embed import embed_features
 
 # %% ../../nbs/41b_embed.ray.ipynb #ra41b007
 def _ray():
@@ -44,7 +44,7 @@ class _Maker:
         (spec, screen, plan), rows = self.rest, []
         todo = [int(n) for n in ','.join(batch['parts']).split(',')]
         try:
-            for i, x in _features(self.model, spec, screen, plan, todo, self.o): rows.append((i, len(x), x.tobytes()))
+            for i, x in embed_features(self.model, spec, screen, plan, todo, self.o): rows.append((i, len(x), x.tobytes()))
         except ScreenError as e: rows.append((-1, 0, str(e).encode()))        # Ray would keep the text of an error only
         part, n, data = zip(*rows)
         return dict(part=np.array(part), n=np.array(n), data=np.array(data, object))

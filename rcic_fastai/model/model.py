@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['JOINS', 'PROVENANCE', 'EXTRA', 'PARTS', 'check_loss', 'check_target', 'ScreenModel', 'provenance', 'set_provenance',
-           'read_provenance', 'create_screen_model', 'part_modules', 'model_parts', 'hold_statistics', 'parts_table']
+           'read_provenance', 'create_screen_model', 'is_adaptive', 'with_channels', 'part_modules', 'model_parts',
+           'hold_statistics', 'parts_table']
 
 # %% ../../nbs/23_model.model.ipynb #92c02e17
 import json
+from copy import copy
 from functools import partial
 from pathlib import Path
 import torch, pandas as pd
 from torch import nn
 from fastcore.basics import patch
 from ..core import ScreenError, check_choice, option, parse_json, read_json, plural
-from .backbones import Backbone, create_backbone, read_weights, set_activation, set_momentum
+from .backbones import BAGS, Backbone, BagStem, create_backbone, read_weights, set_activation, set_momentum
 from .heads import (MetadataEmbedding, MetadataOneHot, create_classifier, create_neck, create_pool,
                                      unit_length)
 from .losses import loss_from_config
@@ -266,7 +268,7 @@ def create_screen_model(
     n_classes:int, # K, such as 1108, or 1139 with controls
     n_channels:int=6, # Channels of a picture, 1 to 16
     pretrained=None, # None, True, 'lite0', a weights file or a model folder, see `create_backbone`
-    stem:str='tile', # First convolution, see `create_backbone`: 'tile', 'copy', 'mean', 'fresh', 'project' or 'rgb'
+    stem:str='tile', # First convolution, see `create_backbone`: 'tile', 'copy', 'mean', 'fresh', 'project', 'rgb', 'bag' or 'tokens'
     metadata:dict=None, # Columns to embed → size of their vocabulary, the unknown entry at 0 included
     inputs:tuple=None, # Metadata columns in the order in which the batch gives them; None: those of `metadata`
     emb_dim:int=512, # Length of the embedding
@@ -293,6 +295,26 @@ def create_screen_model(
     return ScreenModel(backbone, n_classes, metadata, inputs, emb_dim=emb_dim, neck=neck, meta_dim=meta_dim,
                        meta_dropout=meta_dropout, dropout=dropout, loss=loss, use_metadata=use_metadata,
                        classifier=classifier, pool=pool, sites_join=sites_join, n_sites=n_sites, act=act)
+
+# %% ../../nbs/23_model.model.ipynb #a7b239fd
+def is_adaptive(
+    model, # A `ScreenModel`
+)->bool:
+    "Return whether a model can read some of its channels without the others"
+    return isinstance(model.stem, BagStem)
+
+def with_channels(
+    model:ScreenModel, # A model that `is_adaptive`
+    at, # Positions of channels among those that it was trained on, in the order of the pictures
+)->ScreenModel: # Shares its weights
+    "Return a model as it reads pictures of some of its channels"
+    n = model.n_channels
+    if not is_adaptive(model): raise ScreenError(f"The model reads {plural(n, 'channel')} together: give it all, or train one with {option('stem', 'bag')}.")
+    if not len(at) or len(set(at)) < len(at) or not set(at) <= set(range(n)): raise ScreenError(f'The positions {list(at)} are not some of {plural(n, "channel")}: give different ones from 0 to {n - 1}.')
+    new, stem = copy(model), copy(model.stem)
+    new._modules = {**model._modules, 'stem': stem}
+    stem.drawn, stem.at, new.n_channels = None, tuple(at if stem.at is None else (stem.at[i] for i in at)), len(at)
+    return new
 
 # %% ../../nbs/23_model.model.ipynb #011ea333
 PARTS = ('stem', 'body', 'metadata', 'neck', 'classifier')

@@ -11,7 +11,6 @@ from itertools import permutations
 import numpy as np, pandas as pd
 from ..core import *
 from ..screen.tables import *
-from ..screen.tables import _whole_numbers
 from ..embed.table import *
 from ..embed.index import *
 
@@ -56,7 +55,7 @@ def _plates(plates):
     "Return plates as whole numbers if all of them are, else as text"
     p = pd.Series(np.asarray(plates, dtype=object))
     if p.isna().any(): raise ScreenError(f'Well {p.isna().argmax()} has no plate: fill it in.')
-    return _whole_numbers(identifiers(p)).to_numpy()
+    return whole_numbers(identifiers(p)).to_numpy()
 
 def _grouped_plates(rows):
     "Return the plates of the labeled experiments with their groups, one row per plate, after checking them"

@@ -279,6 +279,11 @@ def _label_choices(model, protocol, given):
     merge = given.get('merge') or said.get('merge') or 'mean'
     return {**_OPEN, 'tta': tta, 'views': views, 'by': 'classifier', 'merge': merge, 'assign': 'no', 'adapt': given.get('adapt') or 'auto'}
 
+def _threshold_note(model, c):
+    "Report that several labels are answered by other views than those that their thresholds were chosen with"
+    if not model.spec.several or 'thresholds' not in model.config or c['tta'] == 1: return []
+    return [f'The thresholds were chosen with one view of each held-out image, and probabilities are the mean of {c["tta"]} views here: {option("tta", 1)} answers as they were chosen.']
+
 # %% ../../nbs/54_predict.plan.ipynb #d66f73b1
 @dataclass(frozen=True, eq=False)
 class PredictionPlan:
@@ -307,11 +312,14 @@ class PredictionPlan:
 # %% ../../nbs/54_predict.plan.ipynb #2058c06b
 _FROM_CONTROLS = 'BatchNorm statistics are of control wells here and of the wells that were trained on in the index: compare with {all}.'
 
-def _notes(model, asked, adapt, adapt_from):
-    "Return what users should read before they believe the answers"
-    notes = [*unknown_notes(model.spec, asked.table, INDUCTIVE_MASK), *model.screen_notes(asked)]
-    if adapt and adapt_from == 'controls': notes.append(_FROM_CONTROLS.format(all=option('adapt_from', 'all')))
-    return notes
+def _notes_on_search(way, everything, asked, spec, given):
+    "Return what users should read of how wells are named"
+    return [*_control_notes(way.index, everything.table, way.adapt), *_among_sites(given['cells'], way.index, spec, given['cell_merge']), *way.notes, *_size_note(way.index, asked.table, way.correct)]
+
+def _notes_on_wells(model, whole, asked, way, c, given):
+    "Return what users should read of the wells, before they believe the answers"
+    from_controls = [_FROM_CONTROLS.format(all=option('adapt_from', 'all'))] if way.adapt and given['adapt_from'] == 'controls' else []
+    return [*unknown_notes(model.spec, asked.table, INDUCTIVE_MASK), *model.screen_notes(asked), *from_controls, *_threshold_note(model, c), *_control_plates(whole, given['wells'])]
 
 def _control_plates(screen, wells):
     "Return a note of the test plates that are left out, if there are any"
@@ -389,7 +397,7 @@ def _chosen_here(model, rows, c, neck):
 
 def _recorded(model, name, asked, spec, c, given, chosen=''):
     "Return how a prediction is made, for the file beside it"
-    record = dict(model=str(model.folder or model.fingerprint), screen=str(name), **c, adapt_from=given['adapt_from'], wells=given['wells'],
+    record = dict(model=str(model.folder or model.fingerprint), made_by=model.about, screen=str(name), **c, adapt_from=given['adapt_from'], wells=given['wells'],
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=[], versions=library_versions())
     if note := ' '.join(filter(None, [validation_note(model.config), chosen])): record['validation'] = note
     if given['cells']: record.update(cells=str(given['cells']), cell_merge=given['cell_merge'], n_cells=len(asked), **{k: given[k] for k in CELL_OPTIONS})
@@ -448,6 +456,7 @@ def _way(model, protocol, c, given):
     adapt = _adaptation(model, protocol, c['adapt'], given['adapt_from'], c['correct'])
     correct, notes = _chosen_correction(model, adapt, c['correct'], given['wells'])
     index, correction = _index_for(model, adapt, protocol, correct, given['wells'], c['by'])
+    if correction and not notes: notes = [f'The correction {correct} measures {correction.measures}.']
     neck, searched = _chosen_neck(model, index, adapt, correct, c['search'])
     if neck != 'no': index = NeckIndex(index, neck)
     if adapt and given['bs'] < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
@@ -515,7 +524,7 @@ def plan_prediction(
     spec = model.spec_for(asked)
     check_protocol_allows(protocol, model.protocols(asked.table, way.adapt), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
     options, chosen = _embed_options(model, spec, c, way, everything, given), _chosen_here(model, asked.table, c, way.neck)
-    notes = left_out.first + _control_notes(way.index, everything.table, way.adapt) + _among_sites(cells, way.index, spec, cell_merge) + way.notes + [chosen]*bool(chosen) + _size_note(way.index, asked.table, way.correct) + _notes(model, asked, way.adapt, adapt_from) + _control_plates(whole, wells) + left_out.last
+    notes = [*left_out.first, *_notes_on_search(way, everything, asked, spec, given), *filter(None, [chosen]), *_notes_on_wells(model, whole, asked, way, c, given), *left_out.last]
     said = dict(correct=way.index.labels.correction.iloc[0] if way.correction else None, search=way.neck, notes=notes + adaptation_notes(spec, asked.table, way.adapt, options.adapt_rows))
     record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': way.adapt}, given, chosen), **said}
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
@@ -537,13 +546,6 @@ def nameable(
         if len(t): yield t
 
 # %% ../../nbs/54_predict.plan.ipynb #b6c24479
-def _check_parquet(name, path):
-    "Raise when a parquet file would have another ending, or be written over something that is none"
-    if path.suffix.lower() != '.parquet': raise ScreenError(f'{path} is not the name of a parquet file: let {name} end in .parquet.')
-    if not path.exists(): return
-    with open_plain(path, 2**40) as f: is_parquet = f.read(4) == b'PAR1'
-    if not is_parquet: raise ScreenError(f'{path} would be overwritten and is no parquet file: choose another name.')
-
 def check_outputs(
     out, # CSV to write
     scores:bool=False, # Whether scores are written beside it
@@ -557,10 +559,10 @@ def check_outputs(
         if f.is_dir(): raise ScreenError(f'{f} is a folder: name a file to write.')
         other = next((o for o in files if o != k and files[o].resolve() == f.resolve()), None)
         if other: raise ScreenError(f'{f} would be written twice, as {k} and as {other}: give each its own name.')
-        if k in map(option, more): _check_parquet(k, f)
+        if k in map(option, more): check_parquet_path(k, f)
     check_beside(out)
     if (f := files.get('its scores')) and (f.exists() or f.is_symlink()) and not (f.is_file() and is_scores(f)):
-        raise ScreenError(f'{f} would be overwritten and is not a file of scores: choose another name for {out.name}.')
+        raise ScreenError(f'{f} would be overwritten, and rcic_fastai did not write it as it is now: choose another name for {out.name}.')
 
 def check_cells_file(
     out, # CSV to write
@@ -570,7 +572,7 @@ def check_cells_file(
     path = cells_path(out)
     if any(f and Path(f).resolve() == path.resolve() for f in more): raise ScreenError(f'{path} is where the answers of the cells are written: give the other file another name.')
     if path.is_dir(): raise ScreenError(f'{path} is a folder: name another {option("out")}.')
-    _check_parquet('it', path)
+    check_parquet_path('it', path)
 
 def check_searches(
     plan:PredictionPlan, # Any plan

@@ -17,7 +17,6 @@ from ..embed.protocol import *
 from ..embed.table import *
 from ..embed.index import *
 from .predict import *
-from .predict import _check_batchnorm, _check_correction, _check_model, _search_wells, _wells_of
 
 # %% ../../nbs/51b_predict.scores.ipynb #0039cd76
 SCORE, UNTOLD = 'score:', 'untold:'
@@ -97,14 +96,14 @@ def score_wells(
     assign:bool=True, # Transductive: the answers will use each label once per plate
 )->pd.DataFrame: # A score table, wells sorted by `id_code`
     "Score every well with every class of an index, as `predict_wells` does before it chooses"
-    known, protocol = _wells_of(queries, index.target), Protocol(protocol).value
+    known, protocol = wells_of(queries, index.target), Protocol(protocol).value
     if index.kind != 'exact': raise ScreenError(f'An index of kind {index.kind} finds some classes only: build an exact one to score all of them.')
-    _check_model(queries, index)
-    _check_correction(known, index, protocol)
-    _check_batchnorm(known, index)
+    check_one_model(queries, index)
+    check_corrected_alike(known, index, protocol)
+    check_batchnorm_alike(known, index)
     if restrict_cell_type: check_restriction(index.target, option('restrict_cell_type', True))
     cell = known['cell_type'].to_numpy(object) if restrict_cell_type else None
-    scores, ids = _search_wells(queries, known, index, dict(vote=vote, k=k), merge, cell)
+    scores, ids = search_wells(queries, known, index, dict(vote=vote, k=k), merge, cell)
     wells = known.drop_duplicates('well_id').set_index('well_id').loc[ids].reset_index()
     order = np.argsort(ids.astype(str), kind='stable')
     kind = getattr(index, 'scores', 'cosine')

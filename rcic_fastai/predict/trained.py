@@ -18,6 +18,7 @@ from ..screen.images import *
 from ..screen.screen import *
 from ..screen.pack import picture_notes
 from ..screen.cells import cell_side
+from ..screen.exposure import *
 from ..batch.data import *
 from ..model.model import *
 from ..model.batchnorm import *
@@ -215,6 +216,16 @@ def _accuracy(learn):
     return dict(accuracy=last.accuracy, valid_loss=last.get('valid_loss'), stage=last.get('stage'),
                 **_measured_on(learn, highest_protocol(used).value), samples='single sites' if spec.sites == 1 else f'wells of {spec.sites} sites')
 
+# %% ../../nbs/53_predict.trained.ipynb #b3da1406
+def _exposure(learn):
+    "Return how bright the training experiments are, for `config['data']`; empty where there are none"
+    rows, table, source = index_rows(learn), learn.dls.screen.table, learn.dls.screen.source
+    if not has_plates(rows): return {}
+    also = table[table.experiment.isin(rows.experiment) & table.well_type.isin(CONTROLS['negative'])]
+    try: found = batch_exposure(pd.concat([rows, also]).drop_duplicates('site_id'), source)
+    except ScreenError: found = batch_exposure(rows, source)       # pictures of controls that were not learned may be absent
+    return dict(exposure=found.round(5).to_dict('records'))
+
 # %% ../../nbs/53_predict.trained.ipynb #43cc72bf
 OWN_FACTS = ('format', 'model', 'spec', 'held_out', 'held_plates', 'held_images', 'thresholds', 'augs', *PROVENANCE, 'data', 'metrics', 'versions', 'fingerprint', 'files', 'sha256')
 
@@ -227,7 +238,7 @@ def _config(learn, info):
     plates, images = [plate_name(*o) for o in getattr(dls, 'held_plates', ())], getattr(dls, 'held_images', [])
     own = {k: v for k, v in dict(held_plates=plates, held_images=images, thresholds=thresholds or getattr(learn, 'thresholds', None)).items() if v}
     return as_plain(dict(model=model.config, spec=asdict(dls.spec), held_out=dls.held_out, augs=trained_augs(dls), **own, **provenance(model),
-                       data=data_fingerprint(index_rows(learn), dls.screen.source), metrics=metrics, versions=library_versions(),
+                       data={**data_fingerprint(index_rows(learn), dls.screen.source), **_exposure(learn)}, metrics=metrics, versions=library_versions(),
                        fingerprint=model_fingerprint(model, dls.spec), **{'license': MODEL_LICENSE, **info}))
 
 # %% ../../nbs/53_predict.trained.ipynb #9c5a2547
@@ -331,6 +342,15 @@ def protocols(self:TrainedModel,
     "Return what the embedding of each row would use of its batch, before it is made"
     return row_protocols(self.model, self.spec, rows, adapt, mask, self.trained)
 
+# %% ../../nbs/53_predict.trained.ipynb #b03756c9
+@patch(as_prop=True)
+def about(self:TrainedModel)->dict:
+    "Return what tells this model from others: its fingerprint, what it is built of, what it reads, and what it was trained on"
+    c, s = self.config, self.spec
+    recipe, rows = c.get('recipe') or {}, c.get('training_rows') or c['data']['sha256']
+    return dict(fingerprint=self.fingerprint, arch=c['model']['arch'], recipe=str(recipe.get('name', '')), emb_dim=c['model']['emb_dim'], channels=list(s.channels), size=s.size, norm=s.norm,
+                norm_from=s.norm_from, sites=s.sites, metadata=sorted(c['model']['metadata']), experiments=list(self.trained), training_rows=rows)
+
 # %% ../../nbs/53_predict.trained.ipynb #4485d52d
 @patch(as_prop=True)
 def thresholds(self:TrainedModel)->list: # [K], of a model of several labels
@@ -391,6 +411,7 @@ def spec_for(self:TrainedModel,
 )->ScreenSpec: # That of the model; for cells with the `size` at which they are as large as in training
     "Return how the pictures of a screen become batches"
     spec, side, then = self.spec, cell_side(screen.source), self.config['data'].get('side')
+    if is_adaptive(self.model): narrowed_spec(spec, screen.source)      # what cannot be told by name is refused here, before an image is read
     if side is None: return spec
     if spec.sites > 1: raise ScreenError(f'The model reads {spec.sites} sites of a well at once, so it cannot be shown one cell: train with {option("sites", 1)}.')
     if not spec.size or not then: return spec
@@ -446,11 +467,16 @@ def _store_notes(data, index, source):
             'if its pictures or labels are others, train again.']
 
 # %% ../../nbs/53_predict.trained.ipynb #287f9756
+def _channel_notes(self, source):
+    "Report channels that are not those of the training; what a model cannot do without is refused when it is embedded"
+    lacks = set(self.spec.channels) - set(source.channels)
+    return [n for n in [channels_note(self.spec, source)] if n and (not lacks or is_adaptive(self.model))]
+
 @patch
 def screen_notes(self:TrainedModel,
     screen:Screen, # Sites to name
 )->list: # Sentences
     "Return what is odd about a screen, beside the one that the model was trained on"
     rows, source, data = screen.table, screen.source, self.config['data']
-    return [*picture_notes(screen), *([n] if (n := channels_note(self.spec, source)) else []), *_earlier_notes(self.model, self.trained, rows), *_size_notes(data, self.spec, source),
+    return [*picture_notes(screen), *_channel_notes(self, source), *_earlier_notes(self.model, self.trained, rows), *_size_notes(data, self.spec, source),
             *_brightness_notes(data, rows, source), *_store_notes(data, self.index, source)]

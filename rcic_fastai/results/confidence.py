@@ -7,7 +7,6 @@ __all__ = ['possible_scores', 'softmax_at', 'name_probabilities', 'fit_temperatu
            'Confidence', 'fit_confidence', 'forecast_accuracy', 'judge_confidence', 'plot_chances', 'confidence_files']
 
 # %% ../../nbs/60c_results.confidence.ipynb #ac5ac223
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -19,7 +18,6 @@ from ..predict.assign import balance_plate
 from ..predict.predict import *
 from ..predict.scores import *
 from ..predict.ensemble import *
-from ..predict.ensemble import _stand_in
 from .evaluate import *
 
 # %% ../../nbs/60c_results.confidence.ipynb #9a70af89
@@ -32,7 +30,7 @@ def possible_scores(
     if facts['kind'] == 'probability':
         with np.errstate(divide='ignore'): s = np.log(s)
     if groups is None: return s
-    of_class = groups_of_classes(_stand_in(facts, score_classes(scores))).to_numpy('float64', na_value=np.nan)
+    of_class = groups_of_classes(stand_in_index(facts, score_classes(scores))).to_numpy('float64', na_value=np.nan)
     of_well = pd.array(groups, dtype='Int64').to_numpy('float64', na_value=np.nan)
     return np.where(of_class[None] == of_well[:, None], s, -np.inf)
 
@@ -340,17 +338,23 @@ def _check_ways(new, records):
             for cell, k in [(c, k) for c in x for k in WAY if c in y and x[c].get(k) != y[c].get(k)]:
                 raise ScreenError(f'{new} was predicted with {k} {x[cell].get(k)} and {h} with {y[cell].get(k)}: predict both in one way.')
 
+def _check_makers(new, records):
+    "Raise where files were predicted by models of other kinds; return notes on models that learned from other wells"
+    others, notes = makers_of(records[new]), []
+    for h in (h for h in records if h != new):
+        for mine, theirs in zip(others, makers_of(records[h])):
+            for cell in mine.keys() & theirs.keys():
+                x, y = mine[cell], theirs[cell]
+                if odd := models_differ(x, y): raise ScreenError(f'{new} and {h} were predicted by models that differ in {odd}, and how sure the one is says nothing of the other: predict both with models that were trained alike.')
+                if x.get('training_rows') != y.get('training_rows'): notes.append(f'The model of {new} was trained on another table of wells than the model of {h}: what is said here is of models like the latter.')
+    return list(dict.fromkeys(notes))
+
 def _check_out(out, given):
     "Raise for a file that must not be written"
     out = Path(out)
     if out.suffix.lower() != '.csv': raise ScreenError(f'{out} is not the name of a CSV: let {option("out")} end in .csv.')
     if any(Path(g).resolve() == out.resolve() for g in given): raise ScreenError(f'{out} would be written over what it is made from: choose another {option("out")}.')
-    for f, known in ((out, lambda: re.fullmatch('id_code,.+,chance,names,n_names,experiment', out.open(encoding='utf-8').readline(1000).strip())),
-                     (info_path(out), lambda: {'temperature', 'slope', 'level', 'held_out', 'forecasts'} <= {*read_json(info_path(out), 2**26)})):
-        if not (f.exists() or f.is_symlink()): continue
-        try: mine = f.is_file() and known()
-        except (OSError, ValueError): mine = False
-        if not mine: raise ScreenError(f'{f} would be overwritten and is something else: choose another {option("out")}.')
+    check_replaceable(info_path(out), 'confidence', out)
 
 # %% ../../nbs/60c_results.confidence.ipynb #ca820cff
 def confidence_files(
@@ -367,16 +371,14 @@ def confidence_files(
     scores, tables = read_member(new), [read_member(h) for h in held]
     records = {f: read_predictions(f).attrs['record'] for f in (new, *held)}
     _check_ways(new, records)
+    of_models = _check_makers(new, records)
     conf = fit_confidence(tables, open_screen(screen, check=False).table, coverage, guarantee)
     answers = conf.answers(scores)
     said = dict.fromkeys(filter(None, (records[h].get('validation') for h in held)))
-    conf = replace(conf, notes=(*conf.notes, *said, *answers.attrs['notes']))
-    made = dict(predictions=str(new), held_out={str(h): file_facts(h)['sha256'] for h in held}, sha256=file_facts(new)['sha256'])
+    conf = replace(conf, notes=(*conf.notes, *of_models, *said, *answers.attrs['notes']))
+    made = dict(predictions=str(new), held_out={str(h): file_facts(h)['sha256'] for h in held}, predictions_sha256=file_facts(new)['sha256'])
     record = as_plain({**conf.to_dict(), **made, 'forecasts': forecast_accuracy(answers, conf.error).replace({np.nan: None}).to_dict('records')})
     columns = ['id_code', conf.facts['target'], 'chance', 'names', 'n_names', 'experiment']
-    def write(p):
-        answers[columns].round({'chance': 4}).map(csv_text).to_csv(p, index=False)
-        info_path(out).unlink(missing_ok=True)                   # the record of other answers
-    write_atomic(out, write)
-    write_json(info_path(out), record, indent=1)
+    def write(p): answers[columns].round({'chance': 4}).map(csv_text).to_csv(p, index=False)
+    write_recorded(info_path(out), 'confidence', record, dict(csv=(out, write)))
     return answers, conf

@@ -18,10 +18,10 @@ from ..embed.table import *
 from ..predict.predict import *
 from ..predict.trained import *
 from ..predict.plan import *
+from ..predict.ensemble import makers_of, models_differ
 from ..screen.open import open_screen
 from ..embed.metrics import *
 from .labels import *
-
 
 # %% ../../nbs/60_results.evaluate.ipynb #db24e44e
 def _candidates(pred, target):
@@ -308,12 +308,20 @@ def _joined(given):
     lists = [fs for fs in chain(*groups.values()) if fs]
     return dict(enumerate([fs[0] if len(fs) == 1 else _concat_predictions(fs) for fs in lists], 1))
 
+def _other_models(frames):
+    "Return in what the models of some predictions differ from that of the first, as their records tell"
+    makers = []
+    for f in frames: makers += makers_of(f.attrs.get('record') or {})
+    found = (models_differ(makers[0][c], o[c]) for o in makers for c in o if c in makers[0])
+    return next(filter(None, found), '')
+
 def _concat_predictions(frames):
     "Return predictions of different wells as one table"
     res = pd.concat(frames, ignore_index=True)
     res.attrs = dict(frames[0].attrs)
     known = [f.attrs['classes'] for f in frames if f.attrs.get('classes')]
     if known: res.attrs['classes'] = list(dict.fromkeys(chain(*known)))
+    if odd := _other_models(frames): res.attrs['mixed'] = f'answers of models that differ in {odd} are judged together.'
     return res
 
 # %% ../../nbs/60_results.evaluate.ipynb #00c9cd65
@@ -442,12 +450,14 @@ def _held_out_note(res):
 def _model_notes(pred):
     "Return what the answers say of the validation of their model"
     said = (pred.attrs.get('record') or {}).get('validation')
-    return [f'of the model: {said}'] if isinstance(said, str) else []
+    return ([f'of the model: {said}'] if isinstance(said, str) else []) + ([pred.attrs['mixed']] if 'mixed' in pred.attrs else [])
 
 def _interval_note(r):
     "Return why there is no interval, where the wells are of one experiment"
     names = r.experiment.unique()
     if len(names) > 1: return None
+    if str(names[0]) in ('', 'nan', 'None'):
+        return 'the images are of no experiment, and how much accuracy differs between experiments is not known: there is no interval.'
     return (f'the wells are of one experiment ({names[0]}), and how much accuracy differs between '
             'experiments cannot be known from one: there is no interval; predict two or more experiments for one.')
 
@@ -665,5 +675,6 @@ def evaluate(self:TrainedModel,
     "Predict the test wells of a screen and compare them with their labels"
     screen = open_screen(screen, check=False)
     protocols = [protocol] if isinstance(protocol, str) else list(protocol)
-    predictions = {str(Protocol(p)): self.predict(screen, p, progress=progress, **kwargs) for p in protocols}
+    asked = asked_experiments([self], screen, kwargs.pop('experiments', ''))       # once, as it may say something
+    predictions = {str(Protocol(p)): self.predict(asked, p, progress=progress, **kwargs) for p in protocols}
     return evaluate_screen(predictions, screen.table)

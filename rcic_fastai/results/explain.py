@@ -13,6 +13,7 @@ from ..screen.open import open_screen
 from ..batch.data import *
 from ..batch.site import *
 from ..embed.table import *
+from ..embed.embed import *
 from ..embed.plots import short_text
 from ..predict.predict import *
 from ..predict.trained import *
@@ -82,9 +83,9 @@ def show(self:Explanation,
     return fig
 
 # %% ../../nbs/63_results.explain.ipynb #23b44d02
-def _explained(model, dl, directions, steps):
+def _explained(net, dl, directions, steps):
     "Yield shares, pixels, scores and baselines of each batch"
-    net, at = model.model.eval(), 0
+    net, at = net.eval(), 0
     for xb, *meta in dl:
         toward = directions[at:at + len(xb)].to(xb.device)
         at += len(xb)
@@ -112,13 +113,13 @@ def explain(self:TrainedModel,
     if lacks := [w for w in names if w not in set(rows.well_id)]:
         raise ScreenError(f'{screen.name} has no well {first_few(lacks)}: '
                           f'give ids such as {screen.table.well_id.iloc[0]}.')
-    dl = spec_dl(self.spec_for(screen), screen[rows], bs=bs, mask=INDUCTIVE_MASK,
-                 device=next(self.model.parameters()).device)
+    net, spec = for_source(self.model, self.spec_for(screen), screen.source)
+    dl = spec_dl(spec, screen[rows], bs=bs, mask=INDUCTIVE_MASK, device=next(net.parameters()).device)
     answers = _own_answers(self, rows, screen) if label is None else {}
     labels = [label or answers[w] for w in dl.rows.well_id]
     directions = torch.stack([label_direction(self, l) for l in labels])
-    shares, x, there, base = [np.concatenate(o) for o in zip(*_explained(self, dl, directions, steps))]
+    shares, x, there, base = [np.concatenate(o) for o in zip(*_explained(net, dl, directions, steps))]
     table = pd.DataFrame({self.spec.key: dl.rows[self.spec.key], 'label': labels, 'score': there, 'baseline': base})
-    each = pd.DataFrame(shares.sum((-2, -1)).reshape(len(table), -1, len(self.spec.channels)).sum(1),
-                        columns=list(self.spec.channels))
-    return Explanation(table.join(each), _flat(shares), _flat(x), list(self.spec.channels))
+    each = pd.DataFrame(shares.sum((-2, -1)).reshape(len(table), -1, len(spec.channels)).sum(1),
+                        columns=list(spec.channels))
+    return Explanation(table.join(each), _flat(shares), _flat(x), list(spec.channels))

@@ -159,21 +159,39 @@ function hay() {                                              // what a search l
   if (wordsOf === S.p) return words;
   wordsOf = S.p;
   const p = P[S.p];
-  return words = W.id.map((id, w) => `${id} ${label(truth(w))} ${p && p.at[w] >= 0 ? label(p.label[p.at[w]]) : ''} ${D.experiments[W.experiment[w]] ?? ''}_${D.plates[W.plate[w]] ?? ''} ${W.well[w] ?? ''}`.toLowerCase());
+  const texts = W.columns.filter(c => c.kind === 'text');
+  return words = W.id.map((id, w) => [`${id} ${label(truth(w))} ${D.experiments[W.experiment[w]] ?? ''}_${D.plates[W.plate[w]] ?? ''} ${W.well[w] ?? ''} ${texts.map(c => c.names[c.codes[w]] ?? '').join(' ')}`.toLowerCase(),
+    p && p.at[w] >= 0 ? label(p.label[p.at[w]]).toLowerCase() : '']);
+}
+let found = null;                                             // of a search: [what it counted, wells that are it, wells that were only named so]
+function search() {                                           // what a well is for the search: 2 it is so, 1 it was only named so, 0 neither; null without one
+  const q = S.q.trim().toLowerCase(), tokens = q.split(/\s+/).filter(Boolean), p = P[S.p];
+  if (!q) return null;
+  const exact = D.labels.flatMap((l, i) => l.toLowerCase() === q ? [i] : []);      // the whole name of a perturbation is no part of others
+  if (exact.length) {
+    const is = new Set(exact);
+    return {name: D.labels[exact[0]], of: w => is.has(truth(w)) ? 2 : p && p.at[w] >= 0 && is.has(p.label[p.at[w]]) ? 1 : 0};
+  }
+  const h = hay();
+  return {name: '', of: w => tokens.every(t => h[w][0].includes(t)) ? 2 : tokens.every(t => h[w][0].includes(t) || h[w][1].includes(t)) ? 1 : 0};
 }
 function setFilter() {
-  const tokens = S.q.toLowerCase().split(/\s+/).filter(Boolean), h = tokens.length ? hay() : null, p = P[S.p], col = columns[S.f];
-  const pair = S.pair ? S.pair.split('\t') : null;
+  const s = search(), p = P[S.p], col = columns[S.f], pair = S.pair ? S.pair.split('\t') : null;
   nLit = 0;
+  found = s && [s.name, 0, 0];
   for (let w = 0; w < N; w++) {
-    const i = p ? p.at[w] : -1;
-    const ok = (!tokens.length || tokens.every(t => h[w].includes(t))) && (!S.r || result(w) === S.r) && (!col || S.x === '' || text(S.f, w) === S.x)
+    const i = p ? p.at[w] : -1, is = s ? s.of(w) : 2;
+    const ok = is && (!S.r || result(w) === S.r) && (!col || S.x === '' || text(S.f, w) === S.x)
       && (!pair || i >= 0 && label(truth(w)) === pair[0] && (pair.length < 2 || label(p.label[i]) === pair[1]))
       && (!brush || brush.has(w)) && (pick == null || paint.code?.(w) === pick);
     lit[w] = ok ? 1 : 0;
-    nLit += ok;
+    nLit += lit[w];
+    if (s && ok) found[3 - is]++;
   }
 }
+const are = n => n === 1 ? 'is' : 'are';
+const foundSaid = () => !found ? '' : found[0] ? `: ${found[1].toLocaleString('en')} ${are(found[1])} ${found[0]}, ${found[2].toLocaleString('en')} more named so`
+  : found[2] ? `: ${found[1].toLocaleString('en')} by what they are, ${found[2].toLocaleString('en')} only as named` : '';
 const isFiltered = () => S.q || S.r || S.f && S.x !== '' || S.pair || brush || pick != null;
 
 // ---- stamps: a well as a small picture, drawn once for each look and size
@@ -866,7 +884,7 @@ function showBar() {
   $('value').parentElement.hidden = !S.f;
   if (S.f) options($('value'), [['', 'anything'], ...columns[S.f].names.slice().sort(order).map(n => [n, n])], S.x);
   if (document.activeElement !== $('search')) $('search').value = S.q;
-  $('count').textContent = isFiltered() ? `${nLit.toLocaleString('en')} of ${count(N, 'well')}` : count(N, 'well');
+  $('count').textContent = isFiltered() ? `${nLit.toLocaleString('en')} of ${count(N, 'well')}${foundSaid()}` : count(N, 'well');
   $('clear').hidden = !isFiltered();
   const chip = (t, f) => el('button', {type: 'button', class: 'chip', onclick: f}, t + ' ✕');
   const [is, as] = S.pair.split('\t');

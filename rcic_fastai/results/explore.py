@@ -441,7 +441,9 @@ class ScreenPage:
     def about(self):
         "Return how much the page holds, as text"
         files = f', {self.pictures.bytes/1e6:.1f} MB of pictures in {plural(len(self.pictures.files), "file")}' if self.pictures.files else ''
-        return f'{plural(len(self.data["wells"]["id"]), "well")}, {plural(self.pictures.count, "picture")}, {len(self.html.encode())/1e6:.1f} MB{files}'
+        named = {w for p in self.data['predictions'] for w in p['wells']}
+        of = f' ({len(named):,} of them named)' if self.data['predictions'] else ''
+        return f'{plural(len(self.data["wells"]["id"]), "well")}{of}, {plural(self.pictures.count, "picture")}, {len(self.html.encode())/1e6:.1f} MB{files}'
 
     def __repr__(self): return f'ScreenPage {self.title}: {self.about}'
 
@@ -723,7 +725,8 @@ def explore(
     umap_class(umap)
     if out is not None: check_page_path(out)
     screen = open_screen(screen, check=False)
-    columns = _page_columns(model, screen, predictions, protocol, embeddings, progress, kwargs)
+    asked = asked_experiments([model], screen, kwargs.pop('experiments', '')) if isinstance(model, TrainedModel) else screen       # once, as it may say something
+    columns = _page_columns(model, asked, predictions, protocol, embeddings, progress, kwargs)
     target = columns[0].pred.attrs.get('target', 'sirna') if columns else 'sirna' if model is None else model.spec.target
     screen = screen[target_table(screen.table, target)]
     how = columns, target, max_mb, side, quality, umap, title, None if model is None else _seen_wells(model, screen)

@@ -16,7 +16,7 @@ from ..core import *
 from ..screen.tables import *
 from ..screen.screen import Screen, store_fingerprint
 from ..batch.site import channel_colors, channel_names, rgb_composite, stretch_limits
-from ..predict.plan import _check_parquet
+from ..predict.predict import check_parquet_path, write_tables
 from .explore import *
 
 # %% ../../nbs/65_results.export.ipynb #f35062c0
@@ -188,8 +188,7 @@ def check_atlas_path(
     out, # Parquet to write
 ):
     "Raise for a name that is not of a parquet file, or of something else that is there"
-    if Path(out).is_dir(): raise ScreenError(f'{out} is a folder: name a file to write.')
-    _check_parquet(option('out'), Path(out))
+    check_parquet_path(option('out'), out)
 
 def write_atlas(
     page:ScreenPage, # From `explore`
@@ -200,4 +199,4 @@ def write_atlas(
     "Write a table for Embedding Atlas: `embedding-atlas OUT --x x --y y --neighbors neighbors --image image`"
     check_atlas_path(out)
     t = atlas_table(page, screen, side)
-    return write_atomic(Path(out), lambda p: t.to_parquet(p, index=False))
+    return write_tables(out, [t])

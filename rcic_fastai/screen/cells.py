@@ -17,7 +17,6 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from ..core import *
 from .images import *
-from .images import _pool
 from .screen import *
 from .tiff import *
 from .look import *
@@ -360,7 +359,7 @@ def read_into(self:CellSource, ids, buffer, threads:int=1):
     def read(image, at):
         pixels = self._recent[image]
         for n in at: self._cut(pixels, ids[n], arr[n])
-    list(_pool(threads, os.getpid()).map(read, images, images.values()))
+    list(reader_pool(threads, os.getpid()).map(read, images, images.values()))
     return buffer
 
 # %% ../../nbs/09b_screen.cells.ipynb #482c9e58

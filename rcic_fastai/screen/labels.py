@@ -15,7 +15,7 @@ import pandas as pd
 from ..core import ScreenError, first_few, option, plural
 from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
                                        is_site_table, join_labels, names_files, read_table, split_labels, table_columns)
-from .files import FileSource, _choose
+from .files import FileSource, chosen_channels
 
 # %% ../../nbs/06c_screen.labels.ipynb #e1edf225
 _IDS, _LABELS = ('id', 'image', 'image_id', 'imageid'), ('label', 'labels')
@@ -111,5 +111,5 @@ def read_labels(
         raise ScreenError(f'{root} has no pictures of the images in {where}, '
                           f'such as {root/"train"}/{t.site_id.iloc[0]}_red.png: '
                           'put them there, or give the table beside them.')
-    chosen, rows = _choose(channels, have, root), check_table(_site_rows(t), where)
+    chosen, rows = chosen_channels(channels, have, root), check_table(_site_rows(t), where)
     return rows, FileSource(root, rows, _paths(rows, found, [*chosen.values()], root), [*chosen], None, where)

@@ -23,7 +23,7 @@ from .files import *
 from .plates import *
 from .pattern import *
 from .labels import *
-from .pattern import _example, _list_files
+from .pattern import example_path, list_files
 
 # %% ../../nbs/08_screen.open.ipynb #2a58096a
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ def _check_any_screen(path):
     "Raise a `ScreenError` that shows a file of a folder without tables, and what can be done with it"
     tables = ('sites.parquet', 'metadata.csv', 'train.csv', 'test.csv')
     if any((path/n).is_file() for n in tables) or (path/'metadata').is_dir(): return
-    paths = _list_files(path)
+    paths = list_files(path)
     if not paths:
         raise ScreenError(f'{path} holds no files: give the folder, the table or the packed store of a screen.')
     tables = [o for o in paths if o.endswith(('.csv', '.csv.gz', '.parquet')) and names_files(table_columns(path/o))]
     do = f'say where their names give plate and well, as in {show_pattern(paths)}'
     if tables: do = f'give {path/tables[0]}, which names files'
     raise ScreenError(f'{path} is no kind of screen that is known, as it holds neither metadata.csv nor train.csv; '
-                      f'it holds {plural(len(paths), "file")}, such as {_example(paths)}: {do}.')
+                      f'it holds {plural(len(paths), "file")}, such as {example_path(paths)}: {do}.')
 
 def _folder_channels(channels):
     "Return the names of w1, w2, …; raise where one of RxRx1's names is given to another channel"
@@ -287,7 +287,8 @@ def unnamed_note(
     "Return which training wells have an empty cell in place of a perturbation"
     bare = wells[(wells.well_type == 'treatment') & wells.sirna.isna() & wells.dataset.isin(('train', 'val'))]
     if not len(bare): return ''
-    how_many = plural(len(bare), 'training well names no perturbation and is', 'training wells name no perturbation and are')
+    how_many = plural(len(bare), 'training well names no perturbation and is',
+                      'training wells name no perturbation and are')
     return (f'{how_many} left out of training ({first_few(bare.well_id, 5)}): fill those cells; '
             f'if they are controls, say {option("controls", {"negative_control": [""]})}')
 

@@ -12,16 +12,27 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
 
 from ..core import ScreenError, first_line, is_remote, open_plain, plural, read_plain, write_atomic
 
 # %% ../../nbs/01b_screen.remote.ipynb #re01b007
+_ODD = {'': '\ud800', '.': '\ud801'}       # segments of a key that a path would drop; these letters are in no text of a server
+
+def _kept(text):
+    "Return a key, or part of one, whose empty segments a path keeps; what ends with / is a folder and loses it"
+    head, *inside = text.rstrip('/').split('/')
+    return '/'.join([head, *(_ODD.get(o, o) for o in inside)])
+
 class Address(PurePosixPath):
-    "A path at a server; its text is the whole address"
-    def __str__(self): return re.sub(r'\A([A-Za-z0-9]+):/+', lambda m: m[1].lower() + '://', super().__str__())
+    "A path at a server; its text is the whole address, byte for byte"
+    def __str__(self):
+        text = re.sub(r'\A([A-Za-z0-9]+):/+', lambda m: m[1].lower() + '://', super().__str__())
+        for odd, letter in _ODD.items(): text = text.replace(letter, odd)
+        return text
     def __fspath__(self): return str(self)
+    def __truediv__(self, name): return super().__truediv__(_kept(str(name)))
     def is_file(self):
         try: return remote_facts(self) is not None
         except Forbidden: return False
@@ -30,7 +41,10 @@ def as_path(
     path, # A path, or an address
 ): # A `Path` or an `Address`
     "Return a path; an address stays one"
-    return Address(str(path).replace('\\', '/')) if is_remote(path) else Path(path)
+    if isinstance(path, Address) or not is_remote(path): return path if isinstance(path, Address) else Path(path)
+    text = str(path).replace('\\', '/') if isinstance(path, PureWindowsPath) else str(path)
+    scheme, rest = re.fullmatch(r'([^:]+):[/\\]+(.*)', text, re.S).groups()
+    return Address(f'{scheme}:/{_kept(rest)}')
 
 # %% ../../nbs/01b_screen.remote.ipynb #re01b010
 PATIENCE = dict(connect=10, silence=30, retries=10, minutes=5)     # seconds, seconds, tries again, and how long all of them may take
@@ -75,6 +89,7 @@ def _place(address):
     "Return the server or bucket of an address, and the key in it"
     scheme, _, rest = str(as_path(address)).partition('://')
     name, _, key = rest.partition('/')
+    if {*key.rstrip('/').split('/')} & {'', '.', '..'} and key: raise ScreenError(f'{address} has an empty or dotted part between slashes, which is not read: copy it to a key without one.')
     if not scheme.startswith('http'): return f'{scheme}://{name}', key
     if '?' in key: raise ScreenError(f'{address} has a query (after ?), which is not read: give an address without one.')
     return f'{scheme}://{name}', unquote(key)
@@ -123,19 +138,29 @@ def _asking(address):
     _reached.add(root)
 
 # %% ../../nbs/01b_screen.remote.ipynb #re01b019
+def _facts(meta):
+    "Return (size, a code that changes with the file) from what a server says of it"
+    return meta['size'], zlib.crc32(f"{meta.get('e_tag')} {int(meta['last_modified'].timestamp())}".encode())
+
+def _changed(address): return ScreenError(f'{address} changed while it was read: run the same again.')
+
+def _whole(address, most=None, do='give the address of another file'):
+    "Return the bytes of a file, and its `remote_facts`"
+    with _asking(address) as (obstore, store, key):
+        found = obstore.get(store, key)
+        size = found.meta['size']
+        if most is not None and size > most: raise ScreenError(f'{address} has {size:,} bytes, more than the {most:,} that it can need: {do}.')
+        data = bytes(found.bytes())
+    if len(data) == size: return data, _facts(found.meta)
+    raise ScreenError(f'{address} cannot be read ({len(data):,} of {size:,} bytes came): check the network, and run the same again.')
+
 def read_remote(
     address, # Of a file
     most:int=None, # Most bytes that it may have
     do:str='give the address of another file', # Advice at the end of the message
 )->bytes:
     "Return the bytes of a file at an address"
-    with _asking(address) as (obstore, store, key):
-        found = obstore.get(store, key)
-        size = found.meta['size']
-        if most is not None and size > most: raise ScreenError(f'{address} has {size:,} bytes, more than the {most:,} that it can need: {do}.')
-        data = bytes(found.bytes())
-    if len(data) == size: return data
-    raise ScreenError(f'{address} cannot be read ({len(data):,} of {size:,} bytes came): check the network, and run the same again.')
+    return _whole(address, most, do)[0]
 
 def read_any(
     path, # A file, or its address
@@ -151,20 +176,19 @@ class RemoteFile:
     def __init__(self, address):
         self.address, facts = address, remote_facts(address)
         if facts is None: raise FileNotFoundError(errno.ENOENT, 'it is not there', str(address))
-        self.size = facts[0]
+        self.facts, self.size = facts, facts[0]
     def __len__(self): return self.size
     def __getitem__(self, part):
         start, stop = part.start, min(part.stop, self.size)
         if start >= stop: return b''
-        with _asking(self.address) as (obstore, store, key): data = bytes(obstore.get_range(store, key, start=start, end=stop))
+        with _asking(self.address) as (obstore, store, key):
+            found = obstore.get(store, key, options=dict(range=(start, stop)))
+            if _facts(found.meta) != self.facts: raise _changed(self.address)        # parts of two versions are no file
+            data = bytes(found.bytes())
         if len(data) == stop - start: return data
         raise ScreenError(f'{self.address} cannot be read ({len(data):,} of {stop - start:,} bytes came): check the network, and run the same again.')
 
 # %% ../../nbs/01b_screen.remote.ipynb #re01b022
-def _facts(meta):
-    "Return (size, a code that changes with the file) from what a server says of it"
-    return meta['size'], zlib.crc32(f"{meta.get('e_tag')} {int(meta['last_modified'].timestamp())}".encode())
-
 def remote_facts(
     address, # Of a file
 )->tuple: # (bytes, a code of its version); `None` where there is no such file
@@ -207,8 +231,8 @@ def cached(
         try:
             s = path.stat() if path.is_file() else None
             if s is not None and (s.st_size, int(s.st_mtime)) == facts: return path
-            data = read_remote(address)
-            if len(data) != facts[0]: raise ScreenError(f'{address} changed while it was read: run the same again.')
+            data, now = _whole(address)
+            if len(data) != facts[0] or now != facts and now != remote_facts(address): raise _changed(address)
             def write(p):
                 p.write_bytes(data)
                 os.utime(p, (facts[1], facts[1]))

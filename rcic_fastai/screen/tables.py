@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'CONTROLS', 'SITE_COLUMNS', 'PLATE_SHAPE', 'USUAL_NAMES', 'WELL_TYPE_NAMES',
            'DATASET_NAMES', 'IMAGE_COLUMN', 'LABEL_SEPARATOR', 'WILDS_VAL', 'package_table', 'well_to_rowcol',
-           'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'identifiers', 'numbers_if_exact',
-           'decimal_commas', 'read_csv', 'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table',
-           'usual_name', 'well_type_of', 'usual_columns', 'names_files', 'well_types', 'further_columns', 'with_target',
-           'names_perturbations', 'is_site_table', 'has_plates', 'check_table', 'split_labels', 'in_order',
-           'join_labels', 'label_matrix', 'sirna_groups', 'most_frequent', 'add_plate_groups', 'read_metadata',
-           'write_metadata', 'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
+           'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'as_integers', 'identifiers',
+           'whole_numbers', 'own_well_names', 'numbers_if_exact', 'decimal_commas', 'check_header', 'read_csv',
+           'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table', 'usual_name', 'well_type_of',
+           'as_columns', 'complete_types', 'usual_columns', 'names_files', 'well_types', 'further_columns',
+           'with_target', 'names_perturbations', 'is_site_table', 'has_plates', 'check_table', 'split_labels',
+           'in_order', 'join_labels', 'label_matrix', 'sirna_groups', 'most_frequent', 'add_plate_groups',
+           'read_metadata', 'write_metadata', 'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
 
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
 from importlib.resources import files
@@ -79,7 +80,11 @@ def treatment_wells()->list: # 277 names
     return [w for w in inner_wells() if w not in taken]
 
 # %% ../../nbs/01_screen.tables.ipynb #e32d9110
-def _integers(s, column, where):
+def as_integers(
+    s:pd.Series, # Numbers, or text with numbers
+    column:str, # Its name, for messages
+    where, # Name of the table, for messages
+)->pd.Series:
     "Return a Series as nullable Int64; raise for the first row that is not a whole number"
     n = pd.to_numeric(s, errors='coerce')
     bad = (s.notna() & n.isna()) | (n.notna() & ((n % 1 != 0) | (n.abs() >= 2**63)))
@@ -112,12 +117,17 @@ def identifiers(
     return text.astype(object).where(text.notna(), None)
 
 # %% ../../nbs/01_screen.tables.ipynb #76e5f8e2
-def _whole_numbers(s):
+def whole_numbers(
+    s:pd.Series, # Identifiers
+)->pd.Series:
     "Return identifiers as integers if all of them are whole numbers without leading zeros, otherwise unchanged"
     are_whole = s.notna().all() and s.astype('string').str.fullmatch(r'0|[1-9]\d{0,17}').all()
     return s.astype(int) if are_whole else s
 
-def _well_names(s, where):
+def own_well_names(
+    s:pd.Series, # Names of wells, such as b2
+    where, # Name of the table, for messages
+)->pd.Series:
     "Return well names in our form, B02; the index of `s` numbers the rows in messages"
     names = {}
     for w in s.unique():
@@ -190,7 +200,10 @@ def _parsed(path, **how):
     with open_plain(path, _MOST_TABLE) as f, unpack(f) as text:
         return pd.read_csv(io.BufferedReader(_Bounded(text, path)), dtype=str, keep_default_na=False, na_values=[''], **how)
 
-def _check_header(names, where):
+def check_header(
+    names, # Names of columns
+    where, # Name of the table, for messages
+):
     "Raise a `ScreenError` when two columns have one name; columns without a name may be many"
     names = pd.Series(list(names), dtype=object).dropna()
     twice = names[names.duplicated()]
@@ -202,7 +215,7 @@ def read_csv(
     "Read a CSV file in which only an empty cell is missing: None, NA and null are names like any other"
     df = _parsed(path)
     ends = [re.fullmatch(r'(.+)\.\d+', c) for c in df]      # pandas calls the second DNA DNA.1
-    if any(m and m[1] in df for m in ends): _check_header(_parsed(path, header=None, nrows=1).iloc[0], path)
+    if any(m and m[1] in df for m in ends): check_header(_parsed(path, header=None, nrows=1).iloc[0], path)
     return df
 
 def write_csv(
@@ -313,7 +326,7 @@ def read_table(
     path, # CSV (also .csv.gz, .csv.bz2) or parquet
 )->pd.DataFrame:
     "Read a table that someone made, whichever of the two it is"
-    _check_header(table_columns(path), path)
+    check_header(table_columns(path), path)
     try: return _with_index(read_parquet(path)) if is_parquet(path) else _read_csv(path)
     except ScreenError: raise
     except Exception as e:
@@ -349,7 +362,10 @@ def well_type_of(
     return WELL_TYPE_NAMES.get(re.sub(r'[\s-]+', '_', str(name).strip().lower()))
 
 # %% ../../nbs/01_screen.tables.ipynb #e8d5141f
-def _as_columns(key, column='…'):
+def as_columns(
+    key:str, # Our name, such as plate
+    column='…', # Its name in the table
+)->str:
     "Return how the caller says that `column` is the one of `key`; None: no column is"
     return option('columns', {key: column})
 
@@ -378,7 +394,11 @@ def _check_alike(df, key, a, b, where, do):
     raise ScreenError(f'{where} has the columns {a} and {b}, which both mean {key} and differ (row {df.index[i]}: '
                       f'{cells[0]} and {cells[1]}): {do}.')
 
-def _complete_types(df, columns, where):
+def complete_types(
+    df:pd.DataFrame, # Any table
+    columns, # Those with well types
+    where, # Name of the table, for messages
+)->pd.Series:
     "Return what several columns of well types say together: the first that names a kind, else any word"
     cells = [identifiers(df[c], where) for c in columns]
     kinds = [s.where(~s.str.lower().isin(_SOME_CONTROL)) for s in cells]
@@ -410,7 +430,7 @@ def usual_columns(
         if key in columns: found[key] = [columns[key]] if columns[key] is not None else []
         else: found[key] = [c for o in names.split() for c in have.get(usual_name(o), [])]
         same = [c for c in found[key] if key != 'file' or usual_name(c) != 'url'] # a URL says where else a file is
-        do = f'say which with {_as_columns(key, same[0] if same else "")}, or rename one'
+        do = f'say which with {as_columns(key, same[0] if same else "")}, or rename one'
         for other in same[1:] if key not in unused else (): _check_alike(df, key, same[0], other, where, do)
     return found
 
@@ -452,14 +472,14 @@ def _check_named(mine, kind, sirna, where):
     "Raise a `ScreenError` when a name is not in the table"
     if '' in mine and sirna.isna().all():
         raise ScreenError(f'{option("controls")} names the empty cell, but {where} names no perturbation at all: name its column '
-                          f'with {_as_columns("sirna")}.')
+                          f'with {as_columns("sirna")}.')
     if '' in mine and sirna.notna().all():
         raise ScreenError(f'{option("controls")} names the empty cell, but every well in {where} has a perturbation: name that.')
     known = [*sirna.dropna().unique(), *kind.dropna().unique()]
     unused = sorted(set(mine) - set(known) - {''})
     if unused and not known:
         raise ScreenError(f'{option("controls")} names {first_few(unused)}, but {where} has no column of perturbations by any usual name: '
-                          f'name it with {_as_columns("sirna", "COLUMN")}.')
+                          f'name it with {as_columns("sirna", "COLUMN")}.')
     if unused:
         near = _alike(unused, known)
         has = f'did you mean {first_few(near)}?' if near else f'it has {first_few(dict.fromkeys(known), 20)}.'
@@ -490,7 +510,7 @@ def well_types(
     odd = [k for k, v in known.items() if v is None]
     if odd: raise ScreenError(f'{where}, row {kind.index[kind == odd[0]][0]}: {odd[0]!r} is no known well type: say what it is with '
                               f'{_as_controls(odd[0])}, where KIND is one of {", ".join(WELL_TYPES)}, or name another '
-                              f'column with {_as_columns("well_type")}.')
+                              f'column with {as_columns("well_type")}.')
     named = sirna.astype(object).fillna('')
     types = pd.Series([mine.get(s) or known.get(k) or 'treatment' for s, k in zip(named, kind)], sirna.index, dtype=object)
     _check_spelling(mine, types, sirna, where)
@@ -546,11 +566,11 @@ def names_perturbations(
 # %% ../../nbs/01_screen.tables.ipynb #d8d4e758
 def _sirna_names(s, names, where):
     "Return (names, Int64 ids) for a column of integers or names"
-    by_id = dict(zip(_integers(names['sirna_int'], 'sirna_int', 'sirna_int_to_name').astype(int), names['sirna_name']))
+    by_id = dict(zip(as_integers(names['sirna_int'], 'sirna_int', 'sirna_int_to_name').astype(int), names['sirna_name']))
     def name_of(i): return None if pd.isna(i) else by_id.get(int(i), f'sirna_{int(i)}')
     s = identifiers(s, where)
     if s.dropna().astype('string').str.fullmatch(r'\d{1,18}').all():
-        ids = _integers(s, 'sirna', where)
+        ids = as_integers(s, 'sirna', where)
         return ids.map(name_of).astype(object), ids
     by_name = {v:k for k,v in by_id.items()}
     ids = [by_name.get(n, pd.NA) if pd.notna(n) else pd.NA for n in s]
@@ -573,7 +593,7 @@ def _read_kaggle(folder, sites):
                 well_id=d['id_code'], dataset=dataset, experiment=identifiers(d['experiment'], f), well=d['well'],
                 plate=identifiers(d['plate'], f), well_type=well_type, sirna=sirna, sirna_id=ids)))
     wells = pd.concat(parts, ignore_index=True)
-    wells['plate'] = _whole_numbers(wells['plate'])
+    wells['plate'] = whole_numbers(wells['plate'])
     wells['cell_type'] = wells['experiment'].str.rsplit('-', n=1).str[0]
     t = wells.loc[wells.index.repeat(sites)].reset_index(drop=True)
     t['site'] = np.tile(np.arange(1, sites+1), len(wells))
@@ -586,15 +606,15 @@ _OFFICIAL = ['site_id', 'well_id', 'cell_type', 'dataset', 'experiment', 'plate'
 def _read_official(f):
     "Return the official or the WILDS metadata.csv as one row per site"
     t = _check_needed(read_table(f), f, _OFFICIAL)
-    t['site'] = _integers(t['site'], 'site', f)
+    t['site'] = as_integers(t['site'], 'site', f)
     if 'sirna' not in t: t['sirna'] = None
     for c in ('plate', 'experiment', 'cell_type', 'sirna'): t[c] = identifiers(t[c], f)
     t['well_type'] = [well_type_of(o) or o for o in t['well_type']]
-    t['plate'] = _whole_numbers(t['plate'])
+    t['plate'] = whole_numbers(t['plate'])
     extra = [c for c in t if c not in SITE_COLUMNS]
     for c in extra: t[c] = numbers_if_exact(decimal_commas(t[c], f))
-    t['sirna_id'] = _integers(t['sirna_id'], 'sirna_id', f) if 'sirna_id' in t else pd.array([pd.NA]*len(t), 'Int64')
-    if 'plate_group' in t: t['plate_group'] = _integers(t['plate_group'], 'plate_group', f)
+    t['sirna_id'] = as_integers(t['sirna_id'], 'sirna_id', f) if 'sirna_id' in t else pd.array([pd.NA]*len(t), 'Int64')
+    if 'plate_group' in t: t['plate_group'] = as_integers(t['plate_group'], 'plate_group', f)
     return t
 
 # %% ../../nbs/01_screen.tables.ipynb #c92a4c37
@@ -641,7 +661,7 @@ def check_table(
     if twice.any():
         raise ScreenError(f'{where} lists {plural(twice.sum(), "site")} more than once ({first_few(t.site_id[twice].unique())}): '
                           'keep one row per site.')
-    if _are_on_plates(t, where): _well_names(t['well'].set_axis(range(2, len(t) + 2)), where)
+    if _are_on_plates(t, where): own_well_names(t['well'].set_axis(range(2, len(t) + 2)), where)
     places = t.drop_duplicates(['well_id', 'experiment', 'plate', 'well'])
     shared = places['well_id'].duplicated(keep=False)
     if shared.any():
@@ -803,7 +823,7 @@ def read_metadata(
     folder = found.parent if found.is_file() else found
     check_table(t, found, cell_types or CELL_TYPES)
     t['site'] = t['site'].astype(int)
-    t['well'] = _well_names(t['well'].set_axis(range(2, len(t) + 2)), found).array
+    t['well'] = own_well_names(t['well'].set_axis(range(2, len(t) + 2)), found).array
     if plate_groups is None and (folder/'plate_group.csv').is_file(): plate_groups = folder/'plate_group.csv'
     if plate_groups is not None or 'plate_group' not in t: t = add_plate_groups(t, plate_groups)
     return t[SITE_COLUMNS + [c for c in t if c not in SITE_COLUMNS]].reset_index(drop=True)

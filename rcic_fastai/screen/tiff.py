@@ -18,7 +18,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from ..core import ScreenError, first_few, option, plural
 from .remote import open_any
-from .images import MOST_PIXELS, PNG_SIGNATURE, decode_png, _check_kind, _most_packed, _png_header
+from .images import MOST_PIXELS, PNG_SIGNATURE, decode_png, check_png_kind, most_packed, png_header
 
 # %% ../../nbs/04b_screen.tiff.ipynb #ab22d604
 _BY_PILLOW = {5, 32773, 34925, 50000} # LZW, PackBits, LZMA, Zstandard
@@ -433,7 +433,7 @@ def _tiff_planes(f, name, n, pages, expect, header, t=None, z=None, asked=(), am
             raise ScreenError(f'{name} has {first.samplesperpixel} samples per pixel, but a channel is one gray '
                               'picture: save each channel as 8- or 16-bit gray.')
         h, w = (len(picked), first.imagelength) if how == 'rows' else (first.imagelength, first.imagewidth)
-        _check_kind(name, h, w, first.bitspersample, 0, expect)
+        check_png_kind(name, h, w, first.bitspersample, 0, expect)
         if header: return h, w, first.bitspersample
         x = [_brightest(f, o, tif.byteorder) for o in picked]
     return np.concatenate(x).transpose(2, 0, 1) if how == 'rows' else np.concatenate(x)
@@ -445,10 +445,10 @@ def _png_planes(f, name, n, pages, expect, header, t=None, z=None):
         raise ScreenError(f'{name} is a PNG, which holds one channel: give a file for each of the {plural(n, "channel")}, or '
                           'TIFF stacks.')
     for axis, want in (('t', t), ('z', z)): choose_plane(axis, 1, want, name)
-    w, h, bits, color = _png_header(f.read(33), name)
-    _check_kind(name, h, w, bits, color, expect)
+    w, h, bits, color = png_header(f.read(33), name)
+    check_png_kind(name, h, w, bits, color, expect)
     if header: return h, w, bits
-    if f.seek(0, 2) > _most_packed(w, h, bits) + 2**24: raise ValueError('it is longer than its pixels can need')
+    if f.seek(0, 2) > most_packed(w, h, bits) + 2**24: raise ValueError('it is longer than its pixels can need')
     f.seek(0)
     return decode_png(f.read(), name, expect)[None]
 

@@ -201,6 +201,7 @@ def check_groups(
     what:str, # What compares its groups
 ):
     "Raise a `ScreenError` where a model that is continued does not know the groups of the training, so that all would look like one"
+    # the lessons show callbacks on stand-ins, which hold no rows; `screen_dls` always has both
     rows = getattr(getattr(dls, 'train', None), 'items', None)
     vocab = getattr(getattr(dls, 'spec', None), 'vocabs', {}).get(by)
     if vocab is None or rows is None or by not in rows: return
@@ -221,7 +222,6 @@ def lisa_partners(
     fits = is_known & (is_same & ~is_near if same else ~is_same & is_near)
     found = ((draws + 1)*fits).argmax(1)
     return torch.where(fits.any(1), found, torch.arange(len(labels), device=labels.device))
-
 
 # %% ../../nbs/30_train.cutmix.ipynb #93015fa7
 class LISA(BatchMix):

@@ -88,7 +88,7 @@ def screen_learner(
     metadata=(), # Metadata columns the model uses: any of cell_type, plate_group, experiment
     loss='adacos', # Name or config of a loss, or a `CosineLoss`
     pretrained=True, # True: the published weights; a weights file or model folder; or None for random ones
-    stem:str='tile', # How the n-channel stem is made: tile, copy, mean, fresh, project or rgb
+    stem:str='tile', # How channels are read: tile, copy, mean, fresh, project, rgb; one by one: bag, tokens
     neck:str='linear', # Name of a neck, see `create_neck`
     emb_dim:int=512, # Length of the embedding
     meta_dropout:float=.2, # Share of metadata entries shown as unknown in training

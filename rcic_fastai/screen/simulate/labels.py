@@ -18,7 +18,7 @@ from fastprogress.fastprogress import progress_bar
 from ...core import OwnFolder, ScreenError
 from ..tables import join_labels, split_labels
 from .cells import blur, named_rng, texture
-from .layout import _check_counts, _check_whole, _free_dest
+from .layout import check_counts, check_whole, free_dest
 
 # %% ../../../nbs/02d_screen.simulate.labels.ipynb #1811c331
 COMPARTMENTS = {'nucleoplasm': .34, 'nuclear membrane': .08, 'nucleoli': .14, 'cytosol': .32, 'plasma membrane': .12,
@@ -193,11 +193,11 @@ def simulate_labels(
 )->Path: # `dest`; `open_screen` opens it
     "Draw images with several labels each, in the layout of the Human Protein Atlas, with the truth about each cell"
     for name, value, low, high in (('images', images, 4, 10**6), ('size', size, 48, 2048), ('cells', cells, 1, 12)):
-        _check_whole(name, value, low, high)
-    _check_counts(seed=seed)
+        check_whole(name, value, low, high)
+    check_counts(seed=seed)
     if not (isinstance(test, (int, float)) and 0 <= test < 1):
         raise ScreenError(f'test is {test!r}: give a share from 0, below 1.')
-    dest, names = _free_dest(dest), [f'image{i:05d}' for i in range(images)]
+    dest, names = free_dest(dest), [f'image{i:05d}' for i in range(images)]
     is_test = set(names[images - round(images*test):])
     tmp = LABELS_FOLDER.make(tempfile.mkdtemp(prefix=f'.{dest.name}.', dir=dest.parent))
     try:
