@@ -77,7 +77,8 @@ def _called(func, args, prog, err):
     def say(text): print(f'{prog}: {text}', file=err)
     try: func(**args)
     except ScreenError as e: say(_sentence(e))
-    except OSError as e: say(f'{e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.')
+    except OSError as e:
+        say(f'{e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.')
     except KeyboardInterrupt:
         say(_INTERRUPTED)
         return 130
@@ -114,12 +115,14 @@ def _options(func):
     parameters = inspect.signature(func).parameters.values()
     return {p.name: p.annotation is store_true for p in parameters if p.default is not p.empty}
 
-_SENT_TO = dict(rcic_pack='pack', rcic_train='train', rcic_predict='predict', rcic_evaluate='evaluate_csv', rcic_embed='embed', rcic_hits='hits')
+_SENT_TO = dict(rcic_pack='pack', rcic_train='train', rcic_predict='predict', rcic_evaluate='evaluate_csv',
+                rcic_embed='embed', rcic_hits='hits')
 
 def _commands():
     "Return {name: function} of the commands that a message may send someone to"
     return {c: globals()[f] for c, f in _SENT_TO.items() if f in globals()}
 
+# %% ../nbs/72_cli.ipynb #613c5fcd
 def run_command(
     func, # A documented function
     argv=None, # Arguments; `None`: those of the process
@@ -131,8 +134,10 @@ def run_command(
     by_position = [a.dest for a in parser._actions if not a.option_strings]
     others = {c: _options(f) for c, f in _commands().items() if f is not func}
     out, err = _OwnLines(sys.stdout if _is_first() else open(os.devnull, 'w')), _OwnLines(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), as_command(by_position, _options(func), others), warnings.catch_warnings():
-        if not sys.warnoptions: warnings.simplefilter('ignore', FutureWarning)      # what other packages will change is nothing that a user can mend
+    said = as_command(by_position, _options(func), others)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), said, warnings.catch_warnings():
+        # what other packages will change is nothing that a user can mend
+        if not sys.warnoptions: warnings.simplefilter('ignore', FutureWarning)
         try: return _called(func, args, prog, err)
         finally: out.end()
 
@@ -150,11 +155,12 @@ def quick_imports():
             atexit.register(gc.unfreeze)       # some packages complain of what is left at the end
 
 # %% ../nbs/72_cli.ipynb #34fa1010
-_EXAMPLES = dict(columns='experiment=Batch,dataset= for no such column', controls='DMSO=negative_control', channels='nucleus=DNA',
-                 replace='s3://bucket/=/data/')
+_EXAMPLES = dict(columns='experiment=Batch,dataset= for no such column', controls='DMSO=negative_control',
+                 channels='nucleus=DNA', replace='s3://bucket/=/data/')
 
 def _not_understood(s, what, part):
-    return ScreenError(f'--{what} {s} is not understood at {part!r}: write pairs with commas, such as {_EXAMPLES[what]}.')
+    return ScreenError(f'--{what} {s} is not understood at {part!r}: '
+                       f'write pairs with commas, such as {_EXAMPLES[what]}.')
 
 def _pairs(s, what, split):
     "Read 'a=b,c=d' as [('a', 'b'), ('c', 'd')], each name once; `split` takes a pair apart"
@@ -174,6 +180,7 @@ def _mapping(s, what):
     if any(not a or not b and what != 'columns' for a, b in pairs): raise _not_understood(s, what, '=')
     return {a: b or None for a, b in pairs}
 
+# %% ../nbs/72_cli.ipynb #4d692af9
 def _channels(s):
     "Read 'A,B' as names, and 'a=A,b=B' as names for those of the screen"
     return _mapping(s, 'channels') if '=' in s else as_names(s)
@@ -190,12 +197,15 @@ def _roles(s):
         res.setdefault(kind, []).append(name)
     return res
 
-_SAID = ('cell_type', 'split', 'dataset', 'root', 'plate_wells', 'wells', 'experiment', 'empty', 'pattern', 'layout', 'partial', 'cache')
+# %% ../nbs/72_cli.ipynb #ed3e4303
+_SAID = ('cell_type', 'split', 'dataset', 'root', 'plate_wells', 'wells', 'experiment', 'empty', 'pattern',
+         'layout', 'partial', 'cache')
 
 def _meaning(o):
     "Return what was said about the meaning of a source, as arguments of `open_screen`, from the options of `pack`"
     lists = {k: as_names(o[k]) for k in ('test', 'cell_types')}
-    pairs = dict(channels=_channels(o['channels']), columns=_mapping(o['columns'], 'columns'), controls=_roles(o['controls']), replace=_mapping(o['replace'], 'replace'))
+    pairs = dict(channels=_channels(o['channels']), columns=_mapping(o['columns'], 'columns'),
+                 controls=_roles(o['controls']), replace=_mapping(o['replace'], 'replace'))
     planes = dict(z=_plane(o['z']), t=_plane(o['t']), acquisition=o['acquisition'] if o['acquisition'] >= 0 else None)
     given = {**pairs, **lists, **planes, **{k: o[k] for k in _SAID}}
     return {k: v for k, v in given.items() if v or v == 0 and k in planes}
@@ -219,10 +229,12 @@ def simulate(
     from rcic_fastai.screen.simulate.layout import simulate_screen, write_file_table
     check_numbers(seed=seed, workers=workers)
     start = time.time()
-    t = simulate_screen(dest, as_names(experiments), sirnas=sirnas, size=size, sites=sites, plates=plates, controls=controls,
+    t = simulate_screen(dest, as_names(experiments), sirnas=sirnas, size=size, sites=sites, plates=plates,
+                        controls=controls,
                         seed=seed, test=as_names(test) or None, n_workers=workers or None, progress=True, doses=doses)
     if files: write_file_table(dest)
-    print(f'{dest}: {plural(len(t), "site")} of 6×{size}×{size}, {plural(t.experiment.nunique(), "experiment")}, {sirnas} siRNAs, in {time.time()-start:.0f} s')
+    print(f'{dest}: {plural(len(t), "site")} of 6×{size}×{size}, {plural(t.experiment.nunique(), "experiment")}, '
+          f'{sirnas} siRNAs, in {time.time()-start:.0f} s')
 
 def rcic_simulate(argv=None):
     "Run the console script"
@@ -301,20 +313,27 @@ def pack(
     if to == 'ome-zarr': return _write_plates(packed, dest, verify, workers)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
-        print(f'{dest}: {plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}, {folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n{screen_summary(open_screen(dest, check=False))}')
-    if verify: print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} the same as in {screen}')
+        print(f'{dest}: {plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}, '
+              f'{folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n'
+              f'{screen_summary(open_screen(dest, check=False))}')
+    if verify:
+        print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} '
+              f'the same as in {screen}')
 
 # %% ../nbs/72_cli.ipynb #06681e4c
 def _write_plates(screen, dest, verify, workers):
     "Write a screen as OME-Zarr plates"
     from rcic_fastai.results.export import write_plates
-    if verify: raise ScreenError(f'{option("verify")} compares packed screens: leave it out with {option("to", "ome-zarr")}.')
+    if verify:
+        raise ScreenError(f'{option("verify")} compares packed screens: leave it out with {option("to", "ome-zarr")}.')
     write_plates(screen, dest, workers or None)
     print(f'{dest}: {plural(len(screen.plates), "plate")}, {plural(len(screen), "field")}')
 
-pack.groups = {'what the source means': ['pattern', 'layout', 'channels', 'columns', 'controls', 'test', 'cell_type', 'cell_types', 'split', 'dataset', 'wells', 'experiment'],
-               'single cells': ['cells', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
-               'how it is read': ['z', 't', 'acquisition', 'root', 'replace', 'cache', 'plate_wells', 'empty', 'partial', 'only_present']}
+pack.groups = {
+    'what the source means': ('pattern layout channels columns controls test cell_type cell_types split dataset '
+                              'wells experiment').split(),
+    'single cells': 'cells cell_side cell_masked cell_border cell_channels cell_radius cell_partial'.split(),
+    'how it is read': 'z t acquisition root replace cache plate_wells empty partial only_present'.split()}
 
 def rcic_pack(argv=None):
     "Run the console script"
@@ -389,8 +408,12 @@ def train(
         from rcic_fastai.workflow import train_screen
     train_screen(**given)
 
-train.groups = {'model': ['arch', 'metadata', 'pretrained'], 'data': ['size', 'channels', 'experiments', 'test', 'valid', 'folds', 'fold', 'refit', 'target', 'label_names', 'no_label', 'controls', 'only_present', 'sites', 'norm', 'norm_from'],
-                'steps': ['pretrain', 'cell_types', 'pseudo'], 'run': ['epochs', 'lr', 'bs', 'seed', 'tta', 'search', 'precision', 'compile', 'resident', 'device', 'workers', 'log', 'resume']}
+train.groups = {
+    'model': 'arch metadata pretrained'.split(),
+    'data': ('size channels experiments test valid folds fold refit target label_names no_label controls '
+             'only_present sites norm norm_from').split(),
+    'steps': 'pretrain cell_types pseudo'.split(),
+    'run': 'epochs lr bs seed tta search precision compile resident device workers log resume'.split()}
 
 def rcic_train(argv=None):
     "Run the console script"
@@ -453,10 +476,12 @@ def predict(
         pred = opened.predict(**given)
     if pred is not None: print(f'{out}: {_of_what(pred)}, protocol {protocol}')
 
-predict.groups = {'what is used of the test batch': ['protocol', 'tell', 'adapt', 'adapt_from', 'correct'],
-                  'how wells are named': ['by', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tta', 'views'], 'what is written': ['neighbors', 'embeddings', 'scores'],
-                  'single cells': ['cells', 'cell_merge', 'cell_side', 'cell_masked', 'cell_border', 'cell_channels', 'cell_radius', 'cell_partial'],
-                  'run': ['experiments', 'wells', 'held_out', 'only_present', 'device', 'workers', 'bs']}
+predict.groups = {
+    'what is used of the test batch': 'protocol tell adapt adapt_from correct'.split(),
+    'how wells are named': 'by vote k search merge same_cell_type assign tta views'.split(),
+    'what is written': 'neighbors embeddings scores'.split(),
+    'single cells': ('cells cell_merge cell_side cell_masked cell_border cell_channels cell_radius cell_partial').split(),
+    'run': 'experiments wells held_out only_present device workers bs'.split()}
 
 def rcic_predict(argv=None):
     "Run the console script"
@@ -469,7 +494,8 @@ def _tables(spec, read):
     parts = [('', o) if Path(o).exists() or '=' not in o else o.split('=', 1) for o in as_names(spec)]
     if not any(n for n, _ in parts): return [read(p) for _, p in parts] or None
     names = [n or Path(p).stem for n, p in parts]
-    if len(set(names)) < len(names): raise ScreenError(f'{spec} names two columns alike: give each its own name, as NAME=FILE.')
+    if len(set(names)) < len(names):
+        raise ScreenError(f'{spec} names two columns alike: give each its own name, as NAME=FILE.')
     return {n: read(p) for n, (_, p) in zip(names, parts)}
 
 def evaluate_csv(
@@ -491,8 +517,11 @@ def evaluate_csv(
         from rcic_fastai.screen.open import SCREEN_KINDS, open_screen, screen_kind
         from rcic_fastai.screen.tables import read_metadata
     check_numbers(seed=seed)
-    if SCREEN_KINDS[screen_kind(screen)].needs_options: raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: name the screen that rcic_pack made of it.')
-    table = open_screen(screen, check=False).table if screen_kind(screen) == 'images' or is_remote(screen) else read_metadata(screen)
+    if SCREEN_KINDS[screen_kind(screen)].needs_options:
+        raise ScreenError(f'{screen} is not packed, and its columns would have to be named again: '
+                          'name the screen that rcic_pack made of it.')
+    is_opened = screen_kind(screen) == 'images' or is_remote(screen)
+    table = open_screen(screen, check=False).table if is_opened else read_metadata(screen)
     res = evaluate_screen(_tables(out, read_answers), table, embeddings=_tables(embeddings, read_embeddings),
                           sites=_tables(sites, read_predictions), partial=partial, seed=seed)
     print(res.to_json() if json else res.to_text(full))
@@ -526,7 +555,9 @@ def ensemble(
     with quick_imports():
         from rcic_fastai.predict.ensemble import ensemble_files
     try: numbers = [float(w) for w in as_names(weights)] or None
-    except ValueError: raise ScreenError(f'{option("weights", weights)} is not understood: write numbers with commas, such as 1,2.') from None
+    except ValueError:
+        raise ScreenError(f'{option("weights", weights)} is not understood: '
+                          'write numbers with commas, such as 1,2.') from None
     pred = ensemble_files(out, *members, weights=numbers)
     print(f'{out}: {_of_what(pred)}, {plural(len(members), "prediction")} averaged, protocol {pred.protocol.iloc[0]}')
 
@@ -550,7 +581,8 @@ def confidence(
     for n in conf.notes: print(f'note: {n}', file=sys.stderr)
     for r in forecast_accuracy(answers, conf.error).itertuples():
         off = f' (such forecasts were off by {r.error:.3f} in the mean)' if r.error == r.error else ''
-        print(f'{r.experiment}: about {r.forecast:.3f} of {plural(r.wells, "well")} right{off}, {r.n_names:.1f} names a set')
+        right = f'about {r.forecast:.3f} of {plural(r.wells, "well")} right{off}'
+        print(f'{r.experiment}: {right}, {r.n_names:.1f} names a set')
     print(f'{out}: {plural(len(answers), "well")}, sets of {100*coverage:g} %, protocol {conf.facts["protocol"]}')
 
 def rcic_confidence(argv=None):
@@ -631,8 +663,12 @@ def embed(
     made = opened.profile_file(**given)
     if made is None: return
     if shard and os.path.exists(out): print(f'{out} was written meanwhile, and its parts are not needed any more')
-    elif shard: print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; when all are, the same command without {option("shard")} writes {out}')
-    else: print(f'{out}: {plural(made["profiles"], "profile")}{" of " + plural(made["experiments"], "experiment") if made["experiments"] else ""}, one per {level}')
+    elif shard:
+        print(f'{out}.part: {made["done"]} of {plural(made["parts"], "part is", "parts are")} there; '
+              f'when all are, the same command without {option("shard")} writes {out}')
+    else:
+        of = f' of {plural(made["experiments"], "experiment")}' if made['experiments'] else ''
+        print(f'{out}: {plural(made["profiles"], "profile")}{of}, one per {level}')
 
 def rcic_embed(argv=None):
     "Run the console script"
@@ -658,7 +694,8 @@ def hits(
 ):
     "Find the perturbations that differ from the negative controls of their plates"
     from rcic_fastai.embed.hits import find_hits, hits_text
-    found = find_hits(profiles, out, _named_controls(controls), target, dose, measure, correct, level, n_null, seed, _mapping(columns, 'columns'))
+    found = find_hits(profiles, out, _named_controls(controls), target, dose, measure, correct, level, n_null,
+                      seed, _mapping(columns, 'columns'))
     print(f'{hits_text(found)}\n{out}: {plural(len(found), "perturbation")}')
 
 def rcic_hits(argv=None):
@@ -674,7 +711,8 @@ def _write_atlas(model, screen, given):
     opened, out, side = open_screen(screen, check=False), given['out'], given['side']
     page = explore(model, opened, **{**given, 'out': None, 'side': 0, 'max_mb': 1e6})
     for n in page.data['notes']: print(f'note: {n}')
-    print(f'{write_atlas(page, opened, out, side)}: {plural(len(page.data["wells"]["id"]), "well")}, a table for Embedding Atlas')
+    print(f'{write_atlas(page, opened, out, side)}: '
+          f'{plural(len(page.data["wells"]["id"]), "well")}, a table for Embedding Atlas')
 
 # %% ../nbs/72_cli.ipynb #8b8be2b3
 def explore_screen(
@@ -718,7 +756,8 @@ def explore_screen(
     from rcic_fastai.train.distributed import rank_device
     is_table = out.lower().endswith('.parquet')
     (check_atlas_path if is_table else check_page_path)(out)
-    given.update(predictions=_tables(predictions, read_predictions), embeddings=_tables(embeddings, read_embeddings), protocol=as_names(protocol))
+    given.update(predictions=_tables(predictions, read_predictions), embeddings=_tables(embeddings, read_embeddings),
+                 protocol=as_names(protocol))
     opened = load_model(model, rank_device())
     if held_out: screen = opened.held_out(screen)
     if is_table: return _write_atlas(opened, screen, given)
@@ -726,9 +765,11 @@ def explore_screen(
     for n in page.data['notes']: print(f'note: {n}')
     print(f'{out}: {page.about}')
 
-explore_screen.groups = {'the page': ['max_mb', 'side', 'quality', 'umap', 'title'],
-                         'how wells are named': ['wells', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'assign', 'tell', 'tta', 'views', 'adapt', 'adapt_from', 'correct'],
-                         'run': ['experiments', 'held_out', 'only_present', 'workers', 'bs']}
+explore_screen.groups = {
+    'the page': 'max_mb side quality umap title'.split(),
+    'how wells are named': ('wells vote k search merge same_cell_type assign tell tta views adapt adapt_from '
+                            'correct').split(),
+    'run': 'experiments held_out only_present workers bs'.split()}
 
 def rcic_explore(argv=None):
     "Run the console script"

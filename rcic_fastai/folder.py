@@ -12,6 +12,7 @@ import inspect, json, tempfile, warnings
 from contextlib import ExitStack
 from dataclasses import fields
 from functools import lru_cache
+from itertools import chain
 from fastai.vision.all import *
 from .core import *
 from .screen.tables import *
@@ -58,23 +59,31 @@ def _how_good(config):
     m, k = config['metrics'], len(config['spec']['labels'])
     if note := validation_note(config): return markdown_text(note)
     if not m: return 'No experiment was held out, so nothing is known of its accuracy.'
-    if 'macro_f1' in m: return (f'{m["images"]} images were held out: macro F1 **{m["macro_f1"]:.3f}**, micro F1 **{m["micro_f1"]:.3f}** at a probability of one half (protocol {m["protocol"]}: {_USES[m["protocol"]]}). '
-                                f'With thresholds that were chosen for these images: {m["chosen"]["macro"]:.3f} and {m["chosen"]["micro"]:.3f}.')
+    if 'macro_f1' in m:
+        return (f'{m["images"]} images were held out: macro F1 **{m["macro_f1"]:.3f}**, '
+                f'micro F1 **{m["micro_f1"]:.3f}** at a probability of one half (protocol {m["protocol"]}: '
+                f'{_USES[m["protocol"]]}). With thresholds that were chosen for these images: '
+                f'{m["chosen"]["macro"]:.3f} and {m["chosen"]["micro"]:.3f}.')
     before = 'not trained on' if not {*m['held_out']} & {*_earlier(config)} else 'not trained on last, but before'
     return (f'Accuracy of the classifier on {m["samples"]} of {", ".join(map(markdown_text, m["held_out"]))}, '
             f'which it was {before}: **{m["accuracy"]:.3f}** '
             f'(protocol {m["protocol"]}: {_USES[m["protocol"]]}; {k} classes, chance {1/k:.4f}).')
 
 # %% ../nbs/70_folder.ipynb #aa76da03
+def _those(names): return 'that experiment' if len(names) == 1 else 'those experiments'
+
 def _seen_under_its_own_labels(config):
     names = config.get('pseudo_experiments')
-    return (f'\n\nIt also learned from wells of {", ".join(map(markdown_text, names))} under its own labels. What it says of '
-            f'{"that experiment" if len(names) == 1 else "those experiments"} is transductive.') if names else ''
+    if not names: return ''
+    return (f'\n\nIt also learned from wells of {", ".join(map(markdown_text, names))} under its own labels. '
+            f'What it says of {_those(names)} is transductive.')
 
 def _learned_before(config):
     names = _earlier(config)
-    return (f'\n\nIts weights learned the labels of {", ".join(map(markdown_text, names))} before, in an earlier training or in the model that '
-            f'they began from. Of {"that experiment" if len(names) == 1 else "those experiments"} it says nothing inductive.') if names else ''
+    if not names: return ''
+    return (f'\n\nIts weights learned the labels of {", ".join(map(markdown_text, names))} before, '
+            'in an earlier training or in the model that they began from. '
+            f'Of {_those(names)} it says nothing inductive.')
 
 # %% ../nbs/70_folder.ipynb #be546089
 def _table(head, rows):
@@ -86,9 +95,17 @@ def _reads(s, m, d):
     "Return the sentence about the pictures, metadata and channels that the model reads"
     size = f' scaled to {s["size"]} pixels' if s['size'] else ''
     sample = 'one site' if s['sites'] == 1 else f'{s["sites"]} sites of a well'
-    return (f'{s["bits"]}-bit pictures{size}, normalization `{s["norm"]}`, {sample} at a time; metadata: '
-            f'{markdown_text(", ".join(m["metadata"]) or "none")}. The channels, in this order (mean and standard deviation as '
-            f'shares of full scale, of {d["sites_measured"]} training sites):')
+    return (f'{s["bits"]}-bit pictures{size}, normalization `{s["norm"]}`, {sample} at a time; '
+            f'metadata: {markdown_text(", ".join(m["metadata"]) or "none")}. The channels, in this order '
+            f'(mean and standard deviation as shares of full scale, of {d["sites_measured"]} training sites):')
+
+def _channel_rows(s, d):
+    "Return number, name, mean and standard deviation of each channel"
+    rows = []
+    for i, c in enumerate(s['channels'], 1):
+        measured = d['channels'][c]
+        rows.append((i, c, f'{measured["mean"]:.3f}', f'{measured["std"]:.3f}'))
+    return rows
 
 # %% ../nbs/70_folder.ipynb #7e5fc351
 def model_card(
@@ -97,10 +114,9 @@ def model_card(
     "Return the model card: what users must know before they use the model"
     s, m, d = config['spec'], config['model'], config['data']
     k = len(s['labels'])
-    stats = [(i+1, c, *(f'{d["channels"][c][n]:.3f}' for n in ('mean', 'std'))) for i, c in enumerate(s['channels'])]
     several = s.get('several', False)
     what, gives = ('labels', f'probabilities of {k} labels') if several else ('classes', f'cosines with {k} classes')
-    knows = f'{k} labels and answers those whose probability reaches their threshold' if several else f'{k} classes and answers one of them'
+    answers = 'answers those whose probability reaches their threshold' if several else 'answers one of them'
     cells = [v for v in s['vocabs'].get('cell_type', []) if v != UNKNOWN]
     return f'''---
 library_name: rcic_fastai
@@ -123,7 +139,7 @@ A model of [rcic_fastai](https://github.com/rcic-fastai/rcic_fastai): fluorescen
 ## What it reads
 {_reads(s, m, d)}
 
-{_table(('', 'channel', 'mean', 'std'), stats)}
+{_table(('', 'channel', 'mean', 'std'), _channel_rows(s, d))}
 
 ## How to use it
 ```python
@@ -135,7 +151,7 @@ emb = model.embed(screen)
 or `rcic_predict FOLDER SCREEN answers.csv`. Loading runs no code from this folder.
 
 ## Limits
-It knows {knows}, whatever it is shown. In batches that look unlike those above, and with
+It knows {k} {what} and {answers}, whatever it is shown. In batches that look unlike those above, and with
 cell types it never saw, expect less. It was made for research, not for decisions about people.
 
 ## License
@@ -153,7 +169,8 @@ _again = partial(copy_again, do='copy or train the model again')
 
 def _saved_index(model):
     "Return one index of all embeddings: plain, adapted, told"
-    plain, *others = [i for i in (model.index, model.adapted_index, model.told_index, model.told_adapted_index) if i is not None]
+    each = (model.index, model.adapted_index, model.told_index, model.told_adapted_index)
+    plain, *others = [i for i in each if i is not None]
     if not others: return plain
     tables = pd.concat([plain.table(), *(i.table() for i in others)], ignore_index=True)
     return EmbeddingIndex(tables, plain.target, plain.kind, model.fingerprint)
@@ -197,7 +214,8 @@ _SCALAR = _or(_NONE, _BOOL, _REAL, _WORD)
 
 def _is_loss(v, depth=0):
     "Check that a loss is one of ours, with plain numbers or other losses as arguments"
-    if not isinstance(v, dict) or depth > 3 or not isinstance(v.get('name'), str) or v['name'] not in LOSSES: return False
+    if not isinstance(v, dict) or depth > 3 or not isinstance(v.get('name'), str) or v['name'] not in LOSSES:
+        return False
     _, ok = _or(_NONE, _BOOL, _REAL, _list(_REAL, 0, 2**12))
     return all(_is_loss(o, depth+1) if k in ('a', 'b') else ok(o) for k, o in v.items() if k != 'name')
 
@@ -207,41 +225,67 @@ _NOT_SAVED = ('pretrained', 'stem', 'kwargs')
 _BACKBONE = ('drop_connect_rate', 'drop_path_rate', 'drop_rate', 'proj_drop_rate', 'attn_drop_rate')
 _MODEL = dict({p: _SCALAR for p in inspect.signature(create_screen_model).parameters if p not in _NOT_SAVED},
     arch=_ARCH, n_classes=_int(1, 2**20), n_channels=_int(1, 16), inputs=_list(_WORD, 0, 100), emb_dim=_int(1, 2**14),
-    metadata=_dict(_int(1, 2**20), 100), neck=_one(*NECKS), meta_dim=_or(_int(1, 2**12), _one('onehot')), dropout=_SHARE,
-    meta_dropout=_or(_SHARE, _dict(_SHARE, 100)), loss=('a loss', _is_loss), use_metadata=_BOOL,
-    n_sites=_or(_NONE, _int(1, 64)), arch_args=('plain arguments of an architecture', is_arch_args), stem=_one(*TO_RGB, *BAGS),
-    bn_momentum=_or(_NONE, _SHARE), img_size=_or(_int(8, 2048), _list(_int(8, 2048), 2, 2)), **dict.fromkeys(_BACKBONE, _SHARE))
+    metadata=_dict(_int(1, 2**20), 100), neck=_one(*NECKS), meta_dim=_or(_int(1, 2**12), _one('onehot')),
+    dropout=_SHARE, meta_dropout=_or(_SHARE, _dict(_SHARE, 100)), loss=('a loss', _is_loss), use_metadata=_BOOL,
+    n_sites=_or(_NONE, _int(1, 64)), arch_args=('plain arguments of an architecture', is_arch_args),
+    stem=_one(*TO_RGB, *BAGS), bn_momentum=_or(_NONE, _SHARE),
+    img_size=_or(_int(8, 2048), _list(_int(8, 2048), 2, 2)), **dict.fromkeys(_BACKBONE, _SHARE))
 
 # %% ../nbs/70_folder.ipynb #b253bf33
 _STATS = _or(_NONE, _list(_num(-1e6, 1e6), 1, 16))
 _SPEC = dict({f.name: _SCALAR for f in fields(ScreenSpec)},
-    target=_WORD, labels=_list(_LABEL, 1, 2**20), channels=_list(_WORD, 1, 16), vocabs=_dict(_list(_LABEL, 1, 2**20), 100),
-    sites=_int(1, 64), size=_or(_NONE, _int(8, 2**12)), norm=_one(*NORMALIZERS), norm_mean=_STATS, norm_std=_STATS,
-    bits=_one(8, 16), clahe=_BOOL, several=_BOOL, no_label=_BOOL, norm_from=_one('all', 'controls'))
+    target=_WORD, labels=_list(_LABEL, 1, 2**20), channels=_list(_WORD, 1, 16),
+    vocabs=_dict(_list(_LABEL, 1, 2**20), 100), sites=_int(1, 64), size=_or(_NONE, _int(8, 2**12)),
+    norm=_one(*NORMALIZERS), norm_from=_one('all', 'controls'), norm_mean=_STATS, norm_std=_STATS,
+    bits=_one(8, 16), clahe=_BOOL, several=_BOOL, no_label=_BOOL)
 _AUGS = _dict(_or(_SCALAR, _list(_REAL, 1, 2)), 100, _one(*inspect.signature(site_augs).parameters))
 _NAMES = _list(_LABEL, 0, 2**16)
-def _is_run(v): return isinstance(v, dict) and _SHARE[1](v.get('macro_f1', v.get('accuracy'))) and all(_NAMES[1](v.get(k, [])) for k in ('held_out', 'held_plates'))
-def _is_validation(v): return isinstance(v, dict) and isinstance(v.get('runs'), list) and 0 < len(v['runs']) <= 1000 and all(map(_is_run, v['runs']))
+
+# %% ../nbs/70_folder.ipynb #81c3e0fc
+def _is_run(v):
+    if not isinstance(v, dict) or not _SHARE[1](v.get('macro_f1', v.get('accuracy'))): return False
+    return all(_NAMES[1](v.get(k, [])) for k in ('held_out', 'held_plates'))
+
+def _is_validation(v):
+    runs = v.get('runs') if isinstance(v, dict) else None
+    return isinstance(runs, list) and 0 < len(runs) <= 1000 and all(map(_is_run, runs))
+
 def _is_metrics(v): return v == {} or v is None or isinstance(v, dict) and _is_run(v)
 
-_MEASURED_THERE = dict(held_plates=_NAMES, validation=('what a validation measured', _is_validation), metrics=('what was measured', _is_metrics))
+_MEASURED_THERE = dict(held_plates=_NAMES, validation=('what a validation measured', _is_validation),
+                       metrics=('what was measured', _is_metrics))
+
+# %% ../nbs/70_folder.ipynb #90663900
 _PLAIN = _text('text of one line', r'[^\x00-\x1f\x7f-\x9f]{0,2000}')
 _AS_PREDICTED = dict(tta=_int(1, 2**10), k=_int(1, 10**6), same_cell_type=_BOOL)
 
-def _is_stage(v): return isinstance(v, dict) and type(v.get('epochs')) is int and _WORD[1](v.get('name')) and (_or(_NONE, _AUGS)[1](v.get('augs')) or v['augs'] in (*PUBLISHED_AUGS, 'default'))
+def _is_stage(v):
+    if not isinstance(v, dict) or type(v.get('epochs')) is not int or not _WORD[1](v.get('name')): return False
+    return _or(_NONE, _AUGS)[1](v.get('augs')) or v['augs'] in (*PUBLISHED_AUGS, 'default')
+
 def _is_recipe(v):
     "Check what is read of the recipe of a model"
     if v is None: return True
-    if not isinstance(v, dict) or not all(isinstance(v.get(k) or {}, dict) for k in ('predict', 'only', 'data')) or not isinstance(v.get('stages'), list): return False
-    said = [_AS_PREDICTED.get(k, _PLAIN)[1](o) for k, o in (v.get('predict') or {}).items()] + [_SCALAR[1](o) for o in (v.get('only') or {}).values()]
+    if not isinstance(v, dict) or not isinstance(v.get('stages'), list): return False
+    if not all(isinstance(v.get(k) or {}, dict) for k in ('predict', 'only', 'data')): return False
+    said = [_AS_PREDICTED.get(k, _PLAIN)[1](o) for k, o in (v.get('predict') or {}).items()]
+    said += [_SCALAR[1](o) for o in (v.get('only') or {}).values()]
     return all(said) and all(map(_is_stage, v['stages'])) and all(_PLAIN[1](v.get(k, '')) for k in ('name', 'about'))
 
-def _is_searched(v): return v is None or isinstance(v, dict) and _PLAIN[1](v.get('neck')) and isinstance(v.get('notes'), list) and all(map(_PLAIN[1], v['notes']))
+# %% ../nbs/70_folder.ipynb #6004ddae
+def _is_searched(v):
+    if v is None: return True
+    if not isinstance(v, dict) or not isinstance(v.get('notes'), list): return False
+    return _PLAIN[1](v.get('neck')) and all(map(_PLAIN[1], v['notes']))
+
 def _is_search(v): return isinstance(v, dict) and {*v} <= {'plain', 'adapted'} and all(map(_is_searched, v.values()))
 
 _READ = dict(recipe=('a recipe', _is_recipe), search=('how an index is searched', _is_search), only_present=_BOOL)
-_TOP = dict(**_MEASURED_THERE, **_READ, model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES, pseudo_experiments=_NAMES,
-            augs=_or(_NONE, _AUGS), held_images=_list(_LABEL, 0, 2**24), thresholds=_list(_SHARE, 1, 2**20), data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH, sha256=_HASH, files=_dict(_FACTS, 100))
+_TOP = dict(**_MEASURED_THERE, **_READ, model=_TABLE, spec=_TABLE, held_out=_NAMES, trained_experiments=_NAMES,
+            pseudo_experiments=_NAMES, augs=_or(_NONE, _AUGS), held_images=_list(_LABEL, 0, 2**24),
+            thresholds=_list(_SHARE, 1, 2**20), data=_TABLE, versions=_dict(_VERSION, 100), fingerprint=_HASH,
+            sha256=_HASH, files=_dict(_FACTS, 100))
+_OPTIONAL = ('augs', 'held_images', 'thresholds', *_MEASURED_THERE, *_READ)
 
 # %% ../nbs/70_folder.ipynb #01b7def6
 _COUNT = _int(0, 2**40)
@@ -249,9 +293,12 @@ def _is_measured(v): return isinstance(v, dict) and set(v) == {'mean', 'std'} an
 
 _MEASURED = 'the mean and std of a channel, from 0 to 1', _is_measured
 _EXPOSURE_KINDS = dict(experiment=_LABEL, cell_type=_LABEL, wells=_one(*EXPOSED), channel=_WORD, n=_COUNT)
-def _is_exposure(v): return isinstance(v, dict) and {*v} == {*EXPOSURE_COLUMNS} and all(_EXPOSURE_KINDS.get(k, _REAL)[1](o) for k, o in v.items())
+def _is_exposure(v):
+    if not isinstance(v, dict) or {*v} != {*EXPOSURE_COLUMNS}: return False
+    return all(_EXPOSURE_KINDS.get(k, _REAL)[1](o) for k, o in v.items())
 
-_DATA = dict(rows=_COUNT, sha256=_HASH, sites=_dict(_COUNT, 2**16, _LABEL), store=_text('32 hexadecimal digits', '[0-9a-f]{32}'),
+_DATA = dict(rows=_COUNT, sha256=_HASH, sites=_dict(_COUNT, 2**16, _LABEL),
+             store=_text('32 hexadecimal digits', '[0-9a-f]{32}'),
              channels=_dict(_MEASURED, 16), sites_measured=_COUNT, side=_int(1, 2**20),
              exposure=_list(('how bright a channel of an experiment is', _is_exposure), 0, 2**21))
 
@@ -270,7 +317,7 @@ def _check_entries(d, kinds, need, where):
 def _check_agreement(m, s, d, where):
     "Check that model, spec and data say the same"
     names, vocabs, stats = list(s['vocabs']), s['vocabs'], [s.get(k) for k in ('norm_mean', 'norm_std')]
-    wrong = [what for what, ok in {
+    agree = {
         'labels and classes': len(s['labels']) == len(set(s['labels'])) == m['n_classes'],
         'channels': len(s['channels']) == len(set(s['channels'])) == m['n_channels'],
         'vocabularies': all(v[0] == UNKNOWN for v in vocabs.values()),
@@ -279,7 +326,8 @@ def _check_agreement(m, s, d, where):
         'norm_mean and norm_std': s.get('norm') != 'global' or all(o and len(o) == m['n_channels'] for o in stats),
         'loss and labels': m['loss']['name'] == 'mix' or LOSSES[m['loss']['name']].several == s.get('several', False),
         'data': set(d['channels']) == set(s['channels']),
-    }.items() if not ok]
+    }
+    wrong = [what for what, ok in agree.items() if not ok]
     if wrong: raise _again(f'{where} contradicts itself about its {wrong[0]}')
 
 # %% ../nbs/70_folder.ipynb #9947ce64
@@ -295,14 +343,15 @@ def read_config(folder):
     if c['format'] > FORMAT:
         raise ScreenError(f'{folder} was written by a newer rcic_fastai (format {c["format"]}): update the package.')
     if c['format'] < FORMAT: raise written_before(folder, c['format'])
-    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in ('augs', 'held_images', 'thresholds', *_MEASURED_THERE, *_READ)], f)
+    _check_entries({k: c[k] for k in _TOP if k in c}, _TOP, [k for k in _TOP if k not in _OPTIONAL], f)
     if c['sha256'] != json_hash(c): raise _again(f'{f} was changed after it was saved')
     need = ('arch', 'n_classes', 'n_channels', 'metadata', 'inputs', 'emb_dim', 'neck', 'meta_dim', 'loss')
     _check_entries(c['model'], _MODEL, need, f)
     _check_entries(c['spec'], _SPEC, ('target', 'labels', 'channels', 'vocabs'), f)
     _check_entries(c['data'], _DATA, [k for k in _DATA if k not in ('store', 'side', 'exposure')], f)
     _check_agreement(c['model'], c['spec'], c['data'], f)
-    if len(c.get('thresholds', c['spec']['labels'])) != len(c['spec']['labels']): raise _again(f'{f} contradicts itself about its thresholds')
+    if len(c.get('thresholds', c['spec']['labels'])) != len(c['spec']['labels']):
+        raise _again(f'{f} contradicts itself about its thresholds')
     return c
 
 # %% ../nbs/70_folder.ipynb #99f1d4ab
@@ -320,7 +369,8 @@ def _check_files(folder, config):
     if inner != {n: files[n] for n in INDEX_FILES}: raise not_the_file(folder/'index.json')
     known = (*MODEL_FILES, 'config.json', 'README.md', 'history.png')
     stray = _quote(first_few(sorted(n for n in os.listdir(folder) if n not in known and not n.startswith('.')), 3))
-    if stray != "''": warnings.warn(f'{folder} also holds {stray}, which is no part of the model and is not read.', stacklevel=3)
+    if stray != "''":
+        warnings.warn(f'{folder} also holds {stray}, which is no part of the model and is not read.', stacklevel=3)
 
 # %% ../nbs/70_folder.ipynb #5cac3b00
 _TYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64,
@@ -333,6 +383,7 @@ def _tensor(e):
     if not isinstance(e, dict) or not isinstance(e.get('dtype'), str) or e['dtype'] not in _TYPES: return None
     return (tuple(e['shape']), _TYPES[e['dtype']]) if _list(_int(0, 2**48), 0, 8)[1](e.get('shape')) else None
 
+# %% ../nbs/70_folder.ipynb #c9542590
 def _header(path):
     "Return name → (shape, type) of the tensors in a safetensors file, which has room for just these"
     size = plain_file(path)
@@ -358,6 +409,7 @@ def _expected(text):
     except Exception: return None
     return _shapes(model.state_dict())
 
+# %% ../nbs/70_folder.ipynb #8565133d
 def _compare(have, want, path):
     lacks, odd = [k for k in want if k not in have], [k for k in have if k not in want]
     if lacks or odd: raise _no_weights(path, f'{_quote((lacks or odd)[0])} is {"absent" if lacks else "too many"}')
@@ -420,8 +472,8 @@ def _write_part(model, folder):
     state = _state(model.model)
     _check_finite(state, 'the model')
     if model_fingerprint(model.model, model.spec) != model.fingerprint:
-        raise ScreenError('The weights have changed since the model was made of them, and the index is of those before: '
-                          'call learn.to_model() again.')
+        raise ScreenError('The weights have changed since the model was made of them, '
+                          'and the index is of those before: call learn.to_model() again.')
     part = MODEL_FOLDER.check(folder.with_name(folder.name + '.part'))
     MODEL_FOLDER.remove(part)
     MODEL_FOLDER.make(part)
@@ -467,21 +519,25 @@ def check_cell_name(
 )->str:
     "Return a cell type that can be the name of a folder; a `ScreenError` for another"
     if isinstance(name, str) and _CELL_NAME.fullmatch(name) and name != 'common': return name
-    raise ScreenError(f'The cell type {_quote(name)} cannot be the name of a folder: give it a name of letters and digits in the table.')
+    raise ScreenError(f'The cell type {_quote(name)} cannot be the name of a folder: '
+                      'give it a name of letters and digits in the table.')
 
+# %% ../nbs/70_folder.ipynb #b35a3ec0
 def is_cell_types(
     folder, # Any path
 )->bool:
     "Return whether a folder holds a model for each cell type"
     return (Path(folder)/_CELLS).is_file() and not (Path(folder)/'config.json').is_file()
 
+# %% ../nbs/70_folder.ipynb #b5a67a5d
 def write_cell_types(
     folder, # Where the models are, each in a folder of its own
     models:dict, # Cell type → fingerprint of its model
     facts:dict=None, # Plain data of the training, to know it again
 ):
     "Write the file that makes one model of a folder with a model for each cell type"
-    write_json(Path(folder)/_CELLS, dict(facts or {}, format=1, models={check_cell_name(k): v for k, v in models.items()}), indent=1)
+    models = {check_cell_name(k): v for k, v in models.items()}
+    write_json(Path(folder)/_CELLS, dict(facts or {}, format=1, models=models), indent=1)
 
 def read_cell_types(
     folder, # Where `write_cell_types` wrote
@@ -489,11 +545,13 @@ def read_cell_types(
     "Return what the file of a folder with a model for each cell type says"
     said = read_json(Path(folder)/_CELLS, 2**23)
     names = said.get('models') if isinstance(said, dict) and said.get('format') == 1 else None
-    if not isinstance(names, dict) or not names or len(names) > 1000: raise _again(f'{Path(folder)/_CELLS} does not name the models of cell types')
+    if not isinstance(names, dict) or not names or len(names) > 1000:
+        raise _again(f'{Path(folder)/_CELLS} does not name the models of cell types')
     return said
 
 # %% ../nbs/70_folder.ipynb #998b9ffc
-_ON_HUB = {'config.json': 2**23, 'weights.safetensors': 2**34, 'history.csv': 2**24, 'index.json': 2**22, **dict.fromkeys(INDEX_FILES, 2**36)}       # most bytes
+_ON_HUB = {'config.json': 2**23, 'weights.safetensors': 2**34, 'history.csv': 2**24, 'index.json': 2**22,
+           **dict.fromkeys(INDEX_FILES, 2**36)}                                   # most bytes
 
 # %% ../nbs/70_folder.ipynb #16cac92d
 def load_model(
@@ -504,14 +562,18 @@ def load_model(
     folder = hub_folder(folder, _ON_HUB) if is_hub_address(folder) else Path(folder)
     if is_cell_types(folder): return load_cell_types(folder, device)
     several = [] if (folder/'config.json').exists() else sorted(f.parent.name for f in folder.glob('*/config.json'))
-    if several: raise ScreenError(f'{folder} holds {plural(len(several), "model")} ({first_few(several, 3)}): name one of them, or predict with each and average the files with rcic_ensemble.')
+    if several:
+        raise ScreenError(f'{folder} holds {plural(len(several), "model")} ({first_few(several, 3)}): '
+                          'name one of them, or predict with each and average the files with rcic_ensemble.')
     config = read_config(folder)
     _check_files(folder, config)
     changes, weights, key = changed_versions(config['versions']), folder/'weights.safetensors', config['fingerprint']
     if changes:
-        warnings.warn(f'{folder} was saved with {", ".join(changes)}: answers may differ in the last digits.', stacklevel=2)
+        warnings.warn(f'{folder} was saved with {", ".join(changes)}: '
+                      'answers may differ in the last digits.', stacklevel=2)
     model, spec = _built(config, weights, _read_weights(weights, config)), ScreenSpec(**config['spec'])
-    if model_fingerprint(model, spec) != key: raise _again(f'{folder/"config.json"} has the fingerprint of another model')
+    if model_fingerprint(model, spec) != key:
+        raise _again(f'{folder/"config.json"} has the fingerprint of another model')
     index = EmbeddingIndex.load(folder, key)
     set_provenance(model, config)
     dim, rows = model.classifier.weight.shape[1], index.dim
@@ -530,20 +592,24 @@ def push_to_hub(self:TrainedModel,
     files = (*MODEL_FILES, 'config.json', 'README.md', 'history.png')
     with tempfile.TemporaryDirectory() as tmp:
         folder = self.folder and Path(self.folder)
-        is_saved = folder and (folder/'config.json').is_file() and read_config(folder)['fingerprint'] == self.fingerprint
-        if not is_saved: folder = self.save(Path(tmp)/'model')
+        is_there = folder and (folder/'config.json').is_file()
+        if not is_there or read_config(folder)['fingerprint'] != self.fingerprint: folder = self.save(Path(tmp)/'model')
         _check_files(folder, read_config(folder))
         return upload_folder(folder, repo, files, private, message)
 
 # %% ../nbs/70_folder.ipynb #04679d4a
-def _never_learned(model): return [e for e in model.config['held_out'] if e not in {*map(str, model.model.trained_experiments)}]
+def _never_learned(model):
+    return [e for e in model.config['held_out'] if e not in {*map(str, model.model.trained_experiments)}]
 
 def _held_images(screen, names):
     "Return a screen in which some images are those to predict"
     rows = screen.table[screen.table.site_id.isin(set(names))]
-    if len(rows) < len(names): raise ScreenError(f'The model held out {plural(len(names), "image")}, of which the screen has {len(rows)}: give the screen that it was trained on.')
+    if len(rows) < len(names):
+        raise ScreenError(f'The model held out {plural(len(names), "image")}, of which the screen has {len(rows)}: '
+                          'give the screen that it was trained on.')
     return screen[rows.assign(dataset='test')]
 
+# %% ../nbs/70_folder.ipynb #02c8d7a7
 @patch
 def held_out(self:TrainedModel,
     screen, # A `Screen` with training experiments, or where one is
@@ -552,16 +618,22 @@ def held_out(self:TrainedModel,
     screen, names = open_screen(screen, check=False), _never_learned(self)
     if images := self.config.get('held_images'): return _held_images(screen, images)
     if (plates := self.config.get('held_plates')) and not names:
-        raise ScreenError(f'The model held out {first_few(plates, 3)} and learned other plates of the same experiments, so its answers there say nothing of new experiments: train one with {option("valid", "EXP")}.')
+        raise ScreenError(f'The model held out {first_few(plates, 3)} and learned other plates of '
+                          'the same experiments, so its answers there say nothing of new experiments: '
+                          f'train one with {option("valid", "EXP")}.')
     if not names:
-        why = f'learned the labels of {first_few(self.config["held_out"], 4)} before' if self.config['held_out'] else 'was trained on all training experiments'
-        raise ScreenError(f'The model {why}, so it has none to name as held out: train one with {option("valid")}, or with {option("folds")} and {option("fold")}.')
+        why = 'was trained on all training experiments'
+        if held := self.config['held_out']: why = f'learned the labels of {first_few(held, 4)} before'
+        raise ScreenError(f'The model {why}, so it has none to name as held out: '
+                          f'train one with {option("valid")}, or with {option("folds")} and {option("fold")}.')
     rows = screen.table[screen.table.experiment.astype(str).isin(names)]
     absent = sorted(set(names) - set(rows.experiment.astype(str)))
-    if absent: raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: give the screen that it was trained on.')
+    if absent:
+        raise ScreenError(f'The model held out {first_few(absent, 4)}, which the screen does not have: '
+                          'give the screen that it was trained on.')
     rows = rows[~other_wells(self, rows)]
-    is_of_one_group = 'plate_group' in ((self.config.get('recipe') or {}).get('only') or {})       # its wells are chosen by it
-    return screen[as_test(rows, keep_groups=is_of_one_group)]
+    only = (self.config.get('recipe') or {}).get('only') or {}
+    return screen[as_test(rows, keep_groups='plate_group' in only)]        # kept where the model is of one group
 
 # %% ../nbs/70_folder.ipynb #c8ab8617
 class CellTypeModels:
@@ -579,36 +651,49 @@ class CellTypeModels:
     @property
     def fingerprint(self)->str: return json_hash({c: m.fingerprint for c, m in self.models.items()})
 
-    def parts(self,
-        screen, # A `Screen`, or where one is
-        wells='test', # Which wells need a model: those of the test experiments, or all
-    )->dict: # cell type → (model, the screen of that cell type)
-        "Divide a screen by cell type; a `ScreenError` when a cell type has no model"
-        odd = [c for c, m in self.models.items() if m.spec.target == 'cell_type']
-        if odd: raise ScreenError(f'The model of {odd[0]} names cell types, and the cell type of a well chooses its model: name them with one model of all cell types.')
-        screen = open_screen(screen, check=False)
-        cells, is_test = screen.table.cell_type.astype(object).map(str, na_action='ignore'), screen.table.dataset == 'test'
-        asked = cells[is_test] if wells == 'test' and is_test.any() else cells
-        lacks = sorted({'none' if pd.isna(c) else c for c in asked.unique()} - set(self.models))
-        if lacks: raise ScreenError(f'There is no model of the cell type {first_few(lacks, 4)}: the folder has {", ".join(self.models)}; leave those wells out, or train on them.')
-        return {c: (m, screen[(cells == c).to_numpy()]) for c, m in self.models.items() if c in set(asked)}
+# %% ../nbs/70_folder.ipynb #c9eef5e8
+def _cells_of(screen): return screen.table.cell_type.astype(object).map(str, na_action='ignore')
 
-    def held_out(self,
-        screen, # A `Screen` with training experiments, or where one is
-    )->Screen:
-        "Return a screen in which the experiments that the models held out are those to predict; a cell type without one is left out"
-        screen = open_screen(screen, check=False)
-        cells = screen.table.cell_type.astype(object).map(str, na_action='ignore')
-        here = {c: m for c, m in self.models.items() if c in set(cells)} or self.models
-        able = {c: m for c, m in here.items() if _never_learned(m)} or here
-        return screen[pd.concat([m.held_out(screen[(cells == c).to_numpy()]).table for c, m in able.items()], ignore_index=True)]
+@patch
+def parts(self:CellTypeModels,
+    screen, # A `Screen`, or where one is
+    wells='test', # Which wells need a model: those of the test experiments, or all
+)->dict: # cell type → (model, the screen of that cell type)
+    "Divide a screen by cell type; a `ScreenError` when a cell type has no model"
+    odd = [c for c, m in self.models.items() if m.spec.target == 'cell_type']
+    if odd:
+        raise ScreenError(f'The model of {odd[0]} names cell types, and the cell type of '
+                          'a well chooses its model: name them with one model of all cell types.')
+    screen = open_screen(screen, check=False)
+    cells = _cells_of(screen)
+    is_test = screen.table.dataset == 'test'
+    asked = cells[is_test] if wells == 'test' and is_test.any() else cells
+    lacks = sorted({'none' if pd.isna(c) else c for c in asked.unique()} - set(self.models))
+    if lacks:
+        raise ScreenError(f'There is no model of the cell type {first_few(lacks, 4)}: '
+                          f'the folder has {", ".join(self.models)}; leave those wells out, or train on them.')
+    return {c: (m, screen[(cells == c).to_numpy()]) for c, m in self.models.items() if c in set(asked)}
+
+# %% ../nbs/70_folder.ipynb #97b69950
+@patch
+def held_out(self:CellTypeModels,
+    screen, # A `Screen` with training experiments, or where one is
+)->Screen:
+    "Return a screen in which the experiments that the models held out are those to predict; a cell type without one is left out"
+    screen = open_screen(screen, check=False)
+    cells = _cells_of(screen)
+    here = {c: m for c, m in self.models.items() if c in set(cells)} or self.models
+    able = {c: m for c, m in here.items() if _never_learned(m)} or here
+    tables = [m.held_out(screen[(cells == c).to_numpy()]).table for c, m in able.items()]
+    return screen[pd.concat(tables, ignore_index=True)]
 
 # %% ../nbs/70_folder.ipynb #44fba44c
 def _check_one_width(parts):
     "Raise when the models of cell types give embeddings of different lengths, which cannot stand in one table"
     widths = {c: m.model.classifier.weight.shape[1] for c, (m, _) in parts.items()}
     if len({*widths.values()}) > 1:
-        raise ScreenError(f'The models of the cell types embed into different lengths ({first_few([f"{c} {n}" for c, n in widths.items()], 4)}): '
+        said = first_few([f'{c} {n}' for c, n in widths.items()], 4)
+        raise ScreenError(f'The models of the cell types embed into different lengths ({said}): '
                           'take the model of one cell type, in the folder of that name.')
 
 # %% ../nbs/70_folder.ipynb #70679597
@@ -630,6 +715,8 @@ def embed(self:CellTypeModels,
     return emb
 
 # %% ../nbs/70_folder.ipynb #2f6af570
+def _each_once(lists): return list(dict.fromkeys(chain(*lists)))
+
 def _profiled(models, screen, wells, experiments):
     "Return {cell type: (model, the screen of that cell type)} of the wells to make profiles of"
     whole = open_screen(screen, check=False)
@@ -648,9 +735,10 @@ def profiles(self:CellTypeModels,
     "Embed wells of any screen, each by the model of its cell type"
     tables = [m.profiles(s, **kwargs) for m, s in _profiled(self, screen, wells, experiments).values()]
     emb = pd.concat(tables, ignore_index=True)
-    emb.attrs.update(model=self.fingerprint, notes=list(dict.fromkeys(n for t in tables for n in t.attrs['notes'])))
+    emb.attrs.update(model=self.fingerprint, notes=_each_once(t.attrs['notes'] for t in tables))
     return emb
 
+# %% ../nbs/70_folder.ipynb #baccc139
 @patch
 def profile_file(self:CellTypeModels,
     screen, # A `Screen`, or where one is
@@ -671,7 +759,8 @@ def profile_file(self:CellTypeModels,
     profile_ending(out)
     how = [profile_options(m, level, adapt, tta, bs, workers, progress) for m in self.models.values()][0]
     with all_agree():
-        asked = {f'.{c}': (m, *profile_screen(m, s, 'all', '', only_present)) for c, (m, s) in _profiled(self, screen, wells, experiments).items()}
+        parts = _profiled(self, screen, wells, experiments)
+        asked = {f'.{c}': (m, *profile_screen(m, s, 'all', '', only_present)) for c, (m, s) in parts.items()}
     return write_profile_file(out, asked, level, shard, ray, **how)
 
 # %% ../nbs/70_folder.ipynb #7fdfd7c4
@@ -684,31 +773,35 @@ def together(
     pred = pd.concat(preds, ignore_index=True)
     pred = pred.iloc[np.argsort(pred.id_code.to_numpy(str), kind='stable')].reset_index(drop=True)
     known = [p.attrs['classes'] for p in preds if p.attrs.get('classes')]
-    pred.attrs.update(preds[0].attrs, notes=list(dict.fromkeys(n for p in preds for n in p.attrs.get('notes', ()))))
-    if known: pred.attrs['classes'] = list(dict.fromkeys(c for names in known for c in names))
+    pred.attrs.update(preds[0].attrs, notes=_each_once(p.attrs.get('notes', ()) for p in preds))
+    if known: pred.attrs['classes'] = _each_once(known)
     return pred
 
+# %% ../nbs/70_folder.ipynb #a0edff21
 def _check_same(what, each):
     "Raise where score tables, or the models of cell types, differ in what one table has once"
     if len({*each.values()}) == 1: return
     way = option({'kind': 'by'}.get(what, what))
-    raise ScreenError(f'Scores with a different {what} ({first_few([f"{k}: {v}" for k, v in each.items()], 4)}) cannot stand in one table: '
+    said = first_few([f'{k}: {v}' for k, v in each.items()], 4)
+    raise ScreenError(f'Scores with a different {what} ({said}) cannot stand in one table: '
                       f'give {way} for all, or predict with the model of one cell type after the other.')
 
 def scores_together(
     tables, # Score tables of different wells, of one kind and protocol
 )->pd.DataFrame: # A class that a model does not have is never its answer: −∞
     "Return score tables of several models as one"
-    for what in ('target', 'protocol', 'kind', 'assign'): _check_same(what, {str(i+1): t.attrs.get(what) for i, t in enumerate(tables)})
+    for what in ('target', 'protocol', 'kind', 'assign'):
+        _check_same(what, {str(i+1): t.attrs.get(what) for i, t in enumerate(tables)})
     if any(map(has_untold, tables)): tables = [t if has_untold(t) else with_untold(t) for t in tables]
     res = pd.concat(tables, ignore_index=True)
     names = [c for c in res if c.startswith((SCORE, UNTOLD))]
-    res = res.iloc[np.argsort(res['id_code'].to_numpy(str), kind='stable')].reset_index(drop=True)[[c for c in res if c not in names] + names]
+    res = res.iloc[np.argsort(res['id_code'].to_numpy(str), kind='stable')].reset_index(drop=True)
+    res = res[[c for c in res if c not in names] + names]
     res[names] = res[names].fillna(-np.inf)
     res.attrs.update(tables[0].attrs)
     groups = [pd.DataFrame(t.attrs['groups']) for t in tables if t.attrs.get('groups')]
     if groups: res.attrs['groups'] = pd.concat(groups, ignore_index=True).drop_duplicates().to_dict('list')
-    if 'names' in res.attrs: res.attrs['names'] = list(dict.fromkeys(n for t in tables for n in t.attrs['names']))
+    if 'names' in res.attrs: res.attrs['names'] = _each_once(t.attrs['names'] for t in tables)
     return res
 
 # %% ../nbs/70_folder.ipynb #6183925f
@@ -722,11 +815,13 @@ def _plan_parts(parts, protocol, kwargs, neighbors='', embeddings='', scores=Fal
     if scores: _check_same('assign', {c: 'yes' if p.search['assign'] else 'no' for c, p in plans.items()})
     return plans
 
+# %% ../nbs/70_folder.ipynb #41103a0d
 def _facts_of(model, plan, **more):
     "Return what must be the same where the answers of one cell type are taken from an earlier run; None for cells, whose masks may have changed"
     if plan.cell_merge: return None
     sites = plan.screen.table
-    return json_hash(as_plain(dict(record=plan.record, sites=data_fingerprint(sites)['sha256'], store=store_fingerprint(plan.screen.source), model=model.fingerprint, **more)))
+    return json_hash(as_plain(dict(record=plan.record, sites=data_fingerprint(sites)['sha256'],
+                                   store=store_fingerprint(plan.screen.source), model=model.fingerprint, **more)))
 
 def _answered(beside, cell_type, facts, files):
     "Return the answers of a cell type that an interrupted run had finished, else None"
@@ -742,12 +837,37 @@ def _keep_answers(beside, cell_type, facts, files, pred):
     write_atomic(answers, lambda p: pred.to_parquet(p, index=False))
     write_json(beside/f'{cell_type}.done.json', dict(facts=facts, files=[file_facts(f) for f in (answers, *files)]))
 
+# %% ../nbs/70_folder.ipynb #c79fa188
 def _in_all(records):
     "Return what the records of all cell types say alike"
     first, *others = records
-    return {k: v for k, v in first.items() if k != 'notes' and all(k in r and r[k] == v for r in others)}
+    def is_common(k): return k != 'notes' and all(k in r and r[k] == first[k] for r in others)
+    return {k: v for k, v in first.items() if is_common(k)}
 
 # %% ../nbs/70_folder.ipynb #94012de2
+_OF_ALL = ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')
+
+def _record_of(path):
+    "Return how the answers of one cell type were made"
+    return {k: v for k, v in read_json(info_path(path), 2**26).items() if k not in _OF_ALL}
+
+def _has_answers(beside): return not all(f.name.startswith('.') or f.suffix == '.lock' for f in beside.iterdir())
+
+def _join_files(beside, cells, out, more, of_cells, scores):
+    "Write what lies beside the answers of each cell type as one file each; return hashes for the record"
+    said = {}
+    def joined(paths): return pd.concat([pd.read_parquet(p) for p in paths], ignore_index=True)
+    for k, path in more.items():
+        if path: write_tables(path, [joined([beside/f'{c}.{k}.parquet' for c in cells])])
+    if of_cells:
+        table = joined([cells_path(beside/f'{c}.csv') for c in cells])
+        said['cells_sha256'] = file_facts(write_tables(cells_path(out), [table]))['sha256']
+    if scores:
+        table = scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in cells])
+        said['scores_sha256'] = file_facts(write_scores(table, scores_path(out)))['sha256']
+    return said
+
+# %% ../nbs/70_folder.ipynb #c5a23d59
 @patch
 def _write_parts(self:CellTypeModels, parts, plans, protocol, out, more, scores, progress, kwargs):
     "Predict one cell type after the other beside `out`, and write all answers as one file"
@@ -756,25 +876,24 @@ def _write_parts(self:CellTypeModels, parts, plans, protocol, out, more, scores,
     for c, (m, s) in parts.items():
         files = {k: beside/f'{c}.{k}.parquet' for k, v in more.items() if v}
         facts = _facts_of(m, plans[c], files=sorted(files), scores=scores)
-        made = [*files.values(), beside/f'{c}.csv', info_path(beside/f'{c}.csv'), *([scores_path(beside/f'{c}.csv')] if scores else [])]
+        made = [*files.values(), beside/f'{c}.csv', info_path(beside/f'{c}.csv'),
+                *([scores_path(beside/f'{c}.csv')] if scores else [])]
         preds[c] = None if rank_world()[0] else _answered(beside, c, facts, made)
         is_kept = from_first(preds[c] is not None)
         try:
-            if not is_kept: preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files, **kwargs)
+            if not is_kept:
+                preds[c] = m.predict(s, protocol, beside/f'{c}.csv', progress=progress, scores=scores, **files,
+                                     **kwargs)
         except ScreenError:
-            if not rank_world()[0] and all(f.name.startswith('.') or f.suffix == '.lock' for f in beside.iterdir()): CELLS_FOLDER.remove(beside)
+            if not rank_world()[0] and not _has_answers(beside): CELLS_FOLDER.remove(beside)
             raise
         if preds[c] is not None and not is_kept and facts: _keep_answers(beside, c, facts, made, preds[c])
-        records[c] = None if preds[c] is None else {k: v for k, v in read_json(info_path(beside/f'{c}.csv'), 2**26).items() if k not in ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups', 'written_by', 'kind')}
+        records[c] = None if preds[c] is None else _record_of(beside/f'{c}.csv')
     if rank_world()[0]: return
-    pred, said = together(list(preds.values())), _in_all(list(records.values()))
-    for k, path in more.items():
-        if path: write_tables(path, [pd.concat([pd.read_parquet(beside/f'{c}.{k}.parquet') for c in parts], ignore_index=True)])
-    if kwargs.get('cells'):
-        of_cells = pd.concat([pd.read_parquet(cells_path(beside/f'{c}.csv')) for c in parts], ignore_index=True)
-        said = {**said, 'cells_sha256': file_facts(write_tables(cells_path(out), [of_cells]))['sha256']}
-    if scores: said = {**said, 'scores_sha256': file_facts(write_scores(scores_together([read_scores(scores_path(beside/f'{c}.csv')) for c in parts]), scores_path(out)))['sha256']}
-    pred.attrs['notes'] = list(dict.fromkeys(n for r in records.values() for n in r.get('notes', ())))
+    pred = together(list(preds.values()))
+    joined = _join_files(beside, list(parts), out, more, kwargs.get('cells'), scores)
+    said = {**_in_all(list(records.values())), **joined}
+    pred.attrs['notes'] = _each_once(r.get('notes', ()) for r in records.values())
     write_predictions(pred, out, {**said, 'model': str(self.folder or self.fingerprint), 'cell_types': records})
     CELLS_FOLDER.remove(beside)
     return pred
@@ -793,7 +912,8 @@ def predict(self:CellTypeModels,
     **kwargs
 )->pd.DataFrame: # One row per well, as from a model
     "Name the test wells of a screen, each by the model of its cell type"
-    if out is None and (neighbors or embeddings or scores): raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
+    if out is None and (neighbors or embeddings or scores):
+        raise ScreenError('neighbors, embeddings and scores are written beside the predictions: give out, too.')
     if out is not None: check_outputs(out, scores, neighbors=neighbors, embeddings=embeddings)
     experiments = kwargs.pop('experiments', '')
     if out is not None and kwargs.get('cells'): check_cells_file(out, neighbors, embeddings)
@@ -801,10 +921,14 @@ def predict(self:CellTypeModels,
         with all_agree():
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
             parts = self.parts(asked_experiments(self.models.values(), screen, experiments))
-            plans = _plan_parts(parts, protocol, kwargs, neighbors, embeddings, scores)        # what is impossible is said first
-        if out is not None: return self._write_parts(parts, plans, protocol, out, dict(neighbors=neighbors, embeddings=embeddings), scores, progress, kwargs)
+            # what is impossible is said first
+            plans = _plan_parts(parts, protocol, kwargs, neighbors, embeddings, scores)
+        if out is not None:
+            more = dict(neighbors=neighbors, embeddings=embeddings)
+            return self._write_parts(parts, plans, protocol, out, more, scores, progress, kwargs)
         return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
 
+# %% ../nbs/70_folder.ipynb #22ffde34
 @patch
 @delegates(TrainedModel.predict_cells, but=['screen', 'cells'])
 def predict_cells(self:CellTypeModels,
@@ -815,6 +939,7 @@ def predict_cells(self:CellTypeModels,
     "Name the single cells of the test wells, each by the model of its cell type"
     return pd.concat([m.predict_cells(s, cells, **kwargs) for m, s in self.parts(screen).values()], ignore_index=True)
 
+# %% ../nbs/70_folder.ipynb #d18c8f8f
 @patch
 @delegates(plan_prediction, but=['model', 'screen', 'protocol'])
 def evaluate(self:CellTypeModels,
@@ -824,9 +949,11 @@ def evaluate(self:CellTypeModels,
     **kwargs
 )->ScreenResult: # Accuracy of wells under each protocol, with intervals
     "Predict the test wells of a screen and compare them with their labels"
-    screen, protocols = open_screen(screen, check=False), [protocol] if isinstance(protocol, str) else list(protocol)
-    asked = asked_experiments(self.models.values(), screen, kwargs.pop('experiments', ''))       # once, as it may say something
-    return evaluate_screen({str(Protocol(p)): self.predict(asked, p, progress=progress, **kwargs) for p in protocols}, screen.table)
+    screen = open_screen(screen, check=False)
+    asked = asked_experiments(self.models.values(), screen, kwargs.pop('experiments', ''))  # once, as it may say something
+    protocols = [protocol] if isinstance(protocol, str) else list(protocol)
+    preds = {str(Protocol(p)): self.predict(asked, p, progress=progress, **kwargs) for p in protocols}
+    return evaluate_screen(preds, screen.table)
 
 # %% ../nbs/70_folder.ipynb #40d23fc7
 @patch
@@ -842,6 +969,7 @@ def class_scores(self:CellTypeModels,
     _plan_parts(parts, protocol, kwargs, scores=True)
     return scores_together([m.class_scores(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
 
+# %% ../nbs/70_folder.ipynb #301fe692
 @patch
 @delegates(plan_prediction, but=['model', 'screen', 'protocol'])
 def neighbors(self:CellTypeModels,
@@ -853,7 +981,8 @@ def neighbors(self:CellTypeModels,
     "Return the nearest training sites of every test site, each found by the model of its cell type"
     parts = self.parts(asked_experiments(self.models.values(), screen, kwargs.pop('experiments', '')))
     _plan_parts(parts, protocol, kwargs, neighbors=True)
-    near = pd.concat([m.neighbors(s, protocol, progress=progress, **kwargs) for m, s in parts.values()], ignore_index=True)
+    near = pd.concat([m.neighbors(s, protocol, progress=progress, **kwargs) for m, s in parts.values()],
+                     ignore_index=True)
     return near.sort_values(['id_code', 'query', 'rank'], kind='stable').reset_index(drop=True)
 
 # %% ../nbs/70_folder.ipynb #cc11a4cb

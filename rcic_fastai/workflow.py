@@ -55,7 +55,8 @@ def screen_summary(
     screen:Screen, # Any screen
 )->str: # One or more lines
     "Return the number of wells of each kind, cell type and data set, what is missing for a prediction, and pictures that cannot be right"
-    if not has_plates(screen.table): return '\n'.join([*describe_screen(screen).split('\n')[1:], *picture_notes(screen)])
+    if not has_plates(screen.table):
+        return '\n'.join([*describe_screen(screen).split('\n')[1:], *picture_notes(screen)])
     wells = screen.wells
     def counts(column): return ', '.join(f'{n} {k}' for k, n in wells[column].value_counts(sort=False).items())
     lines = [f'{plural(len(wells), "well")}: {counts("well_type")}; {counts("cell_type")}; {counts("dataset")}; '
@@ -94,24 +95,32 @@ def _controls_checkpoints(out): return _beside(out, '.controls.checkpoints')
 def _pseudo_checkpoints(out): return _beside(out, '.pseudo.checkpoints')
 def _index_folder(out): return _beside(out, '.index.part')
 def _validated(out): return _beside(out, '.validated')
+def _all_checkpoints(out): return _checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)
 
-_VALIDATED = OwnFolder('validation', *MODEL_FOLDER.inside('*'), *CHECKPOINT_FOLDER.inside('*.checkpoints/epoch_*'), *PARTS_FOLDER.inside('*.index.part/*'), '*.lock', '*.log.csv', '*.tensorboard/*')
-
-def _without_about(o): return {k: _without_about(v) for k, v in o.items() if k != 'about'} if isinstance(o, dict) else o
+# %% ../nbs/71_workflow.ipynb #f027908d
+def _without_about(o):
+    if not isinstance(o, dict): return o
+    return {k: _without_about(v) for k, v in o.items() if k != 'about'}
 
 def _check_same(out, then, now):
     "Raise where a finished model is that of another training than the one that is to be continued"
     then = {k: then.get(k) for k in now}
-    check_unchanged(out, _without_about(then), _without_about(now), 'give the same arguments as then, or name another folder')
+    remedy = 'give the same arguments as then, or name another folder'
+    check_unchanged(out, _without_about(then), _without_about(now), remedy)
+
+# %% ../nbs/71_workflow.ipynb #cbb4cd62
+_VALIDATED = OwnFolder('validation', *MODEL_FOLDER.inside('*'), *CHECKPOINT_FOLDER.inside('*.checkpoints/epoch_*'),
+                       *PARTS_FOLDER.inside('*.index.part/*'), '*.lock', '*.log.csv', '*.tensorboard/*')
 
 def remove_unfinished(
     out, # Model folder
 ):
     "Remove what a training keeps beside its output until the model is written"
-    for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)): remove_checkpoints(folder)
+    for folder in _all_checkpoints(out): remove_checkpoints(folder)
     remove_index_parts(_index_folder(out))
     if not _VALIDATED.remove(_validated(out)): print(f'{_validated(out)} is not needed any more.')
 
+# %% ../nbs/71_workflow.ipynb #a705b71d
 def is_finished(
     out, # Model folder
     facts:dict=None, # What the config of the model must say of its training; `None`: anything
@@ -155,32 +164,43 @@ def try_all(
     names, size = rows.drop_duplicates(spec.key), rows.groupby('experiment')[spec.key].nunique()
     few = names[names.experiment.isin([size.idxmin(), size.idxmax()])].groupby('experiment').head(2)
     with no_random(), contextlib.redirect_stderr(io.StringIO()):
-        index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])], views=views, separate=separate, with_controls=with_controls)
-    with tempfile.TemporaryDirectory() as d: EmbeddingIndex(make_emb_table(names, np.ones((len(names), 1))), spec.target).save(d)
+        index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])],
+                            views=views, separate=separate, with_controls=with_controls)
+    with tempfile.TemporaryDirectory() as d:
+        EmbeddingIndex(make_emb_table(names, np.ones((len(names), 1))), spec.target).save(d)
     learn.to_model(index, **info).try_saving(out)
 
 # %% ../nbs/71_workflow.ipynb #bc4a4e25
 def _check_training(size, bs, tta, views, **numbers):
     "Raise for numbers that no training can work with"
     check_numbers(bs=bs, **numbers)
-    if bs == 1: raise ScreenError(f"{option('bs', 1)} is not possible, as BatchNorm needs two samples: give 2 or more, or 0 for the recipe's.")
-    if size and not 16 <= size <= 4096: raise ScreenError(f"{option('size', size)} is not possible: give 16 to 4096 pixels, or 0 for the screen's own.")
+    if bs == 1:
+        raise ScreenError(f"{option('bs', 1)} is not possible, as BatchNorm needs two samples: "
+                          "give 2 or more, or 0 for the recipe's.")
+    if size and not 16 <= size <= 4096:
+        raise ScreenError(f"{option('size', size)} is not possible: give 16 to 4096 pixels, or 0 for the screen's own.")
     check_tta(tta, views)
 
+# %% ../nbs/71_workflow.ipynb #4704d10c
 def _with_search(recipe, search):
     "Return the recipe with how its index will be searched; raise for what is not understood, and for batches that its callbacks cannot use"
     said = search or recipe.predict.get('search') or 'no'
     if said != 'auto': neck_from(said)
     check_batches(recipe)
     if not search: return recipe
-    if search != 'no' and recipe.data.get('several'): raise ScreenError(f'{option("search", search)} says how an index is searched, and several labels are answered by probability: leave it out.')
-    kept = {k: v for k, v in recipe.predict.items() if search == 'no' or k not in ('vote', 'by')}      # which would name wells otherwise
+    if search != 'no' and recipe.data.get('several'):
+        raise ScreenError(f'{option("search", search)} says how an index is searched, '
+                          'and several labels are answered by probability: leave it out.')
+    # which would name wells otherwise
+    kept = {k: v for k, v in recipe.predict.items() if search == 'no' or k not in ('vote', 'by')}
     return replace(recipe, predict={**kept, 'search': search})
 
+# %% ../nbs/71_workflow.ipynb #93dbf394
 def _check_counts(**counts):
     "Raise for counts below 0"
     for k, v in counts.items():
-        if type(v) is not int or v < 0: raise ScreenError(f'{option(k, v)} is not possible: give a whole number, 0 or more.')
+        if type(v) is not int or v < 0:
+            raise ScreenError(f'{option(k, v)} is not possible: give a whole number, 0 or more.')
 
 def _without_sizes(recipe, size, bs):
     "Return the recipe without the sizes that the caller overrules"
@@ -200,37 +220,50 @@ def _held_again(config, here):
     held = _held_by(config, here)
     if held and not rank_world()[0]:
         why = 'learned from all training experiments' if held == 'none' else f'held out {first_few(held, 4)}'
-        print(f'note: the model that is continued {why}, so {"nothing" if held == "none" else "the same"} is held out; {option("valid")} can name others.')
+        print(f'note: the model that is continued {why}, '
+              f'so {"nothing" if held == "none" else "the same"} is held out; {option("valid")} can name others.')
     return held
 
+# %% ../nbs/71_workflow.ipynb #70df110c
 def _held_out(screen, recipe, valid, before=None):
     "Return the experiments to hold out: those asked for, those of the model `before`, those of the recipe if the screen has any of them, or 'auto'"
     held = _held_again(before, _training_names(screen.table)) if before and valid == 'auto' else None
     if held: return held
     if valid != 'auto' or not recipe.valid: return valid
     have = [e for e in recipe.valid if e in _training_names(screen.table)]
-    if not have: print(f'note: the screen has none of the experiments that {recipe.name} held out ({first_few(recipe.valid, 4)}): others are.')
+    if not have:
+        print(f'note: the screen has none of the experiments that {recipe.name} held out '
+              f'({first_few(recipe.valid, 4)}): others are.')
     return have or 'auto'
 
+# %% ../nbs/71_workflow.ipynb #cc9548dc
 def _without_full_data(recipe, held):
     "Return the recipe without the stages that would train on what is to be `held` out"
     gone = [s.name for s in recipe.stages if s.full_data] if held else []
     if not gone: return recipe
-    if not rank_world()[0]: print(f'note: experiments are to be held out, so what would train on them, too, is left out of {recipe.name}: {", ".join(gone)}.')
+    if not rank_world()[0]:
+        print('note: experiments are to be held out, so what would train on them, too, '
+              f'is left out of {recipe.name}: {", ".join(gone)}.')
     return replace(recipe, stages=[s for s in recipe.stages if not s.full_data])
 
+# %% ../nbs/71_workflow.ipynb #4b7aae1c
 def _is_for(table, only):
     "Return which rows a recipe is for"
     is_mine = pd.Series(True, table.index)
-    for column, value in only.items(): is_mine &= table[column].astype(object).map(str, na_action='ignore') == str(value)
+    for column, value in only.items():
+        is_mine &= table[column].astype(object).map(str, na_action='ignore') == str(value)
     return is_mine
 
 def _rows_of(table, only):
     "Return the rows that a recipe is trained on, test rows included"
     for column, value in only.items():
-        if column not in table: raise ScreenError(f'The recipe is for {column} {value}, and the table has no column {column}: choose another recipe.')
+        if column not in table:
+            raise ScreenError(f'The recipe is for {column} {value}, and the table has no column {column}: '
+                              'choose another recipe.')
         mine = table[_is_for(table, {column: value}) | (table.dataset == 'test')]
-        if not len(mine[mine.dataset != 'test']): raise ScreenError(f'No training well has the {column} {value}: it can be {first_few(table[column].dropna().unique(), 6)}.')
+        if not len(mine[mine.dataset != 'test']):
+            raise ScreenError(f'No training well has the {column} {value}: '
+                              f'it can be {first_few(table[column].dropna().unique(), 6)}.')
         table = mine
     return table
 
@@ -248,6 +281,7 @@ def auto_valid(
     try: return held_plates(rows, target)
     except ScreenError: return 'none'              # each plate has labels of its own
 
+# %% ../nbs/71_workflow.ipynb #bcd0cdd1
 def _choose_held(screen, recipe, given, data, before):
     "Return what is held out of the rows that are learned from, and whether nobody asked for it"
     if given['phase'] == 'refit': return 'none', False
@@ -255,19 +289,25 @@ def _choose_held(screen, recipe, given, data, before):
     valid = _held_out(screen, recipe, given['valid'], before)
     if not has_plates(screen.table): return valid, False
     if isinstance(valid, str) and valid == 'plates' and before and _held_by(before, _training_names(screen.table)):
-        raise ScreenError(f'{option("valid", valid)} holds out wells of experiments that the model in {given["pretrained"]} learned, so what is measured there would be memory: hold out experiments that it did not learn.')
+        raise ScreenError(f'{option("valid", valid)} holds out wells of experiments that the model in '
+                          f'{given["pretrained"]} learned, so what is measured there would be memory: '
+                          'hold out experiments that it did not learn.')
     if valid != 'auto' or given['phase'] == 'common': return valid, isinstance(valid, str) and valid == 'auto'
-    return auto_valid(labeled_rows(screen.table, given['target'], data['controls'], data.get('several', False)), given['target']), True
+    rows = labeled_rows(screen.table, given['target'], data['controls'], data.get('several', False))
+    return auto_valid(rows, given['target']), True
 
 # %% ../nbs/71_workflow.ipynb #38594cc4
 def _asks_fold(folds, fold):
     "Return whether one fold of several is asked for; a `ScreenError` for a half of the question"
     if not folds and not fold: return False
     if not folds: raise ScreenError(f'{option("fold", fold)} is one of several: say how many with {option("folds")}.')
-    if not fold: raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, a number from 1 to {folds}, or {option("refit", True)} for all of them in turn.')
+    if not fold:
+        raise ScreenError(f'{option("folds", folds)} does not say which one is held out: add {option("fold")}, '
+                          f'a number from 1 to {folds}, or {option("refit", True)} for all of them in turn.')
     if not 1 <= fold <= folds: raise ScreenError(f'{option("fold", fold)} is not one of {folds}: choose 1 to {folds}.')
     return True
 
+# %% ../nbs/71_workflow.ipynb #ff9baad5
 def fold_experiments(
     table:pd.DataFrame, # Site table; only training rows count
     folds:int, # How many folds; 0: none
@@ -277,7 +317,12 @@ def fold_experiments(
     "Return the experiments of one fold"
     if not _asks_fold(folds, fold): return []
     n = table.experiment[table.dataset.isin(('train', 'val'))].nunique()
-    if not 2 <= folds <= n: raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.' if n > 1 else f'{option("folds", folds)} needs two training experiments or more, and there is {n}: leave it out.')
+    if n < 2:
+        raise ScreenError(f'{option("folds", folds)} needs two training experiments or more, and there is {n}: '
+                          'leave it out.')
+    if not 2 <= folds <= n:
+        raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(n, "training experiment")}: '
+                          f'choose 2 to {n}.')
     which = experiment_folds(table, folds, seed)
     return which.index[which == fold - 1].tolist()
 
@@ -292,11 +337,16 @@ def fold_images(
     "Return the images of one fold, every label spread evenly over the folds; the cells of an image stay together"
     if not _asks_fold(folds, fold): return []
     images = rows.drop_duplicates('well_id')
-    if not 2 <= folds <= len(images): raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(len(images), "image")}: choose 2 to {len(images)}.')
-    if target not in rows: raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(rows.columns)}.')
+    if not 2 <= folds <= len(images):
+        raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(len(images), "image")}: '
+                          f'choose 2 to {len(images)}.')
+    if target not in rows:
+        raise ScreenError(f'The site table has no column {target!r}: choose the target from {", ".join(rows.columns)}.')
     try: from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
-    except ImportError: raise ScreenError('Folds of images with several labels need the package iterative-stratification: run pip install "rcic_fastai[labels]".') from None
-    truth = label_matrix(images[target], sorted({o for p in split_labels(images[target]) for o in p}))
+    except ImportError:
+        raise ScreenError('Folds of images with several labels need the package iterative-stratification: '
+                          'run pip install "rcic_fastai[labels]".') from None
+    truth = label_matrix(images[target], sorted(set().union(*split_labels(images[target]))))
     parts = MultilabelStratifiedKFold(folds, shuffle=True, random_state=seed).split(truth, truth)
     mine = images.well_id.iloc[[*parts][fold - 1][1]]
     return rows.site_id[rows.well_id.isin(mine)].tolist()
@@ -305,20 +355,26 @@ def fold_images(
 def _folded(args):
     "Return the arguments with the experiments of the fold as valid: of the whole screen, so that every model of it has the same folds"
     if not _asks_fold(args['folds'], args['fold']): return args
-    if args['valid'] != 'auto': raise ScreenError(f'{option("valid", args["valid"])} and {option("folds", args["folds"])} both say what is held out: choose one.')
+    if args['valid'] != 'auto':
+        raise ScreenError(f'{option("valid", args["valid"])} and {option("folds", args["folds"])} '
+                          'both say what is held out: choose one.')
     table = open_screen(args['screen'], check=False).table
     if not has_plates(table): return args
     labeled = labeled_rows(table, args['target'], True)
     treated = labeled[labeled.well_type == 'treatment']
-    return {**args, 'valid': fold_experiments(treated if len(treated) else labeled, args['folds'], args['fold'], args['seed'])}
+    rows = treated if len(treated) else labeled
+    return {**args, 'valid': fold_experiments(rows, args['folds'], args['fold'], args['seed'])}
 
+# %% ../nbs/71_workflow.ipynb #a3319907
 def _fold_of(screen, given):
     "Return which experiments of the fold a recipe is for, or the images where there are no experiments; empty without folds"
     if not given['folds']: return []
-    if not has_plates(screen.table): return fold_images(screen.train.table, given['target'], given['folds'], given['fold'], given['seed'])
+    if not has_plates(screen.table):
+        return fold_images(screen.train.table, given['target'], given['folds'], given['fold'], given['seed'])
     held = sorted({*given['valid']} & _training_names(screen.table))
     if held: return held
-    raise ScreenError(f'Fold {given["fold"]} of {given["folds"]} has no experiment that the recipe is for, so nothing would be held out: choose another {option("fold")}.')
+    raise ScreenError(f'Fold {given["fold"]} of {given["folds"]} has no experiment that the recipe is for, '
+                      f'so nothing would be held out: choose another {option("fold")}.')
 
 # %% ../nbs/71_workflow.ipynb #dafbbbf4
 def _picked_stats(data, whole, channels):
@@ -326,42 +382,57 @@ def _picked_stats(data, whole, channels):
     stats = data.get('norm_stats')
     if not channels or stats is None or any(len(o) != len(whole.channels) for o in stats): return data
     at = channel_positions(channels, whole.channels)
-    return {**data, 'norm_stats': [[o[i] for i in at] for o in stats]}
+    picked = []
+    for numbers in stats: picked.append([numbers[i] for i in at])
+    return {**data, 'norm_stats': picked}
 
+# %% ../nbs/71_workflow.ipynb #f6e5c2fd
 def _also(table, recipe, given):
     "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
     needs = pd.Series(False, table.index)
     pretrain = given['pretrain'] or recipe.pretrain
-    if pretrain or needs_controls(recipe): needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
+    if pretrain or needs_controls(recipe):
+        needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
     if pretrain.startswith('simsiam'): needs |= table.dataset == 'train'
     if given['pseudo'] or recipe.pseudo or pretrain == 'simsiam_test':
         needs |= (table.dataset == 'test') & _is_for(table, recipe.only)
     return needs
 
+# %% ../nbs/71_workflow.ipynb #804924df
 def _screen_to_learn(screen, recipe, given, data):
     "Return the rows and pictures that are learned from, and how batches are made of them"
     whole, channels = open_screen(screen, check=False), given['channels'] or recipe.channels
     data = _picked_stats(data, whole, channels)
     if channels: whole = whole.pick(channels)
     mine = _rows_of(whole.table, recipe.only)
-    rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1), data.get('several', False))
+    rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1),
+                         data.get('several', False))
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
     if given['phase'] in ('refit', 'fold') or given['folds']: learned = learned[all_to_train(learned.table)]
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
 
 # %% ../nbs/71_workflow.ipynb #8191c58d
-_SHARED_BATCH = 'the model knows the experiments of those plates, so accuracy there is more than on new experiments, and no result of a protocol'
+_SHARED_BATCH = ('the model knows the experiments of those plates, so accuracy there is more than on new experiments, '
+                 'and no result of a protocol')
 
 def _held_note(n, held, plates, nothing):
     "Return what is held out of `n` training experiments and what that costs; empty where nothing needs to be said"
-    choices = f'{option("valid", "EXP")} holds out others, and {option("valid", "none")} learns from all and measures nothing'
+    choices = (f'{option("valid", "EXP")} holds out others, '
+               f'and {option("valid", "none")} learns from all and measures nothing')
     again = f'; {option("refit", True)} trains again on everything afterwards' if n < 10 else ''
-    if len(held): return (f'{first_few(held, 6)} of {plural(n, "training experiment")} {"is" if len(held) == 1 else "are"} held out to measure accuracy while training, so '
-                          f'{n - len(held)} of {n} are learned from: {choices}{"; with so few it costs accuracy" if n < 10 else ""}{again}.')
-    if len(plates): return f'{first_few(plates, 6)} {"is" if len(plates) == 1 else "are"} held out: {_SHARED_BATCH}; {choices}{again}.'
-    if nothing: return f'nothing is held out, as {plural(n, "training experiment")} on so few plates are too few, so no accuracy is measured: {option("valid", "EXP")} holds out an experiment.'
+    if len(held):
+        return (f'{first_few(held, 6)} of {plural(n, "training experiment")} {"is" if len(held) == 1 else "are"} '
+                f'held out to measure accuracy while training, so {n - len(held)} of {n} are learned from: '
+                f'{choices}{"; with so few it costs accuracy" if n < 10 else ""}{again}.')
+    if len(plates):
+        is_are = 'is' if len(plates) == 1 else 'are'
+        return f'{first_few(plates, 6)} {is_are} held out: {_SHARED_BATCH}; {choices}{again}.'
+    if nothing:
+        return (f'nothing is held out, as {plural(n, "training experiment")} on so few plates are too few, '
+                f'so no accuracy is measured: {option("valid", "EXP")} holds out an experiment.')
     return ''
 
+# %% ../nbs/71_workflow.ipynb #9fe424c3
 def training_notes(
     table:pd.DataFrame, # Training rows of the site table
     target:str, # What is predicted
@@ -374,9 +445,13 @@ def training_notes(
     said = _held_note(wells.experiment.nunique(), held, plates, nothing)
     notes = [said] if said else []
     if names_perturbations(target):
-        notes += [f'{o}.' for o in ([] if '+' in target else dose_notes(wells)) + ([unnamed_note(wells)] if unnamed_note(wells) else [])]
+        doses, unnamed = [] if '+' in target else dose_notes(wells), unnamed_note(wells)
+        notes += [f'{o}.' for o in [*doses, *([unnamed] if unnamed else [])]]
     is_number = target in wells and target not in SITE_COLUMNS and pd.api.types.is_numeric_dtype(wells[target])
-    if is_number: notes.append(f'{target} holds numbers, and this is a classifier: its {plural(wells[target].nunique(), "value")} are classes without an order, and no value between them can be named.')
+    if is_number:
+        notes.append(f'{target} holds numbers, and this is a classifier: '
+                     f'its {plural(wells[target].nunique(), "value")} are classes without an order, '
+                     'and no value between them can be named.')
     return notes
 
 # %% ../nbs/71_workflow.ipynb #cb504de1
@@ -398,33 +473,67 @@ def _before(given, begin):
     try: return read_config(folder)
     except ScreenError: return None                # what else lies there is said by those who read it
 
+# %% ../nbs/71_workflow.ipynb #870851fd
 def _aside_notes(table, dls):
     "Report experiments that the table reserves for validation, where others are held out, or nothing is"
-    names = sorted({*table.experiment[table.dataset == 'val']} - {*dls.held_out}) if has_plates(table) else []
-    return [f'{first_few(names, 6)} {"is" if len(names) == 1 else "are"} marked as val in the table, so neither learned nor, as {option("valid")} names others, held out.'] if names else []
+    if not has_plates(table): return []
+    names = sorted({*table.experiment[table.dataset == 'val']} - {*dls.held_out})
+    if not names: return []
+    return [f'{first_few(names, 6)} {"is" if len(names) == 1 else "are"} marked as val in the table, '
+            f'so neither learned nor, as {option("valid")} names others, held out.']
 
-def _training_learner(screen, recipe, given, workers, begin=None):
-    "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
+# %% ../nbs/71_workflow.ipynb #69cf3564
+def _batch_arguments(recipe, given, of_model):
+    "Return arguments of `screen_dls`: what was given wins over a trained model, and that over the recipe"
     chosen = {k: given[k] for k in ('sites', 'size', 'norm', 'norm_from', 'bs') if given[k]}
-    of_model = _data_of(begin) if begin else {}
-    if begin and not given['channels']: given = {**given, 'channels': ','.join(begin.spec.channels)}
-    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': given['controls'] or recipe.data.get('controls') or None, **{k: given[k] for k in ('label_names', 'no_label') if given[k]}}
+    labels = {k: given[k] for k in ('label_names', 'no_label') if given[k]}
+    controls = given['controls'] or recipe.data.get('controls') or None
+    data = {'bs': 32, 'norm': 'own', **recipe.data, **of_model, **chosen, 'controls': controls, **labels}
     if data['norm'] != 'global': data.pop('norm_stats', None)
     if data['norm'] not in ('plate', 'experiment') and not given['norm_from']: data.pop('norm_from', None)
-    learned, data = _screen_to_learn(screen, recipe, given, data)
-    if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']      # in the order of its channels
-    valid, by_itself = _choose_held(learned, recipe, given, data, _before(given, begin) if has_plates(learned.table) else None)
-    dls = screen_dls(learned, **{**data, 'valid': valid, 'target': given['target'], 'seed': given['seed'], 'num_workers': workers})
-    if recipe.only and len(dls.spec.labels) < 2 and not dls.spec.several: raise ScreenError(f'All training wells have one {given["target"]}, {first_few(dls.spec.labels)}, so there is nothing to tell apart: choose another {option("target")}.')
+    return data
+
+# %% ../nbs/71_workflow.ipynb #59709d8a
+def _check_dls(dls, recipe, given):
+    "Raise for batches of which nothing could be learned, or measured"
+    if recipe.only and len(dls.spec.labels) < 2 and not dls.spec.several:
+        raise ScreenError(f'All training wells have one {given["target"]}, {first_few(dls.spec.labels)}, '
+                          f'so there is nothing to tell apart: choose another {option("target")}.')
+    if given['phase'] == 'validate' and not dls.valid.n:
+        raise ScreenError('Nothing can be held out of so few experiments and plates, '
+                          'so there is nothing to validate with: '
+                          f'name experiments with {option("valid", "EXP")}, or leave {option("refit", True)} out.')
+
+# %% ../nbs/71_workflow.ipynb #aaa4de61
+def _say_data(learned, dls, given, by_itself):
+    "Print how much is learned from and held out, and what should be known of it"
     what = 'labels' if dls.spec.several else f'{given["target"]} classes'
-    if given['phase'] == 'validate' and not dls.valid.n: raise ScreenError(f'Nothing can be held out of so few experiments and plates, so there is nothing to validate with: name experiments with {option("valid", "EXP")}, or leave {option("refit", True)} out.')
     plates = [plate_name(*o) for o in dls.held_plates]
-    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples ({", ".join(dls.held_out or plates) or ("images" if dls.held_images else "none")}), '
+    print(f'{len(dls.train_ds)} training and {len(dls.valid_ds)} held-out samples '
+          f'({", ".join(dls.held_out or plates) or ("images" if dls.held_images else "none")}), '
           f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
     by_itself = by_itself and given['phase'] != 'validate' and not (learned.table.dataset == 'val').any()
-    held = training_notes(learned.train.table, given['target'], dls.held_out if by_itself else (), plates, by_itself and not dls.valid.n and has_plates(learned.table))
+    held = training_notes(learned.train.table, given['target'], dls.held_out if by_itself else (), plates,
+                          by_itself and not dls.valid.n and has_plates(learned.table))
     for note in [*held, *_aside_notes(learned.table, dls), *picture_notes(learned)]: print(f'note: {note}')
-    if begin: return learner_from(begin.model, replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec, dls, given['seed'])
+
+# %% ../nbs/71_workflow.ipynb #c2a8097f
+def _training_learner(screen, recipe, given, workers, begin=None):
+    "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
+    of_model = _data_of(begin) if begin else {}
+    if begin and not given['channels']: given = {**given, 'channels': ','.join(begin.spec.channels)}
+    learned, data = _screen_to_learn(screen, recipe, given, _batch_arguments(recipe, given, of_model))
+    # in the order of its channels
+    if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']
+    before = _before(given, begin) if has_plates(learned.table) else None
+    valid, by_itself = _choose_held(learned, recipe, given, data, before)
+    how = dict(valid=valid, target=given['target'], seed=given['seed'], num_workers=workers)
+    dls = screen_dls(learned, **{**data, **how})
+    _check_dls(dls, recipe, given)
+    _say_data(learned, dls, given, by_itself)
+    if begin:
+        spec = replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec
+        return learner_from(begin.model, spec, dls, given['seed'])
     weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
     model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
     if given['metadata']: model['metadata'] = given['metadata']
@@ -436,21 +545,28 @@ def _pseudo_plan(rounds, recipe):
     said = {**recipe.pseudo, **({'rounds': rounds} if rounds else {})}
     if not said.get('rounds'): return None
     how = {k: said[k] for k in ('lr', 'cutmix') if k in said}
-    if recipe.stages: how.update(wd=recipe.stages[-1].wd, opt=next((s.opt for s in reversed(recipe.stages) if s.opt is not None), None))
+    if recipe.stages:
+        opt = next((s.opt for s in reversed(recipe.stages) if s.opt is not None), None)
+        how.update(wd=recipe.stages[-1].wd, opt=opt)
     if 'lr' in said: how['schedule'] = 'constant'
     stage = replace(PSEUDO.stages[0], **how)
-    return dict(rounds=said['rounds'], first=said.get('first', .41), last=said.get('last', .98), recipe=replace(PSEUDO, stages=[stage]))
+    return dict(rounds=said['rounds'], first=said.get('first', .41), last=said.get('last', .98),
+                recipe=replace(PSEUDO, stages=[stage]))
 
+# %% ../nbs/71_workflow.ipynb #9b0bd49f
 def _check_steps(a, recipe, learn):
     "Raise for steps before or after the training that cannot be made; return the plan of the pseudo-labels"
     pretrain, pseudo = a.pretrain or recipe.pretrain, _pseudo_plan(a.pseudo, recipe)
     if learn.dls.spec.several and (pretrain or pseudo):
-        raise ScreenError(f'{option("pseudo", a.pseudo) if pseudo else option("pretrain", pretrain)} gives each image one label, and those of {learn.dls.spec.target} have several: leave it out.')
+        raise ScreenError(f'{option("pseudo", a.pseudo) if pseudo else option("pretrain", pretrain)} gives '
+                          f'each image one label, and those of {learn.dls.spec.target} have several: leave it out.')
     check_known(recipe, learn.dls)
     if pretrain == 'controls': control_dls(learn.dls)
     if pretrain == 'simsiam_test' and not (learn.dls.screen.table.dataset == 'test').any(): raise ScreenError(f'{option("pretrain", pretrain)} shows the test wells too, and the screen has none: say {option("pretrain", "simsiam")}.')
     if pseudo:
-        if rank_world()[1] > 1: raise ScreenError(f'Pseudo-labels are given by one process: train with one, or leave {option("pseudo")} out.')
+        if rank_world()[1] > 1:
+            raise ScreenError('Pseudo-labels are given by one process: '
+                              f'train with one, or leave {option("pseudo")} out.')
         check_pseudo(learn.dls, **{k: v for k, v in pseudo.items() if k != 'recipe'})
     return pretrain, pseudo
 
@@ -468,53 +584,88 @@ def _build_again(learn, was, seed):
     if model.loss.config() != was['loss']: learn.set_loss(was['loss'])
     model.use_metadata, learn.opt_func = was['use_metadata'], was['opt']
 
+# %% ../nbs/71_workflow.ipynb #0bf4384f
 def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     "Train: control wells or pictures without labels first, then the recipe, then pseudo-labels; return tables of what each reached"
     res = {}
-    def how(folder, is_first): return dict(folder=folder, resume=a.resume and (is_first or folder.is_dir()), facts=dict(arguments=given))
+    def how(folder, is_first):
+        return dict(folder=folder, resume=a.resume and (is_first or folder.is_dir()), facts=dict(arguments=given))
     stages = _without_sizes(recipe, a.size, a.bs)
     with learn.sharded():
         if pretrain:
             built = _as_built(learn)
-            first, begun = replace(stages, name=f'{recipe.name}, {pretrain}', stages=[replace(s, full_data=False) for s in stages.stages]), how(_controls_checkpoints(a.out), True)
-            if pretrain == 'controls': res['pretrain_stages'] = learn.pretrain_on_controls(first, a.seed, cbs, **begun)
-            else: res['pretrain_stages'] = learn.pretrain_simsiam(first, a.seed, cbs, pretrain == 'simsiam_test', **begun)
-            before = learn.history.assign(stage=f'{pretrain}: ' + learn.history.stage) if len(learn.history) else learn.history
+            first = replace(stages, name=f'{recipe.name}, {pretrain}',
+                            stages=[replace(s, full_data=False) for s in stages.stages])
+            kept = how(_controls_checkpoints(a.out), True)
+            if pretrain == 'controls': reached = learn.pretrain_on_controls(first, a.seed, cbs, **kept)
+            else: reached = learn.pretrain_simsiam(first, a.seed, cbs, pretrain == 'simsiam_test', **kept)
+            res['pretrain_stages'], before = reached, learn.history
+            if len(before): before = before.assign(stage=f'{pretrain}: ' + before.stage)
             _build_again(learn, built, a.seed)
         res['stages'] = learn.fit_recipe(stages, seed=a.seed, cbs=cbs, **how(_checkpoints(a.out), not pretrain))
         if pretrain: learn.history = pd.concat([before, learn.history], ignore_index=True)
-    if pseudo: res['pseudo_rounds'] = learn.fit_pseudo(**pseudo, seed=a.seed, cbs=cbs, **how(_pseudo_checkpoints(a.out), False))
+    if pseudo:
+        res['pseudo_rounds'] = learn.fit_pseudo(**pseudo, seed=a.seed, cbs=cbs,
+                                                **how(_pseudo_checkpoints(a.out), False))
     return {k: v for k, v in res.items() if len(v)}
 
 # %% ../nbs/71_workflow.ipynb #0fe86f45
-_FREE = ('screen', 'out', 'recipe', 'tta', 'search', 'precision', 'compile', 'device', 'workers', 'resume', 'epochs', 'lr', 'changed', 'log')
+_FREE = ('screen', 'out', 'recipe', 'tta', 'search', 'precision', 'compile', 'device', 'workers', 'resume',
+         'epochs', 'lr', 'changed', 'log')
 
 def _plain_arguments(args):
     "Return the arguments that decide what is learned, as plain data without the places of files"
-    given = {k: ','.join(as_names(v)) if k in ('channels', 'valid', 'metadata', 'cell_types', 'experiments', 'test') else v for k, v in args.items() if k not in (*_FREE, 'phase')}
+    given = {k: v for k, v in args.items() if k not in (*_FREE, 'phase')}
+    for k in ('channels', 'valid', 'metadata', 'cell_types', 'experiments', 'test'):
+        if k in given: given[k] = ','.join(as_names(given[k]))
     if not given['refit']: given.pop('refit')
     given['pretrained'] = (_before(args, None) or {}).get('fingerprint', Path(str(args['pretrained'])).name)
     return given
 
+# %% ../nbs/71_workflow.ipynb #0cf311fc
 def _training_facts(args, recipe, views, begin=None):
     "Return what must be the same where a model is finished already, or its training is continued"
     table = with_target(open_screen(args['screen'], check=False).table, args['target'])
     rows = table[table.dataset.isin(('train', 'val'))]
-    return dict(arguments=_plain_arguments(args), recipe=recipe.to_dict(), index_views=views, begins_with=begin.fingerprint if begin else '',
+    return dict(arguments=_plain_arguments(args), recipe=recipe.to_dict(), index_views=views,
+                begins_with=begin.fingerprint if begin else '',
                 training_rows=data_fingerprint(rows, columns=[args['target']])['sha256'])
 
 # %% ../nbs/71_workflow.ipynb #8a437f22
+def _model_info(a, validation):
+    "Return what a model folder says of its training, known before it begins"
+    info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, precision=a.precision,
+                compile=a.compile, mask=list(INDUCTIVE_MASK))
+    if a.folds and a.fold: info['fold'] = dict(folds=a.folds, fold=a.fold)
+    if validation: info['validation'] = {k: v for k, v in validation.items() if k not in ('thresholds', 'search')}
+    if a.changed: info['changed'] = a.changed
+    return info
+
+def _say_changed(changed):
+    said = [f'{k} {now:g} instead of {then:g}' for k, (then, now) in changed.items()]
+    print('changed: ' + ', '.join(said))
+
+# %% ../nbs/71_workflow.ipynb #5b4d35c8
+def _search_again(learn, model, views):
+    "Return how the index is searched, chosen on what was held out, with the views of the index where they are repeatable"
+    return learn.choose_search(model, views['tta'] if views.get('views', 'dihedral') == 'dihedral' else 4)
+
+def _write_model(model, index, out):
+    "Write a trained model and its curves, and remove what was kept to continue its training"
+    model.folder = model.save(out)
+    save_curve(model.history, out)
+    remove_unfinished(out)
+    print(f'{out}: model, index of {plural(len(index.labels), "embedding")}, history')
+    return model
+
+# %% ../nbs/71_workflow.ipynb #4166943c
 def _train_model(args, recipe, begin=None, validation=None):
     "Train one model with the arguments of `train_screen`, and write its folder; it may `begin` with a trained one, and know what a `validation` measured before"
     a = SimpleNamespace(**args)
     measures = a.phase == 'validate' or a.phase != 'refit' and (a.folds or a.valid not in ('auto', 'none'))
     given, recipe = {k: v for k, v in args.items() if k not in _FREE}, _without_full_data(recipe, measures)
     views = {'tta': 4, **recipe.index, **({'tta': a.tta} if a.tta else {})}
-    info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, precision=a.precision, compile=a.compile, mask=list(INDUCTIVE_MASK))
-    if a.folds and a.fold: info['fold'] = dict(folds=a.folds, fold=a.fold)
-    if validation: info['validation'] = {k: v for k, v in validation.items() if k not in ('thresholds', 'search')}
-    if a.changed: info['changed'] = a.changed
-    is_first, out = not rank_world()[0], a.out
+    info, is_first, out = _model_info(a, validation), not rank_world()[0], a.out
     with ExitStack() as run:
         with all_agree():
             if is_first: run.enter_context(only_one(out))
@@ -526,14 +677,14 @@ def _train_model(args, recipe, begin=None, validation=None):
             out = new_folder(out)
             info.update(facts)
             if not a.resume and is_first:
-                for folder in (_checkpoints(out), _controls_checkpoints(out), _pseudo_checkpoints(out)): begin_checkpoints(folder)
+                for folder in _all_checkpoints(out): begin_checkpoints(folder)
             device = rank_device()
             torch.backends.cudnn.benchmark = device.type == 'cuda'
             faster = [*precision_callbacks(a.precision, device), *epoch_logs(a.log, out)]
             learn = _training_learner(a.screen, recipe, given, a.workers, begin)
             learn.thresholds = (validation or {}).get('thresholds')
             if is_first and recipe.about: print(f'{recipe.name}: {recipe.about}')
-            if is_first and a.changed: print('changed: ' + ', '.join(f'{k} {now:g} instead of {then:g}' for k, (then, now) in a.changed.items()))
+            if is_first and a.changed: _say_changed(a.changed)
             pretrain, pseudo = _check_steps(a, recipe, learn)
             if pretrain: info['pretrain'] = pretrain
             if pseudo: info['pseudo'] = {**pseudo, 'recipe': pseudo['recipe'].to_dict()}
@@ -544,12 +695,9 @@ def _train_model(args, recipe, begin=None, validation=None):
         index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
         if not is_first: return
         model = learn.to_model(index, **info, **{'stages': [], **{k: t.to_dict('records') for k, t in reached.items()}})
-        if recipe.predict.get('search') == 'auto': model.config['search'] = (validation or {}).get('search') or learn.choose_search(model, views['tta'] if views.get('views', 'dihedral') == 'dihedral' else 4)
-        model.folder = model.save(out)
-        save_curve(model.history, out)
-        remove_unfinished(out)
-        print(f'{out}: model, index of {plural(len(index.labels), "embedding")}, history')
-        return model
+        if recipe.predict.get('search') == 'auto':
+            model.config['search'] = (validation or {}).get('search') or _search_again(learn, model, views)
+        return _write_model(model, index, out)
 
 # %% ../nbs/71_workflow.ipynb #0f078d65
 def save_curve(
@@ -579,13 +727,15 @@ def _several_in(out, resume):
     finally:
         if not rank_world()[0] and not was_there and out.is_dir() and not any(out.iterdir()): out.rmdir()
 
+# %% ../nbs/71_workflow.ipynb #ac423df6
 def _train_several(args, each):
     "Train a model for each name, in OUT/name, with other arguments; {name: model}"
     out, models = Path(args['out']), {}
     with _several_in(out, args['resume']):
         for i, (name, changes) in enumerate(each.items(), 1):
             if not rank_world()[0]: print(f'== {name} ({i} of {len(each)})', flush=True)
-            models[name] = train_screen(**{**{k: v for k, v in args.items() if k not in ('changed', 'phase')}, **changes, 'out': out/name})
+            models[name] = train_screen(**{**{k: v for k, v in args.items() if k not in ('changed', 'phase')},
+                                           **changes, 'out': out/name})
     return models
 
 def _channel_lists(screen, channels):
@@ -600,6 +750,7 @@ def _chosen_epochs(recipe, reached):
     def last(i): return int(np.median([rows[i].get('kept_epoch') or rows[i]['epochs'] for rows in reached]))
     return [max(1, last(i)) if s.epochs and (s.keep_best or s.patience) else None for i, s in enumerate(stages)]
 
+# %% ../nbs/71_workflow.ipynb #a581bfdd
 def _agreed_search(found):
     "Return how an index is searched, as the validations chose; the nearest row where they differ. None where none chose"
     if not all(found): return None
@@ -607,23 +758,34 @@ def _agreed_search(found):
         each = [o[k] for o in found]
         if None in each: return None
         if len({o['neck'] for o in each}) == 1: return each[0]
-        return dict(neck='no', notes=['The nearest row answers, as the folds chose differently: ' + ', '.join(o['neck'] for o in each) + '.'], tried=[])
+        note = f'The nearest row answers, as the folds chose differently: {", ".join(o["neck"] for o in each)}.'
+        return dict(neck='no', notes=[note], tried=[])
     return {k: agreed(k) for k in ('plain', 'adapted')}
 
+# %% ../nbs/71_workflow.ipynb #887225a6
 def _ending_at(recipe, epochs):
     "Return the recipe whose stages end where a validation chose"
+    def ending(s, at): return s if at is None else replace(s, keep_best=None, patience=None, stop=at)
     chosen = iter(epochs)
-    stages = [s if s.full_data else (s, next(chosen)) for s in recipe.stages]
-    return replace(recipe, stages=[s if isinstance(s, Stage) else s[0] if s[1] is None else replace(s[0], keep_best=None, patience=None, stop=s[1]) for s in stages])
+    return replace(recipe, stages=[s if s.full_data else ending(s, next(chosen)) for s in recipe.stages])
 
+# %% ../nbs/71_workflow.ipynb #74f3337e
 def _check_refit(args, recipe):
     "Raise for trainings that cannot be made twice"
     asked = option('refit', True)
-    if args['cell_types'] or recipe.cell_types: raise ScreenError(f'{asked} is of one model, and models of cell types begin with a common one: leave it out, or leave out {option("cell_types")}.')
-    if isinstance(args['valid'], str) and args['valid'] == 'none': raise ScreenError(f'{asked} first measures what is held out, and {option("valid", "none")} holds out nothing: leave one of them out.')
-    if not sum(s.epochs for s in recipe.stages): raise ScreenError(f'The recipe {recipe.name} trains nothing, so there is nothing to train again: leave {asked} out.')
+    if args['cell_types'] or recipe.cell_types:
+        raise ScreenError(f'{asked} is of one model, and models of cell types begin with a common one: '
+                          f'leave it out, or leave out {option("cell_types")}.')
+    if isinstance(args['valid'], str) and args['valid'] == 'none':
+        raise ScreenError(f'{asked} first measures what is held out, '
+                          f'and {option("valid", "none")} holds out nothing: leave one of them out.')
+    if not sum(s.epochs for s in recipe.stages):
+        raise ScreenError(f'The recipe {recipe.name} trains nothing, so there is nothing to train again: '
+                          f'leave {asked} out.')
     odd = [s.name for s in recipe.stages if parsed_schedule(s.schedule)[0] == 'plateau']
-    if odd: raise ScreenError(f'The rate of stage {odd[0]} follows what is held out, so it cannot be trained again without: choose a recipe with another schedule, or leave {asked} out.')
+    if odd:
+        raise ScreenError(f'The rate of stage {odd[0]} follows what is held out, so it cannot '
+                          f'be trained again without: choose a recipe with another schedule, or leave {asked} out.')
 
 # %% ../nbs/71_workflow.ipynb #9ca4540b
 def _begin_validation(args):
@@ -631,13 +793,17 @@ def _begin_validation(args):
     folder = _validated(args['out'])
     if not args['resume']: new_folder(args['out'])
     if folder.exists() and not args['resume']:
-        raise ScreenError(f'{folder} holds the validation of an unfinished training: continue it with {option("resume", True)}, or remove the folder to start again from the beginning.')
+        raise ScreenError(f'{folder} holds the validation of an unfinished training: continue it with '
+                          f'{option("resume", True)}, or remove the folder to start again from the beginning.')
     return _VALIDATED.make(folder)
 
+# %% ../nbs/71_workflow.ipynb #940cfe6a
 def _validate(args, recipe, begin):
     "Train with rows held out, once or with each fold, and return what was measured and which epochs were chosen"
-    is_first, folds = not rank_world()[0], range(1, args['folds'] + 1) if args['folds'] and not args['fold'] else [args['fold']]
-    each = [_folded({**args, 'fold': f, 'refit': False, 'phase': 'validate', 'out': _validated(args['out'])/str(f or 1)}) for f in folds]
+    is_first = not rank_world()[0]
+    folds = range(1, args['folds'] + 1) if args['folds'] and not args['fold'] else [args['fold']]
+    validating = {**args, 'refit': False, 'phase': 'validate'}
+    each = [_folded({**validating, 'fold': f, 'out': _validated(args['out'])/str(f or 1)}) for f in folds]
     with all_agree():
         if is_first: _begin_validation(args)
     for i, a in enumerate(each, 1):
@@ -645,11 +811,15 @@ def _validate(args, recipe, begin):
         _train_model(a, recipe, begin)
         wait_for_all()
     done = [read_config(a['out']) for a in each]
-    if not all(c['metrics'] for c in done): raise ScreenError(f'The validation measured nothing, so the epochs of the second training are not known: leave {option("refit", True)} out.')
+    if not all(c['metrics'] for c in done):
+        raise ScreenError('The validation measured nothing, so the epochs of the second training are not known: '
+                          f'leave {option("refit", True)} out.')
     runs, cuts = [c['metrics'] for c in done], [c['thresholds'] for c in done if c.get('thresholds')]
-    return dict(runs=runs, epochs=_chosen_epochs(recipe, [c['stages'] for c in done]), thresholds=np.mean(cuts, axis=0).tolist() if cuts else None,
+    return dict(runs=runs, epochs=_chosen_epochs(recipe, [c['stages'] for c in done]),
+                thresholds=np.mean(cuts, axis=0).tolist() if cuts else None,
                 search=_agreed_search([c.get('search') for c in done]))
 
+# %% ../nbs/71_workflow.ipynb #1be9c7f0
 def _train_twice(args, recipe):
     "Train with rows held out, which measures and chooses epochs, then on all rows the model that is kept"
     out = Path(args['out'])
@@ -660,7 +830,8 @@ def _train_twice(args, recipe):
     found = _validate(args, recipe, begin) if done is None else done.get('validation') or {}
     epochs = found.get('epochs') if isinstance(found.get('epochs'), list) else []
     if not rank_world()[0] and done is None: print('== on all training rows', flush=True)
-    model = _train_model({**args, 'phase': 'refit'}, _ending_at(recipe, epochs or [None]*len(recipe.stages)), begin, found)
+    model = _train_model({**args, 'phase': 'refit'}, _ending_at(recipe, epochs or [None]*len(recipe.stages)),
+                         begin, found)
     if model is not None and done is None: print(validation_note(model.config))
     return model
 
@@ -669,30 +840,41 @@ def _cell_type_names(table, asked, recipe):
     "Return the cell types that get a model of their own"
     have = sorted(table.cell_type[table.dataset.isin(('train', 'val'))].dropna().astype(str).unique())
     mine = [c for c in have if str(recipe.only.get('cell_type', c)) == c] or have
-    names = mine if asked == 'each' or (not asked and 'each' in recipe.cell_types) else as_names(asked) or [c for c in recipe.cell_types if c in have]
+    names = as_names(asked) or [c for c in recipe.cell_types if c in have]
+    if asked == 'each' or (not asked and 'each' in recipe.cell_types): names = mine
     lacks = [c for c in names if c not in have]
-    if lacks: raise ScreenError(f'No training well has the cell type {first_few(lacks)}: let {option("cell_types")} be each, or some of {first_few(have)}.')
-    if not names: raise ScreenError(f'The recipe has models of {first_few(recipe.cell_types)}, and the training wells are of {first_few(have)}: choose another recipe, or say {option("cell_types", "each")}.')
+    if lacks:
+        raise ScreenError(f'No training well has the cell type {first_few(lacks)}: '
+                          f'let {option("cell_types")} be each, or some of {first_few(have)}.')
+    if not names:
+        raise ScreenError(f'The recipe has models of {first_few(recipe.cell_types)}, and the training wells are of '
+                          f'{first_few(have)}: choose another recipe, or say {option("cell_types", "each")}.')
     return [check_cell_name(c) for c in names]
 
+# %% ../nbs/71_workflow.ipynb #93cf2285
 def _cell_type_recipe(recipe, cell_type):
     "Return the recipe of the model of one cell type"
     name = recipe.cell_types.get(cell_type) or recipe.cell_types.get('each')
     own = get_recipe(name) if name else replace(recipe, name=f'{recipe.name}, {cell_type}', about='')
     for r in (recipe, own):
         said = str(r.only.get('cell_type', cell_type))
-        if said != cell_type: raise ScreenError(f'The recipe {r.name} is for the cell type {said} and cannot make a model of {cell_type}: let {option("cell_types")} be {said}, or choose another recipe.')
+        if said != cell_type:
+            raise ScreenError(f'The recipe {r.name} is for the cell type {said} and cannot make a model of '
+                              f'{cell_type}: let {option("cell_types")} be {said}, or choose another recipe.')
     also = {k: getattr(own, k) or getattr(recipe, k) for k in ('pseudo', 'index', 'predict')}
     return replace(own, only={**own.only, 'cell_type': cell_type}, cell_types={}, pretrain='', **also)
 
+# %% ../nbs/71_workflow.ipynb #a45c887f
 def _check_fits(recipe, recipes, channels):
-    "Raise for recipes of cell types that cannot go on with a model of the common recipe"
+    "Raise for recipes of cell types that cannot continue with a model of the common recipe"
     for c, r in recipes.items():
         entries = ['arch'] if r.begin == 'backbone' else []           # the others take what they begin with
         if not channels: entries.append('channels')
         for k in entries:
             mine, first = getattr(r, k), getattr(recipe, k)
-            if mine not in (first, getattr(Recipe, k)): raise ScreenError(f'The recipe {r.name} of the cell type {c} has {mine} as its {k}, and the model that it begins with has {first or "all"}: let them be the same.')
+            if mine not in (first, getattr(Recipe, k)):
+                raise ScreenError(f'The recipe {r.name} of the cell type {c} has {mine} as its {k}, '
+                                  f'and the model that it begins with has {first or "all"}: let them be the same.')
         check_recipe(replace(r, model=recipe.model))
 
 def _held_of(held, table, cell_type):
@@ -708,16 +890,21 @@ def _given_model(args):
     has = model.config['model']
     if arch and arch != has['arch']: raise ScreenError(f'{given} is a {has["arch"]}: leave {option("arch", arch)} out.')
     if metadata and {*metadata} != {*has['metadata']}:
-        raise ScreenError(f'{given} is continued, which reads {" and ".join(has["metadata"]) or "no metadata"}: leave {option("metadata", args["metadata"])} out.')
+        raise ScreenError(f'{given} is continued, which reads {" and ".join(has["metadata"]) or "no metadata"}: '
+                          f'leave {option("metadata", args["metadata"])} out.')
     return model
 
+# %% ../nbs/71_workflow.ipynb #b138a5be
 def _begin_with(args, recipe):
     "Return the trained model that a recipe says to begin with; None where it says nothing, or none was given"
     if recipe.begin == 'backbone': return None
     model = _given_model(args)
-    if model is None and not rank_world()[0]: print(f'note: {recipe.name} is meant to begin with a trained model: give its folder with {option("pretrained")}.')
+    if model is None and not rank_world()[0]:
+        print(f'note: {recipe.name} is meant to begin with a trained model: '
+              f'give its folder with {option("pretrained")}.')
     return model
 
+# %% ../nbs/71_workflow.ipynb #db64392e
 def _common_model(args, recipe, out):
     "Return the model of all that the models of cell types begin with, trained in OUT/common"
     common = {**args, 'out': out/'common', 'cell_types': '', 'pseudo': 0, 'phase': 'common'}
@@ -732,34 +919,69 @@ def _held_at_first(args, rows, recipe, given):
     valid = args['valid'] if args['valid'] != 'auto' else given and _held_by(given.config, here)
     return {*split_experiments(rows, valid or [e for e in recipe.valid if e in here] or 'auto')[1].experiment}
 
+# %% ../nbs/71_workflow.ipynb #1710bccb
 def _check_rows(args, table, recipes, held):
     "Raise for a cell type whose model would have nothing to learn, or no well for its pseudo-labels"
     target = args['target']
     for c, r in recipes.items():
         rows = labeled_rows(_rows_of(table, r.only), target, args['controls'] or r.data.get('controls') or None)
         left = rows[(rows.dataset == 'train') & ~rows.experiment.isin(held)]
-        if not len(left): raise ScreenError(f'All training experiments of the cell type {c} are held out: leave at least one to train on, or leave {c} out of {option("cell_types")}.')
-        if left[target].nunique() < 2: raise ScreenError(f'The training wells of the cell type {c} have one {target} only, so there is nothing to tell apart: choose another {option("target")}.')
+        if not len(left):
+            raise ScreenError(f'All training experiments of the cell type {c} are held out: '
+                              f'leave at least one to train on, or leave {c} out of {option("cell_types")}.')
+        if left[target].nunique() < 2:
+            raise ScreenError(f'The training wells of the cell type {c} have one {target} only, '
+                              f'so there is nothing to tell apart: choose another {option("target")}.')
         is_asked = (table.dataset == 'test') & (table.well_type == 'treatment') & _is_for(table, r.only)
         if (args['pseudo'] or r.pseudo) and not is_asked.any():
-            raise ScreenError(f'The table has no test row of a treatment well of the cell type {c}, to which pseudo-labels could be given: leave {c} out of {option("cell_types")}, or {option("pseudo")} out.')
+            raise ScreenError(f'The table has no test row of a treatment well of the cell type {c}, '
+                              'to which pseudo-labels could be given: '
+                              f'leave {c} out of {option("cell_types")}, or {option("pseudo")} out.')
 
+# %% ../nbs/71_workflow.ipynb #ff871ba1
 def _check_cell_types(args, table, recipe, recipes, given):
     "Raise now for what would be in the way of the models of cell types after the common one is trained"
-    if args['target'] == 'cell_type': raise ScreenError(f'Each well is named by the model of its cell type, so {option("target", "cell_type")} would be read from the table: leave {option("cell_types")} out.')
+    if args['target'] == 'cell_type':
+        raise ScreenError(f'Each well is named by the model of its cell type, so {option("target", "cell_type")} '
+                          f'would be read from the table: leave {option("cell_types")} out.')
     if given is None: _check_fits(recipe, recipes, args['channels'])
-    elif args['pretrain']: raise ScreenError(f'{option("pretrain", args["pretrain"])} is a step of the common model, and the one in {args["pretrained"]} takes its place: leave it out.')
+    elif args['pretrain']:
+        raise ScreenError(f'{option("pretrain", args["pretrain"])} is a step of the common model, '
+                          f'and the one in {args["pretrained"]} takes its place: leave it out.')
     else:
         for r in recipes.values(): check_recipe(r, given.model)
-    _check_rows(args, table, recipes, _held_at_first(args, labeled_rows(table, args['target'], args['controls'] or None), recipe, given))
+    rows = labeled_rows(table, args['target'], args['controls'] or None)
+    _check_rows(args, table, recipes, _held_at_first(args, rows, recipe, given))
 
 # %% ../nbs/71_workflow.ipynb #02202bea
+def _held_of_all(args, common, table):
+    "Return what models of cell types hold out: what is asked for, or what the one that they begin with held out and never learned"
+    if args['valid'] != 'auto': return args['valid']
+    return _held_again(common.config, _training_names(table)) or 'auto'
+
+# %% ../nbs/71_workflow.ipynb #1ab00ece
+def _each_cell_type(args, recipes, common, table):
+    "Train the model of each cell type from the common one; {cell type: model}"
+    wait_for_all()
+    held, done = _held_of_all(args, common, table), {}
+    phase = 'fold' if args['folds'] else args['phase']       # a fold may have no experiment of a cell type
+    args = {**args, 'folds': 0, 'fold': 0, 'phase': phase, 'cell_types': '', 'pretrain': ''}
+    for i, (c, r) in enumerate(recipes.items(), 1):
+        if not rank_world()[0]: print(f'== {c} ({i} of {len(recipes)})', flush=True)
+        valid = held if held in ('auto', 'none') else _held_of(as_names(held), table, c)
+        done[c] = _train_model({**args, 'out': Path(args['out'])/c, 'valid': valid}, r, common)
+    return done
+
+# %% ../nbs/71_workflow.ipynb #c9710a55
 def _train_cell_types(args, recipe):
     "Train a model for each cell type, in OUT/NAME, and make them one in OUT"
     out, table = Path(args['out']), open_screen(args['screen'], check=False).table
     if args['folds']: table = all_to_train(table)
     with all_agree():
-        recipes = {c: _with_search(_cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0], args['search']) for c in _cell_type_names(table, args['cell_types'], recipe)}
+        recipes = {}
+        for c in _cell_type_names(table, args['cell_types'], recipe):
+            own = _cell_type_recipe(recipe, c).changed(args['epochs'], args['lr'])[0]
+            recipes[c] = _with_search(own, args['search'])
         given = _given_model(args)
         _check_cell_types(args, table, recipe, recipes, given)
     facts = _training_facts(args, recipe, {'tta': args['tta']}, given)
@@ -768,26 +990,12 @@ def _train_cell_types(args, recipe):
         _check_same(out, read_cell_types(out), facts)
         print(f'{out} is finished: there is nothing to continue.')
         return load_cell_types(out)
-    with _several_in(out, args['resume']): done = _each_cell_type(args, recipes, given or _common_model(args, recipe, out), table)
+    with _several_in(out, args['resume']):
+        done = _each_cell_type(args, recipes, given or _common_model(args, recipe, out), table)
     if rank_world()[0]: return
     write_cell_types(out, {c: m.fingerprint for c, m in done.items()}, facts)
     print(f'{out}: models of {", ".join(done)}, which answer as one')
     return load_cell_types(out)
-
-def _held_of_all(args, common, table):
-    "Return what models of cell types hold out: what is asked for, or what the one that they begin with held out and never learned"
-    return args['valid'] if args['valid'] != 'auto' else _held_again(common.config, _training_names(table)) or 'auto'
-
-def _each_cell_type(args, recipes, common, table):
-    "Train the model of each cell type from the common one; {cell type: model}"
-    wait_for_all()
-    held, done = _held_of_all(args, common, table), {}
-    for i, (c, r) in enumerate(recipes.items(), 1):
-        if not rank_world()[0]: print(f'== {c} ({i} of {len(recipes)})', flush=True)
-        valid = held if held in ('auto', 'none') else _held_of(as_names(held), table, c)
-        of_fold = dict(folds=0, fold=0, phase='fold' if args['folds'] else args['phase'])       # a fold may have no experiment of this cell type
-        done[c] = _train_model({**args, **of_fold, 'out': Path(args['out'])/c, 'valid': valid, 'cell_types': '', 'pretrain': ''}, r, common)
-    return done
 
 # %% ../nbs/71_workflow.ipynb #828eb844
 def train_screen(
@@ -834,16 +1042,22 @@ def train_screen(
     args = dict(locals(), phase='')
     r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
     r = _with_search(r, search)
-    _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed, sites=sites, workers=workers)
+    _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed,
+                    sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, PRETRAIN)
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
-    if lists := _channel_lists(screen, channels or r.channels): return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
+    if lists := _channel_lists(screen, channels or r.channels):
+        return _train_several(args, {k: dict(channels=v) for k, v in lists.items()})
     if experiments or test: args['screen'] = open_screen(screen, check=False).choose(experiments, test)
-    if cell_types and isinstance(valid, str) and valid == 'plates': raise ScreenError(f'{option("valid", valid)} is of one model, and models of cell types begin with a common one: name experiments, or leave out {option("cell_types")}.')
+    if cell_types and isinstance(valid, str) and valid == 'plates':
+        raise ScreenError(f'{option("valid", valid)} is of one model, and models of cell types '
+                          f'begin with a common one: name experiments, or leave out {option("cell_types")}.')
     if refit:
         with on_device(device): return _train_twice(args, r)
     folded = _folded(args)
-    with on_device(device): return _train_cell_types(folded, r) if cell_types or r.cell_types else _train_model(folded, r, _begin_with(args, r))
+    with on_device(device):
+        if cell_types or r.cell_types: return _train_cell_types(folded, r)
+        return _train_model(folded, r, _begin_with(args, r))
 
 # %% ../nbs/71_workflow.ipynb #b8f5d89e
 DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE-02,RPE-03,RPE-08,U2OS-01,U2OS-02,U2OS-03,U2OS-04'.split(','),
@@ -852,13 +1066,15 @@ DEMO = dict(experiments='HUVEC-01,HUVEC-02,HUVEC-03,HUVEC-04,HUVEC-17,RPE-01,RPE
 def _demo_files():
     "Return the names of everything that a demo writes"
     ends = ('.csv', '.json', '.top.csv', '.csv.lock', '.embeddings.parquet')
-    of_protocols = [f'{p}{end}' for p in PROTOCOLS for end in ends]
-    of_parts = []
-    for p in PROTOCOLS: of_parts += PARTS_FOLDER.inside(f'{p}.csv.part')
+    of_protocols, of_parts = [], []
+    for p in PROTOCOLS:
+        of_protocols += [f'{p}{end}' for end in ends]
+        of_parts += PARTS_FOLDER.inside(f'{p}.csv.part')
     folders = [*SCREEN_FOLDER.inside('screen'), *SCREEN_FOLDER.inside('.screen.*'), *STORE_FOLDER.inside('screen.zarr'),
-               *STORE_FOLDER.inside('screen.zarr.part'), *MODEL_FOLDER.inside('model'), *MODEL_FOLDER.inside('model.part'),
-               *CHECKPOINT_FOLDER.inside('model.checkpoints/epoch_*')]
-    return ['report.html', 'explore.html', 'results.json', 'neighbors.parquet', 'model.lock', 'screen.zarr.lock', *of_protocols, *of_parts, *folders]
+               *STORE_FOLDER.inside('screen.zarr.part'), *MODEL_FOLDER.inside('model'),
+               *MODEL_FOLDER.inside('model.part'), *CHECKPOINT_FOLDER.inside('model.checkpoints/epoch_*')]
+    return ['report.html', 'explore.html', 'results.json', 'neighbors.parquet', 'model.lock', 'screen.zarr.lock',
+            *of_protocols, *of_parts, *folders]
 
 DEMO_FOLDER = OwnFolder('demo', *_demo_files())
 
@@ -871,8 +1087,8 @@ def clear_demo(
     if not DEMO_FOLDER.owns(out): raise ScreenError(f'{out} was not written by rcic_demo: name another folder.')
     in_the_way = [name for name in DEMO_FOLDER.strangers(out) if name.split('/')[0].startswith(('screen', 'model'))]
     if in_the_way:
-        raise ScreenError(f'{out} also holds {first_few(in_the_way, 3)}, which rcic_demo did not write: move it elsewhere, '
-                          'or name another folder.')
+        raise ScreenError(f'{out} also holds {first_few(in_the_way, 3)}, which rcic_demo did not write: '
+                          'move it elsewhere, or name another folder.')
     DEMO_FOLDER.remove(out)
 
 # %% ../nbs/71_workflow.ipynb #3627a526
@@ -881,9 +1097,11 @@ def demo_report(
 )->Path:
     "Write report.html of a demo folder"
     preds = {p: read_predictions(Path(out)/f'{p}.csv') for p in PROTOCOLS}
-    page = ('Every well', 'Plates, pictures, neighbors, maps and confusions, on a page of its own.', ['<p><a href="explore.html">explore.html</a></p>'])
-    return report_screen(Path(out)/'report.html', load_model(Path(out)/'model'), Path(out)/'screen.zarr', preds, progress=False,
-                         title='rcic_fastai demo: naming siRNAs in experiments never seen', more=[page])
+    page = ('Every well', 'Plates, pictures, neighbors, maps and confusions, on a page of its own.',
+            ['<p><a href="explore.html">explore.html</a></p>'])
+    title = 'rcic_fastai demo: naming siRNAs in experiments never seen'
+    return report_screen(Path(out)/'report.html', load_model(Path(out)/'model'), Path(out)/'screen.zarr', preds,
+                         progress=False, title=title, more=[page])
 
 # %% ../nbs/71_workflow.ipynb #00a3ce6a
 def demo_page(
@@ -894,22 +1112,26 @@ def demo_page(
 )->Path:
     "Write explore.html of a demo folder"
     emb = {p: read_embeddings(Path(out)/f'{p}.embeddings.parquet') for p in ('inductive', 'adapted')}
-    page = explore(model, screen, preds, Path(out)/'explore.html', embeddings={**emb, 'transductive': emb['adapted']}, title='rcic_fastai demo', umap='no', progress=False)
+    page = explore(model, screen, preds, Path(out)/'explore.html', embeddings={**emb, 'transductive': emb['adapted']},
+                   title='rcic_fastai demo', umap='no', progress=False)
     print(page)
     return Path(out)/'explore.html'
 
 # %% ../nbs/71_workflow.ipynb #3a67aa50
 def _step(text, start): print(f'\n== {text} ({time.time()-start:.0f} s since start)', flush=True)
 
-def run_demo(
-    out, # Folder to write: screen/, model/, predictions, report.html and explore.html
-    force:bool=False, # Replace the folder when it exists
-    seed:int=0, # Screen and training
-)->ScreenResult: # Accuracy by protocol
-    "Simulate, pack, train, predict, evaluate and report, in a few minutes"
-    check_numbers(seed=seed)
-    with only_one(out): return _demo(new_folder(out, force), force, seed)
+def _demo_predictions(out, model, start):
+    "Predict under each protocol, and write what the report and the page read"
+    preds = []
+    for protocol in PROTOCOLS:
+        _step(f'predicting the test wells, {protocol}', start)
+        near = out/'neighbors.parquet' if protocol == 'inductive' else None
+        emb = '' if protocol == 'transductive' else out/f'{protocol}.embeddings.parquet'    # the same as adapted
+        model.predict(out/'screen.zarr', protocol, out/f'{protocol}.csv', neighbors=near, embeddings=emb)
+        preds.append(read_predictions(out/f'{protocol}.csv'))
+    return preds
 
+# %% ../nbs/71_workflow.ipynb #ccdc9963
 def _demo(out, force, seed):
     "Make a demo in a folder that no other run writes"
     start = time.time()
@@ -923,13 +1145,8 @@ def _demo(out, force, seed):
     print(screen_summary(screen))
     _step('training', start)
     train_screen(out/'screen.zarr', out/'model', valid='HUVEC-04', seed=seed)
-    model, preds = load_model(out/'model'), []
-    for protocol in PROTOCOLS:
-        _step(f'predicting the test wells, {protocol}', start)
-        near = out/'neighbors.parquet' if protocol == 'inductive' else None
-        emb = '' if protocol == 'transductive' else out/f'{protocol}.embeddings.parquet'    # the same as adapted
-        model.predict(out/'screen.zarr', protocol, out/f'{protocol}.csv', neighbors=near, embeddings=emb)
-        preds.append(read_predictions(out/f'{protocol}.csv'))
+    model = load_model(out/'model')
+    preds = _demo_predictions(out, model, start)
     res = evaluate_screen(preds, read_metadata(out/'screen'))
     write_json(out/'results.json', as_plain(res.columns), indent=1)
     _step('report', start)
@@ -938,3 +1155,13 @@ def _demo(out, force, seed):
     demo_page(out, model, screen, preds)
     print(f'\n{res.to_text()}\n\nopen {out/"report.html"} and {out/"explore.html"}')
     return res
+
+# %% ../nbs/71_workflow.ipynb #cd600540
+def run_demo(
+    out, # Folder to write: screen/, model/, predictions, report.html and explore.html
+    force:bool=False, # Replace the folder when it exists
+    seed:int=0, # Screen and training
+)->ScreenResult: # Accuracy by protocol
+    "Simulate, pack, train, predict, evaluate and report, in a few minutes"
+    check_numbers(seed=seed)
+    with only_one(out): return _demo(new_folder(out, force), force, seed)

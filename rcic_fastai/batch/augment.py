@@ -153,17 +153,24 @@ class SiteCrop(DisplayedTransform):
         self.fixed = isinstance(side, int)
         self.side, self.size = (side, side) if self.fixed else tuple(side), size
         if len(self.side) != 2 or not 1 <= self.side[0] <= self.side[1]:
-            raise ScreenError(f'{option("crop", side)} is not possible: give a side in px, or the smallest and the largest.')
+            raise ScreenError(f'{option("crop", side)} is not possible: '
+                              'give a side in px, or the smallest and the largest.')
         if self.fixed and size is not None:
-            raise ScreenError(f'{option("crop", side)} keeps the scale of the cells and {option("size", size)} changes that of whole sites: leave one out.')
+            raise ScreenError(f'{option("crop", side)} keeps the scale of the cells and '
+                              f'{option("size", size)} changes that of whole sites: leave one out.')
 
     def encodes(self, x:TensorSite):
         h, w = x.shape[-2:]
-        if self.side[1] > min(h, w): raise ScreenError(f'A square of {self.side[1]} px does not fit into sites of {h}×{w}: give a smaller {option("crop")}.')
+        if self.side[1] > min(h, w):
+            raise ScreenError(f'A square of {self.side[1]} px does not fit into sites of {h}×{w}: '
+                              f'give a smaller {option("crop")}.')
         resize = noop if self.fixed else SiteResize((h, w) if self.size is None else self.size)
         sides = torch.randint(self.side[0], self.side[1] + 1, (len(x),)).tolist()
-        at = [(int(torch.randint(h - s + 1, ())), int(torch.randint(w - s + 1, ()))) for s in sides]
-        return torch.cat([resize(x[i:i+1, :, top:top+s, left:left+s]) for i, (s, (top, left)) in enumerate(zip(sides, at))])
+        squares = []
+        for i, s in enumerate(sides):
+            top, left = int(torch.randint(h - s + 1, ())), int(torch.randint(w - s + 1, ()))
+            squares.append(resize(x[i:i+1, :, top:top+s, left:left+s]))
+        return torch.cat(squares)
 
 # %% ../../nbs/11_batch.augment.ipynb #cb00917d
 def own_normalize(
@@ -211,7 +218,7 @@ class NormalizeGlobal(DisplayedTransform):
         eps:float=1e-5, # Smallest standard deviation
     ):
         super().__init__()
-        self.mean, self.std = (torch.tensor([float(v) for v in o]) for o in (mean, std))
+        self.mean, self.std = torch.tensor(list(map(float, mean))), torch.tensor(list(map(float, std)))
         self.eps = eps
 
     def encodes(self, x:TensorSite):
@@ -324,9 +331,14 @@ def lighting_tfms(
     "Return changes of brightness and contrast between given ends"
     for name, ends, most in (('brightness', brightness, 1), ('contrast', contrast, math.inf)):
         if ends is not None and not (len(ends) == 2 and 0 < ends[0] <= ends[1] < most):
-            raise ScreenError(f'{option(name, ends)} is not a range: give the smallest and the largest value, above 0' + (' and below 1.' if most == 1 else '.'))
-    res = [] if brightness is None else [Brightness(p=p, draw=partial(_brightness_between, low=brightness[0], high=brightness[1]))]
-    return res + ([] if contrast is None else [Contrast(p=p, draw=partial(_contrast_between, low=contrast[0], high=contrast[1]))])
+            raise ScreenError(f'{option(name, ends)} is not a range: give the smallest and the '
+                              'largest value, above 0' + (' and below 1.' if most == 1 else '.'))
+    res = []
+    if brightness is not None:
+        res.append(Brightness(p=p, draw=partial(_brightness_between, low=brightness[0], high=brightness[1])))
+    if contrast is not None:
+        res.append(Contrast(p=p, draw=partial(_contrast_between, low=contrast[0], high=contrast[1])))
+    return res
 
 # %% ../../nbs/11_batch.augment.ipynb #ddd760f7
 class SiteCutout(DisplayedTransform):
@@ -339,7 +351,9 @@ class SiteCutout(DisplayedTransform):
     ):
         super().__init__()
         for name, (low, high) in dict(cutout=holes, cutout_side=side).items():
-            if not 1 <= low <= high: raise ScreenError(f'{option(name, (low, high))} is not a range: give the smallest and the largest whole number, from 1.')
+            if not 1 <= low <= high:
+                raise ScreenError(f'{option(name, (low, high))} is not a range: '
+                                  'give the smallest and the largest whole number, from 1.')
         self.holes, self.side, self.p = holes, side, p
 
     def draw(self,
@@ -414,7 +428,8 @@ def clahe(
     "Return every channel after contrast-limited adaptive histogram equalization (Zuiderveld 1994), which means the same in 8 and 16 bits"
     if img.dtype not in (np.uint8, np.uint16):
         raise ScreenError(f'CLAHE needs uint8 or uint16, not {img.dtype}: apply it to items, before floats.')
-    if get_worker_info() is not None: cv2.setNumThreads(0)      # a forked process would wait for threads that it does not have
+    # a forked process would wait for threads that it does not have
+    if get_worker_info() is not None: cv2.setNumThreads(0)
     of_8 = cv2.createCLAHE(clipLimit=clip, tileGridSize=tuple(grid)).apply
     equalize = of_8 if img.dtype == np.uint8 else partial(_clahe_16, clip=clip, grid=grid)
     planes = np.ascontiguousarray(img).reshape(-1, *img.shape[-2:])
@@ -459,8 +474,8 @@ class UnfoldSites(DisplayedTransform):
     def encodes(self, x:TensorSite)->TensorWell:
         if isinstance(x, TensorWell) and x.ndim == 5: return x
         if len(x) % self.sites:
-            raise ScreenError(f'{plural(len(x), "site is", "sites are")} not a multiple of {self.sites}, so they cannot become wells: give '
-                              'all sites of each well.')
+            raise ScreenError(f'{plural(len(x), "site is", "sites are")} not a multiple of {self.sites}, '
+                              'so they cannot become wells: give all sites of each well.')
         return x.reshape(-1, self.sites, *x.shape[1:]).as_subclass(TensorWell)
 
 # %% ../../nbs/11_batch.augment.ipynb #ca16caef
@@ -490,18 +505,22 @@ def site_augs(
 )->list: # Transforms of the batch
     "Return geometry and color for training, and the resize for both training and validation"
     part = [partial(crop_mat, min_scale=min_scale, ratio=ratio)] if min_scale < 1 else []
-    geo = [Rotate(max_rotate, p=p_affine)]*(max_rotate > 0) + [Zoom(min_zoom, max_zoom, p=p_affine)]*(max_zoom > 1 or min_zoom < 1)
+    geo = [Rotate(max_rotate, p=p_affine)]*(max_rotate > 0)
+    geo += [Zoom(min_zoom, max_zoom, p=p_affine)]*(max_zoom > 1 or min_zoom < 1)
     geo += [Warp(max_warp, p=p_affine)]*(max_warp > 0)
     res = ([] if crop is None else [SiteCrop(crop, size)]) + [SiteDihedral()]*flip
     if geo or part: res.append(SiteAffine(geo, part, size=size if part else None, pad_mode=pad_mode))
     if size is not None: res.append(SiteResize(size, order=31 if part else 15))
-    if brightness is not None or contrast is not None: res += setup_aug_tfms(lighting_tfms(brightness, contrast, p_lighting))
-    elif max_lighting: res += setup_aug_tfms([Brightness(max_lighting, p=p_lighting), Contrast(max_lighting, p=p_lighting)])
+    if brightness is not None or contrast is not None:
+        res += setup_aug_tfms(lighting_tfms(brightness, contrast, p_lighting))
+    elif max_lighting:
+        res += setup_aug_tfms([Brightness(max_lighting, p=p_lighting), Contrast(max_lighting, p=p_lighting)])
     if gain or offset: res.append(ChannelJitter(gain, offset, p_jitter, normal))
     return res if cutout is None else res + [SiteCutout(cutout, cutout_side, p_cutout)]
 
 # %% ../../nbs/11_batch.augment.ipynb #4ebae579
-_EXACT = dict(max_rotate=0., max_zoom=1., max_warp=0., max_lighting=0., gain=0., offset=0.)      # the eight exact views, nothing else
+# the eight exact views, nothing else
+_EXACT = dict(max_rotate=0., max_zoom=1., max_warp=0., max_lighting=0., gain=0., offset=0.)
 
 PUBLISHED_AUGS = dict(
     rcic1={**_EXACT, 'crop': (256, 512), 'gain': .1, 'offset': .1, 'p_jitter': 1., 'normal': True},
@@ -510,7 +529,8 @@ PUBLISHED_AUGS = dict(
     rcic117_crop=dict(crop=300, brightness=(.4, .6), contrast=(.8, 1.25)),
     rcic117_cutout=dict(brightness=(.4, .6), contrast=(.8, 1.25), cutout=(1, 4)),
     wilds=_EXACT,
-    hpa46={**_EXACT, 'max_rotate': 90., 'min_zoom': .8, 'max_zoom': 1.2, 'pad_mode': PadMode.Zeros, 'brightness': (.4, .6), 'contrast': (.8, 1.25), 'p_lighting': .8})
+    hpa46={**_EXACT, 'max_rotate': 90., 'min_zoom': .8, 'max_zoom': 1.2, 'pad_mode': PadMode.Zeros,
+           'brightness': (.4, .6), 'contrast': (.8, 1.25), 'p_lighting': .8})
 
 # %% ../../nbs/11_batch.augment.ipynb #41bc0d4e
 @delegates(site_augs)

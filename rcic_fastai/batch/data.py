@@ -13,6 +13,8 @@ __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'T
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
 import re, warnings
 from dataclasses import asdict, dataclass, field, replace
+from collections import Counter
+from itertools import chain
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
@@ -94,13 +96,14 @@ def labeled_rows(
     table = with_target(table, target)
     if controls is None: controls = not names_perturbations(target)
     if len(table) and (table.dataset == 'test').all():
-        raise ScreenError(f'Every experiment of the screen is a test ({first_few(table.experiment.unique())}), so there is nothing to train on: '
-                          f'leave some out of {option("test")}.')
+        raise ScreenError(f'Every experiment of the screen is a test ({first_few(table.experiment.unique())}), '
+                          f'so there is nothing to train on: leave some out of {option("test")}.')
     is_labeled = table.dataset.isin(('train', 'val')) & (several | table[target].notna())
     rows = table[is_labeled & (controls | (table.well_type == 'treatment'))]
     if len(rows): return rows
     which, remedy = ('', '') if controls else (' and is a treatment well', ', or include the controls')
-    raise ScreenError(f'No training row has a value of {target}{which}: label some, set their dataset to train{remedy}.')
+    raise ScreenError(f'No training row has a value of {target}{which}: '
+                      f'label some, set their dataset to train{remedy}.')
 
 # %% ../../nbs/13_batch.data.ipynb #349d7296
 def label_order(
@@ -118,12 +121,16 @@ def label_names(
 )->list: # Text
     "Return the labels that a target may have"
     if not isinstance(given, str): names = [str(o) for o in given]
-    elif Path(given).suffix.lower() in ('.csv', '.parquet', '.gz', '.bz2'): names = identifiers(read_table(given).iloc[:, 0], given).dropna().tolist()
+    elif Path(given).suffix.lower() in ('.csv', '.parquet', '.gz', '.bz2'):
+        names = identifiers(read_table(given).iloc[:, 0], given).dropna().tolist()
     else: names = as_names(given)
     twice = [o for o in names if names.count(o) > 1]
-    if not names or twice: raise ScreenError(f'{option("label_names", given)} names {"no label" if not names else twice[0] + " twice"}: name each label once.')
+    if not names or twice:
+        raise ScreenError(f'{option("label_names", given)} names {"no label" if not names else twice[0] + " twice"}: '
+                          'name each label once.')
     return names
 
+# %% ../../nbs/13_batch.data.ipynb #5bd780d9
 def labels_of(
     rows:pd.DataFrame, # Labeled rows
     target:str, # Column
@@ -131,7 +138,7 @@ def labels_of(
 )->list: # Text: as they were named; else numbers by value, the rest by name
     "Return the labels of a target with several, in order"
     if names is not None and len(names): return label_names(names)
-    return in_order({o for p in split_labels(rows[target]) for o in p})
+    return in_order(set().union(*split_labels(rows[target])))
 
 # %% ../../nbs/13_batch.data.ipynb #9b9f7640
 def check_labels(
@@ -142,27 +149,34 @@ def check_labels(
 ):
     "Raise a `ScreenError` for a label that is not known, and for images without any"
     bare = [i for i, p in zip(rows.site_id, split_labels(rows[target])) if not p]
-    if len(bare) == len(rows): raise ScreenError(f'No training image has a label in {target}: name the column that has them with {option("target", "labels")}.')
+    if len(bare) == len(rows):
+        raise ScreenError(f'No training image has a label in {target}: '
+                          f'name the column that has them with {option("target", "labels")}.')
     if bare and not no_label:
-        raise ScreenError(f'{plural(len(bare), "training image")} without any label in {target} ({first_few(bare, 3)}): label them, leave them out of the table, or allow them '
-                          f'with {option("no_label", True)}.')
+        raise ScreenError(f'{plural(len(bare), "training image")} '
+                          f'without any label in {target} ({first_few(bare, 3)}): '
+                          f'label them, leave them out of the table, or allow them with {option("no_label", True)}.')
     label_matrix(rows[target], labels, rows.site_id, f'The column {target}')
 
+# %% ../../nbs/13_batch.data.ipynb #294c833e
 def check_spelling(
     rows:pd.DataFrame, # Labeled rows
     target:str, # Column with several labels
 ):
     "Raise a `ScreenError` for labels that are separated otherwise than by a bar, and for one label that is spelled in two ways"
-    found, plain = sorted({o for p in split_labels(rows[target]) for o in p}), {}
+    found, plain = sorted(set().union(*split_labels(rows[target]))), {}
     for o in found:
         parts = [p for p in re.split(r'[,;/+\s]+', o) if p]
         if len(parts) > 1 and all(p.isdigit() or p in found for p in parts):
-            raise ScreenError(f'{target} has the label {o!r}, which looks like several: write {LABEL_SEPARATOR.join(parts)}, with a bar between them.')
+            raise ScreenError(f'{target} has the label {o!r}, which looks like several: '
+                              f'write {LABEL_SEPARATOR.join(parts)}, with a bar between them.')
         key = ' '.join(o.lower().split())
         key = str(int(key)) if key.isdecimal() else key
         if plain.setdefault(key, o) != o:
-            raise ScreenError(f'{target} has the labels {plain[key]!r} and {o!r}, which look like one: spell it alike, or name all labels with {option("label_names")}.')
+            raise ScreenError(f'{target} has the labels {plain[key]!r} and {o!r}, which look like one: '
+                              f'spell it alike, or name all labels with {option("label_names")}.')
 
+# %% ../../nbs/13_batch.data.ipynb #794a2d6c
 def check_one_label(
     rows:pd.DataFrame, # Rows to train on or to hold out
     target:str, # Column, of one label per image
@@ -170,7 +184,9 @@ def check_one_label(
     "Raise a `ScreenError` where cells look as if they held several labels"
     if target in ('sirna', 'sirna_id'): return
     parts = [c for c in rows[target].dropna().astype(str).unique() if LABEL_SEPARATOR in c]
-    if parts: raise ScreenError(f'{target} has cells with several labels, such as {parts[0]}: take a recipe for several labels, such as hpa46, or another target.')
+    if parts:
+        raise ScreenError(f'{target} has cells with several labels, such as {parts[0]}: '
+                          'take a recipe for several labels, such as hpa46, or another target.')
 
 # %% ../../nbs/13_batch.data.ipynb #43f8a813
 class LabelRow(DisplayedTransform):
@@ -178,7 +194,8 @@ class LabelRow(DisplayedTransform):
     loss_func, order = None, 1
     def __init__(self, labels): self.vocab = CategoryMap(list(map(str, labels)), sort=False)
     def encodes(self, o:str): return TensorMultiCategory(label_matrix([o], self.vocab, ['shown here'], 'The target')[0])
-    def decodes(self, o:TensorMultiCategory): return MultiCategory([self.vocab[int(i)] for i in (o > .5).nonzero().flatten()])
+    def decodes(self, o:TensorMultiCategory):
+        return MultiCategory([self.vocab[int(i)] for i in (o > .5).nonzero().flatten()])
 
 def MultiLabelBlock(
     labels, # [K] labels, in order
@@ -197,8 +214,8 @@ def control_plates_note(
     if has.any():
         verb = 'holds' if (~has).sum() == 1 else 'hold'
         return f'{names} {verb} controls only, so there is no siRNA to name there: left out.'
-    raise ScreenError(f'No plate has a treatment well ({names}): there is no siRNA to name; check the well_type column, '
-                      'or choose another target.')
+    raise ScreenError(f'No plate has a treatment well ({names}): there is no siRNA to name; '
+                      'check the well_type column, or choose another target.')
 
 # %% ../../nbs/13_batch.data.ipynb #5ff4fd86
 def check_id_test(
@@ -208,8 +225,8 @@ def check_id_test(
 ):
     "Raise a `ScreenError` when whole wells would include sites of `dataset` 'id_test', on which nothing may be trained"
     if sites > 1 and table.well_id[table.dataset == 'id_test'].isin(rows.well_id).any():
-        raise ScreenError(f'{option("sites", sites)} would read the id_test sites of the training wells: take {option("sites", 1)}, or set '
-                          'their dataset to train.')
+        raise ScreenError(f'{option("sites", sites)} would read the id_test sites of the training wells: '
+                          f'take {option("sites", 1)}, or set their dataset to train.')
 
 # %% ../../nbs/13_batch.data.ipynb #ad8d5d01
 @dataclass(repr=False)
@@ -233,8 +250,9 @@ class ScreenSpec:
     def __post_init__(self):
         check_choice('norm_from', self.norm_from, ('all', 'controls'))
         if self.norm_from == 'all' or self.per_group: return
-        raise ScreenError(f'{option("norm_from", self.norm_from)} goes with statistics of plates or experiments, not with '
-                          f'{option("norm", self.norm)}: say {option("norm", "plate")} or {option("norm", "experiment")} too.')
+        raise ScreenError(f'{option("norm_from", self.norm_from)} goes with statistics of plates or experiments, '
+                          f'not with {option("norm", self.norm)}: '
+                          f'say {option("norm", "plate")} or {option("norm", "experiment")} too.')
     @property
     def per_group(self): return self.norm in ('plate', 'experiment')
     @property
@@ -250,16 +268,18 @@ def __repr__(self:ScreenSpec):
     if self.per_group: norm += ' (from control wells)' if self.norm_from == 'controls' else ' (from all wells)'
     if self.clahe: norm += ', equalized'
     classes = plural(len(self.labels), 'label') if self.several else plural(len(self.labels), 'class', 'classes')
-    return (f'ScreenSpec: {classes} of {self.target} ({first_few(self.labels, 3)}), {sample}\n'
-            f'  {plural(len(self.channels), "channel")} ({first_few(self.channels)}), {self.bits} bits, size {size}, norm {norm}')
+    return (f'ScreenSpec: {classes} of {self.target} ({first_few(self.labels, 3)}), '
+            f'{sample}\n  {plural(len(self.channels), "channel")} ({first_few(self.channels)}), '
+            f'{self.bits} bits, size {size}, norm {norm}')
 
 # %% ../../nbs/13_batch.data.ipynb #90b3ba9a
 class GroupCategorize(MetadataCategorize):
     "Turn the name of a plate or experiment into a `TensorGroup`; raise where its pixel statistics are not known"
     def encodes(self, o):
         if str(o) in self.o2i: return TensorGroup(self.o2i[str(o)])
-        raise ScreenError(f'The pixel statistics of {o} are not known to these batches: make them with '
-                          'learn.dls.test_dl(rows), with all rows of the plate or experiment, or use learn.embed(rows).')
+        raise ScreenError(f'The pixel statistics of {o} are not known to these batches: '
+                          'make them with learn.dls.test_dl(rows), with all rows of the plate or experiment, '
+                          'or use learn.embed(rows).')
 
 # %% ../../nbs/13_batch.data.ipynb #a3db199e
 def _statistics_of(spec, rows, among):
@@ -349,8 +369,8 @@ class ScreenLoaders(DataLoaders):
     def new_empty(self):
         "Return the same loaders without rows, as `learn.export` stores them; statistics of known groups are kept"
         res = super().new_empty()
-        res.spec, res.screen, res.held_out, res.held_images = self.spec, self.screen[:0], self.held_out, getattr(self, 'held_images', [])
-        res.held_plates = getattr(self, 'held_plates', [])
+        res.spec, res.screen, res.held_out = self.spec, self.screen[:0], self.held_out
+        res.held_images, res.held_plates = getattr(self, 'held_images', []), getattr(self, 'held_plates', [])
         return res
 
     def is_held(self,
@@ -388,6 +408,7 @@ def _every_site(rows, source):
     ids = [source.sites_of(w) for w in rows.well_id]
     return rows.iloc[np.repeat(np.arange(len(rows)), [len(o) for o in ids])].assign(site_id=list(itertools.chain(*ids)))
 
+# %% ../../nbs/13_batch.data.ipynb #bc34f118
 @patch
 def _statistics(self:ScreenLoaders, norm, items):
     "Return the statistics of the groups that are known, and of those of `items`"
@@ -422,22 +443,29 @@ def _after_ours(item_tfms, batch_tfms):
 
 def _given_stats(norm, stats, channels):
     "Return the means and standard deviations that were given for the channels"
-    if norm != 'global': raise ScreenError(f'{option("norm_stats")} is for {option("norm", "global")}: leave it out, or add that.')
+    if norm != 'global':
+        raise ScreenError(f'{option("norm_stats")} is for {option("norm", "global")}: leave it out, or add that.')
     if [len(o) for o in stats] != [len(channels)]*2:
-        raise ScreenError(f'{option("norm_stats")} has {" and ".join(str(len(o)) for o in stats)} numbers: give two lists of {len(channels)}, the means and the standard deviations of the channels.')
+        raise ScreenError(f'{option("norm_stats")} has {" and ".join(str(len(o)) for o in stats)} numbers: give '
+                          f'two lists of {len(channels)}, the means and the standard deviations of the channels.')
     return [list(map(float, o)) for o in stats]
 
 def _check_single(rows, target, label_names, no_label, rare):
     "Raise for what is only for several labels"
     check_one_label(rows, target)
     given = [k for k, v in dict(label_names=label_names, no_label=no_label, rare=rare).items() if v]
-    if given: raise ScreenError(f'{option(given[0])} is for a target with several labels: leave it out, or take a recipe for several labels, such as hpa46.')
+    if given:
+        raise ScreenError(f'{option(given[0])} is for a target with several labels: '
+                          'leave it out, or take a recipe for several labels, such as hpa46.')
 
 def _check_no_plates(norm, batch_by, sites):
     "Raise for what needs plates, experiments or wells"
-    if sites > 1: raise ScreenError(f'{option("sites", sites)} needs wells with several sites, and each image stands for itself: leave it out.')
+    if sites > 1:
+        raise ScreenError(f'{option("sites", sites)} needs wells with several sites, '
+                          'and each image stands for itself: leave it out.')
     for k, v in dict(norm=norm, batch_by=batch_by).items():
-        if v in ('plate', 'experiment', 'pairs'): raise ScreenError(f'{option(k, v)} needs plates, and the images are on none: leave it out.')
+        if v in ('plate', 'experiment', 'pairs'):
+            raise ScreenError(f'{option(k, v)} needs plates, and the images are on none: leave it out.')
 
 def _training_spec(rows, train, source, target, vocabs, norm_stats=None, label_names=None, **kwargs):
     "Return the `ScreenSpec` of training rows"
@@ -457,9 +485,32 @@ def rarest_label(
 )->np.ndarray: # Text; '' for an image without a label
     "Return the rarest label of each image"
     parts = split_labels(cells)
-    n = pd.Series([o for p in parts for o in p], dtype=object).value_counts().to_dict()
+    n = Counter(chain(*parts))
     return np.array([min(p, key=lambda o: (n[o], o)) if p else '' for p in parts], object)
 
+# %% ../../nbs/13_batch.data.ipynb #d2ffd303
+def _named_images(rows, names):
+    "Return which rows are named, or are cells of an image that is: bool [N]"
+    names = set(names)
+    odd = sorted(names - set(rows.site_id) - set(rows.well_id))
+    if odd:
+        raise ScreenError(f'{first_few(odd, 3)} cannot be held out, as no training image is called so: '
+                          'name images of the table.')
+    of = rows.well_id[rows.site_id.isin(names) | rows.well_id.isin(names)]
+    return rows.well_id.isin(of).to_numpy()
+
+# %% ../../nbs/13_batch.data.ipynb #b6279b94
+def _some_of_each(kinds, share, seed):
+    "Return a share of the positions of each kind at random: bool [N]"
+    rng, out, start = np.random.default_rng(seed), np.zeros(len(kinds), bool), 0.
+    for k in sorted(set(kinds)):
+        at = rng.permutation(np.flatnonzero(kinds == k))
+        # what a rare label lacks, the next one gets
+        n, start = int(start + share*len(at)), (start + share*len(at)) % 1
+        out[at[:n]] = True
+    return out
+
+# %% ../../nbs/13_batch.data.ipynb #1e74d507
 def split_images(
     rows:pd.DataFrame, # Labeled rows of images that are in no experiment
     valid='auto', # Held-out images: names (a list), 'auto' (those of dataset val, else a share of each label) or 'none'
@@ -476,25 +527,10 @@ def split_images(
     elif valid not in ('auto', 'none'): is_val = is_val | _named_images(rows, as_names(valid))
     if is_val.all(): raise ScreenError('All images are held out: leave some to train on.')
     both = set(rows.well_id[is_val]) & set(rows.well_id[~is_val])
-    if both: raise ScreenError(f'Some cells of {first_few(sorted(both), 3)} are for training and others are held out: give all cells of an image one dataset.')
+    if both:
+        raise ScreenError(f'Some cells of {first_few(sorted(both), 3)} are for training and others are held out: '
+                          'give all cells of an image one dataset.')
     return rows[~is_val], rows[is_val]
-
-def _named_images(rows, names):
-    "Return which rows are named, or are cells of an image that is: bool [N]"
-    names = set(names)
-    odd = sorted(names - set(rows.site_id) - set(rows.well_id))
-    if odd: raise ScreenError(f'{first_few(odd, 3)} cannot be held out, as no training image is called so: name images of the table.')
-    of = rows.well_id[rows.site_id.isin(names) | rows.well_id.isin(names)]
-    return rows.well_id.isin(of).to_numpy()
-
-def _some_of_each(kinds, share, seed):
-    "Return a share of the positions of each kind at random: bool [N]"
-    rng, out, start = np.random.default_rng(seed), np.zeros(len(kinds), bool), 0.
-    for k in sorted(set(kinds)):
-        at = rng.permutation(np.flatnonzero(kinds == k))
-        n, start = int(start + share*len(at)), (start + share*len(at)) % 1      # what a rare label lacks, the next one gets
-        out[at[:n]] = True
-    return out
 
 # %% ../../nbs/13_batch.data.ipynb #6a2a505f
 def plate_name(
@@ -511,8 +547,10 @@ def _plates_and_labels(rows, target):
     code, plates = pd.factorize(pd.MultiIndex.from_frame(pairs[['experiment', 'plate']]), sort=True)
     label, names = pd.factorize(pairs[target])
     plates = plates.to_frame(index=False, name=['experiment', 'plate'])
-    return plates.assign(of=plates.groupby('experiment').plate.transform('size')), csr_array((np.ones(len(code)), (code, label)), (len(plates), len(names)))
+    has = csr_array((np.ones(len(code)), (code, label)), (len(plates), len(names)))
+    return plates.assign(of=plates.groupby('experiment').plate.transform('size')), has
 
+# %% ../../nbs/13_batch.data.ipynb #b36cc833
 def held_plates(
     rows:pd.DataFrame, # Labeled rows; only those of `dataset` train count
     target:str='sirna', # Their labels
@@ -532,16 +570,21 @@ def held_plates(
         if not len(able): break
         best = able[np.lexsort([-able, rare[able], lost[able], taken[able]/of[able]])[0]]
         held[best], left = True, left - has[[best]].toarray().ravel()
-    if not held.any(): raise ScreenError(f'No plate can be held out, as each is the only one of its experiment or has values of {target} that no other plate has: name experiments '
-                                         f'with {option("valid", "EXP")}, or hold out nothing with {option("valid", "none")}.')
+    if not held.any():
+        raise ScreenError('No plate can be held out, as each is the only one of its experiment or has values of '
+                          f'{target} that no other plate has: name experiments with {option("valid", "EXP")}, '
+                          f'or hold out nothing with {option("valid", "none")}.')
     return [tuple(map(str, o)) for o in plates.loc[held, ['experiment', 'plate']].to_numpy().tolist()]
 
 # %% ../../nbs/13_batch.data.ipynb #ab19a88d
 def _on_plates(rows, plates):
     "Return which rows are on some plates, given as (experiment, plate): bool [N]; a plate that has no row raises"
-    mine, asked = pd.MultiIndex.from_frame(rows[['experiment', 'plate']].astype(str)), pd.MultiIndex.from_tuples([(str(e), str(p)) for e, p in plates])
+    mine = pd.MultiIndex.from_frame(rows[['experiment', 'plate']].astype(str))
+    asked = pd.MultiIndex.from_tuples([(str(e), str(p)) for e, p in plates])
     absent = asked[~asked.isin(mine)]
-    if len(absent): raise ScreenError(f'{first_few([plate_name(*o) for o in absent], 3)} cannot be held out: no training row is of it.')
+    if len(absent):
+        raise ScreenError(f'{first_few([plate_name(*o) for o in absent], 3)} cannot be held out: '
+                          'no training row is of it.')
     return mine.isin(asked)
 
 def split_rows(
@@ -552,7 +595,8 @@ def split_rows(
 )->tuple: # (training rows, held-out rows, held-out plates as (experiment, plate))
     "Return training and held-out rows: whole experiments, whole plates, or images that are in no experiment"
     if not has_plates(rows):
-        if isinstance(valid, str) and valid == 'plates': raise ScreenError(f'{option("valid", valid)} needs plates, and the images are on none: leave it out.')
+        if isinstance(valid, str) and valid == 'plates':
+            raise ScreenError(f'{option("valid", valid)} needs plates, and the images are on none: leave it out.')
         return *split_images(rows, valid, target, seed=seed), []
     are_plates = not isinstance(valid, str) and len(valid) and all(isinstance(o, tuple) for o in valid)
     if not are_plates and not (isinstance(valid, str) and valid == 'plates'): return *split_experiments(rows, valid), []
@@ -574,7 +618,9 @@ def rare_weights(
     power:float=.5, # 0: every image alike; 1: as if all labels were as frequent as each other
 )->np.ndarray: # float64 [N], mean 1
     "Return how often each image is drawn, by the rarest of its labels"
-    if not 0 <= power <= 1: raise ScreenError(f'{option("rare", power)} is not possible: give a number from 0 (as they are) to 1 (all labels alike).')
+    if not 0 <= power <= 1:
+        raise ScreenError(f'{option("rare", power)} is not possible: '
+                          'give a number from 0 (as they are) to 1 (all labels alike).')
     kinds = rarest_label(cells)
     n = pd.Series(kinds).value_counts()
     w = n[kinds].to_numpy(float)**-power
@@ -612,8 +658,9 @@ def screen_dls(
     if target not in screen.table: screen = screen[with_target(screen.table, target)]
     table, source, more = screen.table, screen.source, _after_ours(item_tfms, batch_tfms)
     rows = labeled_rows(table, target, controls, several)
-    note = '' if controls or not names_perturbations(target) else control_plates_note(table[table.dataset.isin(('train', 'val'))])
-    if note: print(f'note: {note}')
+    if not controls and names_perturbations(target):
+        note = control_plates_note(table[table.dataset.isin(('train', 'val'))])
+        if note: print(f'note: {note}')
     if several:
         if not label_names: check_spelling(rows, target)
         check_labels(rows, target, labels_of(rows, target, label_names), no_label)
@@ -623,7 +670,8 @@ def screen_dls(
     train, held, plates = split_rows(rows, valid, target, seed)
     check_id_test(table, rows, sites)
     if sites > 1: train, held = (o.drop_duplicates('well_id') for o in (train, held))
-    how = dict(sites=sites, size=size, norm=norm, norm_from=norm_from, clahe=clahe, norm_stats=norm_stats, several=several, label_names=label_names, no_label=no_label)
+    how = dict(sites=sites, size=size, norm=norm, norm_from=norm_from, clahe=clahe, norm_stats=norm_stats,
+               several=several, label_names=label_names, no_label=no_label)
     spec = _training_spec(rows, train, source, target, vocabs, **how)
     if augs == 'default': augs = {}
     if isinstance(augs, dict): augs = site_augs(**augs)
@@ -649,9 +697,13 @@ def channels_note(
     "Return which channels of a source a model reads, where it has others or another order"
     have, want = list(source.channels), list(spec.channels)
     if have == want: return ''
-    if lacks := [c for c in want if c not in have]: return f'The screen lacks {first_few(lacks)}: the model answers from {first_few([c for c in want if c in have], 16)}, by name, with less to go by than in training.'
+    shared = [c for c in want if c in have]
+    if lacks := [c for c in want if c not in have]:
+        return (f'The screen lacks {first_few(lacks)}: the model answers from {first_few(shared, 16)}, '
+                'by name, with less to go by than in training.')
     return f'The screen has the channels {", ".join(have)}, and the model reads {", ".join(want)} of them, by name.'
 
+# %% ../../nbs/13_batch.data.ipynb #5685cb47
 def spec_source(
     spec:ScreenSpec, # What the model was trained on
     source, # Image source
@@ -659,8 +711,9 @@ def spec_source(
     "Return a source with the channels of a model, by name; a `ScreenError` when it lacks some, or has other bits"
     have, want = list(source.channels), list(spec.channels)
     if lacks := [c for c in want if c not in have]:
-        raise ScreenError(f'The model was trained on {plural(len(want), "channel")} ({", ".join(want)}) and the screen lacks {first_few(lacks)} '
-                          f'(it has {", ".join(have)}): give it images of those {plural(len(want), "channel")}, under the same names.')
+        raise ScreenError(f'The model was trained on {plural(len(want), "channel")} '
+                          f'({", ".join(want)}) and the screen lacks {first_few(lacks)} (it has {", ".join(have)}): '
+                          f'give it images of those {plural(len(want), "channel")}, under the same names.')
     if source.dtype.itemsize*8 != spec.bits:
         raise ScreenError(f'The model was trained on {spec.bits}-bit images and the screen has '
                           f'{source.dtype.itemsize*8}-bit ones: convert them, or train on this screen.')
@@ -701,7 +754,8 @@ def spec_dl(
     rows = rows.reset_index(drop=True)
     block = screen_block(spec, source, stat_rows, _every_row, augs, labeled=False, mask=mask)
     dsets = block.datasets(rows, verbose=False)
-    dl = ScreenDL(dsets.train if augs else dsets.valid, bs=bs, num_workers=num_workers, device=device or default_device(),
+    dl = ScreenDL(dsets.train if augs else dsets.valid, bs=bs, num_workers=num_workers,
+                  device=device or default_device(),
                   n_inp=block.n_inp, after_item=Pipeline([*block.item_tfms]), after_batch=Pipeline([*block.batch_tfms]))
     dl.rows = rows
     return dl

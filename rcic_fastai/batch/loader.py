@@ -80,7 +80,8 @@ class BufferPool:
         "Return a tensor over a free array"
         with self.lock:
             for i in range(len(self.kept)):
-                if len(self.kept[i]) >= n and sys.getrefcount(self.kept[i]) == 2: return torch.from_numpy(self.kept[i][:n])
+                if len(self.kept[i]) >= n and sys.getrefcount(self.kept[i]) == 2:
+                    return torch.from_numpy(self.kept[i][:n])
             new = self._new(n)
             if len(self.kept) < self.keep: self.kept.append(new)
             return torch.from_numpy(new[:n])
@@ -135,7 +136,8 @@ class GroupBatches:
         if not 1 <= k <= len(self.names):
             raise ScreenError(f'batches of {k} groups were requested, but there are {len(self.names)}: choose 1 to '
                               f'{len(self.names)}.')
-        if bs % k: raise ScreenError(f'batches of {bs} cannot hold {k} groups of equal share: choose a multiple of {k}.')
+        if bs % k:
+            raise ScreenError(f'batches of {bs} cannot hold {k} groups of equal share: choose a multiple of {k}.')
         self.n, self.k, self.members = bs//k, k, _members(codes, len(self.names))
         self.shares = np.array([max(len(m)//self.n, 1) for m in self.members])
         self.batches = _most_batches(self.shares, k)
@@ -193,15 +195,22 @@ class PairBatches:
     ):
         if bs % 2: raise ScreenError(f'batches of {bs} cannot hold pairs: choose an even number.')
         labels, groups = pd.Series(labels), pd.Series(groups)
-        if groups.nunique() < 2: raise ScreenError(f'batches of pairs were requested, and all samples are of {groups.iloc[0]}: give samples of two experiments or more.')
+        if groups.nunique() < 2:
+            raise ScreenError(f'batches of pairs were requested, and all samples are of {groups.iloc[0]}: '
+                              'give samples of two experiments or more.')
         self.half, self.groups = bs//2, groups.tolist()
         self.members = _members(pd.factorize(labels)[0], labels.nunique())
         if not any(groups.iloc[m].nunique() > 1 for m in self.members):
-            raise ScreenError('batches of pairs were requested, and no label is in two experiments: leave the pairs out.')
+            raise ScreenError('batches of pairs were requested, and no label is in two experiments: '
+                              'leave the pairs out.')
         self.pairs = len(self._pairs(random.Random(0)))
     def __len__(self): return max(self.pairs//self.half, 1)
     def _pairs(self, rng):
-        return [(m[i], m[j]) for m in self.members for i, j in pair_up([self.groups[n] for n in m], rng)]
+        pairs = []
+        for m in self.members:
+            groups = [self.groups[n] for n in m]
+            pairs += [(m[i], m[j]) for i, j in pair_up(groups, rng)]
+        return pairs
 
     def order(self, rng): # list of len(self)·bs positions
         "Return the samples of an epoch, in order"
@@ -233,7 +242,8 @@ class ScreenDL(TfmdDL):
         self.threads = threads or (REQUESTS if self._is_far else min(8, n_cores()))
         self.ahead, self.group_by, self.groups = max(ahead, 1), group_by, groups
         self._made = self._pool = self._by_group = self._weights = None
-        if self.reader and (isinstance(self.reader.source, PackedScreen) or self._in_memory or self._is_far): num_workers = 0
+        if self.reader and (isinstance(self.reader.source, PackedScreen) or self._in_memory or self._is_far):
+            num_workers = 0
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, **kwargs)
         if group_by and shuffle and self.n: self._by_group = self._grouped()
 
@@ -242,12 +252,15 @@ class ScreenDL(TfmdDL):
         return super().new(dataset, cls, **merge(extra, kwargs))
     def _grouped(self):
         if self.group_by != 'pairs': return GroupBatches(stat_groups(self.items, self.group_by), self.bs, self.groups)
-        if self.groups != 1: raise ScreenError(f'{option("batch_groups", self.groups)} is of experiments or plates in a batch, and these are of pairs: leave it out.')
+        if self.groups != 1:
+            raise ScreenError(f'{option("batch_groups", self.groups)} is of experiments or plates in a batch, '
+                              'and these are of pairs: leave it out.')
         return PairBatches(self._labels(), self.items.experiment, self.bs)
     def _labels(self):
         "Return the label of each sample, as a number"
         columns = self._columns() if self.reader else False
-        if not columns or columns[1][-1][0].ndim != 1: raise ScreenError('batches of pairs need one label for each sample: leave the pairs out.')
+        if not columns or columns[1][-1][0].ndim != 1:
+            raise ScreenError('batches of pairs need one label for each sample: leave the pairs out.')
         return columns[1][-1][0].tolist()
     def __len__(self): return len(self._by_group) if self._by_group else super().__len__()
     def get_idxs(self):
@@ -261,10 +274,12 @@ class ScreenDL(TfmdDL):
         self._weights = None if weights is None else [float(w) for w in weights]
     def _pre_show_batch(self, b, max_n=9):
         x, *rest = super()._pre_show_batch(b, max_n)
-        if self.reader: (x[0] if isinstance(x, tuple) else x).channels = self.reader.source.channels      # so that pictures can name them
+        # so that pictures can name them
+        if self.reader: (x[0] if isinstance(x, tuple) else x).channels = self.reader.source.channels
         return x, *rest
     @property
-    def _is_far(self): return bool(self.reader) and getattr(self.reader.source, 'remote', False)      # threads wait for a server
+    # threads wait for a server
+    def _is_far(self): return bool(self.reader) and getattr(self.reader.source, 'remote', False)
     @property
     def _in_memory(self): return hasattr(self.reader.source, 'take')
     def __getstate__(self): return {**self.__dict__, '_pool': None}

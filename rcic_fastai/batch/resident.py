@@ -37,8 +37,8 @@ def check_memory(
     need, free = n*prod(shape)*np.dtype(dtype).itemsize, _free_memory(device)
     if free is None or need <= .9*free: return
     sizes = '×'.join(map(str, shape))
-    raise ScreenError(f'{plural(n, "site")} of {sizes} pixels need {need/1e9:.1f} GB and {device} has {free/1e9:.1f} GB free: '
-                      f'read them from the packed screen, or take fewer pixels ({option("size", 256)}).')
+    raise ScreenError(f'{plural(n, "site")} of {sizes} pixels need {need/1e9:.1f} GB and {device} has {free/1e9:.1f} '
+                      f'GB free: read them from the packed screen, or take fewer pixels ({option("size", 256)}).')
 
 # %% ../../nbs/13b_batch.resident.ipynb #0ed90475
 def _signed(x): return x.view(torch.int16) if x.dtype == torch.uint16 else x

@@ -255,7 +255,8 @@ def _words(items): return [_word(o) for o in items if getattr(o, '_in_title', Tr
 
 def _n_inputs(x): return len(x) if isinstance(x, tuple) else 1
 
-def _with_names(x, kwargs): return {'channels': getattr(x[0] if isinstance(x, tuple) else x, 'channels', None), **kwargs}
+def _with_names(x, kwargs):
+    return {'channels': getattr(x[0] if isinstance(x, tuple) else x, 'channels', None), **kwargs}
 
 def _meta_line(sample, n_inp): return ' · '.join(_words(sample[1:n_inp]))
 

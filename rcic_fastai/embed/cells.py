@@ -19,6 +19,7 @@ def merge_cells(
 )->pd.DataFrame: # One row per well, with `Metadata_n_cells`; its protocol is the highest of its cells
     "Average the cells of each well"
     check_choice('cell_merge', how, ('mean', 'median'))
-    if f'{META}image_id' not in df: raise ScreenError('The table has one row per site, not per cell: embed a screen of cells, or use merge_sites.')
+    if f'{META}image_id' not in df:
+        raise ScreenError('The table has one row per site, not per cell: embed a screen of cells, or use merge_sites.')
     wells = merge_sites(df.drop(columns=[f'{META}{c}' for c in CELL_COLUMNS], errors='ignore'), how, unit)
     return wells.rename(columns={f'{META}n_sites': f'{META}n_cells'})

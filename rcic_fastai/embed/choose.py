@@ -20,7 +20,8 @@ from .metrics import *
 # %% ../../nbs/44b_embed.choose.ipynb #58ebf9ea
 CANDIDATES = {
     'no': (None, {}),
-    'standardize': ('standardize', dict(wells='treatment')), 'standardize by plate': ('standardize', dict(by='plate', wells='treatment')),
+    'standardize': ('standardize', dict(wells='treatment')),
+    'standardize by plate': ('standardize', dict(by='plate', wells='treatment')),
     'center': ('center', {}), 'center by plate': ('center', dict(by='plate', scale=False)),
     'sphere': ('sphere', dict(shrink='auto')), 'sphere by plate': ('sphere', dict(by='plate', shrink='auto')),
     'sphere beforehand': ('sphere', dict(by=None, shrink='auto')), 'tvn': ('tvn', dict(shrink='auto'))}
@@ -76,7 +77,8 @@ def _scores(emb, target, method, options, most, seed):
     def parts(t, b): return t[batch != b], t[batch == b]
     try:
         learns = method is not None and CORRECTIONS[method].learns
-        whole = emb if learns else corrected_tables(emb, emb, method, options)[1]       # each batch by itself: one time is enough
+        # each batch by itself: one time is enough
+        whole = emb if learns else corrected_tables(emb, emb, method, options)[1]
         for b in np.unique(batch):
             tables = corrected_tables(*parts(emb, b), method, options) if learns else parts(whole, b)
             scores[b] = retrieval_in(*tables, target, most, seed)
@@ -141,7 +143,8 @@ def choose_correction(
     "Choose a correction by how well it finds treatments across training batches"
     t = try_corrections(emb, target, candidates, most, seed)
     if not t.retrieval.notna().any():
-        return Choice('no', None, {}, t, ['No correction could be tried, as no treatment is in two training batches: nothing is corrected.'])
+        return Choice('no', None, {}, t, ['No correction could be tried, '
+                                          'as no treatment is in two training batches: nothing is corrected.'])
     best = t.loc[t.retrieval.idxmax()]
     name = best.candidate if best.gain > .005 else 'no'
     method, options = (candidates or CANDIDATES)[name]

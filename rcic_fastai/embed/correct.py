@@ -220,8 +220,10 @@ def _spectrum(r, shrink, dims=None):
     w, v = np.linalg.eigh(r.T @ r/max(n - 1, 1))
     w, v = np.maximum(w[::-1], 0), v[:, ::-1]
     rank, k = int((w > 1e-10*w[0]).sum()), d if dims is None else dims
-    if rank == 0: raise ScreenError(f'Nothing can be learned from the spread of {plural(n, "control row that does", "control rows that do")} not differ: '
-                                    'use more controls.')
+    if rank == 0:
+        raise ScreenError('Nothing can be learned from the spread of '
+                          f'{plural(n, "control row that does", "control rows that do")} not differ: '
+                          'use more controls.')
     if k > rank and shrink == 0:
         keep = f', keep fewer of them (dims={rank})' if dims is not None else ''
         raise ScreenError(f'The {plural(n, "control row varies", "control rows vary")} in only {rank} of {k} dimensions, too few to whiten them all: '
@@ -418,7 +420,8 @@ def corrected_index(
     if method == 'harmony': fix.fit(None)                            # says why not
     before = index.labels.correction.dropna().unique() if 'correction' in index.labels else []
     if len(before):
-        raise ScreenError(f'The index was corrected before, by {first_few(before)}: give the one that it was made from.')
+        raise ScreenError(f'The index was corrected before, by {first_few(before)}: '
+                          'give the one that it was made from.')
     emb = fix.fit_transform(index.table())
     def corrected(emb): return fix.transform(make_emb_table(emb_metadata(emb), unit_rows(emb_features(emb))))
     corrected.measures = fix.measures
@@ -442,7 +445,8 @@ def _check_facts(facts):
     if not isinstance(facts, dict) or set(facts) != _FACTS: raise ValueError('its facts are not those of a correction')
     options, dim, seen = facts['options'], facts['dim'], facts['seen']
     method = facts['method']
-    if method not in [k for k in CORRECTIONS if k != 'harmony']: raise ValueError(f'there is no method {str(method)[:40]!r}')
+    if method not in [k for k in CORRECTIONS if k != 'harmony']:
+        raise ValueError(f'there is no method {str(method)[:40]!r}')
     kind = CORRECTIONS[method]
     has_options = isinstance(options, dict) and set(options) == {f.name for f in fields(kind)}
     has_dim = type(dim) is int and 1 <= dim <= 2**14

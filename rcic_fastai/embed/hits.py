@@ -33,15 +33,19 @@ def target_columns(
     dose:str='', # Column of the doses; empty: one of the target that is called dose or concentration, if there is one
 )->tuple: # (names of the columns, the dose last; the column of the doses, '' for none)
     "Return the columns that make a perturbation"
-    def known(name): return 'sirna' if name not in m and 'sirna' in m and usual_name(name) in map(usual_name, USUAL_NAMES['sirna'].split()) else name
+    def known(name):
+        means_sirna = usual_name(name) in map(usual_name, USUAL_NAMES['sirna'].split())
+        return 'sirna' if name not in m and 'sirna' in m and means_sirna else name
     names = [known(c.strip()) for c in str(target).split('+') if c.strip()]
     lacks = [c for c in (*names, *([dose] if dose else [])) if c not in m]
     if lacks or not names:
-        raise ScreenError(f'{option("target", target)} names {first_few(lacks) or "nothing"}, which is no column of the profiles: '
-                          f'they have {first_few(m.columns, 30)}.')
+        raise ScreenError(f'{option("target", target)} names {first_few(lacks) or "nothing"}, '
+                          f'which is no column of the profiles: they have {first_few(m.columns, 30)}.')
     dose = dose or next((c for c in names if usual_name(c) in map(usual_name, _DOSES)), '')
     names = [c for c in dict.fromkeys(names) if c != dose]
-    if not names: raise ScreenError(f'{option("target", target)} names doses only: name the column of the perturbations, too, as compound+dose.')
+    if not names:
+        raise ScreenError(f'{option("target", target)} names doses only: '
+                          'name the column of the perturbations, too, as compound+dose.')
     return names + [dose]*bool(dose), dose
 
 # %% ../../nbs/45_embed.hits.ipynb #53ed3985
@@ -63,7 +67,8 @@ def screened_wells(
     emb = _name_controls(profiles, controls) if is_ours else read_profiles(profiles, columns, controls)
     if f'{META}site_id' in emb: emb = merge_sites(emb)
     if not (emb[f'{META}well_type'] == 'negative_control').any():
-        raise ScreenError(f'The profiles have no negative control to compare with: name it with {option("controls", dict(negative_control=["DMSO"]))}.')
+        raise ScreenError('The profiles have no negative control to compare with: '
+                          f'name it with {option("controls", dict(negative_control=["DMSO"]))}.')
     return emb
 
 # %% ../../nbs/45_embed.hits.ipynb #d788c732
@@ -77,12 +82,17 @@ def comparable_wells(
     bare = ~is_control & m[names].isna().any(axis=1).to_numpy()
     plates = pd.MultiIndex.from_frame(m[['experiment', 'plate']].astype(str))
     lacks = ~plates.isin(plates[is_control]) & ~bare
-    notes = [f'{plural(int(bare.sum()), "well")} without a name left out ({first_few(m.well_id[bare], 3)}).'] if bare.any() else []
+    notes = []
+    if bare.any():
+        notes.append(f'{plural(int(bare.sum()), "well")} without a name left out ({first_few(m.well_id[bare], 3)}).')
     if lacks.any():
         where = [f'plate {p} of {e}' for e, p in plates[lacks].unique()]
-        notes.append(f'{plural(int(lacks.sum()), "well")} of {plural(len(where), "plate")} without a negative control left out, as there is nothing to compare them with ({first_few(where, 3)}).')
+        notes.append(f'{plural(int(lacks.sum()), "well")} of {plural(len(where), "plate")} without a '
+                     f'negative control left out, as there is nothing to compare them with ({first_few(where, 3)}).')
     keep = ~bare & ~lacks
-    if not (keep & ~is_control).any(): raise ScreenError('No treated well is left that could be compared with negative controls of its plate: ' + (' '.join(notes) or 'all wells are negative controls.'))
+    if not (keep & ~is_control).any():
+        raise ScreenError('No treated well is left that could be compared with negative '
+                          'controls of its plate: ' + (' '.join(notes) or 'all wells are negative controls.'))
     return (emb if keep.all() else emb[keep].reset_index(drop=True)), notes
 
 # %% ../../nbs/45_embed.hits.ipynb #a745ea76
@@ -91,7 +101,10 @@ def _compared(emb, names):
     m, x = emb_metadata(emb), emb_features(emb).astype(np.float64)
     is_control = (m.well_type == 'negative_control').to_numpy()
     gap = m[names].isna().any(axis=1).to_numpy() & ~is_control
-    if gap.any(): raise ScreenError(f'Well {m.well_id[gap].iloc[0]} has no {first_few([c for c in names if pd.isna(m.loc[gap.argmax(), c])])}: fill it in or leave it out.')
+    if gap.any():
+        raise ScreenError(f'Well {m.well_id[gap].iloc[0]} has no '
+                          f'{first_few([c for c in names if pd.isna(m.loc[gap.argmax(), c])])}: '
+                          'fill it in or leave it out.')
     m = m.assign(experiment=m.experiment.astype(str), plate=m.plate.astype(str))
     code, _ = group_codes(m, ['experiment', 'plate'])
     order = np.lexsort([m.well_id.astype(str), code])
@@ -103,7 +116,8 @@ def _with_dose(emb, dose):
     if not dose: return emb, []
     alone = (emb[f'{META}well_type'] == 'positive_control') & emb[META + dose].isna()
     if not alone.any(): return emb, []
-    return emb[~alone].reset_index(drop=True), [f'{plural(int(alone.sum()), "positive control well")} without a {dose} left out: look for hits without doses to measure them.']
+    return emb[~alone].reset_index(drop=True), [f'{plural(int(alone.sum()), "positive control well")} without a '
+                                                f'{dose} left out: look for hits without doses to measure them.']
 
 # %% ../../nbs/45_embed.hits.ipynb #633bfcf3
 def within_plates(
@@ -178,7 +192,9 @@ def _activities(m, x, names, measure, level, n_null, seed, progress):
         facts = dict(n_wells=int(n[c]), n_plates=len(np.unique(plate[mine])), n_controls=int(control[at].sum()))
         row = _finer(activity(*data, measure, n_null, seed), data, measure, n_null, int(len(several)/level), seed)
         rows.append({**levels.iloc[c].to_dict(), **facts, **row})
-    if not rows: raise ScreenError('No perturbation has two wells, so nothing could be repeated: name the perturbations by other columns, or give more plates.')
+    if not rows:
+        raise ScreenError('No perturbation has two wells, so nothing could be repeated: '
+                          'name the perturbations by other columns, or give more plates.')
     return pd.DataFrame(rows), levels[n == 1].reset_index(drop=True)
 
 # %% ../../nbs/45_embed.hits.ipynb #ddefaab3
@@ -188,7 +204,8 @@ def _consistencies(m, x, names, n_null, seed):
     treated = ~m.is_control.to_numpy()
     code, levels = group_codes(m[treated], names)
     wells = m.loc[treated, ['well_id', 'experiment', 'plate']].assign(well_type='treatment', perturbation=code)
-    _, t = replicate_consistency(make_emb_table(wells, x[treated]), 'perturbation', 'well_id', n_null=n_null, seed=seed, progress=False)
+    treatments = make_emb_table(wells, x[treated])
+    _, t = replicate_consistency(treatments, 'perturbation', 'well_id', n_null=n_null, seed=seed, progress=False)
     facts = t[['consistency', 'p']].rename(columns=dict(p='consistency_p'))
     return pd.concat([levels.iloc[t.perturbation].reset_index(drop=True), facts], axis=1)
 
@@ -220,7 +237,9 @@ def dose_trend(
     from scipy.stats import rankdata
     if len(np.unique(dose)) < 3: return np.nan, np.nan
     order = np.argsort(plate, kind='stable')
-    d, e, plate = rankdata(dose)[order], rankdata(effect)[order], np.unique(np.asarray(plate)[order], return_inverse=True)[1]
+    d = rankdata(dose)[order]
+    e = rankdata(effect)[order]
+    plate = np.unique(np.asarray(plate)[order], return_inverse=True)[1]
     d, e = (d - d.mean())/d.std(), (e - e.mean())/max(e.std(), 1e-12)
     shuffled = np.argsort(plate + np.random.default_rng(seed).random((checked_n_null(n_null), len(d))), axis=1)
     seen = float((d*e).mean())
@@ -231,6 +250,7 @@ def hill(dose, low, high, log_ec50, slope):
     "Return the effect at a dose; `log_ec50` is the natural logarithm"
     return low + (high - low)/(1 + np.exp(slope*(log_ec50 - np.log(dose))))
 
+# %% ../../nbs/45_embed.hits.ipynb #1257bb7e
 def fit_hill(
     dose, # [N], above 0
     effect, # [N]
@@ -242,10 +262,11 @@ def fit_hill(
     if len(np.unique(dose)) < 3 or (dose <= 0).any(): return nothing
     a, b, lo, hi = np.log(dose.min()), np.log(dose.max()), min(effect), max(effect)
     if not hi > lo: return nothing
-    room = hi - lo
+    room, start = hi - lo, [lo, hi, (a + b)/2, 1.]
+    bounds = [lo - room, lo, a - 3, .2], [hi, hi + room, b + 3, 5]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', OptimizeWarning)
-        try: (low, high, mid, slope), _ = curve_fit(hill, dose, effect, [lo, hi, (a + b)/2, 1.], bounds=([lo - room, lo, a - 3, .2], [hi, hi + room, b + 3, 5]))
+        try: (low, high, mid, slope), _ = curve_fit(hill, dose, effect, start, bounds=bounds)
         except (RuntimeError, ValueError): return nothing
     return dict(ec50=float(np.exp(mid)), slope=slope, low=low, high=high) if a <= mid <= b and high > low else nothing
 
@@ -271,11 +292,14 @@ def dose_responses(
     "Return trend and Hill curve of each perturbation"
     d, rows = pd.to_numeric(m[dose], errors='coerce').to_numpy(float, na_value=np.nan), []
     if not np.isfinite(d).all():
-        raise ScreenError(f'Well {m.well_id[~np.isfinite(d)].iloc[0]} has the {dose} {m.loc[~np.isfinite(d), dose].iloc[0]!r}, which is no number: write doses as numbers in one unit.')
+        raise ScreenError(f'Well {m.well_id[~np.isfinite(d)].iloc[0]} has the {dose} '
+                          f'{m.loc[~np.isfinite(d), dose].iloc[0]!r}, which is no number: '
+                          'write doses as numbers in one unit.')
     for key, at in m.reset_index(drop=True).groupby(names, sort=True).indices.items():
         trend, p = dose_trend(d[at], effect[at], m.plate_code.to_numpy()[at], n_null, seed)
         key = key if isinstance(key, tuple) else (key,)
-        rows.append({**dict(zip(names, key)), 'n_doses': len(np.unique(d[at])), 'trend': trend, 'trend_p': p, **fit_hill(d[at], effect[at])})
+        rows.append({**dict(zip(names, key)), 'n_doses': len(np.unique(d[at])), 'trend': trend, 'trend_p': p,
+                     **fit_hill(d[at], effect[at])})
     t = pd.DataFrame(rows)
     t.insert(t.columns.get_loc('trend_p') + 1, 'trend_q', adjusted(t.trend_p))
     return t
@@ -292,8 +316,10 @@ def corrected_profiles(
     check_choice('correct', how, ('auto', *CANDIDATES))
     (method, options), notes = CANDIDATES.get(how, (None, {})), list(emb.attrs.get('notes', []))
     if how == 'auto':
-        label = [' '.join(map(str, row)) for row in emb[[META + c for c in names]].to_numpy(object)]
-        _, method, options, _, said = choose_correction(emb.assign(**{f'{META}perturbation': label}), 'perturbation', HIT_CANDIDATES)
+        named = emb[[META + c for c in names]].to_numpy(object)
+        label = [' '.join(map(str, row)) for row in named]
+        labeled = emb.assign(**{f'{META}perturbation': label})
+        _, method, options, _, said = choose_correction(labeled, 'perturbation', HIT_CANDIDATES)
         notes += said
     return (emb if method is None else correct(emb, method, **options)), notes
 
@@ -307,7 +333,9 @@ def _draw_activity(ax, hits, names, most):
         mine = hits.hit == is_hit
         ax.scatter(hits.activity[mine], y[mine], s=14, color=color, lw=0, label=f'{label} ({mine.sum()})')
     best = hits[hits.hit].sort_values(['p', 'activity'], ascending=[True, False])[:most]
-    for _, row in best.iterrows(): ax.annotate(picture_text(_name_of(row, names)), (row.activity, -np.log10(row.p)), fontsize=6, xytext=(3, 2), textcoords='offset points')
+    for _, row in best.iterrows():
+        ax.annotate(picture_text(_name_of(row, names)), (row.activity, -np.log10(row.p)), fontsize=6,
+                    xytext=(3, 2), textcoords='offset points')
     ax.set(xlabel='activity', ylabel='−log₁₀ p')
     ax.legend(fontsize=7, loc='lower right')
 
@@ -317,7 +345,8 @@ def _draw_doses(ax, hits, names, dose, most):
     clear = hits.drop_duplicates(names).sort_values(['trend_p', 'trend'], ascending=[True, False])[:most]
     for (_, row), style in zip(clear.iterrows(), group_styles(range(most)).values()):
         mine = hits[(hits[names] == row[names].to_numpy()).all(axis=1)].sort_values(dose)
-        ax.plot(mine[dose].astype(float), mine.activity, '-', ms=4, lw=1, label=picture_text(_name_of(row, names)), **style)
+        ax.plot(mine[dose].astype(float), mine.activity, '-', ms=4, lw=1, label=picture_text(_name_of(row, names)),
+                **style)
     ax.set(xlabel=dose, ylabel='activity', xscale='log' if (hits[dose].astype(float) > 0).all() else 'linear')
     ax.legend(fontsize=7)
 
@@ -327,7 +356,8 @@ def show_hits(
 )->plt.Figure:
     "Plot activity and p-value of all perturbations and, with doses, the clearest trends"
     names, dose = hits.attrs['target'], hits.attrs['dose']
-    fig, axs = plt.subplots(1, 1 + bool(dose), figsize=(4.2*(1 + bool(dose)), 3.2), dpi=80, layout='constrained', squeeze=False)
+    n = 1 + bool(dose)
+    fig, axs = plt.subplots(1, n, figsize=(4.2*n, 3.2), dpi=80, layout='constrained', squeeze=False)
     _draw_activity(axs[0, 0], hits, names, most)
     if dose: _draw_doses(axs[0, 1], hits, [c for c in names if c != dose], dose, most)
     plt.close(fig)
@@ -342,9 +372,10 @@ def _trained_note(m, trained):
     new = [e for e in of.unique() if e not in {*of[trained]}]
     do = (f'embed only the experiments that it did not learn ({first_few(new)})' if new else
           'embed other experiments, or all with a model that learned none (recipe features)')
-    return (f'{trained.sum()} of {len(m)} wells were trained on ({META}trained): the model knows their answers, so they differ from the controls '
-            f'even where the perturbation does nothing, and hits may be false: {do}.')
+    return (f'{trained.sum()} of {len(m)} wells were trained on ({META}trained): the model knows their answers, so '
+            f'they differ from the controls even where the perturbation does nothing, and hits may be false: {do}.')
 
+# %% ../../nbs/45_embed.hits.ipynb #261b2779
 def hit_notes(
     m:pd.DataFrame, # Metadata of the wells
     table:pd.DataFrame, # One row per perturbation
@@ -354,20 +385,29 @@ def hit_notes(
     "Return what should be known about hits"
     notes, trained = [], m.get('trained', pd.Series(False, m.index)).astype(str).str.lower().isin(['true', '1', '1.0'])
     if trained.any(): notes.append(_trained_note(m, trained))
-    if len(alone): notes.append(f'{plural(len(alone), "perturbation has", "perturbations have")} a single well and {"is" if len(alone) == 1 else "are"} left out: {first_few([" ".join(map(str, r)) for r in alone.to_numpy()])}.')
+    if len(alone):
+        notes.append(f'{plural(len(alone), "perturbation has", "perturbations have")} '
+                     f'a single well and {"is" if len(alone) == 1 else "are"} left out: '
+                     f'{first_few([" ".join(map(str, r)) for r in alone.to_numpy()])}.')
     weak = (table.floor > level).sum()
-    if weak: notes.append(f'{weak} of {len(table)} perturbations cannot reach p ≤ {level}, whatever they do: their plates have too few controls or replicates.')
+    if weak:
+        notes.append(f'{weak} of {len(table)} perturbations cannot reach p ≤ {level}, whatever they do: '
+                     'their plates have too few controls or replicates.')
     if 'correction' in m and m.correction.astype(str).str.contains(_FROM_CONTROLS).any():
-        notes.append('The profiles were corrected by their controls, which then lie closer together than other wells without an effect: expect more false hits than the level says.')
+        notes.append('The profiles were corrected by their controls, which then lie closer '
+                     'together than other wells without an effect: expect more false hits than the level says.')
     cells = m.get('cell_type', pd.Series(dtype=object)).dropna().astype(str).unique()
-    if len(cells) > 1 and 'cell_type' not in table: notes.append(f'Wells of {first_few(cells)} are compared together: add cell_type to the target for hits of each.')
+    if len(cells) > 1 and 'cell_type' not in table:
+        notes.append(f'Wells of {first_few(cells)} are compared together: '
+                     'add cell_type to the target for hits of each.')
     return notes
 
 # %% ../../nbs/45_embed.hits.ipynb #ea2455d7
 def _check_out(out):
     "Return the file to write and those beside it; raise for names that cannot be used"
     out = Path(out)
-    if out.suffix.lower() not in ('.csv', '.parquet'): raise ScreenError(f'{out} is not the name of a table: let {option("out")} end in .csv or .parquet.')
+    if out.suffix.lower() not in ('.csv', '.parquet'):
+        raise ScreenError(f'{out} is not the name of a table: let {option("out")} end in .csv or .parquet.')
     files = out, out.with_suffix('.png'), out.with_suffix('.json')
     check_replaceable(files[2], 'hits', *files[:2])
     return files
@@ -377,6 +417,7 @@ def _write_table(table, path):
     if path.suffix.lower() == '.parquet': return table.to_parquet(path, index=False)
     write_csv(table.assign(**{c: table[c].map(csv_text) for c in table if table[c].dtype == object}), path)
 
+# %% ../../nbs/45_embed.hits.ipynb #a07493c9
 def write_hits(
     hits:pd.DataFrame, # From `find_hits`
     out, # CSV or parquet; the picture OUT.png and the record OUT.json are written beside it
@@ -385,7 +426,9 @@ def write_hits(
     out, picture, record = _check_out(out)
     table = pd.DataFrame(hits)
     table.attrs = {}
-    write_recorded(record, 'hits', hits.attrs, dict(table=(out, partial(_write_table, table)), picture=(picture, lambda p: show_hits(hits).savefig(p, format='png'))))
+    files = dict(table=(out, partial(_write_table, table)),
+                 picture=(picture, lambda p: show_hits(hits).savefig(p, format='png')))
+    write_recorded(record, 'hits', hits.attrs, files)
     return out
 
 # %% ../../nbs/45_embed.hits.ipynb #2ba36c72
@@ -399,7 +442,8 @@ def _hits(m, x, names, dose, measure, level, n_null, seed, progress):
         only, treated = [c for c in names if c != dose], ~m.is_control.to_numpy()
         effect = well_effects(x, m.plate_code.to_numpy(), ~treated, m.groupby(only, dropna=False).ngroup().to_numpy())
         needed = min(int(t[only].drop_duplicates().shape[0]/level), 10**5)
-        t = t.merge(dose_responses(m[treated], effect[treated], only, dose, max(n_null, needed), seed), on=only, how='left')
+        t = t.merge(dose_responses(m[treated], effect[treated], only, dose, max(n_null, needed), seed), on=only,
+                    how='left')
     return t.sort_values(['p', 'activity'], ascending=[True, False], ignore_index=True, kind='stable'), alone
 
 # %% ../../nbs/45_embed.hits.ipynb #0f8d2950
@@ -420,7 +464,8 @@ def find_hits(
     "Find the perturbations that differ from the negative controls of their plates"
     check_choice('measure', measure, MEASURES)
     check_numbers(seed=seed, n_null=n_null)
-    if not 0 < level < 1: raise ScreenError(f'{option("level", level)} is not possible: give a share between 0 and 1, such as 0.05.')
+    if not 0 < level < 1:
+        raise ScreenError(f'{option("level", level)} is not possible: give a share between 0 and 1, such as 0.05.')
     if out is not None: _check_out(out)
     emb = screened_wells(profiles, controls, columns)
     names, dose = target_columns(emb_metadata(emb), target, dose)
@@ -432,7 +477,8 @@ def find_hits(
     hits, alone = _hits(m, within_plates(x, m.plate_code), names, dose, measure, level, n_null, seed, progress)
     notes = [*notes, *left, *hit_notes(m, hits, alone, level)]
     used = highest_protocol(m.protocol) if 'protocol' in m else Protocol.inductive
-    hits.attrs.update(target=names, dose=dose, measure=measure, correct=correct, level=level, n_null=n_null, seed=seed, left_out=len(alone), notes=notes, embeddings=used.value)
+    hits.attrs.update(target=names, dose=dose, measure=measure, correct=correct, level=level, n_null=n_null,
+                      seed=seed, left_out=len(alone), notes=notes, embeddings=used.value)
     if out is not None: write_hits(hits, out)
     return hits
 
@@ -443,7 +489,8 @@ def hits_text(
 )->str: # Lines
     "Return the strongest perturbations and the notes as text"
     a = hits.attrs
-    shown = [c for c in (*a['target'], 'n_wells', 'activity', 'p', 'q', 'consistency', 'trend', 'trend_q', 'ec50') if c in hits]
-    head = f'{int(hits.hit.sum())} of {plural(len(hits), "perturbation")} differ from the controls of their plates ({a["measure"]}, q ≤ {a["level"]})'
-    table = hits[shown].head(most).to_string(index=False, float_format='{:.3g}'.format)
+    shown = (*a['target'], 'n_wells', 'activity', 'p', 'q', 'consistency', 'trend', 'trend_q', 'ec50')
+    head = (f'{int(hits.hit.sum())} of {plural(len(hits), "perturbation")} differ from the controls of their plates '
+            f'({a["measure"]}, q ≤ {a["level"]})')
+    table = hits[[c for c in shown if c in hits]].head(most).to_string(index=False, float_format='{:.3g}'.format)
     return '\n'.join([head, table, *(f'note: {n}' for n in a['notes'])])

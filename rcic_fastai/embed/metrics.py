@@ -314,7 +314,8 @@ def _folds(m, by, folds, seed):
         wells, _ = pd.factorize(m['well_id'].to_numpy()[idx])
         n = wells.max() + 1
         if n < folds:
-            raise ScreenError(f'{by} {b} has {plural(n, "well")}, too few for {folds} folds: leave it out or ask for fewer.')
+            raise ScreenError(f'{by} {b} has {plural(n, "well")}, too few for {folds} folds: '
+                              'leave it out or ask for fewer.')
         out[idx] = (np.random.default_rng(seed).permutation(n) % folds)[wells]
     return out
 

@@ -26,7 +26,8 @@ class Protocol(str, Enum):
         return list(Protocol).index(self)
 
     @classmethod
-    def _missing_(cls, value): raise ScreenError(f'{option("protocol", value)} is not known: choose from {", ".join(cls.__members__)}.')
+    def _missing_(cls, value):
+        raise ScreenError(f'{option("protocol", value)} is not known: choose from {", ".join(cls.__members__)}.')
     def __str__(self): return self.value
     def __lt__(self, other): return self.level < Protocol(other).level
     def __le__(self, other): return self.level <= Protocol(other).level
@@ -56,8 +57,8 @@ def check_protocol_allows(
     "Raise a `ScreenError` when something used more of its batch than `asked` allows"
     asked, most = Protocol(asked), highest_protocol(used)
     if most <= asked: return most
-    raise ScreenError(f'{what} {most}{why and f" ({why})"}, so the result is not {asked}: ask for {option("protocol", most.value)}, '
-                      'or embed without it.')
+    raise ScreenError(f'{what} {most}{why and f" ({why})"}, so the result is not {asked}: '
+                      f'ask for {option("protocol", most.value)}, or embed without it.')
 
 # %% ../../nbs/39_embed.protocol.ipynb #ae3a45b6
 def earlier_experiments(
@@ -79,7 +80,8 @@ def _is_given_its_batch(model, spec, rows, mask, trained):
 def _is_compared(model, spec, rows, mask):
     "Return which rows are of plates whose control wells were measured, for a model that reads those: bool [N]"
     part = model.metadata
-    if not isinstance(part, PlateControls) or not model.use_metadata or part.column in mask: return np.zeros(len(rows), bool)
+    if not isinstance(part, PlateControls) or not model.use_metadata or part.column in mask:
+        return np.zeros(len(rows), bool)
     measured = np.array(spec.vocabs[part.column], object)[part.measured.cpu().numpy()]
     return rows[part.column].astype(str).isin(measured).to_numpy()
 

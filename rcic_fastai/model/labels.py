@@ -17,7 +17,9 @@ def label_f1(
 )->np.ndarray: # float64 [K]; 0 for a label that is neither there nor answered
     "Return the F1 of each label"
     a, t = np.asarray(answers, bool), np.asarray(truth) > .5
-    if a.shape != t.shape: raise ScreenError(f'There are answers {list(a.shape)} and labels {list(t.shape)}: give both for the same images and labels.')
+    if a.shape != t.shape:
+        raise ScreenError(f'There are answers {list(a.shape)} and labels {list(t.shape)}: '
+                          'give both for the same images and labels.')
     right, n = (a & t).sum(0), a.sum(0) + t.sum(0)
     return 2*right/np.maximum(n, 1)
 
@@ -75,7 +77,8 @@ def label_thresholds(
     return res
 
 # %% ../../nbs/22b_model.labels.ipynb #056310be
-def _as_arrays(logits, y): return torch.sigmoid(torch.as_tensor(logits).float()).cpu().numpy() > .5, torch.as_tensor(y).cpu().numpy()
+def _as_arrays(logits, y):
+    return torch.sigmoid(torch.as_tensor(logits).float()).cpu().numpy() > .5, torch.as_tensor(y).cpu().numpy()
 
 def macro_f1(
     logits, # [N,K]

@@ -27,7 +27,8 @@ class CosineLoss(nn.Module):
     ):
         super().__init__()
         if not 0 <= label_smoothing <= 1:
-            raise ScreenError(f"{option('label_smoothing', label_smoothing)} is not a share: give a number from 0 to 1.")
+            raise ScreenError(f"{option('label_smoothing', label_smoothing)} is not a share: "
+                              "give a number from 0 to 1.")
         self.reduction,self.label_smoothing = reduction,label_smoothing
         self.register_buffer('s', torch.tensor(float(s)))
 
@@ -154,7 +155,8 @@ def adacos_scale(
 # %% ../../nbs/22_model.losses.ipynb #e1b8f71d
 class AdaCos(CosineLoss):
     "Cross-entropy of s·cos with a scale that needs no tuning (arXiv 1905.00292)"
-    from_all = None  # function: rows of this process → those of all processes that share the batch; set by train.distributed
+    # function: rows of this process → those of all processes that share the batch; set by train.distributed
+    from_all = None
     def __init__(self,
         n_classes:int, # C
         dynamic:bool=True, # Let the scale follow training? If not it stays √2·ln(C−1)
@@ -201,7 +203,8 @@ class MixLoss(CosineLoss):
     def several(self)->bool:
         "Return whether both read several labels; a `ScreenError` when only one does"
         if self.a.several == self.b.several: return self.a.several
-        raise ScreenError(f'{type(self.a).__name__} and {type(self.b).__name__} cannot be mixed, as one reads several labels and the other a single one: choose two of a kind.')
+        raise ScreenError(f'{type(self.a).__name__} and {type(self.b).__name__} cannot be mixed, '
+                          'as one reads several labels and the other a single one: choose two of a kind.')
 
     @property
     def embeds(self)->bool:
@@ -284,7 +287,9 @@ class BinaryLoss(CosineLoss):
     def per_item(self, x, y):
         x,y = (o.as_subclass(torch.Tensor) for o in (x, y))
         x = x if x.dtype == torch.float64 else x.float()
-        if x.shape != y.shape: raise ScreenError(f'There are logits {list(x.shape)} and labels {list(y.shape)}: give a 0 or 1 for each label of each item.')
+        if x.shape != y.shape:
+            raise ScreenError(f'There are logits {list(x.shape)} and labels {list(y.shape)}: '
+                              'give a 0 or 1 for each label of each item.')
         return self.of_labels(x, y.to(x.dtype)).mean(-1)
 
     def activation(self, x): return torch.sigmoid(x.float())
@@ -307,7 +312,8 @@ class FocalLoss(BinaryLoss):
         for name,most in dict(alpha=1, rare_alpha=1, gamma=math.inf, rare_gamma=math.inf).items():
             v = getattr(self, name)
             if not all(0 <= o <= most for o in (v if isinstance(v, (list, tuple)) else [v])):
-                raise ScreenError(f'{option(name, v)} is not possible: give numbers from 0' + (' to 1.' if most == 1 else '.'))
+                raise ScreenError(f'{option(name, v)} is not possible: '
+                                  'give numbers from 0' + (' to 1.' if most == 1 else '.'))
 
     def named(self,
         labels, # [K] names, in the order of the logits
@@ -326,7 +332,8 @@ class FocalLoss(BinaryLoss):
         v,k = getattr(self, name),like.shape[-1]
         key = name,k,like.dtype,like.device
         if key not in self._made:
-            if isinstance(v, (list, tuple)) and len(v) != k: raise ScreenError(f'{option(name)} has {len(v)} numbers for {k} labels: give one for each.')
+            if isinstance(v, (list, tuple)) and len(v) != k:
+                raise ScreenError(f'{option(name)} has {len(v)} numbers for {k} labels: give one for each.')
             numbers = [*v] if isinstance(v, (list, tuple)) else [v]*k
             numbers = [getattr(self, f'rare_{name}') if i in self.rare else o for i,o in enumerate(numbers)]
             self._made[key] = torch.tensor(numbers, dtype=like.dtype, device=like.device)

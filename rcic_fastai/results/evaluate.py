@@ -8,6 +8,7 @@ __all__ = ['target_table', 'right_wrong', 'confused_pairs', 'held_out_experiment
 
 # %% ../../nbs/60_results.evaluate.ipynb #275c286b
 import json, re
+from itertools import chain
 import numpy as np, pandas as pd
 from fastcore.all import delegates, patch, store_attr
 from ..core import *
@@ -21,7 +22,6 @@ from ..predict.ensemble import makers_of, models_differ
 from ..screen.open import open_screen
 from ..embed.metrics import *
 from .labels import *
-
 
 # %% ../../nbs/60_results.evaluate.ipynb #db24e44e
 def _candidates(pred, target):
@@ -66,6 +66,7 @@ def _check_columns(pred, table, target):
         raise ScreenError(f'The table has no column {target}, so {target} cannot be evaluated with it: '
                           'give the labeled table.')
 
+# %% ../../nbs/60_results.evaluate.ipynb #12687509
 def _labeled_rows(pred, table, target, key, what):
     "Return the row of the table for each prediction, in the order of the predictions"
     twice = pred['id_code'].duplicated()
@@ -118,7 +119,8 @@ def confused_pairs(
     pairs = g.agg(wells=('id_code', 'size'), experiments=('experiment', 'nunique')).reset_index()
     counts = pairs.set_index(['truth', 'predicted']).wells
     pairs['of'] = pairs.truth.map(r.truth.value_counts())
-    pairs['other way'] = counts.reindex(pd.MultiIndex.from_arrays([pairs.predicted, pairs.truth]), fill_value=0).to_numpy()
+    turned = pd.MultiIndex.from_arrays([pairs.predicted, pairs.truth])
+    pairs['other way'] = counts.reindex(turned, fill_value=0).to_numpy()
     pairs = pairs.sort_values(['wells', 'experiments', 'truth', 'predicted'], ascending=[False, False, True, True])
     return pairs[['truth', 'predicted', 'wells', 'of', 'experiments', 'other way']].head(most).reset_index(drop=True)
 
@@ -141,6 +143,7 @@ def _expected(table, pred_wells, target):
     done = t.well_id.isin(pred_wells)
     return t.well_id[~done & t.well_type.isin(t.well_type[done].unique())].tolist()
 
+# %% ../../nbs/60_results.evaluate.ipynb #fbb1f6da
 def _asked(r, target):
     "Return the rows that count: no control wells beside treatments, which have an accuracy of their own"
     is_treated = (r.well_type == 'treatment').to_numpy()
@@ -158,7 +161,8 @@ def _reach(r, table, target, learned):
     "Return how many labels there are to choose from, and what follows when the model never learned some of the true ones"
     if not learned: return dict(n_classes=int(table.loc[table.well_type.isin(r.well_type.unique()), target].nunique()))
     is_known = r.truth.isin(learned)
-    never = dict(n_never_learned=int((~is_known).sum()), ceiling=float(is_known.mean()), never_learned=sorted(r.truth[~is_known].unique()))
+    never = dict(n_never_learned=int((~is_known).sum()), ceiling=float(is_known.mean()),
+                 never_learned=sorted(r.truth[~is_known].unique()))
     return dict(n_classes=len(set(learned)), **(never if not is_known.all() else {}))
 
 def _reach_note(res, r):
@@ -167,8 +171,9 @@ def _reach_note(res, r):
     n, names = res['n_never_learned'], res['never_learned']
     among = r.right[~r.truth.isin(names)]
     right = f'; of the {len(among)} others, {among.mean():.3f} are right' if len(among) else ''
-    return (f'{n} of {res["n_wells"]} wells hold {plural(len(names), "label")} that the model never learned ({first_few(names, 5)}), so it cannot name them and no '
-            f'accuracy is above {res["ceiling"]:.3f}{right}. Chance is over the {res["n_classes"]} labels that it can name.')
+    return (f'{n} of {res["n_wells"]} wells hold {plural(len(names), "label")} that the model never learned '
+            f'({first_few(names, 5)}), so it cannot name them and no accuracy is above {res["ceiling"]:.3f}{right}. '
+            f'Chance is over the {res["n_classes"]} labels that it can name.')
 
 def evaluate(
     pred:pd.DataFrame, # Predictions of wells: id_code, the target and protocol
@@ -185,8 +190,8 @@ def evaluate(
     every = right_wrong(pred, table, target)
     absent = _expected(table, every.id_code, target)
     if absent and not partial:
-        raise ScreenError(f'{plural(len(absent), "test well is", "test wells are")} not predicted ({first_few(absent)}): '
-                          'predict them, or allow a partial evaluation.')
+        raise ScreenError(f'{plural(len(absent), "test well is", "test wells are")} not predicted '
+                          f'({first_few(absent)}): predict them, or allow a partial evaluation.')
     r = _asked(every, target)
     by_exp = r.groupby('experiment').right.mean()
     classes = pred.attrs.get('classes') if (r.well_type == 'treatment').any() else None     # of treatments
@@ -219,8 +224,9 @@ def bootstrap_interval(
 
 # %% ../../nbs/60_results.evaluate.ipynb #2c2a2acf
 _COUNTS = ('wells', 'experiments', 'control wells', 'images', 'labels')
-_ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'control accuracy', 'chance', 'chance inside the plate group',
-          'embedding', 'cell_type', 'worst', 'experiment', 'images', 'labels', 'macro F1', 'micro F1', 'mAP', 'label']
+_ORDER = [*_COUNTS, 'well accuracy', 'top', 'site accuracy', 'control accuracy', 'chance',
+          'chance inside the plate group', 'embedding', 'cell_type', 'worst', 'experiment', 'images', 'labels',
+          'macro F1', 'micro F1', 'mAP', 'label']
 _ROW = dict(measure='', group='all', name='', cell_type='', value=np.nan, low=np.nan, high=np.nan, n=0, n_experiments=0,
             chance=np.nan, p=np.nan)
 
@@ -299,7 +305,7 @@ def _joined(given):
         same = groups.setdefault(key, [[]])
         apart = 'id_code' in f and not any(set(f['id_code']) & set(o['id_code']) for o in same[-1])
         same[-1].append(f) if apart else same.append([f])
-    lists = [fs for same in groups.values() for fs in same if fs]
+    lists = [fs for fs in chain(*groups.values()) if fs]
     return dict(enumerate([fs[0] if len(fs) == 1 else _concat_predictions(fs) for fs in lists], 1))
 
 def _concat_predictions(frames):
@@ -307,7 +313,7 @@ def _concat_predictions(frames):
     res = pd.concat(frames, ignore_index=True)
     res.attrs = dict(frames[0].attrs)
     known = [f.attrs['classes'] for f in frames if f.attrs.get('classes')]
-    if known: res.attrs['classes'] = list(dict.fromkeys(c for names in known for c in names))
+    if known: res.attrs['classes'] = list(dict.fromkeys(chain(*known)))
     if odd := _other_models(frames): res.attrs['mixed'] = f'answers of models that differ in {odd} are judged together.'
     return res
 
@@ -317,6 +323,7 @@ def _other_models(frames):
     found = (models_differ(makers[0][c], o[c]) for o in makers for c in o if c in makers[0])
     return next(filter(None, found), '')
 
+# %% ../../nbs/60_results.evaluate.ipynb #00c9cd65
 def named_predictions(
     preds, # Predictions: one, a list, or a dict by name
 )->dict: # Name → predictions; without names, their protocols
@@ -360,8 +367,8 @@ def _site_rows(pred, r, table, target, protocol, name, partial):
     well = table.drop_duplicates('site_id').set_index('site_id').well_id[s.id_code]
     lost, extra = set(r.id_code) - set(well), set(well) - set(r.id_code)
     if extra:
-        raise ScreenError(f'The site predictions of {name!r} name sites of {plural(len(extra), "well")} that are not predicted '
-                          f'({first_few(sorted(extra), 3)}): give sites and wells of the same prediction.')
+        raise ScreenError(f'The site predictions of {name!r} name sites of {plural(len(extra), "well")} that are not '
+                          f'predicted ({first_few(sorted(extra), 3)}): give sites and wells of the same prediction.')
     if lost and not partial:
         raise ScreenError(f'{plural(len(lost), "predicted well")} of {name!r} have no site prediction '
                           f'({first_few(sorted(lost), 3)}): predict their sites, or allow a partial evaluation.')
@@ -376,8 +383,8 @@ def _labeled_wells(emb, table, target, experiments):
     wells = table.drop_duplicates('well_id').set_index('well_id')
     strange = ~m.well_id.isin(wells.index)
     if strange.any():
-        raise ScreenError(f'{plural(strange.sum(), "embedded row is", "embedded rows are")} of wells that are not in the screen '
-                          f'({first_few(m.well_id[strange].unique(), 3)}): '
+        raise ScreenError(f'{plural(strange.sum(), "embedded row is", "embedded rows are")} '
+                          f'of wells that are not in the screen ({first_few(m.well_id[strange].unique(), 3)}): '
                           'evaluate with the table they were embedded from.')
     e = merge_sites(emb)
     columns = list(dict.fromkeys(['experiment', 'cell_type', 'plate', 'well_type', target]))
@@ -389,8 +396,8 @@ def _check_embeddings(emb, name, protocol):
     m = emb_metadata(emb)
     most = highest_protocol(m['protocol'].dropna().unique() if 'protocol' in m else [])
     if highest_protocol([most, protocol]) != protocol:
-        raise ScreenError(f'The embeddings of {name!r} are {most} (their column {META}protocol), and its predictions are '
-                          f'{protocol}: give the embeddings that these predictions were made of.')
+        raise ScreenError(f'The embeddings of {name!r} are {most} (their column {META}protocol), and '
+                          f'its predictions are {protocol}: give the embeddings that these predictions were made of.')
 
 # %% ../../nbs/60_results.evaluate.ipynb #8f17e4b1
 _MEASURES = { # → what is shown: name, value, number, what chance gives, p
@@ -436,8 +443,8 @@ def _count_rows(r, res):
 def _held_out_note(res):
     "Return what a reader must know of wells of training experiments"
     if 'held_out' not in res: return None
-    return (f'wells of training experiments are judged ({first_few(res["held_out"], 4)}): that is an accuracy for new experiments '
-            'only if the model did not train on them.')
+    return (f'wells of training experiments are judged ({first_few(res["held_out"], 4)}): '
+            'that is an accuracy for new experiments only if the model did not train on them.')
 
 def _model_notes(pred):
     "Return what the answers say of the validation of their model"
@@ -448,14 +455,17 @@ def _interval_note(r):
     "Return why there is no interval, where the wells are of one experiment"
     names = r.experiment.unique()
     if len(names) > 1: return None
-    if str(names[0]) in ('', 'nan', 'None'): return 'the images are of no experiment, and how much accuracy differs between experiments is not known: there is no interval.'
-    return (f'the wells are of one experiment ({names[0]}), and how much accuracy differs between experiments cannot be known from one: '
-            'there is no interval; predict two or more experiments for one.')
+    if str(names[0]) in ('', 'nan', 'None'):
+        return ('the images are of no experiment, and how much accuracy differs between '
+                'experiments is not known: there is no interval.')
+    return (f'the wells are of one experiment ({names[0]}), and how much accuracy differs between '
+            'experiments cannot be known from one: there is no interval; predict two or more experiments for one.')
 
 def _column_rows(r, s, res, table, k, n_top, how):
     "Return the rows of one prediction (counts, accuracies, chance), and notes on what could not be measured"
     n_exp, has_candidates = r.experiment.nunique(), n_top >= min(k, res['n_classes'])
-    rows, notes = [*_count_rows(r, res), *_accuracies(r, 'well accuracy', res['chance'], how)], [o for o in [_reach_note(res, r), _held_out_note(res), _interval_note(r)] if o]
+    rows = [*_count_rows(r, res), *_accuracies(r, 'well accuracy', res['chance'], how)]
+    notes = [o for o in [_reach_note(res, r), _held_out_note(res), _interval_note(r)] if o]
     if has_candidates:
         top = r.assign(top=r['rank'].le(k).fillna(False).astype(bool))
         rows += _accuracies(top, f'top-{k} accuracy', min(k/res['n_classes'], 1), how, 'top')
@@ -499,14 +509,16 @@ class ScreenResult:
         full:bool=False, # Cell types and experiments for every accuracy, not only that of wells
     )->pd.DataFrame: # Text; a column for each prediction
         "Return the numbers side by side, every column under its protocol"
-        d = self.rows if full else self.rows[(self.rows.group == 'all') | self.rows.measure.isin(['well accuracy', 'F1'])]
+        d = self.rows
+        if not full: d = d[(d.group == 'all') | d.measure.isin(['well accuracy', 'F1'])]
         d = d.assign(label=[_label(r) for r in d.itertuples()], text=[_text(r) for r in d.itertuples()])
         wide = d.pivot(index='label', columns='column', values='text')
         return wide.loc[d.label.unique(), list(self.columns)].fillna('').rename_axis(index=None, columns=None)
 
     def _foot(self):
         said = 'Intervals: {level:.0%}, percentile bootstrap over {drawn}, {n_boot} draws, seed {seed}.'
-        return [*([said.format(**{'drawn': 'experiments', **self.how})] if self.rows.low.notna().any() else []), *self.notes]
+        if not self.rows.low.notna().any(): return [*self.notes]
+        return [said.format(**{'drawn': 'experiments', **self.how}), *self.notes]
 
     def __repr__(self): return self.to_text()
     def _repr_html_(self): return self.table().to_html() + ''.join(f'<p>{html_text(o)}</p>' for o in self._foot())
@@ -560,32 +572,43 @@ def _label_numbers(pred, table, target, partial, draws):
     res, each = evaluate_labels(pred, table, target, partial, **draws)
     rows = [_row('images', res['n_images'], res['n_images']), _row('labels', res['n_labels'], res['n_images'])]
     for name, k in (('macro F1', 'macro_f1'), ('micro F1', 'micro_f1'), ('mAP', 'mean_ap')):
-        if res[k] is not None: rows.append(_row(name, res[k], res['n_images'], **dict(zip(('low', 'high'), res['intervals'][k]))))
+        if res[k] is not None:
+            rows.append(_row(name, res[k], res['n_images'], **dict(zip(('low', 'high'), res['intervals'][k]))))
     for o in each.itertuples():
         rows.append(_row('F1', o.F1, o.images, group='label', name=str(o.label), low=o.F1_low, high=o.F1_high))
-        if pd.notna(o.AP): rows.append(_row('AP', o.AP, o.images, group='label', name=str(o.label), low=o.AP_low, high=o.AP_high))
+        if pd.notna(o.AP):
+            rows.append(_row('AP', o.AP, o.images, group='label', name=str(o.label), low=o.AP_low, high=o.AP_high))
     return rows, {**res, 'labels': as_plain(each.to_dict('records'))}, _label_notes(pred, res)
 
 def _label_notes(pred, res):
     "Return what is to be known about the scores of several labels"
-    notes = [f'the model never learned the labels {first_few(res["never_learned"])} and cannot answer them.'] if res['never_learned'] else []
+    notes = []
+    if never := res['never_learned']:
+        notes.append(f'the model never learned the labels {first_few(never)} and cannot answer them.')
     if res['drawn'] == 'experiments' and np.isnan(res['intervals']['micro_f1'][0]):
-        notes.append('the images are of one experiment, and how much scores differ between experiments cannot be known from one: there is no interval.')
+        notes.append('the images are of one experiment, and how much scores differ between '
+                     'experiments cannot be known from one: there is no interval.')
     if res['trained_on']:
-        chosen = ' F1 of images that were held out is a little too high even then, as thresholds were chosen on them; mAP is not.' if pred.attrs.get('thresholds') else ''
-        notes.append(f'{res["trained_on"]} images are of the training set: that is a score for new images only if the model did not train on them.{chosen}')
+        chosen = (' F1 of images that were held out is a little too high even then, '
+                  'as thresholds were chosen on them; mAP is not.')
+        if not pred.attrs.get('thresholds'): chosen = ''
+        notes.append(f'{res["trained_on"]} images are of the training set: '
+                     f'that is a score for new images only if the model did not train on them.{chosen}')
     return notes
 
+# %% ../../nbs/60_results.evaluate.ipynb #05025c6e
 def _is_several(pred):
     "Return whether predictions are of several labels: as their record says, or as a bar between labels shows"
     target = pred.attrs.get('target', 'sirna')
     if 'thresholds' in pred.attrs: return True
-    return target not in ('sirna', 'sirna_id') and target in pred and pred[target].astype(str).str.contains(LABEL_SEPARATOR, regex=False).any()
+    if target in ('sirna', 'sirna_id') or target not in pred: return False
+    return pred[target].astype(str).str.contains(LABEL_SEPARATOR, regex=False).any()
 
 def _have_several(preds):
     "Return whether predictions are of several labels; a `ScreenError` where some are and some are not"
     kinds = {bool(_is_several(p)) for p in preds}
-    if len(kinds) > 1: raise ScreenError('Some predictions are of several labels and others of one: evaluate them apart.')
+    if len(kinds) > 1:
+        raise ScreenError('Some predictions are of several labels and others of one: evaluate them apart.')
     return kinds == {True}
 
 # %% ../../nbs/60_results.evaluate.ipynb #268f0bbc
@@ -608,8 +631,10 @@ def evaluate_screen(
     _check_request(preds, table, screen)
     named = named_predictions(preds)
     heads = column_headings(named)
-    if _have_several(named.values()) and (embeddings is not None or sites is not None): raise ScreenError('embeddings and sites are of one label per well: leave them out for several labels.')
-    emb, site = named_columns(embeddings, 'embeddings', list(named)), named_columns(sites, 'site predictions', list(named))
+    if _have_several(named.values()) and (embeddings is not None or sites is not None):
+        raise ScreenError('embeddings and sites are of one label per well: leave them out for several labels.')
+    emb = named_columns(embeddings, 'embeddings', list(named))
+    site = named_columns(sites, 'site predictions', list(named))
     several = _have_several(named.values())
     rows, notes, columns, draws = [], {}, {}, dict(n_boot=n_boot, level=level, seed=seed)
     for n, p in named.items():

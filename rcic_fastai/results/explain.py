@@ -40,7 +40,8 @@ def label_direction(
 )->Tensor: # [D]
     "Return the direction of a label: the mean embedding of its training sites, of unit length, less the mean of that of all labels"
     names = model.index.labels[model.index.target].astype(str).to_numpy()
-    if str(label) not in names: raise ScreenError(f'The model did not learn {label}: choose one of {first_few(sorted(set(names)))}.')
+    if str(label) not in names:
+        raise ScreenError(f'The model did not learn {label}: choose one of {first_few(sorted(set(names)))}.')
     x = unit_rows(model.index.vectors(np.arange(len(names))))
     means = pd.DataFrame(unit_rows(pd.DataFrame(x).groupby(names).mean().to_numpy()), sorted(set(names)))
     return torch.from_numpy((means.loc[str(label)] - means.mean()).to_numpy()).float()
@@ -72,7 +73,8 @@ def show(self:Explanation,
     fig, axs = plt.subplots(-(-n//columns), columns, figsize=(1.9*columns, 2.15*-(-n//columns)), dpi=80, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     axs.flat[0].imshow(rgb_composite(x, channels=self.channels))
-    axs.flat[0].set_title(picture_text(f'{short_text(r.iloc[0], 20)}\n{short_text(r.label, 14)}: {r.score:+.2f}'), fontsize=8)
+    axs.flat[0].set_title(picture_text(f'{short_text(r.iloc[0], 20)}\n{short_text(r.label, 14)}: '
+                                       f'{r.score:+.2f}'), fontsize=8)
     top = np.quantile(np.abs(maps), .995) or 1.
     for ax, name, m, gray in zip(axs.flat[1:], self.channels, maps, stretch(x)):
         ax.imshow(gray, cmap='gray', vmin=0, vmax=1)
@@ -92,7 +94,8 @@ def _explained(net, dl, directions, steps):
         shares, there, base = integrated_gradients(lambda x: (raw(x)*toward).sum(-1)/length, xb.float(), steps)
         yield [o.cpu().as_subclass(Tensor).numpy() for o in (shares, xb.float(), there, base)]
 
-def _flat(x): return x if x.ndim == 4 else np.concatenate([*x.swapaxes(0, 1)], -1)      # sites of a well beside each other
+# sites of a well beside each other
+def _flat(x): return x if x.ndim == 4 else np.concatenate([*x.swapaxes(0, 1)], -1)
 
 @patch
 def explain(self:TrainedModel,
@@ -103,10 +106,13 @@ def explain(self:TrainedModel,
     bs:int=8, # Batch size
 )->Explanation:
     "Return how much each channel, and each pixel, contributed to the similarity of wells to a label"
-    if self.spec.several: raise ScreenError('Models of several labels name no well after its neighbors: explain a model of one label.')
+    if self.spec.several:
+        raise ScreenError('Models of several labels name no well after its neighbors: explain a model of one label.')
     screen, names = open_screen(screen, check=False), list(as_names(wells))
     rows = screen.table[screen.table.well_id.isin(names)]
-    if lacks := [w for w in names if w not in set(rows.well_id)]: raise ScreenError(f'{screen.name} has no well {first_few(lacks)}: give ids such as {screen.table.well_id.iloc[0]}.')
+    if lacks := [w for w in names if w not in set(rows.well_id)]:
+        raise ScreenError(f'{screen.name} has no well {first_few(lacks)}: '
+                          f'give ids such as {screen.table.well_id.iloc[0]}.')
     net, spec = for_source(self.model, self.spec_for(screen), screen.source)
     dl = spec_dl(spec, screen[rows], bs=bs, mask=INDUCTIVE_MASK, device=next(net.parameters()).device)
     answers = _own_answers(self, rows, screen) if label is None else {}
@@ -114,5 +120,6 @@ def explain(self:TrainedModel,
     directions = torch.stack([label_direction(self, l) for l in labels])
     shares, x, there, base = [np.concatenate(o) for o in zip(*_explained(net, dl, directions, steps))]
     table = pd.DataFrame({self.spec.key: dl.rows[self.spec.key], 'label': labels, 'score': there, 'baseline': base})
-    each = pd.DataFrame(shares.sum((-2, -1)).reshape(len(table), -1, len(spec.channels)).sum(1), columns=list(spec.channels))
-    return Explanation(table.join(each), _flat(shares), _flat(x), list(spec.channels))
+    channels = list(spec.channels)
+    each = pd.DataFrame(shares.sum((-2, -1)).reshape(len(table), -1, len(channels)).sum(1), columns=channels)
+    return Explanation(table.join(each), _flat(shares), _flat(x), channels)

@@ -14,25 +14,47 @@ from ..predict.predict import *
 from ..predict.scores import *
 
 # %% ../../nbs/59_results.labels.ipynb #fba1bd30
+def _check_asked(rows, ids, partial):
+    "Raise for images that are to be predicted and are not, unless part of them is enough"
+    is_test = rows.dataset == 'test'
+    asked = rows[is_test if is_test[ids].any() else rows.index.isin(ids)]
+    if 'well_type' in asked: asked = asked[asked.well_type.isin(rows.well_type[ids].unique())]
+    lacks = asked.index[~asked.index.isin(ids)]
+    if len(lacks) and not partial:
+        raise ScreenError(f'{len(lacks)} images for testing are not predicted ({first_few(lacks, 3)}): '
+                          'predict them, or allow a partial evaluation.')
+
+# %% ../../nbs/59_results.labels.ipynb #5a021c50
+def _check_alike(table, ids, target):
+    "Raise where the sites of a well have different labels"
+    labels = [frozenset(p) for p in split_labels(table[target])]
+    truths = pd.DataFrame(dict(well=table.well_id, labels=labels))[table.well_id.isin(ids).to_numpy()]
+    differ = truths.groupby('well').labels.nunique()[lambda n: n > 1].index
+    if len(differ):
+        raise ScreenError(f'The sites of {first_few(differ, 3)} have different labels in {target}: '
+                          'give all sites of a well the same, as each well is answered once.')
+
+# %% ../../nbs/59_results.labels.ipynb #9ad93c85
 def _label_rows(pred, table, target, partial):
     "Return the rows of the table in the order of the predictions"
     twice = pred.id_code[pred.id_code.duplicated()]
-    if len(twice): raise ScreenError(f'{plural(twice.nunique(), "image is", "images are")} predicted more than once ({first_few(twice.unique(), 3)}): keep one row per image.')
+    if len(twice):
+        raise ScreenError(f'{plural(twice.nunique(), "image is", "images are")} predicted more than once '
+                          f'({first_few(twice.unique(), 3)}): keep one row per image.')
     if target not in table: raise ScreenError(f'The table has no column {target}: give the labeled table.')
     rows = table.drop_duplicates('well_id').set_index('well_id')
     odd = ~pred.id_code.isin(rows.index)
-    if odd.any(): raise ScreenError(f'{plural(odd.sum(), "image is", "images are")} predicted but not in the screen ({first_few(pred.id_code[odd], 3)}): evaluate with the table they were predicted from.')
-    asked = rows[(rows.dataset == 'test') if (rows.dataset[pred.id_code] == 'test').any() else rows.index.isin(pred.id_code)]
-    if 'well_type' in asked: asked = asked[asked.well_type.isin(rows.well_type[pred.id_code].unique())]
-    lacks = asked.index[~asked.index.isin(pred.id_code)]
-    if len(lacks) and not partial: raise ScreenError(f'{len(lacks)} images for testing are not predicted ({first_few(lacks, 3)}): predict them, or allow a partial evaluation.')
+    if odd.any():
+        raise ScreenError(f'{plural(odd.sum(), "image is", "images are")} predicted but not in the screen '
+                          f'({first_few(pred.id_code[odd], 3)}): evaluate with the table they were predicted from.')
+    _check_asked(rows, pred.id_code, partial)
     mine = rows.loc[pred.id_code]
-    truths = pd.DataFrame(dict(well=table.well_id, labels=[frozenset(p) for p in split_labels(table[target])]))[table.well_id.isin(pred.id_code).to_numpy()]
-    differ = truths.groupby('well').labels.nunique()[lambda n: n > 1].index
-    if len(differ): raise ScreenError(f'The sites of {first_few(differ, 3)} have different labels in {target}: give all sites of a well the same, as each well is answered once.')
+    _check_alike(table, pred.id_code, target)
     bare = [i for i, p in zip(mine.index, split_labels(mine[target])) if not p]
     if bare and not pred.attrs.get('no_label'):
-        raise ScreenError(f'{len(bare)} of {len(mine)} predicted images have no label in {target} of the table ({first_few(bare, 3)}): label them, or take them out of the predictions and evaluate with {option("partial", True)}.')
+        raise ScreenError(f'{len(bare)} of {len(mine)} predicted images have no label in {target} of the table '
+                          f'({first_few(bare, 3)}): label them, '
+                          f'or take them out of the predictions and evaluate with {option("partial", True)}.')
     return mine
 
 # %% ../../nbs/59_results.labels.ipynb #1e249d24
@@ -43,12 +65,14 @@ def draw_units(
     if not has_plates(rows): return 'images', np.arange(len(rows))
     return 'experiments', pd.factorize(rows.experiment, sort=True)[0]
 
+# %% ../../nbs/59_results.labels.ipynb #b8b155db
 def _drawn_f1(w, answers, truth):
     "Return F1 of each label [B,K], NaN where a draw has no image of it; and the micro F1 [B]"
     a, t = np.asarray(answers, np.float64), (np.asarray(truth) > .5).astype(np.float64)
     right, n, has = w @ (a*t), w @ (a + t), w @ t
     return np.where(has > 0, 2*right/np.maximum(n, 1), np.nan), 2*right.sum(1)/np.maximum(n.sum(1), 1)
 
+# %% ../../nbs/59_results.labels.ipynb #a649ee1f
 def _drawn_ap(w, p, truth):
     "Return the average precision of each label [B,K]; NaN where a draw has no image of it"
     res, t = np.full((len(w), p.shape[1]), np.nan), np.asarray(truth) > .5
@@ -76,6 +100,7 @@ def _ends(x, level):
     res[:, some] = np.nanquantile(x[:, some], [(1 - level)/2, (1 + level)/2], axis=0)
     return res
 
+# %% ../../nbs/59_results.labels.ipynb #c6ca3398
 def label_intervals(
     answers, # bool [N,K]: labels that were answered
     truth, # [N,K]: 1 where an image has a label
@@ -86,7 +111,8 @@ def label_intervals(
     seed:int=0, # Of the draws
 )->dict: # (low, high) of macro_f1, micro_f1 and mean_ap; of F1 and AP: each [K]. NaN where nothing can be drawn
     "Return percentile intervals of label scores, drawing images or groups of them with replacement"
-    if not 0 < level < 1: raise ScreenError(f'{option("level", level)} is not between 0 and 1: ask for .95, for example.')
+    if not 0 < level < 1:
+        raise ScreenError(f'{option("level", level)} is not between 0 and 1: ask for .95, for example.')
     if n_boot < 1: raise ScreenError(f'{option("n_boot", n_boot)} gives no interval: ask for 1 or more, 2000 is usual.')
     groups = np.arange(len(answers)) if groups is None else np.asarray(groups)
     n, rng, f1, micro, ap = int(groups.max()) + 1, np.random.default_rng(seed), [], [], []
@@ -96,12 +122,44 @@ def label_intervals(
         for o, new in zip((f1, micro), _drawn_f1(w, answers, truth)): o.append(new)
         if p is not None: ap.append(_drawn_ap(w, p, truth))
     nothing = np.full((1, np.shape(truth)[1]), np.nan)
-    f1, ap, micro = np.concatenate(f1 or [nothing]), np.concatenate(ap or [nothing]), np.concatenate(micro or [[np.nan]])
+    f1 = np.concatenate(f1 or [nothing])
+    ap = np.concatenate(ap or [nothing])
+    micro = np.concatenate(micro or [[np.nan]])
     drawn = dict(macro_f1=_mean(f1, 1), micro_f1=micro, mean_ap=_mean(ap, 1))
-    return {**{k: tuple(map(float, _ends(v, level))) for k, v in drawn.items()}, 'F1': _ends(f1, level), 'AP': _ends(ap, level)}
+    ends = {k: tuple(map(float, _ends(v, level))) for k, v in drawn.items()}
+    return {**ends, 'F1': _ends(f1, level), 'AP': _ends(ap, level)}
 
 
 # %% ../../nbs/59_results.labels.ipynb #30c64c0a
+def _names(pred, rows, target):
+    "Return the labels that can be answered, and those of the truth that never can; without word of the former, all can"
+    found, said = set().union(*split_labels(rows[target])), set().union(*split_labels(pred[target]))
+    known = pred.attrs.get('classes') or score_classes(pred)
+    if not known: return in_order(found | said), []
+    learned = [*known, *in_order(said - {*known})]
+    return learned, in_order(found - {*learned})
+
+# %% ../../nbs/59_results.labels.ipynb #73707bc3
+def _probabilities(pred, learned, never):
+    "Return the probabilities [N,K], 0 for what was never learned; None where the predictions have none"
+    if not score_classes(pred): return None
+    if lacks := [n for n in learned if n not in score_classes(pred)]:
+        raise ScreenError(f'The predictions have probabilities, but no column {SCORE}{lacks[0]}: '
+                          'give those of all labels, or none.')
+    p = pred[[f'{SCORE}{n}' for n in learned]].to_numpy(np.float64)
+    return np.pad(p, ((0, 0), (0, len(never))))
+
+# %% ../../nbs/59_results.labels.ipynb #34036b28
+def _each_label(names, answers, truth, p, cut):
+    "Return one row per label: images that have it and that were answered with it, precision, recall, F1, AP, threshold"
+    right, n, said = (answers & (truth > .5)).sum(0), truth.sum(0).astype(int), answers.sum(0)
+    ap = label_precision(p, truth) if p is not None else np.full(len(names), np.nan)
+    cut = [*(cut or [np.nan]*len(names)), *[np.nan]*len(names)][:len(names)]
+    return pd.DataFrame(dict(label=names, images=n, answered=said, precision=right/np.maximum(said, 1),
+                             recall=right/np.maximum(n, 1), F1=label_f1(answers, truth),
+                             AP=ap, threshold=cut))
+
+# %% ../../nbs/59_results.labels.ipynb #0757e513
 def evaluate_labels(
     pred:pd.DataFrame, # Predictions: id_code, the target (cells such as '0|14'), perhaps a column per label with its probability
     table:pd.DataFrame, # Site table with labels
@@ -114,43 +172,22 @@ def evaluate_labels(
     "Return F1 and average precision of several labels with their intervals, and those of each label"
     if not len(pred): raise ScreenError('There are no predictions: predict some images first.')
     target = target or pred.attrs.get('target', 'labels')
-    pred = pred.iloc[np.argsort(pred.id_code.to_numpy(str), kind='stable')]          # the draws do not depend on the order of the rows
+    # the draws do not depend on the order of the rows
+    pred = pred.iloc[np.argsort(pred.id_code.to_numpy(str), kind='stable')]
     rows = _label_rows(pred, table, target, partial)
     learned, never = _names(pred, rows, target)
     names, drawn = [*learned, *never], draw_units(rows)
-    truth, answers = label_matrix(rows[target], names), label_matrix(pred[target], names, pred.id_code, 'The predictions') > .5
+    truth = label_matrix(rows[target], names)
+    answers = label_matrix(pred[target], names, pred.id_code, 'The predictions') > .5
     p = _probabilities(pred, learned, never)
     each = _each_label(names, answers, truth, p, pred.attrs.get('thresholds'))
     f1, ap = f1_scores(answers, truth), each.AP.dropna()
     ends = label_intervals(answers, truth, p, drawn[1], n_boot, level, seed)
     for k in ('F1', 'AP'): each[f'{k}_low'], each[f'{k}_high'] = ends.pop(k)
-    return dict(target=target, macro_f1=f1['macro'], micro_f1=f1['micro'], mean_ap=float(ap.mean()) if len(ap) else None, intervals=ends, drawn=drawn[0], n_images=len(pred),
-                n_labels=len(learned), never_learned=never, trained_on=int((rows.dataset != 'test').sum())), each
-
-def _names(pred, rows, target):
-    "Return the labels that can be answered, and those of the truth that never can; without word of the former, all can"
-    found, said = ({o for p in split_labels(c) for o in p} for c in (rows[target], pred[target]))
-    known = pred.attrs.get('classes') or score_classes(pred)
-    if not known: return in_order(found | said), []
-    learned = [*known, *in_order(said - {*known})]
-    return learned, in_order(found - {*learned})
-
-def _probabilities(pred, learned, never):
-    "Return the probabilities [N,K], 0 for what was never learned; None where the predictions have none"
-    if not score_classes(pred): return None
-    if lacks := [n for n in learned if n not in score_classes(pred)]:
-        raise ScreenError(f'The predictions have probabilities, but no column {SCORE}{lacks[0]}: give those of all labels, or none.')
-    p = pred[[f'{SCORE}{n}' for n in learned]].to_numpy(np.float64)
-    return np.pad(p, ((0, 0), (0, len(never))))
-
-def _each_label(names, answers, truth, p, cut):
-    "Return one row per label: images that have it and that were answered with it, precision, recall, F1, AP, threshold"
-    right, n, said = (answers & (truth > .5)).sum(0), truth.sum(0).astype(int), answers.sum(0)
-    ap = label_precision(p, truth) if p is not None else np.full(len(names), np.nan)
-    cut = [*(cut or [np.nan]*len(names)), *[np.nan]*len(names)][:len(names)]
-    return pd.DataFrame(dict(label=names, images=n, answered=said, precision=right/np.maximum(said, 1), recall=right/np.maximum(n, 1),
-                             F1=label_f1(answers, truth), AP=ap, threshold=cut))
-
+    res = dict(target=target, macro_f1=f1['macro'], micro_f1=f1['micro'], mean_ap=float(ap.mean()) if len(ap) else None)
+    res.update(intervals=ends, drawn=drawn[0], n_images=len(pred), n_labels=len(learned), never_learned=never,
+               trained_on=int((rows.dataset != 'test').sum()))
+    return res, each
 
 # %% ../../nbs/59_results.labels.ipynb #9fe7e158
 def guessed_labels(
@@ -158,7 +195,8 @@ def guessed_labels(
     truth, # Cells of the images that are judged
 )->dict: # macro_f1, micro_f1: expected, label by label; mean_ap
     "Return what answering each label at random, as often as it is in training, is expected to reach"
-    names = sorted({o for c in (learned, truth) for p in split_labels(c) for o in p})
+    names = sorted(set().union(*split_labels(learned), *split_labels(truth)))
     q, p = (label_matrix(c, names).mean(0) for c in (learned, truth))
     f1, has = 2*q*p/np.maximum(q + p, 1e-12), p > 0
-    return dict(macro_f1=float(f1[has].mean()), micro_f1=float(2*(q*p).sum()/(q + p).sum()), mean_ap=float(p[has].mean()))
+    return dict(macro_f1=float(f1[has].mean()), micro_f1=float(2*(q*p).sum()/(q + p).sum()),
+                mean_ap=float(p[has].mean()))

@@ -85,11 +85,15 @@ def _draw_labels(ax, a, cmap, vmin, vmax, colors):
     pal = plt.get_cmap(cmap or ('tab10' if len(names) <= 10 else 'tab20' if len(names) <= 20 else 'gist_ncar'))
     hues = [pal(i % pal.N) if pal.N <= 20 else pal(i/max(len(names)-1, 1)) for i in range(len(names))]
     pick = {n: matplotlib.colors.to_rgb((colors or {}).get(n, hue)) for n, hue in zip(names, hues)}
-    ax.imshow([[(.93,)*3 if v is None else pick[str(v)] for v in row] for row in a])
+    picture = np.full((*a.shape, 3), .93)
+    for at, v in np.ndenumerate(a):
+        if v is not None: picture[at] = pick[str(v)]
+    ax.imshow(picture)
     if len(names) <= 12:
-        ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], [*map(picture_text, names)], fontsize=7, loc='upper left',
-                  bbox_to_anchor=(1, 1), frameon=False)
+        ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], [*map(picture_text, names)],
+                  fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
 
+# %% ../../nbs/60b_results.plots.ipynb #4c14af24
 def _well_text(v): return f'{v:.3g}' if isinstance(v, float) else str(v)
 
 def _write_wells(ax, a):
@@ -164,20 +168,23 @@ def plate_maps(
         raise ScreenError(f'Maps of plates show one experiment, not {table.experiment.nunique()}: choose one.')
     plates = sorted(table['plate'].unique(), key=_natural)
     fig, axs = _picture_grid(len(plates), min(2, len(plates)), 1.9)
-    if pd.api.types.is_float_dtype(table[values]): kwargs = {'vmin': table[values].min(), 'vmax': table[values].max(), **kwargs}
+    if pd.api.types.is_float_dtype(table[values]):
+        kwargs = {'vmin': table[values].min(), 'vmax': table[values].max(), **kwargs}
     for ax, plate in zip(axs, plates):
         mine = table[table['plate'] == plate]
         name = f'plate {short_text(plate, 12)}'
         plate_map(mine, values, f'{name}: {title(mine)}' if title else name, ctx=ax, zoom=zoom, **kwargs)
         ax.title.set_fontsize(9)
         if ax.get_legend(): ax.get_legend().remove()          # one below serves all plates
-    left, right, bottom, top = [f(o) for f, o in zip((min, max, max, min), zip(*(ax.get_xlim() + ax.get_ylim() for ax in axs)))]
+    ends = np.array([ax.get_xlim() + ax.get_ylim() for ax in axs])
+    (left, _, _, top), (_, right, bottom, _) = ends.min(0), ends.max(0)
     for ax in axs: ax.set(xlim=(left, right), ylim=(bottom, top))     # the same part of every plate
     fig.suptitle(picture_text(short_text(table.experiment.iloc[0])), fontsize=10)
     if kwargs.get('colors'): _legend_of_colors(fig, kwargs['colors'])
     return fig
 
-def _natural(name): return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', str(name))]      # plate 2 before plate 10
+# plate 2 before plate 10
+def _natural(name): return [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', str(name))]
 
 def _legend_of_colors(fig, colors):
     "Name colors below a figure"
@@ -253,7 +260,6 @@ def site_gallery(
         _show_site(ax, screen, r.site_id, f'{short_text(r.experiment, 16)} ({r.dataset})', how)
     return fig
 
-# %% ../../nbs/60b_results.plots.ipynb #e6f112e5
 SCALES = dict(shared='each channel on one scale of brightness, the same for all pictures', own='each picture on its own scale of brightness')
 
 def shared_limits(
@@ -263,6 +269,33 @@ def shared_limits(
     "Return the pixel values between which the pictures of some sites can be compared; a few very dark or bright ones do not decide"
     each = np.stack([stretch_limits(source[s]) for s in sites])
     return np.stack([np.percentile(each[:, 0], 5, axis=0), np.percentile(each[:, 1], 95, axis=0)])
+
+# %% ../../nbs/60b_results.plots.ipynb #e6f112e5
+def contact_sheet(
+    screen, # A `Screen`
+    wells='', # Wells by id, or by name on every plate, such as B02: a list, or 'A,B'; empty: some of all
+    most:int=24, # Pictures at most; of more wells, evenly spread ones are shown
+    how:str='composite', # 3d+3d, composite or panels
+    scale:str='shared', # Of brightness: shared (of a channel the same in all pictures, to compare wells) or own (each picture by itself, to see what is in a dark one)
+)->plt.Figure: # In rows of six
+    "Show the first site of some wells, each under its id and what it holds"
+    rows, names = screen.table.drop_duplicates('well_id'), list(as_names(wells))
+    strange = [n for n in names if n not in {*rows.well_id, *rows.well}]
+    if strange:
+        raise ScreenError(f'{screen.name} has no well {first_few(strange)}: '
+                          f'give ids such as {rows.well_id.iloc[0]}, or names such as {rows.well.iloc[0]}.')
+    if not 1 <= most <= 600: raise ScreenError(f'{option("most", most)} is not possible: give 1 to 600.')
+    check_choice('scale', scale, SCALES)
+    if names: rows = rows[rows.well_id.isin(names) | rows.well.isin(names)]
+    rows = rows.iloc[np.unique(np.linspace(0, len(rows)-1, min(most, len(rows))).astype(int))]
+    doses = rows[dose_columns(rows)].apply(pd.to_numeric, errors='coerce')
+    limits, first = shared_limits(screen.source, rows.site_id) if scale == 'shared' else None, site_picture(screen.source[rows.site_id.iloc[0]], how)
+    fig, axs = _sheet_grid(len(rows), first.shape[1]/first.shape[0])
+    for ax, r in zip(axs, rows.itertuples()):
+        holds = _holds(r, doses.loc[r.Index].dropna())
+        _show_site(ax, screen, r.site_id, f'{short_text(r.well_id, 20)}\n{short_text(holds, 20)}', how, limits=limits)
+    fig.suptitle(SCALES[scale], fontsize=8, color='#555')
+    return fig
 
 # %% ../../nbs/60b_results.plots.ipynb #475e8ede
 def _sheet_grid(n, aspect):
@@ -361,7 +394,8 @@ def label_plot(
     for i, k in enumerate(shown):
         at = y + .3*(i - (len(shown) - 1)/2)
         ax.barh(at, each[k], .28, color=(_RIGHT, _WRONG)[i], label=dict(F1='F1', AP='average precision')[k])
-        for v, low, high in zip(at, each[f'{k}_low'], each[f'{k}_high']): ax.plot([low, high], [v, v], color='#333', lw=1)
+        for v, low, high in zip(at, each[f'{k}_low'], each[f'{k}_high']):
+            ax.plot([low, high], [v, v], color='#333', lw=1)
     ax.set_yticks(y, [f'{picture_text(short_text(o.label, 24))} ({o.images})' for o in each.itertuples()], fontsize=8)
     ax.invert_yaxis()
     ax.set(xlim=(0, 1.03))
@@ -369,6 +403,7 @@ def label_plot(
     legend_below(fig, ax.containers)
     return fig
 
+# %% ../../nbs/60b_results.plots.ipynb #1e1f95e7
 def label_gallery(
     pred:pd.DataFrame, # Answers of images: id_code and the target, such as '0|14'
     screen, # The `Screen` of these images
@@ -466,7 +501,8 @@ def neighbor_strip(
     near = near.head(n)
     fig, axs = _picture_grid(len(near) + 1, 3, 2.25)
     for ax in axs: ax.axis('off')
-    _show_site(axs[0], screen, query, f'{_site_lines(screen, query)}\n{short_text(truth or "not known", 14)}\n', side=side)
+    _show_site(axs[0], screen, query, f'{_site_lines(screen, query)}\n{short_text(truth or "not known", 14)}\n',
+               side=side)
     here = set(screen.table.site_id)
     for ax, r in zip(axs[1:], near.itertuples()):
         is_right = None if truth is None else str(r.label) == str(truth)

@@ -34,9 +34,11 @@ def fig_html(
 # %% ../../nbs/61_results.report.ipynb #d91da451
 _CSS = ''':root{--ink:#222;--paper:#fff;--line:#ddd;--soft:#555;color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e6e6;--paper:#16181c;--line:#3a3f47;--soft:#a9b0ba}}
-body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
+body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;\
+color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
 h1{font-size:1.7rem;line-height:1.25}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
-.pics{display:flex;flex-wrap:wrap;gap:.6rem 1rem;align-items:flex-start;margin:.6rem 0}img{max-width:100%;height:auto;background:#fff;border-radius:4px}
+.pics{display:flex;flex-wrap:wrap;gap:.6rem 1rem;align-items:flex-start;margin:.6rem 0}\
+img{max-width:100%;height:auto;background:#fff;border-radius:4px}
 .wide{overflow-x:auto;overflow-wrap:normal;margin:.6rem 0}table{border-collapse:collapse;font-size:.9rem}
 td,th{padding:.25rem .8rem;border-bottom:1px solid var(--line);text-align:right;min-width:5.2rem}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
@@ -45,8 +47,10 @@ thead th{border-bottom:2px solid var(--soft)}p.note{color:var(--soft);font-size:
 td,th{padding:.2rem .25rem;min-width:0}th:first-child,td:first-child{max-width:5.6rem}}
 @media(min-width:110rem){body{max-width:104rem;font-size:18px}}
 @media print{:root{--ink:#000;--paper:#fff;--line:#bbb;--soft:#333}body{max-width:none;margin:0;font-size:10pt}
-h2{break-after:avoid}img,tr{break-inside:avoid}.wide{overflow:visible}table{font-size:8pt}td,th{min-width:0;padding:.15rem .4rem}}'''
+h2{break-after:avoid}img,tr{break-inside:avoid}.wide{overflow:visible}\
+table{font-size:8pt}td,th{min-width:0;padding:.15rem .4rem}}'''
 
+# %% ../../nbs/61_results.report.ipynb #026a949d
 def _number(v): return f'{v:.3f}' if v <= 1 else f'{v:g}'
 
 def _table_html(df):
@@ -60,6 +64,7 @@ def _content_html(c, alt):
     if isinstance(c, str): return c
     raise ScreenError(f'A report cannot show a {type(c).__name__} ({alt}): give figures, tables and strings of HTML.')
 
+# %% ../../nbs/61_results.report.ipynb #7f4d535b
 def _contents_html(contents, alt):
     "Return figures, tables and strings as HTML; figures that follow each other share a row"
     out, was_figure = [], False
@@ -115,27 +120,37 @@ def _behind(record): return '' if record.get('search') in _NOTHING else f" (sear
 
 def _one_record(record):
     "Return what a reader asks of one prediction"
-    by = 'classifier' if record.get('by') == 'classifier' else f"{_said(record, 'vote', '?')} of the index{_behind(record)}, {_said(record, 'merge', '?')} site"
-    assign = {'yes': 'yes', 'no': 'no'}.get(record.get('assign'), 'no') if record.get('protocol') == 'transductive' else 'no'
-    return {'protocol': record['protocol'], 'answered by': by, 'views of a site': f"{record.get('tta', '?')} {record.get('views', '')}".strip(),
-            'BatchNorm statistics': f"of each {record['adapt']}" if record.get('adapt') not in _NOTHING else 'of training', 'correction': _said(record, 'correct', 'none'),
-            'plate groups': _groups_said(record), 'the model was given': _said(record, 'tell', 'nothing of the batch'), 'each name once on a plate': assign}
+    by = f"{_said(record, 'vote', '?')} of the index{_behind(record)}, {_said(record, 'merge', '?')} site"
+    assigned = record.get('protocol') == 'transductive' and record.get('assign') == 'yes'
+    adapted = record.get('adapt') not in _NOTHING
+    return {'protocol': record['protocol'],
+            'answered by': 'classifier' if record.get('by') == 'classifier' else by,
+            'views of a site': f"{record.get('tta', '?')} {record.get('views', '')}".strip(),
+            'BatchNorm statistics': f"of each {record['adapt']}" if adapted else 'of training',
+            'correction': _said(record, 'correct', 'none'),
+            'plate groups': _groups_said(record),
+            'the model was given': _said(record, 'tell', 'nothing of the batch'),
+            'each name once on a plate': 'yes' if assigned else 'no'}
 
+# %% ../../nbs/61_results.report.ipynb #19ed66e9
 def _record_said(record):
     "Return the same of a prediction by the models of several cell types: an entry of each where they differ"
     if not record.get('cell_types'): return _one_record(record)
-    each = {c: _one_record({**record, **r}) for c, r in record['cell_types'].items()}
-    said = {k: {c: o[k] for c, o in each.items()} for k in next(iter(each.values()))}
-    return {k: '; '.join(f'{c}: {v}' for c, v in o.items()) if len({*o.values()}) > 1 else next(iter(o.values())) for k, o in said.items()}
+    each = pd.DataFrame({c: _one_record({**record, **r}) for c, r in record['cell_types'].items()})
+    def joined(said): return said.iloc[0] if said.nunique() == 1 else '; '.join(f'{c}: {v}' for c, v in said.items())
+    return {k: joined(said) for k, said in each.iterrows()}
 
+# %% ../../nbs/61_results.report.ipynb #a2ec3ca2
 def how_table(
     predictions:dict, # Name → predictions
 )->pd.DataFrame: # One column for each that was read from a file with its record
     "Return how predictions were made, side by side"
-    return pd.DataFrame({n: _record_said(r) for n, p in predictions.items() if (r := p.attrs.get('record', {})).get('protocol')})
+    records = {n: p.attrs.get('record', {}) for n, p in predictions.items()}
+    return pd.DataFrame({n: _record_said(r) for n, r in records.items() if r.get('protocol')})
 
 # %% ../../nbs/61_results.report.ipynb #ca6ee305
-def _trained_on(c): return f"{c['data']['rows']} sites of {plural(len(c['data']['sites']), 'experiment')}: {first_few(c['data']['sites'], 8)}"
+def _trained_on(c):
+    return f"{c['data']['rows']} sites of {plural(len(c['data']['sites']), 'experiment')}: {first_few(c['data']['sites'], 8)}"
 
 def _stages_said(recipe):
     "Return the stages of a recipe in a line"
@@ -146,11 +161,15 @@ def settings_table(
 )->pd.DataFrame: # One row per setting
     "Return what a model was made of and how it was trained"
     c, spec, recipe = model.config, model.spec, model.config.get('recipe') or {}
-    rows = {'recipe': recipe.get('name', 'none'), 'about it': recipe.get('about', ''), 'stages': _stages_said(recipe), 'backbone': c['model']['arch'],
-            'loss': c['model']['loss']['name'], 'labels' if spec.several else 'names': f'{len(spec.labels)} of {spec.target}', 'channels': ', '.join(spec.channels),
-            'normalization': spec.norm, 'side': f"{spec.size or c['data'].get('side')} px", 'metadata': ', '.join(c['model'].get('metadata') or ()) or 'none',
-            'trained on': _trained_on(c), 'held out': first_few(c['held_out'] or c.get('held_plates') or ['none']), 'validation': validation_note(c), 'seed': c.get('seed', 'not known'),
-            'versions': ', '.join(f'{k} {v}' for k, v in c['versions'].items() if v), 'fingerprint': c['fingerprint'][:16]}
+    rows = {'recipe': recipe.get('name', 'none'), 'about it': recipe.get('about', ''), 'stages': _stages_said(recipe),
+            'backbone': c['model']['arch'], 'loss': c['model']['loss']['name'],
+            'labels' if spec.several else 'names': f'{len(spec.labels)} of {spec.target}',
+            'channels': ', '.join(spec.channels), 'normalization': spec.norm, 'side': f"{spec.size or c['data'].get('side')} px",
+            'metadata': ', '.join(c['model'].get('metadata') or ()) or 'none',
+            'trained on': _trained_on(c), 'held out': first_few(c['held_out'] or c.get('held_plates') or ['none']),
+            'validation': validation_note(c), 'seed': c.get('seed', 'not known'),
+            'versions': ', '.join(f'{k} {v}' for k, v in c['versions'].items() if v),
+            'fingerprint': c['fingerprint'][:16]}
     return pd.DataFrame({'': {k: str(v) for k, v in rows.items() if v != ''}})
 
 # %% ../../nbs/61_results.report.ipynb #362150db
@@ -162,18 +181,22 @@ def _some_experiments(rows, most):
     fits = first.experiment[(sizes.cumsum() <= most).to_numpy()]
     return rows[rows.experiment.isin(fits if len(fits) else first.experiment[:1])]
 
+# %% ../../nbs/61_results.report.ipynb #63e2d445
 def _examples(r, n=2):
     "Return up to `n` wells that are named right and `n` that are not, of several experiments where there are"
-    r = r.assign(turn=r.groupby(['right', 'experiment']).cumcount()).sort_values(['turn', 'experiment', 'id_code'], kind='stable')
+    r = r.assign(turn=r.groupby(['right', 'experiment']).cumcount())
+    r = r.sort_values(['turn', 'experiment', 'id_code'], kind='stable')
     return pd.concat([r[r.right].head(n), r[~r.right].head(n)]).drop(columns='turn')
 
+# %% ../../nbs/61_results.report.ipynb #e1f9de33
 def _map_tables(model, screen, rows, progress):
     "Return the embeddings of the index and of some rows that were named, as they are and adapted where the model can"
     res = []
     for index, adapt in ((model.index, None), (model.adapted_index, 'experiment')):
         if index is None: continue
         named = model.embed(screen[rows], tta=1, mask=INDUCTIVE_MASK, adapt=adapt, progress=progress)
-        named[f'{META}dataset'] = 'test'                  # a new screen, or what was held out of training, is seldom marked so
+        # a new screen, or what was held out of training, is seldom marked so
+        named[f'{META}dataset'] = 'test'
         res.append(pd.concat([index.table(), named], ignore_index=True))
     return res
 
@@ -183,6 +206,7 @@ def _near(model, emb, wells):
     mine = emb[emb[f'{META}well_id'].isin(wells) & (emb[f'{META}dataset'] == 'test')].reset_index(drop=True)
     return predict_wells(mine, model.index, 'inductive')[1] if len(mine) else pd.DataFrame(columns=['id_code'])
 
+# %% ../../nbs/61_results.report.ipynb #b66d80d3
 def _strips(near, examples, screen):
     "Return a picture of each well beside its nearest training sites"
     figs = []
@@ -194,51 +218,72 @@ def _strips(near, examples, screen):
     return figs
 
 # %% ../../nbs/61_results.report.ipynb #3a145f94
+_PROTOCOLS = f'Every number names its protocol: {"; ".join(f"{p} {about}" for p, about in PROTOCOL_ABOUT.items())}. '
+
 def _of_wells(pred, wells):
     "Return the predictions of some wells"
     some = pred[pred.id_code.isin(wells)].reset_index(drop=True)
     some.attrs = dict(pred.attrs)
     return some
 
+# %% ../../nbs/61_results.report.ipynb #68b40ef3
+def _wrong_sections(r, name):
+    "Return the section of what is taken for what; none where all is right"
+    if r.right.all(): return []
+    text = (f'What is taken for what, {name}. "other way": '
+            'how many wells of the answer were called by the name of the truth.')
+    return [('Confusions', text, [confused_pairs(r), confusion_plot(r)])]
+
+# %% ../../nbs/61_results.report.ipynb #da1727d4
 def _truth_sections(preds, screen, model, emb, known, most=4):
     "Return the sections that need true labels, of the wells whose labels are known: accuracy first"
     n, preds = len(next(iter(preds.values()))), {k: _of_wells(p, known) for k, p in preds.items()}
     res = evaluate_screen(preds, screen.table, partial=True)
     name = next(iter(preds))
     r = right_wrong(preds[name], screen.table)
-    some = f'Labels are known of {len(r)} of {n} wells, and all figures of right and wrong are of these. ' if len(r) < n else ''
+    text = f'{_PROTOCOLS}Chance is 1 in {res.columns[next(iter(res.columns))]["n_classes"]}. {" ".join(res.notes)}'
+    if len(r) < n:
+        text = f'Labels are known of {len(r)} of {n} wells, and all figures of right and wrong are of these. {text}'
     examples, experiments = _examples(r), list(dict.fromkeys(r.experiment))[:most]
-    wrong = [('Confusions', f'What is taken for what, {name}. "other way": how many wells of the answer were called by the name of the truth.',
-              [confused_pairs(r), confusion_plot(r)])] if not r.right.all() else []
+    near = ('Left above the well to name, then the most similar training sites (inductive); '
+            '✓ is the right name, ✗ another one.')
     strips = _strips(_near(model, emb, examples.id_code), examples, screen)
-    chance = f'Chance is 1 in {res.columns[next(iter(res.columns))]["n_classes"]}. '
-    return [('Accuracy of test wells', some + _PROTOCOLS + chance + ' '.join(res.notes), [res.table(), accuracy_plot(res)])], [*wrong,
-        ('Nearest neighbors', 'Left above the well to name, then the most similar training sites (inductive); ✓ is the right name, ✗ another one.', strips),
-        ('Plates', f'Right and wrong wells, {name}, of {first_few(experiments)}.', [right_wrong_map(r[r.experiment == e]) for e in experiments])]
+    plates = [right_wrong_map(r[r.experiment == e]) for e in experiments]
+    last = [*_wrong_sections(r, name), ('Nearest neighbors', near, strips),
+            ('Plates', f'Right and wrong wells, {name}, of {first_few(experiments)}.', plates)]
+    return [('Accuracy of test wells', text, [res.table(), accuracy_plot(res)])], last
 
+# %% ../../nbs/61_results.report.ipynb #50512593
 def _sure_section(name, pred, screen, model, emb, most=4):
     "Return the section that tells how sure the model is, where no labels are known"
     said = f'the score of each answer, {name}'
-    if 'score' not in pred:                                   # a file has no scores: those of the embeddings that the page shows
-        test = emb[(emb[f'{META}dataset'] == 'test') & emb[f'{META}well_id'].isin(set(pred.id_code))].reset_index(drop=True)
-        pred, said = predict_wells(test, model.index, 'inductive')[0], 'the cosine between each well and its most similar training site (inductive)'
-    wells = screen.table.drop_duplicates('well_id').set_index('well_id').loc[pred.id_code, ['experiment', 'plate', 'well']]
-    wells = wells.assign(score=pred['score'].to_numpy())
+    # a file has no scores: those of the embeddings that the page shows
+    if 'score' not in pred:
+        is_test = (emb[f'{META}dataset'] == 'test') & emb[f'{META}well_id'].isin(set(pred.id_code))
+        pred = predict_wells(emb[is_test].reset_index(drop=True), model.index, 'inductive')[0]
+        said = 'the cosine between each well and its most similar training site (inductive)'
+    wells = screen.table.drop_duplicates('well_id').set_index('well_id')
+    wells = wells.loc[pred.id_code, ['experiment', 'plate', 'well']].assign(score=pred['score'].to_numpy())
     experiments = list(dict.fromkeys(wells.experiment))[:most]
-    text = f'How sure the model is: {said}, of {first_few(experiments)}. The wells have no labels, so nothing is known of right and wrong.'
+    text = (f'How sure the model is: {said}, of {first_few(experiments)}. '
+            'The wells have no labels, so nothing is known of right and wrong.')
     return 'Plates', text, [plate_maps(wells[wells.experiment == e], 'score') for e in experiments]
 
 # %% ../../nbs/61_results.report.ipynb #0d297299
-_PROTOCOLS = f'Every number names its protocol: {"; ".join(f"{p} {about}" for p, about in PROTOCOL_ABOUT.items())}. '
+def _training_section(history, text): return [('Training', text, [training_curve(history)])] if len(history) else []
 
 def _picture_sections(screen, model, maps, rows):
     "Return the sections that need no labels"
-    res = [('Sites', f'{plural(len(screen.channels), "channel")} as one color picture, contrast stretched for the eye.', [site_gallery(screen)])]
-    if len(model.history): res.append(('Training', 'Losses and accuracy by epoch; thin lines part the stages. Accuracy is that of the classifier on single held-out sites.', [training_curve(model.history)]))
+    sites = f'{plural(len(screen.channels), "channel")} as one color picture, contrast stretched for the eye.'
+    training = ('Losses and accuracy by epoch; thin lines part the stages. '
+                'Accuracy is that of the classifier on single held-out sites.')
     both = dict(adapted=maps[1]) if len(maps) > 1 else {}
-    text = ('Principal components of the embeddings' + (', before and after the BatchNorm statistics are those of each experiment' if both else '') +
-            f'. By experiment: what the batch does; by {model.spec.target}, of which a few are shown: what should remain. Hollow points are test wells, of {first_few(sorted(rows.experiment.unique()), 6)}.')
-    return [*res, ('Embedding map', text, [embedding_map(maps[0], 'experiment', model.spec.target, **both)])]
+    before = ', before and after the BatchNorm statistics are those of each experiment' if both else ''
+    text = (f'Principal components of the embeddings{before}. By experiment: what the batch does; '
+            f'by {model.spec.target}, of which a few are shown: what should remain. '
+            f'Hollow points are test wells, of {first_few(sorted(rows.experiment.unique()), 6)}.')
+    return [('Sites', sites, [site_gallery(screen)]), *_training_section(model.history, training),
+            ('Embedding map', text, [embedding_map(maps[0], 'experiment', model.spec.target, **both)])]
 
 # %% ../../nbs/61_results.report.ipynb #957525c9
 def _known_wells(rows, target):
@@ -246,17 +291,38 @@ def _known_wells(rows, target):
     rows = target_table(rows, target)
     return set(rows.well_id[rows[target].notna()]) if target in rows else set()
 
+def _about(preds, model):
+    "Return the section on how everything was made"
+    how, others = how_table(preds), [n for n, p in preds.items() if _is_of_others(p, model)]
+    said = f' The model of {first_few(others)} is another one than that of the maps here.' if others else ''
+    tables = [*([how] if len(how) else []), settings_table(model)]
+    return 'How it was made', f'What each prediction used, and what the model is.{said}', tables
+
+# %% ../../nbs/61_results.report.ipynb #d1f25e88
 def _label_sections(preds, screen, target, labeled):
     "Return the sections of several labels per image: scores and answers"
     name, pred = next(iter(preds.items()))
-    shown = ('Answers', f'Some of the images under the labels that they were answered with, {name}' + (', and in brackets those that they have.' if labeled else '.'), [label_gallery(pred, screen, target)])
+    have = ', and in brackets those that they have' if labeled else ''
+    shown = ('Answers', f'Some of the images under the labels that they were answered with, {name}{have}.',
+             [label_gallery(pred, screen, target)])
     if not labeled: return [shown]
     res = evaluate_screen(preds, screen.table)
     each = pd.DataFrame(next(iter(res.columns.values()))['labels'])
-    text = ('The macro F1 is the mean over labels, the micro F1 that of all answers together; mAP, the mean average precision, needs no thresholds. Beside each label: how many images have it. '
+    text = ('The macro F1 is the mean over labels, the micro F1 that of all answers together; '
+            'mAP, the mean average precision, needs no thresholds. Beside each label: how many images have it. '
             + _PROTOCOLS.split(';')[0] + '. ' + ' '.join(res._foot()))
     return [('Scores of several labels', text, [res.table(), label_plot(each)]), shown]
 
+def _write_labels(out, model, screen, preds, labeled, title, more):
+    "Write the report of a model that answers several labels"
+    text = ('Losses and F1 by epoch; thin lines part the stages. A label counts '
+            'from a probability of one half on, as the thresholds are chosen at the end.')
+    pred = next(iter(preds.values()))
+    title = title or f'{model}: {plural(len(pred), "image")} answered'
+    sections = [*_label_sections(preds, screen, model.spec.target, labeled), *_training_section(model.history, text)]
+    return write_report(out, title, [*sections, *(more or []), _about(preds, model)])
+
+# %% ../../nbs/61_results.report.ipynb #aa62dfd6
 def report_screen(
     out, # HTML file to write
     model, # `TrainedModel`
@@ -273,29 +339,18 @@ def report_screen(
     screen, preds = open_screen(screen, check=False), named_predictions(predictions)
     pred = next(iter(preds.values()))
     rows = screen.table[screen.table.well_id.isin(set(pred.id_code))]
-    if not len(rows): raise ScreenError('None of the predicted wells is in the screen: give the screen that was predicted.')
+    if not len(rows):
+        raise ScreenError('None of the predicted wells is in the screen: give the screen that was predicted.')
     known = _known_wells(rows, model.spec.target)
     if model.spec.several: return _write_labels(out, model, screen, preds, bool(known), title, more)
     maps = _map_tables(model, screen, _some_experiments(rows, most), progress)
-    first, last = _truth_sections(preds, screen, model, maps[0], known) if known else ([], [_sure_section(next(iter(preds)), pred, screen, model, maps[0])])
+    if known: first, last = _truth_sections(preds, screen, model, maps[0], known)
+    else: first, last = [], [_sure_section(next(iter(preds)), pred, screen, model, maps[0])]
     title = title or f'{model}: {plural(len(pred), "well")} named'
-    return write_report(out, title, [*first, *_picture_sections(screen, model, maps, rows), *last, *(more or []), _about(preds, model)])
+    sections = [*first, *_picture_sections(screen, model, maps, rows), *last, *(more or [])]
+    return write_report(out, title, [*sections, _about(preds, model)])
 
 def _is_of_others(pred, model):
     "Return whether a record names models, and this one is not among them"
     makers = [m for o in makers_of(pred.attrs.get('record') or {}) for m in o.values()]
     return bool(makers) and model.fingerprint not in {m.get('fingerprint') for m in makers}
-
-def _about(preds, model):
-    "Return the section on how everything was made"
-    how, others = how_table(preds), [n for n, p in preds.items() if _is_of_others(p, model)]
-    said = f' The model of {first_few(others)} is another one than that of the maps here.' if others else ''
-    return 'How it was made', f'What each prediction used, and what the model is.{said}', [*([how] if len(how) else []), settings_table(model)]
-
-def _write_labels(out, model, screen, preds, labeled, title, more):
-    "Write the report of a model that answers several labels"
-    curve = [('Training', 'Losses and F1 by epoch; thin lines part the stages. A label counts from a probability of one half on, as the thresholds are chosen at the end.',
-              [training_curve(model.history)])] if len(model.history) else []
-    pred = next(iter(preds.values()))
-    title = title or f'{model}: {plural(len(pred), "image")} answered'
-    return write_report(out, title, [*_label_sections(preds, screen, model.spec.target, labeled), *curve, *(more or []), _about(preds, model)])

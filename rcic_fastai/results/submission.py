@@ -57,7 +57,8 @@ def text_to_runs(
     last = np.flatnonzero(v < 32)
     first = np.append(0, last[:-1] + 1)
     n = last - first + 1
-    if n.max() > 8: raise ScreenError('The mask holds runs that are longer than any picture: write it again with encode_mask.')
+    if n.max() > 8:
+        raise ScreenError('The mask holds runs that are longer than any picture: write it again with encode_mask.')
     x = np.add.reduceat((v & 31) << 5*(np.arange(len(v)) - np.repeat(first, n)), first)
     x -= np.where(v[last] & 16, 1, 0) << 5*n
     x[1::2], x[2::2] = x[1::2].cumsum(), x[2::2].cumsum()
@@ -73,9 +74,11 @@ def encode_mask(
 )->str:
     "Return one cell as the competition writes it: COCO's run lengths, deflated, in base64"
     mask = np.asarray(mask)
-    if mask.ndim != 2 or not mask.size: raise ScreenError(f'A mask is a picture [H,W], not {list(mask.shape)}: give that of one cell.')
+    if mask.ndim != 2 or not mask.size:
+        raise ScreenError(f'A mask is a picture [H,W], not {list(mask.shape)}: give that of one cell.')
     return _encoded(np.flatnonzero(mask.T), mask.shape)
 
+# %% ../../nbs/62b_results.submission.ipynb #fb6fcca1
 def decode_mask(
     text:str, # From `encode_mask`
     shape:tuple, # (height, width), px
@@ -85,9 +88,11 @@ def decode_mask(
     try: data = unpack.decompress(base64.b64decode(text, validate=True), 8*(total + 2))
     except (binascii.Error, zlib.error, ValueError):
         raise ScreenError('The mask is no deflated text in base64: write it again with encode_mask.') from None
-    if not unpack.eof: raise ScreenError(f'The mask does not end within {shape[0]}×{shape[1]} px: give its own height and width.')
+    if not unpack.eof:
+        raise ScreenError(f'The mask does not end within {shape[0]}×{shape[1]} px: give its own height and width.')
     runs = text_to_runs(data)
-    if (runs < 0).any() or runs.sum() != total: raise ScreenError(f'The mask is not one of {shape[0]}×{shape[1]} px: give its own height and width.')
+    if (runs < 0).any() or runs.sum() != total:
+        raise ScreenError(f'The mask is not one of {shape[0]}×{shape[1]} px: give its own height and width.')
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(shape[1], shape[0]).T
 
 # %% ../../nbs/62b_results.submission.ipynb #8ab46e19
@@ -96,7 +101,9 @@ def _triplets(d, x, mask, labels, above):
     parts, height = [], mask.shape[0]
     for row, conf in zip(d.itertuples(), x):
         y, z = np.nonzero((mask[row.top:row.bottom, row.left:row.right] == row.cell).T)[::-1]
-        if not len(y): raise ScreenError(f'Cell {row.cell} of {row.image_id} is not in its mask: give the masks that the cells were cut by.')
+        if not len(y):
+            raise ScreenError(f'Cell {row.cell} of {row.image_id} is not in its mask: '
+                              'give the masks that the cells were cut by.')
         text = _encoded((z + row.left)*height + y + row.top, mask.shape)
         parts += [f'{labels[i]} {conf[i]:.6g} {text}' for i in np.flatnonzero(conf >= above)]
     return ' '.join(parts)
@@ -109,13 +116,15 @@ def submission_rows(
 )->pd.DataFrame: # One row per image: ID, ImageWidth, ImageHeight, PredictionString (empty without a cell)
     "Return the rows of a submission"
     labels, x = score_classes(cells), score_matrix(cells)
-    if not labels: raise ScreenError(f'The table has no column {SCORE}LABEL: name the cells with {option("scores", True)}.')
+    if not labels:
+        raise ScreenError(f'The table has no column {SCORE}LABEL: name the cells with {option("scores", True)}.')
     if odd := [l for l in labels if not l or ' ' in l]:
         raise ScreenError(f'The label {odd[0]!r} cannot be written, as spaces separate the entries: rename it.')
     if np.isnan(x).any(): raise ScreenError('A confidence is not a number: name the cells again.')
     groups, rows = cells.groupby('image_id').indices, []
     images = list(groups) if images is None else list(images)
-    if lost := sorted(set(groups) - set(images)): raise ScreenError(f'{first_few(lost, 3)} has cells and is not among the images: name all images.')
+    if lost := sorted(set(groups) - set(images)):
+        raise ScreenError(f'{first_few(lost, 3)} has cells and is not among the images: name all images.')
     for i in images:
         try: mask, at = masks[i], groups.get(i, [])
         except KeyError: raise ScreenError(f'{i} has no mask: segment it, or leave it out of the images.') from None
@@ -140,10 +149,11 @@ def cell_map(
     "Return the mean average precision over labels, and that of each label; a label that no cell has counts for nothing"
     y, s = np.asarray(truth), np.asarray(confidence, np.float64)
     if y.ndim != 2 or y.shape != s.shape:
-        raise ScreenError(f'The true labels are {list(y.shape)} and the confidences {list(s.shape)}: give one row per cell and one column '
-                          'per label for both.')
+        raise ScreenError(f'The true labels are {list(y.shape)} and the confidences {list(s.shape)}: '
+                          'give one row per cell and one column per label for both.')
     if np.isnan(s).any(): raise ScreenError('A confidence is not a number: name the cells again.')
-    if not np.isin(y, (0, 1)).all(): raise ScreenError('The true labels hold something else than 0 and 1: give whether each cell has each label.')
+    if not np.isin(y, (0, 1)).all():
+        raise ScreenError('The true labels hold something else than 0 and 1: give whether each cell has each label.')
     if not y.any(): raise ScreenError('No cell has a label: there is nothing to score.')
     each = [average_precision(c, p) for c, p in zip(s.T, y.astype(bool).T)]
     names = range(y.shape[1]) if labels is None else list(labels)
@@ -158,7 +168,8 @@ def match_cells(
     "Return which true cell each cell covers"
     if not .5 < iou <= 1: raise ScreenError(f'iou={iou} would let a cell have two partners: give more than .5, to 1.')
     a, b = np.asarray(mask), np.asarray(true_mask)
-    if a.shape != b.shape: raise ScreenError(f'The masks are {list(a.shape)} and {list(b.shape)}: give two of one picture.')
+    if a.shape != b.shape:
+        raise ScreenError(f'The masks are {list(a.shape)} and {list(b.shape)}: give two of one picture.')
     (ka, ia, na), (kb, ib, nb) = (np.unique(x, return_inverse=True, return_counts=True) for x in (a, b))
     pairs, both = np.unique(ia.ravel()*len(kb) + ib.ravel(), return_counts=True)
     i, j = np.divmod(pairs, len(kb))
@@ -175,17 +186,23 @@ def _area(s, hit, n_true):
     raised = np.maximum.accumulate((right/(last + 1))[::-1])[::-1]
     return float((np.diff(right, prepend=0)*raised).sum()/n_true)
 
+# %% ../../nbs/62b_results.submission.ipynb #dbe8446f
 def _partners(cells, masks, truth, true_masks, iou):
     "Return the row of `truth` that each row of `cells` covers; -1: none"
-    where, rows = ({k: n for n, k in enumerate(zip(d.image_id, d.cell.astype(int)))} for d in (truth, cells))
+    def numbered(d): return {k: n for n, k in enumerate(zip(d.image_id, d.cell.astype(int)))}
+    where, rows = numbered(truth), numbered(cells)
     for name, d, known in (('truth', truth, where), ('cells', cells, rows)):
         if len(known) < len(d): raise ScreenError(f'{name} has two rows of one cell: keep one.')
-    res, listed, asked = np.full(len(cells), -1), truth.cell.astype(int).groupby(truth.image_id).agg(set), set(cells.image_id)
+    res = np.full(len(cells), -1)
+    listed = truth.cell.astype(int).groupby(truth.image_id).agg(set)
+    asked = set(cells.image_id)
     for i in sorted(asked | {*listed.index}):
         try: theirs = true_masks[i]
         except KeyError: raise ScreenError(f'{i} has no true mask: leave it out, or add its mask.') from None
         odd = {*np.unique(theirs[theirs > 0]).tolist()} ^ listed.get(i, set())
-        if odd: raise ScreenError(f'Cell {min(odd)} of {i} is not in both the true mask and the table of true labels: give one row per cell of the masks.')
+        if odd:
+            raise ScreenError(f'Cell {min(odd)} of {i} is not in both the true mask and the table of true labels: '
+                              'give one row per cell of the masks.')
         if i not in asked: continue
         for r in match_cells(masks[i], theirs, iou).itertuples():
             if (i, r.cell) in rows: res[rows[i, r.cell]] = where[i, r.true_cell]
@@ -203,9 +220,11 @@ def cell_map_of_masks(
 )->tuple: # (mean over labels, one row per label: label, cells, found, average_precision)
     "Return the competition's mean average precision over labels, of cells whose masks are matched with true ones"
     labels, s = score_classes(cells), score_matrix(cells)
-    if not labels: raise ScreenError(f'The table has no column {SCORE}LABEL: name the cells with {option("scores", True)}.')
+    if not labels:
+        raise ScreenError(f'The table has no column {SCORE}LABEL: name the cells with {option("scores", True)}.')
     if np.isnan(s).any(): raise ScreenError('A confidence is not a number: name the cells again.')
-    names = [*labels, *in_order({o for p in split_labels(truth[target]) for o in p} - {*labels})]      # what no cell is answered with is not found
+    # what no cell is answered with is not found
+    names = [*labels, *in_order(set().union(*split_labels(truth[target])) - {*labels})]
     y = label_matrix(truth[target], names) > .5
     if not y.any(): raise ScreenError('No true cell has a label: there is nothing to score.')
     of, rows = _partners(cells, masks, truth, true_masks, iou), []

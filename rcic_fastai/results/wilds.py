@@ -26,7 +26,8 @@ def _part_rows(part, r):
     "Return the scores of one part: all sites, each cell type, the worst of them"
     by = r.groupby('cell_type').right.agg(['mean', 'size'])
     worst = by['mean'].idxmin()
-    rows = [(part, 'all', '', r.right.mean(), len(r)), *((part, 'cell_type', c, o['mean'], o['size']) for c, o in by.iterrows())]
+    rows = [(part, 'all', '', r.right.mean(), len(r)),
+            *((part, 'cell_type', c, o['mean'], o['size']) for c, o in by.iterrows())]
     return rows + [(part, 'worst', worst, by['mean'][worst], by['size'][worst])]
 
 # %% ../../nbs/62_results.wilds.ipynb #c63c6a4f
@@ -43,6 +44,7 @@ def wilds_scores(
         n, mine = int((parts == part).sum()), r[of == part]
         if not len(mine): continue
         if len(mine) < n and not partial:
-            raise ScreenError(f'{n - len(mine)} of {n} sites of {part} are not predicted: predict all of them, controls too, or allow a {option("partial", True)} evaluation.')
+            raise ScreenError(f'{n - len(mine)} of {n} sites of {part} are not predicted: '
+                              f'predict all of them, controls too, or allow a {option("partial", True)} evaluation.')
         rows += _part_rows(part, mine)
     return pd.DataFrame(rows, columns=['part', 'group', 'name', 'accuracy', 'sites'])

@@ -17,8 +17,8 @@ from ..core import ScreenError, check_choice, read_plain, write_atomic, write_js
 # %% ../../nbs/07_screen.download.ipynb #5679654c
 RXRX1_URL = 'https://storage.googleapis.com/rxrx/rxrx1'
 RXRX1_FILES = dict(metadata='rxrx1-metadata.zip', images='rxrx1-images.zip', embeddings='rxrx1-dl-embeddings.zip')
-RXRX1_LICENSE = ('RxRx1 is the work of Recursion, licensed CC BY-NC-SA 4.0 (creativecommons.org/licenses/by-nc-sa/4.0): '
-                 'name the source, no commercial use, share alike.')
+RXRX1_LICENSE = ('RxRx1 is the work of Recursion, licensed CC BY-NC-SA 4.0 '
+                 '(creativecommons.org/licenses/by-nc-sa/4.0): name the source, no commercial use, share alike.')
 
 # %% ../../nbs/07_screen.download.ipynb #a4eb2c50
 def _part(path): return Path(f'{path}.part')
@@ -38,8 +38,8 @@ def _known_note(path):
     "Return the note of a part, {} without a part; raise when the part, or the note, was not written by this download"
     note = _read_note(path)
     if not note and any(os.path.lexists(f) for f in (_part(path), _note(path))):
-        raise ScreenError(f'{_part(path)} or its note {_note(path).name} was not written by this download, or is damaged: '
-                          'move both elsewhere, and call again.')
+        raise ScreenError(f'{_part(path)} or its note {_note(path).name} was not written by this download, '
+                          'or is damaged: move both elsewhere, and call again.')
     return note
 
 # %% ../../nbs/07_screen.download.ipynb #c7b62766
@@ -210,8 +210,8 @@ def fetch_file(
             _forget(path)
             return path
         except OSError as e:
-            raise ScreenError(f'{path} cannot be written ({_why(e)}): make room or give another folder, and call again; '
-                              'the bytes so far are kept.') from None
+            raise ScreenError(f'{path} cannot be written ({_why(e)}): make room or give another folder, '
+                              'and call again; the bytes so far are kept.') from None
         except _Dropped as e:
             if e.stale: _forget(path)
             have = _part(path).stat().st_size if _part(path).is_file() else 0
@@ -257,8 +257,8 @@ def _count(archive):
     return int.from_bytes(tail[big+32:big+40], 'little') if n == 0xffff and big >= 0 else n
 
 def _unsafe(archive, why):
-    return ScreenError(f'{archive} is not safe to unpack ({why}): nothing was unpacked; get the archive from its official '
-                       'place.')
+    return ScreenError(f'{archive} is not safe to unpack ({why}): nothing was unpacked; '
+                       'get the archive from its official place.')
 
 def _members(z, archive, into):
     "Check all names of a zip; return its files and their paths: [(info, 'images/…')]"
@@ -295,7 +295,8 @@ def _chunks(z, info, archive):
                 yield chunk
     except Exception as e: raise _damaged(archive, f'{info.orig_filename!r}: {_why(e).split(" for file")[0]}') from None
     finally: info.file_size = size
-    if n != size: raise _damaged(archive, f'{info.orig_filename!r} is {"longer" if n > size else "shorter"} than it says')
+    if n != size:
+        raise _damaged(archive, f'{info.orig_filename!r} is {"longer" if n > size else "shorter"} than it says')
 
 # %% ../../nbs/07_screen.download.ipynb #c7c35dd5
 def _is_there(target, info):
@@ -392,7 +393,8 @@ def download_rxrx1(
             print(f'{name}: already there')
             continue
         if not archive.is_file():
-            fetch_file(f'{base_url.rstrip("/")}/{archive.name}', archive, float(unzip), timeout, retries, wait, progress)
+            fetch_file(f'{base_url.rstrip("/")}/{archive.name}', archive, float(unzip), timeout, retries,
+                       wait, progress)
             if unzip and not keep: write_json(fetched, _stamp(archive))
         if not unzip: continue
         files, size = unpack_archive(archive, dest, name, progress)

@@ -20,9 +20,10 @@ from fastcore.basics import patch
 
 from ..core import ScreenError, check_choice, first_few, is_remote, option, plural
 from .remote import as_path, each, open_any, read_remote, remote_facts, remote_list
-from .tables import (DATASET_NAMES, IMAGE_COLUMN, SITE_COLUMNS, USUAL_NAMES, check_table, further_columns,
-                                       identifiers, read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
-                                       as_columns, check_header, complete_types, as_integers, own_well_names, whole_numbers)
+from .tables import (DATASET_NAMES, IMAGE_COLUMN, SITE_COLUMNS, USUAL_NAMES, check_table,
+                                       further_columns, identifiers, read_table, rowcol_to_well, usual_columns,
+                                       well_to_rowcol, well_types, as_columns, check_header, complete_types,
+                                       as_integers, own_well_names, whole_numbers)
 from .images import ImageSource
 from .tiff import check_planes, read_planes
 
@@ -62,8 +63,8 @@ class FileSource(ImageSource):
         super().__init__(root, table, channels)
         files = np.asarray(files, object).reshape(len(table), -1)
         if files.shape[1] not in (1, len(self.channels)):
-            raise ScreenError(f'{name} has {files.shape[1]} files per site for {plural(len(self.channels), "channel")}: give '
-                              'one for each channel, or one for all.')
+            raise ScreenError(f'{name} has {files.shape[1]} files per site for '
+                              f'{plural(len(self.channels), "channel")}: give one for each channel, or one for all.')
         folders, names = zip(*[os.path.split(p) for p in files.ravel()])
         codes, unique = pd.factorize(np.array(folders, object))
         self.name, self._folders = name, [o if is_remote(o) else os.path.join(root, o) for o in unique]
@@ -118,7 +119,8 @@ def _have(self:FileSource, folder, names):
         facts.update(zip(new, each(remote_facts, [f'{folder}/{o}' for o in new])) if new else ())
     except ScreenError as e:
         start = '/'.join(folder.split('/')[:3]) + '/'
-        raise ScreenError(f'{str(e).rstrip(".")}; or say where copies of the files are with {option("replace", {start: "FOLDER"})}.') from None
+        raise ScreenError(f'{str(e).rstrip(".")}; or say where copies of the files are with '
+                          f'{option("replace", {start: "FOLDER"})}.') from None
     return facts
 
 @patch
@@ -128,7 +130,8 @@ def _file_facts(self:FileSource, path):
     return self._have(folder, [name]).get(name)
 
 @patch
-def _is_there(self:FileSource, path): return os.path.isfile(path) if not is_remote(path) else self._file_facts(path) is not None
+def _is_there(self:FileSource, path):
+    return os.path.isfile(path) if not is_remote(path) else self._file_facts(path) is not None
 
 @patch
 def _open(self:FileSource, path, do):
@@ -145,7 +148,8 @@ def _read_file(self:FileSource, row, channels, expect=None, header=False):
     "Return channels of a site [n,H,W] from the file that holds them, or what its header says"
     pages = None if self._pages is None else [int(self._pages[row, c]) for c in channels]
     path, names = self._path(row, channels[0] % self._names.shape[1]), [self.channels[c] for c in channels]
-    return read_planes(path, len(channels), pages, expect, header, **self._planes, names=names, among=self.channels, opener=self._open)
+    return read_planes(path, len(channels), pages, expect, header, **self._planes, names=names, among=self.channels,
+                       opener=self._open)
 
 @patch
 def _vote(self:FileSource, n=9)->tuple: # (H, W, bits) of most of `n` files, from as many plates as there are
@@ -157,9 +161,9 @@ def _vote(self:FileSource, n=9)->tuple: # (H, W, bits) of most of `n` files, fro
             except ScreenError as e: trouble = trouble or e
         if sum(votes.values()) >= n: break
     if votes: return votes.most_common(1)[0][0]
-    raise trouble or ScreenError(f'None of the files in {self.name} is there, such as {self._path(0, 0)}: give the '
-                                 f'folder that they are relative to as {option("root")}, or what replaces the beginning of their paths '
-                                 f'with {option("replace", {"BEGINNING": "FOLDER"})}.')
+    raise trouble or ScreenError(f'None of the files in {self.name} is there, such as {self._path(0, 0)}: '
+                                 f'give the folder that they are relative to as {option("root")}, or what replaces '
+                                 f'the beginning of their paths with {option("replace", {"BEGINNING": "FOLDER"})}.')
 
 @patch
 def _expect(self:FileSource)->tuple: # (H, W, bits), looked up once
@@ -185,7 +189,8 @@ def reads_channels(self:FileSource)->bool: return self._whole() == 1
 def _by_file(self:FileSource, row, at=None):
     "Return {file: the numbers of its channels} of a row, or of its channels `at`"
     res = {}
-    for c in range(len(self.channels)) if at is None else at: res.setdefault(self._path(row, c % self._names.shape[1]), []).append(c)
+    for c in range(len(self.channels)) if at is None else at:
+        res.setdefault(self._path(row, c % self._names.shape[1]), []).append(c)
     return res
 
 @patch
@@ -250,8 +255,9 @@ def check_files(
     rows = list(source._rows.values())
     absent = list(dict.fromkeys(source._path(rows[i], j) for i, j in zip(*np.nonzero(gone))))
     total = gone.size if source._pages is None else len(set(zip(source._folder[rows].flat, source._names[rows].flat)))
-    raise ScreenError(f'{len(absent)} of {total} files in {source.name} are not there ({first_few(absent)}): restore '
-                      f'them, check {option("root")}, or leave incomplete sites out with {option("only_present", True)}.')
+    raise ScreenError(f'{len(absent)} of {total} files in {source.name} are not there ({first_few(absent)}): '
+                      f'restore them, check {option("root")}, '
+                      f'or leave incomplete sites out with {option("only_present", True)}.')
 
 # %% ../../nbs/05_screen.files.ipynb #b0da22a5
 def _table_at(path):
@@ -293,8 +299,8 @@ def _wide_columns(df, where='the table'):
         used.append(c)
         kind, cells = m[1].lower(), found.setdefault(spelled.setdefault(m[2].lower(), m[2]), {})
         if kind in cells and not df[c].equals(df[cells[kind]]):
-            raise ScreenError(f'{where} has the columns {cells[kind]} and {c}, which both mean the {kind} of one channel and differ: '
-                              'remove or rename one.')
+            raise ScreenError(f'{where} has the columns {cells[kind]} and {c}, '
+                              f'which both mean the {kind} of one channel and differ: remove or rename one.')
         cells.setdefault(kind, c)
     found = {k: v for k, v in found.items() if ('filename' in v or 'url' in v) and not k.lower().startswith('illum')}
     orig = {k[4:]: v for k, v in found.items() if k.lower().startswith('orig') and len(k) > 4}
@@ -314,8 +320,8 @@ def chosen_channels(
     strange = [c for c in chosen.values() if c not in have]
     if strange: raise ScreenError(f'{where} has no channel {first_few(strange)}: it has {first_few(have, 20)}.')
     if not 1 <= len(chosen) <= 16:
-        raise ScreenError(f'{where} has {plural(len(chosen), "channel")} ({first_few(chosen, 20)}): choose 1 to 16 of them with '
-                          f'{option("channels", ["DNA", "…"])}.')
+        raise ScreenError(f'{where} has {plural(len(chosen), "channel")} ({first_few(chosen, 20)}): '
+                          f'choose 1 to 16 of them with {option("channels", ["DNA", "…"])}.')
     return chosen
 
 # %% ../../nbs/05_screen.files.ipynb #ebaecd4e
@@ -334,7 +340,9 @@ def _page_numbers(df, cells, where):
 def _joined(df, file, folder, where):
     "Return the paths from a column of files and, if there is one, a column of folders"
     p = _filled(identifiers(df[file], where), where)
-    return (p if folder is None else _filled(identifiers(df[folder], where), where).str.replace('/+$', '', regex=True) + '/' + p).to_numpy(object)
+    if folder is None: return p.to_numpy(object)
+    above = _filled(identifiers(df[folder], where), where).str.replace('/+$', '', regex=True)
+    return (above + '/' + p).to_numpy(object)
 
 # %% ../../nbs/05_screen.files.ipynb #61b462dd
 def _begins(path, folder):
@@ -360,9 +368,9 @@ def _local(paths, replace, where):
     if unused: raise ScreenError(f'No path in {where} begins with {first_few(unused)}: the first one is {paths[0]}.')
     if remote:
         start = '/'.join(remote[0].split('/')[:3]) + '/'
-        raise ScreenError(f'{len(remote)} of {plural(len(paths), "file")} in {where} are at addresses that are not read (the first: {remote[0]}; s3://, '
-                          f'gs:// and https:// are): download them and say where they are with '
-                          f'{option("replace", {start: "FOLDER"})}.')
+        raise ScreenError(f'{len(remote)} of {plural(len(paths), "file")} in {where} are at addresses '
+                          f'that are not read (the first: {remote[0]}; s3://, gs:// and https:// are): '
+                          f'download them and say where they are with {option("replace", {start: "FOLDER"})}.')
     return np.array(out, object)
 
 # %% ../../nbs/05_screen.files.ipynb #625300de
@@ -454,9 +462,9 @@ def _channel_rows(t, key, names, where):
     lacks = (at < 0).any(1)
     if lacks.any():
         i = np.flatnonzero(lacks)[0]
-        raise ScreenError(f'{lacks.sum()} of {plural(len(ids), "site")} in {where} have no row for some channel ({ids[i]} has '
-                          f'none for {first_few(n for n, a in zip(names, at[i]) if a < 0)}): add the rows, leave '
-                          f'those sites out, or choose {option("channels")}.')
+        raise ScreenError(f'{lacks.sum()} of {plural(len(ids), "site")} in {where} have no row for some channel '
+                          f'({ids[i]} has none for {first_few(n for n, a in zip(names, at[i]) if a < 0)}): '
+                          f'add the rows, leave those sites out, or choose {option("channels")}.')
     return ids, site, at
 
 # %% ../../nbs/05_screen.files.ipynb #d35ef9f9
@@ -472,7 +480,9 @@ def _fold(t, extra, key, names, where):
 # %% ../../nbs/05_screen.files.ipynb #1b8b00d0
 def _read_columns(found, keys):
     "Return the columns that were read for `keys`, and those that say the same; a second column of well types says more"
-    return [c for k in keys for c in (found[k][:1] if k in ('well_type', 'file') else found[k])]
+    columns = []
+    for k in keys: columns += found[k][:1] if k in ('well_type', 'file') else found[k]
+    return columns
 
 def _gather_wide(df, found, wide, used, channels, where, facts):
     "Return (site table, further columns, paths [N,C], channels, pages [N,C] or None) of a table with one row per site"
@@ -515,9 +525,9 @@ def _gather(df, found, channels, own_file, where, facts):
         wide, used = {c: dict(filename=c) for c in own}, [*used, *own]
     if wide and not own_file: return _gather_wide(df, found, wide, used, channels, where, facts)
     if not found['file']:
-        raise ScreenError(f'{where} names no image files (it has {first_few(df.columns)}): it needs FileName_… '
-                          'columns, or a column of '
-                          f'files; name them with {option("columns", dict(file="…", channel="…"))} or {option("channels", {"DNA": "…"})}.')
+        raise ScreenError(f'{where} names no image files (it has {first_few(df.columns)}): '
+                          'it needs FileName_… columns, or a column of files; name them with '
+                          f'{option("columns", dict(file="…", channel="…"))} or {option("channels", {"DNA": "…"})}.')
     if not found['channel'] and not channels:
         raise ScreenError(f'{where} has one file per site and no column of channels: name what each file holds with '
                           f'{option("channels", ["DNA", "…"])}, in the order of its pages.')
@@ -542,8 +552,8 @@ def read_listed(
     cache:str='', # Folder that keeps files of addresses
 )->tuple: # (table, source)
     "Return what `read_files` returns, of a table in memory"
-    if not (is_remote(root) or root.is_dir()): raise ScreenError(f'{root} is not a folder: give the folder that the paths in {where} start '
-                                            'from.')
+    if not (is_remote(root) or root.is_dir()):
+        raise ScreenError(f'{root} is not a folder: give the folder that the paths in {where} start from.')
     facts = partial(row_facts, where=where, controls=controls, cell_type=cell_type, dataset=dataset, test=test)
     own_file = 'file' in (columns or {})
     unused = ('channel', 'file', 'folder', 'page') if _wide_columns(df, where)[0] and not own_file else ()
@@ -551,8 +561,8 @@ def read_listed(
     s, extra, files, names, pages = _gather(df, found, channels, own_file, where, facts)
     if not found['experiment'] and s['plate'].nunique() > 1:
         name_it = name_it or f'name its column with {option("columns", {"experiment": "COLUMN"})}'
-        print(f'note: {where} does not name the experiment (batch), so each plate is taken for one. Plates of one batch must not be '
-              f'split into training and test: {name_it}.')
+        print(f'note: {where} does not name the experiment (batch), so each plate is taken for one. '
+              f'Plates of one batch must not be split into training and test: {name_it}.')
     plate_format(s['well'].unique(), plate_wells)
     files = _local(files.ravel(), replace, where).reshape(files.shape)
     s = pd.concat([s, extra], axis=1).reset_index(drop=True)
@@ -576,4 +586,5 @@ def read_files(
 )->tuple: # (site table with `SITE_COLUMNS` first, `FileSource`)
     "Return the site table and image source of a screen from the table that lists its image files"
     df, where, folder = _load(table)
-    return read_listed(df, where, as_path(folder if root is None else root), channels, columns, controls, test, cell_type, dataset, plate_wells, replace, t, z, cache=cache)
+    return read_listed(df, where, as_path(folder if root is None else root), channels, columns, controls,
+                        test, cell_type, dataset, plate_wells, replace, t, z, cache=cache)

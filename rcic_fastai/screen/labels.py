@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import ScreenError, first_few, option, plural
-from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers, is_site_table, join_labels,
-                                       names_files, read_table, split_labels, table_columns)
+from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
+                                       is_site_table, join_labels, names_files, read_table, split_labels, table_columns)
 from .files import FileSource, chosen_channels
 
 # %% ../../nbs/06c_screen.labels.ipynb #e1edf225
@@ -47,7 +47,8 @@ def _read_images(path, dataset):
     own = _named(df.columns, ('dataset', 'split'))
     sets = df[own].fillna(dataset).map(lambda o: DATASET_NAMES.get(str(o).lower(), o)) if own else dataset
     known = pd.DataFrame(dict(site_id=ids, labels=pd.Series(texts, df.index, dtype=object), dataset=sets))
-    return pd.concat([known, further_columns(df, [o for o in (key, label, own) if o], [*SITE_COLUMNS, 'labels'])], axis=1)
+    return pd.concat([known, further_columns(df, [o for o in (key, label, own) if o], [*SITE_COLUMNS, 'labels'])],
+                     axis=1)
 
 # %% ../../nbs/06c_screen.labels.ipynb #4f8ffc0a
 _FILE = re.compile(r'(?i)(.+)_([^_.]+)\.(png|tiff?)')
@@ -63,7 +64,8 @@ def _channel_files(folders, ids):
             if not m or m[1] not in ids or m[2].lower() in _MASKS: continue
             path = os.path.join(folder, name)
             if found.setdefault((m[1], m[2]), path) != path:
-                raise ScreenError(f'{found[m[1], m[2]]} and {path} are both the channel {m[2]} of {m[1]}: keep one of them.')
+                raise ScreenError(f'{found[m[1], m[2]]} and {path} are both the channel {m[2]} of {m[1]}: '
+                                  'keep one of them.')
     channels = {c for _, c in found}
     return found, [c for c in _COLORS if c in channels] + sorted(channels - {*_COLORS})
 
@@ -72,13 +74,18 @@ def _paths(rows, found, channels, root):
     def expected(row, c):
         sub = row.dataset if (root/row.dataset).is_dir() else 'train' if (root/'train').is_dir() else '.'
         return os.path.join(root, sub, f'{row.site_id}_{c}.png')
-    return np.array([[found.get((r.site_id, c)) or expected(r, c) for c in channels] for r in rows.itertuples()], object).reshape(len(rows), -1)
+    paths = np.empty((len(rows), len(channels)), object)
+    for i, row in enumerate(rows.itertuples()):
+        paths[i] = [found.get((row.site_id, c)) or expected(row, c) for c in channels]
+    return paths
 
 # %% ../../nbs/06c_screen.labels.ipynb #44eeb5da
 def _site_rows(t):
     "Return rows of images as a site table: experiment, plate and well are blank, and each image is its own well"
-    rows = t.assign(well_id=t.site_id, cell_type=t.get('cell_type', 'unknown'), experiment='', plate='', well='', site=1, well_type='treatment', sirna=None,
-                    sirna_id=pd.array([pd.NA]*len(t), dtype='Int64'), plate_group=pd.array([pd.NA]*len(t), dtype='Int64'))
+    rows = t.assign(well_id=t.site_id, cell_type=t.get('cell_type', 'unknown'), experiment='', plate='',
+                    well='', site=1, well_type='treatment', sirna=None,
+                    sirna_id=pd.array([pd.NA]*len(t), dtype='Int64'),
+                    plate_group=pd.array([pd.NA]*len(t), dtype='Int64'))
     return rows[[*SITE_COLUMNS, *(c for c in rows if c not in SITE_COLUMNS)]]
 
 def _image_tables(path):
@@ -98,8 +105,11 @@ def read_labels(
     if not tables: raise ScreenError(f'{path} holds no train.csv: give the folder or the table that lists the images.')
     t = pd.concat([_read_images(f, d) for f, d in tables.items()], ignore_index=True)
     root, where = path if path.is_dir() else path.parent, first_few(f.name for f in tables)
-    found, have = _channel_files([d for d in (root, *(root/s for s in ('train', 'test', 'images'))) if d.is_dir()], t.site_id)
+    folders = (root, root/'train', root/'test', root/'images')
+    found, have = _channel_files([d for d in folders if d.is_dir()], t.site_id)
     if not have:
-        raise ScreenError(f'{root} has no pictures of the images in {where}, such as {root/"train"}/{t.site_id.iloc[0]}_red.png: put them there, or give the table beside them.')
+        raise ScreenError(f'{root} has no pictures of the images in {where}, '
+                          f'such as {root/"train"}/{t.site_id.iloc[0]}_red.png: '
+                          'put them there, or give the table beside them.')
     chosen, rows = chosen_channels(channels, have, root), check_table(_site_rows(t), where)
     return rows, FileSource(root, rows, _paths(rows, found, [*chosen.values()], root), [*chosen], None, where)

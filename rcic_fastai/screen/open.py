@@ -9,7 +9,7 @@ __all__ = ['SCREEN_KINDS', 'ScreenKind', 'screen_kind', 'open_screen', 'dose_col
 # %% ../../nbs/08_screen.open.ipynb #336ddaa3
 import inspect, re
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 import pandas as pd
 from fastcore.meta import delegates
@@ -73,8 +73,8 @@ def _folder_channels(channels):
     known = {c.casefold(): i for i, c in enumerate(CHANNELS)}
     odd = [n for i, n in enumerate(names) if known.get(n.casefold(), i) != i]
     if not odd: return names
-    raise ScreenError(f'{odd[0]} is w{known[odd[0].casefold()] + 1} in such a folder, whose files are read in order: leave out '
-                      f'{option("channels")}, or name w1, w2, … as they are.')
+    raise ScreenError(f'{odd[0]} is w{known[odd[0].casefold()] + 1} in such a folder, whose files are read in order: '
+                      f'leave out {option("channels")}, or name w1, w2, … as they are.')
 
 def _read_folder(
     path, # RxRx1's folder, or its table
@@ -98,7 +98,7 @@ _TABLES = ('load_data.csv', 'metadata.csv', 'train.csv', 'test.csv')
 
 def _tables(folder):
     "Return the tables in the folder of a screen that describe it"
-    found = [p/n for p in (folder, folder/'metadata') for n in _TABLES]
+    found = [*(folder/n for n in _TABLES), *(folder/'metadata'/n for n in _TABLES)]
     return [f for f in found if f.is_file() and (is_site_table(f) or names_files(table_columns(f)))]
 
 def _is_table(path):
@@ -116,11 +116,13 @@ def _read_table(path, **kwargs):
 def _is_plates(path):
     "Return whether there are OME-Zarr plates, and no table of RxRx1 beside them"
     is_written = (path/'wells.csv').is_file() and any(path.glob('*/*.zarr'))          # by `write_plates`
-    return not _tables(path) and (any((path/n).is_file() for n in ('zarr.json', '.zgroup')) or any(path.glob('*.zarr')) or is_written)
+    is_plate = (path/'zarr.json').is_file() or (path/'.zgroup').is_file()
+    return not _tables(path) and (is_plate or any(path.glob('*.zarr')) or is_written)
 
 def _is_images(path):
     "Return whether there is a table of images with labels, which are on no plate"
-    return lists_images(path) if path.is_file() else lists_images(path/'train.csv') if (path/'train.csv').is_file() else False
+    table = path if path.is_file() else path/'train.csv'
+    return table.is_file() and lists_images(table)
 
 def _is_any(path): return True
 def _is_never(path): return False      # a pattern says it, not the path
@@ -159,12 +161,15 @@ def _check_options(path, kind, how):
         raise ScreenError(f'{option("layout")} is about files whose names say their wells: add '
                           f'{option("pattern", example)}, or leave it out.')
     if strange:
-        raise ScreenError(f'{path} is {kind.what}, for which {option(strange[0])} cannot be given: leave it out{kind.hint}.')
+        raise ScreenError(f'{path} is {kind.what}, for which {option(strange[0])} cannot be given: '
+                          f'leave it out{kind.hint}.')
 
 # %% ../../nbs/08_screen.open.ipynb #83dd0ca0
 def _kind_for(path, how):
     "Return the kind of screen that a path and options mean, once it is clear that it has these options"
-    if how.get('pattern') and is_remote(path): raise ScreenError(f'{option("pattern")} is for a folder on the disk, and {path} is an address: list its files in a table, or copy them.')
+    if how.get('pattern') and is_remote(path):
+        raise ScreenError(f'{option("pattern")} is for a folder on the disk, and {path} is an address: '
+                          'list its files in a table, or copy them.')
     name = screen_kind(path)
     says_files = 'file' in (how.get('columns') or {}) or isinstance(how.get('channels'), dict)
     if name == 'folder' and Path(path).is_file() and says_files: name = 'files'
@@ -196,7 +201,9 @@ def _plate_format(wells):
 
 def _place_lines(screen):
     "Return the experiments, plates and wells of a screen, a line for each"
-    if not has_plates(screen.table): return [f'images: {len(screen)} ({first_few(f"{n} {k}" for k, n in screen.table.dataset.value_counts(sort=False).items())}), on no plate']
+    if not has_plates(screen.table):
+        said = first_few(f'{n} {k}' for k, n in screen.table.dataset.value_counts(sort=False).items())
+        return [f'images: {len(screen)} ({said}), on no plate']
     wells, by_plate = screen.wells, screen.wells.groupby(['experiment', 'plate'], sort=False).size()
     names = [str(p) if str(p) == e else f'{e} {p}' for e, p in by_plate.index]
     sets = wells.groupby('experiment', sort=False).dataset.unique()
@@ -241,20 +248,24 @@ def dose_notes(
     for column in dose_columns(wells):
         several = treated.groupby('sirna')[column].nunique()
         several = several.index[several > 1]
-        if odd := _no_dose(treated[column]): notes.append(f'the column {column} has {odd!r} beside numbers: write doses as numbers in one unit, or rcic_hits makes no curves of them')
+        if odd := _no_dose(treated[column]):
+            notes.append(f'the column {column} has {odd!r} beside numbers: '
+                         'write doses as numbers in one unit, or rcic_hits makes no curves of them')
         if not len(several): continue
         has = plural(len(several), 'perturbation has', 'perturbations have')
-        notes.append(f'{has} wells of several doses in the column {column} ({first_few(several, 5)}), and each perturbation is one class: '
-                     f'{option("target", f"sirna+{column}")} makes a class of each pair')
+        notes.append(f'{has} wells of several doses in the column {column} ({first_few(several, 5)}), and each '
+                     f'perturbation is one class: {option("target", f"sirna+{column}")} makes a class of each pair')
     return notes
 
+# %% ../../nbs/08_screen.open.ipynb #4b13d1d0
 def _label_lines(table):
     "Return which labels the images of an atlas have, and how often"
-    if 'labels' not in table: return [f'further columns: {first_few([c for c in table if c not in SITE_COLUMNS], 20) or "none"}']
+    if 'labels' not in table:
+        return [f'further columns: {first_few([c for c in table if c not in SITE_COLUMNS], 20) or "none"}']
     parts = split_labels(table.labels)
-    counts = pd.Series([o for p in parts for o in p], dtype=object).value_counts()
-    bare = sum(not p for p in parts)
-    return [f'labels: {len(counts)} ({first_few((f"{k}: {n}" for k, n in counts.items()), 20)}), {plural(bare, "image")} without a label']
+    counts = pd.Series(list(chain(*parts)), dtype=object).value_counts()
+    said, bare = first_few((f'{k}: {n}' for k, n in counts.items()), 20), sum(not p for p in parts)
+    return [f'labels: {len(counts)} ({said}), {plural(bare, "image")} without a label']
 
 def _content_lines(screen):
     "Return the controls, perturbations, doses and further columns of a screen, a line for each"
@@ -276,27 +287,35 @@ def unnamed_note(
     "Return which training wells have an empty cell in place of a perturbation"
     bare = wells[(wells.well_type == 'treatment') & wells.sirna.isna() & wells.dataset.isin(('train', 'val'))]
     if not len(bare): return ''
-    return (f'{plural(len(bare), "training well names no perturbation and is", "training wells name no perturbation and are")} left out of training '
-            f'({first_few(bare.well_id, 5)}): fill those cells; if they are controls, say {option("controls", {"negative_control": [""]})}')
+    how_many = plural(len(bare), 'training well names no perturbation and is', 'training wells name no perturbation and are')
+    return (f'{how_many} left out of training ({first_few(bare.well_id, 5)}): fill those cells; '
+            f'if they are controls, say {option("controls", {"negative_control": [""]})}')
 
+# %% ../../nbs/08_screen.open.ipynb #3a51559b
 def missing_parts(
     screen, # A `Screen`
 )->list: # Sentences
     "Return what a screen lacks for training and prediction: controls, names, experiments on either side"
     wells, lines = screen.wells, []
-    if not has_plates(screen.table): return [] if (wells.dataset == 'test').any() else ['no image is for testing: a prediction needs some; list them in test.csv']
+    if not has_plates(screen.table):
+        return [] if (wells.dataset == 'test').any() else ['no image is for testing: '
+                                                           'a prediction needs some; list them in test.csv']
     if (wells.well_type == 'treatment').all():
         lines.append(f'no well is a control; in a table of files or a layout, '
                      f'{option("controls", {"negative_control": ["DMSO"]})} names perturbations that are')
     if wells[wells.well_type == 'treatment'].sirna.isna().all():
-        lines.append(f'no well has a perturbation: name the column that says it with {option("columns", {"sirna": "COLUMN"})}')
+        lines.append('no well has a perturbation: '
+                     f'name the column that says it with {option("columns", {"sirna": "COLUMN"})}')
     elif note := unnamed_note(wells): lines.append(note)
     do, is_packed = option('test', 'EXP,EXP'), isinstance(screen.source, PackedScreen)
     if isinstance(screen.source, PngTree): do = 'the word test in the column dataset of its table'
     if (wells.dataset != 'test').all():
-        lines.append(f'no experiment is a test: {do}{" in training" if is_packed else ""} keeps some from being learned, to predict them; a model that learned none of these names them all as they are')
+        lines.append(f'no experiment is a test: {do}{" in training" if is_packed else ""} keeps some from '
+                     'being learned, to predict them; a model that learned none of these names them all as they are')
     if (wells.dataset == 'test').all():
-        lines.append(f'every experiment is a test, so nothing is left to train on: mark fewer ({do}{", when it is packed" if is_packed else ""}), unless a model that was trained elsewhere is to name them')
+        lines.append('every experiment is a test, so nothing is left to train on: '
+                     f'mark fewer ({do}{", when it is packed" if is_packed else ""}), '
+                     'unless a model that was trained elsewhere is to name them')
     return lines
 
 def _missing_lines(screen, only_present):

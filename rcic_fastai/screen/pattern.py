@@ -26,7 +26,8 @@ _NO_FIELDS = ('site_id', 'well_id', 'plate_group', 'sirna_id', 'file', 'folder',
 
 def _field_key(name, pattern):
     "Return our name of a field; a name that means nothing else is its own"
-    known = {usual_name(o): k for k, names in USUAL_NAMES.items() for o in names.split()}
+    known = {}
+    for k, names in USUAL_NAMES.items(): known.update(dict.fromkeys(map(usual_name, names.split()), k))
     key = known.get(usual_name(name), name)
     if name.lower() in _ROW_COLUMN: key = name.lower()
     if key in _NO_FIELDS or not name.isidentifier():
@@ -80,8 +81,8 @@ def _fit(path, pattern):
     a, b = _filled(few), _filled(many)
     if len(a) != len(b): return few if len(a) > len(b) else many
     odd = [k for k in a if a[k] != b.get(k)]
-    ways = ['; '.join(f'{k} {d.get(k, "empty")}' for k in odd) for d in (a, b)]
-    raise ScreenError(f'{path} fits the pattern {pattern} in two ways ({ways[0]}, or {ways[1]}): write how many '
+    def way(found): return '; '.join(f'{k} {found.get(k, "empty")}' for k in odd)
+    raise ScreenError(f'{path} fits the pattern {pattern} in two ways ({way(a)}, or {way(b)}): write how many '
                       f'characters a field has, such as {{{odd[0]}:{len(a[odd[0]])}}}.')
 
 # %% ../../nbs/06b_screen.pattern.ipynb #4e4216a9
@@ -196,8 +197,9 @@ def _check_wells(files, pattern):
     if not all(m['well'][0] in 'stwzfcpSTWZ' for _, m in found): return
     like = [_LIKE_WELL.search(p[:m.start('well')] + '/' + p[m.end('well'):]) for p, m in found]
     if all(like):
-        raise ScreenError(f'The pattern {pattern} takes {found[0][1]["well"]} in {found[0][0]} for a well, where '
-                          f'{like[0][0]} looks like one: give a pattern with all parts of the names, such as _s{{site}}.')
+        raise ScreenError(f'The pattern {pattern} takes {found[0][1]["well"]} in {found[0][0]} for a well, '
+                          f'where {like[0][0]} looks like one: '
+                          f'give a pattern with all parts of the names, such as _s{{site}}.')
 
 def pattern_files(
     folder, # Folder of the pictures
@@ -271,8 +273,10 @@ def _renamed(path, pattern, texts):
 
 def _spelled(files, pattern, fields):
     "Return {(field, number): text in the names}"
-    first = {(k, v): p for k in fields for v, p in files.groupby(k).file.first().items()}
-    return {(k, v): _filled(_fit(p, pattern))[k] for (k, v), p in first.items()}
+    texts = {}
+    for k in fields:
+        for v, path in files.groupby(k).file.first().items(): texts[k, v] = _filled(_fit(path, pattern))[k]
+    return texts
 
 def _expected(files, pattern, planes):
     "Return the files of the chosen planes, and rows for those that sites lack"
@@ -280,7 +284,8 @@ def _expected(files, pattern, planes):
     for k, v in planes.items(): have = have[have[k] == v]
     keys, texts = _keys(files), _spelled(files, pattern, [*planes, *channel])
     known = set(map(tuple, have[[*keys, *channel]].to_numpy()))
-    wanted, lacking = [planes | {c: v for c in channel} for v in (files.channel.unique() if channel else [None])], []
+    wanted = [planes | dict(channel=c) for c in files.channel.unique()] if channel else [planes]
+    lacking = []
     for row in files.drop_duplicates(keys).to_dict('records'):
         for now in wanted:
             if tuple((row | now)[k] for k in (*keys, *channel)) in known: continue
@@ -325,8 +330,10 @@ def _layout_keys(w, files, where):
 def _only_in(a, b, keys):
     "Return how many wells of `a` are not in `b`, and their names; a plate or experiment that `b` lacks is named once"
     a, b = (list(dict.fromkeys(map(tuple, o[keys].astype(str).to_numpy()))) for o in (a, b))
-    there = {r[:n] for r in b for n in range(1, len(keys)+1)}
-    lacks = Counter(next(r[:n] for n in range(1, len(keys)+1) if r[:n] not in there) for r in a if r not in there)
+    there, lacks = set(), Counter()
+    for row in b: there.update(row[:n] for n in range(1, len(keys)+1))
+    for row in a:
+        if row not in there: lacks[next(row[:n] for n in range(1, len(keys)+1) if row[:n] not in there)] += 1
     names = [' '.join(r) + (f' ({plural(n, "well")})' if len(r) < len(keys) else '') for r, n in lacks.items()]
     return sum(lacks.values()), first_few(names)
 
@@ -379,5 +386,6 @@ def read_pattern(
     own = {k: k if k in files and k not in ('folder', 'page') else None for k in USUAL_NAMES}
     inside = {k: v for k, v in dict(z=z, t=t).items() if k not in planes}      # planes of files that hold several
     name_it = 'name it in the layout, in a column experiment, or with {experiment} in the pattern'
-    return read_listed(files.set_index('file', drop=False), Path(folder).resolve().name, Path(folder), channels, own, controls, test, cell_type, dataset, plate_wells,
+    return read_listed(files.set_index('file', drop=False), Path(folder).resolve().name, Path(folder),
+                        channels, own, controls, test, cell_type, dataset, plate_wells,
                         name_it=name_it, **inside)

@@ -22,7 +22,8 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
 from ..core import ScreenError, check_choice, first_few, is_remote, open_plain, option, plural
-from .remote import REQUESTS, Forbidden, RemoteFile, as_path, each, read_any, read_remote, remote_facts, remote_list
+from .remote import (REQUESTS, Forbidden, RemoteFile, as_path, each, read_any, read_remote,
+                                       remote_facts, remote_list)
 from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
                                         read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
                                         complete_types, own_well_names, whole_numbers)
@@ -167,7 +168,8 @@ def _axes(multiscale, folder):
     are_known, are_different = set('yx') <= set(names) <= set('tczyx'), len(set(names)) == len(multiscale.axes)
     if are_known and are_different: return names
     have = ', '.join(str(a.name)[:20] for a in multiscale.axes)
-    raise ScreenError(f'{folder} has the axes {have}, but only time, channel, z, y and x are understood: convert the plate.')
+    raise ScreenError(f'{folder} has the axes {have}, but only time, channel, z, y and x are understood: '
+                      'convert the plate.')
 
 # %% ../../nbs/06_screen.plates.ipynb #86f32310
 def _channel_names(omero, n, folder):
@@ -409,13 +411,13 @@ def _check_size(array, region, axes, folder):
     "Raise for pictures larger than `MOST_PIXELS`, and for sites of too many bytes or chunks"
     size = dict(zip(axes, array['shape']))
     if size['y']*size['x'] > MOST_PIXELS:
-        raise ScreenError(f'{folder} has pictures of {size["y"]}×{size["x"]} px, but at most {MOST_PIXELS:,} pixels are '
-                          'read: cut them, or write them at a lower resolution.')
+        raise ScreenError(f'{folder} has pictures of {size["y"]}×{size["x"]} px, but at most '
+                          f'{MOST_PIXELS:,} pixels are read: cut them, or write them at a lower resolution.')
     part = [r.stop - r.start for r in region]
     files = prod((r.stop-1)//n - r.start//n + 1 for r, n in zip(region, array['chunk']))
     if prod(part)*array['dtype'].itemsize > _MOST_SITE or files > _MOST_FILES:
-        raise ScreenError(f'{folder} is an array of {list(array["shape"])} in {files:,} chunks, more than is read for one '
-                          'site: choose a plane or time point, or write it again in larger chunks.')
+        raise ScreenError(f'{folder} is an array of {list(array["shape"])} in {files:,} chunks, more than '
+                          'is read for one site: choose a plane or time point, or write it again in larger chunks.')
 
 def _image(folder, fmt, attrs):
     "Return the axes of an image and the path of its array at full resolution"
@@ -434,7 +436,8 @@ def _layout(folder, path, fmt, text, axes, t, z):
         have = len(array['shape'])
         if len(axes) != have: raise ValueError(f'it has {have} axes, the metadata {len(axes)}')
     want = dict(t=t, z=z)
-    region = tuple(choose_plane(a, n, want[a], folder) if a in want else slice(0, n) for a, n in zip(axes, array['shape']))
+    def part(a, n): return choose_plane(a, n, want[a], folder) if a in want else slice(0, n)
+    region = tuple(map(part, axes, array['shape']))
     _check_size(array, region, axes, folder)
     return _Layout(array, axes, region)
 
@@ -467,7 +470,8 @@ def _open_field(folder, t, z, named, known):
     if array is None: return None
     layout = _once(known, (fmt, axes, array), lambda: _layout(folder, path, fmt, array, axes, t, z))
     n = layout.shape[0]
-    named_here = _once(known, (n, json.dumps(omero)), lambda: _check_named(omero, named, folder) if named else _channel_names(omero, n, folder))
+    def names(): return _check_named(omero, named, folder) if named else _channel_names(omero, n, folder)
+    named_here = _once(known, (n, json.dumps(omero)), names)
     return os.path.join(folder, path), layout, named_here
 
 # %% ../../nbs/06_screen.plates.ipynb #ee45e71b
@@ -509,7 +513,7 @@ def _part(codecs, data, shape, wanted, dtype, fill):
     "Return the slices `wanted` of a chunk of `shape`; `fill` replaces absent inner chunks, with None they raise"
     (name, *how), *rest = codecs
     if name == 'transpose':
-        turned, part = ([o[i] for i in how[0]] for o in (shape, wanted))
+        turned, part = [shape[i] for i in how[0]], [wanted[i] for i in how[0]]
         return _part(rest, data, turned, part, dtype, fill).transpose(np.argsort(how[0]))
     if name == 'bytes':
         pixels = np.frombuffer(_unpack(rest, data, prod(shape)*dtype.itemsize), dtype.newbyteorder(how[0]))
@@ -595,8 +599,9 @@ def _agree_names(root, names, rounds={})->tuple:
     several = sorted({int(a) for a in rounds.values() if pd.notna(a)})
     for f, k in names.items():
         if k == usual: continue
-        do = f'choose one of the acquisitions {first_few(several)} with {option("acquisition", several[0])}' if len(several) > 1 else \
-             f'correct its omero metadata, or name them all with {option("channels", ["DNA", "…"])}'
+        do = f'correct its omero metadata, or name them all with {option("channels", ["DNA", "…"])}'
+        if len(several) > 1:
+            do = f'choose one of the acquisitions {first_few(several)} with {option("acquisition", several[0])}'
         raise ScreenError(f'{os.path.join(root, f)} has the channels {", ".join(k)}, but this screen has '
                           f'{", ".join(usual)}: {do}.')
     return usual
@@ -626,11 +631,12 @@ class PlateSource(ImageSource):
             if found is None: self._where[i] = os.path.join(root, f), None
             else: *self._where[i], names[f] = found
         self.shape, self.dtype = _agree(root, fields, [o[1] for o in self._where.values()])
-        self.channels = named or _agree_names(root, names, dict(zip(fields, table.acquisition)) if 'acquisition' in table else {})
+        rounds = dict(zip(fields, table.acquisition)) if 'acquisition' in table else {}
+        self.channels = named or _agree_names(root, names, rounds)
         if isinstance(channels, dict): self.channels = renamed_channels(channels, self.channels, 'the plates')
         if len(self.channels) != self.shape[0]:
-            raise ScreenError(f'{option("channels")} has {len(self.channels)} names ({", ".join(self.channels)}), but the fields '
-                              f'have {self.shape[0]} channels: name each.')
+            raise ScreenError(f'{option("channels")} has {len(self.channels)} names ({", ".join(self.channels)}), '
+                              f'but the fields have {self.shape[0]} channels: name each.')
 
 # %% ../../nbs/06_screen.plates.ipynb #7df63698
 @patch
@@ -644,8 +650,8 @@ def _read(self:PlateSource, site_id, out):
     with _sentence(f'site {site_id} cannot be read from {path}', 'copy that field again from the original plate'):
         try: out[:] = layout.pixels(path, self.empty == 'fill')
         except _Absent as e:
-            raise ScreenError(f'site {site_id} lacks {e} in {path}: copy the plate again, or read with {option("empty", "fill")} if '
-                              'its writer leaves out chunks that are empty.') from None
+            raise ScreenError(f'site {site_id} lacks {e} in {path}: copy the plate again, or read with '
+                              f'{option("empty", "fill")} if its writer leaves out chunks that are empty.') from None
 
 # %% ../../nbs/06_screen.plates.ipynb #5ed024f2
 @patch
@@ -664,7 +670,7 @@ def missing(self:PlateSource)->pd.DataFrame: # site_id, missing (names of absent
             paths = self._paths(i)
             there = each(remote_facts, paths) if self.remote else map(os.path.isfile, paths)
             absent = [(f, c) for f, (_, c), found in zip(paths, layout.keys(), there) if not found]
-            lost = {c for _, span in absent for c in span}
+            lost = set().union(*(span for _, span in absent))
             if absent: rows.append((i, tuple(n for c, n in enumerate(self.channels) if c in lost), absent[0][0]))
     return pd.DataFrame(rows, columns=['site_id', 'missing', 'file'])
 
@@ -680,7 +686,9 @@ def _far_plates(address):
     inside = [address/f for f in listed[1] if f.endswith('.zarr')] if listed else []
     if inside: return inside
     more = '' if listed else '; a server of this kind does not list what it has'
-    raise ScreenError(f'Nothing that can be read is at {address}: no packed screen, no .csv and no OME-Zarr plate (it has neither zarr.json nor .zgroup), and no plates in it (*.zarr{more}): correct the address.')
+    raise ScreenError(f'Nothing that can be read is at {address}: '
+                      'no packed screen, no .csv and no OME-Zarr plate (it has neither zarr.json nor .zgroup), '
+                      f'and no plates in it (*.zarr{more}): correct the address.')
 
 def _find_plates(paths):
     "Return the folders of plates: those given, and the `*.zarr` in those given"
@@ -691,10 +699,11 @@ def _find_plates(paths):
             continue
         p = Path(os.path.abspath(p))
         if not p.is_dir(): raise ScreenError(f'{p} is not a folder: give that of a plate, or one that holds several.')
-        inside = [p] if _zarr_format(p) else sorted(d for d in p.iterdir() if d.suffix == '.zarr' and d.is_dir()) or _written_plates(p)
+        inside = [p] if _zarr_format(p) else sorted(d for d in p.iterdir() if d.suffix == '.zarr' and d.is_dir())
+        inside = inside or _written_plates(p)
         if not inside:
-            raise ScreenError(f'{p} is no OME-Zarr plate (it has neither zarr.json nor .zgroup) and holds none (*.zarr): '
-                              'give the folder of a plate, or one that holds several.')
+            raise ScreenError(f'{p} is no OME-Zarr plate (it has neither zarr.json nor .zgroup) and holds none '
+                              '(*.zarr): give the folder of a plate, or one that holds several.')
         found += inside
     twice = [str(p) for p, n in Counter(found).items() if n > 1]
     if twice: raise ScreenError(f'{twice[0]} is given twice: name each plate once.')
@@ -712,18 +721,20 @@ def _plate_names(plates, said, experiments)->pd.Series:
     twice = t[t.duplicated(['experiment', 'plate'])]
     if len(twice):
         e, name = twice[['experiment', 'plate']].iloc[0]
-        raise ScreenError(f'{plates[twice.index[0]]} is the second plate {name} of experiment {e}: rename its folder, or '
-                          'keep it in the folder of another experiment.')
+        raise ScreenError(f'{plates[twice.index[0]]} is the second plate {name} of experiment {e}: '
+                          'rename its folder, or keep it in the folder of another experiment.')
     return t.plate
 
 # %% ../../nbs/06_screen.plates.ipynb #41ab3c3d
 def _of_acquisition(read, acquisition, plates):
     "Return the fields of one acquisition, numbered from 1 in each well, and as wells without a field those that lack it"
     if acquisition is None: return read
-    have = sorted({a for _, fields, _ in read for *_, a in fields if a is not None})
+    have = set()
+    for _, fields, _ in read: have |= {a for *_, a in fields if a is not None}
+    have = sorted(have)
     if acquisition not in have:
-        raise ScreenError(f'{option("acquisition", acquisition)} is not in {plates[0]}: '
-                          + (f'choose from {first_few(have)}.' if have else 'its fields name no acquisition; leave it out.'))
+        do = f'choose from {first_few(have)}.' if have else 'its fields name no acquisition; leave it out.'
+        raise ScreenError(f'{option("acquisition", acquisition)} is not in {plates[0]}: {do}')
     out = []
     for name, fields, bare in read:
         mine = pd.DataFrame(fields, columns=['well', 'site', 'path', 'acquisition'], dtype=object)
@@ -735,7 +746,8 @@ def _of_acquisition(read, acquisition, plates):
 
 def _plate_table(plates, experiment, partial, progress, acquisition=None):
     "Return the folder above all plates, and one row per field: experiment, plate, well, site, acquisition, field"
-    if len({str(as_path(p)).split('://')[0] if is_remote(p) else '' for p in plates}) > 1: raise ScreenError('Some plates are on the disk and others elsewhere: read each kind as a screen of its own.')
+    if len({str(as_path(p)).split('://')[0] if is_remote(p) else '' for p in plates}) > 1:
+        raise ScreenError('Some plates are on the disk and others elsewhere: read each kind as a screen of its own.')
     root = as_path(os.path.commonpath([p.parent for p in plates]))
     read = _of_acquisition([_plate_fields(p, progress) for p in plates], acquisition, plates)
     experiments = [experiment or p.parent.name for p in plates]
@@ -743,8 +755,9 @@ def _plate_table(plates, experiment, partial, progress, acquisition=None):
     for p, (_, _, without) in zip(plates, read): bare += [f'{p.name} {w}' for w in without]
     what = 'field on disk' if acquisition is None else f'field of acquisition {acquisition}'
     if bare and not partial:
-        raise ScreenError(f'{plural(len(bare), "listed well has", "listed wells have")} no {what} ({first_few(bare)}): copy the '
-                          f'plate again, or leave such wells out with {option("partial", True)}.')
+        raise ScreenError(f'{plural(len(bare), "listed well has", "listed wells have")} no '
+                          f'{what} ({first_few(bare)}): '
+                          f'copy the plate again, or leave such wells out with {option("partial", True)}.')
     names, rows = _plate_names(plates, [name or None for name, _, _ in read], experiments), []
     for e, n, p, (_, fields, _) in zip(experiments, names, plates, read):
         at = p.relative_to(root).as_posix()
@@ -780,11 +793,13 @@ def read_wells(
     if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs {" and ".join(need)}.')
     w = pd.DataFrame({c: identifiers(d[found[c][0]], where) for c in ('plate', 'well', *_ANNOTATIONS) if found[c]})
     for c in [c for c in ('plate', 'well') if c in w]:
-        if w[c].isna().any(): raise ScreenError(f'{where}, row {w.index[w[c].isna()][0]}: {c} is empty; fill that cell.')
+        if w[c].isna().any():
+            raise ScreenError(f'{where}, row {w.index[w[c].isna()][0]}: {c} is empty; fill that cell.')
     w['well'] = own_well_names(w.well, where)
     if found['well_type'] or controls: w['well_type'] = _types(d, w, found, controls, where)
     if 'dataset' in w: w['dataset'] = w.dataset.map(lambda o: DATASET_NAMES.get(o.lower(), o), na_action='ignore')
-    own = [c for k in SITE_COLUMNS for c in (found[k][:1] if k == 'well_type' else found[k])]
+    own = []
+    for k in SITE_COLUMNS: own += found[k][:1] if k == 'well_type' else found[k]
     more = further_columns(d, [*own, *_FIELD], [*SITE_COLUMNS, *_FIELD], where)
     return pd.concat([w, more], axis=1).reset_index(drop=True), where
 
@@ -814,20 +829,22 @@ def _annotate(t, wells, partial, columns=None, controls=None):
     w['plate'] = called_as(w, t)
     several = t.drop_duplicates(['experiment', 'plate']).plate.duplicated().any()
     if several and 'experiment' not in w:
-        raise ScreenError(f'{where} does not name the experiment of its plates, and several experiments have a plate of '
-                          'the same name: add a column experiment.')
+        raise ScreenError(f'{where} does not name the experiment of its plates, '
+                          'and several experiments have a plate of the same name: add a column experiment.')
     keys = ['experiment', 'plate', 'well'] if several else ['plate', 'well']
     def spelt(o): return first_few(' '.join(map(str, r)) for r in o[keys].itertuples(index=False)) or 'none'
     twice = w[w.duplicated(keys)]
     if len(twice):
-        raise ScreenError(f'{where} lists {plural(len(twice), "well")} more than once ({spelt(twice)}): keep one row per well.')
+        raise ScreenError(f'{where} lists {plural(len(twice), "well")} more than once ({spelt(twice)}): '
+                          'keep one row per well.')
     rows, index = (pd.MultiIndex.from_frame(o[keys].astype(str)) for o in (t, w))
     extra, lacking = w[~index.isin(rows)], t[~rows.isin(index)].drop_duplicates(keys)
     none_fits, all_fit = len(extra) == len(w), not len(extra) and not len(lacking)
     if none_fits or not (all_fit or partial):
-        raise ScreenError(f'{where} has {plural(len(extra), "well")} not on the plates ({spelt(extra)}), and the plates have '
-                          f'{plural(len(lacking), "well")} not in it ({spelt(lacking)}): correct it, or '
-                          f'add {option("partial", True)}: wells that are not on the plates are left out, and those not in it have no perturbation.')
+        raise ScreenError(f'{where} has {plural(len(extra), "well")} not on the plates ({spelt(extra)}), '
+                          f'and the plates have {plural(len(lacking), "well")} not in it ({spelt(lacking)}): '
+                          f'correct it, or add {option("partial", True)}: '
+                          'wells that are not on the plates are left out, and those not in it have no perturbation.')
     if 'experiment' in w and not several: t['experiment'] = _experiments(t, w, where)
     new = w.drop(columns=['plate', 'well', 'experiment'], errors='ignore').set_axis(index)
     for c, s in new.items():
@@ -841,7 +858,8 @@ def _experiments(t, w, where):
     known = w.dropna(subset='experiment').groupby('plate').experiment.unique()
     split = known[known.str.len() > 1]
     if len(split):
-        raise ScreenError(f'{where} puts plate {split.index[0]} in the experiments {first_few(split.iloc[0])}: name one.')
+        raise ScreenError(f'{where} puts plate {split.index[0]} in the experiments '
+                          f'{first_few(split.iloc[0])}: name one.')
     return t.plate.astype(str).map(known.str[0]).fillna(t.experiment)
 
 # %% ../../nbs/06_screen.plates.ipynb #4c0533ef
@@ -865,13 +883,14 @@ def read_plates(
     "Read OME-Zarr plates, 0.4 or 0.5; return their site table and image source"
     _check_arguments(t, z, empty)
     plates = _find_plates(path)
-    if wells is None and isinstance(path, (str, Path)) and _written_plates(Path(os.path.abspath(path))) == plates: wells = Path(path)/'wells.csv'
+    if wells is None and isinstance(path, (str, Path)) and _written_plates(Path(os.path.abspath(path))) == plates:
+        wells = Path(path)/'wells.csv'
     root, s = _plate_table(plates, experiment, partial, progress, acquisition)
     s, where = s.assign(cell_type=cell_type, dataset=dataset, well_type='treatment', sirna=None), 'the site table'
     if wells is None and (columns or controls):
         given = 'columns' if columns else 'controls'
-        raise ScreenError(f'{option(given)} is about the table of wells, and there is none: give {option("wells")}, or leave '
-                          'it out.')
+        raise ScreenError(f'{option(given)} is about the table of wells, and there is none: '
+                          f'give {option("wells")}, or leave it out.')
     if wells is not None: s, where = _annotate(s, wells, partial, columns, controls)
     s['sirna'] = s.sirna.astype(object).where(s.sirna.notna(), None)
     s['well_id'] = s.experiment + '_' + s.plate.astype(str) + '_' + s.well

@@ -271,8 +271,9 @@ def _mine(learn, state, tensors):
     others, i, n = state.pop('others', []), 0, 1
     if _together(learn): i, n = rank_distrib(), torch.distributed.get_world_size()
     if n != 1 + len(others) and not i:
-        print(f'The checkpoint was written by {1 + len(others)} processes and {n} will continue, so augmentation and '
-              'dropout draw other numbers, and the weights will differ slightly from those of a training without a break.')
+        print(f'The checkpoint was written by {1 + len(others)} processes and {n} will continue, '
+              'so augmentation and dropout draw other numbers, '
+              'and the weights will differ slightly from those of a training without a break.')
     if i > len(others): state['random'] = pack_state(_randomness(), tensors, f'process{i}')
     elif i:
         state.update(others[i - 1])
@@ -315,7 +316,8 @@ def _load_grads(model, grads):
     "Put gradients back: a tensor, zeros (True), or none"
     for n, p in model.named_parameters():
         g = grads.get(n)
-        if isinstance(g, Tensor): g = torch.empty_like(p).copy_(g)   # in memory as the parameter lies, which a file does not tell
+        # in memory as the parameter lies, which a file does not tell
+        if isinstance(g, Tensor): g = torch.empty_like(p).copy_(g)
         p.grad = torch.zeros_like(p) if g is True else g
 
 def _load_randomness(python, numpy, torch, cuda):
@@ -487,7 +489,9 @@ def _stop(self:Checkpoint, number, why, sites=''):
     _, why, sites = min(told, key=_most_telling)
     best = next((cb for cb in getattr(self.learn, 'cbs', ()) if isinstance(cb, KeepBest) and cb.weights), None)
     if best:
-        if not rank_distrib(): print(f'The stage ends, as {why} {self.where()}{sites}: the best weights, of epoch {best.best_epoch + 1}, are back.')
+        if not rank_distrib():
+            print(f'The stage ends, as {why} {self.where()}{sites}: '
+                  f'the best weights, of epoch {best.best_epoch + 1}, are back.')
         raise CancelFitException
     look = ', look at those sites' if sites else ''
     then = f', then {self.kept()}' if self.folder else ''
@@ -530,9 +534,9 @@ def _tell(self:Checkpoint, lost):
     for name, kind in lost:
         what = '.'.join(name.split('/')[1:3])
         if what in self.told: continue
-        print(f'{what} (with a {kind}) cannot be kept in a checkpoint, so a resumed training has it as at the '
-              'beginning: let the callback hold numbers, text, tensors, lists, dicts or sets, or what has state_dict and '
-              'load_state_dict.')
+        print(f'{what} (with a {kind}) cannot be kept in a checkpoint, '
+              'so a resumed training has it as at the beginning: let the callback hold numbers, '
+              'text, tensors, lists, dicts or sets, or what has state_dict and load_state_dict.')
         self.told.add(what)
 
 # %% ../../nbs/32_train.checkpoints.ipynb #37a7b68c

@@ -51,7 +51,8 @@ def _check_batches(learn, dls):
         raise ScreenError(f'The model reads the channels {", ".join(old.channels)} and the new batches have '
                           f'{", ".join(new.channels)}: give it images of the same channels.')
     if new.target in getattr(model.metadata, 'vocab_sizes', ()):
-        raise ScreenError(f'The model reads {new.target}, so it cannot be the target: choose another, or a model without it.')
+        raise ScreenError(f'The model reads {new.target}, so it cannot be the target: '
+                          'choose another, or a model without it.')
     odd = [c for c in model.inputs if new.vocabs.get(c) != old.vocabs[c]]
     if odd or len(new.vocabs) != len(old.vocabs):
         raise ScreenError(f'The new batches have another vocabulary of {first_few(odd or new.vocabs)} than the model: '
@@ -353,6 +354,7 @@ def learner_from(
     if list(dls.spec.labels) != list(spec.labels):
         _with_classes(net, spec.labels, dls.spec.labels, seed)
         net.loss = loss_from_config(_countless(net.loss.config()), net.classifier.n_classes)
-    learn = Learner(dls, net, loss_func=net.loss, **{**dict(metrics=[accuracy], splitter=screen_splitter, opt_func=FusedAdam), **kwargs})
+    learn = Learner(dls, net, loss_func=net.loss,
+                    **{**dict(metrics=[accuracy], splitter=screen_splitter, opt_func=FusedAdam), **kwargs})
     learn.add_cb(TrainedOn())
     return learn

@@ -202,10 +202,13 @@ def check_groups(
 ):
     "Raise a `ScreenError` where a model that is continued does not know the groups of the training, so that all would look like one"
     # the lessons show callbacks on stand-ins, which hold no rows; `screen_dls` always has both
-    rows, vocab = getattr(getattr(dls, 'train', None), 'items', None), getattr(getattr(dls, 'spec', None), 'vocabs', {}).get(by)
+    rows = getattr(getattr(dls, 'train', None), 'items', None)
+    vocab = getattr(getattr(dls, 'spec', None), 'vocabs', {}).get(by)
     if vocab is None or rows is None or by not in rows: return
     lacks = sorted({*rows[by].dropna().astype(str)} - {*map(str, vocab)})
-    if lacks: raise ScreenError(f'{what} needs to know the {by} of each sample, and the model that is continued never learned of {first_few(lacks, 3)}: leave it out, or begin with the backbone only.')
+    if lacks:
+        raise ScreenError(f'{what} needs to know the {by} of each sample, and the model that is continued '
+                          f'never learned of {first_few(lacks, 3)}: leave it out, or begin with the backbone only.')
 
 def lisa_partners(
     labels:torch.Tensor, # Label of each item, whole numbers [B]
@@ -220,7 +223,6 @@ def lisa_partners(
     found = ((draws + 1)*fits).argmax(1)
     return torch.where(fits.any(1), found, torch.arange(len(labels), device=labels.device))
 
-
 # %% ../../nbs/30_train.cutmix.ipynb #93015fa7
 class LISA(BatchMix):
     "Mix each item with one of the same label in another experiment, or of another label in the same (arXiv 2201.00299)"
@@ -233,7 +235,9 @@ class LISA(BatchMix):
         meta='auto', # Positions of the metadata columns to mix, counted after the picture; 'auto' asks the model
     ):
         check_choice('how', how, ('cutmix', 'mixup'))
-        if not 0 <= same <= 1: raise ScreenError(f'same is {same}: give the share of batches with partners of the same label, from 0 to 1.')
+        if not 0 <= same <= 1:
+            raise ScreenError(f'same is {same}: '
+                              'give the share of batches with partners of the same label, from 0 to 1.')
         super().__init__(alpha, p, seed, meta)
         self.how, self.same = how, same
         self.mixer = (CutMix if how == 'cutmix' else MixUp)(alpha)
@@ -253,8 +257,10 @@ def before_train(self:LISA):
     "Raise a `ScreenError` for batches in which items have no partner"
     dl, vocabs = self.dls.train, list(getattr(getattr(self.dls, 'spec', None), 'vocabs', ()))
     if self.same and getattr(dl, 'group_by', None) != 'pairs':
-        raise ScreenError("LISA finds partners of the same label in batches of pairs only: make them with batch_by='pairs'.")
-    if 'experiment' not in vocabs: raise ScreenError('LISA needs the experiment of each sample: make the batches with screen_dls.')
+        raise ScreenError("LISA finds partners of the same label in batches of pairs only: "
+                          "make them with batch_by='pairs'.")
+    if 'experiment' not in vocabs:
+        raise ScreenError('LISA needs the experiment of each sample: make the batches with screen_dls.')
     check_groups(self.dls, 'experiment', 'LISA')
     self.at = 1 + vocabs.index('experiment')
 
@@ -262,7 +268,8 @@ def before_train(self:LISA):
 def choose(self:LISA, x):
     "Draw the partner of each item"
     y, e = (o.as_subclass(torch.Tensor) for o in (self.yb[0], self.xb[self.at]))
-    if y.is_floating_point() or y.ndim != 1: raise ScreenError('LISA needs one label for each sample, and these have several: leave it out.')
+    if y.is_floating_point() or y.ndim != 1:
+        raise ScreenError('LISA needs one label for each sample, and these have several: leave it out.')
     self.by_label = bool(self.rng.random() < self.same)
     draws = torch.from_numpy(self.rng.random((len(y), len(y)), np.float32)).to(y.device)
     return lisa_partners(y, e.to(y.device), draws, self.by_label)

@@ -10,6 +10,7 @@ import atexit, os, re
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
+from itertools import chain
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
@@ -35,8 +36,12 @@ def _known_device(name):
     except RuntimeError: raise ScreenError(f'{option("device", name)} is not known: {do}.') from None
     if device.type not in ('cpu', 'cuda'): raise ScreenError(f'{option("device", name)} is not used: {do}.')
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == 'cuda' and (device.index or 0) >= n: raise ScreenError(f'{option("device", name)} is not there, as this machine has {plural(n, "usable GPU")}: {do}.')
-    if num_distrib(): raise ScreenError(f'{option("device", name)} is for one process, and there are several, each on the GPU of its number: leave it out.')
+    if device.type == 'cuda' and (device.index or 0) >= n:
+        raise ScreenError(f'{option("device", name)} is not there, '
+                          f'as this machine has {plural(n, "usable GPU")}: {do}.')
+    if num_distrib():
+        raise ScreenError(f'{option("device", name)} is for one process, and there are several, '
+                          'each on the GPU of its number: leave it out.')
     return device
 
 @contextmanager
@@ -173,7 +178,7 @@ def _modules_in(o):
     inside = ()
     if isinstance(o, dict): inside = o.values()
     if isinstance(o, (list, tuple, L)): inside = o
-    return [m for v in inside for m in _modules_in(v)]
+    return list(chain(*map(_modules_in, inside)))
 
 # %% ../../nbs/36_train.distributed.ipynb #b39a82bc
 def _made_by_callbacks(learn):

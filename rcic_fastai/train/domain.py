@@ -8,6 +8,7 @@ __all__ = ['DOMAIN_METHODS', 'coral', 'sliced_wasserstein', 'reverse_gradient', 
            'Contrast', 'mix_style', 'MixStyle', 'ControlBatches', 'domain_callback', 'EMA', 'MeanTeacher']
 
 # %% ../../nbs/32b_train.domain.ipynb #5ba1a6ce
+from itertools import chain
 from fastai.vision.all import *
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -244,7 +245,8 @@ def _clones(state): return {k: v.clone() for k, v in state.items()}
 
 def _step_where(opt, good):
     "Take a step of an optimizer if `good`, a tensor of one truth value, without waiting for its value"
-    before = [(p, p.detach().clone(), _clones(opt.state[p])) for group in opt.param_groups for p in group['params']]
+    params = chain(*(group['params'] for group in opt.param_groups))
+    before = [(p, p.detach().clone(), _clones(opt.state[p])) for p in params]
     opt.step()
     with torch.no_grad():
         for p, value, state in before:
@@ -322,7 +324,9 @@ def loss_of_each(
     yb:tuple, # Labels
 )->torch.Tensor: # [B]
     "Return the loss of each sample"
-    if not hasattr(loss_func, 'reduction'): raise ScreenError('The loss has no reduction, so it has no number for each sample: take one of the losses of this library, or CORAL.')
+    if not hasattr(loss_func, 'reduction'):
+        raise ScreenError('The loss has no reduction, so it has no number for each sample: '
+                          'take one of the losses of this library, or CORAL.')
     with NoneReduce(loss_func) as lf: return lf(pred, *yb)
 
 # %% ../../nbs/32b_train.domain.ipynb #fc182c9e
@@ -372,7 +376,8 @@ class GroupDRO(_LossTerm):
         step:float=.01, # How fast the weights grow with the loss, η
         by:str='experiment', # Metadata column that names the group
     ):
-        if not step > 0: raise ScreenError(f'{option("step", step)} moves no weight: give a number above 0, such as .01.')
+        if not step > 0:
+            raise ScreenError(f'{option("step", step)} moves no weight: give a number above 0, such as .01.')
         super().__init__(1., by)
         self.step = step
     def before_fit(self):
@@ -422,12 +427,15 @@ class Contrast(DomainLoss):
         by:str='experiment', # Metadata column that names the group
         temperature:float=.1, # The smaller, the more the nearest other siRNAs count
     ):
-        if not temperature > 0: raise ScreenError(f'{option("temperature", temperature)} is not possible: give a number above 0, such as .1.')
+        if not temperature > 0:
+            raise ScreenError(f'{option("temperature", temperature)} is not possible: '
+                              'give a number above 0, such as .1.')
         super().__init__(weight, by)
         self.temperature = temperature
     def before_train(self):
         if getattr(self.dls.train, 'group_by', None) != 'pairs':
-            raise ScreenError("Contrast needs batches in which samples have a partner: make them with batch_by='pairs'.")
+            raise ScreenError("Contrast needs batches in which samples have a partner: "
+                              "make them with batch_by='pairs'.")
         if any(isinstance(cb, BatchMix) and cb.p == 1 for cb in self.learn.cbs): self._never()
     def after_loss(self):
         self.seen += 1
@@ -456,7 +464,9 @@ def mix_style(
 # %% ../../nbs/32b_train.domain.ipynb #37db1a80
 def _restyle(module, inputs, x, partner, lam):
     "Mix the style of what a block returns; the sites of a well have the partner of the well"
-    if x.ndim != 4: raise ScreenError('MixStyle mixes feature maps, and this backbone has none (it reads patches): choose a convolutional one, or leave it out.')
+    if x.ndim != 4:
+        raise ScreenError('MixStyle mixes feature maps, and this backbone has none (it reads patches): '
+                          'choose a convolutional one, or leave it out.')
     sites = len(x)//len(partner)
     if sites > 1:
         at = torch.arange(sites, device=partner.device)
@@ -475,16 +485,21 @@ class MixStyle(Callback):
         by:str='experiment', # Metadata column that names the group
         seed:int=None, # Seed of the draws; None takes one from PyTorch's generator at the start of each fit
     ):
-        if not (0 <= p <= 1 and alpha > 0 and 0 < depth <= 1): raise ScreenError(f'p={p}, alpha={alpha} and depth={depth} are not possible: give p from 0 to 1, alpha above 0, and depth above 0 and at most 1.')
+        if not (0 <= p <= 1 and alpha > 0 and 0 < depth <= 1):
+            raise ScreenError(f'p={p}, alpha={alpha} and depth={depth} are not possible: '
+                              'give p from 0 to 1, alpha above 0, and depth above 0 and at most 1.')
         self.p, self.alpha, self.depth, self.by, self.seed, self.hooks = p, alpha, depth, by, seed, []
         self.rng = None if seed is None else np.random.default_rng(seed)
 
     def before_fit(self):
         vocabs, blocks = list(self.learn.dls.spec.vocabs), body_blocks(get_model(self.model).body)
-        if self.by not in vocabs: raise ScreenError(f'{self.by} is not a metadata column: choose from {", ".join(vocabs)}.')
+        if self.by not in vocabs:
+            raise ScreenError(f'{self.by} is not a metadata column: choose from {", ".join(vocabs)}.')
         check_groups(self.learn.dls, self.by, 'MixStyle')
         dl = self.learn.dls.train
-        if getattr(dl, 'group_by', None) == self.by and dl.groups < 2: raise ScreenError(f'MixStyle has nothing to mix in batches of one {self.by}: make them with batch_groups=2, or without batch_by.')
+        if getattr(dl, 'group_by', None) == self.by and dl.groups < 2:
+            raise ScreenError(f'MixStyle has nothing to mix in batches of one {self.by}: '
+                              'make them with batch_groups=2, or without batch_by.')
         self.at = 1 + vocabs.index(self.by)
         last = max(round(self.depth*len(blocks)), 1)
         self.places = [blocks[i] for i in sorted({max(last//2, 1) - 1, last - 1})]
@@ -522,9 +537,12 @@ class ControlBatches(Callback):
 
     def before_fit(self):
         self.count, dl = None, self.dls.train
-        if getattr(dl, 'group_by', None) != 'experiment' or dl.groups != 1: raise ScreenError("ControlBatches adds controls of the experiment of a batch: make batches of one with batch_by='experiment'.")
+        if getattr(dl, 'group_by', None) != 'experiment' or dl.groups != 1:
+            raise ScreenError("ControlBatches adds controls of the experiment of a batch: "
+                              "make batches of one with batch_by='experiment'.")
         if get_model(self.model).metadata is not None and any(isinstance(cb, BatchMix) for cb in self.learn.cbs):
-            raise ScreenError('ControlBatches and mixed metadata cannot be had together: leave out the metadata of the model, or what mixes batches.')
+            raise ScreenError('ControlBatches and mixed metadata cannot be had together: '
+                              'leave out the metadata of the model, or what mixes batches.')
         if self.seed is None: self.rng = np.random.default_rng(torch.randint(2**31, ()).item())
         check_groups(self.dls, 'experiment', 'ControlBatches')
         self.dl, self.at = _control_dl(self.dls, self.n)
@@ -535,7 +553,8 @@ class ControlBatches(Callback):
         rows = self.rng.choice(at, self.n, replace=len(at) < self.n)
         batch = self.dl.after_batch(to_device(self.dl._read_batch(rows.tolist()), self.dls.device))
         self.count = len(self.xb[0])
-        self.learn.xb = tuple(torch.cat([a.as_subclass(Tensor), b.as_subclass(Tensor).to(a.dtype)]) for a, b in zip(self.xb, batch))
+        def beside(a, b): return torch.cat([a.as_subclass(Tensor), b.as_subclass(Tensor).to(a.dtype)])
+        self.learn.xb = tuple(map(beside, self.xb, batch))
 
     def after_pred(self):
         "Drop the answers for the controls"
@@ -552,7 +571,9 @@ def _control_dl(dls, n):
     mine = dls.train.items.experiment.unique()
     rows = table[table.well_type.isin(CONTROLS['negative']) & table.experiment.isin(mine)]
     lacks = sorted(set(mine) - set(rows.experiment))
-    if lacks: raise ScreenError(f'{first_few(lacks)} has no negative control in the table: keep the control wells in it, or leave out ControlBatches.')
+    if lacks:
+        raise ScreenError(f'{first_few(lacks)} has no negative control in the table: '
+                          'keep the control wells in it, or leave out ControlBatches.')
     if spec.sites > 1: rows = rows.drop_duplicates('well_id')
     views = site_augs(**({} if augs == 'default' else augs)) if augs == 'default' or isinstance(augs, dict) else ()
     dl = spec_dl(spec, dls.screen[rows], n, augs=views, device=dls.device, stat_rows=table)
@@ -568,7 +589,8 @@ def _experiment(self:ControlBatches):
 
 
 # %% ../../nbs/32b_train.domain.ipynb #d8b4c493
-DOMAIN_METHODS = dict(coral=CORAL, swd=SlicedWasserstein, reversal=GradientReversal, irm=IRM, groupdro=GroupDRO, contrast=Contrast, mixstyle=MixStyle)
+DOMAIN_METHODS = dict(coral=CORAL, swd=SlicedWasserstein, reversal=GradientReversal, irm=IRM, groupdro=GroupDRO,
+                      contrast=Contrast, mixstyle=MixStyle)
 
 def domain_callback(
     how, # Name of one of `DOMAIN_METHODS`, or a dict with `name` and arguments, such as {'name': 'coral', 'weight': .1}

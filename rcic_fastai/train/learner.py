@@ -25,7 +25,7 @@ def part_names(
 )->list: # Names from `PARTS`, in model order
     "Return the names of the parts that are meant"
     if isinstance(parts, str): parts = [p.strip() for p in parts.split(',')]
-    names = {n for p in parts for n in _ALIASES.get(p, (p,))}
+    names = set().union(*(_ALIASES.get(p, (p,)) for p in parts))
     strange = sorted(names - set(PARTS))
     if strange:
         raise ScreenError(f'{first_few(strange)} is not a part of the model: choose from {", ".join(PARTS)}, head or '
@@ -53,7 +53,8 @@ class TrainedOn(Callback):
     def _record(self):
         rows, model = getattr(self.dls.train, 'items', None), get_model(self.model)
         if not isinstance(rows, pd.DataFrame) or 'experiment' not in rows: return
-        names = {*rows.experiment.astype(str).unique()} - {'', *getattr(model, 'pseudo_experiments', ())}      # images of an atlas are in none
+        # images of an atlas are in none
+        names = {*rows.experiment.astype(str).unique()} - {'', *getattr(model, 'pseudo_experiments', ())}
         model.trained_experiments = tuple(sorted({*getattr(model, 'trained_experiments', ()), *names}))
 
 # %% ../../nbs/31_train.learner.ipynb #3b489cd1
@@ -72,8 +73,11 @@ def _metadata_sizes(spec, columns):
 def _find_rare(loss, spec):
     "Look up the labels that focal losses name; return which of them the screen does not have"
     focal = [o for o in (loss, getattr(loss, 'a', None), getattr(loss, 'b', None)) if getattr(o, 'rare', ())]
-    odd = [i for o in focal for i in [*o.named(spec.labels), *(i for i in o.rare if i >= len(spec.labels))]]
-    return f'note: the loss gives numbers of their own to {plural(len(odd), "label")} that the screen does not have ({first_few(odd)}): without effect.' if odd else ''
+    odd = []
+    for o in focal: odd += [*o.named(spec.labels), *(i for i in o.rare if i >= len(spec.labels))]
+    if not odd: return ''
+    return (f'note: the loss gives numbers of their own to {plural(len(odd), "label")} that the screen does not have '
+            f'({first_few(odd)}): without effect.')
 
 _MODEL = [k for k, p in inspect.signature(create_screen_model).parameters.items() if p.kind is not p.VAR_KEYWORD]
 
@@ -101,8 +105,9 @@ def screen_learner(
                                     bn_momentum=bn_momentum, **{'n_sites': spec.sites, **more})
     check_target(model.loss, spec.several, spec.target)
     if note := _find_rare(model.loss, spec): print(note)
-    kwargs = {**dict(metrics=label_metrics() if spec.several else [accuracy], splitter=screen_splitter, opt_func=FusedAdam), **kwargs}
-    learn = Learner(dls, model, loss_func=model.loss, **kwargs)
+    metrics = label_metrics() if spec.several else [accuracy]
+    usual = dict(metrics=metrics, splitter=screen_splitter, opt_func=FusedAdam)
+    learn = Learner(dls, model, loss_func=model.loss, **{**usual, **kwargs})
     learn.add_cb(TrainedOn())
     return learn
 

@@ -8,6 +8,7 @@ __all__ = ['BLENDS', 'MIXERS', 'four_boxes', 'box_area', 'paste_parts', 'many_lo
 
 # %% ../../nbs/30c_train.mixing.ipynb #ed9c0b9e
 import inspect
+from itertools import product
 import numpy as np, torch
 from fastcore.basics import patch
 from ..core import ScreenError, check_choice, first_few
@@ -22,7 +23,7 @@ def four_boxes(
 )->list: # Four (y1, y2, x1, x2), px, the largest first
     "Draw a point, and return the four boxes around it"
     y, x = (round(n*rng.beta(alpha, alpha)) for n in (height, width))
-    boxes = [(*v, *h) for v in ((0, y), (y, height)) for h in ((0, x), (x, width))]
+    boxes = [(0, y, 0, x), (0, y, x, width), (y, height, 0, x), (y, height, x, width)]
     return sorted(boxes, key=box_area, reverse=True)
 
 def box_area(
@@ -111,7 +112,8 @@ def _mix_encodings(self:ManyMix, meta):
         this = known.get(columns[0])
         if this is None or this.data_ptr() != own.data_ptr(): return      # another batch
         total = output*(1 - sum(shares))
-        for p, s in zip(partners, shares): total = total + s*module.forward({c: v[p] if c in columns else v for c, v in known.items()}, *rest)
+        for p, s in zip(partners, shares):
+            total = total + s*module.forward({c: v[p] if c in columns else v for c, v in known.items()}, *rest)
         return total
     self.hook = model.metadata.register_forward_hook(mixed)
 
@@ -131,7 +133,9 @@ class RICAP(ManyMix):
         "Draw the boxes, the partners and where their pieces begin, and paste"
         h, w = x.shape[-2:]
         self.boxes = four_boxes(h, w, self.alpha, self.rng)
-        starts = [(int(self.rng.integers(h - y2 + y1 + 1)), int(self.rng.integers(w - x2 + x1 + 1))) for y1, y2, x1, x2 in self.boxes]
+        starts = []
+        for y1, y2, x1, x2 in self.boxes:
+            starts.append((int(self.rng.integers(h - y2 + y1 + 1)), int(self.rng.integers(w - x2 + x1 + 1))))
         partners = [self.permutation(x) for _ in range(3)]
         self.parts = list(zip([None, *partners], self.boxes, starts))
         return paste_parts(x, self.parts), partners, [box_area(b)/(h*w) for b in self.boxes[1:]]
@@ -143,8 +147,10 @@ def grid_boxes(
     size:float, # Side of a patch, as a share of that of the picture, above 0 to 1
 )->list: # (y1, y2, x1, x2), px, in rows; together the whole picture
     "Split a picture into patches of nearly the same size"
-    ys, xs = (np.linspace(0, n, max(n//max(int(n*size), 1), 1) + 1).round().astype(int).tolist() for n in (height, width))
-    return [(y1, y2, x1, x2) for y1, y2 in zip(ys, ys[1:]) for x1, x2 in zip(xs, xs[1:])]
+    def spans(n):
+        ends = np.linspace(0, n, max(n//max(int(n*size), 1), 1) + 1).round().astype(int).tolist()
+        return zip(ends, ends[1:])
+    return [(*rows, *columns) for rows, columns in product(spans(height), spans(width))]
 
 # %% ../../nbs/30c_train.mixing.ipynb #45c9eee4
 BLENDS = ('cut', 'mix', 'zero', 'noise')

@@ -28,7 +28,8 @@ def _adam_state(p, state):
 def _fused_step(ps, states, lr, mom, sqr_mom, eps, wd, **kwargs):
     "Update parameters that share their hyperparameters, in place"
     from torch.optim.adamw import adamw
-    averages, squares, steps = ([s[k] for s in states] for k in ('grad_avg', 'sqr_avg', 'step'))
+    def each(k): return [s[k] for s in states]
+    averages, squares, steps = each('grad_avg'), each('sqr_avg'), each('step')
     are_dense = all(a.stride() == p.stride() for a, p in zip(averages, ps))        # a slice of a larger tensor is not
     fused = are_dense and {p.device.type for p in ps} in ({'cpu'}, {'cuda'})
     with torch.no_grad():
@@ -74,7 +75,8 @@ def _sgd(params, lr, mom=.9, wd=0., nesterov=False):
     return Optimizer(params, [l2_reg, average_grad, step], lr=lr, mom=mom, wd=wd)
 
 # %% ../../nbs/30b_train.optimizer.ipynb #485f006d
-OPTIMIZERS = dict(adamw=FusedAdam, adam=partial(Adam, decouple_wd=False), radam=partial(RAdam, decouple_wd=False), ranger=ranger, sgd=_sgd)
+OPTIMIZERS = dict(adamw=FusedAdam, adam=partial(Adam, decouple_wd=False), radam=partial(RAdam, decouple_wd=False),
+                  ranger=ranger, sgd=_sgd)
 _SETTINGS = dict(adamw=('mom', 'sqr_mom', 'eps'), adam=('mom', 'sqr_mom', 'eps'), radam=('mom', 'sqr_mom', 'eps'),
                  ranger=('mom', 'sqr_mom', 'eps', 'k', 'alpha'), sgd=('mom', 'nesterov'))
 
@@ -82,7 +84,8 @@ def optimizer_from_config(
     config, # Name from `OPTIMIZERS`, or a dict with `name` and settings: mom, sqr_mom, eps; k and alpha of ranger; nesterov of sgd
 )->callable: # `opt_func` of a `Learner`
     "Return what makes the optimizer that `config` describes; rate and weight decay are those of the stage"
-    if not isinstance(config, (str, dict)): raise ScreenError(f'{option("opt", config)} is no optimizer: give a name, or a table with a name and settings.')
+    if not isinstance(config, (str, dict)):
+        raise ScreenError(f'{option("opt", config)} is no optimizer: give a name, or a table with a name and settings.')
     settings = dict(name=config) if isinstance(config, str) else dict(config)
     name = settings.pop('name', None)
     check_choice('opt', name, OPTIMIZERS)

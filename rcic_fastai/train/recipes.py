@@ -98,35 +98,43 @@ _KEPT = ('accuracy', 'macro_f1', 'micro_f1', 'valid_loss')
 
 def _is_number(v, low=0., high=math.inf): return type(v) in (int, float) and low <= v <= high
 
-_LEAST = dict(epochs=0, stop=1, accumulate=1, patience=1, bs=2, size=16, sites=1, batch_groups=1, num_workers=0, emb_dim=1, rounds=1, tta=1, k=1)
+_LEAST = dict(epochs=0, stop=1, accumulate=1, patience=1, bs=2, size=16, sites=1, batch_groups=1, num_workers=0,
+              emb_dim=1, rounds=1, tta=1, k=1)
 _SHARES = ('cutmix', 'mixup', 'pct_start', 'dropout', 'first', 'last', 'label_smoothing')
 
 def _check_ranges(given, what):
     "Raise for counts that are none, and for shares and rates that cannot be"
     for k, v in given.items():
-        if k in _LEAST and v is not None and (type(v) is not int or v < _LEAST[k]): raise ScreenError(f'{what} has {k}={v!r}: give a whole number, {_LEAST[k]} or more.')
-        if k in _SHARES and not _is_number(v, 0, 1): raise ScreenError(f'{what} has {k}={v!r}: give a share from 0 to 1.')
-        if k in ('wd', 'div_final') and not _is_number(v): raise ScreenError(f'{what} has {k}={v!r}: give a number, 0 or more.')
+        if k in _LEAST and v is not None and (type(v) is not int or v < _LEAST[k]):
+            raise ScreenError(f'{what} has {k}={v!r}: give a whole number, {_LEAST[k]} or more.')
+        if k in _SHARES and not _is_number(v, 0, 1):
+            raise ScreenError(f'{what} has {k}={v!r}: give a share from 0 to 1.')
+        if k in ('wd', 'div_final') and not _is_number(v):
+            raise ScreenError(f'{what} has {k}={v!r}: give a number, 0 or more.')
 
 def _check_numbers_of(stage, what):
     "Raise for numbers of a stage that cannot be"
     _check_ranges(vars(stage), what)
-    if stage.keep_best not in (None, *_KEPT): raise ScreenError(f'{what} keeps the best {stage.keep_best!r}: choose {", ".join(_KEPT[:-1])} or {_KEPT[-1]}.')
+    if stage.keep_best not in (None, *_KEPT):
+        raise ScreenError(f'{what} keeps the best {stage.keep_best!r}: choose {", ".join(_KEPT[:-1])} or {_KEPT[-1]}.')
 
 # %% ../../nbs/33_train.recipes.ipynb #9d46ec58
 def _check_augs(augs, what):
     "Raise for augmentations that `site_augs` does not have"
     if augs is None: return
     if isinstance(augs, str): return check_choice('augs', augs, PUBLISHED_AUGS)
-    if not isinstance(augs, dict): raise ScreenError(f'{what} has {augs!r} as its augs: give a dict of arguments of site_augs.')
+    if not isinstance(augs, dict):
+        raise ScreenError(f'{what} has {augs!r} as its augs: give a dict of arguments of site_augs.')
     names = [n for n in inspect.signature(site_augs).parameters if n != 'size']       # that is the size of the stage
     odd = sorted(set(augs) - set(names))
     if odd: raise ScreenError(f'{what} has the unknown augmentation {first_few(odd)}: choose from {", ".join(names)}.')
     try: site_augs(**augs)
-    except (TypeError, ValueError) as e: raise ScreenError(f'{what} has {augs!r} as its augs, which do not fit ({e}): correct them.') from None
+    except (TypeError, ValueError) as e:
+        raise ScreenError(f'{what} has {augs!r} as its augs, which do not fit ({e}): correct them.') from None
 
 # %% ../../nbs/33_train.recipes.ipynb #1041e11a
-_KINDS = {bool: (bool, 'true or false'), int: (int, 'a whole number'), float: ((int, float), 'a number'), str: (str, 'text'),
+_KINDS = {bool: (bool, 'true or false'), int: (int, 'a whole number'), float: ((int, float), 'a number'),
+          str: (str, 'text'),
           list: ((list, tuple), 'a list'), tuple: ((list, tuple), 'a list'), dict: (dict, 'names and values')}
 
 def _is_names(v): return isinstance(v, str) or isinstance(v, (list, tuple)) and all(isinstance(o, str) for o in v)
@@ -134,7 +142,8 @@ def _is_names(v): return isinstance(v, str) or isinstance(v, (list, tuple)) and 
 def _check_kinds(given, func, what, free=()):
     "Raise for values that are not of the kind that `func` says in its annotations; None may stand for a default of None"
     for k, p in inspect.signature(func).parameters.items():
-        if k not in given or k in free or p.annotation not in _KINDS or (given[k] is None and p.default is None): continue
+        if k not in given or k in free or p.annotation not in _KINDS or (given[k] is None and p.default is None):
+            continue
         types, words = _KINDS[p.annotation]
         is_odd = not isinstance(given[k], types) or (isinstance(given[k], bool) and p.annotation is not bool)
         if is_odd: raise ScreenError(f'{what} has {k}={given[k]!r}: give {words}.')
@@ -157,11 +166,13 @@ def part_lrs(
     rates = [*lr.values()] if isinstance(lr, dict) else [*lr] if isinstance(lr, (tuple, list)) else [lr]
     is_pair = not isinstance(lr, (tuple, list)) or len(lr) == 2
     if not rates or not is_pair or not all(isinstance(o, (int, float, np.number)) and 0 <= o < math.inf for o in rates):
-        raise ScreenError(f'{option("lr", lr)} is no learning rate: give a number, (first, last), or a number for each part.')
+        raise ScreenError(f'{option("lr", lr)} is no learning rate: '
+                          'give a number, (first, last), or a number for each part.')
     if isinstance(lr, dict):
         odd = sorted(set(lr) - set(PARTS))
         if odd:
-            raise ScreenError(f'{first_few(odd)} has a learning rate but is not a part: choose from {", ".join(PARTS)}.')
+            raise ScreenError(f'{first_few(odd)} has a learning rate but is not a part: '
+                              f'choose from {", ".join(PARTS)}.')
         return [float(lr.get(p, max(lr.values()))) for p in PARTS]
     if isinstance(lr, (tuple, list)): return [float(o) for o in np.geomspace(lr[0], lr[1], len(PARTS))]
     return [float(lr)]*len(PARTS)
@@ -170,7 +181,8 @@ def part_lrs(
 def _check_named(config, classes, what, make):
     "Raise for a loss or callback that cannot be made, or has settings of another kind"
     if isinstance(config, CosineLoss): return
-    if not isinstance(config, (str, dict)): raise ScreenError(f'{what} has {config!r} where a name is meant, or a name with settings: give one.')
+    if not isinstance(config, (str, dict)):
+        raise ScreenError(f'{what} has {config!r} where a name is meant, or a name with settings: give one.')
     if isinstance(config, dict) and isinstance(config.get('name'), str) and config['name'] in classes:
         _check_kinds(config, classes[config['name']].__init__, what, free=('a', 'b'))
         _check_ranges(config, what)
@@ -178,6 +190,7 @@ def _check_named(config, classes, what, make):
             if k in config and config['name'] == 'mix': _check_named(config[k], classes, what, make)
     make(config)
 
+# %% ../../nbs/33_train.recipes.ipynb #ea2081f5
 def _check_stage(stage, i):
     "Raise a `ScreenError` for a stage that cannot be trained"
     what = f'Stage {i+1} of the recipe'
@@ -186,8 +199,11 @@ def _check_stage(stage, i):
     if not _is_names(stage.parts): raise ScreenError(f'{what} has {stage.parts!r} as its parts: give names of parts.')
     _check_augs(stage.augs, what)
     if stage.opt is not None: optimizer_from_config(stage.opt)
-    odd = [k for k, v in (stage.opt.items() if isinstance(stage.opt, dict) else ()) if k != 'name' and not (isinstance(v, bool) if k == 'nesterov' else _is_number(v))]
-    if odd: raise ScreenError(f'{what} has {odd[0]}={stage.opt[odd[0]]!r} in its opt: give {"true or false" if odd[0] == "nesterov" else "a number"}.')
+    def fits(k, v): return k == 'name' or (isinstance(v, bool) if k == 'nesterov' else _is_number(v))
+    odd = [k for k, v in stage.opt.items() if not fits(k, v)] if isinstance(stage.opt, dict) else []
+    if odd:
+        raise ScreenError(f'{what} has {odd[0]}={stage.opt[odd[0]]!r} in its opt: '
+                          f'give {"true or false" if odd[0] == "nesterov" else "a number"}.')
     parsed_schedule(stage.schedule)
     part_names(stage.parts)
     part_lrs(stage.lr)
@@ -195,21 +211,26 @@ def _check_stage(stage, i):
     if stage.loss is not None: _check_named(stage.loss, LOSSES, what, partial(loss_from_config, n_classes=2))
     if stage.neck is not None: check_choice('neck', stage.neck, [n for n in NECKS if n != 'identity'])
 
+# %% ../../nbs/33_train.recipes.ipynb #6a068a0d
 def _check_losses(recipe, model=None):
     "Raise where a loss does not read what the classifier of the recipe, or of the model that it continues with, returns, and for a neck that has no place"
     kind = recipe.model.get('classifier', 'cosine') if model is None else model.classifier.kind
     neck = recipe.model.get('neck') if model is None else model._args['neck']
-    several = bool(recipe.data.get('several'))
-    if recipe.stages and model is None: check_target(loss_from_config(recipe.stages[0].loss or recipe.model.get('loss', 'adacos'), 2), several, 'the target of the recipe')
+    several, first = bool(recipe.data.get('several')), recipe.model.get('loss', 'adacos')
+    def embeds(loss): return getattr(loss_from_config(loss, 2), 'embeds', False)
+    if recipe.stages and model is None:
+        check_target(loss_from_config(recipe.stages[0].loss or first, 2), several, 'the target of the recipe')
     for i, s in enumerate(recipe.stages):
         if s.neck and neck == 'identity':
-            raise ScreenError(f"Stage {i+1} of the recipe has the neck {s.neck!r}, and the model has none (identity), so its embedding would change its length: build the model with a neck.")
+            raise ScreenError(f"Stage {i+1} of the recipe has the neck {s.neck!r}, and the model has none "
+                              "(identity), so its embedding would change its length: build the model with a neck.")
         if s.loss is not None:
             check_loss(loss_from_config(s.loss, 2), SimpleNamespace(kind=kind))
             check_target(loss_from_config(s.loss, 2), several, 'the target of the recipe')
         alone = [c for c in s.callbacks if (c if isinstance(c, str) else c['name']) in ('irm', 'groupdro')]
-        if alone and (kind == 'both' or getattr(loss_from_config(s.loss or recipe.model.get('loss', 'adacos'), 2), 'embeds', False)):
-            raise ScreenError(f'Stage {i+1} of the recipe has {alone[0]!r}, which reads one classifier: leave it out, or the second part of the loss.')
+        if alone and (kind == 'both' or embeds(s.loss or first)):
+            raise ScreenError(f'Stage {i+1} of the recipe has {alone[0]!r}, which reads one classifier: '
+                              'leave it out, or the second part of the loss.')
 
 def _check_sampling(recipe, model=None):
     "Raise where channels are to be left out of a model that reads them together"
@@ -217,6 +238,7 @@ def _check_sampling(recipe, model=None):
     asked = [s.name for s in recipe.stages if 'channel_sampling' in [c if isinstance(c, str) else c.get('name') for c in s.callbacks]]
     if asked and not reads_each: raise ScreenError(f"The stage {asked[0]!r} of the recipe has 'channel_sampling', and its model reads all channels together: let stem be bag in the model of the recipe, or leave channel_sampling out.")
 
+# %% ../../nbs/33_train.recipes.ipynb #9fa7674b
 def _check_arguments(entry, given, func, but):
     "Raise for arguments that a function does not take"
     takes = [n for n, p in inspect.signature(func).parameters.items() if n not in but and p.kind != p.VAR_KEYWORD]
@@ -227,19 +249,26 @@ def _check_arguments(entry, given, func, but):
 
 def _check_model(given, what='The recipe, in its model,'):
     "Raise for arguments of a model that may be of several kinds, and are of none of them"
-    how = dict(loss=(str, dict, CosineLoss), pretrained=(bool, str, Path, type(None)), meta_dim=(int, str), meta_dropout=(int, float, dict), bn_momentum=(int, float, type(None)))
+    how = dict(loss=(str, dict, CosineLoss), pretrained=(bool, str, Path, type(None)), meta_dim=(int, str),
+               meta_dropout=(int, float, dict), bn_momentum=(int, float, type(None)))
     for k, types in how.items():
-        if k in given and not isinstance(given[k], types): raise ScreenError(f'{what} has {k}={given[k]!r}: give what screen_learner takes.')
-    if not _is_names(given.get('metadata', ())): raise ScreenError(f'{what} has {given["metadata"]!r} as its metadata: give names of columns.')
+        if k in given and not isinstance(given[k], types):
+            raise ScreenError(f'{what} has {k}={given[k]!r}: give what screen_learner takes.')
+    if not _is_names(given.get('metadata', ())):
+        raise ScreenError(f'{what} has {given["metadata"]!r} as its metadata: give names of columns.')
     _check_named(given.get('loss', 'adacos'), LOSSES, what, partial(loss_from_config, n_classes=2))
 
-# %% ../../nbs/33_train.recipes.ipynb #756da1d8
 PRETRAIN = ('controls', 'simsiam', 'simsiam_test')
+
+# %% ../../nbs/33_train.recipes.ipynb #756da1d8
 _INDEX = ('tta', 'views', 'separate', 'with_controls')
 _PSEUDO = ('rounds', 'first', 'last', 'lr', 'cutmix')
-_PREDICT = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'by', 'tell', 'assign', 'adapt', 'correct', 'same_cell_type')
-_CHOICES = dict(views=('dihedral', 'random', 'scaled'), vote=('nearest', 'mean', 'prototype'), merge=('best', 'mean'), by=('index', 'classifier'), tell=('plate_group', 'no'), assign=('yes', 'no'),
-                adapt=('auto', 'experiment', 'plate', 'no'), correct=('no', 'auto', 'standardize', 'center', 'sphere', 'tvn'))
+_PREDICT = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'by', 'tell', 'assign', 'adapt', 'correct',
+            'same_cell_type')
+_CHOICES = dict(views=('dihedral', 'random', 'scaled'), vote=('nearest', 'mean', 'prototype'), merge=('best', 'mean'),
+                by=('index', 'classifier'), tell=('plate_group', 'no'), assign=('yes', 'no'),
+                adapt=('auto', 'experiment', 'plate', 'no'),
+                correct=('no', 'auto', 'standardize', 'center', 'sphere', 'tvn'))
 
 def _check_entries(entry, given, takes):
     "Raise for views, votes and pseudo-labels that there are not"
@@ -247,41 +276,61 @@ def _check_entries(entry, given, takes):
     if odd: raise ScreenError(f'The recipe has the unknown entry {odd[0]!r} in its {entry}: use {", ".join(takes)}.')
     _check_ranges(given, what)
     for k, choices in _CHOICES.items():
-        if k in given and given[k] not in choices: raise ScreenError(f'{what} has {k}={given[k]!r}: choose from {", ".join(choices)}.')
+        if k in given and given[k] not in choices:
+            raise ScreenError(f'{what} has {k}={given[k]!r}: choose from {", ".join(choices)}.')
     for k in ('separate', 'with_controls', 'same_cell_type'):
-        if not isinstance(given.get(k, False), bool): raise ScreenError(f'{what} has {k}={given[k]!r}: give true or false.')
-    if not isinstance(given.get('search', ''), str): raise ScreenError(f'{what} has {given["search"]!r} as its search: give text, such as auto.')
+        if not isinstance(given.get(k, False), bool):
+            raise ScreenError(f'{what} has {k}={given[k]!r}: give true or false.')
+    if not isinstance(given.get('search', ''), str):
+        raise ScreenError(f'{what} has {given["search"]!r} as its search: give text, such as auto.')
     if 'lr' in given: part_lrs(given['lr'])
 
+# %% ../../nbs/33_train.recipes.ipynb #5155ec44
 def _check_views(entry, given):
     "Raise for more views than there are"
     views = given.get('views', 'dihedral')
     most = dict(dihedral=8, scaled=4).get(views, math.inf)
-    if given.get('tta', 1) > most: raise ScreenError(f'The recipe, in its {entry}, has {given["tta"]} views, and {views} ones are {most}: let views be random, or tta be {most}.')
-    if given.get('separate') and views != 'random': raise ScreenError(f'The recipe, in its {entry}, keeps random views apart and has none: let views be random.')
+    if given.get('tta', 1) > most:
+        raise ScreenError(f'The recipe, in its {entry}, has {given["tta"]} views, and {views} ones are {most}: '
+                          f'let views be random, or tta be {most}.')
+    if given.get('separate') and views != 'random':
+        raise ScreenError(f'The recipe, in its {entry}, keeps random views apart and has none: let views be random.')
 
+# %% ../../nbs/33_train.recipes.ipynb #647156d1
 def _check_search(recipe):
     "Raise for a search where nothing is searched, or where rows vote otherwise"
     said, search = recipe.predict, recipe.predict.get('search') or 'no'
     if search == 'no': return
-    if recipe.data.get('several'): raise ScreenError(f'The recipe, in its predict, has the search {search!r}, and several labels are answered by probability: leave it out.')
+    if recipe.data.get('several'):
+        raise ScreenError(f'The recipe, in its predict, has the search {search!r}, '
+                          'and several labels are answered by probability: leave it out.')
     odd = [k for k, usual in dict(vote='nearest', by='index').items() if said.get(k, usual) != usual]
-    if odd: raise ScreenError(f'The recipe, in its predict, has the {odd[0]} {said[odd[0]]!r} and the search {search!r}, which both say how wells are named: leave one of them out.')
+    if odd:
+        raise ScreenError(f'The recipe, in its predict, has the {odd[0]} {said[odd[0]]!r} and the search {search!r}, '
+                          'which both say how wells are named: leave one of them out.')
 
+# %% ../../nbs/33_train.recipes.ipynb #42be3df4
 def _check_steps(recipe):
     "Raise for steps before and after the training that there are not"
-    if twice := [s.name for i, s in enumerate(recipe.stages) if s.name in [o.name for o in recipe.stages[:i]]]: raise ScreenError(f'The recipe has two stages called {twice[0]!r}: give each a name of its own, by which its epochs are found.')
+    names = [s.name for s in recipe.stages]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ScreenError(f'The recipe has two stages called {twice[0]!r}: '
+                          'give each a name of its own, by which its epochs are found.')
     if recipe.pretrain: check_choice('pretrain', recipe.pretrain, PRETRAIN)
     check_choice('begin', recipe.begin, ('backbone', 'all', 'features'))
     old = [k for k, v in recipe.predict.items() if v == 'none']
     if old: raise ScreenError(f"The recipe has {old[0]} 'none' in its predict: say 'no'.")
-    for entry, takes in dict(predict=_PREDICT, index=_INDEX, pseudo=_PSEUDO).items(): _check_entries(entry, getattr(recipe, entry), takes)
+    for entry, takes in dict(predict=_PREDICT, index=_INDEX, pseudo=_PSEUDO).items():
+        _check_entries(entry, getattr(recipe, entry), takes)
     for entry in ('predict', 'index'): _check_views(entry, getattr(recipe, entry))
     _check_search(recipe)
     first, last = recipe.pseudo.get('first', .41), recipe.pseudo.get('last', .98)
-    if not 0 < first <= last: raise ScreenError(f'The recipe, in its pseudo, grows from the share {first} to {last}: choose two above 0, the smaller first.')
+    if not 0 < first <= last:
+        raise ScreenError(f'The recipe, in its pseudo, grows from the share {first} to {last}: '
+                          'choose two above 0, the smaller first.')
     cells = recipe.cell_types
-    if not _is_names([*cells, *cells.values()]): raise ScreenError(f'The recipe has {cells!r} as its cell_types: give names of cell types and of their recipes.')
+    if not _is_names([*cells, *cells.values()]):
+        raise ScreenError(f'The recipe has {cells!r} as its cell_types: give names of cell types and of their recipes.')
 
 # %% ../../nbs/33_train.recipes.ipynb #189fc994
 def check_recipe(
@@ -290,21 +339,26 @@ def check_recipe(
 )->Recipe: # The same
     "Raise a `ScreenError` for a recipe that cannot be trained, before anything is"
     _check_kinds(vars(recipe), Recipe, 'The recipe', free=('arch',))
-    if not (isinstance(recipe.arch, str) or callable(recipe.arch)): raise ScreenError(f'The recipe has {recipe.arch!r} as its arch: give the name of an architecture.')
-    if not _is_names(recipe.valid) or isinstance(recipe.valid, str): raise ScreenError(f'The recipe has {recipe.valid!r} as its valid: give a list of names.')
+    if not (isinstance(recipe.arch, str) or callable(recipe.arch)):
+        raise ScreenError(f'The recipe has {recipe.arch!r} as its arch: give the name of an architecture.')
+    if not _is_names(recipe.valid) or isinstance(recipe.valid, str):
+        raise ScreenError(f'The recipe has {recipe.valid!r} as its valid: give a list of names.')
     odd = [v for v in recipe.only.values() if isinstance(v, (list, tuple, dict)) or v is None]
     if odd: raise ScreenError(f'The recipe has {odd[0]!r} in its only: give one value for each column.')
     for i, s in enumerate(recipe.stages): _check_stage(s, i)
     if recipe.data.get('augs', 0) is None and any(s.augs is not None for s in recipe.stages):
-        raise ScreenError('The recipe has no augmentation in its data and some in a stage, which would have no effect: leave one of them out.')
-    if 'valid' in recipe.data: raise ScreenError('The recipe has valid in its data: name held-out experiments in valid of the recipe itself.')
+        raise ScreenError('The recipe has no augmentation in its data and some in a stage, '
+                          'which would have no effect: leave one of them out.')
+    if 'valid' in recipe.data:
+        raise ScreenError('The recipe has valid in its data: name held-out experiments in valid of the recipe itself.')
     _check_arguments('data', recipe.data, screen_dls, ('screen', 'valid', 'seed', 'device'))
     _check_arguments('model', recipe.model, screen_learner, ('dls', 'arch', 'seed'))
     _check_model(recipe.model)
     _check_losses(recipe, model)
     _check_sampling(recipe, model)
     augs = recipe.data.get('augs', 'default')
-    if augs != 'default' and isinstance(augs, (str, dict)): _check_augs(augs if isinstance(augs, dict) else [augs], 'The recipe, in its data,')
+    if augs != 'default' and isinstance(augs, (str, dict)):
+        _check_augs(augs if isinstance(augs, dict) else [augs], 'The recipe, in its data,')
     _check_steps(recipe)
     return recipe
 
@@ -347,6 +401,7 @@ def needs_controls(
     "Return whether a training needs the negative controls, which it does not learn to name"
     return 'control_batches' in [name for _, name, _ in _asked(recipe)] or bool(recipe.index.get('with_controls'))
 
+# %% ../../nbs/33_train.recipes.ipynb #ddb831b0
 def check_batches(
     recipe:Recipe, # Whose `data` makes the batches
 ):
@@ -354,11 +409,14 @@ def check_batches(
     by, groups = recipe.data.get('batch_by'), recipe.data.get('batch_groups', 1)
     for i, name, said in _asked(recipe):
         if (name == 'contrast' or name == 'lisa' and said.get('same', 1.)) and by != 'pairs':
-            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of pairs: let batch_by be pairs in its data.")
+            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of pairs: "
+                              "let batch_by be pairs in its data.")
         if name == 'control_batches' and (by != 'experiment' or groups != 1):
-            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of one experiment: let batch_by be experiment in its data.")
+            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which needs batches of one experiment: "
+                              "let batch_by be experiment in its data.")
         if name == 'mixstyle' and by == said.get('by', 'experiment') and groups == 1:
-            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which has nothing to mix in batches of one {by}: let batch_groups be 2 in its data, or leave batch_by out.")
+            raise ScreenError(f"Stage {i} of the recipe has {name!r}, which has nothing to mix in batches of one "
+                              f"{by}: let batch_groups be 2 in its data, or leave batch_by out.")
 
 def check_known(
     recipe:Recipe, # Any recipe
@@ -377,8 +435,10 @@ def get_recipe(
     if recipe in RECIPES: return RECIPES[recipe]
     p = Path(str(recipe))
     if not p.is_file():
-        published = '' if 'rcic_fastai.train.systems' in sys.modules else ' (import rcic_fastai.train.systems for the published systems)'
-        raise ScreenError(f'There is no recipe {str(recipe)!r}: choose from {", ".join(RECIPES)}{published}, or name a JSON file.')
+        published = ' (import rcic_fastai.train.systems for the published systems)'
+        if 'rcic_fastai.train.systems' in sys.modules: published = ''
+        raise ScreenError(f'There is no recipe {str(recipe)!r}: '
+                          f'choose from {", ".join(RECIPES)}{published}, or name a JSON file.')
     try: return recipe_from_dict(json.loads(read_plain(p, 2**20)))
     except ValueError as e:
         if isinstance(e, ScreenError): raise
@@ -407,7 +467,8 @@ def _scaled_augs(augs, g):
     augs = dict(PUBLISHED_AUGS[augs] if isinstance(augs, str) else augs or {})
     for k in ('crop', 'cutout_side'):
         v = augs.get(k)
-        if v is not None: augs[k] = tuple(max(8, round(o*g)) for o in v) if isinstance(v, (tuple, list)) else max(8, round(v*g))
+        if v is not None:
+            augs[k] = tuple(max(8, round(o*g)) for o in v) if isinstance(v, (tuple, list)) else max(8, round(v*g))
     return augs
 
 def _scaled_stage(stage, epochs, f, g):
@@ -415,7 +476,8 @@ def _scaled_stage(stage, epochs, f, g):
     size = stage.size and max(16, round(stage.size*g))
     augs = stage.augs if g == 1 or stage.augs is None else _scaled_augs(stage.augs, g)
     patience, stop = (v and max(1, round(v*f)) for v in (stage.patience, stage.stop))
-    return replace(stage, epochs=epochs, size=size, augs=augs, patience=patience, stop=stop, schedule=_scaled_schedule(stage.schedule, f))
+    return replace(stage, epochs=epochs, size=size, augs=augs, patience=patience, stop=stop,
+                   schedule=_scaled_schedule(stage.schedule, f))
 
 @patch
 def scaled(self:Recipe,
@@ -441,10 +503,13 @@ def changed(self:Recipe,
     lr:float=0., # Highest rate of any stage; 0: as it is
 )->tuple: # The recipe, and what was changed: {name: [then, now]}
     "Return the recipe with another number of epochs or another learning rate"
-    then = dict(epochs=sum(s.epochs for s in self.stages), lr=max((max(part_lrs(s.lr)) for s in self.stages), default=0.))
+    then = dict(epochs=sum(s.epochs for s in self.stages),
+                lr=max((max(part_lrs(s.lr)) for s in self.stages), default=0.))
     now = {k: v for k, v in dict(epochs=epochs, lr=lr).items() if v and v != then[k]}
     for k, v in now.items():
-        if not then[k]: raise ScreenError(f'The recipe {self.name} trains nothing, so {option(k, v)} cannot be: leave it out, or choose another recipe.')
+        if not then[k]:
+            raise ScreenError(f'The recipe {self.name} trains nothing, so {option(k, v)} cannot be: '
+                              'leave it out, or choose another recipe.')
         if not 0 < v < 1e6: raise ScreenError(f'{option(k, v)} is not possible: give a number above 0.')
     res = self.scaled(epochs) if 'epochs' in now else self
     if 'lr' in now: res = replace(res, stages=[replace(s, lr=_times(s.lr, lr/then['lr'])) for s in res.stages])
@@ -455,7 +520,8 @@ def _stage_data(learn, stage):
     "Change size, batch size and held-out experiments, where the stage says so"
     changes = {k:v for k,v in dict(size=stage.size, bs=stage.bs).items() if v is not None}
     may_choose = isinstance(getattr(learn.dls, 'augs', 'default'), (str, dict))
-    if stage.augs is not None and may_choose: changes['augs'] = PUBLISHED_AUGS[stage.augs] if isinstance(stage.augs, str) else stage.augs
+    if stage.augs is not None and may_choose:
+        changes['augs'] = PUBLISHED_AUGS[stage.augs] if isinstance(stage.augs, str) else stage.augs
     if stage.full_data: changes.update(valid='none', screen=learn.dls.screen[all_to_train(learn.dls.screen.table)])
     if changes: learn.dls = learn.dls.rebuild(**changes)
 
@@ -486,7 +552,9 @@ def _stage_cbs(learn, stage, seed):
     if stage.stop: cbs.append(EndAt(stage.stop))
     chooses = stage.keep_best or stage.patience or parsed_schedule(stage.schedule)[0] == 'plateau'
     validates = learn.dls.valid.n > 0
-    if chooses and not validates: print(f'note: nothing is held out, so stage {stage.name!r} has nothing to choose by: it runs all its epochs and keeps its last weights.')
+    if chooses and not validates:
+        print(f'note: nothing is held out, so stage {stage.name!r} has nothing to choose by: '
+              'it runs all its epochs and keeps its last weights.')
     return cbs + schedule_callbacks(stage.schedule, part_lrs(stage.lr), stage.keep_best, stage.patience, validates)
 
 # %% ../../nbs/33_train.recipes.ipynb #507b31ef
@@ -495,7 +563,8 @@ def _fit_stage(learn, stage, cbs):
     lrs = part_lrs(stage.lr)
     if parsed_schedule(stage.schedule)[0] != '1cycle': return learn.fit(stage.epochs, lrs, wd=stage.wd, cbs=cbs)
     mom = stage.opt.get('mom') if isinstance(stage.opt, dict) else None
-    learn.fit_one_cycle(stage.epochs, lrs, wd=stage.wd, pct_start=stage.pct_start, div_final=stage.div_final, moms=mom and (mom,)*3, cbs=cbs)
+    learn.fit_one_cycle(stage.epochs, lrs, wd=stage.wd, pct_start=stage.pct_start, div_final=stage.div_final,
+                        moms=mom and (mom,)*3, cbs=cbs)
 
 # %% ../../nbs/33_train.recipes.ipynb #13fa485c
 class StageHistory(Callback):
@@ -512,7 +581,9 @@ class StageHistory(Callback):
 def _to_csv(path):
     "Return what writes the rows to PATH.log.csv"
     f = Path(f'{path}.log.csv')
-    if f.is_file() and not read_plain(f, 2**26).startswith(b'stage,epoch,'): raise ScreenError(f'{f} would be overwritten and is no log of a training: move it elsewhere, or leave {option("log", "csv")} out.')
+    if f.is_file() and not read_plain(f, 2**26).startswith(b'stage,epoch,'):
+        raise ScreenError(f'{f} would be overwritten and is no log of a training: '
+                          f'move it elsewhere, or leave {option("log", "csv")} out.')
     def write(rows): write_csv(pd.DataFrame(rows), f)
     return write
 
@@ -521,7 +592,9 @@ def _to_tensorboard(path):
     try:
         import tensorboard  # noqa: F401
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise ScreenError(f'{option("log", "tensorboard")} needs a package that is not installed: run pip install "rcic_fastai[tensorboard]", or leave it out.') from None
+    except ImportError:
+        raise ScreenError(f'{option("log", "tensorboard")} needs a package that is not installed: '
+                          'run pip install "rcic_fastai[tensorboard]", or leave it out.') from None
     writers = []
     def write(rows):
         if not writers: writers.append(SummaryWriter(f'{path}.tensorboard', purge_step=len(rows)))
@@ -533,7 +606,9 @@ def _to_tensorboard(path):
 def _to_wandb(path):
     "Return what sends the newest row to Weights & Biases; a resumed training is a run of its own in the same group"
     try: import wandb
-    except ImportError: raise ScreenError(f'{option("log", "wandb")} needs a package that is not installed: run pip install "rcic_fastai[wandb]", or leave it out.') from None
+    except ImportError:
+        raise ScreenError(f'{option("log", "wandb")} needs a package that is not installed: '
+                          'run pip install "rcic_fastai[wandb]", or leave it out.') from None
     def write(rows):
         if wandb.run is None: wandb.init(project='rcic_fastai', group=Path(path).name)
         wandb.log(rows[-1], step=len(rows))
@@ -556,7 +631,8 @@ class EpochLog(Callback):
     def __init__(self, writers): self.writers, self.before, self.log = writers, [], None
     def before_fit(self):
         "Note whose rows follow, also where a resumed stage has none left"
-        if self.log is not self.learn.stage_history: self.before, self.log = [*self.before, *(self.log.rows if self.log else [])], self.learn.stage_history
+        if self.log is not self.learn.stage_history:
+            self.before, self.log = [*self.before, *(self.log.rows if self.log else [])], self.learn.stage_history
     def after_epoch(self):
         if rank_distrib(): return
         for write in self.writers: write([*self.before, *self.log.rows])
@@ -575,7 +651,8 @@ def _learner_facts(learn):
                 samples=[dls.train.n, dls.valid.n], table=sha256(table), pixels=sha256(pixels))
 
 # %% ../../nbs/33_train.recipes.ipynb #4ba89d89
-_FREE = ('MixedPrecision', 'NonNativeMixedPrecision', 'ModelToHalf', 'ProgressCallback', 'CSVLogger', 'ShowGraphCallback', 'EpochLog')
+_FREE = ('MixedPrecision', 'NonNativeMixedPrecision', 'ModelToHalf', 'ProgressCallback', 'CSVLogger',
+         'ShowGraphCallback', 'EpochLog')
 
 def _plain_args(cb):
     "Return the arguments of a callback that are numbers or text"
@@ -631,7 +708,8 @@ def _reached(stage, log, start):
     last = next((r for r in rows if r.get('kept')), rows[-1] if rows else {})
     metrics = {k: v for k, v in last.items() if k not in ('stage', 'epoch', 'kept')}
     kept = dict(kept_epoch=last['epoch'] + 1) if last.get('kept') else {}
-    return dict(stage=stage.name, epochs=len(rows) or stage.epochs, **kept, parts=stage.parts, cutmix=stage.cutmix, **metrics,
+    return dict(stage=stage.name, epochs=len(rows) or stage.epochs, **kept, parts=stage.parts, cutmix=stage.cutmix,
+                **metrics,
                 published=stage.published, seconds=round(time.time() - start, 1))
 
 def _extra(reached, start): return dict(reached=reached, seconds=time.time() - start)

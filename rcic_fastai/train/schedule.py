@@ -45,7 +45,8 @@ def _cyclic(epoch, epochs, low=.2, up=3, gamma=1.):
     return low + (1 - low)*height*gamma**int(epoch)
 
 # %% ../../nbs/30d_train.schedule.ipynb #39bf830e
-_CURVES = dict(constant=_constant, cosine=_cosine, flat_cosine=_flat_cosine, restarts=_restarts, step=_step, exponential=_exponential, cyclic=_cyclic)
+_CURVES = dict(constant=_constant, cosine=_cosine, flat_cosine=_flat_cosine, restarts=_restarts, step=_step,
+               exponential=_exponential, cyclic=_cyclic)
 _PLATEAU = dict(patience=4, factor=10.)
 _LEAST = dict(every=1, longer=1, up=1e-3, patience=1, factor=1, gamma=1e-6)
 SCHEDULES = ('1cycle', *_CURVES, 'plateau')
@@ -61,7 +62,9 @@ def parsed_schedule(
     config, # Name from `SCHEDULES`, or a dict with `name` and settings
 )->tuple: # (name, all its settings)
     "Return the name and the settings of a schedule; raise a `ScreenError` for others"
-    if not isinstance(config, (str, dict)): raise ScreenError(f'{option("schedule", config)} is no schedule: give a name, or a table with a name and settings.')
+    if not isinstance(config, (str, dict)):
+        raise ScreenError(f'{option("schedule", config)} is no schedule: '
+                          'give a name, or a table with a name and settings.')
     given = dict(name=config) if isinstance(config, str) else dict(config)
     name = given.pop('name', None)
     check_choice('schedule', name, SCHEDULES)
@@ -70,7 +73,8 @@ def parsed_schedule(
     if odd: raise ScreenError(f'The schedule {name} has no {odd[0]!r}: it takes {", ".join(known) or "no settings"}.')
     for k, v in given.items():
         least = _LEAST.get(k, 0)
-        if type(v) not in (int, float) or not least <= v < math.inf: raise ScreenError(f'The schedule {name} has {k} {v!r}: give a number of {least} or more.')
+        if type(v) not in (int, float) or not least <= v < math.inf:
+            raise ScreenError(f'The schedule {name} has {k} {v!r}: give a number of {least} or more.')
     return name, {**known, **given}
 
 # %% ../../nbs/30d_train.schedule.ipynb #cba383b0
@@ -133,7 +137,8 @@ def schedule_callbacks(
     name, settings = parsed_schedule(schedule)
     monitor = keep_best or 'valid_loss'
     cbs = [FactorSchedule(lrs, name, settings)] if name in _CURVES and name != 'constant' else []
-    if validates and name == 'plateau': cbs.append(ReduceLROnPlateau('valid_loss', patience=settings['patience'], factor=settings['factor']))
+    if validates and name == 'plateau':
+        cbs.append(ReduceLROnPlateau('valid_loss', patience=settings['patience'], factor=settings['factor']))
     if validates and keep_best: cbs.append(KeepBest(keep_best))
     if validates and patience: cbs.append(EarlyStoppingCallback(monitor, patience=patience))
     return cbs

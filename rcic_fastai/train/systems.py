@@ -46,30 +46,40 @@ _RCIC117 = [
 
 _MODEL117 = dict(stem='copy', neck='rcic117', metadata=['cell_type', 'plate_group', 'experiment'], bn_momentum=None)
 _PREDICT117 = dict(**_RANDOM3, tell='plate_group', assign='no', adapt='no')
-rcic117 = Recipe('rcic117', _RCIC117, arch='efficientnet-b3', model=_MODEL117, data=dict(bs=16, **_GLOBAL), valid=_HELD_OUT,
-    index=dict(separate=True, **_RANDOM3), predict=_PREDICT117,
-    about='117th place of the 2019 Kaggle competition (fastai v1): .613 per site, .596 to .650 per well, of held-out experiments whose plate group was told. '
-          'Differs: an unseen experiment is given as unknown, where they gave an arbitrary one; the sixth channel is augmented, too; the search is exact.')
+rcic117 = Recipe('rcic117', _RCIC117, arch='efficientnet-b3', model=_MODEL117, data=dict(bs=16, **_GLOBAL),
+                 valid=_HELD_OUT, index=dict(separate=True, **_RANDOM3), predict=_PREDICT117,
+                 about='117th place of the 2019 Kaggle competition (fastai v1): '
+                       '.613 per site, .596 to .650 per well, of held-out experiments whose plate group was told. '
+                       'Differs: an unseen experiment is given as unknown, where they gave an arbitrary one; '
+                       'the sixth channel is augmented, too; the search is exact.')
 
 # %% ../../nbs/33b_train.systems.ipynb #9a6cb6b2
-_B4 = [('first', 4, 1e-6, None), ('up', 4, 1e-3, None), ('all', 10, (1e-8, 1e-4), None), ('all, on', 22, (1e-6, 1e-4), None),
-       ('all, long', 38, 1e-4, None), ('all, longer', 38, 1e-4, .327), ('CutMix', 38, 1e-4, None), ('CutMix, on', 38, 1e-4, .356)]
+_B4 = [('first', 4, 1e-6, None), ('up', 4, 1e-3, None), ('all', 10, (1e-8, 1e-4), None),
+       ('all, on', 22, (1e-6, 1e-4), None), ('all, long', 38, 1e-4, None), ('all, longer', 38, 1e-4, .327),
+       ('CutMix', 38, 1e-4, None), ('CutMix, on', 38, 1e-4, .356)]
 _RANGER = dict(name='ranger', mom=.95, sqr_mom=.99, eps=1e-4)
 
 def _b4_stage(i, name, epochs, lr, published):
     "Return a stage of the B4 variant: the first one also says what holds for all"
-    first = dict(opt=_RANGER, bs=7, size=380, augs='rcic117', loss=dict(name='adacos', label_smoothing=.1)) if not i else {}
-    return Stage(name, epochs, lr, schedule=dict(name='flat_cosine', start=.7), cutmix=float(name.startswith('CutMix')), published=published, **first)
+    first = {}
+    if not i: first = dict(opt=_RANGER, bs=7, size=380, augs='rcic117', loss=dict(name='adacos', label_smoothing=.1))
+    return Stage(name, epochs, lr, schedule=dict(name='flat_cosine', start=.7),
+                 cutmix=float(name.startswith('CutMix')), published=published, **first)
 
-rcic117_b4 = Recipe('rcic117_b4', [_b4_stage(i, *o) for i, o in enumerate(_B4)], arch='efficientnet-b4', model=dict(stem='copy', neck='rcic117', act='mish', bn_momentum=None),
-    data=dict(bs=7, **_GLOBAL), valid=_HELD_OUT, index=rcic117.index, predict=dict(**_RANDOM3, assign='no', adapt='no'),
-    about='117th place, notebook v43: EfficientNet-B4 at 380 px, Mish, Ranger, label smoothing; .356 per site without metadata.')
+rcic117_b4 = Recipe('rcic117_b4', [_b4_stage(i, *o) for i, o in enumerate(_B4)], arch='efficientnet-b4',
+                    model=dict(stem='copy', neck='rcic117', act='mish', bn_momentum=None), data=dict(bs=7, **_GLOBAL),
+                    valid=_HELD_OUT, index=rcic117.index, predict=dict(**_RANDOM3, assign='no', adapt='no'),
+                    about='117th place, notebook v43: EfficientNet-B4 at 380 px, Mish, Ranger, label smoothing; '
+                          '.356 per site without metadata.')
 
-rcic117_12d = Recipe('rcic117_12d', [*_cycles('all', [70], 1e-3, cutmix=1., loss='adacos', metadata=False, size=300, augs='rcic117', bs=16),
-                                     *_cycles('metadata', [115], 1e-3, neck='rcic117_meta', metadata=True), *_cycles('full data', [132], 1e-4, full_data=True)],
-    arch='efficientnet-b3', model=dict(**_MODEL117, sites_join='concat'), data=dict(sites=2, bs=16, size=300, **_GLOBAL), valid=_HELD_OUT,
-    index=rcic117.index, predict=_PREDICT117,
-    about='117th place, the variant whose twelve channels are two sites: 70, 115 and 132 epochs. Its rates are not known, those of rcic117 are taken.')
+rcic117_12d = Recipe('rcic117_12d',
+                     [*_cycles('all', [70], 1e-3, cutmix=1., loss='adacos', metadata=False, size=300, augs='rcic117', bs=16),
+                      *_cycles('metadata', [115], 1e-3, neck='rcic117_meta', metadata=True),
+                      *_cycles('full data', [132], 1e-4, full_data=True)], arch='efficientnet-b3',
+                     model=dict(**_MODEL117, sites_join='concat'), data=dict(sites=2, bs=16, size=300, **_GLOBAL),
+                     valid=_HELD_OUT, index=rcic117.index, predict=_PREDICT117,
+                     about='117th place, the variant whose twelve channels are two sites: '
+                           '70, 115 and 132 epochs. Its rates are not known, those of rcic117 are taken.')
 
 # %% ../../nbs/33b_train.systems.ipynb #5cab4e24
 _OF_CELLS = dict(HUVEC=(50, .779), U2OS=(300, .628), HEPG2=(230, .554), RPE=(209, .626))
@@ -77,89 +87,147 @@ _OF_CELLS = dict(HUVEC=(50, .779), U2OS=(300, .628), HEPG2=(230, .554), RPE=(209
 def _cell_type_recipe(cell_type, epochs, published):
     "Return the recipe that continues from `rcic117` with one cell type"
     return replace(rcic117, name=f'rcic117_{cell_type.lower()}', only={'cell_type': cell_type}, begin='all',
-        stages=[Stage('first', 1, 4e-6, bs=16, size=300, augs='rcic117', schedule='constant'), *_cycles('on', [epochs], 1e-4, published)],
-        about=f'117th place, {cell_type} alone: {published} per site. Begins from a model of rcic117, which is to be given as pretrained.')
+                   stages=[Stage('first', 1, 4e-6, bs=16, size=300, augs='rcic117', schedule='constant'),
+                           *_cycles('on', [epochs], 1e-4, published)],
+                   about=f'117th place, {cell_type} alone: '
+                         f'{published} per site. Begins from a model of rcic117, which is to be given as pretrained.')
 
 _CELL_TYPE_RECIPES = [_cell_type_recipe(c, *o) for c, o in _OF_CELLS.items()]
-rcic117_cell_types = replace(rcic117, name='rcic117_cell_types', cell_types={r.only['cell_type']: r.name for r in _CELL_TYPE_RECIPES},
-    about='117th place, one model for each cell type, from the weights of rcic117: HUVEC .779, U2OS .628, RPE .626, HEPG2 .554 per site. Each well is answered by the model of its cell type.')
-rcic117_groups = replace(rcic117, name='rcic117_groups', only={'plate_group': 0}, begin='features', predict=dict(**_RANDOM3, assign='no', adapt='no'),
-    stages=[*_cycles('group', [50], 1e-2, .616, size=300, augs='rcic117', bs=16), *_cycles('group, slower', [50], 1e-4, .652)],
-    about='117th place, the 277 siRNAs of one plate group: .652 per site among these. Begins from a model of rcic117, which is to be given as pretrained.')
+rcic117_cell_types = replace(rcic117, name='rcic117_cell_types',
+                             cell_types={r.only['cell_type']: r.name for r in _CELL_TYPE_RECIPES},
+                             about='117th place, one model for each cell type, from the weights of rcic117: '
+                                   'HUVEC .779, U2OS .628, RPE .626, HEPG2 .554 per site. '
+                                   'Each well is answered by the model of its cell type.')
+rcic117_groups = replace(rcic117, name='rcic117_groups', only={'plate_group': 0}, begin='features',
+                         predict=dict(**_RANDOM3, assign='no', adapt='no'),
+                         stages=[*_cycles('group', [50], 1e-2, .616, size=300, augs='rcic117', bs=16),
+                                 *_cycles('group, slower', [50], 1e-4, .652)],
+                         about='117th place, the 277 siRNAs of one plate group: .652 per site among these. '
+                               'Begins from a model of rcic117, which is to be given as pretrained.')
 
 # %% ../../nbs/33b_train.systems.ipynb #515f2098
 def _rcic16(name, arch, dim, **model):
     "Return the recipe of one backbone of the 16th place"
-    stage = Stage('all', 100, 5e-4, opt=dict(name='radam', sqr_mom=.999, eps=1e-8), schedule=dict(name='step', every=10, gamma=.1), wd=0., patience=5,
-                  keep_best='valid_loss', accumulate=2, bs=16, augs='rcic16', loss=dict(name='cosface', s=30., m=.5))
-    return Recipe(name, [stage], arch=arch, model=dict(stem='mean', input_bn=True, pool='average', emb_dim=dim, bn_momentum=None, **model),
-        data=dict(norm='none', bs=16, clahe=True), predict=dict(by='classifier', tta=8, views='random', merge='mean', assign='yes'),
-        about='16th place: .96343 public, .98871 private, all five models and a leak of the plate groups. Differs: the mean stem is that of the ImageNet filters, where theirs was '
-              'that of a random convolution; CLAHE is of their text and was not in their code; BatchNorm takes the statistics of the experiment (adapted), where theirs stayed in '
-              'training mode at prediction, with dropout; one model names all cell types (rcic16_cell_types has their second step). They held out one of three folds of the experiments.')
+    stage = Stage('all', 100, 5e-4, opt=dict(name='radam', sqr_mom=.999, eps=1e-8),
+                  schedule=dict(name='step', every=10, gamma=.1), wd=0., patience=5, keep_best='valid_loss',
+                  accumulate=2, bs=16, augs='rcic16', loss=dict(name='cosface', s=30., m=.5))
+    return Recipe(name, [stage], arch=arch,
+                  model=dict(stem='mean', input_bn=True, pool='average', emb_dim=dim, bn_momentum=None, **model),
+                  data=dict(norm='none', bs=16, clahe=True),
+                  predict=dict(by='classifier', tta=8, views='random', merge='mean', assign='yes'),
+                  about='16th place: .96343 public, .98871 private, all five models and a leak of the plate groups. '
+                        'Differs: the mean stem is that of the ImageNet filters, where theirs was '
+                        'that of a random convolution; CLAHE is of their text and was not in their code; BatchNorm '
+                        'takes the statistics of the experiment (adapted), where theirs stayed in training '
+                        'mode at prediction, with dropout; one model names all cell types (rcic16_cell_types '
+                        'has their second step). They held out one of three folds of the experiments.')
 
 _CBAM = dict(block_args=dict(attn_layer='cbam'))
-_RCIC16 = [_rcic16('rcic16', 'densenet201', 256), _rcic16('rcic16_efficientnet_b4', 'tf_efficientnet_b4', 256), _rcic16('rcic16_xception', 'legacy_xception', 1000),
-           _rcic16('rcic16_resnet101_cbam', 'resnet101', 512, arch_args=_CBAM), _rcic16('rcic16_se_resnext101', 'seresnext101_32x4d', 512)]
-rcic16_cyclic = replace(_RCIC16[0], name='rcic16_cyclic', stages=[replace(_RCIC16[0].stages[0], lr=2.5e-3, schedule=dict(name='cyclic', low=.2, up=3, gamma=.96))],
-    about='16th place, its other schedule: cyclic from 5e-4 to 2.5e-3 in three epochs, .96 as high after each. Differs as rcic16 does.')
+_RCIC16 = [_rcic16('rcic16', 'densenet201', 256), _rcic16('rcic16_efficientnet_b4', 'tf_efficientnet_b4', 256),
+           _rcic16('rcic16_xception', 'legacy_xception', 1000),
+           _rcic16('rcic16_resnet101_cbam', 'resnet101', 512, arch_args=_CBAM),
+           _rcic16('rcic16_se_resnext101', 'seresnext101_32x4d', 512)]
+rcic16_cyclic = replace(_RCIC16[0], name='rcic16_cyclic',
+                        stages=[replace(_RCIC16[0].stages[0], lr=2.5e-3,
+                                        schedule=dict(name='cyclic', low=.2, up=3, gamma=.96))],
+                        about='16th place, its other schedule: cyclic from 5e-4 to 2.5e-3 in three epochs, '
+                              '.96 as high after each. Differs as rcic16 does.')
 rcic16_cell_types = replace(_RCIC16[0], name='rcic16_cell_types', cell_types={'each': ''},
-    about='16th place: one model of all cell types, then one for each from its weights, with the same stages. Differs as rcic16 does, and names one backbone of their five.')
+                            about='16th place: one model of all cell types, '
+                                  'then one for each from its weights, with the same stages. '
+                                  'Differs as rcic16 does, and names one backbone of their five.')
 
 # %% ../../nbs/33b_train.systems.ipynb #577b0240
 _ADAM = dict(name='adam', sqr_mom=.999, eps=1e-8)
 _TWO_HEADS = dict(name='mix', a='cross_entropy', b=dict(name='arcface', s=30., m=.5), weights=[.8, .1])
-rcic1 = Recipe('rcic1', [Stage('labels', 90, 1.5e-4, opt=_ADAM, schedule='cosine', cutmix=1., augs='rcic1', wd=0.)], arch='densenet161',
-    model=dict(stem='fresh', neck='rcic1_bn', emb_dim=1024, pool='average', classifier='both', loss=_TWO_HEADS, metadata=['cell_type'], meta_dim='onehot', meta_dropout=0., bn_momentum=.05),
-    data=dict(norm='own', controls=True), predict=dict(by='classifier', tta=8, merge='mean', assign='yes'),
-    about='1st place, before its pseudo-labels (rcic1_pseudo has them): .99784 private with these, the best of 24 orders of the plates and two models. Differs: batches of 32, as theirs are not known here.')
+rcic1 = Recipe('rcic1', [Stage('labels', 90, 1.5e-4, opt=_ADAM, schedule='cosine', cutmix=1., augs='rcic1', wd=0.)],
+               arch='densenet161',
+               model=dict(stem='fresh', neck='rcic1_bn', emb_dim=1024, pool='average', classifier='both',
+                          loss=_TWO_HEADS, metadata=['cell_type'], meta_dim='onehot', meta_dropout=0.,
+                          bn_momentum=.05), data=dict(norm='own', controls=True),
+               predict=dict(by='classifier', tta=8, merge='mean', assign='yes'),
+               about='1st place, before its pseudo-labels (rcic1_pseudo has them): '
+                     '.99784 private with these, the best of 24 orders of the plates and two models. '
+                     'Differs: batches of 32, as theirs are not known here.')
 rcic1_pseudo = replace(rcic1, name='rcic1_pseudo', pseudo=dict(rounds=3, first=.41, last=.98, lr=6e-5, cutmix=1.),
-    about='1st place: .99784 private, two models together. Learns the test plates under its own labels, so its answers are transductive. '
-          'Differs: batches of 32, and three rounds of pseudo-labels, as theirs are not known here.')
+                       about='1st place: .99784 private, two models together. Learns '
+                             'the test plates under its own labels, so its answers are transductive. Differs: '
+                             'batches of 32, and three rounds of pseudo-labels, as theirs are not known here.')
 
 # %% ../../nbs/33b_train.systems.ipynb #1d99b8a4
 _LINEAR = dict(classifier='linear', pool='average', neck='identity', loss='cross_entropy')
 _BY_CLASSIFIER = dict(by='classifier', tta=1, merge='mean', assign='no')
 
-rxrx1_paper = Recipe('rxrx1_paper', [Stage('all', 100, 1e-3, bs=512, augs='wilds', loss='cross_entropy', published=.751)], arch='densenet161', model=dict(**_LINEAR),
-    data=dict(norm='own', bs=512), predict=_BY_CLASSIFIER,
-    about='RxRx1 paper (arXiv 2301.05768): .751 on experiments never seen, .871 adapted (AdaBN). It gives network, 512 px, batches of 512 and 100 epochs; '
-          'optimizer and schedule are those of this library. Nobody has published code that reruns it.')
-rxrx1_resnet50 = Recipe('rxrx1_resnet50', [Stage('all', 100, .2, opt=dict(name='sgd', mom=.9, nesterov=True), schedule=dict(name='restarts', every=10), wd=1e-4, bs=512, loss='cross_entropy')],
-    arch='resnet50', model=dict(stem='rgb', **_LINEAR), data=dict(bs=512, augs=None, **_GLOBAL), predict=_BY_CLASSIFIER,
-    about='rxrx1-utils, the code that came with the data: ResNet-50 on its colors for the six channels. It gives no number of epochs; 100 are taken. Differs: no warm-up (it was computed and not used).')
-capstone_cnn = Recipe('capstone_cnn', [Stage('all', 2, 3e-4, opt=_ADAM, schedule='constant', wd=0., loss='cross_entropy', published=.002)], arch='capstone_cnn',
-    model=dict(pretrained=None, stem='fresh', **_LINEAR), data=dict(norm='own', augs=None), predict=_BY_CLASSIFIER, about='Capstone project, baseline: two convolutions and two linear layers; .2 %.')
+rxrx1_paper = Recipe('rxrx1_paper',
+                     [Stage('all', 100, 1e-3, bs=512, augs='wilds', loss='cross_entropy', published=.751)],
+                     arch='densenet161', model=dict(**_LINEAR), data=dict(norm='own', bs=512), predict=_BY_CLASSIFIER,
+                     about='RxRx1 paper (arXiv 2301.05768): .751 on experiments never seen, .871 adapted (AdaBN). '
+                           'It gives network, 512 px, batches of 512 and 100 epochs; optimizer '
+                           'and schedule are those of this library. Nobody has published code that reruns it.')
+rxrx1_resnet50 = Recipe('rxrx1_resnet50',
+                        [Stage('all', 100, .2, opt=dict(name='sgd', mom=.9, nesterov=True),
+                               schedule=dict(name='restarts', every=10), wd=1e-4, bs=512, loss='cross_entropy')],
+                        arch='resnet50', model=dict(stem='rgb', **_LINEAR), data=dict(bs=512, augs=None, **_GLOBAL),
+                        predict=_BY_CLASSIFIER,
+                        about='rxrx1-utils, the code that came with the data: '
+                              'ResNet-50 on its colors for the six channels. It gives no number of epochs; '
+                              '100 are taken. Differs: no warm-up (it was computed and not used).')
+capstone_cnn = Recipe('capstone_cnn',
+                      [Stage('all', 2, 3e-4, opt=_ADAM, schedule='constant', wd=0., loss='cross_entropy',
+                             published=.002)], arch='capstone_cnn',
+                      model=dict(pretrained=None, stem='fresh', **_LINEAR), data=dict(norm='own', augs=None),
+                      predict=_BY_CLASSIFIER,
+                      about='Capstone project, baseline: two convolutions and two linear layers; .2 %.')
 _EXP = dict(schedule=dict(name='exponential', gamma=.95), wd=0.)
-capstone_resnet50 = Recipe('capstone_resnet50', [Stage('classifier', 2, 3e-4, 'classifier', train_bn=False, opt=_ADAM, bs=32, loss='cross_entropy', **_EXP),
-                                                 Stage('all', 13, 3e-4*.95**2, patience=6, keep_best='valid_loss', published=.104, **_EXP)],
-    arch='resnet50', model=dict(stem='mean', **_LINEAR), data=dict(norm='own', augs=None), predict=_BY_CLASSIFIER,
-    about='Capstone project: ResNet-50 at 512 px; validation .104, test .125. Its second step, one model per cell type, is capstone_cell_types.')
+capstone_resnet50 = Recipe('capstone_resnet50',
+                           [Stage('classifier', 2, 3e-4, 'classifier', train_bn=False, opt=_ADAM, bs=32,
+                                  loss='cross_entropy', **_EXP),
+                            Stage('all', 13, 3e-4*.95**2, patience=6, keep_best='valid_loss', published=.104,
+                                  **_EXP)], arch='resnet50', model=dict(stem='mean', **_LINEAR),
+                           data=dict(norm='own', augs=None), predict=_BY_CLASSIFIER,
+                           about='Capstone project: ResNet-50 at 512 px; validation .104, test .125. '
+                                 'Its second step, one model per cell type, is capstone_cell_types.')
 capstone_cell_types = replace(capstone_resnet50, name='capstone_cell_types', cell_types={'each': ''},
-    about='Capstone project, second step: one model per cell type from the weights of the one of all. Differs: theirs was judged on wells of the experiments it had seen, '
-          'here whole experiments are held out; the stages are those of the first step, as theirs are not known here.')
+                              about='Capstone project, second step: one model '
+                                    'per cell type from the weights of the one of all. Differs: theirs was judged '
+                                    'on wells of the experiments it had seen, here whole experiments are held out; '
+                                    'the stages are those of the first step, as theirs are not known here.')
 
 # %% ../../nbs/33b_train.systems.ipynb #8c0b97d3
-_WILDS = dict(bs=72, size=256, opt=_ADAM, schedule=dict(name='cosine', warmup=.107), wd=1e-5, augs='wilds', loss='cross_entropy')
+_WILDS = dict(bs=72, size=256, opt=_ADAM, schedule=dict(name='cosine', warmup=.107), wd=1e-5, augs='wilds',
+              loss='cross_entropy')
 
 def _wilds(name, published, *callbacks, about='', **data):
     "Return one of the recipes of WILDS"
-    return Recipe(f'wilds_{name}', [Stage('all', 90, 1e-3, callbacks=callbacks, published=published, **_WILDS)], arch='resnet50', model=dict(**_LINEAR),
-        data=dict(norm='own', controls=True, bs=72, size=256, **data), channels='nucleus,ER,actin', valid=('HEPG2-08', 'HUVEC-17', 'RPE-08', 'U2OS-04'), predict=_BY_CLASSIFIER,
-        about=f'WILDS {name.upper()} (arXiv 2012.07421): {published} on experiments never seen{about}. Reads nucleus, ER and actin, learns the controls as classes too, and is judged with both (wilds_scores). RxRx1 is packed for it with the split wilds: site 1 of 33 experiments, its four validation experiments held out.')
+    return Recipe(f'wilds_{name}', [Stage('all', 90, 1e-3, callbacks=callbacks, published=published, **_WILDS)],
+                  arch='resnet50', model=dict(**_LINEAR),
+                  data=dict(norm='own', controls=True, bs=72, size=256, **data), channels='nucleus,ER,actin',
+                  valid=('HEPG2-08', 'HUVEC-17', 'RPE-08', 'U2OS-04'), predict=_BY_CLASSIFIER,
+                  about=f'WILDS {name.upper()} (arXiv 2012.07421): {published} on experiments never seen{about}. '
+                        'Reads nucleus, ER and actin, learns the controls as classes too, '
+                        'and is judged with both (wilds_scores). RxRx1 is packed for it with the split wilds: '
+                        'site 1 of 33 experiments, its four validation experiments held out.')
 
 _GROUPED = dict(batch_by='experiment', batch_groups=9)
-_WILDS_RECIPES = [_wilds('erm', .299, about=', .359 on new sites of seen ones'), _wilds('coral', .284, dict(name='coral', weight=.1, unit=False), **_GROUPED),
-                  _wilds('irm', .082, dict(name='irm', weight=1.), **_GROUPED), _wilds('groupdro', .23, dict(name='groupdro', step=.01), **_GROUPED)]
+_WILDS_RECIPES = [_wilds('erm', .299, about=', .359 on new sites of seen ones'),
+                  _wilds('coral', .284, dict(name='coral', weight=.1, unit=False), **_GROUPED),
+                  _wilds('irm', .082, dict(name='irm', weight=1.), **_GROUPED),
+                  _wilds('groupdro', .23, dict(name='groupdro', step=.01), **_GROUPED)]
 
 # %% ../../nbs/33b_train.systems.ipynb #a318f4a6
-six_channels = Recipe('six_channels', [Stage('head', 2, 1e-2, 'stem,head', loss='adacos', augs='wilds'), Stage('all', 30, 1e-3, cutmix=.5)], arch='efficientnet-b3',
-    channels='5-of-6', pretrain='controls', data=dict(norm='own'), predict=dict(by='classifier', tta=8, merge='mean', assign='yes'),
-    about='Another team of the competition, before its pseudo-labels (six_channels_pseudo has them): its steps are known (controls first, five of six channels, pseudo-labels, '
-          'plate groups with assignment), its network and rates are not; those here are ours.')
+six_channels = Recipe('six_channels',
+                      [Stage('head', 2, 1e-2, 'stem,head', loss='adacos', augs='wilds'),
+                       Stage('all', 30, 1e-3, cutmix=.5)], arch='efficientnet-b3', channels='5-of-6',
+                      pretrain='controls', data=dict(norm='own'),
+                      predict=dict(by='classifier', tta=8, merge='mean', assign='yes'),
+                      about='Another team of the competition, before its pseudo-labels (six_channels_pseudo '
+                            'has them): its steps are known (controls first, five of six channels, pseudo-labels, '
+                            'plate groups with assignment), its network and rates are not; those here are ours.')
 six_channels_pseudo = replace(six_channels, name='six_channels_pseudo', pseudo=dict(rounds=3, lr=1e-4, cutmix=.5),
-    about='Another team of the competition, with its pseudo-labels: learns the test plates under its own labels, so its answers are transductive. '
-          'Differs: network, rates and three rounds of pseudo-labels are ours, as theirs are not known here.')
+                              about='Another team of the competition, with its pseudo-labels: '
+                                    'learns the test plates under its own labels, so its answers are transductive. '
+                                    'Differs: network, rates and three rounds of pseudo-labels are ours, '
+                                    'as theirs are not known here.')
 
 # %% ../../nbs/33b_train.systems.ipynb #8094ad5a
 _ATLAS_MEAN, _ATLAS_STD = [.0807, .0524, .0539, .0810], [.1481, .1095, .1565, .2729]      # red, green, blue, yellow
@@ -169,19 +237,30 @@ _MIXED = dict(name='focal', alpha=.5, gamma=0., rare=['1', '11'], rare_alpha=.25
 
 def _hpa46(name, arch, bs, epochs, lr, loss, published, about, **data):
     "Return one of the recipes of the 46th place of the Human Protein Atlas"
-    stage = Stage('all', epochs, lr, schedule='cosine', opt='adamw', wd=1e-5, bs=bs, augs='hpa46', loss=loss, published=published)
-    return Recipe(name, [stage], arch=arch, model=dict(classifier='linear', pool='average', neck='identity', loss=loss, bn_momentum=None),
-        data=dict(**_ATLAS_DATA, bs=bs, **data), channels='red,green,blue', index=dict(tta=1), predict=_ATLAS_PREDICT, about=about)
+    stage = Stage('all', epochs, lr, schedule='cosine', opt='adamw', wd=1e-5, bs=bs, augs='hpa46', loss=loss,
+                  published=published)
+    return Recipe(name, [stage], arch=arch,
+                  model=dict(classifier='linear', pool='average', neck='identity', loss=loss, bn_momentum=None),
+                  data=dict(**_ATLAS_DATA, bs=bs, **data), channels='red,green,blue', index=dict(tta=1),
+                  predict=_ATLAS_PREDICT, about=about)
 
 hpa46 = _hpa46('hpa46', 'tf_efficientnet_b0', 16, 5, 6e-4, 'bce', .7663,
-    '46th place of the Human Protein Atlas competition of 2021, image level: macro and micro F1 .766 and .817 of held-out images. Its ensemble reached a mAP over cells of .471 public, .433 private. '
-    'Differs: it says focal loss and cross-entropy, not which of them this network had; cross-entropy is taken.')
+               '46th place of the Human Protein Atlas competition of 2021, image level: '
+               'macro and micro F1 .766 and .817 of held-out images. '
+               'Its ensemble reached a mAP over cells of .471 public, .433 private. Differs: '
+               'it says focal loss and cross-entropy, not which of them this network had; cross-entropy is taken.')
 hpa46_rare = _hpa46('hpa46_rare', 'tf_efficientnet_b0', 16, 10, 6e-4, _MIXED, .8154,
-    '46th place of the Human Protein Atlas, rare labels for 10 epochs: .815 and .837 of held-out images. Differs: how rare labels were chosen is not known; here an image is drawn '
-    'more often the rarer the rarest of its labels is, by the root, and the loss is their "mixed" one.', rare=.5)
+                    '46th place of the Human Protein Atlas, rare labels for 10 epochs: .815 and .837 of held-out '
+                    'images. Differs: how rare labels were chosen is not known; here an image is drawn more '
+                    'often the rarer the rarest of its labels is, by the root, and the loss is their "mixed" one.',
+                    rare=.5)
 hpa46_se = _hpa46('hpa46_se', 'seresnext26d_32x4d', 14, 5, 6.5e-5, dict(name='focal', alpha=.75, gamma=0.), .7317,
-    '46th place of the Human Protein Atlas, SE-ResNeXt-26d with α .75 and γ 0: .732 and .796 of held-out images. Differs: its number of epochs is not known, that of the first network is taken.')
+                  '46th place of the Human Protein Atlas, SE-ResNeXt-26d with α .75 and γ 0: .732 and .796 of '
+                  'held-out images. Differs: its number of epochs is not known, that of the first network is taken.')
 
 # %% ../../nbs/33b_train.systems.ipynb #05906e75
-for r in [rcic117, rcic117_b4, rcic117_12d, *_CELL_TYPE_RECIPES, rcic117_cell_types, rcic117_groups, *_RCIC16, rcic16_cyclic, rcic16_cell_types, rcic1, rcic1_pseudo, rxrx1_paper, rxrx1_resnet50, capstone_cnn,
-          capstone_resnet50, capstone_cell_types, *_WILDS_RECIPES, six_channels, six_channels_pseudo, hpa46, hpa46_rare, hpa46_se]: RECIPES[r.name] = check_recipe(r)
+_ALL = [rcic117, rcic117_b4, rcic117_12d, *_CELL_TYPE_RECIPES, rcic117_cell_types, rcic117_groups, *_RCIC16,
+        rcic16_cyclic, rcic16_cell_types, rcic1, rcic1_pseudo, rxrx1_paper, rxrx1_resnet50, capstone_cnn,
+        capstone_resnet50, capstone_cell_types, *_WILDS_RECIPES, six_channels, six_channels_pseudo, hpa46,
+        hpa46_rare, hpa46_se]
+for r in _ALL: RECIPES[r.name] = check_recipe(r)

@@ -16,7 +16,7 @@ import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
 from ...core import OwnFolder, ScreenError
-from ..tables import join_labels
+from ..tables import join_labels, split_labels
 from .cells import blur, named_rng, texture
 from .layout import check_counts, check_whole, free_dest
 
@@ -78,7 +78,8 @@ def _dots(where, n, radius, rng):
     res, p = np.zeros(where.shape, np.float32), where.ravel()/max(where.sum(), 1e-6)
     if not where.any(): return res
     for at in rng.choice(where.size, n, p=p):
-        cv2.circle(res, (int(at % where.shape[1]), int(at//where.shape[1])), max(round(radius*rng.uniform(.7, 1.3)), 1), float(rng.uniform(.7, 1.)), -1)
+        cv2.circle(res, (int(at % where.shape[1]), int(at//where.shape[1])), max(round(radius*rng.uniform(.7, 1.3)), 1),
+                   float(rng.uniform(.7, 1.)), -1)
     return res
 
 def _rods(where, n, length, rng):
@@ -124,7 +125,7 @@ def _cell_labels(labels, n, rng):
     for i in range(n):
         if not shown[i].any(): shown[i, rng.integers(len(labels))] = True
     for j in np.flatnonzero(~shown.any(0)): shown[rng.integers(n), j] = True
-    return [[labels[j] for j in np.flatnonzero(row)] for row in shown]
+    return [np.asarray(labels)[row].tolist() for row in shown]
 
 def _structures(cell, inside, x, y, rng):
     "Return microtubules, nucleus and ER of one cell"
@@ -158,10 +159,12 @@ def _exposed(planes, rng):
     return (seen + rng.normal(0, 4, seen.shape)).clip(0, 255).astype(np.uint8)
 
 # %% ../../../nbs/02d_screen.simulate.labels.ipynb #7ffe4584
-LABELS_FOLDER = OwnFolder('simulated images with labels', 'train.csv', 'test.csv', 'cells.csv', 'labels.csv', 'train/*.png', 'test/*.png', 'masks/*.png')
+LABELS_FOLDER = OwnFolder('simulated images with labels', 'train.csv', 'test.csv', 'cells.csv', 'labels.csv',
+                          'train/*.png', 'test/*.png', 'masks/*.png')
 
 def _write_png(path, im):
-    if not cv2.imwrite(str(path), im, [cv2.IMWRITE_PNG_COMPRESSION, 1]): raise ScreenError(f'{path} could not be written: make room on the disk.')
+    if not cv2.imwrite(str(path), im, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
+        raise ScreenError(f'{path} could not be written: make room on the disk.')
 
 def _draw_into(folder, name, dataset, size, cells, rng):
     "Draw and write one image; the rows of its cells"
@@ -173,7 +176,8 @@ def _draw_into(folder, name, dataset, size, cells, rng):
 def _label_tables(rows, is_test):
     "Return the tables of training images, test images and cells, from the rows of the cells"
     cells = pd.DataFrame(rows)
-    of_image = cells.groupby('ID', sort=False).Label.agg(lambda s: join_labels(sorted({int(o) for c in s for o in c.split('|')}))).reset_index()
+    def of_all(of_cells): return join_labels(sorted(map(int, set().union(*split_labels(of_cells)))))
+    of_image = cells.groupby('ID', sort=False).Label.agg(of_all).reset_index()
     test = of_image.ID.isin(is_test)
     return dict(train=of_image[~test], test=of_image[test], cells=cells)
 
@@ -188,16 +192,20 @@ def simulate_labels(
     progress:bool=True, # Show a progress bar
 )->Path: # `dest`; `open_screen` opens it
     "Draw images with several labels each, in the layout of the Human Protein Atlas, with the truth about each cell"
-    for name, value, low, high in (('images', images, 4, 10**6), ('size', size, 48, 2048), ('cells', cells, 1, 12)): check_whole(name, value, low, high)
+    for name, value, low, high in (('images', images, 4, 10**6), ('size', size, 48, 2048), ('cells', cells, 1, 12)):
+        check_whole(name, value, low, high)
     check_counts(seed=seed)
-    if not (isinstance(test, (int, float)) and 0 <= test < 1): raise ScreenError(f'test is {test!r}: give a share from 0, below 1.')
+    if not (isinstance(test, (int, float)) and 0 <= test < 1):
+        raise ScreenError(f'test is {test!r}: give a share from 0, below 1.')
     dest, names = free_dest(dest), [f'image{i:05d}' for i in range(images)]
     is_test = set(names[images - round(images*test):])
     tmp = LABELS_FOLDER.make(tempfile.mkdtemp(prefix=f'.{dest.name}.', dir=dest.parent))
     try:
         for sub in ('train', 'test', 'masks'): (tmp/sub).mkdir()
-        done = progress_bar(names) if progress else names
-        rows = [r for n in done for r in _draw_into(tmp, n, 'test' if n in is_test else 'train', size, cells, named_rng(seed, 'atlas', n))]
+        rows = []
+        for name in progress_bar(names) if progress else names:
+            dataset = 'test' if name in is_test else 'train'
+            rows += _draw_into(tmp, name, dataset, size, cells, named_rng(seed, 'atlas', name))
         for name, table in _label_tables(rows, is_test).items(): table.to_csv(tmp/f'{name}.csv', index=False)
         pd.DataFrame(dict(label=range(len(COMPARTMENTS)), name=[*COMPARTMENTS])).to_csv(tmp/'labels.csv', index=False)
         tmp.chmod(0o755)

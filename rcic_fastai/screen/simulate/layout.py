@@ -19,7 +19,8 @@ import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
 from ...core import OwnFolder, ScreenError, as_names, n_cores, plural, write_atomic
-from ..tables import CHANNELS, SITE_COLUMNS, control_wells, read_metadata, treatment_wells, well_to_rowcol
+from ..tables import (CHANNELS, SITE_COLUMNS, control_wells, read_metadata, treatment_wells,
+                                       well_to_rowcol)
 from .cells import named_rng
 from .batches import Studio, cell_type_of
 
@@ -101,8 +102,8 @@ def _check_room(sirnas, plates, doses=1):
                           f'give at least {plates} siRNAs.')
     most = 277//doses*plates
     if sirnas > most:
-        raise ScreenError(f'{sirnas} siRNAs{f" at {doses} doses" if doses > 1 else ""} do not fit on {plates} plates with 277 treatment wells each: '
-                          f'give at most {most} siRNAs or more plates.')
+        raise ScreenError(f'{sirnas} siRNAs{f" at {doses} doses" if doses > 1 else ""} do not fit on {plates} '
+                          f'plates with 277 treatment wells each: give at most {most} siRNAs or more plates.')
 
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #54d4351f
 REAL_TEST = () # experiments of the real test set
@@ -302,9 +303,14 @@ def write_file_table(
     folder = Path(folder)
     t = read_metadata(folder)
     names = t.experiment.unique()
-    if len(names) > len(_MONTHS): raise ScreenError(f'{folder} has {plural(len(names), "experiment")}, more than there are months to name them by: simulate at most 12.')
+    if len(names) > len(_MONTHS):
+        raise ScreenError(f'{folder} has {plural(len(names), "experiment")}, '
+                          'more than there are months to name them by: simulate at most 12.')
     t['month'] = t.experiment.map(dict(zip(names, _MONTHS)))
-    rows = [dict(Batch=r.month, Barcode=f'{r.month}{r.plate}', Position=r.well, Field=r.site, Reagent='untreated' if r.sirna == 'EMPTY' else r.sirna,
-                 Stain=c, Path=f'images/{r.dataset}/{r.experiment}/Plate{r.plate}/{r.well}_s{r.site}_w{i}.png')
-            for r in t.itertuples() for i, c in enumerate(channels, 1)]
+    rows = []
+    for r in t.itertuples():
+        place = dict(Batch=r.month, Barcode=f'{r.month}{r.plate}', Position=r.well, Field=r.site,
+                     Reagent='untreated' if r.sirna == 'EMPTY' else r.sirna)
+        start = f'images/{r.dataset}/{r.experiment}/Plate{r.plate}/{r.well}_s{r.site}'
+        rows += [{**place, 'Stain': c, 'Path': f'{start}_w{i}.png'} for i, c in enumerate(channels, 1)]
     return write_atomic(folder/'plates.csv', lambda p: pd.DataFrame(rows).to_csv(p, index=False))
