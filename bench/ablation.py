@@ -279,7 +279,8 @@ def report(args, table):
                    rows=[dict(model=m, prediction=w, **{k: v for k, v in r.items() if k != 'values'}) for (m, w), r in rows.items()])
     print(pd.DataFrame(figures['claims']).to_string(index=False))
     print(json.dumps({k: v for k, v in figures.items() if k not in ('rows', 'claims')}, indent=1))
-    save('_'.join(['ablation', *(['held'] if args.judge == 'held' else []), *([args.scale] if args.scale != 'demo' else [])]), **figures)
+    usual = '_'.join(['ablation', *(['held'] if args.judge == 'held' else []), *([args.scale] if args.scale != 'demo' else [])])
+    save(args.store or usual, **figures)
 
 
 def main():
@@ -291,6 +292,7 @@ def main():
     p.add_argument('--judge', choices=('test', 'held'), default='test', help='judge on the test experiments, or on two training experiments that are held out')
     p.add_argument('--at-once', type=int, default=1, help='how many processes of this script shared the work, each with its own --only')
     p.add_argument('--only', type=lambda s: s.split(','), default=None, help='models to train: ' + ', '.join([*MODELS, 'leak']))
+    p.add_argument('--store', help='name of the file in bench/results; the usual one where this is not given')
     args = p.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     judged = screen(args.scale, args.screen, args.runs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WELLS', 'ADAPT', 'ADAPT_FROM', 'TELL', 'BY', 'prediction_rows', 'as_test', 'asked_experiments', 'with_groups',
-           'PredictionPlan', 'other_wells', 'plan_prediction', 'nameable', 'check_outputs', 'check_cells_file',
-           'check_searches', 'told_plan', 'score_plan', 'embed_plan']
+           'PredictionPlan', 'other_wells', 'adapting_kinds', 'plan_prediction', 'nameable', 'check_outputs',
+           'check_cells_file', 'check_searches', 'told_plan', 'score_plan', 'embed_plan']
 
 # %% ../../nbs/54_predict.plan.ipynb #cd9dcb31
 import sys
@@ -410,7 +410,7 @@ def _control_notes(index, rows, adapt):
     lacks = sorted({*rows.experiment.astype(str)} - {*has.astype(str)})
     return [f'{first_few(lacks)} has no negative control, and the index takes BatchNorm statistics of these too: here they are of the wells alone.'] if lacks else []
 
-def _adapting_kinds(index, adapt_from):
+def adapting_kinds(index, adapt_from):
     "Return the kinds of wells that BatchNorm statistics are taken of"
     if adapt_from == 'controls': return {'negative_control', 'positive_control'}
     more = {'negative_control'} if (index.labels.get('batchnorm', pd.Series(dtype=object)) == WITH_CONTROLS).any() else set()
@@ -460,7 +460,7 @@ def _way(model, protocol, c, given):
     neck, searched = _chosen_neck(model, index, adapt, correct, c['search'])
     if neck != 'no': index = NeckIndex(index, neck)
     if adapt and given['bs'] < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
-    kinds = _adapting_kinds(index, given['adapt_from'])
+    kinds = adapting_kinds(index, given['adapt_from'])
     needs_controls = model.spec.per_group or bool(adapt) and kinds != {'treatment'}
     return SimpleNamespace(adapt=adapt, correct=correct, correction=correction, index=index, neck=neck, kinds=kinds, needs_controls=needs_controls, notes=notes + searched)
 

@@ -19,7 +19,7 @@ from ..embed.table import *
 from ..embed.protocol import *
 from ..predict.trained import *
 from ..predict.plan import asked_experiments
-from ..predict.plan import _adapting_kinds
+from ..predict.plan import adapting_kinds
 from .report import write_report
 
 # %% ../../nbs/61b_results.drift.ipynb #672167a0
@@ -309,7 +309,7 @@ def _held_rows(model, table, asked):
 def _embedded(model, screen, rows, every, index, how):
     "Return embeddings of some of the rows `every`, made as those of the index were"
     if index is model.index: return model.embed(screen[rows], **how)
-    kinds = _adapting_kinds(index, 'all')
+    kinds = adapting_kinds(index, 'all')
     return model.embed(screen[rows], adapt='experiment', adapt_rows=every[every.well_type.isin(kinds)], **how)
 
 def _without_labels(rows, target):

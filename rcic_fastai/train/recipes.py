@@ -382,11 +382,13 @@ def recipe_from_dict(
 # %% ../../nbs/33_train.recipes.ipynb #a7b5156c
 _EXACT = dict(max_rotate=0, max_zoom=1, max_warp=0) # The eight exact views only, without interpolation
 
+_HEAD = Stage('head', 2, 1e-2, 'stem,head', loss='adacos', augs=_EXACT)
+_ALL = Stage('all', 12, {'stem':2e-3, 'body':2e-3, 'metadata':4e-3, 'neck':4e-3, 'classifier':4e-3}, cutmix=.3)
+
 RECIPES = {r.name: r for r in [
-    Recipe('demo', [
-        Stage('head', 2, 1e-2, 'stem,head', loss='adacos', augs=_EXACT),
-        Stage('all', 12, {'stem':2e-3, 'body':2e-3, 'metadata':4e-3, 'neck':4e-3, 'classifier':4e-3}, cutmix=.3)],
-        about='A pretrained EfficientNet-Lite0 in a few minutes on two CPU cores'),
+    Recipe('demo', [_HEAD, _ALL], about='A pretrained EfficientNet-Lite0 in a few minutes on two CPU cores'),
+    Recipe('best', [_HEAD, replace(_ALL, epochs=48)], predict=dict(search='whiten=0.3,shrink=0.5'),
+           about='The demo recipe with four times the epochs, and an index that is whitened and shrunk to its classes'),
     Recipe('features', [], about='No training: pretrained features as they are')]}
 
 # %% ../../nbs/33_train.recipes.ipynb #82ae30fa
