@@ -259,7 +259,7 @@ def test_help(name):
     ('rcic_simulate {d}/x --experiments A549-01', 'A549'),
     ('rcic_simulate {d}/screen', 'screen'),
     ('rcic_train {d}/nowhere {d}/x', 'nowhere'),
-    ('rcic_train {d}/screen {d}/x --recipe best', "no recipe 'best'"),
+    ('rcic_train {d}/screen {d}/x --recipe fastest', "no recipe 'fastest'"),
     ('rcic_train {d}/screen {d}/x --arch efficientnet-b99', 'efficientnet-b99'),
     ('rcic_train {d}/screen {d}/x --valid HUVEC-99', 'HUVEC-99'),
     ('rcic_train {d}/screen {d}/x --metadata color --pretrained no', 'color'),

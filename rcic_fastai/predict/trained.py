@@ -411,7 +411,7 @@ def spec_for(self:TrainedModel,
 )->ScreenSpec: # That of the model; for cells with the `size` at which they are as large as in training
     "Return how the pictures of a screen become batches"
     spec, side, then = self.spec, cell_side(screen.source), self.config['data'].get('side')
-    if is_adaptive(self.model): narrowed_spec(spec, screen.source)      # what cannot be told by name is refused here, before an image is read
+    if is_adaptive(self.model): narrowed_spec(spec, screen.source)      # what cannot be told by name raises here, before an image is read
     if side is None: return spec
     if spec.sites > 1: raise ScreenError(f'The model reads {spec.sites} sites of a well at once, so it cannot be shown one cell: train with {option("sites", 1)}.')
     if not spec.size or not then: return spec
@@ -468,7 +468,7 @@ def _store_notes(data, index, source):
 
 # %% ../../nbs/53_predict.trained.ipynb #287f9756
 def _channel_notes(self, source):
-    "Report channels that are not those of the training; what a model cannot do without is refused when it is embedded"
+    "Report channels that are not those of the training; what a model cannot do without raises when it is embedded"
     lacks = set(self.spec.channels) - set(source.channels)
     return [n for n in [channels_note(self.spec, source)] if n and (not lacks or is_adaptive(self.model))]
 

@@ -440,10 +440,12 @@ class ScreenPage:
     @property
     def about(self):
         "Return how much the page holds, as text"
-        files = f', {self.pictures.bytes/1e6:.1f} MB of pictures in {plural(len(self.pictures.files), "file")}' if self.pictures.files else ''
-        named = {w for p in self.data['predictions'] for w in p['wells']}
-        of = f' ({len(named):,} of them named)' if self.data['predictions'] else ''
-        return f'{plural(len(self.data["wells"]["id"]), "well")}{of}, {plural(self.pictures.count, "picture")}, {len(self.html.encode())/1e6:.1f} MB{files}'
+        pics, named = self.pictures, set()
+        for p in self.data.get('predictions', ()): named.update(p['wells'])
+        of = f' ({len(named):,} of them named)' if named else ''
+        files = f', {pics.bytes/1e6:.1f} MB of pictures in {plural(len(pics.files), "file")}' if pics.files else ''
+        return (f'{plural(len(self.data["wells"]["id"]), "well")}{of}, {plural(pics.count, "picture")}, '
+                f'{len(self.html.encode())/1e6:.1f} MB{files}')
 
     def __repr__(self): return f'ScreenPage {self.title}: {self.about}'
 
