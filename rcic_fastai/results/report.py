@@ -291,6 +291,11 @@ def _known_wells(rows, target):
     rows = target_table(rows, target)
     return set(rows.well_id[rows[target].notna()]) if target in rows else set()
 
+def _is_of_others(pred, model):
+    "Return whether a record names models, and this one is not among them"
+    makers = [m for o in makers_of(pred.attrs.get('record') or {}) for m in o.values()]
+    return bool(makers) and model.fingerprint not in {m.get('fingerprint') for m in makers}
+
 def _about(preds, model):
     "Return the section on how everything was made"
     how, others = how_table(preds), [n for n, p in preds.items() if _is_of_others(p, model)]
@@ -349,8 +354,3 @@ def report_screen(
     title = title or f'{model}: {plural(len(pred), "well")} named'
     sections = [*first, *_picture_sections(screen, model, maps, rows), *last, *(more or [])]
     return write_report(out, title, [*sections, _about(preds, model)])
-
-def _is_of_others(pred, model):
-    "Return whether a record names models, and this one is not among them"
-    makers = [m for o in makers_of(pred.attrs.get('record') or {}) for m in o.values()]
-    return bool(makers) and model.fingerprint not in {m.get('fingerprint') for m in makers}
