@@ -365,7 +365,7 @@ def rcic_show(argv=None):
 def train(
     screen, # A screen: packed, or a folder with tables and images
     out, # Model folder to write; must not exist yet
-    recipe:str='demo', # demo, features, rcic117, rcic117_b4, rcic117_12d, rcic117_huvec, rcic117_u2os, rcic117_hepg2, rcic117_rpe, rcic117_cell_types, rcic117_groups, rcic16, rcic16_efficientnet_b4, rcic16_xception, rcic16_resnet101_cbam, rcic16_se_resnext101, rcic16_cyclic, rcic16_cell_types, rcic1, rcic1_pseudo, rxrx1_paper, rxrx1_resnet50, capstone_cnn, capstone_resnet50, capstone_cell_types, wilds_erm, wilds_coral, wilds_irm, wilds_groupdro, six_channels, six_channels_pseudo, hpa46, hpa46_rare, hpa46_se, or a JSON file
+    recipe:str='demo', # demo, best, features, rcic117, rcic117_b4, rcic117_12d, rcic117_huvec, rcic117_u2os, rcic117_hepg2, rcic117_rpe, rcic117_cell_types, rcic117_groups, rcic16, rcic16_efficientnet_b4, rcic16_xception, rcic16_resnet101_cbam, rcic16_se_resnext101, rcic16_cyclic, rcic16_cell_types, rcic1, rcic1_pseudo, rxrx1_paper, rxrx1_resnet50, capstone_cnn, capstone_resnet50, capstone_cell_types, wilds_erm, wilds_coral, wilds_irm, wilds_groupdro, six_channels, six_channels_pseudo, hpa46, hpa46_rare, hpa46_se, or a JSON file
     arch:str='', # Backbone: efficientnet-lite0, efficientnet-b0…b7 or a timm name; empty: the recipe's
     size:int=0, # Side that the model sees, pixels; 0: as stored, or the recipe's
     channels:str='', # Channels that the model reads, by name and in this order; 5-of-6: six models OUT/without_NAME; empty: the recipe's, or all
@@ -593,7 +593,7 @@ def rcic_confidence(argv=None):
 def drift(
     model, # Model folder
     screen, # A screen: packed, or a folder; with the experiments that the model held out, these are compared, too
-    out, # File to write: .html (sentences, a picture and the table) or .csv (the table)
+    out, # File to write: .html (sentences, a picture and the table) or .csv (the table; OUT.json, a record, is written beside it)
     protocol:str='inductive', # Embeddings: inductive, or adapted (BatchNorm statistics of each experiment, as in training and in the index)
     experiments:str='', # Experiments to compare, with commas, none of which the model learned; empty: those that are marked as test
     level:float=.05, # Chance that an experiment like those of training is found outside in anything

@@ -20,7 +20,7 @@ from ..embed.protocol import *
 from ..predict.trained import *
 from ..predict.plan import asked_experiments
 from ..predict.plan import adapting_kinds
-from .report import write_report
+from .report import check_report_path, write_report
 
 # %% ../../nbs/61b_results.drift.ipynb #672167a0
 SpreadTest = namedtuple('SpreadTest', 't p center low high')   # spreads away, chance of that among training experiments, and the interval where 95 % of them lie
@@ -383,19 +383,20 @@ def check_drift_file(
 ):
     "Raise for a file that must not be written"
     if Path(out).suffix.lower() not in ('.csv', '.html'): raise ScreenError(f'{out} is neither a CSV nor a page: let {option("out")} end in .csv or .html.')
-    if not (Path(out).exists() or Path(out).is_symlink()): return
-    first = '<!doctype html>' if Path(out).suffix.lower() == '.html' else ','.join(_COLUMNS)
-    try: mine = Path(out).is_file() and open(out, encoding='utf-8').readline(1000).startswith(first)
-    except (OSError, ValueError): mine = False
-    if not mine: raise ScreenError(f'{out} would be overwritten and is something else: choose another {option("out")}.')
+    if Path(out).suffix.lower() == '.html': check_report_path(out)
+    else: check_replaceable(Path(out).with_suffix('.json'), 'drift', out)
 
 @patch
 def save(self:Drift,
-    out, # .csv: the table; .html: a page with sentences, picture and table
+    out, # .csv: the table, and a record beside it; .html: a page with sentences, picture and table
 )->Path: # `out`
     "Write what was found"
     check_drift_file(out)
-    if Path(out).suffix.lower() == '.csv': return write_atomic(Path(out), lambda p: self.table.round(5).map(csv_text).to_csv(p, index=False))
+    if Path(out).suffix.lower() == '.csv':
+        table = self.table.round(5).map(csv_text)
+        facts = dict(level=self.level, protocol=self.protocol, notes=list(self.notes))
+        write_recorded(Path(out).with_suffix('.json'), 'drift', facts, dict(table=(out, lambda p: table.to_csv(p, index=False))))
+        return Path(out)
     said = ''.join(f'<li>{html_text(s)}</li>' for s in self.sentences())
     names, about = self.table[~self.table.held_out].experiment.unique(), f'Protocol of the embeddings: {self.protocol}. An experiment like those of training is found outside in anything with a chance of {100*self.level:g} % at most. '
     return write_report(out, f'Drift of {first_few(sorted(names), 4)}', [('What was found', about + ' '.join(self.notes), [f'<ul>{said}</ul>']),
