@@ -18,8 +18,7 @@ from ..screen.exposure import *
 from ..embed.table import *
 from ..embed.protocol import *
 from ..predict.trained import *
-from ..predict.plan import asked_experiments
-from ..predict.plan import adapting_kinds
+from ..predict.plan import adapting_kinds, asked_experiments
 from .report import check_report_path, write_report
 
 # %% ../../nbs/61b_results.drift.ipynb #672167a0
