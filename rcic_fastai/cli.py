@@ -301,7 +301,6 @@ def pack(
         from rcic_fastai.screen.cells import CELL_OPTIONS, check_cell_options
         from rcic_fastai.screen.open import describe_screen, open_screen
         from rcic_fastai.screen.pack import is_store, pack_screen, verify_store
-        from rcic_fastai.workflow import folder_bytes, screen_summary
     start, of_cells = time.time(), {k: options[k] for k in CELL_OPTIONS}
     check_numbers(workers=workers)
     check_cell_options(cells, **of_cells)
@@ -313,14 +312,19 @@ def pack(
     if to == 'ome-zarr': return _write_plates(packed, dest, verify, workers)
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
-        print(f'{dest}: {plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}, '
-              f'{folder_bytes(dest)/1e6:.1f} MB, in {time.time()-start:.0f} s\n'
-              f'{screen_summary(open_screen(dest, check=False))}')
+        print(_packed_in_words(dest, packed, time.time() - start))
     if verify:
         print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} '
               f'the same as in {screen}')
 
 # %% ../nbs/72_cli.ipynb #06681e4c
+def _packed_in_words(dest, packed, seconds):
+    "Return how large a new store is and what is in it"
+    from rcic_fastai.screen.open import open_screen
+    from rcic_fastai.workflow import folder_bytes, screen_summary
+    size = f'{plural(len(packed), "site")} of {"×".join(map(str, packed.shape))}, {folder_bytes(dest)/1e6:.1f} MB'
+    return f'{dest}: {size}, in {seconds:.0f} s\n{screen_summary(open_screen(dest, check=False))}'
+
 def _write_plates(screen, dest, verify, workers):
     "Write a screen as OME-Zarr plates"
     from rcic_fastai.results.export import write_plates

@@ -1042,8 +1042,7 @@ def train_screen(
     args = dict(locals(), phase='')
     r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
     r = _with_search(r, search)
-    _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed,
-                    sites=sites, workers=workers)
+    _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, PRETRAIN)
     _check_counts(folds=folds, fold=fold, pseudo=pseudo)
     if lists := _channel_lists(screen, channels or r.channels):

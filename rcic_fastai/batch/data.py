@@ -479,6 +479,12 @@ def _training_spec(rows, train, source, target, vocabs, norm_stats=None, label_n
         spec.norm_mean, spec.norm_std = (stats[c].iloc[0].tolist() for c in columns)
     return spec
 
+def _check_labels_of(rows, target, several, label_names, no_label, rare):
+    "Raise for labels that cannot be learned, and for options of several labels where each sample has one"
+    if not several: return _check_single(rows, target, label_names, no_label, rare)
+    if not label_names: check_spelling(rows, target)
+    check_labels(rows, target, labels_of(rows, target, label_names), no_label)
+
 # %% ../../nbs/13_batch.data.ipynb #f8b5bc94
 def rarest_label(
     cells, # Cells of the target, such as '0|14'
@@ -661,10 +667,7 @@ def screen_dls(
     if not controls and names_perturbations(target):
         note = control_plates_note(table[table.dataset.isin(('train', 'val'))])
         if note: print(f'note: {note}')
-    if several:
-        if not label_names: check_spelling(rows, target)
-        check_labels(rows, target, labels_of(rows, target, label_names), no_label)
-    else: _check_single(rows, target, label_names, no_label, rare)
+    _check_labels_of(rows, target, several, label_names, no_label, rare)
     by_experiment = has_plates(table)
     if not by_experiment: _check_no_plates(norm, batch_by, sites)
     train, held, plates = split_rows(rows, valid, target, seed)

@@ -223,6 +223,13 @@ class PairBatches:
         return res
 
 
+# %% ../../nbs/12_batch.loader.ipynb #da0f2cd1
+def _reader(dataset):
+    "Return the transform that reads the images of a dataset, or None where whole batches cannot be read"
+    tls = getattr(dataset, 'tls', None)
+    fs = tls[0].tfms.fs if tls and isinstance(getattr(tls[0], 'items', None), pd.DataFrame) else ()
+    return fs[1] if len(fs) == 2 and isinstance(fs[1], (SiteReader, WellReader)) else None
+
 # %% ../../nbs/12_batch.loader.ipynb #080671e7
 class ScreenDL(TfmdDL):
     "fastai's `TfmdDL` that reads whole batches of sites or wells with threads into reusable buffers"
@@ -278,17 +285,10 @@ class ScreenDL(TfmdDL):
         if self.reader: (x[0] if isinstance(x, tuple) else x).channels = self.reader.source.channels
         return x, *rest
     @property
-    # threads wait for a server
     def _is_far(self): return bool(self.reader) and getattr(self.reader.source, 'remote', False)
     @property
     def _in_memory(self): return hasattr(self.reader.source, 'take')
     def __getstate__(self): return {**self.__dict__, '_pool': None}
-
-def _reader(dataset):
-    "Return the transform that reads the images of a dataset, or None where whole batches cannot be read"
-    tls = getattr(dataset, 'tls', None)
-    fs = tls[0].tfms.fs if tls and isinstance(getattr(tls[0], 'items', None), pd.DataFrame) else ()
-    return fs[1] if len(fs) == 2 and isinstance(fs[1], (SiteReader, WellReader)) else None
 
 # %% ../../nbs/12_batch.loader.ipynb #62989cf7
 @patch
