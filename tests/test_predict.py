@@ -3,6 +3,7 @@ import os, json, re, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
+from rcic_fastai.predict import predict
 from rcic_fastai.core import ScreenError
 from rcic_fastai.embed import index as index_module
 from rcic_fastai.embed.index import EmbeddingIndex
