@@ -313,9 +313,7 @@ def pack(
     if not (verify and is_store(dest)):
         pack_screen(packed, dest, codec, workers or None, force=force)
         print(_packed_in_words(dest, packed, time.time() - start))
-    if verify:
-        print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} '
-              f'the same as in {screen}')
+    if verify: print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} the same as in {screen}')
 
 # %% ../nbs/72_cli.ipynb #06681e4c
 def _packed_in_words(dest, packed, seconds):
