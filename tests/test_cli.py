@@ -340,7 +340,7 @@ def test_columns_with_one_name(here, capsys):
     refused(f'rcic_evaluate inductive={here}/more/inductive.csv,{here}/inductive.csv {here}/screen', 'names two columns alike', capsys)
 
 @pytest.mark.parametrize('command, says', [
-    ('rcic_predict {d}/model {d}/screen {d}/tiny.csv', 'tiny.json would be overwritten'),
+    ('rcic_predict {d}/model {d}/screen {d}/tiny.csv', 'tiny.json would be overwritten, and rcic_fastai did not write it'),
     ('rcic_predict {d}/model {d}/screen {d}/o.csv --neighbors {d}/o.csv', 'would be written twice'),
     ('rcic_predict {d}/model {d}/screen {d}/o.csv --neighbors {d}/o.json', 'would be written twice'),
     ('rcic_predict {d}/model {d}/screen {d}/o.csv --neighbors {d}/o.parquet --embeddings {d}/folder.csv/../o.parquet', 'would be written twice'),

@@ -108,9 +108,9 @@ def trained(tmp_path_factory):
     return d
 
 @pytest.mark.parametrize('out, more, says', [
-    ('screen/metadata.csv', '', 'would be overwritten'), ('mine.csv', '', 'would be overwritten'),
+    ('screen/metadata.csv', '', 'would be overwritten, and rcic_fastai did not write it'), ('mine.csv', '', 'would be overwritten, and rcic_fastai did not write it'),
     ('a.csv', '--embeddings {d}/screen/metadata.csv', 'let --embeddings end in .parquet'),
-    ('a.csv', '--neighbors {d}/mine.parquet', 'would be overwritten')])
+    ('a.csv', '--neighbors {d}/mine.parquet', 'would be overwritten, and rcic_fastai did not write it')])
 def test_no_prediction_is_written_over_something_else(trained, capsys, out, more, says):
     (trained/'mine.csv').write_text('id_code,plate,well\n')
     (trained/'mine.parquet').write_text('mine')

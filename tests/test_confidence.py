@@ -199,7 +199,7 @@ def test_the_command_writes_what_the_function_returns(tmp_path, files, screen, c
     ('{d}/sure.csv {d}/none.csv {s} {d}/HUVEC-01.csv', 'none.csv: write predictions'),
     ('{d}/sure.txt {d}/new.csv {s} {d}/HUVEC-01.csv', 'let OUT end in .csv'),
     ('{d}/new.csv {d}/new.csv {s} {d}/HUVEC-01.csv', 'over what it is made from'),
-    ('{d}/HUVEC-02.csv {d}/new.csv {s} {d}/HUVEC-01.csv', 'HUVEC-02.csv would be overwritten'),
+    ('{d}/HUVEC-02.csv {d}/new.csv {s} {d}/HUVEC-01.csv', 'HUVEC-02.csv would be overwritten, and rcic_fastai did not write it'),
     ('{d}/sure.csv {d}/HUVEC-01.csv {s} {d}/HUVEC-01.csv', 'would be memory'),
     ('{d}/sure.csv {d}/HUVEC-01.csv {s} {d}/new.csv', 'are there for testing, so labels of them only judge'),
     ('{d}/sure.csv {d}/new.csv {s} {d}/HUVEC-01.csv {d}/HUVEC-01.csv', 'was held out twice'),
@@ -239,7 +239,7 @@ def test_without_scores_it_says_so(tmp_path, files):
 @pytest.mark.parametrize('name, text', [('mine.csv', 'well,chance,comment\n1,2,3\n'), ('mine.json', '{"temperature": 37, "notes": "of the incubator"}')])
 def test_files_of_others_stay(tmp_path, files, name, text):
     (tmp_path/name).write_text(text)
-    refused(lambda: confidence_files(tmp_path/'mine.csv', files[0], Screen(TABLE, None), *files[1:]), f'{name} would be overwritten')
+    refused(lambda: confidence_files(tmp_path/'mine.csv', files[0], Screen(TABLE, None), *files[1:]), f'{name} would be overwritten, and rcic_fastai did not write it')
     assert (tmp_path/name).read_text() == text
 
 def test_what_is_known_of_the_held_out_answers_is_passed_on(tmp_path, files):

@@ -157,7 +157,7 @@ def test_a_table_is_not_written_over_something_else(made, screen, tmp_path, caps
     page = explore(None, screen, side=0)
     (tmp_path/'folder.parquet').mkdir()
     (tmp_path/'mine.parquet').write_text('my own words')
-    for name, words in (('folder.parquet', 'folder.parquet is a folder'), ('mine.parquet', 'mine.parquet would be overwritten'), ('table.csv', 'end in .parquet')):
+    for name, words in (('folder.parquet', 'folder.parquet is a folder'), ('mine.parquet', 'mine.parquet would be overwritten, and rcic_fastai did not write it'), ('table.csv', 'end in .parquet')):
         refused(lambda: write_atlas(page, screen, tmp_path/name, 0), words)
-    assert cli.rcic_explore([str(out), str(screen.source.root), str(tmp_path/'mine.parquet')]) == 2 and 'would be overwritten' in capsys.readouterr().err
+    assert cli.rcic_explore([str(out), str(screen.source.root), str(tmp_path/'mine.parquet')]) == 2 and 'would be overwritten, and rcic_fastai did not write it' in capsys.readouterr().err
     assert (tmp_path/'mine.parquet').read_text() == 'my own words'

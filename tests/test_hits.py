@@ -248,7 +248,7 @@ def test_no_file_of_others_is_overwritten(tmp_path, capsys):
     (tmp_path/'a.json').write_text('{"mine": 1}')
     (tmp_path/'b.png').write_text('my picture')
     for out in ('p.csv', 'a.csv', 'b.csv'):
-        assert cli.rcic_hits(words(out)) == 2 and 'would be overwritten' in capsys.readouterr().err
+        assert cli.rcic_hits(words(out)) == 2 and 'would be overwritten, and rcic_fastai did not write it' in capsys.readouterr().err
     assert (tmp_path/'p.csv').read_bytes() == was and (tmp_path/'a.json').read_text() == '{"mine": 1}' and (tmp_path/'b.png').read_text() == 'my picture'
     assert cli.rcic_hits(words('c.csv')) == 0 and cli.rcic_hits(words('c.csv')) == 0      # an earlier search may be
 
@@ -257,7 +257,7 @@ def test_profiles_are_not_written_over_another_table(tmp_path):
     emb = read_profiles(TABLE, controls='DMSO')
     for name, content in (('l.csv', b'well,compound\n'), ('l.csv.gz', b'no gzip'), ('l.parquet', b'PAR1 but no'), ('l.h5ad', b'text')):
         (tmp_path/name).write_bytes(content)
-        refused(lambda: write_any_profiles([emb], tmp_path/name), 'would be overwritten')
+        refused(lambda: write_any_profiles([emb], tmp_path/name), 'would be overwritten, and rcic_fastai did not write it')
     for name in ('p.csv', 'p.csv.gz', 'p.parquet'):
         for _ in range(2): write_any_profiles([emb], tmp_path/name)
 

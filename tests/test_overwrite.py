@@ -88,18 +88,18 @@ def test_files_of_options_stay(made, tmp_path, capsys, name):
     file.write_bytes(contents('.parquet')[0])
     before = snapshot(tmp_path)
     assert cli.rcic_predict([*map(str, (made/'model', made/'screen.zarr', tmp_path/'out.csv', name, file))]) == 2
-    assert 'mine.parquet would be overwritten' in capsys.readouterr().err and snapshot(tmp_path) == before
+    assert 'mine.parquet would be overwritten, and rcic_fastai did not write it' in capsys.readouterr().err and snapshot(tmp_path) == before
 
 def test_what_the_library_wrote_is_replaced_until_someone_edits_it(made, tmp_path, capsys):
     near = tmp_path/'near.parquet'
     words = [*map(str, (made/'model', made/'screen.zarr', tmp_path/'out.csv', '--tta', 1, '--neighbors', near, '--scores'))]
     for _ in range(2): assert cli.rcic_predict(words) == 0
     (tmp_path/'out.csv').write_text((tmp_path/'out.csv').read_text() + '\n')
-    assert cli.rcic_predict(words) == 2 and 'out.csv would be overwritten' in capsys.readouterr().err
+    assert cli.rcic_predict(words) == 2 and 'out.csv would be overwritten, and rcic_fastai did not write it' in capsys.readouterr().err
     (tmp_path/'out.csv').unlink()
     assert cli.rcic_predict(words) == 0
     pd.read_parquet(near).to_parquet(near)
-    assert cli.rcic_predict(words) == 2 and 'near.parquet would be overwritten' in capsys.readouterr().err
+    assert cli.rcic_predict(words) == 2 and 'near.parquet would be overwritten, and rcic_fastai did not write it' in capsys.readouterr().err
 
 @pytest.mark.parametrize('step', [0, 1, 2, 3])
 def test_a_run_that_was_killed_while_it_replaced_can_be_repeated(tmp_path, monkeypatch, step):

@@ -289,8 +289,8 @@ def test_files(tmp_path):
     assert back.sirna.tolist() == pred.sirna.tolist() and set(back.protocol) == {'transductive'} and back.attrs['target'] == 'sirna'
     assert sorted(p.name for p in f.parent.iterdir()) == ['out.csv', 'out.json', 'out.top.csv']
 
-@pytest.mark.parametrize('stop', ['.top.csv', '.csv', '.json'])
-def test_an_interrupted_run_leaves_no_record_of_other_answers(tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize('stop, left', [('.json', 'inductive'), ('.csv', 'unknown'), ('.top.csv', 'transductive')])     # in the order of writing
+def test_an_interrupted_run_leaves_no_record_of_other_answers(tmp_path, monkeypatch, stop, left):
     old, new = predict_wells(TEST, INDEX)[0], predict_wells(TEST, INDEX, 'transductive')[0]
     assert old.sirna.tolist() != new.sirna.tolist()
     f = write_predictions(old, tmp_path/'w.csv')
@@ -300,11 +300,22 @@ def test_an_interrupted_run_leaves_no_record_of_other_answers(tmp_path, monkeypa
     with monkeypatch.context() as m:
         m.setattr(os, 'replace', broken)
         with pytest.raises(KeyboardInterrupt): write_predictions(new, f)
-    back, own = read_predictions(f), {tuple(old.sirna): 'inductive', tuple(new.sirna): 'transductive'}
-    assert {*back.protocol} <= {own[tuple(back.sirna)], 'unknown'}
+    back = read_predictions(f)
+    assert back.sirna.tolist() == (new if stop == '.top.csv' else old).sirna.tolist() and set(back.protocol) == {left}
     assert 'top_1' not in back or back.top_1.tolist() == back.sirna.tolist()
     write_predictions(new, f)
     assert set(read_predictions(f).protocol) == {'transductive'} and read_predictions(f).top_1.tolist() == new.sirna.tolist()
+
+def test_answers_of_a_record_without_sums_stay(tmp_path):
+    "As earlier versions wrote it: nothing tells whether someone has changed the answers since"
+    old, new = predict_wells(TEST, INDEX)[0], predict_wells(TEST, INDEX, 'transductive')[0]
+    f = write_predictions(old, tmp_path/'w.csv')
+    record = json.loads(f.with_suffix('.json').read_text())
+    del record['sha256']
+    f.with_suffix('.json').write_text(json.dumps(record))
+    before = f.read_bytes()
+    with pytest.raises(ScreenError, match='w.csv would be overwritten, and rcic_fastai did not write it as it is now'): write_predictions(new, f)
+    assert f.read_bytes() == before
 
 def test_the_record_is_of_its_own_answers_only(tmp_path):
     pred, _ = predict_wells(TEST, INDEX)

@@ -251,7 +251,7 @@ def test_the_archive_of_the_user(tmp_path, monkeypatch, ours):
 def test_files_beside_predictions(tmp_path, name, tops):
     pred = pd.DataFrame(dict(id_code=['a'], sirna=['s'], protocol='inductive', **(dict(top_1='s') if tops else {})))
     (tmp_path/name).write_text('{"mine": 1}')
-    with pytest.raises(ScreenError, match=f'{re.escape(name)} would be overwritten'): write_predictions(pred, tmp_path/'p.csv')
+    with pytest.raises(ScreenError, match=f'{re.escape(name)} would be overwritten, and rcic_fastai did not write it'): write_predictions(pred, tmp_path/'p.csv')
     assert (tmp_path/name).read_text() == '{"mine": 1}' and not (tmp_path/'p.csv').exists()
     write_predictions(pred, tmp_path/'q.csv'); write_predictions(pred, tmp_path/'q.csv')
 

@@ -485,7 +485,7 @@ def test_scores_are_written_over_nothing_but_scores(here, tmp_path, of):
     mine = tmp_path/'a.scores.parquet'
     for write in (lambda: mine.write_text('my notes'), lambda: pd.DataFrame(dict(x=[1])).to_parquet(mine), mine.mkdir):
         write()
-        with pytest.raises(ScreenError, match='a.scores.parquet (would be overwritten|is a folder)'): model.predict(screen, out=tmp_path/'a.csv', scores=True, **how)
+        with pytest.raises(ScreenError, match='a.scores.parquet (would be overwritten, and rcic_fastai did not write it|is a folder)'): model.predict(screen, out=tmp_path/'a.csv', scores=True, **how)
         if mine.is_file(): mine.unlink()
     mine.rmdir()
     with pytest.raises(ScreenError, match='written twice, as its scores and as embeddings'): model.predict(screen, out=tmp_path/'a.csv', scores=True, embeddings=mine, **how)
