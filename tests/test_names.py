@@ -81,3 +81,14 @@ def test_no_module_imports_a_private_name_of_another():
             if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('rcic_fastai')): continue
             found += [f'{f.name}: {node.module}.{a.name}' for a in node.names if a.name.startswith('_') and not a.name.startswith('__')]
     assert found == []
+
+
+@pytest.mark.parametrize('file', MODULES, ids=lambda f: f.name)
+def test_nothing_is_defined_twice(file):
+    "A second definition hides the first, which then is nowhere used; methods that are patched in count by their class"
+    names = []
+    for node in ast.parse(file.read_text(encoding='utf-8')).body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
+        of = node.args.args[0].annotation if getattr(node, 'decorator_list', []) and isinstance(node, ast.FunctionDef) and node.args.args else None
+        names.append(f'{ast.unparse(of)}.{node.name}' if of is not None else node.name)
+    assert sorted(n for n in {*names} if names.count(n) > 1) == []

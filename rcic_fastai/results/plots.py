@@ -260,6 +260,7 @@ def site_gallery(
         _show_site(ax, screen, r.site_id, f'{short_text(r.experiment, 16)} ({r.dataset})', how)
     return fig
 
+# %% ../../nbs/60b_results.plots.ipynb #cf6b686c
 SCALES = dict(shared='each channel on one scale of brightness, the same for all pictures', own='each picture on its own scale of brightness')
 
 def shared_limits(
@@ -269,6 +270,21 @@ def shared_limits(
     "Return the pixel values between which the pictures of some sites can be compared; a few very dark or bright ones do not decide"
     each = np.stack([stretch_limits(source[s]) for s in sites])
     return np.stack([np.percentile(each[:, 0], 5, axis=0), np.percentile(each[:, 1], 95, axis=0)])
+
+# %% ../../nbs/60b_results.plots.ipynb #475e8ede
+def _sheet_grid(n, aspect):
+    "Return a figure with `n` axes, as large as pictures of this width per height are: up to six in a row, fewer where they are wide"
+    most = 6 if aspect < 1.3 else 3
+    columns = max(1, min(most, n))
+    rows, width = -(-n//columns), 8.4/most
+    fig, axs = plt.subplots(rows, columns, figsize=(max(width*columns, 4.2), rows*(width/aspect + .42) + .3), dpi=_DPI, squeeze=False, layout='constrained')
+    fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
+    for ax in axs.flat[n:]: ax.remove()
+    return fig, list(axs.flat[:n])
+
+def _holds(row, doses):
+    "Return what a well holds: its kind, or its perturbation and dose"
+    return row.well_type.replace('_', ' ') if pd.isna(row.sirna) else ' '.join([short_text(row.sirna, 14), *(f'{v:g}' for v in doses)])
 
 # %% ../../nbs/60b_results.plots.ipynb #e6f112e5
 def contact_sheet(
@@ -294,44 +310,6 @@ def contact_sheet(
     for ax, r in zip(axs, rows.itertuples()):
         holds = _holds(r, doses.loc[r.Index].dropna())
         _show_site(ax, screen, r.site_id, f'{short_text(r.well_id, 20)}\n{short_text(holds, 20)}', how, limits=limits)
-    fig.suptitle(SCALES[scale], fontsize=8, color='#555')
-    return fig
-
-# %% ../../nbs/60b_results.plots.ipynb #475e8ede
-def _sheet_grid(n, aspect):
-    "Return a figure with `n` axes, as large as pictures of this width per height are: up to six in a row, fewer where they are wide"
-    most = 6 if aspect < 1.3 else 3
-    columns = max(1, min(most, n))
-    rows, width = -(-n//columns), 8.4/most
-    fig, axs = plt.subplots(rows, columns, figsize=(max(width*columns, 4.2), rows*(width/aspect + .42) + .3), dpi=_DPI, squeeze=False, layout='constrained')
-    fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
-    for ax in axs.flat[n:]: ax.remove()
-    return fig, list(axs.flat[:n])
-
-def _holds(row, doses):
-    "Return what a well holds: its kind, or its perturbation and dose"
-    return row.well_type.replace('_', ' ') if pd.isna(row.sirna) else ' '.join([short_text(row.sirna, 14), *(f'{v:g}' for v in doses)])
-
-def contact_sheet(
-    screen, # A `Screen`
-    wells='', # Wells by id, or by name on every plate, such as B02: a list, or 'A,B'; empty: some of all
-    most:int=24, # Pictures at most; of more wells, evenly spread ones are shown
-    how:str='composite', # 3d+3d, composite or panels
-    scale:str='shared', # Of brightness: shared (of a channel the same in all pictures, to compare wells) or own (each picture by itself, to see what is in a dark one)
-)->plt.Figure: # In rows of six
-    "Show the first site of some wells, each under its id and what it holds"
-    rows, names = screen.table.drop_duplicates('well_id'), list(as_names(wells))
-    strange = [n for n in names if n not in {*rows.well_id, *rows.well}]
-    if strange: raise ScreenError(f'{screen.name} has no well {first_few(strange)}: give ids such as {rows.well_id.iloc[0]}, or names such as {rows.well.iloc[0]}.')
-    if not 1 <= most <= 600: raise ScreenError(f'{option("most", most)} is not possible: give 1 to 600.')
-    check_choice('scale', scale, SCALES)
-    if names: rows = rows[rows.well_id.isin(names) | rows.well.isin(names)]
-    rows = rows.iloc[np.unique(np.linspace(0, len(rows)-1, min(most, len(rows))).astype(int))]
-    doses = rows[dose_columns(rows)].apply(pd.to_numeric, errors='coerce')
-    limits, first = shared_limits(screen.source, rows.site_id) if scale == 'shared' else None, site_picture(screen.source[rows.site_id.iloc[0]], how)
-    fig, axs = _sheet_grid(len(rows), first.shape[1]/first.shape[0])
-    for ax, r in zip(axs, rows.itertuples()):
-        _show_site(ax, screen, r.site_id, f'{short_text(r.well_id, 20)}\n{short_text(_holds(r, doses.loc[r.Index].dropna()), 20)}', how, limits=limits)
     fig.suptitle(SCALES[scale], fontsize=8, color='#555')
     return fig
 
