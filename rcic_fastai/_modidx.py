@@ -602,6 +602,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rcic_fastai.core.json_hash': ('core.html#json_hash', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.markdown_text': ('core.html#markdown_text', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.n_cores': ('core.html#n_cores', 'rcic_fastai/core.py'),
+                                  'rcic_fastai.core.not_replaced': ('core.html#not_replaced', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.not_the_file': ('core.html#not_the_file', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.only_one': ('core.html#only_one', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.open_plain': ('core.html#open_plain', 'rcic_fastai/core.py'),

@@ -845,7 +845,7 @@ def _in_all(records):
     return {k: v for k, v in first.items() if is_common(k)}
 
 # %% ../nbs/70_folder.ipynb #94012de2
-_OF_ALL = ('sha256', 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')
+_OF_ALL = (*RECORD_KEYS, 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')
 
 def _record_of(path):
     "Return how the answers of one cell type were made"

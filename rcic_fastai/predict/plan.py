@@ -562,7 +562,7 @@ def check_outputs(
         if k in map(option, more): check_parquet_path(k, f)
     check_beside(out)
     if (f := files.get('its scores')) and (f.exists() or f.is_symlink()) and not (f.is_file() and is_scores(f)):
-        raise ScreenError(f'{f} would be overwritten, and rcic_fastai did not write it as it is now: choose another name for {out.name}.')
+        raise not_replaced(f, out.name)
 
 def check_cells_file(
     out, # CSV to write

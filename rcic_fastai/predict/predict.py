@@ -362,7 +362,7 @@ def check_parquet_path(
     if not os.path.lexists(path): return
     try: is_ours = path.is_file() and _MARK in (pq.read_schema(path).metadata or {})
     except (pa.ArrowException, OSError): is_ours = False
-    if not is_ours: raise ScreenError(f'{path} would be overwritten, and rcic_fastai did not write it as it is now: choose another name.')
+    if not is_ours: raise not_replaced(path)
 
 # %% ../../nbs/51_predict.predict.ipynb #798e30be
 def predict_tables(
@@ -469,5 +469,5 @@ def read_predictions(
     pred.attrs['target'] = target
     if 'thresholds' in record: pred.attrs.update({k: record.get(k) for k in ('thresholds', 'no_label')})
     if isinstance(names := record.get('classes'), list): pred.attrs['classes'] = [str(n) for n in names]
-    pred.attrs['record'] = {k: v for k, v in record.items() if k not in ('classes', 'sha256', 'written_by', 'kind', 'replaced')}
+    pred.attrs['record'] = {k: v for k, v in record.items() if k not in ('classes', *RECORD_KEYS)}
     return pred

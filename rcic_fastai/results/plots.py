@@ -325,7 +325,7 @@ def check_picture_path(
     if kind not in _SAID_AS: raise ScreenError(f'{out} is not the name of a picture: let {option("out")} end in .png, .pdf or .svg.')
     if path.is_dir(): raise ScreenError(f'{out} is a folder: name a file to write.')
     if os.path.lexists(path) and (path.is_symlink() or _MAKER.encode() not in read_plain(path, 2**32)):
-        raise ScreenError(f'{out} would be overwritten, and rcic_fastai did not write it as it is now: choose another name.')
+        raise not_replaced(out)
     return kind
 
 def write_picture(
