@@ -28,8 +28,8 @@ LIMITS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 help:
 	@echo "make demo    draw a small screen, learn it, name its unseen wells: demo/report.html, demo/explore.html"
-	@echo "make test    run every notebook and every test, check that generated files are in step (about 20 minutes)"
-	@echo "make test-lowest   run the tests with the lowest permitted versions, in .venv-lowest (about 20 minutes; the first run installs it, about 6 GB)"
+	@echo "make test    run every notebook and every test, check that generated files are in step (20 to 40 minutes on 2 cores)"
+	@echo "make test-lowest   run the tests with the lowest permitted versions, in .venv-lowest (as long; the first run installs it, about 6 GB)"
 	@echo "make test-extras   run what needs packages of the extras, in .venv-extras (about 3 minutes; the first run installs it, about 6 GB)"
 	@echo "make docs    write docs/ and README.md from the notebooks"
 	@echo "make lib     write rcic_fastai/ from the notebooks"

@@ -281,6 +281,14 @@ def test_notebook_is_small_and_clean(nb):
 
 
 @pytest.mark.parametrize('nb', NOTEBOOKS, ids=name_of)
+def test_whole_files_are_compared_at_once(nb):
+    "`test_eq` walks over the bytes one by one: 10 s for a megabyte"
+    for n, c in enumerate(cells(nb)):
+        slow = [l for l in ''.join(c['source']).splitlines() if re.search(r"test_eq\(.*(read_bytes|tobytes)\(\)(?!.*b')", l)]
+        assert not slow, f'cell {n}: compare with assert … == …: {slow[0].strip()}'
+
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=name_of)
 def test_notebook_begins_with_title_and_description(nb):
     first = cells(nb)[0]
     lines = [l for l in ''.join(first['source']).splitlines() if l.strip()]

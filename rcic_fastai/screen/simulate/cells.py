@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MORPHOLOGY', 'LOOK', 'SENSITIVITY', 'REAL_SIZE', 'PAD', 'STAINS', 'named_rng', 'morphology', 'sirna_strength',
-           'phenotype', 'noise_tile', 'texture', 'slow_noise', 'blur', 'Cells', 'jittered_grid', 'value_at',
+           'phenotype', 'noise_tile', 'noise_at', 'texture', 'slow_noise', 'blur', 'Cells', 'jittered_grid', 'value_at',
            'outside_gaps', 'stain_gains', 'grow_cells', 'place_cells', 'seed_ellipses', 'nearest_seed', 'bent_grid',
            'owner_map', 'per_pixel', 'along_across', 'from_cell', 'nucleus_distance', 'nucleus_mask', 'cell_mask',
            'edge_distance', 'CellMaps', 'cell_maps', 'draw_lines', 'draw_spots', 'some_per_cell', 'fiber_bundles',
@@ -168,6 +168,23 @@ def noise_tile(
     return (np.exp(-(noise/.45)**2) if kind == 'mesh' else noise).astype(np.float32)
 
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #27835942
+@lru_cache(None)
+def _with_seam(kind):
+    "Return the tile of `noise_tile` with its first row and column once more at the end."
+    return cv2.copyMakeBorder(noise_tile(kind), 0, 1, 0, 1, cv2.BORDER_WRAP)
+
+def noise_at(
+    kind:str, # 'grain' or 'mesh'
+    x:np.ndarray, # px of the tile, float32 [n,n], anywhere
+    y:np.ndarray # px of the tile, float32 [n,n]
+) -> np.ndarray: # float32 [n,n]
+    "Return the noise of an endless floor of tiles at the places `x`, `y`."
+    n = len(noise_tile(kind))
+    x, y = (v - n*np.trunc(v/np.float32(n)) for v in (x, y))  # exact, as n is a power of 2
+    tile = noise_tile(kind) if min(x.min(), y.min()) < 0 else _with_seam(kind)
+    return cv2.remap(tile, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+
+# %% ../../../nbs/02a_screen.simulate.cells.ipynb #1a19a5ef
 def texture(
     kind:str, # 'grain' or 'mesh'
     x:np.ndarray, # px [n,n], float32
@@ -175,7 +192,7 @@ def texture(
     scale:float # size of the features, px
 ) -> np.ndarray: # float32 [n,n]
     "Return noise of feature size `scale` at the places `x`, `y`."
-    return cv2.remap(noise_tile(kind), x*(8/scale), y*(8/scale), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    return noise_at(kind, x*(8/scale), y*(8/scale))
 
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #3e273844
 def slow_noise(
@@ -346,17 +363,17 @@ def owner_map(
     x:np.ndarray, # place of every pixel, float32 [n,n]
     y:np.ndarray,
     rng:np.random.Generator
-) -> np.ndarray: # int32 [n,n]
+) -> np.ndarray: # int64 [n,n], which numpy looks up without a conversion
     "Return for every pixel the index of its cell; borders are wavy."
     n = len(x)
     wavy = [p + PAD + 2*slow_noise(n, 14, rng) for p in (x, y)]
     owner = nearest_seed(seed_ellipses(cells, n))
-    return cv2.remap(owner, *wavy, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE).astype(np.int32)
+    return cv2.remap(owner, *wavy, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE).astype(np.intp)
 
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #3ef30e71
 def per_pixel(
     values:np.ndarray, # one per cell [k]
-    owner:np.ndarray # index of the cell, int32 [n,n]
+    owner:np.ndarray # index of the cell, int64 [n,n]
 ) -> np.ndarray: # float32 [n,n]
     "Return the value of its cell for every pixel."
     return values.astype(np.float32)[owner]
@@ -364,7 +381,7 @@ def per_pixel(
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #8f77b081
 def along_across(
     cells:Cells,
-    owner:np.ndarray, # int32 [n,n]
+    owner:np.ndarray, # int64 [n,n]
     x:np.ndarray, # place of every pixel, float32 [n,n]
     y:np.ndarray
 ) -> tuple: # u and v, float32 [n,n], px
@@ -389,7 +406,7 @@ def from_cell(
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #e39ff3bf
 def nucleus_distance(
     cells:Cells,
-    owner:np.ndarray, # int32 [n,n]
+    owner:np.ndarray, # int64 [n,n]
     u:np.ndarray, # px along the cell, float32 [n,n]
     v:np.ndarray, # px across the cell
     radius:np.ndarray, # of the nucleus, px
@@ -405,7 +422,7 @@ def nucleus_distance(
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #015b756b
 def nucleus_mask(
     cells:Cells,
-    owner:np.ndarray, # int32 [n,n]
+    owner:np.ndarray, # int64 [n,n]
     d:np.ndarray # px outside the nucleus, float32 [n,n]
 ) -> np.ndarray: # float32 [n,n], 0 to 1
     "Return how far every pixel lies in a nucleus."
@@ -415,7 +432,7 @@ def nucleus_mask(
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #e01ae17f
 def cell_mask(
     cells:Cells,
-    owner:np.ndarray, # int32 [n,n]
+    owner:np.ndarray, # int64 [n,n]
     u:np.ndarray, # px along the cell, float32 [n,n]
     v:np.ndarray, # px across the cell
     radius:np.ndarray # of the nucleus, px
@@ -427,7 +444,7 @@ def cell_mask(
 
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #23a8bcec
 def edge_distance(
-    owner:np.ndarray # int32 [n,n]
+    owner:np.ndarray # int64 [n,n]
 ) -> np.ndarray: # float32 [n,n]
     "Return how far, in px, every pixel lies from the border of its cell."
     border = np.zeros(owner.shape, np.uint8)
@@ -569,8 +586,7 @@ def hatching(
 ) -> np.ndarray: # float32 [n,n], mean 0, std about 1
     "Return fine parallel streaks along each cell."
     x, y = (per_pixel(offset, maps.owner) for offset in cells.texture)
-    return cv2.remap(noise_tile('grain'), x + maps.u*(.8/scale), y + maps.v*(8/scale), cv2.INTER_LINEAR,
-                     borderMode=cv2.BORDER_WRAP)
+    return noise_at('grain', x + maps.u*(.8/scale), y + maps.v*(8/scale))
 
 # %% ../../../nbs/02a_screen.simulate.cells.ipynb #f9213ee0
 def er_mesh(
