@@ -5286,6 +5286,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'rcic_fastai.workflow._each_cell_type': ('workflow.html#_each_cell_type', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow._ending_at': ('workflow.html#_ending_at', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow._finished_model': ('workflow.html#_finished_model', 'rcic_fastai/workflow.py'),
+                                      'rcic_fastai.workflow._first_step': ('workflow.html#_first_step', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow._fit_steps': ('workflow.html#_fit_steps', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow._fold_of': ('workflow.html#_fold_of', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow._folded': ('workflow.html#_folded', 'rcic_fastai/workflow.py'),

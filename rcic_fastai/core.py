@@ -367,7 +367,9 @@ def _said_of(record, kind):
     try: said = read_json(record, 2**26)
     except ScreenError: return {}
     is_ours = said.get('written_by') == 'rcic_fastai' and said.get('kind') == kind
-    return said if is_ours and all(isinstance(said.get(k, {}), dict) for k in ('sha256', 'replaced')) else {}
+    sums = [said.get(k, {}) for k in ('sha256', 'replaced')]
+    has_text = all(isinstance(d, dict) and all(isinstance(v, str) for v in d.values()) for d in sums)
+    return said if is_ours and has_text else {}
 
 RECORD_KEYS = ('written_by', 'kind', 'sha256', 'replaced')      # what a record says of itself and its files; all else is of what was done
 
@@ -407,7 +409,7 @@ def write_recorded(
         for k, (_, write) in files.items(): write(made[k])
         said = {**as_plain(facts), 'written_by': 'rcic_fastai', 'kind': kind, 'sha256': {k: file_facts(f)['sha256'] for k, f in made.items()}}
         before = {k: file_facts(p)['sha256'] for k, (p, _) in files.items() if p.is_file()}
-        if before: write_json(record, {**said, 'replaced': before}, indent=1)
+        write_json(record, {**said, 'replaced': before}, indent=1)
         for k, (p, _) in files.items(): os.replace(made[k], p)
         write_json(record, said, indent=1)
 

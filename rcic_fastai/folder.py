@@ -599,7 +599,8 @@ def push_to_hub(self:TrainedModel,
 
 # %% ../nbs/70_folder.ipynb #04679d4a
 def _never_learned(model):
-    return [e for e in model.config['held_out'] if e not in {*map(str, model.model.trained_experiments)}]
+    learned = {*map(str, model.model.trained_experiments)}
+    return [e for e in model.config['held_out'] if e not in learned]
 
 def _held_images(screen, names):
     "Return a screen in which some images are those to predict"
@@ -672,7 +673,8 @@ def parts(self:CellTypeModels,
     if lacks:
         raise ScreenError(f'There is no model of the cell type {first_few(lacks, 4)}: '
                           f'the folder has {", ".join(self.models)}; leave those wells out, or train on them.')
-    return {c: (m, screen[(cells == c).to_numpy()]) for c, m in self.models.items() if c in set(asked)}
+    asked = set(asked)
+    return {c: (m, screen[(cells == c).to_numpy()]) for c, m in self.models.items() if c in asked}
 
 # %% ../nbs/70_folder.ipynb #97b69950
 @patch
@@ -682,7 +684,8 @@ def held_out(self:CellTypeModels,
     "Return a screen in which the experiments that the models held out are those to predict; a cell type without one is left out"
     screen = open_screen(screen, check=False)
     cells = _cells_of(screen)
-    here = {c: m for c, m in self.models.items() if c in set(cells)} or self.models
+    there = set(cells)
+    here = {c: m for c, m in self.models.items() if c in there} or self.models
     able = {c: m for c, m in here.items() if _never_learned(m)} or here
     tables = [m.held_out(screen[(cells == c).to_numpy()]).table for c, m in able.items()]
     return screen[pd.concat(tables, ignore_index=True)]

@@ -585,7 +585,7 @@ def _build_again(learn, was, seed):
     model.use_metadata, learn.opt_func = was['use_metadata'], was['opt']
 
 # %% ../nbs/71_workflow.ipynb #0bf4384f
-def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
+def _fit_steps(learn, a, recipe, first, pretrain, pseudo, given, cbs):
     "Train: control wells or pictures without labels first, then the recipe, then pseudo-labels; return tables of what each reached"
     res = {}
     def how(folder, is_first):
@@ -594,8 +594,9 @@ def _fit_steps(learn, a, recipe, pretrain, pseudo, given, cbs):
     with learn.sharded():
         if pretrain:
             built = _as_built(learn)
-            first = replace(stages, name=f'{recipe.name}, {pretrain}',
-                            stages=[replace(s, full_data=False) for s in stages.stages])
+            first = _without_sizes(first, a.size, a.bs)
+            first = replace(first, name=f'{recipe.name}, {pretrain}',
+                            stages=[replace(s, full_data=False) for s in first.stages])
             kept = how(_controls_checkpoints(a.out), True)
             if pretrain == 'controls': reached = learn.pretrain_on_controls(first, a.seed, cbs, **kept)
             else: reached = learn.pretrain_simsiam(first, a.seed, cbs, pretrain == 'simsiam_test', **kept)
@@ -637,7 +638,7 @@ def _model_info(a, validation):
     info = dict(seed=a.seed, only_present=a.only_present, controls=a.controls, precision=a.precision,
                 compile=a.compile, mask=list(INDUCTIVE_MASK))
     if a.folds and a.fold: info['fold'] = dict(folds=a.folds, fold=a.fold)
-    if validation: info['validation'] = {k: v for k, v in validation.items() if k not in ('thresholds', 'search')}
+    if validation: info['validation'] = {k: v for k, v in validation.items() if k not in ('thresholds', 'search', 'pretrain_epochs')}
     if a.changed: info['changed'] = a.changed
     return info
 
@@ -659,7 +660,7 @@ def _write_model(model, index, out):
     return model
 
 # %% ../nbs/71_workflow.ipynb #4166943c
-def _train_model(args, recipe, begin=None, validation=None):
+def _train_model(args, recipe, begin=None, validation=None, first=None):
     "Train one model with the arguments of `train_screen`, and write its folder; it may `begin` with a trained one, and know what a `validation` measured before"
     a = SimpleNamespace(**args)
     measures = a.phase == 'validate' or a.phase != 'refit' and (a.folds or a.valid not in ('auto', 'none'))
@@ -690,7 +691,7 @@ def _train_model(args, recipe, begin=None, validation=None):
             if pseudo: info['pseudo'] = {**pseudo, 'recipe': pseudo['recipe'].to_dict()}
             if a.compile: compile_model(learn.model, device)
             if is_first: try_all(learn, out, **{**info, **views})
-        reached = _fit_steps(learn, a, recipe, pretrain, pseudo, facts['arguments'], faster)
+        reached = _fit_steps(learn, a, recipe, first or recipe, pretrain, pseudo, facts['arguments'], faster)
         for table in reached.values(): print(table.to_string(index=False))
         index = build_index(learn, **views, folder=_index_parts(out, learn, views) if rank_world()[1] > 1 else None)
         if not is_first: return
@@ -769,6 +770,10 @@ def _ending_at(recipe, epochs):
     chosen = iter(epochs)
     return replace(recipe, stages=[s if s.full_data else ending(s, next(chosen)) for s in recipe.stages])
 
+def _first_step(recipe):
+    "Return the recipe of a validation's first step, such as control wells, which the second training repeats"
+    return replace(recipe, stages=[s for s in recipe.stages if not s.full_data])
+
 # %% ../nbs/71_workflow.ipynb #74f3337e
 def _check_refit(args, recipe):
     "Raise for trainings that cannot be made twice"
@@ -815,7 +820,9 @@ def _validate(args, recipe, begin):
         raise ScreenError('The validation measured nothing, so the epochs of the second training are not known: '
                           f'leave {option("refit", True)} out.')
     runs, cuts = [c['metrics'] for c in done], [c['thresholds'] for c in done if c.get('thresholds')]
-    return dict(runs=runs, epochs=_chosen_epochs(recipe, [c['stages'] for c in done]),
+    first, chosen = _first_step(recipe), None
+    if done[0].get('pretrain') == 'controls': chosen = _chosen_epochs(first, [c['pretrain_stages'] for c in done])
+    return dict(runs=runs, epochs=_chosen_epochs(recipe, [c['stages'] for c in done]), pretrain_epochs=chosen,
                 thresholds=np.mean(cuts, axis=0).tolist() if cuts else None,
                 search=_agreed_search([c.get('search') for c in done]))
 
@@ -830,8 +837,10 @@ def _train_twice(args, recipe):
     found = _validate(args, recipe, begin) if done is None else done.get('validation') or {}
     epochs = found.get('epochs') if isinstance(found.get('epochs'), list) else []
     if not rank_world()[0] and done is None: print('== on all training rows', flush=True)
+    first = _first_step(recipe)
+    first = _ending_at(first, found.get('pretrain_epochs') or [None]*len(first.stages))
     model = _train_model({**args, 'phase': 'refit'}, _ending_at(recipe, epochs or [None]*len(recipe.stages)),
-                         begin, found)
+                         begin, found, first)
     if model is not None and done is None: print(validation_note(model.config))
     return model
 

@@ -84,6 +84,20 @@ def test_no_module_imports_a_private_name_of_another():
 
 
 @pytest.mark.parametrize('file', MODULES, ids=lambda f: f.name)
+def test_no_set_is_made_again_for_each_name(file):
+    "`[n for n in names if n not in set(rows)]` takes names times rows"
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+        if not isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)): continue
+        own = {n.id for g in node.generators for n in ast.walk(g.target) if isinstance(n, ast.Name)}
+        for test in (n for g in node.generators for i in g.ifs for n in ast.walk(i) if isinstance(n, ast.Compare)):
+            for of in test.comparators:
+                is_made = isinstance(of, ast.Set) and any(isinstance(e, ast.Starred) for e in of.elts) or isinstance(of, ast.Call) and ast.unparse(of.func) == 'set'
+                if is_made and not own & {n.id for n in ast.walk(of) if isinstance(n, ast.Name)}: found.append(ast.unparse(test))
+    assert found == []
+
+
+@pytest.mark.parametrize('file', MODULES, ids=lambda f: f.name)
 def test_nothing_is_defined_twice(file):
     "A second definition hides the first, which then is nowhere used; methods that are patched in count by their class"
     names = []

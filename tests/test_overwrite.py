@@ -1,10 +1,11 @@
 "Every command: a file that is there is replaced only where the library wrote it as it is now."
-import inspect, io, itertools, os
+import inspect, io, itertools, json, os
 from pathlib import Path
 import matplotlib, numpy as np, pandas as pd, pytest
 from helpers import learner
 from rcic_fastai import cli
 import rcic_fastai.folder                # learn.to_model
+from rcic_fastai.core import ScreenError, check_replaceable
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
@@ -101,12 +102,19 @@ def test_what_the_library_wrote_is_replaced_until_someone_edits_it(made, tmp_pat
     pd.read_parquet(near).to_parquet(near)
     assert cli.rcic_predict(words) == 2 and 'near.parquet would be overwritten, and rcic_fastai did not write it' in capsys.readouterr().err
 
+@pytest.mark.parametrize('sums', [dict(a=['x']), dict(a=1), ['x'], None])
+def test_an_odd_record_makes_no_file_ours(tmp_path, sums):
+    (tmp_path/'a.csv').write_text('1')
+    (tmp_path/'a.json').write_text(json.dumps(dict(written_by='rcic_fastai', kind='hits', sha256=sums)))
+    with pytest.raises(ScreenError, match='a.csv would be overwritten'): check_replaceable(tmp_path/'a.json', 'hits', tmp_path/'a.csv')
+
+@pytest.mark.parametrize('is_first', [True, False])
 @pytest.mark.parametrize('step', [0, 1, 2, 3])
-def test_a_run_that_was_killed_while_it_replaced_can_be_repeated(tmp_path, monkeypatch, step):
+def test_a_run_that_was_killed_while_it_replaced_can_be_repeated(tmp_path, monkeypatch, step, is_first):
     "Whatever was moved into place before, the record knows it"
     from rcic_fastai.predict.predict import read_predictions, write_predictions
     def answers(label): return pd.DataFrame(dict(id_code=['a'], sirna=[label], top_1=[label], protocol='inductive'))
-    write_predictions(answers('s1'), tmp_path/'p.csv')
+    if not is_first: write_predictions(answers('s1'), tmp_path/'p.csv')
     real, count = os.replace, itertools.count()
     def killed(a, b):
         if next(count) == step: raise KeyboardInterrupt

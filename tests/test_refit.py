@@ -93,6 +93,15 @@ def test_refit_keeps_a_model_of_everything_with_what_was_measured(here, capsys):
     assert cli.rcic_predict([str(one), str(here/'s.zarr'), str(here/'no.csv'), '--held-out']) == 2
 
 
+@pytest.mark.parametrize('first', ['simsiam', 'controls'])
+def test_the_first_step_is_that_which_was_measured(here, first, monkeypatch):
+    "The main stage may choose another epoch than the first step, and did in the measured training"
+    chosen = iter(dict(simsiam=[[2]], controls=[[3], [2]])[first])
+    monkeypatch.setattr('rcic_fastai.workflow._chosen_epochs', lambda *_: next(chosen))
+    config = load_model(train(here, f'first_{first}', f'--refit --valid HUVEC-02 --pretrain {first}', 'best')).config
+    assert config['pretrain_stages'][0]['epochs'] == dict(simsiam=4, controls=3)[first] and config['stages'][0]['epochs'] == 2
+
+
 def test_the_epoch_that_validation_chose_is_the_last_one_of_the_second_training(here):
     chosen = load_model(train(here, 'chosen', '--refit --valid HUVEC-02', 'best'))
     h = load_model(train(here, 'looked', '--valid HUVEC-02', 'best')).history

@@ -369,7 +369,8 @@ _FROM_CONTROLS = re.compile('Sphering|TVN')
 def _trained_note(m, trained):
     "Return what it means that some wells were trained on, and which profiles to search instead"
     of = m.experiment.astype(str)
-    new = [e for e in of.unique() if e not in {*of[trained]}]
+    seen = {*of[trained]}
+    new = [e for e in of.unique() if e not in seen]
     do = (f'embed only the experiments that it did not learn ({first_few(new)})' if new else
           'embed other experiments, or all with a model that learned none (recipe features)')
     return (f'{trained.sum()} of {len(m)} wells were trained on ({META}trained): the model knows their answers, so '

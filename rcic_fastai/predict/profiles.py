@@ -45,7 +45,8 @@ def profile_rows(
     "Return the rows to make profiles of"
     check_choice('wells', wells, PROFILE_WELLS)
     names = as_names(experiments)
-    lacks = [e for e in names if e not in set(table.experiment.astype(str))]
+    there = set(table.experiment.astype(str))
+    lacks = [e for e in names if e not in there]
     if lacks: raise ScreenError(f'{option("experiments", names)} names {first_few(lacks)}, which the screen does not have: it has {first_few(table.experiment.unique(), 30)}.')
     if names: table = table[table.experiment.astype(str).isin(names)]
     if wells != 'all': table = table[(table.well_type == 'treatment') == (wells == 'treatment')]

@@ -80,7 +80,8 @@ def exposure_findings(
 )->list: # Of dicts: finding, channel, wells, n, value, training, low, high, t, p
     "Compare how bright the channels of a new experiment are"
     known, asked, res = known[known.wells == wells], asked[asked.wells == wells], []
-    for c in [c for c in asked.channel.unique() if c in set(known.channel)]:
+    there = set(known.channel)
+    for c in [c for c in asked.channel.unique() if c in there]:
         old, new = known[known.channel == c], asked[asked.channel == c]
         for m in EXPOSURES:
             f = spread_test(old[m], old.cell_type, new[m].iloc[0], new.cell_type.iloc[0], _chance_noise(new, old, m), _LEAST[m])

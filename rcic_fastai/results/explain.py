@@ -110,7 +110,8 @@ def explain(self:TrainedModel,
         raise ScreenError('Models of several labels name no well after its neighbors: explain a model of one label.')
     screen, names = open_screen(screen, check=False), list(as_names(wells))
     rows = screen.table[screen.table.well_id.isin(names)]
-    if lacks := [w for w in names if w not in set(rows.well_id)]:
+    there = set(rows.well_id)
+    if lacks := [w for w in names if w not in there]:
         raise ScreenError(f'{screen.name} has no well {first_few(lacks)}: '
                           f'give ids such as {screen.table.well_id.iloc[0]}.')
     net, spec = for_source(self.model, self.spec_for(screen), screen.source)

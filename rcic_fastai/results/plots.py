@@ -242,7 +242,8 @@ def layout_map(
     table:pd.DataFrame, # Site table of one experiment
 )->plt.Figure: # Two plates per row, the kinds of wells by color
     "Show where treatments and controls are on each plate of an experiment"
-    colors = {k: c for k, c in _WELL_COLORS.items() if k in set(table['well_type'])}
+    there = set(table['well_type'])
+    colors = {k: c for k, c in _WELL_COLORS.items() if k in there}
     return plate_maps(table.drop_duplicates('well_id'), 'well_type', lambda o: plural(len(o), 'well'), zoom=False, colors=colors)
 
 # %% ../../nbs/60b_results.plots.ipynb #8667b8aa
@@ -296,7 +297,8 @@ def contact_sheet(
 )->plt.Figure: # In rows of six
     "Show the first site of some wells, each under its id and what it holds"
     rows, names = screen.table.drop_duplicates('well_id'), list(as_names(wells))
-    strange = [n for n in names if n not in {*rows.well_id, *rows.well}]
+    known = {*rows.well_id, *rows.well}
+    strange = [n for n in names if n not in known]
     if strange:
         raise ScreenError(f'{screen.name} has no well {first_few(strange)}: '
                           f'give ids such as {rows.well_id.iloc[0]}, or names such as {rows.well.iloc[0]}.')

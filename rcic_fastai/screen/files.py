@@ -393,7 +393,8 @@ def row_datasets(
         raise ScreenError(f'{where}, row {i}: the dataset is {given[i]!r}; write train, val or test, or {else_}.')
     test = test.split(',') if isinstance(test, str) else list(test)
     test = identifiers(pd.Series(test, dtype=object, name='test')).dropna().tolist()
-    strange = [o for o in test if o not in set(experiment)]
+    known_names = set(experiment)
+    strange = [o for o in test if o not in known_names]
     if strange: raise ScreenError(f'{first_few(strange)} cannot be test: the experiments are '
                                   f'{first_few(experiment.unique(), 60)}.')
     return known.where(~experiment.isin(test), 'test')

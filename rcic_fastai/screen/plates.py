@@ -740,7 +740,8 @@ def _of_acquisition(read, acquisition, plates):
         mine = pd.DataFrame(fields, columns=['well', 'site', 'path', 'acquisition'], dtype=object)
         mine = mine[mine.acquisition == acquisition].copy()
         mine['site'] = mine.groupby('well', sort=False).cumcount() + 1
-        lacks = dict.fromkeys(w for w, *_ in fields if w not in set(mine.well))
+        there = set(mine.well)
+        lacks = dict.fromkeys(w for w, *_ in fields if w not in there)
         out.append((name, list(mine.itertuples(index=False, name=None)), [*bare, *lacks]))
     return out
 

@@ -854,7 +854,8 @@ def split_experiments(
         have = t.groupby('cell_type')['experiment'].unique()
         if valid == 'auto': valid = val or [sorted(e)[-1] for e in have if len(e) >= 2]
         else: valid = [] if valid == 'none' else [v.strip() for v in valid.split(',') if v.strip()]
-    strange = [v for v in valid if v not in set(t['experiment'])]
+    there = set(t['experiment'])
+    strange = [v for v in valid if v not in there]
     if strange: raise ScreenError(f'{first_few(strange)} cannot be held out: the training experiments are '
                                   f'{first_few(sorted(t.experiment.unique()), 60)}.')
     if names <= set(valid): raise ScreenError('All training experiments are held out: leave at least one to train on.')

@@ -44,6 +44,6 @@ class ChannelSampling(Callback):
         model.stem.drawn = draw_channels(model.n_channels, self.rng, self.least)
 
     def after_pred(self):
-        "Read all channels again, also after an interrupted batch"
+        "Read all channels again; after an interrupted batch, the next fit begins with all"
         if is_adaptive(model := get_model(self.model)): model.stem.drawn = None
     def after_fit(self): self.after_pred()

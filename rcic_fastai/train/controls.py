@@ -63,7 +63,8 @@ def _with_classes(model, old, new, seed=0):
     "Give a model a classifier of the labels `new`, where labels that are in `old` keep their direction"
     w, kept = model.classifier.weight, [*model.classifier.parameters()]
     with no_random(seed): fresh = create_classifier(model.classifier.kind, w.shape[1], len(new)).to(w.device)
-    both = [l for l in new if l in set(old)]
+    before = set(old)
+    both = [l for l in new if l in before]
     there, here = [new.index(l) for l in both], [old.index(l) for l in both]
     with torch.no_grad():
         for p, q in zip(fresh.parameters(), kept): p[there] = q[here]
@@ -71,7 +72,8 @@ def _with_classes(model, old, new, seed=0):
 
 def _put_back(model, before, labels, learned):
     "Give the classes that were not learned in between the directions that they had before"
-    rows = [i for i, l in enumerate(labels) if l not in set(learned)]
+    between = set(learned)
+    rows = [i for i, l in enumerate(labels) if l not in between]
     with torch.no_grad():
         for p, q in zip(model.classifier.parameters(), before.parameters()):
             if p.shape == q.shape: p[rows] = q[rows].to(p.device)

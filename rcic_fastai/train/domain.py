@@ -383,8 +383,8 @@ class GroupDRO(_LossTerm):
     def before_fit(self):
         super().before_fit()
         names = self.learn.dls.spec.vocabs[self.by]
-        known = self.dls.train.items[self.by].astype(str)
-        self.q = torch.tensor([float(n in set(known)) for n in map(str, names)])
+        known = set(self.dls.train.items[self.by].astype(str))
+        self.q = torch.tensor([float(n in known) for n in map(str, names)])
         self.q = (self.q/self.q.sum()).to(self.dls.device)
     def before_train(self): "Any batch will do"
     def after_epoch(self): "Any batch will do"

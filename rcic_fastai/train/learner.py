@@ -45,6 +45,8 @@ class TrainedOn(Callback):
     "Records in the model whose labels it learns, so that no experiment of these is taken for one that was never seen"
     order = -100 # before copies are made of the model
     def before_fit(self):
+        stem = getattr(get_model(self.model), 'stem', None)
+        if hasattr(stem, 'drawn'): stem.drawn = None  # an interrupted batch leaves the channels that were drawn for it
         if not hasattr(self.learn, 'lr_finder'): self._record()
 
     def before_train(self):
