@@ -266,3 +266,11 @@ def test_averages_are_judged_as_averages(tmp_path, files):
     other = write(tmp_path, 'other', HELD[0], tta=2)
     ensemble_files(tmp_path/'v.csv', other, other)
     refused(lambda: confidence_files(tmp_path/'p.csv', mean, Screen(TABLE, None), tmp_path/'v.csv'), 'with tta None', 'with 2: predict both in one way')
+
+
+@pytest.mark.parametrize('key, a, b', [('channels', ['DNA', 'ER'], ['DNA']), ('bs', 3, 32)])
+def test_channels_that_were_read_and_batches_count_where_both_are_known(key, a, b):
+    from rcic_fastai.results.confidence import _check_ways
+    refused(lambda: _check_ways('new', dict(new={key: a}, held={key: b})), f'predicted with {key}')
+    _check_ways('new', dict(new={key: a}, held={}))
+    refused(lambda: _check_ways('new', dict(new=dict(channels=['DNA'], made_by=ABOUT), held=dict(made_by=ABOUT))), 'predicted with channels')

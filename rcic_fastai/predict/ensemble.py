@@ -174,14 +174,20 @@ def read_answers(
     return res
 
 # %% ../../nbs/55_predict.ensemble.ipynb #7cf3a429
-WAY = ('by', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'adapt', 'adapt_from', 'correct', 'tta', 'views', 'cell_merge', *CELL_OPTIONS)
+WAY = ('by', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'adapt', 'adapt_from', 'correct', 'tta', 'views', 'cell_merge', *CELL_OPTIONS, 'channels', 'bs')
 
 def way_of(
     record:dict, # Of a file of predictions
 )->list: # One dict per member of an average, or one: {cell type, '' for all: {option: value}}
     "Return how predictions were made"
-    if members := record.get('ensemble'): return [m.get('way', {}) for m in members]
-    return [{c: {k: o[k] for k in WAY if k in o} for c, o in (record.get('cell_types') or {'': record}).items()}]
+    if members := record.get('ensemble'): ways = [m.get('way', {}) for m in members]
+    else: ways = [{c: {k: o[k] for k in WAY if k in o} for c, o in (record.get('cell_types') or {'': record}).items()}]
+    return [_with_channels(*o) for o in zip(ways, makers_of(record))]
+
+def _with_channels(way, made):
+    "Return a way with the channels that were read; older records have those of the model"
+    of_model = {c: {'channels': made[c]['channels']} for c in way if 'channels' in made.get(c, {})}
+    return {c: {**of_model.get(c, {}), **o} for c, o in way.items()}
 
 def makers_of(
     record:dict, # Of a file of predictions

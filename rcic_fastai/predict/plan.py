@@ -400,6 +400,8 @@ def _recorded(model, name, asked, spec, c, given, chosen=''):
     record = dict(model=str(model.folder or model.fingerprint), made_by=model.about, screen=str(name), **c, adapt_from=given['adapt_from'], wells=given['wells'],
                   unknown=unknown_metadata(spec, asked.table, INDUCTIVE_MASK), notes=[], versions=library_versions())
     if note := ' '.join(filter(None, [validation_note(model.config), chosen])): record['validation'] = note
+    record['channels'] = [o for o in spec.channels if o in asked.source.channels]      # those that are read
+    if c['adapt']: record['bs'] = given['bs']      # BatchNorm statistics are of batches
     if given['cells']: record.update(cells=str(given['cells']), cell_merge=given['cell_merge'], n_cells=len(asked), **{k: given[k] for k in CELL_OPTIONS})
     return record
 

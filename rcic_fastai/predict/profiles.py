@@ -153,7 +153,7 @@ def profiles(self:TrainedModel,
     "Embed wells of any screen"
     how = profile_options(self, level, adapt, tta, bs, workers, progress)
     asked, notes = profile_screen(self, screen, wells, experiments, only_present)
-    emb = _marked(self, embed_screen(self.model, self.spec, asked, trained=self.trained, **how), level)
+    emb = _marked(self, embed_screen(self.model, self.spec_for(asked), asked, trained=self.trained, **how), level)
     emb.attrs.update(model=self.fingerprint, notes=_say(notes, int(emb[f'{META}trained'].sum()), len(emb)))
     return emb
 
@@ -184,7 +184,7 @@ def _parts_by_model(out, models, shard, ray, progress, **how):
     how.update(share=shard_share(shard), progress=progress)
     if ray: how['maker'] = ray_features(ray)
     if shard: how['maker'] = _until_written(out)
-    return [(m, embed_parts(f'{out}{name}.part', m.model, m.spec, s, trained=m.trained, **how)) for name, (m, s) in models.items()]
+    return [(m, embed_parts(f'{out}{name}.part', m.model, m.spec_for(s), s, trained=m.trained, **how)) for name, (m, s) in models.items()]
 
 def _profile_tables(made, level, seen):
     "Yield the profiles of one experiment after the other, and note in `seen` how many there are, and of trained wells"

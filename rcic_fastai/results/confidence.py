@@ -327,6 +327,11 @@ def plot_chances(
     return ax
 
 # %% ../../nbs/60c_results.confidence.ipynb #5339dc88
+def _is_other(k, x, y):
+    "Check whether an option differs; what older records do not hold is not known"
+    if k in ('channels', 'bs') and not (k in x and k in y): return False
+    return x.get(k) != y.get(k)
+
 def _check_ways(new, records):
     "Raise where files of predictions were not made in one way, as their records tell"
     a = records[new]
@@ -335,7 +340,7 @@ def _check_ways(new, records):
         if len(mine) != len(theirs): raise ScreenError(f'{new} is the average of {plural(len(mine), "prediction")} and {h} of {len(theirs)}: average both alike.')
         if [m['weight'] for m in mine] != [m['weight'] for m in theirs]: raise ScreenError(f'{new} and {h} are averages with other weights: average both alike.')
         for x, y in zip(way_of(a), way_of(b)):
-            for cell, k in [(c, k) for c in x for k in WAY if c in y and x[c].get(k) != y[c].get(k)]:
+            for cell, k in [(c, k) for c in x for k in WAY if c in y and _is_other(k, x[c], y[c])]:
                 raise ScreenError(f'{new} was predicted with {k} {x[cell].get(k)} and {h} with {y[cell].get(k)}: predict both in one way.')
 
 def _check_makers(new, records):
@@ -370,8 +375,8 @@ def confidence_files(
     if not held: raise ScreenError(f'There are no held-out answers to learn from: predict with {option("held_out", True)} and {option("scores", True)}, and name that file too.')
     scores, tables = read_member(new), [read_member(h) for h in held]
     records = {f: read_predictions(f).attrs['record'] for f in (new, *held)}
-    _check_ways(new, records)
     of_models = _check_makers(new, records)
+    _check_ways(new, records)
     conf = fit_confidence(tables, open_screen(screen, check=False).table, coverage, guarantee)
     answers = conf.answers(scores)
     said = dict.fromkeys(filter(None, (records[h].get('validation') for h in held)))
