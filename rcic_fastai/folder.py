@@ -29,7 +29,6 @@ from .model.model import *
 from .train.learner import *
 from .embed.table import *
 from .embed.embed import *
-from .embed.embed import _parts_facts
 from .embed.protocol import *
 from .train.distributed import *
 from .predict.predict import *
@@ -825,7 +824,7 @@ def _facts_of(model, plan, **more):
     if plan.cell_merge: return None
     sites = plan.screen.table
     return json_hash(as_plain(dict(record=plan.record, sites=data_fingerprint(sites)['sha256'],
-                                   parts=_parts_facts(model.model, plan.spec, plan.screen, plan.options), model=model.fingerprint, **more)))
+                                   parts=parts_facts(model.model, plan.spec, plan.screen, plan.options), model=model.fingerprint, **more)))
 
 def _answered(beside, cell_type, facts, files):
     "Return the answers of a cell type that an interrupted run had finished, else None"

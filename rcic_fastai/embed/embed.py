@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALED_VIEWS', 'OUTPUTS', 'PARTS_FOLDER', 'scaled_view', 'eval_mode', 'check_tta', 'EmbedOptions', 'embed_dl',
            'adaptation_notes', 'embed_features', 'weights_fingerprint', 'model_fingerprint', 'EmbeddingParts',
-           'for_source', 'embed_parts', 'embed_screen']
+           'parts_facts', 'for_source', 'embed_parts', 'embed_screen']
 
 # %% ../../nbs/41_embed.embed.ipynb #82831b30
 import hashlib, json, sys
@@ -415,7 +415,12 @@ def _planned(model, spec, rows, o):
     return stamp_protocols(samples, protocols, o.adapt), _plan(samples, o.adapt or 'experiment', o.bs, o.part)
 
 # %% ../../nbs/41_embed.embed.ipynb #ea6110bb
-def _parts_facts(model, spec, screen, o):
+def parts_facts(
+    model, # A `ScreenModel`
+    spec, # `ScreenSpec`
+    screen, # A `Screen`
+    o, # `EmbedOptions`
+)->dict: # Plain data
     "Return what must be the same for parts to be continued"
     tables = dict(rows=screen.table, adapt_rows=o.adapt_rows, stat_rows=o.stat_rows)
     of_rows = {k: _of_rows(r, spec) for k, r in tables.items()}
@@ -450,7 +455,7 @@ def _make_parts(folder, model, spec, screen, o):
     o = _of_whole_groups(spec, screen, o)
     parts = EmbeddingParts(folder, samples, spec, plan)
     lacking = [i for i in range(len(plan)) if not parts.done(i)]
-    facts = _parts_facts(model, spec, screen, o)
+    facts = parts_facts(model, spec, screen, o)
     if not lacking: facts.pop('device')      # to put parts together, no device is needed
     begin, (mine, shares) = _begin_parts(parts, facts), _share(o)
     if o.progress and not rank_world()[0] and len(lacking) < len(plan):
