@@ -2405,6 +2405,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'rcic_fastai/results/drift.py'),
                                            'rcic_fastai.results.drift._toward': ( 'results.drift.html#_toward',
                                                                                   'rcic_fastai/results/drift.py'),
+                                           'rcic_fastai.results.drift._way_notes': ( 'results.drift.html#_way_notes',
+                                                                                     'rcic_fastai/results/drift.py'),
                                            'rcic_fastai.results.drift._without_labels': ( 'results.drift.html#_without_labels',
                                                                                           'rcic_fastai/results/drift.py'),
                                            'rcic_fastai.results.drift.check_drift_file': ( 'results.drift.html#check_drift_file',

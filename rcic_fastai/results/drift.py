@@ -15,6 +15,7 @@ from fastcore.all import patch
 from ..core import *
 from ..screen.tables import *
 from ..screen.exposure import *
+from ..screen.open import *
 from ..embed.table import *
 from ..embed.protocol import *
 from ..predict.trained import *
@@ -325,6 +326,14 @@ def _drift_notes(seen, wells, known, has_held):
     if not has_held: notes.append('The model learned the labels of the training experiments, which draws them together: new ones lie farther away even without drift. Give a screen with experiments that were held out to see how far.')
     return notes
 
+def _way_notes(model, source):
+    "Return notes on embeddings that differ from those of the index for another reason than drift"
+    lacks, views = [c for c in model.spec.channels if c not in source.channels], model.config.get('index_views', {})
+    notes = [f'The screen lacks {first_few(lacks)}: embeddings of the other channels are compared with those of all, and may differ for that alone.']*bool(lacks)
+    if views.get('separate') or views.get('views', 'dihedral') != 'dihedral':
+        notes.append('The index holds random or single views, and means of views are compared with them: they may differ for that alone.')
+    return notes
+
 def _picture_notes(known, wells):
     "Return notes on what pictures are compared with"
     if not len(known): return ['The model folder does not say how bright its training experiments were, so pictures are not compared: train again.']
@@ -339,28 +348,31 @@ def drift(self:TrainedModel,
     experiments:str='', # Experiments to compare, EXP,EXP, none of which the model learned; empty: those that are marked as test
     level:float=.05, # Chance that an experiment like those of training is found outside in anything
     most:int=256, # Sites that are embedded, of each experiment and kind of well
-    tta:int=4, # Views per site, as many as the index was made of
+    tta:int=0, # Views per site; 0: as many as the index was made of
     progress:bool=True, # Show a progress bar
     bs:int=32, # Batch size
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
 )->Drift:
     "Say how new experiments differ from those that the model was trained on; labels of their wells are not read"
     _check_drift(self, protocol, level, most)
-    whole = asked_experiments([self], screen, experiments)
-    table = _without_labels(whole.table, self.spec.target)
+    check_numbers(bs=bs, workers=workers)
+    if bs < 1: raise ScreenError(f'{option("bs", bs)} is not possible: give 1 or more.')
+    opened = open_screen(screen, check=False)
+    whole = asked_experiments([self], opened, experiments)
+    table, given = (_without_labels(s.table.sort_values('site_id'), self.spec.target) for s in (whole, opened))
     asked = table[(table.dataset == 'test') & table.well_type.isin(EXPOSED)]
     if not len(asked): raise ScreenError(f'There is no treated well and no negative control to compare: choose {option("experiments", "EXP,EXP")}.')
-    held = _held_rows(self, table, asked)
+    held = _held_rows(self, given, asked)
     every = pd.concat([table[table.dataset == 'test'], held]).drop_duplicates('site_id')
     index = self.adapted_index if protocol == 'adapted' and not self.spec.per_group else self.index
     known, seen = _Known(index, most), pd.DataFrame(self.config['data'].get('exposure', []), columns=EXPOSURE_COLUMNS)
     if not len(seen) and _free(known.cells) < 2: raise ScreenError(_too_few(known.cells))
     exposed = batch_exposure(every, whole.source)
     wells, rows = _compared_wells(seen, exposed), every[every.well_type.isin({*known.kinds} & {*EXPOSED})]
-    emb = _embedded(self, whole, _spread_rows(rows, most), every, index, dict(tta=tta, progress=progress, bs=bs, num_workers=workers))
+    emb = _embedded(self, whole, _spread_rows(rows, most), every, index, dict(tta=tta or self.config.get('index_views', {}).get('tta', 4), progress=progress, bs=bs, num_workers=workers))
     found = _compared(known, emb, seen, exposed, wells, {*held.experiment.astype(str)}, level)
     lost = sorted({*asked.experiment.astype(str)} - {*found.experiment})
-    notes = [f'{first_few(lost, 4)}: nothing could be compared.']*bool(lost) + _drift_notes(seen, wells, known, len(held) > 0)
+    notes = [f'{first_few(lost, 4)}: nothing could be compared.']*bool(lost) + _drift_notes(seen, wells, known, len(held) > 0) + _way_notes(self, whole.source)
     return Drift(_not_farther(found), level, 'adapted' if self.spec.per_group else protocol, tuple(notes))
 
 # %% ../../nbs/61b_results.drift.ipynb #3f736585

@@ -17,6 +17,7 @@ _DARKEST = 1e-5     # of full scale: what is darker counts as this
 
 def _measured(rows, source, most):
     "Return the measures of sites: all of them where the source knows them, else of `most` sites in each experiment and kind of well"
+    rows = rows.sort_values('site_id')    # which sites are measured does not depend on the order of rows
     ids, stats, columns = rows.site_id, source.stats, measure_columns(source.channels)
     if stats is not None and {*columns} <= {*stats} and ids.isin(stats.index).all(): return stats.loc[ids]
     groups = rows.reset_index(drop=True).groupby(['experiment', 'well_type'], sort=False).indices.values()
