@@ -3,7 +3,7 @@ import json
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli, folder as F
 from rcic_fastai.batch.data import screen_dls
-from rcic_fastai.core import json_hash
+from rcic_fastai.core import ScreenError, json_hash
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.table import make_emb_table, unit_rows
 from rcic_fastai.results import drift as D
@@ -151,3 +151,23 @@ def test_command(made, tmp_path, capsys):
     assert (tmp_path/'thesis.html').read_text() == 'years of work'
     assert cli.rcic_drift([str(made.dir/'model'), str(made.dir/'screen'), str(out), '--experiments', 'HUVEC-01']) == 2
     assert 'would be memory' in capsys.readouterr().err
+
+
+def test_it_does_not_depend_on_the_order_of_rows(made):
+    "More sites than are looked at"
+    def found(screen): return made.model.drift(screen, most=2, tta=1, progress=False).table
+    turned = Screen(made.screen.table.sample(frac=1, random_state=3).reset_index(drop=True), made.screen.source)
+    pd.testing.assert_frame_equal(found(turned), found(made.screen))
+
+
+def test_views_are_those_of_the_index(made):
+    loaded = F.load_model(made.dir/'model')
+    loaded.config['index_views'] = dict(tta=1)
+    def found(**how): return loaded.drift(made.screen, progress=False, **how).table
+    pd.testing.assert_frame_equal(found(), found(tta=1))
+    assert not found().equals(found(tta=4))
+
+
+def test_numbers_that_cannot_be_are_refused(made):
+    for wrong in (dict(bs=0), dict(workers=-1), dict(tta=9)):
+        with pytest.raises(ScreenError, match='is not possible'): made.model.drift(made.screen, progress=False, **wrong)
