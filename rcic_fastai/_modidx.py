@@ -2382,6 +2382,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'rcic_fastai/results/drift.py'),
                                            'rcic_fastai.results.drift._in_words': ( 'results.drift.html#_in_words',
                                                                                     'rcic_fastai/results/drift.py'),
+                                           'rcic_fastai.results.drift._index_views': ( 'results.drift.html#_index_views',
+                                                                                       'rcic_fastai/results/drift.py'),
                                            'rcic_fastai.results.drift._judged': ( 'results.drift.html#_judged',
                                                                                   'rcic_fastai/results/drift.py'),
                                            'rcic_fastai.results.drift._log_length': ( 'results.drift.html#_log_length',

@@ -50,7 +50,7 @@ def batch_exposure(
     most:int=16, # Sites to read of each experiment and kind of well, where the source does not know their measures
 )->pd.DataFrame: # One row per experiment, kind of wells and channel, in the columns `EXPOSURE_COLUMNS`; n: wells measured
     "Return how bright each channel is in each experiment"
-    rows, res = rows[rows.well_type.isin(EXPOSED)], []
+    rows, res = rows[rows.well_type.isin(EXPOSED)].sort_values('site_id', kind='stable'), []      # what is read must not depend on the order of rows
     if not len(rows): return pd.DataFrame(columns=EXPOSURE_COLUMNS)
     stats = _measured(rows, source, most)
     rows = rows.set_index('site_id').loc[stats.index]
