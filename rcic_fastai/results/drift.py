@@ -402,7 +402,7 @@ def _compared(known, emb, seen, exposed, wells, held, level, lacks=()):
         found += [dict(finding=f, channel=c, wells='', n=len(at), value=np.nan, training=np.nan, low=np.nan, high=np.nan, t=np.nan, p=0.) for f, c in said]
         if found: res.append(_judged(found, level).assign(experiment=e, held_out=e in held))
     table = pd.concat(res, ignore_index=True)
-    return table.assign(toward=table.toward.fillna(''))[list(_COLUMNS)]
+    return table.reindex(columns=_COLUMNS).fillna(dict(toward=''))
 
 def check_drift_file(
     out, # .csv or .html
