@@ -600,7 +600,7 @@ def drift(
     experiments:str='', # Experiments to compare, with commas, none of which the model learned; empty: those that are marked as test
     level:float=.05, # Chance that an experiment like those of training is found outside in anything
     most:int=256, # Sites that are embedded, of each experiment and kind of well
-    tta:int=0, # Views per site; 0: as many as the index was made of
+    tta:int=0, # Views per site; 0: as the index has them, which the folder says
     bs:int=32, # Batch size
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
 ):

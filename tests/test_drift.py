@@ -3,7 +3,7 @@ import json
 import numpy as np, pandas as pd, pytest
 from rcic_fastai import cli, folder as F
 from rcic_fastai.batch.data import screen_dls
-from rcic_fastai.core import ScreenError, json_hash
+from rcic_fastai.core import json_hash
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.table import make_emb_table, unit_rows
 from rcic_fastai.results import drift as D
@@ -153,21 +153,106 @@ def test_command(made, tmp_path, capsys):
     assert 'would be memory' in capsys.readouterr().err
 
 
-def test_it_does_not_depend_on_the_order_of_rows(made):
-    "More sites than are looked at"
-    def found(screen): return made.model.drift(screen, most=2, tta=1, progress=False).table
-    turned = Screen(made.screen.table.sample(frac=1, random_state=3).reset_index(drop=True), made.screen.source)
-    pd.testing.assert_frame_equal(found(turned), found(made.screen))
+# What is compared with what
+
+def shuffled(screen, seed=3): return screen[screen.table.sample(frac=1, random_state=seed)]
 
 
-def test_views_are_those_of_the_index(made):
-    loaded = F.load_model(made.dir/'model')
-    loaded.config['index_views'] = dict(tta=1)
-    def found(**how): return loaded.drift(made.screen, progress=False, **how).table
-    pd.testing.assert_frame_equal(found(), found(tta=1))
-    assert not found().equals(found(tta=4))
+def spreads(found): return found.table.set_index(['experiment', 'finding', 'channel']).t.sort_index()
 
 
-def test_numbers_that_cannot_be_are_refused(made):
-    for wrong in (dict(bs=0), dict(workers=-1), dict(tta=9)):
-        with pytest.raises(ScreenError, match='is not possible'): made.model.drift(made.screen, progress=False, **wrong)
+@pytest.fixture(scope='module')
+def held(tmp_path_factory):
+    "A model that held out HUVEC-05 and reads any channels; HUVEC-06 is to be predicted"
+    d = tmp_path_factory.mktemp('held')
+    simulate_screen(d/'screen', [f'HUVEC-{i:02d}' for i in range(1, 7)], sirnas=3, size=32, plates=1, controls=2, test=['HUVEC-06'], progress=False)
+    table = read_metadata(d/'screen')
+    screen = Screen(table, PngTree(d/'screen', table))
+    learn = learner(screen_dls(screen, valid='HUVEC-05', bs=8, device='cpu'), stem='bag')
+    import torch
+    with torch.no_grad(): learn.model.stem.channel.normal_()
+    class held: pass
+    held.screen, held.learn, held.model = screen, learn, learn.to_model(tta=1, progress=False, index_views=dict(tta=1))
+    return held
+
+
+def test_missing_channels_are_said(held):
+    lack = held.screen.pick('nucleus,ER')
+    found = held.model.drift(lack, progress=False)
+    gone = found.table[found.table.finding == 'missing channel']
+    assert {*gone.channel} == {*held.model.spec.channels} - {'nucleus', 'ER'} and gone.outside.all()
+    assert any('is missing, and the model learned with it' in s for s in found.sentences()) and any('lacks' in n for n in found.notes)
+    found.plot()
+    whole = held.model.drift(held.screen, progress=False)
+    assert 'missing channel' not in {*whole.table.finding} and not any('lacks' in n for n in whole.notes)
+
+
+def test_held_out_experiments_stay_where_experiments_are_chosen(held):
+    every, chosen = (held.model.drift(held.screen, experiments=e, progress=False) for e in ('', 'HUVEC-06'))
+    assert {*zip(chosen.table.experiment, chosen.table.held_out)} == {('HUVEC-05', True), ('HUVEC-06', False)}
+    pd.testing.assert_frame_equal(chosen.table, every.table)
+    assert not any('draws them together' in n for n in chosen.notes)
+
+
+@pytest.mark.parametrize('protocol', D.DRIFT_PROTOCOLS)
+def test_the_order_of_rows_does_not_matter(held, protocol):
+    a, b = (held.model.drift(s, protocol, progress=False, most=3) for s in (held.screen, shuffled(held.screen)))
+    pd.testing.assert_series_equal(spreads(a), spreads(b), rtol=1e-4, atol=1e-4)
+    assert a.sentences() == b.sentences()
+
+
+def test_the_order_of_the_index_does_not_matter():
+    emb, _ = drawn(np.random.default_rng(0))
+    a, b = (D._Known(EmbeddingIndex(e.reset_index(drop=True)), most=8) for e in (emb, emb.sample(frac=1, random_state=1)))
+    np.testing.assert_allclose(a.near, b.near, rtol=1e-5)
+    means = [k.x[D._some(k.rows('HUVEC-01', 'treatment'), 5)].mean(0) for k in (a, b)]
+    np.testing.assert_allclose(*means, rtol=1e-5, atol=1e-6)
+
+
+def test_exposure_of_some_sites_does_not_depend_on_their_order(held):
+    t = held.screen.table
+    a, b = (batch_exposure(s.table, held.screen.source, most=2) for s in (held.screen, shuffled(held.screen)))
+    pd.testing.assert_frame_equal(a, b)
+    assert not a[list(EXPOSURE_COLUMNS)].equals(batch_exposure(t, held.screen.source, most=100)[list(EXPOSURE_COLUMNS)])       # it was a choice
+
+
+def with_views(model, views):
+    "Return the model as if its index had been made in another way"
+    from rcic_fastai.predict.trained import TrainedModel
+    return TrainedModel(model.model, model.spec, model.index, {**model.config, 'index_views': views}, model.adapted_index)
+
+
+@pytest.mark.parametrize('views,asked', [(dict(tta=1), dict(tta=1, views='dihedral')), (dict(tta=8), dict(tta=8, views='dihedral')), (dict(tta=3, views='scaled'), dict(tta=3, views='scaled')),
+    (dict(tta=3, views='random'), dict(tta=3, views='random', augs={})), (dict(tta=3, views='random', separate=True), dict(tta=1, views='random', augs={}))])
+def test_sites_are_shown_as_those_of_the_index(held, views, asked):
+    how, notes = D._index_views(with_views(held.model, views), 0)
+    assert {k: how[k] for k in asked if k != 'augs'} == {k: v for k, v in asked.items() if k != 'augs'} and not notes
+    assert ('augs' in how) == ('augs' in asked)
+    refused(lambda: D._index_views(with_views(held.model, views), 7), 'embeddings of other views lie elsewhere')
+
+
+def test_views_of_the_index_are_used(held, monkeypatch):
+    from rcic_fastai.predict.trained import TrainedModel
+    seen, embed = [], TrainedModel.embed
+    monkeypatch.setattr(TrainedModel, 'embed', lambda self, s, **k: seen.append((k['tta'], k['views'])) or embed(self, s, **k))
+    with_views(held.model, dict(tta=2)).drift(held.screen, progress=False)
+    with_views(held.model, dict(tta=2, views='random')).drift(held.screen, progress=False)
+    assert seen == [(2, 'dihedral'), (2, 'random')]
+
+
+@pytest.mark.parametrize('views', [None, 'many', dict(tta='8')])
+def test_unknown_views_are_said(held, views):
+    model = with_views(held.model, views)
+    assert any('does not say how many views' in n for n in model.drift(held.screen, progress=False).notes)
+    assert not any('does not say how many views' in n for n in model.drift(held.screen, tta=1, progress=False).notes)
+
+
+def test_random_views_that_cannot_be_drawn_again(held):
+    model = with_views(held.model, dict(tta=2, views='random'))
+    model.config['augs'] = None
+    refused(lambda: model.drift(held.screen, progress=False), 'does not say how they were drawn')
+
+
+@pytest.mark.parametrize('wrong', [dict(bs=0), dict(bs=-1), dict(workers=-1), dict(tta=-1), dict(most=1), dict(level=0)])
+def test_impossible_numbers_are_refused(held, wrong):
+    refused(lambda: held.model.drift(held.screen, progress=False, **wrong), next(iter(wrong)))

@@ -202,6 +202,14 @@ def test_a_left_out_batch_teaches_nothing():
     a, b = try_corrections(emb, candidates=one), try_corrections(odd, candidates=one)
     assert (a['HUVEC-04'] > b['HUVEC-04']).all()
 
+def test_corrections_are_scored_alike_in_any_order_of_rows():
+    "Of the wells of a batch a few look: the same ones, however the table is sorted"
+    emb = merge_sites(toy_profiles([f'HUVEC-0{i}' for i in range(1, 4)], (), 24, plates=1, batch=2.))
+    two = {k: CANDIDATES[k] for k in ('no', 'standardize')}
+    a, b = (try_corrections(e, candidates=two, most=5) for e in (emb, emb.sample(frac=1, random_state=1).reset_index(drop=True)))
+    np.testing.assert_allclose(a.retrieval, b.retrieval, rtol=1e-4)
+    assert abs(a.retrieval - try_corrections(emb, candidates=two).retrieval).max() > 1e-3      # it was a choice
+
 
 # ---- wells and files that cannot be used
 

@@ -49,10 +49,12 @@ def corrected_tables(
     return fix.transform(known), fix.transform(new)
 
 def _treated(emb, target):
-    "Return labels and unit vectors of treated wells"
-    m = emb_metadata(emb)
-    keep = (m.get('well_type', pd.Series('treatment', m.index)) == 'treatment').to_numpy() & m[target].notna().to_numpy()
-    return m.loc[keep, target].astype(str).to_numpy(), unit_rows(emb_features(emb)[keep])
+    "Return labels and unit vectors of treated wells, by name: which of them look must not depend on the order of rows"
+    m = emb_metadata(emb).reset_index(drop=True)
+    m = m[(m.get('well_type', pd.Series('treatment', m.index)) == 'treatment') & m[target].notna()]
+    names = [c for c in ('well_id', 'site_id', 'image_id') if c in m]
+    if names: m = m.sort_values(names, kind='stable')
+    return m[target].astype(str).to_numpy(), unit_rows(emb_features(emb)[m.index])
 
 # %% ../../nbs/44b_embed.choose.ipynb #7361fd2c
 def retrieval_in(

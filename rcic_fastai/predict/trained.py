@@ -366,8 +366,8 @@ def to_model(self:Learner,
     **info # More JSON-able facts for `.config`; `license` replaces the usual note
 )->TrainedModel:
     "Return the trained model with the index of the wells it was trained on"
+    if index is None: index, info = build_index(self, tta, progress), {'index_views': dict(tta=tta), **info}
     config, model = _config(self, info), get_model(self.model)
-    if index is None: index = build_index(self, tta, progress)
     index.check_model(config['fingerprint'])
     dim = model.classifier.weight.shape[1]
     if index.dim != dim: raise ScreenError(f'The index has rows of {index.dim} numbers and the model embeds into {dim}: build it with this model.')

@@ -15,9 +15,10 @@ from fastcore.all import patch
 from ..core import *
 from ..screen.tables import *
 from ..screen.exposure import *
-from ..screen.open import *
+from ..screen.open import open_screen
 from ..embed.table import *
 from ..embed.protocol import *
+from ..embed.embed import check_tta
 from ..predict.trained import *
 from ..predict.plan import adapting_kinds, asked_experiments
 from .report import check_report_path, write_report
@@ -184,9 +185,13 @@ class _Known:
         first = self.labels.assign(experiment=self.of).drop_duplicates('experiment').set_index('experiment')
         self.cells = first.cell_type.astype(str).reindex(self.names).to_numpy(object)
         self.kinds = self.labels['well_type'].to_numpy(object) if 'well_type' in self.labels else np.full(len(self.of), 'treatment', object)
-        self.near = np.log([max(nearest_distance(self.x[_some(np.flatnonzero(self.of == e), most)], self.x[self.of != e]), 1e-9) for e in self.names])
+        self.order = np.argsort(self.labels['site_id' if 'site_id' in self.labels else 'well_id'].to_numpy(str), kind='stable')     # what is chosen must not depend on the order of rows
+        self.near = np.log([max(nearest_distance(self.x[_some(self.rows(e), most)], self.x[self.of != e]), 1e-9) for e in self.names])
 
-    def rows(self, e, kind): return np.flatnonzero((self.of == e) & (self.kinds == kind))
+    def rows(self, e, kind=None):
+        is_asked = (self.of == e) & (True if kind is None else self.kinds == kind)
+        return self.order[is_asked[self.order]]
+
     def kind_for(self, kinds):
         "Return the wells whose means are compared: negative controls where all experiments have two, else those that are in the index"
         least = min(len(self.rows(e, 'negative_control')) for e in self.names)
@@ -221,6 +226,7 @@ def _in_words(r):
     e, c, of = r.experiment, r.channel, _CALLED.get(r.wells, '')
     ratio = r.value/r.training if r.training else np.nan
     if r.finding == 'cell type': return f'{e} is of the cell type {c}, which training never saw; it is compared with all of them.'
+    if r.finding == 'missing channel': return f'{c} of {e} is missing, and the model learned with it: embeddings are made of the other channels and compared with those of all.'
     if r.finding in ('brightness', 'contrast'):
         what = f'is {ratio:.2f} times as bright as' if r.finding == 'brightness' else f'has {ratio:.2f} times the contrast of what it was'
         return f'{c} of {e} {what} in training, where 95 % of experiments lie between {r.low/r.training:.2f} and {r.high/r.training:.2f} times ({of}).'
@@ -255,7 +261,7 @@ def plot(self:Drift,
 ): # The axes
     "Draw how many spreads each experiment is away, and in what it is outside"
     import matplotlib.pyplot as plt
-    t = self.table[self.table.finding != 'cell type']
+    t = self.table[~self.table.finding.isin(_SAID)]
     t = t.assign(row=t.experiment + np.where(t.held_out, ' (held out)', ''), column=(t.channel + ' ' + t.finding).str.strip())
     spreads = t.pivot(index='row', columns='column', values='t')[list(dict.fromkeys(t.column))]
     if ax is None: _, ax = plt.subplots(figsize=(1.8 + .27*spreads.shape[1], 1.6 + .28*len(spreads)), layout='constrained')
@@ -270,11 +276,12 @@ def plot(self:Drift,
 DRIFT_PROTOCOLS = ('inductive', 'adapted')
 _COLUMNS = ('experiment', 'held_out', 'finding', 'channel', 'wells', 'n', 'value', 'training', 'low', 'high', 't', 'p', 'outside', 'toward')
 _ONE_SIDED = ('distance', 'new direction', 'nearest')
+_SAID = ('cell type', 'missing channel')     # what is known without a comparison
 
 def _judged(found, level):
     "Return findings of one experiment with adjusted chances, pictures and embeddings each at half of the level"
     t = pd.DataFrame(found)
-    for part in (t.finding.isin(EXPOSURES), ~t.finding.isin([*EXPOSURES, 'cell type'])):
+    for part in (t.finding.isin(EXPOSURES), ~t.finding.isin([*EXPOSURES, *_SAID])):
         if part.any(): t.loc[part, 'p'] = np.minimum(2*holm(t.p[part]), 1)
     return t.assign(outside=t.p < level)
 
@@ -284,9 +291,11 @@ def _not_farther(table):
     is_near = table.finding.isin(_ONE_SIDED) & (table.t <= table.finding.map(held).fillna(-np.inf))
     return table.assign(outside=table.outside & ~is_near)
 
-def _check_drift(model, protocol, level, most):
+def _check_drift(model, protocol, level, most, bs=32, workers=0):
     "Raise for what cannot be compared"
     check_choice('protocol', protocol, DRIFT_PROTOCOLS)
+    check_numbers(bs=bs, workers=workers)
+    if bs < 1: raise ScreenError(f'{option("bs", bs)} is not possible: give 1 or more.')
     if not 0 < level < 1: raise ScreenError(f'{option("level", level)} is no chance: give a number between 0 and 1, such as .05.')
     if most < 2: raise ScreenError(f'{option("most", most)} leaves nothing to compare: give 2 or more.')
     if not hasattr(model, 'index'): raise ScreenError('These are the models of several cell types: take one of them, in the folder of its name.')
@@ -297,7 +306,8 @@ def _check_drift(model, protocol, level, most):
 
 # %% ../../nbs/61b_results.drift.ipynb #e80432ab
 def _spread_rows(rows, most):
-    "Return at most so many rows of each experiment and kind of well, spread over the table"
+    "Return at most so many rows of each experiment and kind of well, by name of their site: whatever the order of the table"
+    rows = rows.sort_values('site_id', kind='stable')
     at = rows.reset_index(drop=True).groupby(['experiment', 'well_type'], sort=False).indices.values()
     return rows.iloc[np.sort(np.concatenate([_some(a, most) for a in at]))]
 
@@ -313,6 +323,20 @@ def _embedded(model, screen, rows, every, index, how):
     kinds = adapting_kinds(index, 'all')
     return model.embed(screen[rows], adapt='experiment', adapt_rows=every[every.well_type.isin(kinds)], **how)
 
+def _index_views(model, tta):
+    "Return how sites are shown, as they were for the index, and notes on what the model does not say of it"
+    said = model.config.get('index_views')
+    if not isinstance(said, dict) or not isinstance(said.get('tta'), int):
+        check_tta(tta or 4)
+        unknown = f'The model does not say how many views of each site its index holds, and 4 were taken: if there are others, say how many with {option("tta")}, as embeddings of other views lie elsewhere.'
+        return dict(tta=tta or 4), [] if tta else [unknown]
+    n, views = 1 if said.get('separate') else said['tta'], said.get('views', 'dihedral')
+    if tta not in (0, n): raise ScreenError(f'{option("tta", tta)} is not how the index was made, in which each row is of {plural(n, "view")}, and embeddings of other views lie elsewhere: leave it out.')
+    check_tta(n, views)
+    if views != 'random': return dict(tta=n, views=views), []
+    if model.config.get('augs') is None: raise ScreenError('The index holds random views, and the model folder does not say how they were drawn, so new sites cannot be shown in the same way: train again.')
+    return dict(tta=n, views=views, augs=model.config['augs']), []
+
 def _without_labels(rows, target):
     "Return rows without the labels of their wells"
     if target in rows and target not in SITE_COLUMNS: rows = rows.assign(**{target: None})
@@ -324,14 +348,6 @@ def _drift_notes(seen, wells, known, has_held):
     if known.kind_for(np.array(['negative_control']*2)) == 'treatment': notes.append(f'Embeddings of treated wells are compared, as the model learned no negative controls ({option("controls", True)} in training): other perturbations on the plates can look like drift.')
     if _free(known.cells) < 2: return [*notes, _too_few(known.cells)]
     if not has_held: notes.append('The model learned the labels of the training experiments, which draws them together: new ones lie farther away even without drift. Give a screen with experiments that were held out to see how far.')
-    return notes
-
-def _way_notes(model, source):
-    "Return notes on embeddings that differ from those of the index for another reason than drift"
-    lacks, views = [c for c in model.spec.channels if c not in source.channels], model.config.get('index_views', {})
-    notes = [f'The screen lacks {first_few(lacks)}: embeddings of the other channels are compared with those of all, and may differ for that alone.']*bool(lacks)
-    if views.get('separate') or views.get('views', 'dihedral') != 'dihedral':
-        notes.append('The index holds random or single views, and means of views are compared with them: they may differ for that alone.')
     return notes
 
 def _picture_notes(known, wells):
@@ -348,35 +364,33 @@ def drift(self:TrainedModel,
     experiments:str='', # Experiments to compare, EXP,EXP, none of which the model learned; empty: those that are marked as test
     level:float=.05, # Chance that an experiment like those of training is found outside in anything
     most:int=256, # Sites that are embedded, of each experiment and kind of well
-    tta:int=0, # Views per site; 0: as many as the index was made of
+    tta:int=0, # Views per site; 0: as the index has them, which a model made by `train_screen` knows
     progress:bool=True, # Show a progress bar
     bs:int=32, # Batch size
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
 )->Drift:
     "Say how new experiments differ from those that the model was trained on; labels of their wells are not read"
-    _check_drift(self, protocol, level, most)
-    check_numbers(bs=bs, workers=workers)
-    if bs < 1: raise ScreenError(f'{option("bs", bs)} is not possible: give 1 or more.')
-    opened = open_screen(screen, check=False)
-    whole = asked_experiments([self], opened, experiments)
-    table, given = (_without_labels(s.table.sort_values('site_id'), self.spec.target) for s in (whole, opened))
+    _check_drift(self, protocol, level, most, bs, workers)
+    views, unsure = _index_views(self, tta)
+    screen = open_screen(screen, check=False)
+    table = _without_labels(asked_experiments([self], screen, experiments).table, self.spec.target)
     asked = table[(table.dataset == 'test') & table.well_type.isin(EXPOSED)]
     if not len(asked): raise ScreenError(f'There is no treated well and no negative control to compare: choose {option("experiments", "EXP,EXP")}.')
-    held = _held_rows(self, given, asked)
-    every = pd.concat([table[table.dataset == 'test'], held]).drop_duplicates('site_id')
+    held = _held_rows(self, _without_labels(screen.table, self.spec.target), asked)
+    every = pd.concat([table[table.dataset == 'test'], held]).drop_duplicates('site_id').sort_values('site_id', kind='stable')
     index = self.adapted_index if protocol == 'adapted' and not self.spec.per_group else self.index
     known, seen = _Known(index, most), pd.DataFrame(self.config['data'].get('exposure', []), columns=EXPOSURE_COLUMNS)
     if not len(seen) and _free(known.cells) < 2: raise ScreenError(_too_few(known.cells))
-    exposed = batch_exposure(every, whole.source)
+    exposed = batch_exposure(every, screen.source)
     wells, rows = _compared_wells(seen, exposed), every[every.well_type.isin({*known.kinds} & {*EXPOSED})]
-    emb = _embedded(self, whole, _spread_rows(rows, most), every, index, dict(tta=tta or self.config.get('index_views', {}).get('tta', 4), progress=progress, bs=bs, num_workers=workers))
-    found = _compared(known, emb, seen, exposed, wells, {*held.experiment.astype(str)}, level)
+    emb = _embedded(self, screen, _spread_rows(rows, most), every, index, dict(**views, progress=progress, bs=bs, num_workers=workers))
+    found = _compared(known, emb, seen, exposed, wells, {*held.experiment.astype(str)}, level, [c for c in self.spec.channels if c not in screen.source.channels])
     lost = sorted({*asked.experiment.astype(str)} - {*found.experiment})
-    notes = [f'{first_few(lost, 4)}: nothing could be compared.']*bool(lost) + _drift_notes(seen, wells, known, len(held) > 0) + _way_notes(self, whole.source)
+    notes = [f'{first_few(lost, 4)}: nothing could be compared.']*bool(lost) + _drift_notes(seen, wells, known, len(held) > 0) + unsure + self.screen_notes(screen[asked])
     return Drift(_not_farther(found), level, 'adapted' if self.spec.per_group else protocol, tuple(notes))
 
 # %% ../../nbs/61b_results.drift.ipynb #3f736585
-def _compared(known, emb, seen, exposed, wells, held, level):
+def _compared(known, emb, seen, exposed, wells, held, level, lacks=()):
     "Return the table of all comparisons"
     meta, x, res = emb_metadata(emb), emb_features(emb), []
     of = meta.experiment.astype(str).to_numpy(object)
@@ -385,10 +399,11 @@ def _compared(known, emb, seen, exposed, wells, held, level):
         at, cell = np.flatnonzero(of == e), str(cells[e])
         found = exposure_findings(seen, exposed[exposed.experiment == e], wells) if len(seen) else []
         if _free(known.cells) >= 2: found += embedding_findings(known, x[at], meta.well_type.to_numpy(object)[at], cell)
-        if cell not in known.cells: found.append(dict(finding='cell type', channel=cell, wells='', n=len(at), value=np.nan, training=np.nan, low=np.nan, high=np.nan, t=np.nan, p=0.))
+        said = [('cell type', cell)]*(cell not in known.cells) + [('missing channel', c) for c in lacks]
+        found += [dict(finding=f, channel=c, wells='', n=len(at), value=np.nan, training=np.nan, low=np.nan, high=np.nan, t=np.nan, p=0.) for f, c in said]
         if found: res.append(_judged(found, level).assign(experiment=e, held_out=e in held))
     table = pd.concat(res, ignore_index=True)
-    return table.assign(toward=table.toward.fillna(''))[list(_COLUMNS)]
+    return table.reindex(columns=_COLUMNS).fillna(dict(toward=''))
 
 def check_drift_file(
     out, # .csv or .html

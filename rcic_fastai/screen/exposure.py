@@ -17,7 +17,6 @@ _DARKEST = 1e-5     # of full scale: what is darker counts as this
 
 def _measured(rows, source, most):
     "Return the measures of sites: all of them where the source knows them, else of `most` sites in each experiment and kind of well"
-    rows = rows.sort_values('site_id')    # which sites are measured does not depend on the order of rows
     ids, stats, columns = rows.site_id, source.stats, measure_columns(source.channels)
     if stats is not None and {*columns} <= {*stats} and ids.isin(stats.index).all(): return stats.loc[ids]
     groups = rows.reset_index(drop=True).groupby(['experiment', 'well_type'], sort=False).indices.values()
@@ -51,7 +50,7 @@ def batch_exposure(
     most:int=16, # Sites to read of each experiment and kind of well, where the source does not know their measures
 )->pd.DataFrame: # One row per experiment, kind of wells and channel, in the columns `EXPOSURE_COLUMNS`; n: wells measured
     "Return how bright each channel is in each experiment"
-    rows, res = rows[rows.well_type.isin(EXPOSED)], []
+    rows, res = rows[rows.well_type.isin(EXPOSED)].sort_values('site_id', kind='stable'), []      # what is read must not depend on the order of rows
     if not len(rows): return pd.DataFrame(columns=EXPOSURE_COLUMNS)
     stats = _measured(rows, source, most)
     rows = rows.set_index('site_id').loc[stats.index]
