@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORD_KEYS', 'terminal_text', 'ScreenError', 'first_few', 'plural', 'as_names', 'as_command', 'option',
            'check_choice', 'html_text', 'markdown_text', 'picture_text', 'csv_text', 'csv_name', 'is_remote',
-           'write_atomic', 'as_plain', 'write_json', 'plain_file', 'open_plain', 'read_plain', 'first_line',
+           'as_usual', 'write_atomic', 'as_plain', 'write_json', 'plain_file', 'open_plain', 'read_plain', 'first_line',
            'parse_json', 'read_json', 'file_facts', 'not_replaced', 'check_replaceable', 'write_recorded', 'sha256',
            'json_hash', 'is_facts', 'copy_again', 'not_the_file', 'check_file', 'differing', 'check_unchanged',
            'sync_path', 'sync_tree', 'write_through', 'OwnFolder', 'remove_empty', 'OwnLock', 'only_one', 'n_cores',
@@ -217,6 +217,14 @@ def _temporary(path):
     tmp = path.with_name(f'{_HOST}{os.getpid()}.{path.name}')
     try: yield tmp
     finally: tmp.unlink(missing_ok=True)
+
+def as_usual(
+    path, # A file that a library wrote for its owner alone, as safetensors does
+):
+    "Let those read a file whom the umask lets"
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 def write_atomic(
     path,   # file to write; its folder is made when missing

@@ -179,6 +179,7 @@ def _write_files(folder, model, state, config):
     "Write the files of a model folder, config.json after those that it describes"
     from safetensors.torch import save_file
     save_file(state, folder/'weights.safetensors', dict(provenance=json.dumps(provenance(model.model))))
+    as_usual(folder/'weights.safetensors')
     model.history.map(csv_text).to_csv(folder/'history.csv', index=False)
     _saved_index(model).save(folder, config['fingerprint'])
     config = {**config, 'files': {f: file_facts(folder/f) for f in MODEL_FILES}}

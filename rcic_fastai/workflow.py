@@ -322,7 +322,7 @@ def fold_experiments(
                           'leave it out.')
     if not 2 <= folds <= n:
         raise ScreenError(f'{option("folds", folds)} cannot be made of {plural(n, "training experiment")}: '
-                          f'choose 2 to {n}.')
+                          f'choose {"2" if n == 2 else f"2 to {n}"}.')
     which = experiment_folds(table, folds, seed)
     return which.index[which == fold - 1].tolist()
 
@@ -408,8 +408,9 @@ def _screen_to_learn(screen, recipe, given, data):
     rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1),
                          data.get('several', False))
     learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
+    beside = whole[mine]
     if given['phase'] in ('refit', 'fold') or given['folds']: learned = learned[all_to_train(learned.table)]
-    return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data
+    return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data, beside
 
 # %% ../nbs/71_workflow.ipynb #8191c58d
 _SHARED_BATCH = ('the model knows the experiments of those plates, so accuracy there is more than on new experiments, '
@@ -496,6 +497,9 @@ def _batch_arguments(recipe, given, of_model):
 # %% ../nbs/71_workflow.ipynb #59709d8a
 def _check_dls(dls, recipe, given):
     "Raise for batches of which nothing could be learned, or measured"
+    if len(dls.train_ds) < 2:
+        raise ScreenError(f'There {plural(len(dls.train_ds), "training sample is", "training samples are")} to learn from, '
+                          'and BatchNorm needs two: give a screen with more wells or sites.')
     if recipe.only and len(dls.spec.labels) < 2 and not dls.spec.several:
         raise ScreenError(f'All training wells have one {given["target"]}, {first_few(dls.spec.labels)}, '
                           f'so there is nothing to tell apart: choose another {option("target")}.')
@@ -518,11 +522,18 @@ def _say_data(learned, dls, given, by_itself):
     for note in [*held, *_aside_notes(learned.table, dls), *picture_notes(learned)]: print(f'note: {note}')
 
 # %% ../nbs/71_workflow.ipynb #c2a8097f
+def _new_learner(dls, recipe, given):
+    "Return the learner of a recipe, with the weights and the metadata that were given"
+    weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
+    model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
+    if given['metadata']: model['metadata'] = given['metadata']
+    return screen_learner(dls, given['arch'] or recipe.arch, **model)
+
 def _training_learner(screen, recipe, given, workers, begin=None):
     "Return the learner of a recipe, where what was given wins over what the recipe says; it may `begin` with a trained model"
     of_model = _data_of(begin) if begin else {}
     if begin and not given['channels']: given = {**given, 'channels': ','.join(begin.spec.channels)}
-    learned, data = _screen_to_learn(screen, recipe, given, _batch_arguments(recipe, given, of_model))
+    learned, data, beside = _screen_to_learn(screen, recipe, given, _batch_arguments(recipe, given, of_model))
     # in the order of its channels
     if begin and begin.spec.norm == data['norm'] == 'global': data['norm_stats'] = of_model['norm_stats']
     before = _before(given, begin) if has_plates(learned.table) else None
@@ -533,11 +544,10 @@ def _training_learner(screen, recipe, given, workers, begin=None):
     _say_data(learned, dls, given, by_itself)
     if begin:
         spec = replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec
-        return learner_from(begin.model, spec, dls, given['seed'])
-    weights = {'yes': recipe.model.get('pretrained', True), 'no': None}.get(given['pretrained'], given['pretrained'])
-    model = {**recipe.model, 'pretrained': weights, 'seed': given['seed']}
-    if given['metadata']: model['metadata'] = given['metadata']
-    return screen_learner(dls, given['arch'] or recipe.arch, **model)
+        learn = learner_from(begin.model, spec, dls, given['seed'])
+    else: learn = _new_learner(dls, recipe, given)
+    learn.beside = beside
+    return learn
 
 # %% ../nbs/71_workflow.ipynb #669f7e9a
 def _pseudo_plan(rounds, recipe):

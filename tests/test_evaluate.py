@@ -329,3 +329,11 @@ def test_wrong_kinds_of_input():
     near = pd.DataFrame(dict(query=['a'], cosine=[.1]))
     with pytest.raises(ScreenError, match='give only the first'): evaluate_screen((guess(), near), TABLE)
     with pytest.raises(ScreenError, match='screen is a str'): evaluate_screen(guess(), 'screen')
+
+
+@pytest.mark.parametrize('makers, judged', [([['HUVEC-01']], []), ([['HUVEC-01'], ['HUVEC-17']], ['HUVEC-17']), ([['HUVEC-01'], None], ['HUVEC-17', 'RPE-08', 'RPE-09']), ([], ['HUVEC-17', 'RPE-08', 'RPE-09'])])
+def test_new_batches_that_are_not_marked_are_no_training_experiments(makers, judged):
+    "The record says which experiments each model saw; where one does not say, all may be"
+    pred, table = guess(), TABLE.assign(dataset='train')
+    pred.attrs['record'] = dict(ensemble=[dict(made_by={'': {'fingerprint': 'f', **({} if m is None else dict(seen=m))}}) for m in makers])
+    assert evaluate(pred, table).get('held_out', []) == judged

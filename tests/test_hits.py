@@ -282,3 +282,10 @@ def test_an_anndata_file_without_the_package_is_one_sentence(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, 'anndata', None)
     (tmp_path/'p.h5ad').write_bytes(b'x')
     refused(lambda: read_profiles(tmp_path/'p.h5ad'), 'anndata is not installed')
+
+
+def test_the_argument_that_is_wrong_is_named():
+    from rcic_fastai.embed.hits import target_columns
+    m = emb_metadata(toy_profiles(n_sirnas=4, dim=4))
+    with pytest.raises(ScreenError, match="^dose='foo' is no column of the profiles"): target_columns(m, 'sirna', 'foo')
+    with pytest.raises(ScreenError, match="^target='bar' names bar, which is no column"): target_columns(m, 'bar', 'foo')

@@ -1,7 +1,8 @@
 "Small screens: plates held out instead of an experiment, folds in turn, and a second training on everything; killed and resumed."
-import json
+import json, os
 import pandas as pd, pytest
 from rcic_fastai import cli, workflow
+from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import held_plates, labeled_rows, screen_dls
 from rcic_fastai.folder import load_model, model_card
 from rcic_fastai.results.report import settings_table
@@ -244,3 +245,30 @@ def test_a_log_keeps_all_rows_and_no_file_of_others(here, monkeypatch):
     (here/'mine.log.csv').write_text('what,when\nscreen,May\n')
     refused(lambda: learned(s, here, 'mine', **how), 'mine.log.csv would be overwritten and is no log')
     assert (here/'mine.log.csv').read_text() == 'what,when\nscreen,May\n' and not (here/'mine').exists()
+
+
+def test_brightness_of_controls_is_kept_though_only_treatments_are_learned(here):
+    "Also those of negative controls, by which a later drift is told"
+    config = load_model(train(here, 'bright', '--valid none')).config
+    assert {(e['experiment'], e['wells']) for e in config['data']['exposure']} == {(e, w) for e in ('HUVEC-01', 'HUVEC-02') for w in ('treatment', 'negative_control')}
+
+
+def test_one_sample_is_refused(here, tmp_path, capsys):
+    simulate_screen(tmp_path/'one', ['HUVEC-01'], sirnas=1, size=32, plates=1, controls=0, sites=1, progress=False)
+    assert cli.rcic_train([str(tmp_path/'one'), str(tmp_path/'m'), '--recipe', str(here/'tiny.json'), '--pretrained', 'no', '--tta', '1']) == 2
+    said = capsys.readouterr().err
+    assert '1 training sample' in said and 'BatchNorm needs two' in said and not (tmp_path/'m').exists()
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(here):
+    before = os.umask(0o022)
+    try: out = train(here, 'shared', '--valid none')
+    finally: os.umask(before)
+    assert {oct(f.stat().st_mode & 0o777) for f in out.iterdir()} == {'0o644'}
+
+
+def test_a_screen_of_learned_experiments_is_refused_at_once(here, tmp_path, capsys):
+    known = load_model(train(here, 'knows', '--valid none'))
+    screen = open_screen(here/'s.zarr')
+    with pytest.raises(ScreenError, match='would be memory: give a screen with new experiments'): known.predict(screen[screen.table.dataset == 'train'], tta=1, progress=False)
+    assert 'are predicted' not in capsys.readouterr().err

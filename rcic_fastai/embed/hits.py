@@ -37,10 +37,11 @@ def target_columns(
         means_sirna = usual_name(name) in map(usual_name, USUAL_NAMES['sirna'].split())
         return 'sirna' if name not in m and 'sirna' in m and means_sirna else name
     names = [known(c.strip()) for c in str(target).split('+') if c.strip()]
-    lacks = [c for c in (*names, *([dose] if dose else [])) if c not in m]
-    if lacks or not names:
-        raise ScreenError(f'{option("target", target)} names {first_few(lacks) or "nothing"}, '
-                          f'which is no column of the profiles: they have {first_few(m.columns, 30)}.')
+    lacks = [c for c in names if c not in m]
+    strange = option('dose', dose) if dose and dose not in m else ''
+    if lacks or not names: strange = f'{option("target", target)} names {first_few(lacks) or "nothing"}, which'
+    if strange:
+        raise ScreenError(f'{strange} is no column of the profiles: they have {first_few(m.columns, 30)}.')
     dose = dose or next((c for c in names if usual_name(c) in map(usual_name, _DOSES)), '')
     names = [c for c in dict.fromkeys(names) if c != dose]
     if not names:

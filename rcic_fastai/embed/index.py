@@ -529,6 +529,7 @@ def check_model(self:EmbeddingIndex,
 def _write_vectors(x, path):
     from safetensors.numpy import save_file
     save_file(dict(features=x), path)
+    as_usual(path)
 
 @patch
 def save(self:EmbeddingIndex,

@@ -55,7 +55,7 @@ def checked_n_null(
     n:int, # Permutations
 )->int:
     "Return the number of permutations, after checking it"
-    if n < 1: raise ScreenError(f'n_null={n} permutations give no p-value: ask for 1 or more, 1000 is usual.')
+    if n < 1: raise ScreenError(f'{option("n_null", n)} gives no p-value: ask for 1 or more, 1000 is usual.')
     return n
 
 def group_codes(

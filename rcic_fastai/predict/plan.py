@@ -101,12 +101,12 @@ def asked_experiments(
     "Return a screen in which the chosen experiments are those to predict; a `ScreenError` for one that was learned"
     screen, names = open_screen(screen, check=False), list(as_names(experiments))
     have, learned = screen.experiments, {str(e) for m in models for e in (*m.trained, *m.model.trained_experiments)}
-    if not names and ((screen.table.dataset == 'test').any() or learned & {*have}): return screen
-    if not names: print(f'note: no experiment is marked as test, and the model learned none of {first_few(have, 4)}: all are predicted.', file=sys.stderr)
-    names = [str(e) for e in names or have]
+    if not names and ((screen.table.dataset == 'test').any() or learned & {*have} and not {*map(str, have)} <= learned): return screen
+    is_said, names = bool(names), [str(e) for e in names or have]
     if known := [e for e in names if e in learned]:
         others = first_few([e for e in have if e not in learned], 6)
         raise ScreenError(f'The model learned the labels of {first_few(known)}, so its answers would be memory: ' + (f'choose from {others}.' if others else 'give a screen with new experiments.'))
+    if not is_said: print(f'note: no experiment is marked as test, and the model learned none of {first_few(have, 4)}: all are predicted.', file=sys.stderr)
     rows = screen.choose(test=names).table
     rows, new = rows[rows.experiment.astype(str).isin(names)], screen.table.dataset != 'test'
     return screen[pd.concat([rows[~new.reindex(rows.index)], as_test(rows[new.reindex(rows.index)])]).sort_index()]

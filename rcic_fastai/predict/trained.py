@@ -219,7 +219,8 @@ def _accuracy(learn):
 # %% ../../nbs/53_predict.trained.ipynb #b3da1406
 def _exposure(learn):
     "Return how bright the training experiments are, for `config['data']`; empty where there are none"
-    rows, table, source = index_rows(learn), learn.dls.screen.table, learn.dls.screen.source
+    rows, beside = index_rows(learn), getattr(learn, 'beside', learn.dls.screen)     # also wells that are not learned
+    table, source = beside.table, beside.source
     if not has_plates(rows): return {}
     also = table[table.experiment.isin(rows.experiment) & table.well_type.isin(CONTROLS['negative'])]
     try: found = batch_exposure(pd.concat([rows, also]).drop_duplicates('site_id'), source)
@@ -349,7 +350,8 @@ def about(self:TrainedModel)->dict:
     c, s = self.config, self.spec
     recipe, rows = c.get('recipe') or {}, c.get('training_rows') or c['data']['sha256']
     return dict(fingerprint=self.fingerprint, arch=c['model']['arch'], recipe=str(recipe.get('name', '')), emb_dim=c['model']['emb_dim'], channels=list(s.channels), size=s.size, norm=s.norm,
-                norm_from=s.norm_from, sites=s.sites, metadata=sorted(c['model']['metadata']), experiments=list(self.trained), training_rows=rows)
+                norm_from=s.norm_from, sites=s.sites, metadata=sorted(c['model']['metadata']), experiments=list(self.trained), training_rows=rows,
+                seen=sorted({*map(str, (*self.trained, *self.model.trained_experiments, *c['held_out']))}))
 
 # %% ../../nbs/53_predict.trained.ipynb #4485d52d
 @patch(as_prop=True)

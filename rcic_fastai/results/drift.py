@@ -33,7 +33,7 @@ def _grouped(groups, group):
         if mine.any() and df >= 2: return g, mine, df
     raise ScreenError(_few_experiments(len(groups)))
 
-def _few_experiments(n): return f'{plural(n, "training experiment does", "training experiments do")} not tell how experiments differ: train on three or more.'
+def _few_experiments(n): return f'{plural(n, "training experiment does", "training experiments do")} not tell how experiments differ: train on three or more, none of them held out ({option("valid", "none")} or {option("refit", True)}).'
 
 def spread_test(
     values, # [E] of the training experiments
@@ -345,7 +345,7 @@ def _without_labels(rows, target):
 def _drift_notes(seen, wells, known, has_held):
     "Return notes on what new experiments are compared with"
     notes = _picture_notes(seen, wells)
-    if known.kind_for(np.array(['negative_control']*2)) == 'treatment': notes.append(f'Embeddings of treated wells are compared, as the model learned no negative controls ({option("controls", True)} in training): other perturbations on the plates can look like drift.')
+    if known.kind_for(np.array(['negative_control']*2)) == 'treatment': notes.append(f'Embeddings of treated wells are compared, as the model learned no negative controls ({option("controls", True)}): other perturbations on the plates can look like drift.')
     if _free(known.cells) < 2: return [*notes, _too_few(known.cells)]
     if not has_held: notes.append('The model learned the labels of the training experiments, which draws them together: new ones lie farther away even without drift. Give a screen with experiments that were held out to see how far.')
     return notes

@@ -143,6 +143,13 @@ def _expected(table, pred_wells, target):
     done = t.well_id.isin(pred_wells)
     return t.well_id[~done & t.well_type.isin(t.well_type[done].unique())].tolist()
 
+def _maybe_seen(names, pred):
+    "Return those of some experiments that a training saw, as far as its models say so; all where one does not"
+    models = [m for o in makers_of(pred.attrs.get('record') or {}) for m in o.values()]
+    if not models or not all('seen' in m for m in models): return names
+    seen = {e for m in models for e in m['seen']}
+    return [e for e in names if str(e) in seen]
+
 # %% ../../nbs/60_results.evaluate.ipynb #fbb1f6da
 def _asked(r, target):
     "Return the rows that count: no control wells beside treatments, which have an accuracy of their own"
@@ -196,7 +203,7 @@ def evaluate(
     by_exp = r.groupby('experiment').right.mean()
     classes = pred.attrs.get('classes') if (r.well_type == 'treatment').any() else None     # of treatments
     reach = _reach(r, table, target, classes)
-    held = held_out_experiments(table, every.id_code)
+    held = _maybe_seen(held_out_experiments(table, every.id_code), pred)
     return dict(protocol=str(protocols[0]), target=target, accuracy=float(r.right.mean()), n_wells=len(r), **reach,
                 chance=1/reach['n_classes'], n_missing=len(absent),
                 by_cell_type=r.groupby('cell_type').right.mean().to_dict(), by_experiment=by_exp.to_dict(),
