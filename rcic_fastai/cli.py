@@ -14,7 +14,7 @@ import os
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/72_cli.ipynb #f4863b1e
-import atexit, contextlib, gc, inspect, re, sys, time, warnings
+import atexit, contextlib, errno, gc, inspect, re, sys, time, warnings
 from typing import Annotated
 from fastcore.script import anno_parser, store_true
 from .core import *
@@ -78,7 +78,8 @@ def _called(func, args, prog, err):
     try: func(**args)
     except ScreenError as e: say(_sentence(e))
     except OSError as e:
-        say(f'{e.filename or "a file"} could not be read or written ({e.strerror}): check the path and the space left.')
+        do = 'choose a place where you may' if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else 'check the path and the space left'
+        say(f'{final_name(e.filename) if e.filename else "a file"} could not be read or written ({e.strerror}): {do}.')
     except KeyboardInterrupt:
         say(_INTERRUPTED)
         return 130

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RECORD_KEYS', 'terminal_text', 'ScreenError', 'first_few', 'plural', 'as_names', 'as_command', 'option',
            'check_choice', 'html_text', 'markdown_text', 'picture_text', 'csv_text', 'csv_name', 'is_remote',
-           'as_usual', 'write_atomic', 'as_plain', 'write_json', 'plain_file', 'open_plain', 'read_plain', 'first_line',
-           'parse_json', 'read_json', 'file_facts', 'not_replaced', 'check_replaceable', 'write_recorded', 'sha256',
-           'json_hash', 'is_facts', 'copy_again', 'not_the_file', 'check_file', 'differing', 'check_unchanged',
-           'sync_path', 'sync_tree', 'write_through', 'OwnFolder', 'remove_empty', 'OwnLock', 'only_one', 'n_cores',
-           'digest', 'check_numbers']
+           'final_name', 'as_usual', 'write_atomic', 'as_plain', 'write_json', 'plain_file', 'open_plain', 'read_plain',
+           'first_line', 'parse_json', 'read_json', 'file_facts', 'not_replaced', 'check_replaceable', 'write_recorded',
+           'sha256', 'json_hash', 'is_facts', 'copy_again', 'not_the_file', 'check_file', 'differing',
+           'check_unchanged', 'sync_path', 'sync_tree', 'write_through', 'OwnFolder', 'remove_empty', 'OwnLock',
+           'only_one', 'n_cores', 'digest', 'check_numbers']
 
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
@@ -208,6 +208,13 @@ def _check_local(path):
     if is_remote(path): raise ScreenError(f'{path} is an address, and files are written on disks only: name a file or folder here, and copy it there.')
 
 # %% ../nbs/00_core.ipynb #6a350e31
+def final_name(
+    path, # File, perhaps under the temporary name that it has until it is complete
+)->str: # The path under which a user knows it
+    "Return the name that a file will have"
+    path = Path(path)
+    return str(path.with_name(re.sub(rf'^({re.escape(_HOST)}\d+\.)+', '', path.name)))
+
 @contextmanager
 def _temporary(path):
     "Give a temporary name beside a file that will be written; what is left of it at the end is removed"

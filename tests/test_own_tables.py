@@ -639,10 +639,20 @@ def test_text_among_doses_is_said(tmp_path):
         df = table(tmp_path/'f', compound='x', plates=('P1', 'P2'), batch='May')
         df['dose'] = [doses[p == 'P2'] for p in df.Metadata_Plate]
         return '; '.join(dose_notes(open_screen(saved(df, tmp_path/'f/load_data.csv')).wells))
-    assert "the column dose has '1 uM' beside numbers" in said(('0.1', '1 uM'))
-    assert 'beside numbers' not in said(('0.1', '1')) + said(('low', 'high'))
+    for doses in (('0.1', '1 uM'), ('1 uM', '100 nM')): assert "the column dose has '1 uM', which is no number" in said(doses)
+    assert 'which is no number' not in said(('0.1', '1')) + said(('low', 'high'))
 
 
 def test_no_weights_are_advised_as_each_route_says_it():
     assert option('pretrained', None) == 'pretrained=None'
     with as_command(): assert option('pretrained', None) == '--pretrained no'
+
+
+def test_perturbations_that_differ_only_in_spelling_are_said(tmp_path):
+    from rcic_fastai.screen.open import missing_parts
+    def said(*names):
+        df = table(tmp_path/'f', compound='x', plates=('P1', 'P2'), batch='May')
+        df['compound'] = [names[p == 'P2'] for p in df.Metadata_Plate]
+        return '; '.join(missing_parts(open_screen(saved(df, tmp_path/'f/load_data.csv'))))
+    assert 'Taxol and taxol differ only in spelling' in said('Taxol', 'taxol')
+    assert 'differ only' not in said('Taxol', 'taxol 2')

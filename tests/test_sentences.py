@@ -1,5 +1,5 @@
 "Every argument that a sentence names exists on the route where it is said: read from the sources, and tried."
-import ast, re
+import ast, errno, io, os, re
 from pathlib import Path
 import pytest
 import rcic_fastai
@@ -117,3 +117,16 @@ def test_no_sentence_says_1_wells():
 def test_the_test_of_counts_sees_what_it_looks_for():
     assert [o for _, o in bare_counts(ast.parse("f'{len(a)} test wells are'"))] == ['len(a) test wells']
     assert not [*bare_counts(ast.parse("f'{k} of {len(a)} wells, {plural(len(a), 1)} wells, {size} wells'"))]
+
+
+@pytest.mark.parametrize('code, says', [(errno.EACCES, 'choose a place where you may'), (errno.EROFS, 'choose a place where you may'), (errno.ENOSPC, 'check the path and the space left')])
+def test_what_the_system_refuses_is_said_of_the_file_that_was_asked_for(code, says, tmp_path):
+    "Not of the temporary one, and with what helps against just that"
+    from rcic_fastai import cli
+    from rcic_fastai.core import write_atomic
+    def work():
+        def write(p): raise OSError(code, os.strerror(code), str(p))
+        write_atomic(tmp_path/'h.csv', write)
+    err = io.StringIO()
+    assert cli._called(work, {}, 'rcic_hits', err) == 2
+    assert err.getvalue() == f'rcic_hits: {tmp_path}/h.csv could not be read or written ({os.strerror(code)}): {says}.\n'

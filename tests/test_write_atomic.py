@@ -96,3 +96,16 @@ def test_containers_of_one_name_leave_each_other_alone(tmp_path):
     assert begun in os.listdir(tmp_path)
     p.communicate(b'\n')
     assert p.returncode == 0 and (tmp_path/'a.txt').read_text() == 'whole'
+
+
+def test_a_temporary_name_is_said_as_the_name_that_it_will_have(tmp_path):
+    from pathlib import Path
+    from rcic_fastai.core import final_name
+    seen = []
+    def write(p):
+        seen.append(p)
+        if len(seen) < 2: write_atomic(p, write)       # a library that writes through a file of its own
+        else: Path(p).touch()
+    write_atomic(tmp_path/'h.csv', write)
+    assert {p.name for p in seen}.isdisjoint({'h.csv'}) and {final_name(p) for p in [*seen, tmp_path/'h.csv']} == {str(tmp_path/'h.csv')}
+    assert final_name('.hidden.csv') == '.hidden.csv'

@@ -235,10 +235,11 @@ def _dose_line(wells, column):
     return f'doses ({column}): {first_few(values, 12)}'
 
 def _no_dose(values):
-    "Return the first text in a column of doses that is no number; nothing where none is a number"
+    "Return the first text in a column of doses that is no number; nothing where all are words, such as low and high"
     values = values.dropna()
     odd = values[pd.to_numeric(values, errors='coerce').isna()]
-    return odd.iloc[0] if 0 < len(odd) < len(values) else ''
+    has_numbers = len(odd) < len(values) or odd.astype(str).str.contains('[0-9]').any()
+    return odd.iloc[0] if len(odd) and has_numbers else ''
 
 def dose_notes(
     wells:pd.DataFrame, # Table of wells
@@ -249,7 +250,7 @@ def dose_notes(
         several = treated.groupby('sirna')[column].nunique()
         several = several.index[several > 1]
         if odd := _no_dose(treated[column]):
-            notes.append(f'the column {column} has {odd!r} beside numbers: '
+            notes.append(f'the column {column} has {odd!r}, which is no number: '
                          'write doses as numbers in one unit, or rcic_hits makes no curves of them')
         if not len(several): continue
         has = plural(len(several), 'perturbation has', 'perturbations have')
@@ -291,6 +292,15 @@ def unnamed_note(
     return (f'{how_many} left out of training ({first_few(bare.well_id, 5)}): fill those cells; '
             f'if they are controls, say {option("controls", {"negative_control": [""]})}')
 
+def _spelling_note(wells):
+    "Return which perturbations are called the same but for capitals and spaces"
+    names = wells.sirna[wells.well_type == 'treatment'].dropna().drop_duplicates()
+    alike = names.groupby(names.str.casefold().str.split().str.join('')).agg(list)
+    alike = alike[alike.str.len() > 1]
+    if not len(alike): return ''
+    return (f'{first_few((" and ".join(o) for o in alike), 4)} differ only in spelling and are classes of their own: '
+            'correct the table if they are the same')
+
 # %% ../../nbs/08_screen.open.ipynb #3a51559b
 def missing_parts(
     screen, # A `Screen`
@@ -307,6 +317,7 @@ def missing_parts(
         lines.append('no well has a perturbation: '
                      f'name the column that says it with {option("columns", {"sirna": "COLUMN"})}')
     elif note := unnamed_note(wells): lines.append(note)
+    if note := _spelling_note(wells): lines.append(note)
     do, is_packed = option('test', 'EXP,EXP'), isinstance(screen.source, PackedScreen)
     if isinstance(screen.source, PngTree): do = 'the word test in the column dataset of its table'
     if (wells.dataset != 'test').all():
