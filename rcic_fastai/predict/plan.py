@@ -101,7 +101,8 @@ def asked_experiments(
     "Return a screen in which the chosen experiments are those to predict; a `ScreenError` for one that was learned"
     screen, names = open_screen(screen, check=False), list(as_names(experiments))
     have, learned = screen.experiments, {str(e) for m in models for e in (*m.trained, *m.model.trained_experiments)}
-    if not names and ((screen.table.dataset == 'test').any() or learned & {*have} and not {*map(str, have)} <= learned): return screen
+    is_mixed = bool(learned & {*have}) and not learned.issuperset(have)
+    if not names and ((screen.table.dataset == 'test').any() or is_mixed or not has_plates(screen.table)): return screen
     is_said, names = bool(names), [str(e) for e in names or have]
     if known := [e for e in names if e in learned]:
         others = first_few([e for e in have if e not in learned], 6)
