@@ -434,7 +434,7 @@ def _of_what(pred):
 def predict(
     model, # Model folder, from rcic_train
     screen, # A screen with test experiments: packed, or a folder
-    out, # CSV to write, such as test.csv: id_code and the predicted label; test.json beside it records how, test.top.csv has the five best
+    out, # CSV to write, such as test.csv: id_code and the predicted label; test.json beside it records how, test.top.csv has the five best, score and margin
     protocol:str='inductive', # inductive: nothing of the test batch is used; adapted: its unlabeled pictures (AdaBN, plate statistics, --correct); transductive: plate groups and one-to-one assignment
     experiments:str='', # Experiments to predict, EXP,EXP, none of which the model learned; empty: those that are marked as test
     wells:str='treatment', # Wells to embed: treatment, or all for the controls too (named only if the model learned them)

@@ -289,6 +289,18 @@ def test_files(tmp_path):
     assert back.sirna.tolist() == pred.sirna.tolist() and set(back.protocol) == {'transductive'} and back.attrs['target'] == 'sirna'
     assert sorted(p.name for p in f.parent.iterdir()) == ['out.csv', 'out.json', 'out.top.csv']
 
+@pytest.mark.parametrize('protocol', ['inductive', 'transductive'])
+def test_the_file_of_candidates_says_how_sure_each_answer_is(tmp_path, protocol):
+    "Score, margin and votes, also below 0, without an end, and missing"
+    pred, _ = predict_wells(UNKNOWN, INDEX, protocol)
+    odd = pred.assign(score=-pred.score, margin=np.where(pred.index == 0, np.inf, pred.margin), votes=pred.votes.where(pred.index > 1))
+    odd.attrs = pred.attrs
+    for i, p in enumerate((pred, odd)):
+        f = write_predictions(p, tmp_path/f'{i}.csv')
+        assert f.with_suffix('.top.csv').read_text().startswith('id_code,top_1,top_2,top_3,top_4,top_5,score,margin,votes\n')
+        back = read_predictions(f)
+        for c in ('score', 'margin', 'votes'): np.testing.assert_allclose(back[c], p[c], rtol=1e-5)
+
 @pytest.mark.parametrize('stop, left', [('.json', 'inductive'), ('.csv', 'unknown'), ('.top.csv', 'transductive')])     # in the order of writing
 def test_an_interrupted_run_leaves_no_record_of_other_answers(tmp_path, monkeypatch, stop, left):
     old, new = predict_wells(TEST, INDEX)[0], predict_wells(TEST, INDEX, 'transductive')[0]

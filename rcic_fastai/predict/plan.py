@@ -721,7 +721,7 @@ def _write_answer(model, plan, out, neighbors, embeddings, scores, progress, unt
 def predict(self:TrainedModel,
     screen, # A `Screen` with test experiments, or where one is
     protocol:str='inductive', # inductive, adapted or transductive
-    out=None, # CSV to write, such as test.csv; test.json beside it records how, test.top.csv has the five best; `None`: no file
+    out=None, # CSV to write, such as test.csv; test.json beside it records how, test.top.csv has the five best, score and margin; `None`: no file
     neighbors:str='', # With `out`: parquet file for the neighbors, cosines and votes of each well
     embeddings:str='', # With `out`: parquet file for the embeddings of the test sites (or cells), corrected if asked
     scores:bool=False, # With `out`: keep the score of every class in test.scores.parquet, for `ensemble_files`, and in test.cells.parquet; of several labels always

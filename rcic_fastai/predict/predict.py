@@ -394,8 +394,23 @@ def info_path(path):
     return Path(path).with_suffix('.json')
 
 def top_path(path):
-    "Return where the best five of predictions are"
+    "Return where the best five of predictions are, and how sure they are"
     return Path(path).with_suffix('.top.csv')
+
+# %% ../../nbs/51_predict.predict.ipynb #92ec80a0
+_SURE = ('score', 'margin', 'votes')     # of an answer, with six digits
+
+def _write_best(pred, tops, path):
+    "Write the best five names of each well, with the score, the margin and the votes of its answer"
+    sure = pred[[c for c in _SURE if c in pred]].apply(pd.to_numeric)
+    sure = sure.map(lambda v: '' if np.isnan(v) else f'{v:.6g}')
+    pred[['id_code', *tops]].map(csv_text).join(sure).to_csv(path, index=False)
+
+def _read_best(path):
+    "Return what `_write_best` wrote, numbers as numbers"
+    t = read_csv(path)
+    names = [c for c in t if c not in _SURE]
+    return t[names].map(csv_name).join(t.drop(columns=names).astype(float))
 
 # %% ../../nbs/51_predict.predict.ipynb #2314106a
 def _sha(path):
@@ -429,7 +444,7 @@ def write_predictions(
     tops, top = [c for c in pred if c.startswith('top_')], top_path(path)
     if not tops: top.unlink(missing_ok=True)
     def answers(p): pred[['id_code', target]].rename(columns=csv_text).map(csv_text).to_csv(p, index=False)
-    def best(p): pred[['id_code', *tops]].map(csv_text).to_csv(p, index=False)
+    def best(p): _write_best(pred, tops, p)
     write_recorded(info_path(path), 'predictions', record, dict(csv=(path, answers), **(dict(top=(top, best)) if tops else {})))
     return path
 
@@ -464,7 +479,7 @@ def read_predictions(
     if pred.iloc[:, :2].isna().any().any(): raise ScreenError(f'{path} has an empty cell in row {int(pred.isna().any(axis=1).idxmax())+2}: predict again.')
     target = record.get('target', next(c for c in pred if c != 'id_code'))
     if target not in pred: raise ScreenError(f'{info_path(path)} says that {target} was predicted, but {path} has no such column: keep the two files together.')
-    if tops: pred = pred.merge(read_csv(top_path(path)).map(csv_name), on='id_code', how='left')
+    if tops: pred = pred.merge(_read_best(top_path(path)), on='id_code', how='left')
     pred['protocol'] = record.get('protocol', 'unknown')
     pred.attrs['target'] = target
     if 'thresholds' in record: pred.attrs.update({k: record.get(k) for k in ('thresholds', 'no_label')})

@@ -257,7 +257,7 @@ def _truth_sections(preds, screen, model, emb, known, most=4):
 def _sure_section(name, pred, screen, model, emb, most=4):
     "Return the section that tells how sure the model is, where no labels are known"
     said = f'the score of each answer, {name}'
-    # a file has no scores: those of the embeddings that the page shows
+    # files of earlier versions have no scores: those of the embeddings that the page shows
     if 'score' not in pred:
         is_test = (emb[f'{META}dataset'] == 'test') & emb[f'{META}well_id'].isin(set(pred.id_code))
         pred = predict_wells(emb[is_test].reset_index(drop=True), model.index, 'inductive')[0]
