@@ -725,6 +725,7 @@ def explore_screen(
     predictions:str='', # CSV from rcic_predict, or several with commas, NAME=CSV when two have one protocol; empty: the model predicts
     protocol:str='inductive', # Without --predictions: inductive, adapted or transductive, or several with commas
     embeddings:str='', # Parquet of the embeddings that the predictions were made of, from rcic_predict --embeddings; several in the order of --predictions, or NAME=PARQUET; empty: the sites are embedded again
+    hits:str='', # CSV or parquet from rcic_hits: wells can be colored by the p-value, the q-value and the activity of what is in them; empty: none
     max_mb:float=25., # Most megabytes of the page; pictures that do not fit are left out, and the page says of which wells (in a folder, pictures need no room in the page)
     side:int=96, # Longer side of each picture, px; 0: no pictures
     quality:int=70, # Of the pictures, 0 to 100
@@ -760,7 +761,7 @@ def explore_screen(
     is_table = out.lower().endswith('.parquet')
     (check_atlas_path if is_table else check_page_path)(out)
     given.update(predictions=_tables(predictions, read_predictions), embeddings=_tables(embeddings, read_embeddings),
-                 protocol=as_names(protocol))
+                 protocol=as_names(protocol), hits=hits or None)
     opened = load_model(model, rank_device())
     if held_out: screen = opened.held_out(screen)
     if is_table: return _write_atlas(opened, screen, given)
@@ -769,7 +770,7 @@ def explore_screen(
     print(f'{out}: {page.about}')
 
 explore_screen.groups = {
-    'the page': 'max_mb side quality umap title'.split(),
+    'the page': 'hits max_mb side quality umap title'.split(),
     'how wells are named': ('wells vote k search merge same_cell_type assign tell tta views adapt adapt_from '
                             'correct').split(),
     'run': 'experiments held_out only_present workers bs'.split()}

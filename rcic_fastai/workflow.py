@@ -150,6 +150,13 @@ def _index_parts(out, learn, views):
         return folder
 
 # %% ../nbs/71_workflow.ipynb #0eeb5c26
+@contextlib.contextmanager
+def _with_direction(learn):
+    "Give each embedding a direction: that of a network that has learned nothing can be next to nothing"
+    handle = get_model(learn.model).neck.register_forward_hook(lambda module, given, e: e + 1)
+    try: yield
+    finally: handle.remove()
+
 def try_all(
     learn:Learner, # From `screen_learner`, not trained yet
     out, # Model folder that will be written
@@ -163,7 +170,7 @@ def try_all(
     spec, rows = learn.dls.spec, index_rows(learn)
     names, size = rows.drop_duplicates(spec.key), rows.groupby('experiment')[spec.key].nunique()
     few = names[names.experiment.isin([size.idxmin(), size.idxmax()])].groupby('experiment').head(2)
-    with no_random(), contextlib.redirect_stderr(io.StringIO()):
+    with no_random(), contextlib.redirect_stderr(io.StringIO()), _with_direction(learn):
         index = build_index(learn, tta, progress=False, rows=rows[rows[spec.key].isin(few[spec.key])],
                             views=views, separate=separate, with_controls=with_controls)
     with tempfile.TemporaryDirectory() as d:

@@ -1,11 +1,15 @@
 "Somebody else's plates, from a folder of files to a model, by commands: what is wrong or ambiguous is said before it costs hours."
 import json, re, sys, types, warnings
-import cv2, numpy as np, pandas as pd, pytest, tifffile
+import cv2, numpy as np, pandas as pd, pytest, tifffile, torch
 from rcic_fastai import cli
+from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.folder import load_model
+from rcic_fastai.predict.trained import build_index
 from rcic_fastai.results.evaluate import evaluate_screen
 from rcic_fastai.screen.open import describe_screen, open_screen
 from rcic_fastai.screen.tables import read_table, write_csv
+from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.workflow import try_all
 from helpers import refused
 from newcomer import newcomer_layout, write_newcomer
 
@@ -168,6 +172,18 @@ def test_a_training_says_what_it_holds_out_and_that_numbers_are_classes(model, c
     out = capsys.readouterr().out
     assert 'nothing is held out, as 2 training experiments on so few plates are too few' in out and '--valid EXP holds out' in out
     assert 'dose holds numbers, and this is a classifier: its 2 values are classes without an order' in out
+
+
+def test_a_network_that_has_learned_nothing_can_be_trained(model, tmp_path):
+    "The embeddings of a deep network of random weights are next to nothing, which is no reason to refuse a training; what is no number is"
+    dls = screen_dls(open_screen(model/'own.zarr'), target='compound+dose', valid='none', bs=8, device='cpu')
+    learn = screen_learner(dls, 'efficientnet-lite0', pretrained=None)
+    refused(lambda: build_index(learn, 1, progress=False), 'all zeros')
+    try_all(learn, tmp_path/'m', tta=1)
+    assert not learn.model.neck._forward_hooks
+    for p in learn.model.neck.parameters(): torch.nn.init.constant_(p, float('nan'))
+    refused(lambda: try_all(learn, tmp_path/'m', tta=1), 'not finite')
+    assert not learn.model.neck._forward_hooks
 
 
 def test_epochs_are_logged_by_name(model, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from helpers import learner, refused
 from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.predict.plan import embed_plan, plan_prediction
 from rcic_fastai.results.evaluate import confused_pairs, evaluate, right_wrong
 from rcic_fastai.results.explore import *
 from rcic_fastai.results.explore import _seen_wells
@@ -452,6 +453,130 @@ def test_the_map_selects_wells(made, tab):
     assert page.inner_text('#count').startswith(f'{n} of')
     page.click('#tab-plates')
     assert page.inner_text('#count').startswith(f'{n} of')
+    page.reload()
+    page.wait_for_selector('html[data-ready]')
+    assert page.inner_text('#count').startswith(f'{n} of') and page.locator('#chips button').count() == 1
+    page.click('#chips button')
+    assert page.inner_text('#count') == f'{len(made[0].wells)} wells'
+
+
+@pytest.fixture(scope='module')
+def corrected(made, tmp_path_factory):
+    "(page, path): a prediction from corrected embeddings, with hits"
+    screen, model, *_ = made
+    out = tmp_path_factory.mktemp('corrected')/'page.html'
+    hits = pd.DataFrame(dict(sirna=HOSTILE[:3], n_wells=2, activity=[.5, .1, .2], p=[.001, .4, .9], q=[.003, .6, .9], hit=[True, False, False]))
+    return explore(model, screen, out=out, protocol='adapted', correct='standardize', hits=hits, side=32, umap='no', tta=1, progress=False), out
+
+
+def test_maps_before_a_correction_are_those_without_one(made, corrected):
+    "PCA of the same embeddings, as the page without the correction has it"
+    first, after, before = made[2].data['spaces'][1]['maps'], *corrected[0].data['spaces'][0]['maps']
+    assert (after['before'], before['before']) == (None, 0) and before['wells'] == after['wells'] and before['x'] != after['x']
+    assert [before[k] for k in 'xy'] == [first[0][k] for k in 'xy'] and len(first) == 1
+    emb = embed_plan(made[1], plan_prediction(made[1], made[0], 'adapted', correct='standardize', tta=1), progress=False)
+    shown = explore(made[1], made[0], protocol='adapted', correct='standardize', embeddings=emb, side=0, umap='no', tta=1, progress=False)
+    assert [m['before'] for m in shown.data['spaces'][0]['maps']] == [None]           # of a table it is not known what it was before
+
+
+def test_hits_are_columns_of_wells(made, corrected):
+    columns = {c['name']: c for c in corrected[0].data['wells']['columns']}
+    p = dict(zip(HOSTILE[:3], [.001, .4, .9]))
+    assert columns['hit p']['values'] == [p.get(s) for s in made[0].wells.sirna] and columns['hit p']['log'] and 'log' not in columns['hit activity']
+    assert {columns['hit']['names'][i] for i in columns['hit']['codes'] if i >= 0} == {'hit', 'no hit'}
+
+
+def test_hits_of_doses_are_those_of_each_dose(made, tmp_path):
+    "A dose is a number in the screen and text in a CSV; and a column of the screen may have the name of one of ours"
+    screen = made[0]
+    table = screen.table.assign(dose=np.where(screen.table.plate == 1, .1, 10.), **{'hit p': 'mine'})
+    hits = pd.DataFrame(dict(sirna=HOSTILE[1], dose=[.1, 10.], n_wells=2, activity=0., p=[.01, .5], q=[.02, .5], hit=[True, False]))
+    hits.to_csv(tmp_path/'hits.csv', index=False)
+    columns = {c['name']: c for c in explore(None, Screen(table, screen.source), hits=tmp_path/'hits.csv', side=0).data['wells']['columns']}
+    wells = table.drop_duplicates('well_id')
+    want = [None if s != HOSTILE[1] else .01 if d == .1 else .5 for s, d in zip(wells.sirna, wells.dose)]
+    assert columns['hit p']['values'] == want and set(want) == {None, .01, .5}
+
+
+@browses
+def test_before_and_after_a_correction_stand_beside_each_other(made, corrected, tab):
+    page = tab('v=map', corrected[1])
+    assert [t.inner_text() for t in page.locator('#map figcaption').all()] == ['principal components', 'principal components before the correction']
+    boxes = [page.locator(f'#{i}').bounding_box() for i in ('map-canvas', 'beside-canvas')]
+    assert boxes[0]['y'] == boxes[1]['y'] and boxes[0]['x'] + boxes[0]['width'] < boxes[1]['x']
+    inked = '''id => { const c = document.getElementById(id), d = new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer); return d.filter(v => v !== d[0]).length; }'''
+    assert all(page.evaluate(inked, i) > 500 for i in ('map-canvas', 'beside-canvas'))
+    page.check('#select')                              # what is selected on one is seen on the other
+    b = boxes[1]
+    page.mouse.move(b['x'] + 2, b['y'] + 2)
+    page.mouse.down()
+    page.mouse.move(b['x'] + b['width']/2, b['y'] + b['height'] - 2, steps=3)
+    page.mouse.up()
+    m = corrected[0].data['spaces'][0]['maps'][1]
+    middle = (min(m['x']) + max(m['x']))/2
+    n = sum(x <= middle for x in m['x'])
+    assert 0 < n < len(m['x']) and page.inner_text('#count').startswith(f'{n} of')
+    page.select_option('#beside', 'no')
+    assert page.locator('#map canvas').count() == 1 and page.locator('#map figcaption').count() == 0
+    page.reload()
+    page.wait_for_selector('html[data-ready]')
+    assert page.locator('#map canvas').count() == 1 and page.inner_text('#count').startswith(f'{n} of')
+    tab.page.set_viewport_size(dict(width=400, height=800))
+    assert tab('v=map', corrected[1]).evaluate('document.documentElement.scrollWidth') <= 400
+
+
+@browses
+def test_maps_of_two_predictions_stand_beside_each_other(made, tab):
+    "Embeddings under two protocols, such as before and after the BatchNorm statistics are those of each experiment"
+    page = tab('v=map')
+    assert page.locator('#map canvas').count() == 1
+    page.select_option('#beside', label='adapted: principal components')
+    assert [t.inner_text() for t in page.locator('#map figcaption').all()] == ['inductive: principal components', 'adapted: principal components']
+    page.locator('#beside-canvas').press('+')
+    page.select_option('#prediction', '1')             # that map is the first now, and beside itself it says nothing
+    assert page.locator('#map canvas').count() == 1
+
+
+@browses
+def test_p_values_are_colored_by_their_logarithm(corrected, tab):
+    assert 'log scale' in tab('c=column:hit p', corrected[1]).inner_text('#legend') and 'log scale' not in tab('c=column:hit activity', corrected[1]).inner_text('#legend')
+
+
+@browses
+def test_the_address_keeps_what_was_chosen(made, tab):
+    "A group of the legend, and how channels look"
+    page = tab('w=HUVEC-17_1_B02&c=column:experiment')
+    open_well(page, 'HUVEC-17_1_B02')
+    pixels = "document.querySelector('#well .pics canvas').toDataURL()"
+    first = page.evaluate(pixels)
+    page.click('#channels summary')
+    page.locator('#channels input.hi').first.fill('30')
+    page.locator('#channels input[type=color]').nth(1).fill('#00ff00')
+    page.locator('#channels input[type=checkbox]').nth(2).uncheck()
+    page.locator('#legend button', has_text='HUVEC-18').click()
+    count = page.inner_text('#count')
+    assert count.startswith(f"{(made[0].wells.experiment == 'HUVEC-18').sum()} of")
+    page.wait_for_timeout(100)
+    changed = page.evaluate(pixels)
+    page.reload()
+    page.wait_for_selector('html[data-ready]')
+    open_well(page, 'HUVEC-17_1_B02')
+    assert changed != first and page.evaluate(pixels) == changed and page.inner_text('#count') == count
+    page.click('#channels summary')
+    page.get_by_text('As they were').click()
+    page.wait_for_timeout(100)
+    assert page.evaluate(pixels) == first and 't=' not in page.evaluate('location.hash')
+
+
+@browses
+def test_accuracies_say_that_a_filter_does_not_change_them(made, preds, tab):
+    screen, pred = made[0], preds['inductive']
+    mine = right_wrong(pred, screen.table)
+    mine = mine[mine.experiment == 'HUVEC-18']
+    page = tab('v=accuracy')
+    assert page.locator('#filtered').count() == 0
+    page = tab('v=accuracy&f=experiment&x=HUVEC-18')
+    assert f'{mine.right.sum()} of {len(mine)} are right' in page.inner_text('#filtered')
 
 
 @browses

@@ -656,9 +656,12 @@ def embed_plan(
     model:TrainedModel, # The model of the plan
     plan:PredictionPlan, # Any plan
     progress:bool=True, # Show a progress bar
+    both:bool=False, # Also return them before their correction; `None` where the plan has none
 )->pd.DataFrame: # Embeddings table of the sites that can be named (of single cells: of their wells), corrected if the plan says so
     "Embed the sites of a plan in memory, as it treats them"
-    return _to_name(plan, _as_embedded(model, plan, progress))
+    emb = _as_embedded(model, plan, progress)
+    if not both: return _to_name(plan, emb)
+    return _to_name(plan, emb), _to_name(replace(plan, correction=None), emb) if plan.correction else None
 
 def _answer(model, plan, progress):
     "Name the wells of a plan in memory: predictions, neighbors, the embeddings, and the plan of the last pass"

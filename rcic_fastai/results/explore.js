@@ -63,8 +63,9 @@ const byName = new Map(experiments.map(e => [e.name, e]));
 
 // ---- state, which the address keeps
 const VIEWS = {plates: 'Plates', map: 'Map', confusions: 'Confusions', accuracy: 'Accuracy'};
-const fresh = () => ({v: 'plates', p: 0, e: experiments[0]?.name ?? '', c: P.length ? 'result' : 'label', w: '', q: '', r: '', f: '', x: '', pair: '', m: 'composite', s: 'own', ch: '', k: 0});
-let S = fresh(), brush = null;                                // brush: Set of wells; it is no part of the address
+// g: group of the legend; z: box on a map; b: the map beside; ch: channels that are on; t: their colors, black and white
+const fresh = () => ({v: 'plates', p: 0, e: experiments[0]?.name ?? '', c: P.length ? 'result' : 'label', w: '', q: '', r: '', f: '', x: '', g: '', z: '', pair: '', m: 'composite', s: 'own', ch: '', t: '', k: 0, b: ''});
+let S = fresh(), brush = null;                                // brush: Set of the wells in the box
 const FIRST = fresh();
 function address() {
   const u = new URLSearchParams();
@@ -80,6 +81,7 @@ function read() {
   if (!colorNames().includes(next.c)) next.c = FIRST.c;
   if (!numberOf.has(next.w)) next.w = '';
   if (!columns[next.f]) next.f = next.x = '';
+  if (!boxOf(next.z)) next.z = '';
   S = next;
 }
 function go(change, isStep = true) {                          // a step can be taken back
@@ -91,7 +93,13 @@ function go(change, isStep = true) {                          // a step can be t
   }
   show();
 }
-addEventListener('hashchange', () => { if ((location.hash || '#') !== address()) { read(); show(); } });
+addEventListener('hashchange', () => {
+  if ((location.hash || '#') === address()) return;
+  const were = S.ch + S.t;
+  read();
+  show();
+  if (were !== S.ch + S.t) showWell(true);
+});
 
 // ---- colors: those of Okabe and Ito, which the color-blind tell apart, with a mark where there are more groups than colors
 const HUES = ['#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#b8a500'], MARKS = ['', 'dot', 'bar', 'cross', 'ring', 'line', 'tri', 'box'];
@@ -137,7 +145,7 @@ function setPaint() {
     let lo = Infinity, hi = -Infinity, least = Infinity;
     for (let w = 0; w < N; w++) { const v = value(w); if (v != null) { lo = Math.min(lo, v); hi = Math.max(hi, v); if (v > 0) least = Math.min(least, v); } }
     if (lo > hi) lo = hi = 0;
-    const isLog = !!column && isDose(column.name) && lo >= 0 && hi >= 30*least, from = lo > 0 ? 0 : .15;      // doses go in steps of so many times; 0 is below all
+    const isLog = !!column && (column.log || isDose(column.name)) && lo >= 0 && hi >= 30*least, from = lo > 0 ? 0 : .15;      // doses go in steps of so many times; 0 is below all
     const part = v => isLog ? v > 0 ? from + (1 - from)*Math.log(v/least)/Math.log(hi/least) : 0 : hi > lo ? (v - lo)/(hi - lo) : .5;
     const looks = Array.from({length: 65}, (_, i) => ({color: ramp(i/64), mark: '', edge: true}));
     paint = {look: w => { const v = value(w); return v == null ? none : looks[Math.round(64*part(v))]; }, lo, hi, isLog, value, rest: 'no value'};
@@ -153,7 +161,7 @@ function setPaint() {
 }
 
 // ---- which wells are shown: one filter for all views
-let lit = new Uint8Array(N), nLit = N, pick = null;           // pick: a group of the legend
+let lit = new Uint8Array(N), nLit = N, pick = null;           // pick: the code of the group of the legend that is chosen
 let words = null, wordsOf = -1;
 function hay() {                                              // what a search looks in
   if (wordsOf === S.p) return words;
@@ -442,6 +450,13 @@ async function planes(site) {
 }
 const hexOf = c => '#' + c.map(v => Math.round(255*v).toString(16).padStart(2, '0')).join('');
 const tune = D.channels.map((name, k) => ({name, on: true, color: hexOf(D.colors[k]), lo: 0, hi: 100}));   // as the channels are shown
+function tunedText() {                                        // channels that look otherwise than at first, as text for the address
+  return tune.map((t, k) => t.color === hexOf(D.colors[k]) && t.lo === 0 && t.hi === 100 ? '' : `${k}-${t.color.slice(1)}-${t.lo}-${t.hi}`).filter(Boolean).join('.');
+}
+function setTune() {                                          // channels as the address says
+  const own = new Map(S.t.split('.').map(o => o.match(/^(\d+)-([0-9a-f]{6})-(\d{1,3})-(\d{1,3})$/)).filter(Boolean).map(m => [Number(m[1]), m]));
+  tune.forEach((t, k) => { const m = own.get(k); Object.assign(t, {on: S.ch[k] !== '0', color: m ? '#' + m[2] : hexOf(D.colors[k]), lo: m ? Math.min(m[3], 100) : 0, hi: m ? Math.min(m[4], 100) : 100}); });
+}
 const HOWS = {composite: 'composite', '3d': '3D + 3D', panels: 'one panel per channel'};
 const SCALES = {own: 'its picture', plate: 'the plate', screen: 'the screen'};
 function lookup(site, k) {                                    // stored byte → share of the scale, 0…1
@@ -576,15 +591,16 @@ function controls() {
     s.value = S[key];
     return el('label', {}, title + ' ', s);
   };
-  const slider = (t, end, word) => el('input', {type: 'range', min: 0, max: 100, value: t[end], class: end, 'aria-label': `${t.name}: ${word}, percent of the scale`, oninput: ev => { t[end] = Number(ev.target.value); redraw(); }});
+  const keep = () => go({t: tunedText()}, false);             // when a slider is let go: a browser forgets addresses that change too often
+  const slider = (t, end, word) => el('input', {type: 'range', min: 0, max: 100, value: t[end], class: end, 'aria-label': `${t.name}: ${word}, percent of the scale`, onchange: keep, oninput: ev => { t[end] = Number(ev.target.value); redraw(); }});
   const rows = tune.map((t, k) => {
     const box = el('input', {type: 'checkbox', onchange: ev => { t.on = ev.target.checked; go({ch: tune.every(o => o.on) ? '' : tune.map(o => o.on ? 1 : 0).join('')}, false); redraw(); }});
     box.checked = t.on;
-    return [el('label', {}, box, t.name), el('input', {type: 'color', value: t.color, 'aria-label': `${t.name}: color in the composite`, oninput: ev => { t.color = ev.target.value; redraw(); }}), slider(t, 'lo', 'black'), slider(t, 'hi', 'white')];
+    return [el('label', {}, box, t.name), el('input', {type: 'color', value: t.color, 'aria-label': `${t.name}: color in the composite`, onchange: keep, oninput: ev => { t.color = ev.target.value; redraw(); }}), slider(t, 'lo', 'black'), slider(t, 'hi', 'white')];
   });
   return [el('div', {class: 'row'}, choice('how', 'Show', C > 1 ? HOWS : {composite: 'picture'}, 'm'), choice('scale', 'Scale of', SCALES, 's')),
     el('details', {id: 'channels', open: channelsOpen, ontoggle: ev => { channelsOpen = ev.target.open; }}, el('summary', {}, 'Channels: on, color, black and white'), el('div', {class: 'channels'}, el('span'), el('span'), el('span', {class: 'soft'}, 'black'), el('span', {class: 'soft hi'}, 'white'), rows),
-      el('button', {type: 'button', onclick: () => { tune.forEach((t, k) => Object.assign(t, {on: true, color: hexOf(D.colors[k]), lo: 0, hi: 100})); go({ch: ''}, false); showWell(true); }}, 'As they were'))];
+      el('button', {type: 'button', onclick: () => { go({ch: '', t: ''}, false); showWell(true); }}, 'As they were'))];
 }
 let channelsOpen = false;
 function neighbors(w) {
@@ -624,22 +640,33 @@ function showWell(again = false) {
   redraw().then(() => { if (shownWell === key) root.dataset.ready = S.w; });
 }
 
-// ---- the map of embeddings
-const view = {k: 1, x: 0, y: 0};
-let looks = [], frame = 0, mapOf = '', select = false, box = null, marks = [];
-const space = () => D.spaces[P[S.p]?.space ?? 0];
-function mapPoints() {                                        // points of the map in 0…1, as large as fits
-  const m = space()?.maps[S.k] ?? space()?.maps[0];
-  if (!m) return null;
-  if (!m.unit) {
-    let [a, b, c, d] = [Infinity, -Infinity, Infinity, -Infinity];
-    for (let i = 0; i < m.x.length; i++) { a = Math.min(a, m.x[i]); b = Math.max(b, m.x[i]); c = Math.min(c, m.y[i]); d = Math.max(d, m.y[i]); }
-    const s = Math.max(b - a, d - c) || 1;
-    m.unit = {x: Float32Array.from(m.x, v => (v - (a + b)/2)/s), y: Float32Array.from(m.y, v => -(v - (c + d)/2)/s)};
-  }
+// ---- the map of embeddings, and another one of the same wells beside it
+const panes = ['map-canvas', 'beside-canvas'].map(id => ({id, map: null, k: 1, x: 0, y: 0, marks: [], sheet: null, box: null}));
+let frame = 0, mapOf = '', select = false;
+const spaceNumber = () => P[S.p]?.space ?? 0, space = () => D.spaces[spaceNumber()];
+function unit(m) {                                            // the map with its points in 0…1, as large as fits
+  if (!m || m.unit) return m;
+  let [a, b, c, d] = [Infinity, -Infinity, Infinity, -Infinity];
+  for (let i = 0; i < m.x.length; i++) { a = Math.min(a, m.x[i]); b = Math.max(b, m.x[i]); c = Math.min(c, m.y[i]); d = Math.max(d, m.y[i]); }
+  const s = Math.max(b - a, d - c) || 1;
+  m.unit = {x: Float32Array.from(m.x, v => (v - (a + b)/2)/s), y: Float32Array.from(m.y, v => -(v - (c + d)/2)/s)};
   return m;
 }
-function toScreen(m, i, w, h) { const s = .92*Math.min(w, h)*view.k; return [w/2 + m.unit.x[i]*s + view.x, h/2 + m.unit.y[i]*s + view.y]; }
+const mapNamed = key => { const [i, k] = key.split('.'); return unit(D.spaces[i]?.maps[k]); };      // by numbers of a space and its map
+function besideKey() {                                        // of the map that is shown beside; before a correction, if nothing was chosen
+  if (S.b === 'no' || S.b === `${spaceNumber()}.${S.k}`) return '';
+  if (S.b && mapNamed(S.b)) return S.b;
+  const k = space()?.maps.findIndex(m => m.before === S.k) ?? -1;
+  return k < 0 ? '' : `${spaceNumber()}.${k}`;
+}
+const mapTitle = key => { const sp = D.spaces[key.split('.')[0]]; return `${D.spaces.length > 1 ? `${sp.name}: ` : ''}${mapNamed(key).name}`; };
+function boxOf(text) {                                        // 'space.map,x0,y0,x1,y1' as [map, …numbers]; null for anything else
+  const [key, ...at] = text.split(','), m = key && mapNamed(key), box = at.map(Number);
+  return m && box.length === 4 && box.every(Number.isFinite) ? [m, ...box] : null;
+}
+const wellsIn = ([m, x0, y0, x1, y1]) => new Set(m.wells.filter((_, i) => m.unit.x[i] >= x0 && m.unit.x[i] <= x1 && m.unit.y[i] >= y0 && m.unit.y[i] <= y1));
+const scaleOf = (pane, w, h) => .92*Math.min(w, h)*pane.k;
+function toScreen(pane, i, w, h) { const s = scaleOf(pane, w, h); return [w/2 + pane.map.unit.x[i]*s + pane.x, h/2 + pane.map.unit.y[i]*s + pane.y]; }
 function mapHeight(canvas) { return clamp(innerHeight - canvas.getBoundingClientRect().top - scrollY - 60, 320, 1600); }
 const asPixel = c => { const g = el('canvas', {width: 1, height: 1}).getContext('2d'); g.fillStyle = c; g.fillRect(0, 0, 1, 1); return new Uint32Array(g.getImageData(0, 0, 1, 1).data.buffer)[0]; };
 const dabs = new Map();                                       // stamp → its pixels, laid on the color of the page
@@ -659,14 +686,13 @@ function dab(stampCanvas, ground) {
   dabs.set(stampCanvas, d);
   return d;
 }
-let sheet = null;                                             // the pixels of the map: thousands of points are written faster than drawn
-function drawMap() {
-  const canvas = $('map-canvas'), m = mapPoints();
+function drawMap(pane) {                                      // thousands of points are written into its pixels, which is faster than drawing them
+  const canvas = $(pane.id), m = pane.map;
   if (!canvas || !m) return;
-  const [g, w, h, ratio] = fit(canvas, canvas.room ??= mapHeight(canvas)), W0 = canvas.width, H0 = canvas.height;
-  if (sheet?.width !== W0 || sheet?.height !== H0) sheet = g.createImageData(W0, H0);
-  const out = new Uint32Array(sheet.data.buffer), ground = marks.ground, {x, y} = m.unit;
-  const s = .92*Math.min(w, h)*view.k*ratio, x0 = (w/2 + view.x)*ratio, y0 = (h/2 + view.y)*ratio;
+  const [g, w, h, ratio] = fit(canvas, canvas.room ??= mapHeight(canvas)), W0 = canvas.width, H0 = canvas.height, {marks, box} = pane;
+  if (pane.sheet?.width !== W0 || pane.sheet?.height !== H0) pane.sheet = g.createImageData(W0, H0);
+  const out = new Uint32Array(pane.sheet.data.buffer), ground = marks.ground, {x, y} = m.unit;
+  const s = scaleOf(pane, w, h)*ratio, x0 = (w/2 + pane.x)*ratio, y0 = (h/2 + pane.y)*ratio;
   out.fill(ground);
   for (const i of marks.order) {
     const d = marks[i], px = Math.round(x0 + x[i]*s), py = Math.round(y0 + y[i]*s), {at, color, half} = d;
@@ -675,43 +701,45 @@ function drawMap() {
       for (let j = 0; j < color.length; j++) { const u = px + at[2*j], v = py + at[2*j + 1]; if (u >= 0 && v >= 0 && u < W0 && v < H0) out[v*W0 + u] = color[j]; }
     } else { const o = py*W0 + px; for (let j = 0; j < color.length; j++) out[o + at[2*j + 1]*W0 + at[2*j]] = color[j]; }
   }
-  g.putImageData(sheet, 0, 0);
+  g.putImageData(pane.sheet, 0, 0);
   const open = S.w ? m.wells.indexOf(numberOf.get(S.w)) : -1;
-  if (open >= 0) { const [px, py] = toScreen(m, open, w, h); g.strokeStyle = css('--fg'); g.lineWidth = 2.2; g.beginPath(); g.arc(px, py, mapRadius(m.wells.length) + 4, 0, 7); g.stroke(); }
+  if (open >= 0) { const [px, py] = toScreen(pane, open, w, h); g.strokeStyle = css('--fg'); g.lineWidth = 2.2; g.beginPath(); g.arc(px, py, mapRadius(pane) + 4, 0, 7); g.stroke(); }
   if (box) { g.strokeStyle = css('--accent'); g.lineWidth = 1.5; g.setLineDash([5, 3]); g.strokeRect(box.x, box.y, box.w, box.h); g.setLineDash([]); }
 }
-const mapRadius = n => clamp(Math.round(60/Math.sqrt(n)*4)/2, 2.5, 7)*Math.min(1 + .12*Math.log2(Math.max(view.k, 1)), 1.8);
-function setMarks() {
-  const m = mapPoints(), ratio = Math.min(devicePixelRatio || 1, 3);
+const mapRadius = pane => clamp(Math.round(60/Math.sqrt(pane.map.wells.length)*4)/2, 2.5, 7)*Math.min(1 + .12*Math.log2(Math.max(pane.k, 1)), 1.8);
+function setMarks(pane) {
+  const m = pane.map, ratio = Math.min(devicePixelRatio || 1, 3);
   if (!m) return;
-  const r = Math.round(2*mapRadius(m.wells.length))/2, key = `${drawn}|${r}|${ratio}|${S.k}|${P[S.p]?.space}`, ground = asPixel(css('--bg'));
-  if (marks.key === key && marks.ground === ground) return;
-  marks = m.wells.map(w => dab(stamp(paint.look(w), kind(w), r, !lit[w], ratio), ground));
+  const r = Math.round(2*mapRadius(pane))/2, key = `${drawn}|${r}|${ratio}`, ground = asPixel(css('--bg'));
+  if (pane.marks.key === key && pane.marks.map === m && pane.marks.ground === ground) return;
+  const marks = pane.marks = m.wells.map(w => dab(stamp(paint.look(w), kind(w), r, !lit[w], ratio), ground));
   const layers = [[], [], []];                                // what is faded lies below what is gray, and that below colors
   m.wells.forEach((w, i) => { const look = paint.look(w); layers[!lit[w] ? 0 : look.empty || look.name === 'others' && look.color === GRAY ? 1 : 2].push(i); });
   marks.order = Int32Array.from(layers.flat());
-  Object.assign(marks, {key, ground});
+  Object.assign(marks, {key, ground, map: m});
 }
-function later() { if (!frame) frame = requestAnimationFrame(() => { frame = 0; drawMap(); }); }
-function zoom(f, cx, cy) {
-  const canvas = $('map-canvas'), w = canvas.clientWidth, h = canvas.clientHeight, k = clamp(view.k*f, .5, 200), q = k/view.k;
+function later() { if (!frame) frame = requestAnimationFrame(() => { frame = 0; panes.forEach(drawMap); }); }
+function zoom(pane, f, cx, cy) {
+  const canvas = $(pane.id);
+  if (!canvas) return;
+  const w = canvas.clientWidth, h = canvas.clientHeight, k = clamp(pane.k*f, .5, 200), q = k/pane.k;
   cx ??= w/2; cy ??= h/2;
-  view.x = (cx - w/2)*(1 - q) + view.x*q;
-  view.y = (cy - h/2)*(1 - q) + view.y*q;
-  view.k = k;
-  setMarks();
+  pane.x = (cx - w/2)*(1 - q) + pane.x*q;
+  pane.y = (cy - h/2)*(1 - q) + pane.y*q;
+  pane.k = k;
+  setMarks(pane);
   later();
 }
-function nearest(ev, reach = 12) {
-  const canvas = $('map-canvas'), b = canvas.getBoundingClientRect(), m = mapPoints(), x = ev.clientX - b.left, y = ev.clientY - b.top;
+function nearest(pane, ev, reach = 12) {
+  const canvas = $(pane.id), b = canvas.getBoundingClientRect(), m = pane.map, x = ev.clientX - b.left, y = ev.clientY - b.top;
   let best = null, d = reach*reach;
   for (let i = 0; i < m.wells.length; i++) {
-    const [px, py] = toScreen(m, i, canvas.clientWidth, canvas.clientHeight), dist = (px - x)**2 + (py - y)**2 + (lit[m.wells[i]] ? 0 : 40);
+    const [px, py] = toScreen(pane, i, canvas.clientWidth, canvas.clientHeight), dist = (px - x)**2 + (py - y)**2 + (lit[m.wells[i]] ? 0 : 40);
     if (dist < d) { d = dist; best = m.wells[i]; }
   }
   return best;
 }
-function mapPointers(canvas) {
+function mapPointers(canvas, pane) {
   const down = new Map();
   let moved = 0, apart = 0;
   const spread = () => { const [a, b] = [...down.values()]; return Math.hypot(a.x - b.x, a.y - b.y); };
@@ -720,71 +748,84 @@ function mapPointers(canvas) {
     down.set(ev.pointerId, {x: ev.clientX, y: ev.clientY});
     moved = 0;
     const b = canvas.getBoundingClientRect();
-    box = (select || ev.shiftKey) && down.size === 1 ? {x: ev.clientX - b.left, y: ev.clientY - b.top, w: 0, h: 0} : null;
+    pane.box = (select || ev.shiftKey) && down.size === 1 ? {x: ev.clientX - b.left, y: ev.clientY - b.top, w: 0, h: 0} : null;
     if (down.size === 2) apart = spread();
   });
   canvas.addEventListener('pointermove', ev => {
     const p = down.get(ev.pointerId);
-    if (!p) { if (ev.pointerType === 'mouse') tip(nearest(ev), ev.clientX, ev.clientY); return; }
+    if (!p) { if (ev.pointerType === 'mouse') tip(nearest(pane, ev), ev.clientX, ev.clientY); return; }
     const dx = ev.clientX - p.x, dy = ev.clientY - p.y, b = canvas.getBoundingClientRect();
     moved += Math.abs(dx) + Math.abs(dy);
     down.set(ev.pointerId, {x: ev.clientX, y: ev.clientY});
-    if (down.size === 2) { const now = spread(), [a, c] = [...down.values()]; zoom(now/(apart || now), (a.x + c.x)/2 - b.left, (a.y + c.y)/2 - b.top); apart = now; }
-    else if (box) { box.w += dx; box.h += dy; later(); }
-    else { view.x += dx; view.y += dy; later(); }
+    if (down.size === 2) { const now = spread(), [a, c] = [...down.values()]; zoom(pane, now/(apart || now), (a.x + c.x)/2 - b.left, (a.y + c.y)/2 - b.top); apart = now; }
+    else if (pane.box) { pane.box.w += dx; pane.box.h += dy; later(); }
+    else { pane.x += dx; pane.y += dy; later(); }
     tip(null);
   });
   const up = ev => {
     if (!down.delete(ev.pointerId)) return;
-    if (box && moved > 6) selectBox();
-    else if (moved <= 6 && ev.type === 'pointerup') { const w = nearest(ev, ev.pointerType === 'mouse' ? 12 : 24); if (w != null) openWell(w); }
-    box = null;
+    const box = pane.box;
+    pane.box = null;
+    if (box && moved > 6) selectBox(pane, box);
+    else if (moved <= 6 && ev.type === 'pointerup') { const w = nearest(pane, ev, ev.pointerType === 'mouse' ? 12 : 24); if (w != null) openWell(w); }
     later();
   };
   canvas.addEventListener('pointerup', up);
   canvas.addEventListener('pointercancel', up);
   canvas.addEventListener('pointerleave', () => tip(null));
-  canvas.addEventListener('wheel', ev => { ev.preventDefault(); const b = canvas.getBoundingClientRect(); zoom(Math.exp(-ev.deltaY*.0015), ev.clientX - b.left, ev.clientY - b.top); }, {passive: false});
+  canvas.addEventListener('wheel', ev => { ev.preventDefault(); const b = canvas.getBoundingClientRect(); zoom(pane, Math.exp(-ev.deltaY*.0015), ev.clientX - b.left, ev.clientY - b.top); }, {passive: false});
   canvas.addEventListener('keydown', ev => {
     const move = {ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60]}[ev.key];
-    if (move) { view.x += move[0]; view.y += move[1]; later(); }
-    else if (ev.key === '+' || ev.key === '=') zoom(1.3);
-    else if (ev.key === '-') zoom(1/1.3);
-    else if (ev.key === '0') resetMap();
+    if (move) { pane.x += move[0]; pane.y += move[1]; later(); }
+    else if (ev.key === '+' || ev.key === '=') zoom(pane, 1.3);
+    else if (ev.key === '-') zoom(pane, 1/1.3);
+    else if (ev.key === '0') resetMap(pane);
     else return;
     ev.preventDefault();
   });
 }
-function resetMap() { Object.assign(view, {k: 1, x: 0, y: 0}); if (paint) setMarks(); later(); }
-function selectBox() {
-  const canvas = $('map-canvas'), m = mapPoints(), [x0, x1] = [box.x, box.x + box.w].sort((a, b) => a - b), [y0, y1] = [box.y, box.y + box.h].sort((a, b) => a - b);
-  brush = new Set(m.wells.filter((_, i) => { const [x, y] = toScreen(m, i, canvas.clientWidth, canvas.clientHeight); return x >= x0 && x <= x1 && y >= y0 && y <= y1; }));
-  if (!brush.size) brush = null;
-  show();
+function resetMap(pane) { Object.assign(pane, {k: 1, x: 0, y: 0}); setMarks(pane); later(); }
+function selectBox(pane, box) {                               // the box in the numbers of its map, so that the address can keep it
+  const canvas = $(pane.id), w = canvas.clientWidth, h = canvas.clientHeight, s = scaleOf(pane, w, h);
+  const [x0, x1] = [box.x, box.x + box.w].sort((a, b) => a - b), [y0, y1] = [box.y, box.y + box.h].sort((a, b) => a - b);
+  const at = [[x0, w, pane.x], [y0, h, pane.y], [x1, w, pane.x], [y1, h, pane.y]].map(([v, size, off]) => +((v - size/2 - off)/s).toFixed(4));
+  const z = [pane.key, ...at].join();
+  go({z: wellsIn(boxOf(z)).size ? z : ''});
 }
-function canvasRoom() { const c = $('map-canvas'); if (c) c.room = mapHeight(c); }
+function canvasRoom() { for (const {id} of panes) { const c = $(id); if (c) c.room = mapHeight(c); } }
+function mapBar(sp, beside) {                                 // what stands above the maps
+  const which = el('select', {id: 'which', onchange: ev => { panes.forEach(resetMap); go({k: Number(ev.target.value)}); }}, sp.maps.flatMap((m, i) => m.before == null ? [el('option', {value: i}, m.name)] : []));
+  const others = D.spaces.flatMap((o, i) => o.maps.map((_, k) => `${i}.${k}`)).filter(key => key !== `${spaceNumber()}.${S.k}`);
+  const second = el('select', {id: 'beside', onchange: ev => { resetMap(panes[1]); go({b: ev.target.value}); }}, el('option', {value: 'no'}, 'no other map'), others.map(key => el('option', {value: key}, mapTitle(key))));
+  second.value = beside || 'no';
+  const both = f => () => panes.forEach(p => { if (p.map) f(p); }), button = (t, name, f) => el('button', {type: 'button', 'aria-label': name, onclick: both(f)}, t);
+  const box = el('input', {type: 'checkbox', id: 'select', onchange: ev => { select = ev.target.checked; for (const {id} of panes) $(id)?.classList.toggle('select', select); }});
+  box.checked = select;
+  return el('div', {class: 'row'}, el('label', {}, 'Map ', which), others.length ? el('label', {}, 'beside it ', second) : null, button('+', 'Zoom in', p => zoom(p, 1.4)), button('−', 'Zoom out', p => zoom(p, 1/1.4)), button('All', 'Show all points', resetMap),
+    el('label', {}, box, ' select by dragging (or Shift)'), el('span', {class: 'soft', id: 'map-said'}));
+}
+function mapFigure(pane, isAlone) {
+  const name = mapTitle(pane.key), canvas = el('canvas', {id: pane.id, class: select ? 'select' : '', tabindex: 0, role: 'application', 'aria-roledescription': 'map', 'aria-label': `Map of embeddings (${name}): arrow keys move it, plus and minus zoom, 0 shows all; the wells that are shown are listed below`});
+  mapPointers(canvas, pane);
+  return el('figure', {}, isAlone ? null : el('figcaption', {class: 'soft'}, name), canvas);
+}
 function showMap() {
   const root = $('map'), sp = space();
   if (!sp?.maps.length) { fill(root, el('p', {class: 'none'}, 'This page holds no embeddings.')); mapOf = ''; return; }
-  if (!sp.maps[S.k]) S.k = 0;
-  if (mapOf !== `${P[S.p]?.space}`) {
-    mapOf = `${P[S.p]?.space}`;
-    const which = el('select', {id: 'which', onchange: ev => { resetMap(); go({k: Number(ev.target.value)}); }}, sp.maps.map((m, i) => el('option', {value: i}, m.name)));
-    const button = (t, name, f) => el('button', {type: 'button', 'aria-label': name, onclick: f}, t);
-    const canvas = el('canvas', {id: 'map-canvas', tabindex: 0, role: 'application', 'aria-roledescription': 'map', 'aria-label': 'Map of embeddings: arrow keys move it, plus and minus zoom, 0 shows all; the wells that are shown are listed below'});
-    const box = el('input', {type: 'checkbox', id: 'select', onchange: ev => { select = ev.target.checked; canvas.classList.toggle('select', select); }});
-    box.checked = select;
-    canvas.classList.toggle('select', select);
-    fill(root, el('div', {class: 'row'}, el('label', {}, 'Map ', which), button('+', 'Zoom in', () => zoom(1.4)), button('−', 'Zoom out', () => zoom(1/1.4)), button('All', 'Show all points', resetMap),
-      el('label', {}, box, ' select by dragging (or Shift)'), el('span', {class: 'soft', id: 'map-said'})), canvas, el('div', {class: 'list', id: 'map-list'}));
-    mapPointers(canvas);
+  if (!sp.maps[S.k] || sp.maps[S.k].before != null) S.k = 0;
+  const keys = [`${spaceNumber()}.${S.k}`, besideKey()];
+  panes.forEach((pane, i) => Object.assign(pane, {key: keys[i], map: keys[i] ? mapNamed(keys[i]) : null}));
+  if (mapOf !== keys.join()) {
+    mapOf = keys.join();
+    const focus = root.contains(document.activeElement) ? document.activeElement.id : '';
+    fill(root, mapBar(sp, keys[1]), el('div', {class: keys[1] ? 'maps two' : 'maps'}, panes.filter(p => p.map).map(p => mapFigure(p, !keys[1]))), el('div', {class: 'list', id: 'map-list'}));
+    if (focus) $(focus)?.focus();
   }
   $('which').value = S.k;
-  const m = mapPoints();
+  const m = panes[0].map;
   $('map-said').textContent = `${m.wells.length < N ? `${m.wells.length.toLocaleString('en')} of ${count(N, 'well')}: those that were learned or named` : count(N, 'well')}. ${sp.name[0].toUpperCase() + sp.name.slice(1)} embeddings. ${m.about}`;
   canvasRoom();
-  setMarks();
-  drawMap();
+  panes.forEach(p => { setMarks(p); drawMap(p); });
   const mine = m.wells.filter(w => lit[w]);
   fill($('map-list'), isFiltered() ? [...mine.slice(0, 40).map(w => el('button', {type: 'button', onclick: () => openWell(w, true)}, `${W.id[w]} ${label(truth(w))}`)), mine.length > 40 ? el('span', {class: 'soft'}, `and ${mine.length - 40} more`) : null] : null);
 }
@@ -830,7 +871,9 @@ function showConfusions() {
 function showAccuracy() {
   const root = $('accuracy'), A = D.accuracy;
   if (!A.length) { fill(root, el('p', {class: 'none'}, 'The labels of the named wells are not known, so there is no accuracy.')); return; }
-  fill(root, el('p', {class: 'soft'}, D.accuracy_note), el('div', {class: 'blocks'}, A.map(a => el('div', {}, el('h2', {}, a.name, ' ', el('span', {class: 'tag soft'}, a.protocol)), el('p', {class: 'soft about'}, P.find(p => p.name === a.name)?.about ?? ''), el('div', {class: 'wide'}, el('table', {},
+  const shown = Array.from({length: N}, (_, w) => w).filter(w => lit[w]), [right, n] = P.length ? tally(shown) : [0, 0];
+  const filtered = isFiltered() ? el('p', {id: 'filtered'}, `These figures are of all named wells: a filter does not change them. Of the ${count(nLit, 'well')} shown now, ${n ? `${right} of ${n} are right (${share(right, n)}, ${P[S.p].protocol})` : 'none was named and has a known label'}.`) : null;
+  fill(root, filtered, el('p', {class: 'soft'}, D.accuracy_note), el('div', {class: 'blocks'}, A.map(a => el('div', {}, el('h2', {}, a.name, ' ', el('span', {class: 'tag soft'}, a.protocol)), el('p', {class: 'soft about'}, P.find(p => p.name === a.name)?.about ?? ''), el('div', {class: 'wide'}, el('table', {},
     el('thead', {}, el('tr', {}, el('th', {}, 'wells of'), el('th', {class: 'n'}, 'wells'), el('th', {class: 'n'}, 'right'), el('th', {class: 'n'}, '95% interval'), el('th', {class: 'bars'}, '0 … 1, chance in orange'))),
     el('tbody', {}, a.rows.map(r => {
       const bar = el('div', {class: 'interval', 'aria-hidden': true}), put = (tag, from, to) => { const o = el(tag); o.style.left = `${100*from}%`; if (to != null) o.style.width = `${100*(to - from)}%`; bar.append(o); };
@@ -856,7 +899,7 @@ function showLegend() {
   if (!isShown) return;
   const gray = {color: css('--empty'), mark: '', empty: true}, head = el('b', {}, colorTitle(S.c)), parts = [];
   if (paint.groups) {
-    for (const [code, look] of paint.groups) parts.push(el('button', {type: 'button', 'aria-pressed': pick === code ? 'true' : 'false', onclick: () => { pick = pick === code ? null : code; show(); }}, swatch(look), `${look.name} (${look.n})`));
+    for (const [code, look] of paint.groups) parts.push(el('button', {type: 'button', 'aria-pressed': pick === code ? 'true' : 'false', onclick: () => go({g: pick === code ? '' : look.name})}, swatch(look), `${look.name} (${look.n})`));
     if (paint.more) parts.push(el('span', {}, swatch({color: GRAY, mark: ''}), ` ${paint.more} more, too many for colors: search for one`));
   } else {
     const bar = el('span', {class: 'ramp', role: 'img', 'aria-label': 'from dark blue (low) to yellow (high)'});
@@ -888,20 +931,20 @@ function showBar() {
   $('clear').hidden = !isFiltered();
   const chip = (t, f) => el('button', {type: 'button', class: 'chip', onclick: f}, t + ' ✕');
   const [is, as] = S.pair.split('\t');
-  fill($('chips'), S.pair ? chip(as ? `${is} named ${as}` : is, () => go({pair: ''})) : null, brush ? chip(`${count(brush.size, 'selected well')}`, () => { brush = null; show(); }) : null);
+  fill($('chips'), S.pair ? chip(as ? `${is} named ${as}` : is, () => go({pair: ''})) : null, brush ? chip(`${count(brush.size, 'selected well')}`, () => go({z: ''})) : null);
   for (const [k] of Object.entries(VIEWS)) { const t = $('tab-' + k), is = k === S.v; t.setAttribute('aria-selected', String(is)); t.tabIndex = is ? 0 : -1; $(k).hidden = !is; }
 }
 let drawn = 0, drawnKey = '', turns = 0;                       // drawn: number of the look that wells have now
 function show(again = false) {
-  if (S.ch) tune.forEach((t, k) => { t.on = S.ch[k] !== '0'; });
-  const key = () => [S.p, S.c, S.q, S.r, S.f, S.x, S.pair, pick, brushNumber(), turns].join('\t');
+  setTune();
   if (again) { turns++; stamps.clear(); }
-  const isNew = key() !== drawnKey;
-  if (isNew) {
+  const key = [S.p, S.c, S.q, S.r, S.f, S.x, S.pair, S.g, S.z, turns].join('\t');
+  if (key !== drawnKey) {
     setPaint();
-    if (pick != null && !paint.groups?.has(pick)) pick = null;
+    pick = S.g ? [...paint.groups ?? []].find(([, look]) => look.name === S.g)?.[0] ?? null : null;
+    brush = S.z ? wellsIn(boxOf(S.z)) : null;
     setFilter();
-    drawnKey = key();
+    drawnKey = key;
     drawn++;
   }
   showBar();
@@ -910,16 +953,14 @@ function show(again = false) {
   showWell();
   ({plates: showPlates, map: showMap, confusions: showConfusions, accuracy: showAccuracy})[S.v]();
 }
-const brushes = new Map();
-function brushNumber() { if (brush && !brushes.has(brush)) brushes.set(brush, brushes.size + 1); return brush ? brushes.get(brush) : 0; }
 function start() {
   fill($('tabs'), Object.entries(VIEWS).map(([k, title]) => el('button', {type: 'button', role: 'tab', id: 'tab-' + k, 'aria-controls': k, onclick: () => go({v: k})}, title)));
   $('tabs').addEventListener('keydown', ev => {
     const keys = Object.keys(VIEWS), d = {ArrowRight: 1, ArrowLeft: -1}[ev.key];
     if (d) { go({v: keys[(keys.indexOf(S.v) + d + keys.length) % keys.length]}); $('tab-' + S.v).focus(); }
   });
-  $('prediction').addEventListener('change', ev => { pick = null; go({p: Number(ev.target.value)}); });
-  $('color').addEventListener('change', ev => { pick = null; go({c: ev.target.value}); });
+  $('prediction').addEventListener('change', ev => go({p: Number(ev.target.value), g: ''}));
+  $('color').addEventListener('change', ev => go({c: ev.target.value, g: ''}));
   $('result').addEventListener('change', ev => go({r: ev.target.value}));
   $('column').addEventListener('change', ev => go({f: ev.target.value, x: ''}));
   $('value').addEventListener('change', ev => go({x: ev.target.value}));
@@ -928,7 +969,7 @@ function start() {
     if (ev.key === 'Enter') { const w = lit.indexOf(1); if (w >= 0) openWell(w, true); }
     if (ev.key === 'Escape' && S.q) { ev.target.value = ''; go({q: ''}, false); ev.stopPropagation(); }
   });
-  $('clear').addEventListener('click', () => { brush = pick = null; $('search').value = ''; go({q: '', r: '', f: '', x: '', pair: ''}); });
+  $('clear').addEventListener('click', () => { $('search').value = ''; go({q: '', r: '', f: '', x: '', pair: '', g: '', z: ''}); });
   $('skip').addEventListener('click', ev => { ev.preventDefault(); ($('views').querySelector('canvas,button'))?.focus(); });
   document.addEventListener('keydown', ev => { if (ev.key === 'Escape' && S.w) closeWell(); });
   addEventListener('resize', () => { clearTimeout(start.t); start.t = setTimeout(() => show(), 60); });

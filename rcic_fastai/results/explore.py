@@ -93,6 +93,7 @@ def group_scales(
 
 # %% ../../nbs/64_results.explore.ipynb #55fcde8c
 FEW = 24     # whole numbers with at most so many different values are groups, such as plates
+_LOG = ('hit p', 'hit q')     # colored by their logarithm
 
 def _codes(s):
     "Return the codes of a column (−1: missing), and its names"
@@ -108,10 +109,10 @@ def page_column(
     s:pd.Series, # One value per well
 )->dict: # name, kind (text or number), and names and codes, or values
     "Return a column of a table as plain data"
-    is_number = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s)
+    is_number, log = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s), dict(log=True) if s.name in _LOG else {}
     is_whole = is_number and pd.api.types.is_integer_dtype(s)
     if is_number and not (is_whole and s.nunique() <= FEW):
-        return dict(name=str(s.name), kind='number', values=_short(pd.to_numeric(s).astype('float64')))
+        return dict(name=str(s.name), kind='number', values=_short(pd.to_numeric(s).astype('float64')), **log)
     codes, names = _codes(s)
     return dict(name=str(s.name), kind='text', names=names, codes=codes)
 
@@ -153,7 +154,7 @@ def page_wells(
     at, known = _places(w.get('well', pd.Series([None]*len(w)))), {n: i for i, n in enumerate(labels)}
     truth = [known.get(str(v), -1) if pd.notna(v) else -1 for v in w[target]]
     shown = w[[c for c in w if c not in _OWN_COLUMNS | {target}]].infer_objects()
-    if more is not None: shown = shown.join(more)
+    if more is not None: shown = shown.drop(columns=[c for c in shown if c in more]).join(more)
     return dict(id=w['well_id'].astype(str).tolist(), well=[str(v) if pd.notna(v) else '' for v in w.get('well', [''])], row=at[:, 0].tolist(),
                 col=at[:, 1].tolist(), kind=[_KINDS.get(t, 0) for t in w.get('well_type', [''])], truth=truth,
                 experiment=_codes(w['experiment'])[0], plate=_codes(w['plate'])[0], columns=[page_column(shown[c]) for c in shown])
@@ -166,6 +167,7 @@ class EmbeddingSpace:
     emb:pd.DataFrame # Embeddings table of the sites (or wells) to name
     index:EmbeddingIndex # Over labeled embeddings
     k:int=5 # Neighbors of each site
+    before:'EmbeddingSpace'=None # The same before the correction, where there was one
 
     def __repr__(self): return f'EmbeddingSpace {self.name}: {plural(len(self.emb), "embedding")}, index of {len(self.index)}'
 
@@ -226,16 +228,23 @@ def umap_plane(
         warnings.simplefilter('ignore')
         return make(metric='cosine', random_state=seed, n_neighbors=min(15, max(len(emb) - 1, 2))).fit_transform(emb_features(emb))
 
-def space_maps(
-    space:EmbeddingSpace,
-    umap:str='auto', # Add a UMAP: yes, no, or auto (where umap-learn is installed)
-)->list: # name, about, well_id, x, y
-    "Return the maps of the wells of a space"
+_ABOUT_MAPS = {'principal components': 'Two principal components of the mean embedding of each well.',
+               'UMAP': 'UMAP of the mean embedding of each well: distances between groups mean little.'}
+
+def _maps_of(space, umap):
+    "Return the maps of the wells of a space as it is"
     wells = _space_wells(space)
     ids, maps = wells[f'{META}well_id'].astype(str).tolist(), [('principal components', principal_plane(wells))]
     if (xy := umap_plane(wells, umap)) is not None: maps.append(('UMAP', xy))
-    about = {'principal components': 'Two principal components of the mean embedding of each well.', 'UMAP': 'UMAP of the mean embedding of each well: distances between groups mean little.'}
-    return [dict(name=n, about=about[n], well_id=ids, x=_short(xy[:, 0]), y=_short(xy[:, 1])) for n, xy in maps]
+    return [dict(name=n, about=_ABOUT_MAPS[n], well_id=ids, x=_short(xy[:, 0]), y=_short(xy[:, 1]), before=None) for n, xy in maps]
+
+def space_maps(
+    space:EmbeddingSpace,
+    umap:str='auto', # Add a UMAP: yes, no, or auto (where umap-learn is installed)
+)->list: # name, about, well_id, x, y, before (`None`, or the number of the map that this one was before the correction)
+    "Return the maps of the wells of a space, and the same before the correction, where there was one"
+    maps, earlier = _maps_of(space, umap), [] if space.before is None else _maps_of(space.before, umap)
+    return maps + [{**m, 'name': f'{m["name"]} before the correction', 'before': i} for i, m in enumerate(earlier)]
 
 # %% ../../nbs/64_results.explore.ipynb #5ff320a8
 def _scores_of(space, pred, protocol, search):
@@ -510,7 +519,7 @@ def _site_numbers(ids, sites):
 def _page_space(space, near, sites, wells, umap):
     "Return a space as plain data"
     at, maps = {w: i for i, w in enumerate(wells)}, space_maps(space, umap)
-    maps = [{**{k: m[k] for k in ('name', 'about', 'x', 'y')}, 'wells': [at[w] for w in m['well_id']]} for m in maps]
+    maps = [{**{k: m[k] for k in ('name', 'about', 'x', 'y', 'before')}, 'wells': [at[w] for w in m['well_id']]} for m in maps]
     numbers = {c: _site_numbers(near[c].tolist(), sites).tolist() for c in ('query', 'site')}
     return dict(name=space.name, near=dict(**numbers, cosine=_short(near['cosine'])), maps=maps)
 
@@ -634,13 +643,14 @@ def _space_key(plan):
 def _plan_space(model, screen, protocol, given, spaces, progress, kwargs):
     "Return the space and the plan of a protocol; spaces that are alike are made once"
     plan = plan_prediction(model, screen, protocol, **{**kwargs, 'by': 'index'})
-    key, emb = (*_space_key(plan), id(given)), given
+    key, emb, before = (*_space_key(plan), id(given)), given, None
     if key in spaces: return spaces[key], plan
     while True:
-        if emb is None: emb = embed_plan(model, plan, progress)
+        if emb is None: emb, before = embed_plan(model, plan, progress, both=True)
         if plan.told is None: break
         plan, emb = told_plan(plan, predict_wells(emb, plan.index, plan.protocol, **plan.search)[0]), None
-    space = EmbeddingSpace(str(protocol), next(iter(nameable([emb], plan.index))), plan.index, plan.search['k'])
+    if before is not None: before = EmbeddingSpace('before', before, model.adapted_index if plan.options.adapt else model.index)
+    space = EmbeddingSpace(str(protocol), next(iter(nameable([emb], plan.index))), plan.index, plan.search['k'], before)
     spaces[key] = space
     return space, plan
 
@@ -694,6 +704,36 @@ def _seen_wells(model, screen):
     seen = np.select([trained_wells(model, wells), known, held], ['learned', 'in the index', 'held out'], 'not used')
     return pd.DataFrame({'in training': seen}, index=wells.well_id.astype(str))
 
+# %% ../../nbs/64_results.explore.ipynb #7a9b0bda
+_OF_HITS = ('n_wells', 'activity', 'p', 'q', 'hit')
+
+def _read_hits(hits):
+    "Return a table of `find_hits`, whose first columns name the perturbation"
+    if isinstance(hits, pd.DataFrame): t, where = hits, 'The table of hits'
+    else:
+        t, where = read_table(hits), str(hits)
+        if not is_parquet(hits): t = t.map(csv_name)
+    lacks = [c for c in _OF_HITS if c not in t]
+    if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: give {option("hits")} a table that rcic_hits wrote.')
+    return t
+
+def _hit_columns(hits, table):
+    "Return what was found of the perturbation of each well, by well_id"
+    names, wells = list(hits.columns[:hits.columns.get_loc('n_wells')]), table.drop_duplicates('well_id')
+    if lacks := [c for c in names if c not in table]:
+        raise ScreenError(f'The hits are of {" and ".join(names)}, and the screen has no column {lacks[0]}: give it a table with that column, or find hits of what it has.')
+    def alike(t): return t[names].assign(**{c: pd.to_numeric(t[c], errors='coerce') if pd.api.types.is_numeric_dtype(table[c]) else t[c].map(str, na_action='ignore') for c in names})
+    numbers = {f'hit {c}': pd.to_numeric(hits[c]) for c in ('p', 'q', 'activity')}
+    said = hits['hit'].map(lambda v: 'hit' if str(v) == 'True' else 'no hit')
+    found = alike(wells).merge(alike(hits).assign(hit=said, **numbers), on=names, how='left')
+    if found['hit'].isna().all(): raise ScreenError(f'No well of the screen holds what the hits are of ({first_few(hits[names[0]], 3)}): give hits of this screen.')
+    return found[['hit', *numbers]].set_axis(wells['well_id'].astype(str))
+
+def _more_columns(model, screen, hits):
+    "Return further columns of wells, by well_id; `None` where there are none"
+    parts = [*([] if model is None else [_seen_wells(model, screen)]), *([] if hits is None else [_hit_columns(hits, screen.table)])]
+    return pd.concat(parts, axis=1) if parts else None
+
 # %% ../../nbs/64_results.explore.ipynb #46e76f63
 def _page_columns(model, screen, predictions, protocol, embeddings, progress, kwargs):
     "Return the predictions of a page with their spaces"
@@ -714,6 +754,7 @@ def explore(
     out=None, # HTML file to write; or, for a whole screen, a folder: `index.html`, and files with all pictures beside it; `None`: only the page is returned, which a notebook shows
     protocol='inductive', # Without `predictions`: inductive, adapted or transductive, or several
     embeddings=None, # Embeddings tables that the predictions were made of: one, a list, or a dict by name; `None`: the sites are embedded again
+    hits=None, # Table of `find_hits`, or its file: wells get the p-value, the q-value and the activity of what is in them
     max_mb:float=25., # Most megabytes of the page; pictures that do not fit are left out, and the page says of which wells (in a folder, pictures need no room in the page)
     side:int=96, # Longer side of each picture, px; 0: no pictures
     quality:int=70, # Of the pictures, 0 to 100
@@ -726,12 +767,12 @@ def explore(
     _check_pictures(max_mb, side, quality)
     umap_class(umap)
     if out is not None: check_page_path(out)
-    screen = open_screen(screen, check=False)
+    screen, hits = open_screen(screen, check=False), None if hits is None else _read_hits(hits)
     asked = asked_experiments([model], screen, kwargs.pop('experiments', '')) if isinstance(model, TrainedModel) else screen       # once, as it may say something
     columns = _page_columns(model, asked, predictions, protocol, embeddings, progress, kwargs)
     target = columns[0].pred.attrs.get('target', 'sirna') if columns else 'sirna' if model is None else model.spec.target
     screen = screen[target_table(screen.table, target)]
-    how = columns, target, max_mb, side, quality, umap, title, None if model is None else _seen_wells(model, screen)
+    how = columns, target, max_mb, side, quality, umap, title, _more_columns(model, screen, hits)
     if is_page_folder(out):
         with _new_folder(out) as folder:
             page = screen_page(screen, *how, folder)

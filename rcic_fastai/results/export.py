@@ -178,7 +178,7 @@ def atlas_table(
 
 def _with_map(t, space, sites, n):
     "Return the wells that are on the map of a space, with their places and neighbors"
-    near, m = _near_wells(space, sites, n), space['maps'][-1]       # a UMAP, where there is one
+    near, m = _near_wells(space, sites, n), [m for m in space['maps'] if m['before'] is None][-1]       # a UMAP, where there is one
     row = {well: i for i, well in enumerate(m['wells'])}
     kept = [[(row[b], c) for b, c in near.get(well, ()) if b in row] for well in m['wells']]
     return t.iloc[m['wells']].reset_index(drop=True).assign(x=m['x'], y=m['y'],
