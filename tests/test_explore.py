@@ -685,10 +685,11 @@ def test_it_works_in_the_frame_of_a_notebook(made, tab, tmp_path):
 
 
 @browses
-@pytest.mark.parametrize('state', ['', 'v=map', 'v=confusions', 'v=accuracy', 'w=HUVEC-17_1_B02'])
+@pytest.mark.parametrize('state', ['', 'v=map&b=1.0', 'v=confusions', 'v=accuracy&r=right', 'w=HUVEC-17_1_B02', 'w=named'])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_axe_finds_nothing(made, tab, state, scheme):
+def test_axe_finds_nothing(made, preds, tab, state, scheme):
     "With axe-core of npm, where EXPLORE_AXE names its axe.min.js"
+    state = state.replace('named', preds['inductive'].id_code[0])
     axe = os.environ.get('EXPLORE_AXE')
     if not axe: pytest.skip('axe-core is not here (npm install axe-core, and name its axe.min.js with EXPLORE_AXE)')
     tab.page.emulate_media(color_scheme=scheme)
@@ -696,6 +697,19 @@ def test_axe_finds_nothing(made, tab, state, scheme):
     page.evaluate(Path(axe).read_text(encoding='utf-8'))     # the policy does not bind the debugger
     found = page.evaluate('axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 120)).slice(0, 3)]))')
     assert found == []
+
+
+@browses
+def test_what_is_read_aloud_holds_what_is_seen(made, preds, tab):
+    "A control is found by the words that stand on it, also where it has a label for those who hear it"
+    named = preds['inductive'].id_code[0]
+    for state in ('', 'v=map&b=1.0', 'v=confusions', f'w={named}', f'w={named}&m=panels'):
+        page = tab(state)
+        if 'w=' in state: open_well(page, named)
+        wrong = page.evaluate('''() => [...document.querySelectorAll('button[aria-label],select[aria-label],a[aria-label]')].filter(e => e.offsetParent && /[a-z0-9]/i.test(e.innerText)
+            && !e.getAttribute('aria-label').toLowerCase().includes(e.innerText.trim().toLowerCase())).map(e => e.outerHTML.slice(0, 200))''')
+        assert wrong == []
+    assert page.locator('#well .near button').count() == 10 and 'open this well' in page.locator('#well .near button').first.text_content()
 
 
 @browses

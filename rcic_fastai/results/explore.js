@@ -618,9 +618,10 @@ function neighborCard(w, sp, j) {
   const isVote = i >= 0 ? p.label[i] === truth(o) : truth(w) === truth(o), isTrue = truth(w) >= 0 && truth(o) === truth(w);
   const parts = [`${D.experiments[W.experiment[o]]} · plate ${D.plates[W.plate[o]]} · ${W.well[o]}`, `cosine ${digits(sp.near.cosine[j])}`];
   const vote = i >= 0 ? (isVote ? 'votes for it' : 'another name') : isVote ? 'same label' : 'another label';
-  return el('button', {type: 'button', 'aria-label': `${name || 'no label'}, ${parts.join(', ')}, ${vote}${isTrue ? ', the label of this well' : ''}: open this well`, onclick: () => openWell(o, true)},
+  const unseen = t => el('span', {class: 'unseen'}, t);          // a button is called by what stands on it
+  return el('button', {type: 'button', onclick: () => openWell(o, true)},
     D.sites.picture[s] >= 0 ? picture(s, 'composite', `Neighbor ${W.id[o]}`, true) : el('div', {class: 'none'}, 'no picture'),
-    el('div', {class: 'name ' + (isTrue ? 'good' : '')}, name || '?', isTrue ? ' ✓' : ''), el('div', {class: 'soft'}, parts[0]), el('div', {}, parts[1]), el('div', {class: isVote ? '' : 'soft'}, vote));
+    el('div', {class: 'name ' + (isTrue ? 'good' : '')}, name || '?', isTrue ? [el('span', {'aria-hidden': 'true'}, ' ✓'), unseen(', the label of this well')] : null), el('div', {class: 'soft'}, parts[0]), el('div', {}, parts[1]), el('div', {class: isVote ? '' : 'soft'}, vote), unseen('open this well'));
 }
 let shownWell = '';
 function showWell(again = false) {

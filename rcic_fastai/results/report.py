@@ -55,7 +55,8 @@ def _number(v): return f'{v:.3f}' if v <= 1 else f'{v:g}'
 
 def _table_html(df):
     is_numbered = isinstance(df.index, pd.RangeIndex)       # row numbers tell a reader nothing
-    return f'<div class="wide">{df.to_html(border=0, float_format=_number, na_rep="", index=not is_numbered)}</div>'
+    table = df.to_html(border=0, float_format=_number, na_rep='', index=not is_numbered)
+    return f'<div class="wide">{table.replace("<th></th>", "<td></td>")}</div>'       # an empty cell heads nothing
 
 def _content_html(c, alt):
     "Return a figure, a table or a string as HTML"
@@ -98,11 +99,11 @@ def write_report(
     "Write a report as one HTML file, completely or not at all"
     title = html_text(title)
     out = [f'<!doctype html><html lang="en">{_MADE}<meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-           f'<title>{title}</title><style>{_CSS}</style><h1>{title}</h1>']
+           f'<title>{title}</title><style>{_CSS}</style><main><h1>{title}</h1>']
     for head, text, contents in sections:
         out.append(f'<h2>{html_text(head)}</h2><p class="note">{html_text(text)}</p>')
         out += _contents_html(contents, head)
-    page = '\n'.join(out) + '</html>'
+    page = '\n'.join(out) + '</main></html>'
     check_report_path(path)
     return write_atomic(Path(path), lambda p: p.write_text(page, encoding='utf-8'))
 
