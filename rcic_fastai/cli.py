@@ -602,16 +602,17 @@ def drift(
     level:float=.05, # Chance that an experiment like those of training is found outside in anything
     most:int=256, # Sites that are embedded, of each experiment and kind of well
     tta:int=0, # Views per site; 0: as the index has them, which the folder says
+    device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     bs:int=32, # Batch size
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
 ):
     "Say how new experiments differ from those that a model was trained on; labels of their wells are not read"
-    given = {k: v for k, v in locals().items() if k not in ('model', 'out')}
+    given = {k: v for k, v in locals().items() if k not in ('model', 'out', 'device')}
     from rcic_fastai.folder import load_model
     from rcic_fastai.results.drift import check_drift_file
-    from rcic_fastai.train.distributed import rank_device
+    from rcic_fastai.train.distributed import on_device
     check_drift_file(out)
-    found = load_model(model, rank_device()).drift(**given)
+    with on_device(device) as at: found = load_model(model, at).drift(**given)
     for n in found.notes: print(f'note: {n}', file=sys.stderr)
     for s in found.sentences(): print(s)
     print(found.save(out))
@@ -628,13 +629,16 @@ def report(
     out, # HTML file to write
     title:str='', # Heading; empty: the model and the number of wells
     most:int=4000, # Test sites that are embedded for the maps: whole experiments
+    device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
 ):
     "Write one HTML file that shows what a model did with a screen"
     from rcic_fastai.folder import load_model
     from rcic_fastai.predict.ensemble import read_answers
     from rcic_fastai.results.report import check_report_path, report_screen
+    from rcic_fastai.train.distributed import on_device
     check_report_path(out)
-    print(report_screen(out, load_model(model), screen, _tables(predictions, read_answers), title, most))
+    with on_device(device) as at:
+        print(report_screen(out, load_model(model, at), screen, _tables(predictions, read_answers), title, most))
 
 def rcic_report(argv=None):
     "Run the console script"
@@ -653,17 +657,19 @@ def embed(
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     shard:str='', # Make only the parts of one of several runs, such as 3/8, and no file; the same command without it puts all together
     ray:str='', # Address of a Ray cluster that makes the parts, such as auto; empty: this machine
+    device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
 ):
     "Write the embeddings of any wells as profiles for pycytominer, copairs, AnnData and rcic_hits; interrupted, the same command continues"
-    given = {k: v for k, v in locals().items() if k != 'model'}
+    given = {k: v for k, v in locals().items() if k not in ('model', 'device')}
     from rcic_fastai.folder import load_model
     from rcic_fastai.predict.profiles import profile_ending
-    from rcic_fastai.train.distributed import all_agree, rank_device
+    from rcic_fastai.train.distributed import all_agree, on_device
     profile_ending(out)
-    with all_agree(): opened = load_model(model, rank_device())
-    made = opened.profile_file(**given)
+    with on_device(device) as at:
+        with all_agree(): opened = load_model(model, at)
+        made = opened.profile_file(**given)
     if made is None: return
     if shard and os.path.exists(out): print(f'{out} was written meanwhile, and its parts are not needed any more')
     elif shard:
@@ -747,25 +753,27 @@ def explore_screen(
     experiments:str='', # Experiments to name, with commas; empty: those for testing, or all where the model learned none. The page shows the others of the screen, too
     held_out:store_true=False, # The wells of the training experiments that the model held out, instead of test experiments
     only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
+    device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size
 ):
     "Write a page on which plates, wells, sites and neighbors can be looked at"
-    given = {k: v for k, v in locals().items() if k not in ('model', 'screen', 'held_out')}
+    given = {k: v for k, v in locals().items() if k not in ('model', 'screen', 'held_out', 'device')}
     from rcic_fastai.embed.table import read_embeddings
     from rcic_fastai.folder import load_model
     from rcic_fastai.predict.predict import read_predictions
     from rcic_fastai.results.explore import check_page_path, explore
     from rcic_fastai.results.export import check_atlas_path
-    from rcic_fastai.train.distributed import rank_device
+    from rcic_fastai.train.distributed import on_device
     is_table = out.lower().endswith('.parquet')
     (check_atlas_path if is_table else check_page_path)(out)
     given.update(predictions=_tables(predictions, read_predictions), embeddings=_tables(embeddings, read_embeddings),
                  protocol=as_names(protocol), hits=hits or None)
-    opened = load_model(model, rank_device())
-    if held_out: screen = opened.held_out(screen)
-    if is_table: return _write_atlas(opened, screen, given)
-    page = explore(opened, screen, **given)
+    with on_device(device) as at:
+        opened = load_model(model, at)
+        if held_out: screen = opened.held_out(screen)
+        if is_table: return _write_atlas(opened, screen, given)
+        page = explore(opened, screen, **given)
     for n in page.data['notes']: print(f'note: {n}')
     print(f'{out}: {page.about}')
 
@@ -773,7 +781,7 @@ explore_screen.groups = {
     'the page': 'hits max_mb side quality umap title'.split(),
     'how wells are named': ('wells vote k search merge same_cell_type assign tell tta views adapt adapt_from '
                             'correct').split(),
-    'run': 'experiments held_out only_present workers bs'.split()}
+    'run': 'experiments held_out only_present device workers bs'.split()}
 
 def rcic_explore(argv=None):
     "Run the console script"

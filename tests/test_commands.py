@@ -15,8 +15,8 @@ from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.recipes import RECIPES, get_recipe
 from rcic_fastai.workflow import run_demo, train_screen
 
-COMMANDS = ['simulate', 'download', 'pack', 'show', 'train', 'predict', 'evaluate', 'ensemble', 'embed', 'hits', 'report', 'explore', 'demo']
-FUNCTIONS = dict(simulate=cli.simulate, download=cli.download, pack=cli.pack, show=cli.show, train=cli.train, predict=cli.predict, evaluate=cli.evaluate_csv, ensemble=cli.ensemble, embed=cli.embed, hits=cli.hits, report=cli.report, explore=cli.explore_screen, demo=cli.demo)
+COMMANDS = ['simulate', 'download', 'pack', 'show', 'train', 'predict', 'evaluate', 'ensemble', 'confidence', 'drift', 'embed', 'hits', 'report', 'explore', 'demo']
+FUNCTIONS = dict(simulate=cli.simulate, download=cli.download, pack=cli.pack, show=cli.show, train=cli.train, predict=cli.predict, evaluate=cli.evaluate_csv, ensemble=cli.ensemble, confidence=cli.confidence, drift=cli.drift, embed=cli.embed, hits=cli.hits, report=cli.report, explore=cli.explore_screen, demo=cli.demo)
 
 def parameters(f): return {n: p.default for n, p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD}
 
@@ -34,17 +34,17 @@ def test_predict_has_the_options_of_the_model():
 def test_profiles_and_hits_have_the_options_of_the_library():
     for command, function in ((cli.embed, TrainedModel.profile_file), (cli.hits, find_hits)):
         mine, theirs = parameters(command), parameters(function)
-        assert {*mine} - {'model'} == {*theirs} - {'self', 'progress'}
+        assert {*mine} - {'model', 'device'} == {*theirs} - {'self', 'progress'}
         assert all(mine[k] == (theirs[k] or '') for k in mine if k in theirs and mine[k] is not inspect.Parameter.empty and not isinstance(mine[k], (bool, int, float)))
 
 def test_report_has_the_options_of_the_function():
     mine, theirs = parameters(cli.report), parameters(report_screen)
-    assert {*mine} == {*theirs} - {'more', 'progress'} and all(mine[k] == theirs[k] for k in mine)
+    assert {*mine} - {'device'} == {*theirs} - {'more', 'progress'} and all(mine[k] == theirs[k] for k in mine if k != 'device')
 
 def test_explore_has_the_options_of_the_plan():
     mine, theirs = parameters(cli.explore_screen), {**parameters(plan.plan_prediction), **parameters(explore)}
-    assert {*mine} - {'held_out'} == {*theirs} - {'progress', 'by', 'cells', 'cell_merge', *CELL_OPTIONS}
-    assert all(mine[k] == theirs[k] for k in mine if k not in ('held_out', 'out', 'predictions', 'embeddings'))
+    assert {*mine} - {'held_out', 'device'} == {*theirs} - {'progress', 'by', 'cells', 'cell_merge', *CELL_OPTIONS}
+    assert all(mine[k] == theirs[k] for k in mine if k not in ('held_out', 'device', 'out', 'predictions', 'embeddings', 'hits'))
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_help_is_quick_and_shows_every_option(name):
@@ -106,6 +106,21 @@ def trained(tmp_path_factory):
     (d/'none.json').write_text('{"name": "none", "arch": "mobilenetv3_small_050", "stages": []}')
     assert cli.rcic_train(f'{d}/screen {d}/model --recipe {d}/none.json --valid none --pretrained no --tta 1'.split()) == 0
     return d
+
+@pytest.mark.parametrize('command, more', [('predict', '{d}/x.csv'), ('embed', '{d}/x.parquet'), ('explore', '{d}/x.html'), ('drift', '{d}/x.csv'), ('report', '{d}/p.csv {d}/x.html')])
+def test_every_command_that_runs_a_model_has_its_device(trained, capsys, monkeypatch, command, more):
+    "The model is put on it, and one that is not there is said before anything is read"
+    import rcic_fastai.folder as folder
+    (trained/'p.csv').write_text('id_code,sirna\nHUVEC-02_1_B03,s1\n')
+    line = f'{trained}/model {trained}/screen {more}'.format(d=trained).split()
+    assert getattr(cli, f'rcic_{command}')([*line, '--device', 'tpu']) == 2
+    assert '--device tpu' in capsys.readouterr().err and not [*trained.glob('x.*')]
+    asked = []
+    def load(path, device='cpu'):
+        asked.append(str(device))
+        raise core.ScreenError('seen')
+    monkeypatch.setattr(folder, 'load_model', load)
+    assert getattr(cli, f'rcic_{command}')([*line, '--device', 'cpu']) == 2 and asked == ['cpu']
 
 @pytest.mark.parametrize('out, more, says', [
     ('screen/metadata.csv', '', 'would be overwritten, and rcic_fastai did not write it'), ('mine.csv', '', 'would be overwritten, and rcic_fastai did not write it'),

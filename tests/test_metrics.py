@@ -1,4 +1,5 @@
 "Measures of embeddings against loops, scikit-learn, scipy, copairs and full enumerations; what must not matter; bad input."
+import tracemalloc
 from itertools import permutations, product
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
@@ -110,6 +111,19 @@ def test_retrieval_is_the_loop(within, negatives):
     np.testing.assert_allclose(table.ap, hand[table.well_id], atol=2e-3)
     assert summary['map'] == pytest.approx(table.dropna().groupby('sirna').ap.mean().mean())
     assert summary['n_wells'] == hand.notna().sum()
+
+def test_memory_of_retrieval_does_not_grow_with_the_square_of_wells():
+    "9,200 wells need no table of 9,200 × 9,200"
+    n = 6000
+    m = pd.DataFrame(dict(well_id=[f'w{i}' for i in range(n)], well_type='treatment', sirna=[f't{i % 300}' for i in range(n)], experiment=[f'e{i // 300}' for i in range(n)], plate=1))
+    emb = make_emb_table(m, np.random.default_rng(0).normal(size=(n, 8)))
+    tracemalloc.start()
+    try:
+        retrieval_map(emb)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert peak < 4*n*n/2          # half of the cosines of all pairs
+
 
 def test_a_collapsed_embedding_gets_the_share_of_positives():
     flat = make_emb_table(emb_metadata(WELLS), np.ones((len(WELLS), 4)))
