@@ -2851,6 +2851,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'rcic_fastai/results/plots.py')},
             'rcic_fastai.results.report': { 'rcic_fastai.results.report._about': ( 'results.report.html#_about',
                                                                                    'rcic_fastai/results/report.py'),
+                                            'rcic_fastai.results.report._alt': ( 'results.report.html#_alt',
+                                                                                 'rcic_fastai/results/report.py'),
                                             'rcic_fastai.results.report._behind': ( 'results.report.html#_behind',
                                                                                     'rcic_fastai/results/report.py'),
                                             'rcic_fastai.results.report._content_html': ( 'results.report.html#_content_html',

@@ -143,6 +143,17 @@ def test_texts_are_escaped_and_tags_are_closed(page):
     assert text.count('<div class="pics">') == 1 and text.count('<img') == 4
 
 
+def test_pictures_are_described_by_the_titles_in_them(tmp_path):
+    "Several pictures of a section are not all called by its heading"
+    figs = []
+    for titles in (['Plate 1\nof <A>', 'Plate 2'], ['5 \\$'], ['']):
+        fig, axs = plt.subplots(1, len(titles), squeeze=False)
+        for ax, t in zip(axs[0], titles): ax.set_title(t)
+        figs.append(fig)
+    text = write_report(tmp_path/'r.html', 'r', [('Plates', '', figs)]).read_text()
+    assert re.findall('<img alt="(.*?)"', text) == ['Plates: Plate 1 of &lt;A&gt;, Plate 2', 'Plates: 5 $', 'Plates'] and '</main></html>' in text
+
+
 def test_what_a_report_cannot_show(tmp_path):
     with pytest.raises(ScreenError, match=r'cannot show a int \(Sites\)'): write_report(tmp_path/'r.html', 'r', [('Sites', '', [3])])
     assert not list(tmp_path.iterdir())

@@ -58,9 +58,15 @@ def _table_html(df):
     table = df.to_html(border=0, float_format=_number, na_rep='', index=not is_numbered)
     return f'<div class="wide">{table.replace("<th></th>", "<td></td>")}</div>'       # an empty cell heads nothing
 
+def _alt(fig, head):
+    "Return what a figure shows, in words: the heading above it, and the titles in it"
+    titles = [' '.join(ax.get_title().replace('\\$', '$').split()) for ax in fig.axes]
+    titles = [t for t in titles if t]
+    return f'{head}: {first_few(titles, 6)}' if titles else head
+
 def _content_html(c, alt):
     "Return a figure, a table or a string as HTML"
-    if isinstance(c, plt.Figure): return fig_html(c, alt)
+    if isinstance(c, plt.Figure): return fig_html(c, _alt(c, alt))
     if isinstance(c, pd.DataFrame): return _table_html(c)
     if isinstance(c, str): return c
     raise ScreenError(f'A report cannot show a {type(c).__name__} ({alt}): give figures, tables and strings of HTML.')
