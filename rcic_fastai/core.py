@@ -7,9 +7,9 @@ __all__ = ['RECORD_KEYS', 'terminal_text', 'ScreenError', 'first_few', 'plural',
            'check_choice', 'html_text', 'markdown_text', 'picture_text', 'csv_text', 'csv_name', 'is_remote',
            'final_name', 'as_usual', 'write_atomic', 'as_plain', 'write_json', 'plain_file', 'open_plain', 'read_plain',
            'first_line', 'parse_json', 'read_json', 'file_facts', 'not_replaced', 'check_replaceable', 'write_recorded',
-           'sha256', 'json_hash', 'is_facts', 'copy_again', 'not_the_file', 'check_file', 'differing',
-           'check_unchanged', 'sync_path', 'sync_tree', 'write_through', 'OwnFolder', 'remove_empty', 'OwnLock',
-           'only_one', 'n_cores', 'digest', 'check_numbers']
+           'sha256', 'json_hash', 'maker_mark', 'is_as_made', 'check_marked', 'signed', 'write_marked', 'is_facts',
+           'copy_again', 'not_the_file', 'check_file', 'differing', 'check_unchanged', 'sync_path', 'sync_tree',
+           'write_through', 'OwnFolder', 'remove_empty', 'OwnLock', 'only_one', 'n_cores', 'digest', 'check_numbers']
 
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
@@ -441,6 +441,68 @@ def json_hash(
     "Return the SHA-256 of all entries except `sha256`; their order and spacing do not matter"
     rest = {k: v for k, v in d.items() if k != 'sha256'}
     return sha256(json.dumps(rest, sort_keys=True))
+
+# %% ../nbs/00_core.ipynb #55301943
+_UNKNOWN = '0'*64
+_PNG = b'\x89PNG\r\n'
+
+def maker_mark(
+    maker:str, # Who writes the file, such as 'rcic_report'
+)->str: # To be put once into what `write_marked` writes
+    "Return the mark of a maker, with a place for a checksum"
+    return f'made by {maker} {_UNKNOWN}'
+
+def _without_sum(data, maker):
+    "Return where the checksum is in the bytes of a file, or -1, and that of the rest"
+    at = data.find(f'made by {maker} '.encode())
+    if at < 0: return at, ''
+    at += len(f'made by {maker} '.encode())
+    end = at + 64 + 4*data.startswith(_PNG)         # in a PNG, a checksum of its own follows
+    return at, sha256(data[:at] + data[end:])
+
+def is_as_made(
+    path, # Any path
+    maker:str, # Who should have written it
+)->bool:
+    "Return whether a file is as `write_marked` wrote it for this maker; a link is not"
+    if os.path.islink(path): return False
+    data = read_plain(path, 2**32)
+    at, said = _without_sum(data, maker)
+    return at >= 0 and data[at:at+64] == said.encode()
+
+def check_marked(
+    path, # File to write
+    maker:str, # Who writes it
+):
+    "Raise for a folder, and for a file that this maker did not write as it is now"
+    if os.path.isdir(path): raise ScreenError(f'{path} is a folder: name a file to write.')
+    if os.path.lexists(path) and not is_as_made(path, maker): raise not_replaced(path)
+
+# %% ../nbs/00_core.ipynb #3dd79ec9
+def signed(
+    data:bytes, # Contents of a file with `maker_mark(maker)` in it
+    maker:str, # Who writes it
+)->bytes: # The same with the checksum of the other bytes in the mark
+    "Return the contents of a file that can be told from an edited one"
+    data = bytearray(data)
+    at, said = _without_sum(data, maker)
+    data[at:at+64] = said.encode()
+    if data.startswith(_PNG):
+        start = data.rfind(b'tEXt', 0, at)
+        data[at+64:at+68] = zlib.crc32(data[start:at+64]).to_bytes(4, 'big')
+    return bytes(data)
+
+def write_marked(
+    path, # File to write
+    maker:str, # Who writes it
+    write, # Function that writes the file, with `maker_mark(maker)` in it, under a temporary name
+)->Path: # `path`
+    "Write a file that says who made it, completely or not at all, and only over one that is as it was made"
+    check_marked(path, maker)
+    def write_signed(p):
+        write(p)
+        p.write_bytes(signed(p.read_bytes(), maker))
+    return write_atomic(path, write_signed)
 
 # %% ../nbs/00_core.ipynb #0495a51b
 def is_facts(
