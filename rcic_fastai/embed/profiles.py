@@ -122,7 +122,8 @@ def _read_anndata(path):
     except ImportError: raise ScreenError(f'{path} is an AnnData file, and anndata is not installed: run pip install "rcic_fastai[anndata]", or give a CSV or parquet table.') from None
     try: a = read_h5ad(path)
     except (OSError, KeyError, ValueError) as e: raise ScreenError(f'{path} cannot be read as AnnData ({str(e).splitlines()[0][:100]}): give another file.') from None
-    obs = pd.DataFrame({str(c) if _METADATA.match(str(c)) else f'{META}{c}': a.obs[c].astype(object).to_numpy() for c in a.obs})
+    facts = {str(c) if _METADATA.match(str(c)) else f'{META}{c}': a.obs[c] for c in a.obs}
+    obs = pd.DataFrame({k: (v if pd.api.types.is_numeric_dtype(v) else v.astype(object)).to_numpy() for k, v in facts.items()})
     x = a.X.toarray() if hasattr(a.X, 'toarray') else np.asarray(a.X)
     return pd.concat([obs, pd.DataFrame(x, columns=a.var_names.astype(str))], axis=1)
 
