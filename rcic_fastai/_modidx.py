@@ -610,6 +610,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rcic_fastai.core.n_cores': ('core.html#n_cores', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.not_replaced': ('core.html#not_replaced', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.not_the_file': ('core.html#not_the_file', 'rcic_fastai/core.py'),
+                                  'rcic_fastai.core.on_route': ('core.html#on_route', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.only_one': ('core.html#only_one', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.open_plain': ('core.html#open_plain', 'rcic_fastai/core.py'),
                                   'rcic_fastai.core.option': ('core.html#option', 'rcic_fastai/core.py'),
