@@ -123,6 +123,14 @@ def _commands():
     "Return {name: function} of the commands that a message may send someone to"
     return {c: globals()[f] for c, f in _SENT_TO.items() if f in globals()}
 
+# %% ../nbs/72_cli.ipynb #1d4f303c
+def _as_notes(err, otherwise):
+    "Return what shows a warning: one for the user as a line on `err`, another as before"
+    def show(message, category, *args, **kwargs):
+        if issubclass(category, UserWarning): print(f'note: {message}', file=err)
+        else: otherwise(message, category, *args, **kwargs)
+    return show
+
 # %% ../nbs/72_cli.ipynb #613c5fcd
 def run_command(
     func, # A documented function
@@ -139,6 +147,7 @@ def run_command(
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), said, warnings.catch_warnings():
         # what other packages will change is nothing that a user can mend
         if not sys.warnoptions: warnings.simplefilter('ignore', FutureWarning)
+        warnings.showwarning = _as_notes(err, warnings.showwarning)
         try: return _called(func, args, prog, err)
         finally: out.end()
 

@@ -9,7 +9,8 @@ __all__ = ['RECORD_KEYS', 'terminal_text', 'ScreenError', 'first_few', 'plural',
            'first_line', 'parse_json', 'read_json', 'file_facts', 'not_replaced', 'check_replaceable', 'write_recorded',
            'sha256', 'json_hash', 'maker_mark', 'is_as_made', 'check_marked', 'signed', 'write_marked', 'is_facts',
            'copy_again', 'not_the_file', 'check_file', 'differing', 'check_unchanged', 'sync_path', 'sync_tree',
-           'write_through', 'OwnFolder', 'remove_empty', 'OwnLock', 'only_one', 'n_cores', 'digest', 'check_numbers']
+           'write_through', 'OwnFolder', 'remove_empty', 'OwnLock', 'only_one', 'with_bar', 'n_cores', 'digest',
+           'check_numbers']
 
 # %% ../nbs/00_core.ipynb #c0re0003
 import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
@@ -915,6 +916,18 @@ def only_one(
     finally:
         lock.release()
         if noted: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+# %% ../nbs/00_core.ipynb #ac661014
+def with_bar(
+    items, # To go through
+    progress:bool, # Show a progress bar
+    total:int=None, # How many they are; `None`: they know
+): # Iterable; of nothing there is no bar
+    "Return items that show how far one is"
+    n = len(items) if total is None else total
+    if not progress or not n: return items
+    from fastprogress.fastprogress import progress_bar
+    return progress_bar(items, total=n)
 
 # %% ../nbs/00_core.ipynb #14ab3312
 def n_cores()->int:

@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, first_few, is_remote, open_plain, option, plural
+from ..core import ScreenError, check_choice, first_few, is_remote, open_plain, option, plural, with_bar
 from .remote import (REQUESTS, Forbidden, RemoteFile, as_path, each, read_any, read_remote,
                                        remote_facts, remote_list)
 from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
@@ -140,7 +139,7 @@ def _in_threads(func, items, progress):
     items, pool = list(items), ThreadPoolExecutor(_READERS, 'rcic-metadata')
     try:
         done = pool.map(func, items)
-        return list(progress_bar(done, total=len(items)) if progress else done)
+        return list(with_bar(done, progress, len(items)))
     finally: pool.shutdown(cancel_futures=True)
 
 def _well_images(folder):
