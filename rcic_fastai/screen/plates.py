@@ -878,7 +878,7 @@ def read_plates(
     progress:bool=True, # Show progress bars
     acquisition:int=None, # Read only the fields of this one, for plates that were imaged several times
     columns:dict|None=None, # {key of `USUAL_NAMES`: its column in `wells`, or `None` for no column}
-    controls:dict|None=None, # {well type: names of perturbations in `wells`, or words of its well-type column}; '' is the empty cell
+    controls=None, # Names of negative controls, such as 'DMSO', or {well type: names of perturbations in `wells`, or words of its well-type column}; '' is the empty cell
 )->tuple: # (site table: `SITE_COLUMNS`, then `field` and, where given, `acquisition`; `PlateSource`)
     "Read OME-Zarr plates, 0.4 or 0.5; return their site table and image source"
     _check_arguments(t, z, empty)
