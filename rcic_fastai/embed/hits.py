@@ -12,7 +12,6 @@ from pathlib import Path
 import re
 from functools import partial
 import numpy as np, pandas as pd
-from fastprogress.fastprogress import progress_bar
 import matplotlib.pyplot as plt
 from ..core import *
 from ..screen.tables import *
@@ -186,7 +185,7 @@ def _activities(m, x, names, measure, level, n_null, seed, progress):
     of[~control] = code
     n, rows = np.bincount(code, minlength=len(levels)), []
     several = np.flatnonzero(n > 1)
-    for c in progress_bar(several) if progress else several:
+    for c in with_bar(several, progress):
         mine = of == c
         at = np.flatnonzero(mine | control & np.isin(plate, plate[mine]))
         data = x[at], plate[at], mine[at]
