@@ -75,7 +75,7 @@ def test_a_new_screen_whose_labels_nobody_knows(made, screen, close_figures):
     new = screen[pd.concat([screen.train.table, table])]
     report_screen(out/'new.html', load_model(out/'model'), new, read_predictions(out/'inductive.csv'), progress=False)
     page = (out/'new.html').read_text()
-    assert 'nothing is known of right and wrong' in page and 'most similar training site (inductive), of HUVEC-17' in page and 'Hollow points are test wells, of HUVEC-17' in page
+    assert 'nothing is known of right and wrong' in page and 'the score of each answer, inductive, of HUVEC-17' in page and 'Hollow points are test wells, of HUVEC-17' in page
 
 
 def test_labels_of_some_wells_are_used(made, screen, close_figures):
