@@ -494,6 +494,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rcic_fastai.cli._tables': ('cli.html#_tables', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._version': ('cli.html#_version', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._write_atlas': ('cli.html#_write_atlas', 'rcic_fastai/cli.py'),
+                                 'rcic_fastai.cli._write_page': ('cli.html#_write_page', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._write_plates': ('cli.html#_write_plates', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.command_parser': ('cli.html#command_parser', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli.confidence': ('cli.html#confidence', 'rcic_fastai/cli.py'),

@@ -729,6 +729,13 @@ def _write_atlas(model, screen, given):
     print(f'{write_atlas(page, opened, out, side)}: '
           f'{plural(len(page.data["wells"]["id"]), "well")}, a table for Embedding Atlas')
 
+def _write_page(model, screen, given):
+    "Write a page, and print what a reader of it must know"
+    from rcic_fastai.results.explore import explore
+    page = explore(model, screen, **given)
+    for n in page.data['notes']: print(f'note: {n}')
+    print(f'{given["out"]}: {page.about}')
+
 # %% ../nbs/72_cli.ipynb #8b8be2b3
 def explore_screen(
     model, # Model folder, from rcic_train
@@ -768,7 +775,7 @@ def explore_screen(
     from rcic_fastai.embed.table import read_embeddings
     from rcic_fastai.folder import load_model
     from rcic_fastai.predict.predict import read_predictions
-    from rcic_fastai.results.explore import check_page_path, explore
+    from rcic_fastai.results.explore import check_page_path
     from rcic_fastai.results.export import check_atlas_path
     from rcic_fastai.train.distributed import on_device
     is_table = out.lower().endswith('.parquet')
@@ -778,10 +785,7 @@ def explore_screen(
     with on_device(device) as at:
         opened = load_model(model, at)
         if held_out: screen = opened.held_out(screen)
-        if is_table: return _write_atlas(opened, screen, given)
-        page = explore(opened, screen, **given)
-    for n in page.data['notes']: print(f'note: {n}')
-    print(f'{out}: {page.about}')
+        (_write_atlas if is_table else _write_page)(opened, screen, given)
 
 explore_screen.groups = {
     'the page': 'hits max_mb side quality umap title'.split(),

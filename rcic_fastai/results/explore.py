@@ -109,7 +109,8 @@ def page_column(
     s:pd.Series, # One value per well
 )->dict: # name, kind (text or number), and names and codes, or values
     "Return a column of a table as plain data"
-    is_number, log = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s), dict(log=True) if s.name in _LOG else {}
+    is_number = pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s)
+    log = dict(log=True) if s.name in _LOG else {}
     is_whole = is_number and pd.api.types.is_integer_dtype(s)
     if is_number and not (is_whole and s.nunique() <= FEW):
         return dict(name=str(s.name), kind='number', values=_short(pd.to_numeric(s).astype('float64')), **log)
@@ -719,17 +720,21 @@ def _hit_columns(hits, table):
     "Return what was found of the perturbation of each well, by well_id"
     names, wells = list(hits.columns[:hits.columns.get_loc('n_wells')]), table.drop_duplicates('well_id')
     if lacks := [c for c in names if c not in table]:
-        raise ScreenError(f'The hits are of {" and ".join(names)}, and the screen has no column {lacks[0]}: give it a table with that column, or find hits of what it has.')
-    def alike(t): return t[names].assign(**{c: pd.to_numeric(t[c], errors='coerce') if pd.api.types.is_numeric_dtype(table[c]) else t[c].map(str, na_action='ignore') for c in names})
+        raise ScreenError(f'The hits are of {" and ".join(names)}, and the screen has no column {lacks[0]}: '
+                          'give it a table with that column, or find hits of what it has.')
+    def alike(s): return pd.to_numeric(s, errors='coerce') if pd.api.types.is_numeric_dtype(table[s.name]) else s.map(str, na_action='ignore')
     numbers = {f'hit {c}': pd.to_numeric(hits[c]) for c in ('p', 'q', 'activity')}
     said = hits['hit'].map(lambda v: 'hit' if str(v) == 'True' else 'no hit')
-    found = alike(wells).merge(alike(hits).assign(hit=said, **numbers).drop_duplicates(names), on=names, how='left')
-    if found['hit'].isna().all(): raise ScreenError(f'No well of the screen holds what the hits are of ({first_few(hits[names[0]], 3)}): give hits of this screen.')
+    theirs = hits[names].apply(alike).assign(hit=said, **numbers).drop_duplicates(names)
+    found = wells[names].apply(alike).merge(theirs, on=names, how='left')
+    if found['hit'].isna().all():
+        raise ScreenError(f'No well of the screen holds what the hits are of ({first_few(hits[names[0]], 3)}): give hits of this screen.')
     return found[['hit', *numbers]].set_axis(wells['well_id'].astype(str))
 
 def _more_columns(model, screen, hits):
     "Return further columns of wells, by well_id; `None` where there are none"
-    parts = [*([] if model is None else [_seen_wells(model, screen)]), *([] if hits is None else [_hit_columns(hits, screen.table)])]
+    parts = [] if model is None else [_seen_wells(model, screen)]
+    if hits is not None: parts.append(_hit_columns(hits, screen.table))
     return pd.concat(parts, axis=1) if parts else None
 
 # %% ../../nbs/64_results.explore.ipynb #46e76f63
