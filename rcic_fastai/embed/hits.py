@@ -68,7 +68,7 @@ def screened_wells(
     if f'{META}site_id' in emb: emb = merge_sites(emb)
     if not (emb[f'{META}well_type'] == 'negative_control').any():
         raise ScreenError('The profiles have no negative control to compare with: '
-                          f'name it with {option("controls", dict(negative_control=["DMSO"]))}.')
+                          f'name it with {option("controls", "DMSO")}, and the column of perturbations, if its name is not a usual one, with {as_columns("sirna", "COLUMN")}.')
     return emb
 
 # %% ../../nbs/45_embed.hits.ipynb #d788c732

@@ -346,7 +346,7 @@ def _with_layout(files, layout, partial, columns, controls, dataset):
     what = [f'lacks {plural(bare, "well")} of the pictures ({bare_names})'] if bare else []
     if extra: what.append(f'has {plural(extra, "well")} without pictures ({extra_names})')
     if extra == len(w):
-        raise ScreenError(f'No well of {where} has pictures: it has {extra_names}, and the pictures {bare_names}.')
+        raise ScreenError(f'No well of {where} has pictures: it has {extra_names}, and the pictures {bare_names}: write in the layout what the pattern takes from the names of files, or change the pattern.')
     if what and not partial:
         raise ScreenError(f'{where} {", and ".join(what)}: correct the layout or the pattern, or add '
                           f'{option("partial", True)} to continue with the wells that both have.')

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from ..core import ScreenError, check_choice, first_few, is_remote, open_plain, option, plural, with_bar
 from .remote import (REQUESTS, Forbidden, RemoteFile, as_path, each, read_any, read_remote,
                                        remote_facts, remote_list)
-from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
+from .tables import (DATASET_NAMES, SITE_COLUMNS, as_columns, check_table, further_columns, identifiers,
                                         read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
                                         complete_types, own_well_names, whole_numbers)
 from .images import MOST_PIXELS, ImageSource, renamed_channels
@@ -790,7 +790,7 @@ def read_wells(
     d, where = _load_wells(wells)
     found = usual_columns(d, columns, where, ('channel', 'file', 'folder', 'page', 'site', 'site_id', 'well_id'))
     lacks = [c for c in need if not found[c]]
-    if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs {" and ".join(need)}.')
+    if lacks: raise ScreenError(f'{where} has no column of the {lacks[0]} by any usual name: name it with {as_columns(lacks[0], "COLUMN")}.')
     w = pd.DataFrame({c: identifiers(d[found[c][0]], where) for c in ('plate', 'well', *_ANNOTATIONS) if found[c]})
     for c in [c for c in ('plate', 'well') if c in w]:
         if w[c].isna().any():

@@ -493,6 +493,7 @@ def _check_named(mine, kind, sirna, where):
     if unused:
         near = _alike(unused, known)
         has = f'did you mean {first_few(near)}?' if near else f'it has {first_few(dict.fromkeys(known), 20)}.'
+        if (empty := int(sirna.isna().sum())) and not near: has += f' If the {plural(empty, "empty cell")} of its perturbations are the controls, say {option("controls", dict(negative_control=[""]))}.'
         raise ScreenError(f'{option("controls")} names {first_few(unused)}, which is no perturbation or well type in {where}: {has}')
 
 # %% ../../nbs/01_screen.tables.ipynb #2fabe931
