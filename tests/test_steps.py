@@ -277,6 +277,7 @@ def test_cell_types_hold_out_what_the_common_model_never_learned(here, tmp_path)
         line = f'{here}/s.zarr {here}/after_{valid} --recipe {here}/tiny.json --pretrained {here}/cells_learned --cell-types RPE --valid {valid} --tta 1'
         assert cli.rcic_train(line.split()) == 0
         assert load_model(here/f'after_{valid}').models['RPE'].config['held_out'] == []
+    if not (here/'held').exists(): train(here, 'held', '--valid HUVEC-02,RPE-02')
     line = f'{here}/s.zarr {here}/without_held --recipe {here}/tiny.json --pretrained {here}/held --cell-types RPE --valid none --tta 1'
     assert cli.rcic_train(line.split()) == 0
     assert load_model(here/'without_held').models['RPE'].config['held_out'] == []
