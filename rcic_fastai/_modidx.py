@@ -1792,6 +1792,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'rcic_fastai.model.tent._lower': ('model.tent.html#_lower', 'rcic_fastai/model/tent.py'),
                                         'rcic_fastai.model.tent._measured': ('model.tent.html#_measured', 'rcic_fastai/model/tent.py'),
                                         'rcic_fastai.model.tent._scales': ('model.tent.html#_scales', 'rcic_fastai/model/tent.py'),
+                                        'rcic_fastai.model.tent._statistics': ('model.tent.html#_statistics', 'rcic_fastai/model/tent.py'),
                                         'rcic_fastai.model.tent.answer_entropy': ( 'model.tent.html#answer_entropy',
                                                                                    'rcic_fastai/model/tent.py'),
                                         'rcic_fastai.model.tent.kept_scales': ('model.tent.html#kept_scales', 'rcic_fastai/model/tent.py'),

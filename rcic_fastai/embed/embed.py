@@ -238,9 +238,10 @@ def _adapted(model, spec, rows, source, o, loader, tent_rows=None):
     def shuffled(rows): return _Shuffled(model, spec, rows, source, loader)
     with ExitStack() as inside:
         with no_random(o.seed):
-            inside.enter_context(adapted_batchnorm(model, shuffled(rows), _forward, o.prior))
-            tent = None if tent_rows is None else inside.enter_context(lowered_entropy(model, shuffled(tent_rows), shuffled(rows), prior=o.prior))
-        yield tent
+            own = shuffled(rows)
+            how = adapted_batchnorm(model, own, _forward, o.prior) if tent_rows is None else lowered_entropy(model, shuffled(tent_rows), own, prior=o.prior)
+            found = inside.enter_context(how)
+        yield found if tent_rows is not None else None
 
 # %% ../../nbs/41_embed.embed.ipynb #ea143ee6
 class _RowsOf:

@@ -75,6 +75,7 @@ def why_undone(
 FEW_WELLS = 32
 
 def _classifier(model, batch): return model.loss.activation(model(*batch))
+def _statistics(model): return [o for m in batchnorms(model) for o in (m.running_mean, m.running_var)]
 
 def _lower(model, moved, batches, passes, lr, answer):
     "Take a step of Adam on `moved` for each batch; return the entropy that each had, up to one that is no number"
@@ -102,24 +103,26 @@ class Tent:
 
 @contextmanager
 def lowered_entropy(
-    model:nn.Module, # A model in evaluation mode, with the statistics of the experiment: inside `adapted_batchnorm`
-    batches, # Inputs of the experiment's wells in random order, read several times: tuples as the model takes them
-    of_statistics=None, # Inputs of the wells that the statistics are of, in random order; `None`: the same
+    model:nn.Module, # A model with BatchNorm; in evaluation mode inside
+    batches, # Inputs of the wells to name of one experiment, in random order, read several times: tuples as the model takes them
+    of_statistics=None, # Inputs of the wells that BatchNorm statistics are of, for `adapted_batchnorm`, read twice; `None`: the same
     answer=None, # Function (model, batch) that returns the probability of each class [B,K]; `None`: what the classifier says
     steps:int=20, # At least so many steps, in whole passes over the batches
     lr:float=1e-3, # Learning rate of Adam
-    prior:int=16, # Sites' worth of the statistics before, as in `adapted_batchnorm`
+    prior:int=16, # Sites' worth of the remembered statistics, as in `adapted_batchnorm`
 ):
-    "Use scales and offsets of BatchNorm that lower the entropy of the answers inside, and the trained ones again outside (Tent)"
-    if any(m.training for m in model.modules()): raise ScreenError('The entropy is lowered of a model in evaluation mode: call its eval() first.')
+    "Use BatchNorm statistics of an experiment inside, and scales and offsets that lower the entropy of its answers; what was trained again outside (Tent)"
     answer = answer or _classifier
-    with kept_scales(model) as moved, ExitStack() as renewed:
-        trained = [p.detach().clone() for p in moved]
+    def statistics(): return adapted_batchnorm(model, of_statistics or batches, answer, prior)
+    with kept_scales(model) as moved, ExitStack() as adapted:
+        adapted.enter_context(statistics())
         before, n = _measured(model, batches, answer)
+        alone = {p: p.detach().clone() for p in (*moved, *_statistics(model))}
         with batch_statistics(model): seen = _lower(model, moved, batches, -(-steps//n), lr, answer)
-        renewed.enter_context(adapted_batchnorm(model, of_statistics or batches, answer, prior))
+        adapted.close()
+        adapted.enter_context(statistics())
         after, _ = _measured(model, batches, answer)
-        if undone := why_undone(before, after):
-            renewed.close()       # the statistics before
-            for p, value in zip(moved, trained): p.data.copy_(value)
+        undone = why_undone(before, after)
+        if undone:
+            for p, value in alone.items(): p.data.copy_(value)
         yield Tent(before, after, tuple(seen), undone)
