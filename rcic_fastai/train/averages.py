@@ -114,7 +114,7 @@ def _average(self:SWA):
         self.averaged = parts[0][0], parts[0][1]
         model.load_state_dict(parts[0][2], strict=False)
         measure_batchnorm(model, (b[:train.n_inp] for b in train))
-    self.final = {k: v.clone() for k, v in model.state_dict().items()}
+    self.final, self.parts = {k: v.clone() for k, v in model.state_dict().items()}, []
 
 @patch
 def _show(self:SWA):
