@@ -93,8 +93,7 @@ def ray_features(
         try:
             need, n = _actors(ray, device, torch.get_num_threads(), len(items))
             job = ray.put([deepcopy(model).cpu(), spec, screen, plan, o, torch.get_num_threads(), device.type])
-            done = _mapped(ray, job, items, need, n)
-            for i, said, x in progress_bar(done, total=len(todo)) if o.progress else done:
+            for i, said, x in with_bar(_mapped(ray, job, items, need, n), o.progress, len(todo)):
                 plan[i].said = said
                 yield i, x
         except ScreenError: raise
