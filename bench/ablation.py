@@ -54,7 +54,7 @@ MODELS = dict( # name: what the model is trained with; each adds to the one abov
     bag=dict(**_BATCH, stem='bag'),
     bag_sampled=dict(**_BATCH, stem='bag', callbacks=('channel_sampling',)),
     simsiam=dict(**_BATCH, pretrain='simsiam'),
-    swa=dict(**_BATCH, callbacks=(dict(name='swa', start=.5),)),
+    swa=dict(**_BATCH, callbacks=(dict(name='swa', after=.5),)),
     watched=dict(**_BATCH, watches=True),      # what swad is compared with: it learns as few experiments
     swad=dict(**_BATCH, watches=True, callbacks=('swad',)))
 

@@ -4913,6 +4913,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'rcic_fastai.train.domain.EMA': ('train.domain.html#ema', 'rcic_fastai/train/domain.py'),
                                           'rcic_fastai.train.domain.EMA.__init__': ( 'train.domain.html#ema.__init__',
                                                                                      'rcic_fastai/train/domain.py'),
+                                          'rcic_fastai.train.domain.EMA._begin': ( 'train.domain.html#ema._begin',
+                                                                                   'rcic_fastai/train/domain.py'),
                                           'rcic_fastai.train.domain.EMA._hide': ( 'train.domain.html#ema._hide',
                                                                                   'rcic_fastai/train/domain.py'),
                                           'rcic_fastai.train.domain.EMA._show': ( 'train.domain.html#ema._show',

@@ -73,9 +73,9 @@ def trained(dls, *cbs, epochs=4, lr=3e-3, losses=None, **kwargs):
     quiet(learn, lambda: learn.fit(epochs, lr, cbs=[kept, Said(), *cbs]))
     return learn, kept
 
-@pytest.mark.parametrize('start, first', [(0., 0), (.5, 2), (.75, 3), (.9, 3)])
-def test_swa_is_the_mean_of_all_steps_from_an_epoch_on(dls, start, first):
-    swa = SWA(start)
+@pytest.mark.parametrize('after, first', [(0., 0), (.5, 2), (.75, 3), (.9, 3)])
+def test_swa_is_the_mean_of_all_steps_from_an_epoch_on(dls, after, first):
+    swa = SWA(after)
     learn, kept = trained(dls, swa)
     want = mean(kept.steps, first, 3)
     close(flat(learn.model), want)
@@ -168,7 +168,7 @@ def stage(*callbacks, epochs=3, **kwargs): return Recipe('x', [Stage('x', epochs
 
 def test_a_stage_that_stops_earlier_is_measured_where_it_stops(dls):
     learn, kept = learner(dls(), seed=0), Kept()
-    quiet(learn, lambda: learn.fit_recipe(stage(dict(name='swa', start=.5), epochs=6, stop=4), cbs=kept))
+    quiet(learn, lambda: learn.fit_recipe(stage(dict(name='swa', after=.5), epochs=6, stop=4), cbs=kept))
     assert len(kept.steps) == 4
     close(kept.valid[3], mean(kept.steps, 2, 3))
     close(flat(learn.model), kept.valid[3])
@@ -177,7 +177,7 @@ def test_what_a_recipe_cannot_have(dls):
     refused(lambda: check_recipe(stage('swa', keep_best='accuracy')), "'swa'", 'keep_best')
     refused(lambda: check_recipe(stage('swad', patience=2)), "'swad'", 'patience')
     refused(lambda: check_recipe(stage('swad', 'swa')), 'swa and swad')
-    refused(lambda: check_recipe(stage(dict(name='swa', start=1.))), 'start=1.0')
+    refused(lambda: check_recipe(stage(dict(name='swa', after=1.))), 'after=1.0')
     refused(lambda: check_recipe(stage(dict(name='swad', begin=0))), 'begin=0')
     refused(lambda: check_recipe(stage(dict(name='swad', begin=1.5))), 'begin=1.5', 'whole number')
     nothing = dls(valid='none')
@@ -188,7 +188,7 @@ def test_what_a_recipe_cannot_have(dls):
 
 def test_without_anything_held_out_swa_ends_with_the_mean(dls):
     learn, kept = learner(dls(valid='none'), seed=0), Kept()
-    quiet(learn, lambda: learn.fit_recipe(stage(dict(name='swa', start=.3)), cbs=kept))
+    quiet(learn, lambda: learn.fit_recipe(stage(dict(name='swa', after=.3)), cbs=kept))
     close(flat(learn.model), mean(kept.steps, 0, 2))
 
 class BreakOff(Callback):
@@ -198,7 +198,7 @@ class BreakOff(Callback):
 
 @pytest.mark.parametrize('what, at', [('swa', (1, 1)), ('swad', (1, 1)), ('swad', (4, 0)), ('later', (4, 0))])
 def test_a_training_that_is_broken_off_ends_the_same(screen, tmp_path, what, at):
-    recipe = stage(dict(swa=dict(name='swa', start=.2), swad=dict(name='swad', begin=1, end=2, tolerance=1.), later=dict(name='swad', begin=4))[what], epochs=5, cutmix=.5)
+    recipe = stage(dict(swa=dict(name='swa', after=.2), swad=dict(name='swad', begin=1, end=2, tolerance=1.), later=dict(name='swad', begin=4))[what], epochs=5, cutmix=.5)
     def new():
         learn = learner(screen_dls(screen, bs=8, device='cpu', valid='HUVEC-03', seed=0), seed=0)
         learn.add_cb(BreakOff())

@@ -113,7 +113,7 @@ class EmbedOptions:
         check_choice('adapt', self.adapt, ('experiment', 'plate', None))
         check_choice('output', self.output, OUTPUTS)
         if self.adapt and self.bs < 2: raise ScreenError(f'{option("bs", self.bs)} gives no BatchNorm statistics: give batches of two or more.')
-        if self.tent_rows is not None and not self.adapt: raise ScreenError(f'{option("tent_rows")} are for BatchNorm with statistics of its own: add {option("adapt", "experiment")}.')
+        if self.tent_rows is not None and not self.adapt: raise ScreenError(f'tent_rows are for BatchNorm with statistics of its own: add {option("adapt", "experiment")}.')
 
 # %% ../../nbs/41_embed.embed.ipynb #0aabdbd1
 def _batches(model, dl, tta, mask=(), output='embedding', views='dihedral'):

@@ -9,9 +9,8 @@ __all__ = ['swad_window', 'SWA', 'check_held_out', 'SWAD']
 from fastai.vision.all import *
 from ..core import *
 from ..model.batchnorm import *
-from .distributed import rank_world
 from .schedule import EndAt
-from .domain import EMA, _training_weights_back
+from .domain import EMA
 
 # %% ../../nbs/32c_train.averages.ipynb #5ad00008
 def swad_window(
@@ -49,17 +48,17 @@ def _joined(parts):
 class SWA(EMA):
     "Mean of the weights of all steps from an epoch on; it is in the model, with BatchNorm measured again, from the last validation on"
     def __init__(self,
-        start:float=.75, # Share of the epochs before the first that counts, 0 to below 1
+        after:float=.75, # Share of the epochs before the first that counts, 0 to below 1
     ):
-        if not 0 <= start < 1: raise ScreenError(f'start={start} is not possible: choose 0 to below 1, such as .75.')
-        self.start, self.own, self.fitting = start, None, False
+        if not 0 <= after < 1: raise ScreenError(f'after={after} is not possible: choose 0 to below 1, such as .75.')
+        self.after, self.own, self.fitting = after, None, False
     def before_fit(self):
-        if rank_world()[1] > 1: raise ScreenError(f'{type(self).__name__} measures BatchNorm in one process, and there are several: train without accelerate or torchrun, or take ema.')
-        self.parts, self.losses, self.final, self.averaged, self.own, self.fitting = [], [], None, None, None, True
-        self.learn._with_events = partial(_training_weights_back, self.learn)
+        if num_distrib() > 1: raise ScreenError(f'{type(self).__name__} measures BatchNorm in one process, and there are several: train without accelerate or torchrun, or take ema.')
+        self.parts, self.losses, self.final, self.averaged = [], [], None, None
+        self._begin()
     def window(self)->tuple:
         "Return the first and the last epoch that count, each `None` if it is not known"
-        return int(self.start*self._epochs()), None
+        return int(self.after*self._epochs()), None
     def before_train(self): self.parts.append([self.epoch, 0, {}])
     def after_step(self):
         part = self.parts[-1]
