@@ -177,7 +177,7 @@ def test_what_a_recipe_cannot_have(dls):
     refused(lambda: check_recipe(stage('swa', keep_best='accuracy')), "'swa'", 'keep_best')
     refused(lambda: check_recipe(stage('swad', patience=2)), "'swad'", 'patience')
     refused(lambda: check_recipe(stage('swad', 'swa')), 'swa and swad')
-    refused(lambda: check_recipe(stage(dict(name='swa', after=1.))), 'after=1.0')
+    refused(lambda: check_recipe(stage(dict(name='swa', after=1.))), 'after 1.0 of the epochs')
     refused(lambda: check_recipe(stage(dict(name='swad', begin=0))), 'begin=0')
     refused(lambda: check_recipe(stage(dict(name='swad', begin=1.5))), 'begin=1.5', 'whole number')
     nothing = dls(valid='none')

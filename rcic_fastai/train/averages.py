@@ -50,7 +50,7 @@ class SWA(EMA):
     def __init__(self,
         after:float=.75, # Share of the epochs before the first that counts, 0 to below 1
     ):
-        if not 0 <= after < 1: raise ScreenError(f'after={after} is not possible: choose 0 to below 1, such as .75.')
+        if not 0 <= after < 1: raise ScreenError(f'The mean cannot begin after {after} of the epochs: give a share from 0 to below 1, such as .75.')
         self.after, self.own, self.fitting = after, None, False
     def before_fit(self):
         if num_distrib() > 1: raise ScreenError(f'{type(self).__name__} measures BatchNorm in one process, and there are several: train without accelerate or torchrun, or take ema.')
