@@ -31,7 +31,8 @@ SCALES = dict(demo=dict(arch='efficientnet-lite0', size=None, epochs=12, lr=4e-3
               long=dict(arch='efficientnet-lite0', size=None, epochs=48, lr=4e-3, bs=32, tta=4),
               full=dict(arch='efficientnet-b3', size=300, epochs=90, lr=1e-3, bs=64, tta=8))
 HELD = dict(demo=('HUVEC-05', 'RPE-03'), long=('HUVEC-05', 'RPE-03'), full=('HUVEC-16', 'HEPG2-07', 'RPE-07', 'U2OS-03'))   # with --judge held
-WAYS = 2     # changes when `judge` has other ways of predicting: earlier runs are not added to then
+WATCHED = dict(demo=('HUVEC-04', 'RPE-02'), long=('HUVEC-04', 'RPE-02'), full=('HUVEC-15', 'HEPG2-06', 'RPE-06', 'U2OS-02'))   # held out beside those that judge, where a training reads a loss of experiments that it does not learn
+WAYS = 3     # changes when `judge` has other ways of predicting: earlier runs are not added to then
 _BATCH = dict(norm='own', loss='adacos', cutmix=.5)
 MODELS = dict( # name: what the model is trained with; each adds to the one above, those from wells on to cutmix
     untrained=dict(norm='own', loss='softmax', trained=False),
@@ -52,7 +53,10 @@ MODELS = dict( # name: what the model is trained with; each adds to the one abov
     with_controls=dict(**_BATCH, batch_by='experiment', callbacks=(dict(name='control_batches', n=8),)),
     bag=dict(**_BATCH, stem='bag'),
     bag_sampled=dict(**_BATCH, stem='bag', callbacks=('channel_sampling',)),
-    simsiam=dict(**_BATCH, pretrain='simsiam'))
+    simsiam=dict(**_BATCH, pretrain='simsiam'),
+    swa=dict(**_BATCH, callbacks=(dict(name='swa', after=.5),)),
+    watched=dict(**_BATCH, watches=True),      # what swad is compared with: it learns as few experiments
+    swad=dict(**_BATCH, watches=True, callbacks=('swad',)))
 
 
 def screen(scale, path, runs):
@@ -66,9 +70,10 @@ def screen(scale, path, runs):
     return open_screen(store)
 
 
-def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None, longer=1, held='none', callbacks=(), trained=True, stem='tile', pretrain='', **batches):
+def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None, longer=1, held='none', callbacks=(), trained=True, stem='tile', pretrain='', watches=False, **batches):
     "A learner trained on the training experiments but those held out: the test experiments judge, or these"
     s = SCALES[scale]
+    if watches: rows, held = table[~table.experiment.isin([] if held == 'none' else held)], list(WATCHED[scale])     # those that judge are not there at all
     dls = screen_dls(Screen(table if rows is None else rows, source), valid=held, norm=norm, sites=sites, size=s['size'], bs=max(8, s['bs']//sites), seed=seed, **batches)
     learn = screen_learner(dls, s['arch'], stem=stem, metadata=metadata, loss=loss, seed=seed)
     if torch.cuda.is_available(): learn.to_fp16(); learn.model.to(memory_format=torch.channels_last)
@@ -131,6 +136,9 @@ def judge(learn, table, test, tta, name):
     bn_index = as_index(bn_train)
     res['+ AdaBN, index too'] = ('adapted', accuracy_of(bn_query, bn_index, table, 'adapted'))
     res['+ AdaBN, index too, groups and assignment'] = ('transductive', accuracy_of(bn_query, bn_index, table, 'transductive'))
+    if name != 'untrained':      # its classifier says nothing
+        surer = learn.embed(test, tta=tta, adapt='experiment', adapt_rows=beside(test), tent_rows=test, **quiet)
+        res['+ AdaBN, index too, entropy lowered'] = ('adapted', accuracy_of(surer, bn_index, table, 'adapted'))
     for neck in SEARCHES[1:]:
         res[f'search {neck}'] = ('inductive', accuracy_of(query, NeckIndex(index, neck), table))
         res[f'+ AdaBN, search {neck}'] = ('adapted', accuracy_of(bn_query, NeckIndex(bn_index, neck), table, 'adapted'))
@@ -233,6 +241,7 @@ CLAIMS = ( # what is said to help, on experiments never seen: with it, and witho
     ('views at prediction (TTA)', ('cutmix', 'two sites, TTA'), ('cutmix', 'two sites')),
     ('AdaBN', ('cutmix', '+ AdaBN of the experiment'), ('cutmix', 'two sites, TTA')),
     ('AdaBN of the index too', ('cutmix', '+ AdaBN, index too'), ('cutmix', 'two sites, TTA')),
+    *[(f'{m}: entropy lowered (Tent), adapted', (m, '+ AdaBN, index too, entropy lowered'), (m, '+ AdaBN, index too')) for m in ('cutmix', 'lisa')],
     ('standardized embeddings', ('cutmix', '+ standardized embeddings'), ('cutmix', 'two sites, TTA')),
     ('plate groups', ('cutmix', '+ plate groups'), ('cutmix', 'two sites, TTA')),
     ('one-to-one assignment', ('cutmix', '+ plate groups and assignment'), ('cutmix', '+ plate groups')),
@@ -241,7 +250,7 @@ CLAIMS = ( # what is said to help, on experiments never seen: with it, and witho
     *[(f'{what}{", adapted" if way else ""}', (m, way or 'two sites, TTA'), (beside, way or 'two sites, TTA')) for way in ('', '+ AdaBN, index too') for what, m, beside in (
         ('batches of pairs', 'pairs', 'cutmix'), ('LISA (boxes)', 'lisa', 'cutmix'), ('LISA (Mixup)', 'lisa_mixup', 'cutmix'), ('contrast of pairs', 'contrast', 'cutmix'), ('LISA and contrast', 'lisa_contrast', 'cutmix'),
         ('MixStyle', 'mixstyle', 'cutmix'), ('batches of one experiment', 'by_experiment', 'cutmix'), ('batches of two experiments', 'by_two', 'cutmix'), ('controls in every batch', 'with_controls', 'by_experiment'),
-        ('a bag of channels', 'bag', 'cutmix'), ('channel sampling', 'bag_sampled', 'bag'), ('SimSiam first', 'simsiam', 'cutmix'))],
+        ('a bag of channels', 'bag', 'cutmix'), ('channel sampling', 'bag_sampled', 'bag'), ('SimSiam first', 'simsiam', 'cutmix'), ('SWA', 'swa', 'cutmix'), ('SWAD', 'swad', 'watched'))],
     *[(f'{m}: search {n}{", adapted" if a else ""}', (m, f'{a}search {n}'), (m, '+ AdaBN, index too' if a else 'two sites, TTA')) for m in ('cutmix', 'lisa') for a in ('', '+ AdaBN, ') for n in SEARCHES[1:]])
 FULL = 'cutmix', 'two sites, TTA'  # the full method, inductive; two sites in training were to be part of it, and lost with the first seed
 CHOSEN = 'full: after the first seed; best: after all seeds; both on the experiments that are judged, so take them as a little too good'

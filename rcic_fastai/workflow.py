@@ -804,6 +804,9 @@ def _check_refit(args, recipe):
     if not sum(s.epochs for s in recipe.stages):
         raise ScreenError(f'The recipe {recipe.name} trains nothing, so there is nothing to train again: '
                           f'leave {asked} out.')
+    if averaged := [s.name for s in recipe.stages if 'swad' in [c if isinstance(c, str) else c.get('name') for c in s.callbacks]]:
+        raise ScreenError(f'Stage {averaged[0]} averages by the loss on what is held out (swad), so it cannot '
+                          f'be trained again without: take swa, or leave {asked} out.')
     odd = [s.name for s in recipe.stages if parsed_schedule(s.schedule)[0] == 'plateau']
     if odd:
         raise ScreenError(f'The rate of stage {odd[0]} follows what is held out, so it cannot '

@@ -19,6 +19,7 @@ from ..batch.augment import *
 from ..batch.data import *
 from ..model.model import EXTRA, is_adaptive, with_channels
 from ..model.batchnorm import *
+from ..model.tent import *
 from ..train.learner import *
 from ..train.distributed import *
 from ..screen.screen import *
@@ -96,7 +97,8 @@ class EmbedOptions:
     mask:tuple=('plate_group', 'experiment') # Metadata passed as unknown
     adapt:str=None # BatchNorm statistics of each 'experiment' or 'plate' (AdaBN) instead of the training ones
     adapt_rows:pd.DataFrame=None # The rows that those statistics are taken from; `None`: the rows that are embedded
-    stat_rows:pd.DataFrame=None # Rows that plate or experiment pixel statistics may be taken of; `None`: all that the source has of those plates or experiments, and `adapt_rows`
+    tent_rows:pd.DataFrame=None # With `adapt`: rows whose answers are made surer (Tent, see `lowered_entropy`); `None`: BatchNorm statistics alone
+    stat_rows:pd.DataFrame=None # Rows that plate or experiment pixel statistics may be taken of; `None`: all that the source has of those plates or experiments, `adapt_rows` and `tent_rows`
     prior:int=16 # With `adapt`: how many sites the training statistics count as
     bs:int=32 # Batch size
     num_workers:int=0 # Reader processes, for PNGs; a packed screen is read by threads
@@ -111,6 +113,7 @@ class EmbedOptions:
         check_choice('adapt', self.adapt, ('experiment', 'plate', None))
         check_choice('output', self.output, OUTPUTS)
         if self.adapt and self.bs < 2: raise ScreenError(f'{option("bs", self.bs)} gives no BatchNorm statistics: give batches of two or more.')
+        if self.tent_rows is not None and not self.adapt: raise ScreenError(f'tent_rows are for BatchNorm with statistics of its own: add {option("adapt", "experiment")}.')
 
 # %% ../../nbs/41_embed.embed.ipynb #0aabdbd1
 def _batches(model, dl, tta, mask=(), output='embedding', views='dihedral'):
@@ -146,6 +149,7 @@ class _Part:
     at:np.ndarray # Where they are among all samples
     start:int # Where they begin in the group
     stop:int # Where they end in it
+    said:str='' # What became of the entropy of the group, where it was to be lowered
 
 # %% ../../nbs/41_embed.embed.ipynb #d71434b7
 def _samples(rows, spec): return (rows if spec.sites == 1 else rows.drop_duplicates('well_id')).reset_index(drop=True)
@@ -184,34 +188,60 @@ def _adapted_groups(rows, adapt_rows, by):
     return theirs
 
 # %% ../../nbs/41_embed.embed.ipynb #7ce9cc2a
+def _of_enough_wells(tent_rows, by):
+    "Return the names of the groups with enough wells to lower the entropy of"
+    wells = tent_rows.drop_duplicates('well_id')
+    n = stat_groups(wells, by).astype(str).value_counts()
+    return set(n.index[n >= FEW_WELLS])
+
+_FEW = f'fewer than {FEW_WELLS} wells'
+
+def _undone_note(group, said):
+    "Return a sentence on a group where steps that lower the entropy were undone; empty for others"
+    why = said.removeprefix('undone, as ')
+    return '' if why == said else f'The entropy is not lowered in {group}, where BatchNorm statistics alone are used: {why}.'
+
 def adaptation_notes(
     spec:ScreenSpec, # How sites become batches
     rows:pd.DataFrame, # Site-table rows to embed
     by:str, # AdaBN over each 'experiment' or 'plate'; `None`: no notes
     adapt_rows:pd.DataFrame=None, # The rows that the statistics are taken from; `None`: `rows`
+    tent_rows:pd.DataFrame=None, # The rows whose entropy is lowered; `None`: it is not
 )->list: # Sentences
-    "Return what users should know about the statistics: a group of one sample has none of its own"
+    "Return what users should know about the statistics: a group of one sample has none of its own, and a few wells do not tell whose entropy may be lowered"
     if not by: return []
     table = rows if adapt_rows is None else adapt_rows
     wells = table.drop_duplicates(spec.key)
     sizes = stat_groups(wells, by).astype(str).value_counts()
     one = sorted(set(sizes.index[sizes < 2]) & set(stat_groups(rows, by).astype(str)))
     what = 'site' if spec.sites == 1 else 'well'
-    return [f'With a single {what} to take BatchNorm statistics of, the remembered ones are used: {first_few(one)}.'] if one else []
+    notes = [f'With a single {what} to take BatchNorm statistics of, the remembered ones are used: {first_few(one)}.'] if one else []
+    few = [] if tent_rows is None else sorted(set(stat_groups(rows, by).astype(str)) - _of_enough_wells(tent_rows, by))
+    return notes + ([f'With fewer than {FEW_WELLS} wells to name, BatchNorm statistics alone are used and the entropy is not lowered: {first_few(few)}.'] if few else [])
 
 # %% ../../nbs/41_embed.embed.ipynb #cad09422
+class _Shuffled:
+    "Inputs of the batches of some rows, in random order each time that they are read"
+    def __init__(self, model, spec, rows, source, loader):
+        self.dl = spec_dl(spec, Screen(rows.sort_values(spec.key), source), **loader).new(shuffle=True)
+        self.n = len(model.inputs) + 1
+    def __iter__(self):
+        yield from (b[:self.n] for b in self.dl)
+        self.dl._pool = None      # a loader is a cycle: its buffers would stay until chance collects it
+
 @contextmanager
-def _adapted(model, spec, rows, source, o, loader):
-    "Use BatchNorm statistics of `rows` inside; without rows, the running ones of the model"
+def _adapted(model, spec, rows, source, o, loader, tent_rows=None):
+    "Use BatchNorm statistics of `rows` inside; without rows, the running ones of the model; with `tent_rows`, give a `Tent`"
     if rows is None:
         yield
         return
+    def shuffled(rows): return _Shuffled(model, spec, rows, source, loader)
     with ExitStack() as inside:
         with no_random(o.seed):
-            own, n_inp = spec_dl(spec, Screen(rows.sort_values(spec.key), source), **loader).new(shuffle=True), len(model.inputs) + 1
-            inside.enter_context(adapted_batchnorm(model, (b[:n_inp] for b in own), _forward, o.prior))
-            own._pool = None
-        yield
+            own = shuffled(rows)
+            how = adapted_batchnorm(model, own, _forward, o.prior) if tent_rows is None else lowered_entropy(model, shuffled(tent_rows), own, prior=o.prior)
+            found = inside.enter_context(how)
+        yield found if tent_rows is not None else None
 
 # %% ../../nbs/41_embed.embed.ipynb #ea143ee6
 class _RowsOf:
@@ -219,9 +249,15 @@ class _RowsOf:
     def __init__(self, spec, rows, o):
         self.spec, self.sites = spec, _Groups(rows, o.adapt or 'experiment')
         self.adapting = _adapted_groups(rows, o.adapt_rows, o.adapt) if o.adapt else None
-        near = o.stat_rows
-        if near is None: near = rows if o.adapt_rows is None else pd.concat([rows, o.adapt_rows]).drop_duplicates('site_id')
+        self.surer = {} if o.tent_rows is None else self._surer(o)
+        near, more = o.stat_rows, [r for r in (o.adapt_rows, o.tent_rows) if r is not None]
+        if near is None: near = pd.concat([rows, *more]).drop_duplicates('site_id') if more else rows
         self.near = _Groups(near, spec.norm) if spec.per_group else near
+
+    def _surer(self, o):
+        "Return the rows of each group whose entropy is lowered, where they are enough"
+        theirs, enough = _Groups(o.tent_rows, o.adapt), _of_enough_wells(o.tent_rows, o.adapt)
+        return {name: theirs[name] for name in enough & set(self.sites.at)}
 
     def statistics(self, part):
         "Return the rows that pixel statistics of `part` are taken of"
@@ -270,15 +306,20 @@ def embed_features(
     fixed = dict(bs=o.bs, mask=o.mask, num_workers=o.num_workers, device=next(model.parameters()).device)
     augs = site_augs(**(o.augs or {})) if o.views == 'random' else ()
     if not rank_world()[0]:
-        for note in adaptation_notes(spec, screen.table, o.adapt, o.adapt_rows): print(f'note: {note}', file=sys.stderr)
+        for note in adaptation_notes(spec, screen.table, o.adapt, o.adapt_rows, o.tent_rows): print(f'note: {note}', file=sys.stderr)
     tick = _ticks(plan, todo, o)
     tick()
     for group, numbers in itertools.groupby(todo, lambda i: plan[i].group):
         part, others = rows.sites[group], rows.adapting[group] if o.adapt else None
         dl = spec_dl(spec, Screen(part, screen.source), augs=augs, stat_rows=rows.statistics(part), **fixed)
-        own = None if others is None else dict(fixed, stat_rows=rows.statistics(others))
-        with eval_mode(model), _adapted(model, spec, others, screen.source, o, own):
-            for i in numbers: yield i, _part_features(model, dl, plan[i], i, o, tick)
+        surer = rows.surer.get(group)
+        own = None if others is None else dict(fixed, stat_rows=rows.statistics(others if surer is None else pd.concat([others, surer])))
+        with eval_mode(model), _adapted(model, spec, others, screen.source, o, own, surer) as tent:
+            said = '' if o.tent_rows is None else str(tent or _FEW)
+            if note := _undone_note(group, said): print(f'note: {note}', file=sys.stderr)
+            for i in numbers:
+                plan[i].said = said
+                yield i, _part_features(model, dl, plan[i], i, o, tick)
         dl._pool = None      # a loader is a cycle: its buffers would stay until chance collects it
     tick()
 
@@ -327,6 +368,7 @@ def model_fingerprint(
     return sha256(text)
 
 # %% ../../nbs/41_embed.embed.ipynb #21131331
+_SAID = f'{META}tent'
 PARTS_FOLDER = OwnFolder('embedding parts', 'parts.json', 'part-*.parquet')
 
 class EmbeddingParts:
@@ -341,6 +383,16 @@ class EmbeddingParts:
         try: return pq.read_metadata(self.file(i)).num_rows == len(self.plan[i].at)
         except (OSError, ValueError): return False
     def keys(self, i): return self.samples[self.spec.key].iloc[self.plan[i].at]
+    def said(self)->dict:
+        "Return what became of the entropy of each experiment, or plate, where it was to be lowered"
+        import pyarrow.parquet as pq
+        found = {}
+        for i, p in enumerate(self.plan):
+            if p.group not in found and _SAID in pq.read_schema(self.file(i)).names: found[p.group] = pq.read_table(self.file(i), columns=[_SAID])[_SAID][0].as_py()
+        return found
+    def notes(self)->list:
+        "Return sentences on those where it was not"
+        return [note for group, said in self.said().items() if (note := _undone_note(group, said))]
     def table(self, at, features):
         "Return the embeddings table of the samples `at`"
         return make_emb_table(_row_table(self.samples.iloc[at], self.spec), features)
@@ -366,6 +418,7 @@ class EmbeddingParts:
 def _write_part(parts, i, x):
     "Write the embeddings of part `i`, under its final name when they are complete"
     d = make_emb_table(pd.DataFrame({parts.spec.key: parts.keys(i)}), x)
+    if said := parts.plan[i].said: d[_SAID] = said
     write_atomic(parts.file(i), lambda p: d.to_parquet(p, index=False))
 
 # %% ../../nbs/41_embed.embed.ipynb #a53095b1
@@ -400,7 +453,7 @@ def _among(table, *more):
 def _of_whole_groups(spec, screen, o):
     "Return the options with `stat_rows`, when the source has more of the plates or experiments than is embedded"
     if o.stat_rows is not None: return o
-    rows = _among(screen.table, o.adapt_rows)
+    rows = _among(screen.table, o.adapt_rows, o.tent_rows)
     whole = whole_groups(spec, rows, screen.source)
     return o if whole is rows else replace(o, stat_rows=whole)
 
@@ -412,7 +465,7 @@ def _planned(model, spec, rows, o):
                                  'not known, or name it in mask.')
     samples = _samples(rows, spec)
     protocols = row_protocols(model, spec, samples, o.adapt, o.mask, o.trained)
-    return stamp_protocols(samples, protocols, o.adapt), _plan(samples, o.adapt or 'experiment', o.bs, o.part)
+    return stamp_protocols(samples, protocols, o.adapt and f'{o.adapt}{"" if o.tent_rows is None else ", entropy lowered"}'), _plan(samples, o.adapt or 'experiment', o.bs, o.part)
 
 # %% ../../nbs/41_embed.embed.ipynb #ea6110bb
 def parts_facts(
@@ -426,6 +479,7 @@ def parts_facts(
     of_rows = {k: _of_rows(r, spec) for k, r in tables.items()}
     same = {k: getattr(o, k) for k in ('tta', 'views', 'seed', 'adapt', 'prior', 'bs', 'part')}
     if o.augs is not None: same['augs'] = digest(sorted(o.augs.items()))
+    if o.tent_rows is not None: same['adapt'] = f'{o.adapt}, entropy of {digest(_of_rows(o.tent_rows, spec), _of_classifier(model))[:16]}'
     if o.output != 'embedding': same.update(output=o.output, classifier=_of_classifier(model))
     return dict(format=1, model=model_fingerprint(model, spec), spec=digest(asdict(spec)),
                 pictures=_of_source(screen.source, screen.table), mask=sorted(o.mask), device=next(model.parameters()).device.type,

@@ -44,10 +44,10 @@ class _Maker:
         (spec, screen, plan), rows = self.rest, []
         todo = [int(n) for n in ','.join(batch['parts']).split(',')]
         try:
-            for i, x in embed_features(self.model, spec, screen, plan, todo, self.o): rows.append((i, len(x), x.tobytes()))
-        except ScreenError as e: rows.append((-1, 0, str(e).encode()))        # Ray would keep the text of an error only
-        part, n, data = zip(*rows)
-        return dict(part=np.array(part), n=np.array(n), data=np.array(data, object))
+            for i, x in embed_features(self.model, spec, screen, plan, todo, self.o): rows.append((i, len(x), x.tobytes(), plan[i].said))
+        except ScreenError as e: rows.append((-1, 0, str(e).encode(), ''))        # Ray would keep the text of an error only
+        part, n, data, said = zip(*rows)
+        return dict(part=np.array(part), n=np.array(n), data=np.array(data, object), said=np.array(said, object))
 
 # %% ../../nbs/41b_embed.ray.ipynb #ra41b014
 def _plain(e): return first_line(re.sub('\x1b\\[[0-9;]*m', '', str(e)))       # Ray's messages have colors
@@ -79,7 +79,7 @@ def _mapped(ray, job, items, need, n):
     done = rows.map_batches(_Maker, fn_constructor_args=(job,), batch_size=1, compute=ray.data.ActorPoolStrategy(min_size=1, max_size=n), **need)
     for row in done.iter_rows():
         if row['part'] < 0: raise ScreenError(row['data'].decode())
-        yield int(row['part']), np.frombuffer(row['data'], np.float32).reshape(row['n'], -1)
+        yield int(row['part']), str(row['said']), np.frombuffer(row['data'], np.float32).reshape(row['n'], -1)
 
 def ray_features(
     address:str, # Of a Ray cluster, such as auto (the one of this machine) or ray://10.0.0.1:10001; local: one that is started for this
@@ -93,7 +93,9 @@ def ray_features(
         try:
             need, n = _actors(ray, device, torch.get_num_threads(), len(items))
             job = ray.put([deepcopy(model).cpu(), spec, screen, plan, o, torch.get_num_threads(), device.type])
-            yield from with_bar(_mapped(ray, job, items, need, n), o.progress, len(todo))
+            for i, said, x in with_bar(_mapped(ray, job, items, need, n), o.progress, len(todo)):
+                plan[i].said = said
+                yield i, x
         except ScreenError: raise
         except Exception as e:
             raise ScreenError(f'The Ray cluster stopped ({_plain(e)}): look at its log, and run the same again; finished parts are kept.') from e

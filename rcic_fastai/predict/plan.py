@@ -113,7 +113,7 @@ def asked_experiments(
     return screen[pd.concat([rows[~new.reindex(rows.index)], as_test(rows[new.reindex(rows.index)])]).sort_index()]
 
 # %% ../../nbs/54_predict.plan.ipynb #4b83eb86
-ADAPT = ('auto', 'experiment', 'plate', 'no')
+ADAPT = ('auto', 'experiment', 'plate', 'tent', 'no')
 ADAPT_FROM = ('all', 'controls')
 _CORRECT = dict(standardize={}, center={}, sphere=dict(shrink='auto'), tvn=dict(shrink='auto'))
 
@@ -134,8 +134,20 @@ def _check_inductive_request(adapt, adapt_from, correct):
     if correct != 'no': raise ScreenError(f'{option("correct", correct)} uses the wells of the test batch: ask for {allowed}.')
 
 # %% ../../nbs/54_predict.plan.ipynb #524009ee
+def _is_untrained(model):
+    "Check whether the recipe of a model says that nothing trained its classifier"
+    stages = (model.config.get('recipe') or {}).get('stages')
+    return stages is not None and not sum(s['epochs'] for s in stages)
+
+def _check_tent(model, adapt_from):
+    "Raise where there are no answers whose entropy could be lowered"
+    asked, instead = option('adapt', 'tent'), option('adapt', 'experiment')
+    if model.spec.several: raise ScreenError(f'{asked} lowers the entropy of one answer for each well, and an image of this model has several labels: ask for {instead}.')
+    if _is_untrained(model): raise ScreenError(f'{asked} lowers the entropy of what the classifier says, and the recipe of this model trains none: ask for {instead}.')
+    if adapt_from == 'controls': raise ScreenError(f'{asked} reads the wells to name, and {option("adapt_from", adapt_from)} only control wells: leave one of them out.')
+
 def _adaptation(model, protocol, adapt, adapt_from, correct):
-    "Return whose BatchNorm statistics are used: 'experiment', 'plate' or None"
+    "Return what is adapted: 'experiment' or 'plate', whose BatchNorm statistics are used, 'tent', which lowers the entropy of each experiment besides, or None"
     check_choice('adapt', adapt, ADAPT)
     check_choice('adapt_from', adapt_from, ADAPT_FROM)
     check_choice('correct', correct, ('no', 'auto', *_CORRECT))
@@ -149,6 +161,7 @@ def _adaptation(model, protocol, adapt, adapt_from, correct):
         raise ScreenError(f'{option("protocol", "adapted")} with {option("adapt", "no")} would adapt nothing: leave {option("adapt")} out, '
                           f'add {option("correct", "standardize")}, or ask for {option("protocol", "inductive")}.')
     if adapt != 'no' and model.adapted_index is None: _refuse_adaptation(model, adapt)
+    if adapt == 'tent': _check_tent(model, adapt_from)
     return None if adapt == 'no' else adapt
 
 def _refuse_adaptation(model, adapt):
@@ -170,8 +183,7 @@ def _check_classifier(model, correct, same_cell_type, vote='', k=0, search='no')
     "Raise where the classifier cannot answer"
     if search != 'no': raise ScreenError(f'{option("search", search)} says how the index is searched, which the classifier does not do: leave out {option("by", "classifier")}.')
     if vote or k: raise ScreenError(f'{option("vote", vote) if vote else option("k", k)} is of a search: leave it out, or leave out {option("by", "classifier")}.')
-    stages = (model.config.get('recipe') or {}).get('stages')
-    if stages is not None and not sum(s['epochs'] for s in stages):
+    if _is_untrained(model):
         raise ScreenError(f'{option("by", "classifier")} needs a classifier that was trained, and the recipe of this model trains nothing: leave it out.')
     if correct != 'no': raise ScreenError(f'{option("correct", correct)} corrects embeddings, which the classifier does not read: leave out {option("by", "classifier")}.')
     if same_cell_type: raise ScreenError(f'{option("same_cell_type", True)} restricts a search: leave out {option("by", "classifier")}.')
@@ -306,6 +318,7 @@ class PredictionPlan:
     def _cells(self): return f'{plural(len(self.screen), "cell")} of ' if self.cell_merge else ''
     def __repr__(self):
         adapt = f', BatchNorm statistics of each {self.options.adapt}' if self.options.adapt else ''
+        if self.options.tent_rows is not None: adapt += ', entropy lowered'
         correct = f', {self.record["correct"]}' if self.correction else ''
         return (f'PredictionPlan: {self.protocol}, {self._cells()}{plural(self.screen.table.well_id.nunique(), "well")} of {first_few(self.screen.experiments)}'
                 f'{adapt}{correct}, {self.options.tta} views, index of {len(self.index)}')
@@ -413,11 +426,13 @@ def _control_notes(index, rows, adapt):
     lacks = sorted({*rows.experiment.astype(str)} - {*has.astype(str)})
     return [f'{first_few(lacks)} has no negative control, and the index takes BatchNorm statistics of these too: here they are of the wells alone.'] if lacks else []
 
+def _named_kinds(index): return set(index.labels.get('well_type', ['treatment']))
+
 def adapting_kinds(index, adapt_from):
     "Return the kinds of wells that BatchNorm statistics are taken of"
     if adapt_from == 'controls': return {'negative_control', 'positive_control'}
     more = {'negative_control'} if (index.labels.get('batchnorm', pd.Series(dtype=object)) == WITH_CONTROLS).any() else set()
-    return set(index.labels.get('well_type', ['treatment'])) | more
+    return _named_kinds(index) | more
 
 # %% ../../nbs/54_predict.plan.ipynb #55dcdff3
 _AMONG_SITES = ('The index holds whole pictures, and cells are looked up in it: a cell does not look like its site, so compare with {by}, '
@@ -455,8 +470,9 @@ def _pictures(model, whole, wells, only_present, cells, of_cells):
 
 # %% ../../nbs/54_predict.plan.ipynb #a9359b23
 def _way(model, protocol, c, given):
-    "Return how sites and index are treated alike: `adapt`, `correct`, `correction` of the sites, `index`, its `neck`, `kinds` of wells that are adapted from, whether it `needs_controls`, `notes`"
-    adapt = _adaptation(model, protocol, c['adapt'], given['adapt_from'], c['correct'])
+    "Return how sites and index are treated alike: `asked` of `adapt`, the latter, `correct`, `correction` of the sites, `index`, its `neck`, `kinds` of wells that are adapted from, whether it `needs_controls`, `notes`"
+    asked = _adaptation(model, protocol, c['adapt'], given['adapt_from'], c['correct'])
+    adapt = 'experiment' if asked == 'tent' else asked
     correct, notes = _chosen_correction(model, adapt, c['correct'], given['wells'])
     index, correction = _index_for(model, adapt, protocol, correct, given['wells'], c['by'])
     if correction and not notes: notes = [f'The correction {correct} measures {correction.measures}.']
@@ -465,7 +481,7 @@ def _way(model, protocol, c, given):
     if adapt and given['bs'] < 2: raise ScreenError(f'{option("bs", 1)} gives no BatchNorm statistics: give {option("bs", 2)} or more.')
     kinds = adapting_kinds(index, given['adapt_from'])
     needs_controls = model.spec.per_group or bool(adapt) and kinds != {'treatment'}
-    return SimpleNamespace(adapt=adapt, correct=correct, correction=correction, index=index, neck=neck, kinds=kinds, needs_controls=needs_controls, notes=notes + searched)
+    return SimpleNamespace(asked=asked, adapt=adapt, correct=correct, correction=correction, index=index, neck=neck, kinds=kinds, needs_controls=needs_controls, notes=notes + searched)
 
 def _asked(model, whole, way, given):
     "Return the pictures that are read, those of the wells to name, and sentences about what was left out: `first` and `last`"
@@ -478,9 +494,11 @@ def _asked(model, whole, way, given):
 def _embed_options(model, spec, c, way, everything, given):
     "Return how the sites are embedded"
     output = 'probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding'
-    adapt_rows = everything.table[everything.table.well_type.isin(way.kinds)] if way.adapt else None
+    table = everything.table
+    adapt_rows = table[table.well_type.isin(way.kinds)] if way.adapt else None
+    tent_rows = table[table.well_type.isin(_named_kinds(way.index))] if way.asked == 'tent' else None
     return EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output=output, mask=INDUCTIVE_MASK,
-                        adapt=way.adapt, adapt_rows=adapt_rows, stat_rows=everything.table if way.needs_controls else None,
+                        adapt=way.adapt, adapt_rows=adapt_rows, tent_rows=tent_rows, stat_rows=table if way.needs_controls else None,
                         bs=given['bs'], num_workers=given['workers'], trained=tuple(model.trained))
 
 # %% ../../nbs/54_predict.plan.ipynb #925755f1
@@ -500,7 +518,7 @@ def plan_prediction(
     same_cell_type:bool=False, # Only neighbors of the well's cell type
     assign:str='', # Transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
     tell:str='', # Transductive: plate_group tells the model the groups that were found, and names again; or no; empty: the recipe's, or no
-    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), or no; auto: of the experiment unless inductive; empty: the recipe's, or auto
+    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), tent (of the experiment, and lower entropy), or no; auto: of the experiment unless inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
     correct:str='', # Correction of the embeddings per experiment: standardize, center, sphere or tvn, or no; auto: the one that finds labels best across training experiments; empty: the recipe's, or no
     cells:str='', # Folder of masks, one per site, or watershed: name single cells, and wells after them; empty: whole sites
@@ -528,8 +546,8 @@ def plan_prediction(
     check_protocol_allows(protocol, model.protocols(asked.table, way.adapt), 'The embeddings of these wells would be', 'labels, pseudo-labels or statistics of their own batch')
     options, chosen = _embed_options(model, spec, c, way, everything, given), _chosen_here(model, asked.table, c, way.neck)
     notes = [*left_out.first, *_notes_on_search(way, everything, asked, spec, given), *filter(None, [chosen]), *_notes_on_wells(model, whole, asked, way, c, given), *left_out.last]
-    said = dict(correct=way.index.labels.correction.iloc[0] if way.correction else None, search=way.neck, notes=notes + adaptation_notes(spec, asked.table, way.adapt, options.adapt_rows))
-    record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': way.adapt}, given, chosen), **said}
+    said = dict(correct=way.index.labels.correction.iloc[0] if way.correction else None, search=way.neck, notes=notes + adaptation_notes(spec, asked.table, way.adapt, options.adapt_rows, options.tent_rows))
+    record = {**_recorded(model, everything.name, asked, spec, {**c, 'adapt': way.asked}, given, chosen), **said}
     search = dict(vote=c['vote'], merge=c['merge'], k=c['k'], restrict_cell_type=c['same_cell_type'], assign=c['assign'] == 'yes')
     told = _told_index(model, c['by'], way.adapt, way.correct, way.neck) if c['tell'] != 'no' else None
     labels = dict(thresholds=list(model.thresholds), no_label=spec.no_label) if spec.several else {}
@@ -601,7 +619,7 @@ def told_plan(
 )->PredictionPlan: # The second pass
     "Return the plan in which the model is given the plate groups that were found"
     o = plan.options
-    rows = {k: None if getattr(o, k) is None else with_groups(getattr(o, k), pred) for k in ('adapt_rows', 'stat_rows')}
+    rows = {k: None if getattr(o, k) is None else with_groups(getattr(o, k), pred) for k in ('adapt_rows', 'tent_rows', 'stat_rows')}
     screen = Screen(with_groups(plan.screen.table, pred), plan.screen.source)
     return replace(plan, screen=screen, index=plan.told, told=None, first=pred, options=replace(o, mask=('experiment',), **rows))
 
@@ -708,7 +726,7 @@ def _write_answer(model, plan, out, neighbors, embeddings, scores, progress, unt
     if plan.labels: pred, scores = _label_answers(plan, tables()), True
     else: pred = _as_found(predict_tables(nameable(tables(), plan.index), plan.index, plan.protocol, neighbors=neighbors, **plan.search), plan)
     if embeddings: write_tables(embeddings, map(plan.correction, parts.experiments()) if plan.correction else parts)
-    made = {}
+    made = dict(tent=parts.said(), notes=[*plan.record['notes'], *parts.notes()]) if plan.options.tent_rows is not None else {}
     if plan.cell_merge: made['cells_sha256'] = file_facts(write_tables(cells_path(out), _named_cells(plan, parts.experiments(), scores)))['sha256']
     else: _drop_cells(out)
     if scores: made['scores_sha256'] = file_facts(write_scores((score_plan(plan, t, u) for t, u in zip(nameable(tables(), plan.index), untold())), scores_path(out)))['sha256']

@@ -121,6 +121,8 @@ def _groups_said(record):
 
 def _behind(record): return '' if record.get('search') in _NOTHING else f" (searched with {record['search']})"
 
+_BATCHNORM = dict(tent='of each experiment, entropy lowered')
+
 def _one_record(record):
     "Return what a reader asks of one prediction"
     by = f"{_said(record, 'vote', '?')} of the index{_behind(record)}, {_said(record, 'merge', '?')} site"
@@ -129,7 +131,7 @@ def _one_record(record):
     return {'protocol': record['protocol'],
             'answered by': 'classifier' if record.get('by') == 'classifier' else by,
             'views of a site': f"{record.get('tta', '?')} {record.get('views', '')}".strip(),
-            'BatchNorm statistics': f"of each {record['adapt']}" if adapted else 'of training',
+            'BatchNorm statistics': _BATCHNORM.get(record['adapt'], f"of each {record['adapt']}") if adapted else 'of training',
             'correction': _said(record, 'correct', 'none'),
             'plate groups': _groups_said(record),
             'the model was given': _said(record, 'tell', 'nothing of the batch'),

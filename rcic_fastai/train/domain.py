@@ -623,6 +623,8 @@ class EMA(Callback):
     def before_fit(self):
         average = get_ema_multi_avg_fn(self.decay)
         self.average = AveragedModel(get_model(self.model), multi_avg_fn=average, use_buffers=True)
+        self._begin()
+    def _begin(self):
         self.own, self.fitting = None, True
         self.learn._with_events = partial(_training_weights_back, self.learn)
     def after_step(self): self.average.update_parameters(get_model(self.model))

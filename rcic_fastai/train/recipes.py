@@ -27,6 +27,7 @@ from .optimizer import *
 from .schedule import *
 from .learner import *
 from .domain import *
+from .averages import *
 from .channels import *
 from ..batch.data import all_to_train, screen_dls
 
@@ -149,7 +150,7 @@ def _check_kinds(given, func, what, free=()):
         if is_odd: raise ScreenError(f'{what} has {k}={given[k]!r}: give {words}.')
 
 # %% ../../nbs/33_train.recipes.ipynb #6765f2be
-CALLBACKS = {**MIXERS, **DOMAIN_METHODS, 'control_batches': ControlBatches, 'channel_sampling': ChannelSampling, 'ema': EMA, 'mean_teacher': MeanTeacher}
+CALLBACKS = {**MIXERS, **DOMAIN_METHODS, 'control_batches': ControlBatches, 'channel_sampling': ChannelSampling, 'ema': EMA, 'mean_teacher': MeanTeacher, 'swa': SWA, 'swad': SWAD}
 
 def stage_callback(
     config, # Name from `CALLBACKS`, or a dict with `name` and settings
@@ -238,6 +239,14 @@ def _check_sampling(recipe, model=None):
     asked = [s.name for s in recipe.stages if 'channel_sampling' in [c if isinstance(c, str) else c.get('name') for c in s.callbacks]]
     if asked and not reads_each: raise ScreenError(f"The stage {asked[0]!r} of the recipe has 'channel_sampling', and its model reads all channels together: let stem be bag in the model of the recipe, or leave channel_sampling out.")
 
+def _check_averages(recipe):
+    "Raise where the mean of several epochs would be replaced by the best one, or an early end would leave it unmeasured"
+    for s in recipe.stages:
+        means = [k for k in ('swa', 'swad') if k in [c if isinstance(c, str) else c.get('name') for c in s.callbacks]]
+        odd = [k for k in ('keep_best', 'patience') if getattr(s, k)]
+        if len(means) > 1: raise ScreenError(f'The stage {s.name!r} of the recipe has swa and swad, and one mean can stay in the model: leave one of them out.')
+        if means and odd: raise ScreenError(f'The stage {s.name!r} of the recipe has {means[0]!r}, the mean of several epochs, and {odd[0]}, which chooses one: leave one of them out.')
+
 # %% ../../nbs/33_train.recipes.ipynb #9fa7674b
 def _check_arguments(entry, given, func, but):
     "Raise for arguments that a function does not take"
@@ -267,7 +276,7 @@ _PREDICT = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'by', 'tell', 'assig
             'same_cell_type')
 _CHOICES = dict(views=('dihedral', 'random', 'scaled'), vote=('nearest', 'mean', 'prototype'), merge=('best', 'mean'),
                 by=('index', 'classifier'), tell=('plate_group', 'no'), assign=('yes', 'no'),
-                adapt=('auto', 'experiment', 'plate', 'no'),
+                adapt=('auto', 'experiment', 'plate', 'tent', 'no'),
                 correct=('no', 'auto', 'standardize', 'center', 'sphere', 'tvn'))
 
 def _check_entries(entry, given, takes):
@@ -356,6 +365,7 @@ def check_recipe(
     _check_model(recipe.model)
     _check_losses(recipe, model)
     _check_sampling(recipe, model)
+    _check_averages(recipe)
     augs = recipe.data.get('augs', 'default')
     if augs != 'default' and isinstance(augs, (str, dict)):
         _check_augs(augs if isinstance(augs, dict) else [augs], 'The recipe, in its data,')
@@ -424,8 +434,9 @@ def check_known(
     recipe:Recipe, # Any recipe
     dls, # The batches that it will be trained with
 ):
-    "Raise for callbacks that compare experiments where a model that is continued does not know those of the training"
+    "Raise for callbacks that compare experiments where a model that is continued does not know those of the training, or read a loss where nothing is held out"
     for _, name, said in _asked(recipe):
+        if name == 'swad': check_held_out(dls)
         if name in ('lisa', 'control_batches', *DOMAIN_METHODS): check_groups(dls, said.get('by', 'experiment'), name)
 
 # %% ../../nbs/33_train.recipes.ipynb #4e826c19
