@@ -458,7 +458,7 @@ def predict(
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
     tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; or no; empty: the recipe's, or no
-    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), tent (of the experiment, and lower entropy), or no; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
+    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), tent (of the experiment, and lower entropy), batch (as in training, with dropout; by the classifier), or no; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index (treatments; with --controls in training, controls too), or controls
     correct:str='', # Take batch effects out of embeddings and index, experiment by experiment: standardize (measured from treatment wells); center, sphere or tvn (from controls: --wells all, and a model trained with --controls); auto: the one that finds labels best across training experiments; or no; empty: the recipe's, or no
     held_out:store_true=False, # Name the wells of the training experiments that the model held out, instead of test experiments
@@ -760,7 +760,7 @@ def explore_screen(
     same_cell_type:store_true=False, # Only neighbors of the well's cell type
     assign:str='', # With --protocol transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
     tell:str='', # With --protocol transductive: plate_group tells a model that reads it which groups were found, and names again; or no; empty: the recipe's, or no
-    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), tent (of the experiment, and lower entropy), or no; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
+    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), tent (of the experiment, and lower entropy), batch (as in training, with dropout; by the classifier), or no; auto: of the experiment unless --protocol inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
     correct:str='', # Correction of the embeddings per experiment: standardize, center, sphere or tvn, or no; auto: the one that finds labels best across training experiments; empty: the recipe's, or no
     experiments:str='', # Experiments to name, with commas; empty: those for testing, or all where the model learned none. The page shows the others of the screen, too

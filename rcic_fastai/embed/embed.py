@@ -9,7 +9,7 @@ __all__ = ['SCALED_VIEWS', 'OUTPUTS', 'PARTS_FOLDER', 'scaled_view', 'eval_mode'
 
 # %% ../../nbs/41_embed.embed.ipynb #82831b30
 import hashlib, json, sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from fastai.vision.all import *
 from ..core import *
@@ -97,6 +97,7 @@ class EmbedOptions:
     mask:tuple=('plate_group', 'experiment') # Metadata passed as unknown
     adapt:str=None # BatchNorm statistics of each 'experiment' or 'plate' (AdaBN) instead of the training ones
     adapt_rows:pd.DataFrame=None # The rows that those statistics are taken from; `None`: the rows that are embedded
+    in_training:bool=False # With `adapt`: statistics of each batch of the group, and dropout, as in training (see `as_in_training`); instead of `adapt_rows`
     tent_rows:pd.DataFrame=None # With `adapt`: rows whose answers are made surer (Tent, see `lowered_entropy`); `None`: BatchNorm statistics alone
     stat_rows:pd.DataFrame=None # Rows that plate or experiment pixel statistics may be taken of; `None`: all that the source has of those plates or experiments, `adapt_rows` and `tent_rows`
     prior:int=16 # With `adapt`: how many sites the training statistics count as
@@ -113,6 +114,7 @@ class EmbedOptions:
         check_choice('adapt', self.adapt, ('experiment', 'plate', None))
         check_choice('output', self.output, OUTPUTS)
         if self.adapt and self.bs < 2: raise ScreenError(f'{option("bs", self.bs)} gives no BatchNorm statistics: give batches of two or more.')
+        if self.in_training and not self.adapt: raise ScreenError(f'in_training takes the statistics of batches of one experiment: add {option("adapt", "experiment")}.')
         if self.tent_rows is not None and not self.adapt: raise ScreenError(f'tent_rows are for BatchNorm with statistics of its own: add {option("adapt", "experiment")}.')
 
 # %% ../../nbs/41_embed.embed.ipynb #0aabdbd1
@@ -158,15 +160,23 @@ def _row_table(rows, spec):
     "Return what is known of each embedded sample"
     return rows if spec.sites == 1 else rows.drop(columns=['site_id', 'site'])
 
-def _plan(samples, by, bs, part):
+def _starts(size, n, least):
+    "Return where the parts of a group begin: `n` samples each, and at least so many in the last"
+    starts = [*range(0, size, n)]
+    return starts[:-1] if len(starts) > 1 and size - starts[-1] < least else starts
+
+def _plan(samples, by, bs, part, least=1):
     "Return the parts: experiments by name, the groups of each in table order, whole batches of each"
     codes, names = pd.factorize(stat_groups(samples, by).astype(str))
     at = np.split(np.argsort(codes, kind='stable'), np.bincount(codes).cumsum()[:-1])
     experiments = samples.experiment.astype(str).to_numpy()
     first, n = [experiments[o[0]] for o in at], max(part//bs, 1)*bs
     order = sorted(range(len(names)), key=lambda g: (first[g], g))
-    return [_Part(names[g], i, first[g], at[g][k:k+n], k, min(k+n, len(at[g])))
-            for i, g in enumerate(order) for k in range(0, len(at[g]), n)]
+    parts = []
+    for i, g in enumerate(order):
+        starts = _starts(len(at[g]), n, least)
+        for k, stop in zip(starts, [*starts[1:], len(at[g])]): parts.append(_Part(names[g], i, first[g], at[g][k:stop], k, stop))
+    return parts
 
 # %% ../../nbs/41_embed.embed.ipynb #bb09c93b
 class _Groups:
@@ -278,11 +288,21 @@ def _one_pass(model, dl, part, tta, tick, output, views='dihedral'):
         tick()
     return torch.cat(out).numpy()
 
-def _part_features(model, dl, part, number, o, tick):
+def _all_views(model, dl, part, o, tick):
     "Return float32 [N,D] of one part, over all views"
     if o.views != 'random': return _one_pass(model, dl, part, o.tta, tick, o.output, o.views)
-    with no_random(o.seed + number): total = sum(_one_pass(model, dl, part, 1, tick, o.output) for _ in range(o.tta))
+    total = sum(_one_pass(model, dl, part, 1, tick, o.output) for _ in range(o.tta))
     return total/(np.linalg.norm(total, axis=1, keepdims=True) if o.output == 'embedding' else o.tta)
+
+def _part_features(model, dl, part, number, o, tick):
+    "Return float32 [N,D] of one part; what is random depends on its number alone"
+    with no_random(o.seed + number) if o.views == 'random' or o.in_training else nullcontext():
+        return _all_views(model, dl, part, o, tick)
+
+def _of_two(sizes, bs):
+    "Return the batch size nearest to `bs` with which no batch of these parts holds a single sample, which has no statistics"
+    fits = (b for d in range(max(sizes) + bs) for b in (bs - d, bs + d) if b > 1 and all(n % b != 1 for n in sizes if n > 1))
+    return next(fits, bs)
 
 # %% ../../nbs/41_embed.embed.ipynb #a18dc841
 def _ticks(plan, todo, o):
@@ -311,10 +331,14 @@ def embed_features(
     tick()
     for group, numbers in itertools.groupby(todo, lambda i: plan[i].group):
         part, others = rows.sites[group], rows.adapting[group] if o.adapt else None
-        dl = spec_dl(spec, Screen(part, screen.source), augs=augs, stat_rows=rows.statistics(part), **fixed)
+        numbers = list(numbers)
+        bs = _of_two([len(p.at) for p in plan if p.group == group], o.bs) if o.in_training else o.bs
+        dl = spec_dl(spec, Screen(part, screen.source), augs=augs, stat_rows=rows.statistics(part), **{**fixed, 'bs': bs})
         surer = rows.surer.get(group)
         own = None if others is None else dict(fixed, stat_rows=rows.statistics(others if surer is None else pd.concat([others, surer])))
-        with eval_mode(model), _adapted(model, spec, others, screen.source, o, own, surer) as tent:
+        in_training = o.in_training and max(len(p.at) for p in plan if p.group == group) > 1
+        how = as_in_training(model) if in_training else _adapted(model, spec, others, screen.source, o, own, surer)
+        with eval_mode(model), how as tent:
             said = '' if o.tent_rows is None else str(tent or _FEW)
             if note := _undone_note(group, said): print(f'note: {note}', file=sys.stderr)
             for i in numbers:
@@ -465,7 +489,7 @@ def _planned(model, spec, rows, o):
                                  'not known, or name it in mask.')
     samples = _samples(rows, spec)
     protocols = row_protocols(model, spec, samples, o.adapt, o.mask, o.trained)
-    return stamp_protocols(samples, protocols, o.adapt and f'{o.adapt}{"" if o.tent_rows is None else ", entropy lowered"}'), _plan(samples, o.adapt or 'experiment', o.bs, o.part)
+    return stamp_protocols(samples, protocols, o.adapt and f'{o.adapt}{", as in training" if o.in_training else "" if o.tent_rows is None else ", entropy lowered"}'), _plan(samples, o.adapt or 'experiment', o.bs, o.part, 1 + o.in_training)
 
 # %% ../../nbs/41_embed.embed.ipynb #ea6110bb
 def parts_facts(
@@ -478,6 +502,7 @@ def parts_facts(
     tables = dict(rows=screen.table, adapt_rows=o.adapt_rows, stat_rows=o.stat_rows)
     of_rows = {k: _of_rows(r, spec) for k, r in tables.items()}
     same = {k: getattr(o, k) for k in ('tta', 'views', 'seed', 'adapt', 'prior', 'bs', 'part')}
+    if o.in_training: same['adapt'] = f'{o.adapt}, as in training'
     if o.augs is not None: same['augs'] = digest(sorted(o.augs.items()))
     if o.tent_rows is not None: same['adapt'] = f'{o.adapt}, entropy of {digest(_of_rows(o.tent_rows, spec), _of_classifier(model))[:16]}'
     if o.output != 'embedding': same.update(output=o.output, classifier=_of_classifier(model))

@@ -63,6 +63,7 @@ def _decided(model, protocol, given):
     if protocol == 'inductive': said = {k: v for k, v in said.items() if k not in ('adapt', 'correct')}
     if protocol == 'adapted' and said.get('adapt') == 'no': said.pop('adapt')
     chosen = {**_OPEN, **said, **{k: v for k, v in given.items() if v}}
+    if said.get('adapt') == 'batch' and not given.get('adapt') and chosen['by'] != 'classifier': chosen['adapt'] = _OPEN['adapt']
     if not chosen['merge']: chosen['merge'] = 'mean' if chosen['by'] == 'classifier' else 'best'
     return chosen
 
@@ -113,7 +114,7 @@ def asked_experiments(
     return screen[pd.concat([rows[~new.reindex(rows.index)], as_test(rows[new.reindex(rows.index)])]).sort_index()]
 
 # %% ../../nbs/54_predict.plan.ipynb #4b83eb86
-ADAPT = ('auto', 'experiment', 'plate', 'tent', 'no')
+ADAPT = ('auto', 'experiment', 'plate', 'tent', 'batch', 'no')
 ADAPT_FROM = ('all', 'controls')
 _CORRECT = dict(standardize={}, center={}, sphere=dict(shrink='auto'), tvn=dict(shrink='auto'))
 
@@ -146,8 +147,14 @@ def _check_tent(model, adapt_from):
     if _is_untrained(model): raise ScreenError(f'{asked} lowers the entropy of what the classifier says, and the recipe of this model trains none: ask for {instead}.')
     if adapt_from == 'controls': raise ScreenError(f'{asked} reads the wells to name, and {option("adapt_from", adapt_from)} only control wells: leave one of them out.')
 
-def _adaptation(model, protocol, adapt, adapt_from, correct):
-    "Return what is adapted: 'experiment' or 'plate', whose BatchNorm statistics are used, 'tent', which lowers the entropy of each experiment besides, or None"
+def _check_batch(model, by, adapt_from):
+    "Raise where the network cannot be as in training"
+    asked, _ = option('adapt', 'batch'), batchnorms(model.model)      # which raises when there are none
+    if by != 'classifier': raise ScreenError(f'{asked} uses dropout and the statistics of each batch, as in training, and the index was made without: add {option("by", "classifier")}, or ask for {option("adapt", "experiment")}.')
+    if adapt_from == 'controls': raise ScreenError(f'{asked} takes the statistics of the wells to name, and {option("adapt_from", adapt_from)} those of control wells: leave one of them out.')
+
+def _adaptation(model, protocol, adapt, adapt_from, correct, by='index'):
+    "Return what is adapted: 'experiment' or 'plate', whose BatchNorm statistics are used, 'tent', which lowers the entropy of each experiment besides, 'batch', with statistics of each batch and dropout, or None"
     check_choice('adapt', adapt, ADAPT)
     check_choice('adapt_from', adapt_from, ADAPT_FROM)
     check_choice('correct', correct, ('no', 'auto', *_CORRECT))
@@ -160,7 +167,8 @@ def _adaptation(model, protocol, adapt, adapt_from, correct):
     if nothing_adapted:
         raise ScreenError(f'{option("protocol", "adapted")} with {option("adapt", "no")} would adapt nothing: leave {option("adapt")} out, '
                           f'add {option("correct", "standardize")}, or ask for {option("protocol", "inductive")}.')
-    if adapt != 'no' and model.adapted_index is None: _refuse_adaptation(model, adapt)
+    if adapt == 'batch': _check_batch(model, by, adapt_from)
+    elif adapt != 'no' and model.adapted_index is None: _refuse_adaptation(model, adapt)
     if adapt == 'tent': _check_tent(model, adapt_from)
     return None if adapt == 'no' else adapt
 
@@ -319,6 +327,7 @@ class PredictionPlan:
     def __repr__(self):
         adapt = f', BatchNorm statistics of each {self.options.adapt}' if self.options.adapt else ''
         if self.options.tent_rows is not None: adapt += ', entropy lowered'
+        if self.options.in_training: adapt = ', network as in training'
         correct = f', {self.record["correct"]}' if self.correction else ''
         return (f'PredictionPlan: {self.protocol}, {self._cells()}{plural(self.screen.table.well_id.nunique(), "well")} of {first_few(self.screen.experiments)}'
                 f'{adapt}{correct}, {self.options.tta} views, index of {len(self.index)}')
@@ -471,8 +480,8 @@ def _pictures(model, whole, wells, only_present, cells, of_cells):
 # %% ../../nbs/54_predict.plan.ipynb #a9359b23
 def _way(model, protocol, c, given):
     "Return how sites and index are treated alike: `asked` of `adapt`, the latter, `correct`, `correction` of the sites, `index`, its `neck`, `kinds` of wells that are adapted from, whether it `needs_controls`, `notes`"
-    asked = _adaptation(model, protocol, c['adapt'], given['adapt_from'], c['correct'])
-    adapt = 'experiment' if asked == 'tent' else asked
+    asked = _adaptation(model, protocol, c['adapt'], given['adapt_from'], c['correct'], c['by'])
+    adapt = 'experiment' if asked in ('tent', 'batch') else asked
     correct, notes = _chosen_correction(model, adapt, c['correct'], given['wells'])
     index, correction = _index_for(model, adapt, protocol, correct, given['wells'], c['by'])
     if correction and not notes: notes = [f'The correction {correct} measures {correction.measures}.']
@@ -498,7 +507,7 @@ def _embed_options(model, spec, c, way, everything, given):
     adapt_rows = table[table.well_type.isin(way.kinds)] if way.adapt else None
     tent_rows = table[table.well_type.isin(_named_kinds(way.index))] if way.asked == 'tent' else None
     return EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output=output, mask=INDUCTIVE_MASK,
-                        adapt=way.adapt, adapt_rows=adapt_rows, tent_rows=tent_rows, stat_rows=table if way.needs_controls else None,
+                        adapt=way.adapt, in_training=way.asked == 'batch', adapt_rows=adapt_rows, tent_rows=tent_rows, stat_rows=table if way.needs_controls else None,
                         bs=given['bs'], num_workers=given['workers'], trained=tuple(model.trained))
 
 # %% ../../nbs/54_predict.plan.ipynb #925755f1
@@ -518,7 +527,7 @@ def plan_prediction(
     same_cell_type:bool=False, # Only neighbors of the well's cell type
     assign:str='', # Transductive: yes, each label once per plate, or no; empty: the recipe's, or yes
     tell:str='', # Transductive: plate_group tells the model the groups that were found, and names again; or no; empty: the recipe's, or no
-    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), tent (of the experiment, and lower entropy), or no; auto: of the experiment unless inductive; empty: the recipe's, or auto
+    adapt:str='', # BatchNorm statistics of each experiment or plate (AdaBN), tent (of the experiment, and lower entropy), batch (as in training, with dropout; by the classifier), or no; auto: of the experiment unless inductive; empty: the recipe's, or auto
     adapt_from:str='all', # Wells that those statistics are taken of: all of the kinds that are in the index, or controls
     correct:str='', # Correction of the embeddings per experiment: standardize, center, sphere or tvn, or no; auto: the one that finds labels best across training experiments; empty: the recipe's, or no
     cells:str='', # Folder of masks, one per site, or watershed: name single cells, and wells after them; empty: whole sites

@@ -121,7 +121,7 @@ def _groups_said(record):
 
 def _behind(record): return '' if record.get('search') in _NOTHING else f" (searched with {record['search']})"
 
-_BATCHNORM = dict(tent='of each experiment, entropy lowered')
+_BATCHNORM = dict(tent='of each experiment, entropy lowered', batch='of each batch, with dropout, as in training')
 
 def _one_record(record):
     "Return what a reader asks of one prediction"

@@ -276,7 +276,7 @@ _PREDICT = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'by', 'tell', 'assig
             'same_cell_type')
 _CHOICES = dict(views=('dihedral', 'random', 'scaled'), vote=('nearest', 'mean', 'prototype'), merge=('best', 'mean'),
                 by=('index', 'classifier'), tell=('plate_group', 'no'), assign=('yes', 'no'),
-                adapt=('auto', 'experiment', 'plate', 'tent', 'no'),
+                adapt=('auto', 'experiment', 'plate', 'tent', 'batch', 'no'),
                 correct=('no', 'auto', 'standardize', 'center', 'sphere', 'tvn'))
 
 def _check_entries(entry, given, takes):

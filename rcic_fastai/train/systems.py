@@ -114,12 +114,10 @@ def _rcic16(name, arch, dim, **model):
     return Recipe(name, [stage], arch=arch,
                   model=dict(stem='mean', input_bn=True, pool='average', emb_dim=dim, bn_momentum=None, **model),
                   data=dict(norm='none', bs=16, clahe=True),
-                  predict=dict(by='classifier', tta=8, views='random', merge='mean', assign='yes'),
+                  predict=dict(by='classifier', tta=8, views='random', merge='mean', assign='yes', adapt='batch'),
                   about='16th place: .96343 public, .98871 private, all five models and a leak of the plate groups. '
                         'Differs: the mean stem is that of the ImageNet filters, where theirs was '
-                        'that of a random convolution; CLAHE is of their text and was not in their code; BatchNorm '
-                        'takes the statistics of the experiment (adapted), where theirs stayed in training '
-                        'mode at prediction, with dropout; one model names all cell types (rcic16_cell_types '
+                        'that of a random convolution; CLAHE is of their text and was not in their code; one model names all cell types (rcic16_cell_types '
                         'has their second step). They held out one of three folds of the experiments.')
 
 _CBAM = dict(block_args=dict(attn_layer='cbam'))
