@@ -11,7 +11,7 @@ from rcic_fastai.screen.screen import Screen
 
 BIN = Path(sys.executable).parent
 EXPS = 'HUVEC-01,HUVEC-02,RPE-01,HUVEC-17'
-TINY = '--arch mobilenetv3_small_050 --pretrained no --seed 1 --tta 1'
+TINY = '--arch test_efficientnet --pretrained no --seed 1 --tta 1'
 
 def run(command):
     "In a process of its own, as a shell starts it; each command runs so at least once"
@@ -40,7 +40,7 @@ def refused(command, says, capsys):
 def here(tmp_path_factory):
     d = tmp_path_factory.mktemp('cli')
     ok(f'rcic_simulate {d}/screen --experiments {EXPS} --sirnas 8 --size 64 --controls 2 --seed 1', run)
-    recipe = dict(name='tiny', arch='mobilenetv3_small_050', stages=[dict(name='head', epochs=1, lr=1e-2, parts='stem,head', loss='adacos'),
+    recipe = dict(name='tiny', arch='test_efficientnet', stages=[dict(name='head', epochs=1, lr=1e-2, parts='stem,head', loss='adacos'),
                                                                    dict(name='all', epochs=1, lr=1e-3, cutmix=.5)])
     (d/'tiny.json').write_text(json.dumps(recipe))
     ok(f'rcic_train {d}/screen {d}/model --recipe {d}/tiny.json --valid HUVEC-02 --metadata cell_type,plate_group,experiment {TINY}', run)
@@ -132,7 +132,7 @@ def test_other_target(here):
 
 @pytest.mark.parametrize('norm', ['plate', 'experiment'])
 def test_group_normalization_is_batch_adapted(here, norm, capsys):
-    recipe = dict(name='n', arch='mobilenetv3_small_050', data=dict(norm=norm), stages=[dict(name='a', epochs=1, lr=1e-3)])
+    recipe = dict(name='n', arch='test_efficientnet', data=dict(norm=norm), stages=[dict(name='a', epochs=1, lr=1e-3)])
     (here/f'{norm}_recipe.json').write_text(json.dumps(recipe))
     assert cli.rcic_train(f'{here}/screen {here}/{norm} --recipe {here}/{norm}_recipe.json --valid HUVEC-02 --pretrained no --tta 1'.split()) == 0
     refused(f'rcic_predict {here}/{norm} {here}/screen {here}/x.csv', 'adapted or transductive', capsys)

@@ -8,13 +8,12 @@ import pandas as pd
 import pytest
 import torch
 from fastai.vision.all import AvgMetric, Callback
-from helpers import learner, quiet, same
+from helpers import learner, quiet, same, simulate_screen
 from rcic_fastai import cli
 from rcic_fastai.batch.augment import PUBLISHED_AUGS
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed import embed
 from rcic_fastai.screen.screen import Screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.recipes import RECIPES, Recipe, Stage, get_recipe
 from rcic_fastai.train.systems import *  # noqa: F401,F403  (adds the recipes)
@@ -34,7 +33,7 @@ def drawn(tmp_path_factory):
 def tiny(name, folder=None):
     "Return a recipe for seconds: another network, few epochs, small pictures; all else as it is"
     r = RECIPES[name].scaled(min(3, len(RECIPES[name].stages)), side=48)
-    arch = r.arch if r.arch == 'capstone_cnn' else 'mobilenetv3_small_050'
+    arch = r.arch if r.arch == 'capstone_cnn' else 'test_efficientnet'
     model = {**{k: v for k, v in r.model.items() if k != 'arch_args'}, **({'arch_args': dict(side=4, width=16)} if arch == 'capstone_cnn' else {})}
     cells = {c: str(folder/f'{c}.json') for c in r.cell_types}
     for c, file in cells.items():
