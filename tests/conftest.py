@@ -21,6 +21,22 @@ def screen(tmp_path_factory):
     return open_screen(path)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def curves_drawn_once():
+    "Every command that trains draws its curves: one history of each kind is drawn, the others become empty pictures"
+    import matplotlib.pyplot as plt
+    from rcic_fastai import workflow
+    draw, seen = workflow.training_curve, set()
+    def training_curve(history):
+        kind = tuple(history), len(history) > 1
+        if kind in seen: return plt.figure(figsize=(1, 1))
+        seen.add(kind)
+        return draw(history)
+    workflow.training_curve = training_curve
+    yield
+    workflow.training_curve = draw
+
+
 @pytest.fixture
 def close_figures():
     "Close all figures at the end; use it with `pytestmark`"

@@ -3,6 +3,7 @@ import io, json, os, re, shutil, subprocess, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
+from helpers import python
 from rcic_fastai import cli, core, workflow
 from rcic_fastai.embed.correct import CORRECTIONS
 from rcic_fastai.embed.index import EmbeddingIndex
@@ -74,9 +75,11 @@ def test_submission_form(here):
     assert set(near.id_code) == set(want) and near.cosine.between(-1.001, 1.001).all()
 
 def test_wrong_input_exits_with_2_and_one_line(here):
-    r = run(f'rcic_predict {here}/screen {here}/screen {here}/x.csv')
+    "As the scripts do it: exit code and lines of a process, whose imports are done"
+    script = 'import sys; from rcic_fastai import cli; sys.exit(getattr(cli, sys.argv.pop(1))())'
+    r = python(script, 'rcic_predict', here/'screen', here/'screen', here/'x.csv')
     assert r.returncode == 2 and len(r.stderr.strip().splitlines()) == 1 and 'not a model folder' in r.stderr
-    assert run('rcic_train').returncode == 2
+    assert python(script, 'rcic_train').returncode == 2
 
 def test_all_wells(here):
     "Controls are embedded; they are named only by a model that learned controls"

@@ -13,6 +13,8 @@ from rcic_fastai import cli
 from rcic_fastai.batch.augment import PUBLISHED_AUGS
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed import embed
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.recipes import RECIPES, Recipe, Stage, get_recipe
@@ -27,7 +29,7 @@ CELLS = 'HUVEC-01,HUVEC-02,RPE-01,U2OS-01,HEPG2-01,HUVEC-17'.split(',')
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp('systems')/'screen'
     simulate_screen(folder, CELLS, sirnas=8, size=48, controls=1, progress=False)
-    return folder
+    return Path(pack_screen(open_screen(folder), folder.with_suffix('.zarr'), progress=False))
 
 
 def tiny(name, folder=None):
@@ -49,8 +51,9 @@ def protocols_of(recipe):
 
 
 def with_groups(screen, folder):
-    "Return a copy of a screen whose test plates say which group they hold"
+    "Return a copy of a screen, with the files that were drawn, whose test plates say which group they hold"
     folder.mkdir()
+    screen = screen.with_suffix('')
     (folder/'images').symlink_to(screen/'images')
     table = read_metadata(screen)
     table.assign(plate_group=table.plate_group.fillna(table.plate - 1).where(table.well_type == 'treatment')).to_csv(folder/'metadata.csv', index=False)
