@@ -113,6 +113,7 @@ def main():
     os.chdir(ROOT)
     if fork: warm()
     results = run(nbs, args.save, args.workers, fork)
+    gc.unfreeze()
     failed = [(nb, said) for nb, wrong, said in results if wrong]
     for nb, said in failed: print(f'\n{"="*20} {nb.name}\n{said}')
     if failed: raise SystemExit(f"notebooks: failed: {' '.join(nb.name for nb, _ in failed)}")
