@@ -4,7 +4,6 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
-from helpers import simulate_screen
 from rcic_fastai import folder as F
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.folder import MODEL_FILES, load_model
@@ -14,6 +13,7 @@ from rcic_fastai.screen.images import PngTree
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.screen import Screen
+from rcic_fastai.screen.simulate.layout import simulate_screen      # bench/soak.py takes this file alone
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.core import file_facts, json_hash
 from rcic_fastai.embed.index import INDEX_FILES, EmbeddingIndex
