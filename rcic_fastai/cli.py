@@ -123,6 +123,14 @@ def _commands():
     "Return {name: function} of the commands that a message may send someone to"
     return {c: globals()[f] for c, f in _SENT_TO.items() if f in globals()}
 
+# %% ../nbs/72_cli.ipynb #1d4f303c
+def _as_notes(err, otherwise):
+    "Return what shows a warning: one for the user as a line on `err`, another as before"
+    def show(message, category, *args, **kwargs):
+        if issubclass(category, UserWarning): print(f'note: {message}', file=err)
+        else: otherwise(message, category, *args, **kwargs)
+    return show
+
 # %% ../nbs/72_cli.ipynb #613c5fcd
 def run_command(
     func, # A documented function
@@ -139,6 +147,7 @@ def run_command(
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), said, warnings.catch_warnings():
         # what other packages will change is nothing that a user can mend
         if not sys.warnoptions: warnings.simplefilter('ignore', FutureWarning)
+        warnings.showwarning = _as_notes(err, warnings.showwarning)
         try: return _called(func, args, prog, err)
         finally: out.end()
 
@@ -163,11 +172,12 @@ def _not_understood(s, what, part):
     return ScreenError(f'--{what} {s} is not understood at {part!r}: '
                        f'write pairs with commas, such as {_EXAMPLES[what]}.')
 
-def _pairs(s, what, split):
-    "Read 'a=b,c=d' as [('a', 'b'), ('c', 'd')], each name once; `split` takes a pair apart"
+def _pairs(s, what, split, alone=None):
+    "Read 'a=b,c=d' as [('a', 'b'), ('c', 'd')], each name once; `split` takes a pair apart, `alone` is what is meant without ="
     pairs = []
     for part in as_names(s):
         a, eq, b = split(part, '=')
+        if not eq and alone: a, eq, b = part, '=', alone
         if not eq: raise _not_understood(s, what, part)
         pairs.append((a.strip(), b.strip()))
     names = [a for a, _ in pairs]
@@ -191,9 +201,9 @@ def _plane(s):
     return int(s) if re.fullmatch('[0-9]{1,9}', s) else s or None
 
 def _roles(s):
-    "Read 'DMSO=negative_control,=negative_control' as {'negative_control': ['DMSO', '']}; the empty name is that of the empty cell"
+    "Read 'DMSO,=negative_control,X=positive_control' as {'negative_control': ['DMSO', ''], 'positive_control': ['X']}; the empty name is that of the empty cell"
     res = {}
-    for name, kind in _pairs(s, 'controls', str.rpartition):
+    for name, kind in _pairs(s, 'controls', str.rpartition, 'negative_control'):
         if not kind: raise _not_understood(s, 'controls', f'{name}=')
         res.setdefault(kind, []).append(name)
     return res
@@ -270,7 +280,7 @@ def pack(
     layout:str='', # For --pattern: CSV with what is in each well, or in each well of each plate
     channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=2; empty: all
     columns:str='', # For a table of files or of wells: what its columns are, such as experiment=Batch,plate=Barcode,sirna=treatment; dataset= for no such column
-    controls:str='', # For a table of files or of wells: perturbations that are controls, such as DMSO=negative_control; =negative_control for wells whose cell is empty (--controls of rcic_train is a switch: to learn them too)
+    controls:str='', # For a table of files or of wells: perturbations that are controls, such as DMSO,X=positive_control, where a name alone is a negative control; =negative_control for wells whose cell is empty (--controls of rcic_train is a switch: to learn them too)
     test:str='', # Experiments to mark as test, with commas
     cell_type:str='', # Cell type of rows that name none
     cell_types:str='', # For RxRx1's folder: the cell types that are allowed, with commas; empty: RxRx1's four
@@ -678,10 +688,6 @@ def rcic_embed(argv=None):
     return run_command(embed, argv, 'rcic_embed')
 
 # %% ../nbs/72_cli.ipynb #c7fcd7b7
-def _named_controls(s):
-    "Read 'DMSO,water' as names of negative controls, and 'DMSO=negative_control,X=positive_control' by kind"
-    return _roles(s) if '=' in s else s
-
 def hits(
     profiles, # Parquet or CSV with Metadata_ columns and numbers, one row per well or site: from rcic_embed, CellProfiler or any other program
     out, # CSV or parquet to write; OUT's .png is a picture of it, and its .json records how it was made
@@ -697,7 +703,7 @@ def hits(
 ):
     "Find the perturbations that differ from the negative controls of their plates"
     from rcic_fastai.embed.hits import find_hits, hits_text
-    found = find_hits(profiles, out, _named_controls(controls), target, dose, measure, correct, level, n_null,
+    found = find_hits(profiles, out, _roles(controls), target, dose, measure, correct, level, n_null,
                       seed, _mapping(columns, 'columns'))
     print(f'{hits_text(found)}\n{out}: {plural(len(found), "perturbation")}')
 

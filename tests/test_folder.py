@@ -143,6 +143,8 @@ def test_data_fingerprint(made):
     rows = made.learn.dls.train.items
     one = trained.data_fingerprint(rows)
     assert one == trained.data_fingerprint(rows.iloc[::-1].reset_index(drop=True)) and one['sites'] == {'HUVEC-01': len(rows)}
+    backwards = (trained.data_fingerprint(r, made.source, most=3) for r in (rows, rows.iloc[::-1].reset_index(drop=True)))
+    assert next(backwards) == next(backwards)            # the same sites are measured
     assert one['sha256'] != trained.data_fingerprint(rows.iloc[1:])['sha256'] != trained.data_fingerprint(rows.assign(sirna='x'))['sha256']
     pixels = np.stack([made.source[i] for i in rows.site_id])/255
     for i, (name, s) in enumerate(trained.data_fingerprint(rows, made.source)['channels'].items()):

@@ -679,7 +679,7 @@ def test_wells_that_do_not_fit(two):
     complains('14 wells', 'P1 F10 and 4 more', '(none)', f=lambda: read(many))
     complains('4 wells', f=lambda: read(WELLS.assign(plate='X' + WELLS.plate), partial=True))
     complains('1 well more than once (P1 B02)', f=lambda: read(pd.concat([WELLS, WELLS[:1]])))
-    complains('no column well', f=lambda: read(WELLS.drop(columns='well')))
+    complains('no column of the well', f=lambda: read(WELLS.drop(columns='well')))
     complains('no rows', f=lambda: read(WELLS[:0]))
     complains('row 3: well is empty', f=lambda: read(WELLS.replace('C3', None)))
     complains('not a well name', f=lambda: read(WELLS.replace('b2', '22')))

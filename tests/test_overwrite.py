@@ -101,6 +101,26 @@ def test_what_the_library_wrote_is_replaced_until_someone_edits_it(made, tmp_pat
     pd.read_parquet(near).to_parquet(near)
     assert cli.rcic_predict(words) == 2 and 'near.parquet would be overwritten, and rcic_fastai did not write it' in capsys.readouterr().err
 
+@pytest.mark.parametrize('command, end', [('rcic_show', '.png'), ('rcic_show', '.pdf'), ('rcic_show', '.svg'), ('rcic_explore', '.html'), ('rcic_drift', '.html')])
+def test_an_edited_page_or_picture_stays(made, tmp_path, capsys, command, end):
+    "They have no record: the checksum is in their mark"
+    out = tmp_path/f'mine{end}'
+    words = COMMANDS[command][0].format(d=made, out=out).split() + ([] if command == 'rcic_show' else ['--tta', '1'])
+    if command == 'rcic_drift': written(out)
+    else:
+        for _ in range(2): assert getattr(cli, command)(words) == 0
+    data = out.read_bytes()
+    for at in (len(data)//2, len(data)):
+        out.write_bytes(data[:at] + b'mine' + data[at:])
+        before = snapshot(tmp_path)
+        assert getattr(cli, command)(words) == 2
+        assert f'mine{end} would be overwritten, and rcic_fastai did not write it as it is now' in capsys.readouterr().err and snapshot(tmp_path) == before
+
+def written(out):
+    "The pages of rcic_drift and rcic_report are of `write_report`"
+    from rcic_fastai.results.report import write_report
+    for _ in range(2): write_report(out, 'Drift', [])
+
 @pytest.mark.parametrize('sums', [dict(a=['x']), dict(a=1), ['x'], None])
 def test_an_odd_record_makes_no_file_ours(tmp_path, sums):
     (tmp_path/'a.csv').write_text('1')

@@ -249,7 +249,7 @@ def test_controls_of_plates_need_a_table_of_wells(tmp_path):
 def test_the_command_line_names_the_empty_cell_and_no_column(tmp_path, capsys):
     assert _roles('=negative_control,a=b=treatment') == dict(negative_control=[''], treatment=['a=b'])
     assert _mapping('dataset=,plate=Bar=code', 'columns') == dict(dataset=None, plate='Bar=code')
-    for f, s in ((_roles, 'DMSO'), (_roles, 'DMSO='), (_roles, 'DMSO=treatment,DMSO=negative_control'),
+    for f, s in ((_roles, 'DMSO='), (_roles, 'DMSO=treatment,DMSO=negative_control'),
                  (lambda o: _mapping(o, 'columns'), 'plate=a,plate=b'), (lambda o: _mapping(o, 'columns'), '=a')):
         with pytest.raises(ScreenError): f(s)
     csv = saved(table(tmp_path, Metadata_Compound=[None, 'a', 'b'], Metadata_Split='pilot'), tmp_path/'load_data.csv')

@@ -196,7 +196,7 @@ def test_what_only_one_of_them_has_is_counted_and_named(folder, tmp_path, capsys
 
 @pytest.mark.parametrize('columns, words', [
     (dict(well=['A01', 'a1', 'A02']), ['more than once', 'A01']), (dict(well=['A01', 'X', 'A02']), ['row 3', "'X' is not a well name"]),
-    (dict(drug=['a', 'b']), ['no column well']), (dict(well=[*WELLS], channel=['1', '2']), ['both give channel']),
+    (dict(drug=['a', 'b']), ['no column of the well', 'well=']), (dict(well=[*WELLS], channel=['1', '2']), ['both give channel']),
     (dict(well=[*WELLS], dataset=['train', 'held out']), ['row 3', "'held out'"]), (dict(well=[*WELLS], batch=['May', '']), ['row 3', 'experiment is empty']),
     (dict(well=[*WELLS], well_type=['treatment', 'odd']), ['row 3', "'odd' is no known well type"]), (dict(plate=['P0012', ''], well=[*WELLS]), ['row 3', 'plate is empty'])])
 def test_mistakes_in_a_layout_are_named_by_row(folder, tmp_path, columns, words):
@@ -339,7 +339,7 @@ def test_a_dry_run_says_what_a_pattern_and_a_layout_give(folder, by_well, tmp_pa
                   'negative_control: DMSO in 2 wells', 'perturbations: 1 (x), wells of each: 2', 'doses (Dose): 0.0, 0.5\n', 'further columns: Dose',
                   'missing: files of 1 of 4 sites (', 'P0012_A02_s1_w2.tif'): assert words in out, (words, out)
     assert 'left out (' not in out and 'no experiment is a test' not in out and 'no well is a control' not in out
-    assert rcic_pack([*call, '--only-present']) == 0 and 'and are left out (' in capsys.readouterr().out
+    assert rcic_pack([*call, '--only-present']) == 0 and ': they are left out' in capsys.readouterr().out
 
 
 def test_a_dry_run_says_what_a_prediction_lacks(folder, tmp_path, capsys):

@@ -132,7 +132,7 @@ def embed_dl(
 )->np.ndarray: # float32 [N,D], unit length
     "Return the mean embedding over dihedral views of every sample of a loader"
     check_tta(tta)
-    with eval_mode(model): out = list(_batches(model, progress_bar(dl) if progress else dl, tta, mask))
+    with eval_mode(model): out = list(_batches(model, with_bar(dl, progress), tta, mask))
     if not out: raise ScreenError('There is nothing to embed: the table of sites is empty.')
     return torch.cat(out).numpy()
 
@@ -253,7 +253,7 @@ def _ticks(plan, todo, o):
     "Return a function that moves the progress bar by one batch"
     n_batches = sum(-(-len(plan[i].at)//o.bs) for i in todo)
     total = n_batches if o.views != 'random' else n_batches*o.tta
-    bar = iter(progress_bar(range(total)) if o.progress and total else range(total))
+    bar = iter(with_bar(range(total), o.progress))
     return lambda: next(bar, None)
 
 # %% ../../nbs/41_embed.embed.ipynb #94d30672

@@ -12,7 +12,6 @@ from pathlib import Path
 import re
 from functools import partial
 import numpy as np, pandas as pd
-from fastprogress.fastprogress import progress_bar
 import matplotlib.pyplot as plt
 from ..core import *
 from ..screen.tables import *
@@ -69,7 +68,7 @@ def screened_wells(
     if f'{META}site_id' in emb: emb = merge_sites(emb)
     if not (emb[f'{META}well_type'] == 'negative_control').any():
         raise ScreenError('The profiles have no negative control to compare with: '
-                          f'name it with {option("controls", dict(negative_control=["DMSO"]))}.')
+                          f'name it with {option("controls", "DMSO")}, and the column of perturbations, if its name is not a usual one, with {as_columns("sirna", "COLUMN")}.')
     return emb
 
 # %% ../../nbs/45_embed.hits.ipynb #d788c732
@@ -186,7 +185,7 @@ def _activities(m, x, names, measure, level, n_null, seed, progress):
     of[~control] = code
     n, rows = np.bincount(code, minlength=len(levels)), []
     several = np.flatnonzero(n > 1)
-    for c in progress_bar(several) if progress else several:
+    for c in with_bar(several, progress):
         mine = of == c
         at = np.flatnonzero(mine | control & np.isin(plate, plate[mine]))
         data = x[at], plate[at], mine[at]

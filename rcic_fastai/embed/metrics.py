@@ -9,7 +9,6 @@ __all__ = ['checked_n_null', 'group_codes', 'average_precision', 'chance_precisi
 
 # %% ../../nbs/44_embed.metrics.ipynb #e6c8b7f5
 import numpy as np, pandas as pd
-from fastprogress.fastprogress import progress_bar
 from ..core import *
 from ..screen.tables import *
 from .table import *
@@ -49,8 +48,6 @@ def _metric_rows(emb, needed, treatments=True, one_per_well=False):
     return m.iloc[order].reset_index(drop=True), x
 
 # %% ../../nbs/44_embed.metrics.ipynb #181c4adb
-def _bar(items, show): return progress_bar(items) if show else items
-
 def checked_n_null(
     n:int, # Permutations
 )->int:
@@ -92,7 +89,7 @@ def _ap_direct(m, x, target, across, other, progress):
     "Return average precision, number of positives and number of ranked rows, for each row: [N, 3]"
     y, b, x = pd.factorize(m[target])[0], pd.factorize(m[across])[0], unit_rows(x)
     out = np.full((len(m), 3), np.nan)
-    for i in _bar(range(0, len(m), 256), progress):
+    for i in with_bar(range(0, len(m), 256), progress):
         cos = np.round(x[i:i+256] @ x.T, 6)
         for j, c in enumerate(cos, i):
             elsewhere, same = b != b[j], y == y[j]
@@ -297,7 +294,7 @@ def replicate_consistency(
     if not ok.any():
         raise ScreenError(f'No {target} has wells in two of {m[across].nunique()} {across}s: '
                           'consistency needs replicates.')
-    bar = _bar(range(checked_n_null(n_null)), len(m) > 5000 if progress is None else progress)
+    bar = with_bar(range(checked_n_null(n_null)), len(m) > 5000 if progress is None else progress)
     null = np.stack([cosines(u, _shuffles(strata, rng)) for _ in bar])
     seen = cosines(u, np.arange(len(u)))
     floor = _floors(of_target[pairs], strata, n_null)[ok]
@@ -418,7 +415,7 @@ def perturbation_magnitude(
     "Measure the energy distance from the wells of each siRNA to the controls of the same plates"
     m, x, control, strata = _with_controls(emb, target, controls)
     rows, of = {}, m[~control].groupby(target, sort=True).groups
-    for name in _bar(list(of), len(of) > 500 if progress is None else progress):
+    for name in with_bar(list(of), len(of) > 500 if progress is None else progress):
         at = np.union1d(of[name], np.flatnonzero(control & np.isin(strata, strata[of[name]])))
         at = at[np.argsort(strata[at], kind='stable')]
         d, coefficient, null = energy_null(x[at], strata[at], ~control[at], checked_n_null(n_null), seed)

@@ -93,7 +93,7 @@ def ray_features(
         try:
             need, n = _actors(ray, device, torch.get_num_threads(), len(items))
             job = ray.put([deepcopy(model).cpu(), spec, screen, plan, o, torch.get_num_threads(), device.type])
-            yield from progress_bar(_mapped(ray, job, items, need, n), total=len(todo)) if o.progress else _mapped(ray, job, items, need, n)
+            yield from with_bar(_mapped(ray, job, items, need, n), o.progress, len(todo))
         except ScreenError: raise
         except Exception as e:
             raise ScreenError(f'The Ray cluster stopped ({_plain(e)}): look at its log, and run the same again; finished parts are kept.') from e

@@ -133,7 +133,7 @@ def well_scores(
     device, out = next(model.parameters()).device, []
     dl = spec_dl(spec, screen, bs=bs, mask=mask, num_workers=num_workers, device=device, stat_rows=stat_rows)
     with eval_mode(model):
-        for b in progress_bar(dl) if progress else dl:
+        for b in with_bar(dl, progress):
             x, *meta = b[:1 + len(model.inputs)]
             out.append(sum(model(dihedral(x, k), *meta).float() for k in range(tta)).cpu()/tta)
     scores, ids = merge_wells(torch.cat(out).numpy(), dl.rows.well_id, 'mean')

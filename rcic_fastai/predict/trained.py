@@ -138,8 +138,9 @@ def data_fingerprint(
     columns=(), # Further columns that count, such as that of the labels
 )->dict: # rows, sha256, sites of each experiment; side of a picture (pixels); of a packed screen its `store` fingerprint; mean and std of each channel (share of full scale), sites measured
     "Return what identifies a set of sites; the order of rows does not matter"
+    rows = rows.sort_values('site_id')
     cols = [c for c in dict.fromkeys([*SITE_COLUMNS, *columns]) if c in rows]
-    text = rows.sort_values('site_id')[cols].to_csv(index=False, lineterminator='\n')
+    text = rows[cols].to_csv(index=False, lineterminator='\n')
     res = dict(rows=len(rows), sha256=sha256(text),
                sites={str(e): int(n) for e, n in rows.groupby('experiment').size().items()})
     if source is None: return res

@@ -311,18 +311,7 @@ def _spread_rows(rows, most):
     at = rows.reset_index(drop=True).groupby(['experiment', 'well_type'], sort=False).indices.values()
     return rows.iloc[np.sort(np.concatenate([_some(a, most) for a in at]))]
 
-def _held_rows(model, table, asked):
-    "Return the rows of experiments that the model held out and never learned"
-    known = {*model.trained, *map(str, model.model.trained_experiments), *asked.experiment.astype(str)}
-    names = [e for e in map(str, model.config['held_out']) if e not in known]
-    return table[table.experiment.astype(str).isin(names)]
-
-def _embedded(model, screen, rows, every, index, how):
-    "Return embeddings of some of the rows `every`, made as those of the index were"
-    if index is model.index: return model.embed(screen[rows], **how)
-    kinds = adapting_kinds(index, 'all')
-    return model.embed(screen[rows], adapt='experiment', adapt_rows=every[every.well_type.isin(kinds)], **how)
-
+# %% ../../nbs/61b_results.drift.ipynb #7d6cb5d4
 def _index_views(model, tta):
     "Return how sites are shown, as they were for the index, and notes on what the model does not say of it"
     said = model.config.get('index_views')
@@ -336,6 +325,19 @@ def _index_views(model, tta):
     if views != 'random': return dict(tta=n, views=views), []
     if model.config.get('augs') is None: raise ScreenError('The index holds random views, and the model folder does not say how they were drawn, so new sites cannot be shown in the same way: train again.')
     return dict(tta=n, views=views, augs=model.config['augs']), []
+
+# %% ../../nbs/61b_results.drift.ipynb #ba447316
+def _held_rows(model, table, asked):
+    "Return the rows of experiments that the model held out and never learned"
+    known = {*model.trained, *map(str, model.model.trained_experiments), *asked.experiment.astype(str)}
+    names = [e for e in map(str, model.config['held_out']) if e not in known]
+    return table[table.experiment.astype(str).isin(names)]
+
+def _embedded(model, screen, rows, every, index, how):
+    "Return embeddings of some of the rows `every`, made as those of the index were"
+    if index is model.index: return model.embed(screen[rows], **how)
+    kinds = adapting_kinds(index, 'all')
+    return model.embed(screen[rows], adapt='experiment', adapt_rows=every[every.well_type.isin(kinds)], **how)
 
 def _without_labels(rows, target):
     "Return rows without the labels of their wells"

@@ -44,7 +44,7 @@ def label_direction(
         raise ScreenError(f'The model did not learn {label}: choose one of {first_few(sorted(set(names)))}.')
     x = unit_rows(model.index.vectors(np.arange(len(names))))
     means = pd.DataFrame(unit_rows(pd.DataFrame(x).groupby(names).mean().to_numpy()), sorted(set(names)))
-    return torch.from_numpy((means.loc[str(label)] - means.mean()).to_numpy()).float()
+    return torch.from_numpy((means.loc[str(label)] - means.mean()).to_numpy(copy=True)).float()
 
 def _own_answers(model, rows, screen):
     "Return what the model calls each well, from the well alone"

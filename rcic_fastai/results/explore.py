@@ -317,6 +317,8 @@ def _own(name): return files('rcic_fastai.results').joinpath(name).read_text(enc
 
 def _hash(text): return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
+_MAKER = 'rcic_explore'
+
 def page_html(
     title:str, # Heading
     data:dict, # Plain data, see `screen_page`
@@ -326,8 +328,9 @@ def page_html(
     style, script = _own('explore.css'), _own('explore.js')
     more = " 'strict-dynamic'" if data.get('pictures', {}).get('files') else ''        # what the program itself loads
     policy = (f"default-src 'none'; script-src {_hash(script)}{more}; style-src {_hash(style)}; img-src data: blob:; base-uri 'none'; form-action 'none'")
-    parts = dict(title=html_text(title), policy=policy, style=style, script=script, data=page_json(data), pictures='\n'.join(pictures))
-    return re.sub(r'{{(\w+)}}', lambda m: parts[m[1]], _own('explore.html'))
+    parts = dict(mark=maker_mark(_MAKER), title=html_text(title), policy=policy, style=style, script=script, data=page_json(data), pictures='\n'.join(pictures))
+    page = re.sub(r'{{(\w+)}}', lambda m: parts[m[1]], _own('explore.html'))
+    return signed(page.encode(), _MAKER).decode()
 
 # %% ../../nbs/64_results.explore.ipynb #9e7f67dc
 def picture_order(
@@ -424,8 +427,6 @@ def site_pictures(
     return res
 
 # %% ../../nbs/64_results.explore.ipynb #6d2a1b86
-_MADE = '<!-- made by rcic_explore -->'
-
 class ScreenPage:
     "A page to explore a screen: `.save(path)` writes it, a notebook shows it; with files of pictures, it was written and is in `folder`"
     def __init__(self,
@@ -457,12 +458,12 @@ class ScreenPage:
         return f'<iframe {" ".join(attributes)}></iframe>'
 
     def save(self,
-        path, # HTML file to write; an earlier page is replaced
+        path, # HTML file to write; an earlier page is replaced unless it was edited
     )->Path: # `path`
         "Write the page, completely or not at all"
         if self.pictures.files: raise ScreenError(f'The pictures of this page are in files in {self.folder}: copy that folder.')
         check_page_path(path)
-        return write_atomic(path, lambda p: p.write_text(self.html, encoding='utf-8'))
+        return write_marked(path, _MAKER, lambda p: p.write_text(self.html, encoding='utf-8'))
 
 PAGE_FOLDER = OwnFolder('page', 'index.html', 'pictures/*.js')
 
@@ -479,10 +480,7 @@ def check_page_path(
     path = Path(path)
     if is_page_folder(path): return PAGE_FOLDER.check(path)
     if path.suffix.lower() not in ('.html', '.htm'): raise ScreenError(f'{path} is not the name of a page: let {option("out")} end in .html, or name a folder, without a dot.')
-    if path.is_dir(): raise ScreenError(f'{path} is a folder: name a file to write.')
-    if not path.exists(): return
-    with open_plain(path) as f: is_page = _MADE.encode() in f.read(200)
-    if not is_page: raise ScreenError(f'{path} would be overwritten and is no page of rcic_explore: choose another name.')
+    check_marked(path, _MAKER)
 
 # %% ../../nbs/64_results.explore.ipynb #6fe623e8
 @dataclass

@@ -120,8 +120,7 @@ def _write_all(screen, dest, wells, workers, progress):
 
 def _bar(total, progress):
     "Return a function that moves a progress bar by `n`"
-    from fastprogress.fastprogress import progress_bar
-    steps = iter(progress_bar(range(total)) if progress else range(total))
+    steps = iter(with_bar(range(total), progress))
     def step(n):
         for _ in range(n): next(steps, None)
     return step

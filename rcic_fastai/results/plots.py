@@ -316,18 +316,16 @@ def contact_sheet(
     return fig
 
 # %% ../../nbs/60b_results.plots.ipynb #81c6cfd0
-_MAKER = 'rcic_fastai, a contact sheet'      # in the file, where the format has a place for it
+_MAKER = 'rcic_show'
 _SAID_AS = dict(png='Software', pdf='Creator', svg='Creator')
 
 def check_picture_path(
     out, # Picture to write
 )->str: # png, pdf or svg
-    "Return the form of a picture; raise for another ending, and for a file that `write_picture` did not write"
-    kind, path = Path(out).suffix[1:].lower(), Path(out)
+    "Return the form of a picture; raise for another ending, and for a file that `write_picture` did not write as it is now"
+    kind = Path(out).suffix[1:].lower()
     if kind not in _SAID_AS: raise ScreenError(f'{out} is not the name of a picture: let {option("out")} end in .png, .pdf or .svg.')
-    if path.is_dir(): raise ScreenError(f'{out} is a folder: name a file to write.')
-    if os.path.lexists(path) and (path.is_symlink() or _MAKER.encode() not in read_plain(path, 2**32)):
-        raise not_replaced(out)
+    check_marked(out, _MAKER)
     return kind
 
 def write_picture(
@@ -337,7 +335,8 @@ def write_picture(
 )->Path: # `out`
     "Write a figure as a picture that says who made it"
     kind = check_picture_path(out)
-    return write_atomic(out, lambda p: fig.savefig(p, format=kind, dpi=dpi, metadata={_SAID_AS[kind]: _MAKER}))
+    said = {_SAID_AS[kind]: maker_mark(_MAKER)}      # in the file, where the format has a place for it
+    return write_marked(out, _MAKER, lambda p: fig.savefig(p, format=kind, dpi=dpi, metadata=said))
 
 # %% ../../nbs/60b_results.plots.ipynb #acc328e7
 def _plot_epochs(ax, history, columns, title):

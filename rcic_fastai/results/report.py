@@ -77,18 +77,14 @@ def _contents_html(contents, alt):
     return [*out, '</div>'] if was_figure else out
 
 # %% ../../nbs/61_results.report.ipynb #36720ddd
-_MADE = '<!-- made by rcic_report -->'
+_MAKER = 'rcic_report'
 
 def check_report_path(
     path, # HTML file to write
 ):
-    "Raise for a name that is not of a page, or that would overwrite something that is no report"
-    path = Path(path)
-    if path.suffix.lower() not in ('.html', '.htm'): raise ScreenError(f'{path} is not the name of a page: let {option("out")} end in .html.')
-    if path.is_dir(): raise ScreenError(f'{path} is a folder: name a file to write.')
-    if not os.path.lexists(path): return
-    with open_plain(path) as f: is_report = not path.is_symlink() and _MADE.encode() in f.read(200)
-    if not is_report: raise ScreenError(f'{path} would be overwritten and is no page of rcic_report: choose another name.')
+    "Raise for a name that is not of a page, or that would overwrite something that is no report, or one that was edited"
+    if Path(path).suffix.lower() not in ('.html', '.htm'): raise ScreenError(f'{path} is not the name of a page: let {option("out")} end in .html.')
+    check_marked(path, _MAKER)
 
 def write_report(
     path, # HTML file to write
@@ -97,14 +93,14 @@ def write_report(
 )->Path: # `path`
     "Write a report as one HTML file, completely or not at all"
     title = html_text(title)
-    out = [f'<!doctype html><html lang="en">{_MADE}<meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+    out = [f'<!doctype html><html lang="en"><!-- {maker_mark(_MAKER)} --><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
            f'<title>{title}</title><style>{_CSS}</style><h1>{title}</h1>']
     for head, text, contents in sections:
         out.append(f'<h2>{html_text(head)}</h2><p class="note">{html_text(text)}</p>')
         out += _contents_html(contents, head)
     page = '\n'.join(out) + '</html>'
     check_report_path(path)
-    return write_atomic(Path(path), lambda p: p.write_text(page, encoding='utf-8'))
+    return write_marked(path, _MAKER, lambda p: p.write_text(page, encoding='utf-8'))
 
 # %% ../../nbs/61_results.report.ipynb #7f46a13e
 _NOTHING = (None, '', 'no', 'none', False)

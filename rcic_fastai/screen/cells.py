@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 from ..core import *
 from .images import *
 from .screen import *
@@ -253,7 +252,7 @@ def cell_table(
     said = _missing_masks(table, masks)
     _check_partial(said, partial)
     table = table[[i in masks for i in table.site_id]].reset_index(drop=True)
-    each = [_measured(masks[i]) for i in (progress_bar(table.site_id) if progress else table.site_id)]
+    each = [_measured(masks[i]) for i in with_bar(table.site_id, progress)]
     cells = pd.concat([d.assign(row=n) for n, d in enumerate(each)] or [_measured(np.zeros((1, 1), int)).assign(row=0)], ignore_index=True)
     kept = cells if border == 'keep' else cells[~cells.at_border]
     empty = [i for i, d in zip(table.site_id, each) if not len(d)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, read_plain, write_atomic, write_json
+from ..core import ScreenError, check_choice, read_plain, write_atomic, write_json, with_bar
 
 # %% ../../nbs/07_screen.download.ipynb #5679654c
 RXRX1_URL = 'https://storage.googleapis.com/rxrx/rxrx1'
@@ -341,7 +341,7 @@ def unpack_archive(
         except (OSError, UnicodeError) as e:
             raise ScreenError(f'{archive} cannot be unpacked into {dest} ({_why(e)}): give another folder.') from None
         _check_room(dest, lacking, f'{archive.name}, unpacked,')
-        for info, name in progress_bar(members) if progress else members:
+        for info, name in with_bar(members, progress):
             if not _is_there(dest/name, info): _write_member(z, info, archive, dest/name)
     return len(members), sum(i.file_size for i, _ in members)
 

@@ -575,7 +575,7 @@ def read_files(
     root=None, # Folder that relative paths start from; `None`: that of the table's file
     channels=None, # Channels to use, in order; {name: name in the table}; or {name: column of files}; `None`: all
     columns:dict|None=None, # {key of `USUAL_NAMES`: its column, or `None` for no column}
-    controls:dict|None=None, # {well type: names of perturbations, or values of the well-type column}; '' is the empty cell
+    controls=None, # Names of negative controls, such as 'DMSO', or {well type: names of perturbations, or values of the well-type column}; '' is the empty cell
     test=(), # Experiments to mark as test: a list, or 'A,B'
     cell_type:str='unknown', # Cell type of rows that name none
     dataset:str='train', # Dataset of rows that name none

@@ -18,9 +18,8 @@ import cv2
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, is_remote, open_plain, option, plural, read_plain
+from ..core import ScreenError, check_choice, is_remote, open_plain, option, plural, read_plain, with_bar
 from .remote import as_path, each, remote_facts
 from .tables import CHANNELS
 
@@ -472,7 +471,7 @@ def site_stats(
     ids, rows = list(source.site_ids if ids is None else ids), []
     full = float(np.iinfo(source.dtype).max)
     out = np.empty(source.shape, source.dtype)
-    for i in progress_bar(ids) if progress else ids:
+    for i in with_bar(ids, progress):
         source.read_into([i], out[None])
         rows.append(channel_stats(out).ravel()/full)
     mean, std = stat_columns(source.channels)

@@ -337,8 +337,8 @@ def _missing_lines(screen, only_present):
     unfit = unfit_sites(screen.source, there.table.site_id)
     bad = [f'packing would stop: {unfit}'] if unfit else []
     if not len(absent): return ['missing: no file', *bad], screen
-    left_out = ', and are left out' if only_present else ''
-    said = f'missing: files of {len(absent)} of {plural(len(screen), "site")}{left_out} ({first_few(absent.file, 3)})'
+    do = 'they are left out' if only_present else f'restore them, or leave those sites out with {option("only_present", True)}'
+    said = f'missing: files of {len(absent)} of {plural(len(screen), "site")} ({first_few(absent.file, 3)}): {do}'
     return [said, *bad], there if only_present and len(there) else screen
 
 # %% ../../nbs/08_screen.open.ipynb #017d1feb

@@ -209,7 +209,7 @@ def _workers(n, source=None):
 
 def _timed_bar(items, total, progress, what):
     "Yield `items` with a progress bar that shows how many per second"
-    if not progress:
+    if not progress or not total:
         yield from items
         return
     bar, start = progress_bar(range(total), total=total), time.time()

@@ -346,7 +346,7 @@ def _with_layout(files, layout, partial, columns, controls, dataset):
     what = [f'lacks {plural(bare, "well")} of the pictures ({bare_names})'] if bare else []
     if extra: what.append(f'has {plural(extra, "well")} without pictures ({extra_names})')
     if extra == len(w):
-        raise ScreenError(f'No well of {where} has pictures: it has {extra_names}, and the pictures {bare_names}.')
+        raise ScreenError(f'No well of {where} has pictures: it has {extra_names}, and the pictures {bare_names}: write in the layout what the pattern takes from the names of files, or change the pattern.')
     if what and not partial:
         raise ScreenError(f'{where} {", and ".join(what)}: correct the layout or the pattern, or add '
                           f'{option("partial", True)} to continue with the wells that both have.')
@@ -360,7 +360,7 @@ def read_pattern(
     layout=None, # CSV, parquet or table: well, perhaps plate, and any of experiment, sirna, well_type and others
     channels=None, # Channels to use, in order; or {name: channel in the names of the files}; `None`: all
     columns:dict|None=None, # {key of `USUAL_NAMES`: its column in `layout`, or `None` for no column}
-    controls:dict|None=None, # {well type: names of perturbations, or values of the well-type column}; '' is the empty cell
+    controls=None, # Names of negative controls, such as 'DMSO', or {well type: names of perturbations, or values of the well-type column}; '' is the empty cell
     test=(), # Experiments to mark as test: a list, or 'A,B'
     cell_type:str='unknown', # Cell type of wells that name none
     dataset:str='train', # Dataset of wells that name none

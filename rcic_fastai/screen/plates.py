@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 
-from ..core import ScreenError, check_choice, first_few, is_remote, open_plain, option, plural
+from ..core import ScreenError, check_choice, first_few, is_remote, open_plain, option, plural, with_bar
 from .remote import (REQUESTS, Forbidden, RemoteFile, as_path, each, read_any, read_remote,
                                        remote_facts, remote_list)
-from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
+from .tables import (DATASET_NAMES, SITE_COLUMNS, as_columns, check_table, further_columns, identifiers,
                                         read_table, rowcol_to_well, usual_columns, well_to_rowcol, well_types,
                                         complete_types, own_well_names, whole_numbers)
 from .images import MOST_PIXELS, ImageSource, renamed_channels
@@ -140,7 +139,7 @@ def _in_threads(func, items, progress):
     items, pool = list(items), ThreadPoolExecutor(_READERS, 'rcic-metadata')
     try:
         done = pool.map(func, items)
-        return list(progress_bar(done, total=len(items)) if progress else done)
+        return list(with_bar(done, progress, len(items)))
     finally: pool.shutdown(cancel_futures=True)
 
 def _well_images(folder):
@@ -791,7 +790,7 @@ def read_wells(
     d, where = _load_wells(wells)
     found = usual_columns(d, columns, where, ('channel', 'file', 'folder', 'page', 'site', 'site_id', 'well_id'))
     lacks = [c for c in need if not found[c]]
-    if lacks: raise ScreenError(f'{where} has no column {lacks[0]}: it needs {" and ".join(need)}.')
+    if lacks: raise ScreenError(f'{where} has no column of the {lacks[0]} by any usual name: name it with {as_columns(lacks[0], "COLUMN")}.')
     w = pd.DataFrame({c: identifiers(d[found[c][0]], where) for c in ('plate', 'well', *_ANNOTATIONS) if found[c]})
     for c in [c for c in ('plate', 'well') if c in w]:
         if w[c].isna().any():
@@ -879,7 +878,7 @@ def read_plates(
     progress:bool=True, # Show progress bars
     acquisition:int=None, # Read only the fields of this one, for plates that were imaged several times
     columns:dict|None=None, # {key of `USUAL_NAMES`: its column in `wells`, or `None` for no column}
-    controls:dict|None=None, # {well type: names of perturbations in `wells`, or words of its well-type column}; '' is the empty cell
+    controls=None, # Names of negative controls, such as 'DMSO', or {well type: names of perturbations in `wells`, or words of its well-type column}; '' is the empty cell
 )->tuple: # (site table: `SITE_COLUMNS`, then `field` and, where given, `acquisition`; `PlateSource`)
     "Read OME-Zarr plates, 0.4 or 0.5; return their site table and image source"
     _check_arguments(t, z, empty)

@@ -8,10 +8,11 @@ __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'CONTROLS', 'SITE_COLUMNS', '
            'rowcol_to_well', 'inner_wells', 'control_wells', 'treatment_wells', 'as_integers', 'identifiers',
            'whole_numbers', 'own_well_names', 'numbers_if_exact', 'decimal_commas', 'check_header', 'read_csv',
            'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table', 'usual_name', 'well_type_of',
-           'as_columns', 'complete_types', 'usual_columns', 'names_files', 'well_types', 'further_columns',
-           'with_target', 'names_perturbations', 'is_site_table', 'has_plates', 'check_table', 'split_labels',
-           'in_order', 'join_labels', 'label_matrix', 'sirna_groups', 'most_frequent', 'add_plate_groups',
-           'read_metadata', 'write_metadata', 'split_experiments', 'experiment_folds', 'wilds_split', 'real_data']
+           'as_columns', 'complete_types', 'usual_columns', 'names_files', 'control_kinds', 'well_types',
+           'further_columns', 'with_target', 'names_perturbations', 'is_site_table', 'has_plates', 'check_table',
+           'split_labels', 'in_order', 'join_labels', 'label_matrix', 'sirna_groups', 'most_frequent',
+           'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments', 'experiment_folds',
+           'wilds_split', 'real_data']
 
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
 from importlib.resources import files
@@ -446,11 +447,20 @@ def names_files(
     return bool({'filename', 'url'} & set(kinds) or usual & {usual_name(c) for c in columns})
 
 # %% ../../nbs/01_screen.tables.ipynb #c4bfb2b7
+def control_kinds(
+    controls, # 'DMSO', 'DMSO,water', a list of such names, or {kind of control: names}; `None` or '': what a column of well types says
+)->dict: # {kind of control: names}
+    "Return names of controls by kind; names alone are negative controls"
+    if not controls: return {}
+    if isinstance(controls, dict): return controls
+    return dict(negative_control=as_names(controls) if isinstance(controls, str) else list(controls))
+
 def _given_controls(controls):
     "Return {name of a perturbation, '' for the empty one: well type}"
-    strange, mine = [k for k in controls or {} if k not in WELL_TYPES], {}
+    controls, mine = control_kinds(controls), {}
+    strange = [k for k in controls if k not in WELL_TYPES]
     if strange: raise ScreenError(f'{option("controls")} names {first_few(strange)}: choose from {", ".join(WELL_TYPES)}.')
-    for kind, names in (controls or {}).items():
+    for kind, names in controls.items():
         alone = isinstance(names, str) or names is None or names is pd.NA or isinstance(names, float)
         for name in identifiers(pd.Series([names] if alone else list(names), dtype=object, name='controls')).fillna(''):
             if mine.setdefault(name, kind) != kind:
@@ -483,6 +493,7 @@ def _check_named(mine, kind, sirna, where):
     if unused:
         near = _alike(unused, known)
         has = f'did you mean {first_few(near)}?' if near else f'it has {first_few(dict.fromkeys(known), 20)}.'
+        if (empty := int(sirna.isna().sum())) and not near: has += f' If the {plural(empty, "empty cell")} of its perturbations are the controls, say {option("controls", dict(negative_control=[""]))}.'
         raise ScreenError(f'{option("controls")} names {first_few(unused)}, which is no perturbation or well type in {where}: {has}')
 
 # %% ../../nbs/01_screen.tables.ipynb #2fabe931
@@ -500,7 +511,7 @@ def _check_spelling(mine, types, sirna, where):
 def well_types(
     kind:pd.Series, # Words of a well-type column, None where it is empty; the index numbers the rows in messages
     sirna:pd.Series, # Perturbations, None where there is none
-    controls:dict|None=None, # {well type: names of perturbations, or words of the well-type column}; '' is the empty cell
+    controls=None, # Names of negative controls, such as 'DMSO', or {well type: names of perturbations, or words of the well-type column}; '' is the empty cell
     where='the table', # Name of the table in messages
 )->pd.Series: # `WELL_TYPES`
     "Return the well type of each row"

@@ -560,8 +560,8 @@ def check_facts(
     path='the checkpoint', # For the message
 ):
     "Check that a training is the one of the checkpoint; raise a `ScreenError` that names what differs"
-    check_unchanged(path, then, now, 'give the same arguments and a learner made as the first time, or remove the '
-                    'folder to start again from the beginning')
+    same = on_route('give the same arguments and a learner made as the first time', 'give the same options')
+    check_unchanged(path, then, now, f'{same}, or remove the folder to start again from the beginning')
 
 # %% ../../nbs/32_train.checkpoints.ipynb #0b2f16fe
 def _continue_from(learn, cp, found):
@@ -570,8 +570,8 @@ def _continue_from(learn, cp, found):
     try: load_learner_state(learn, found.state, found.tensors)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError) as e:
         why = str(e).splitlines()[0][:100]
-        raise ScreenError(f'{found.path} does not fit this training ({why}): make the learner as the first time, '
-                          'or remove the folder to start again from the beginning.') from e
+        same = on_route('make the learner as the first time', 'give the same options')
+        raise ScreenError(f'{found.path} does not fit this training ({why}): {same}, or remove the folder to start again from the beginning.') from e
     if not rank_distrib(): print(f'Continuing from {found.path}.')
     return found.epoch
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from fastprogress.fastprogress import progress_bar
 
-from ...core import OwnFolder, ScreenError
+from ...core import OwnFolder, ScreenError, with_bar
 from ..tables import join_labels, split_labels
 from .cells import blur, named_rng, texture
 from .layout import check_counts, check_whole, free_dest
@@ -203,7 +202,7 @@ def simulate_labels(
     try:
         for sub in ('train', 'test', 'masks'): (tmp/sub).mkdir()
         rows = []
-        for name in progress_bar(names) if progress else names:
+        for name in with_bar(names, progress):
             dataset = 'test' if name in is_test else 'train'
             rows += _draw_into(tmp, name, dataset, size, cells, named_rng(seed, 'atlas', name))
         for name, table in _label_tables(rows, is_test).items(): table.to_csv(tmp/f'{name}.csv', index=False)

@@ -16,9 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-from fastprogress.fastprogress import progress_bar
 
-from ...core import OwnFolder, ScreenError, as_names, n_cores, plural, write_atomic
+from ...core import OwnFolder, ScreenError, as_names, n_cores, plural, write_atomic, with_bar
 from ..tables import (CHANNELS, SITE_COLUMNS, control_wells, read_metadata, treatment_wells,
                                        well_to_rowcol)
 from .cells import named_rng
@@ -231,7 +230,7 @@ def _draw_all(jobs, studio, folder, n_workers, progress):
     _start_worker(studio)  # one OpenCV thread here too: then a fork is safe
     done = _in_processes(draw, jobs, studio, n_workers) if n_workers > 1 else map(draw, jobs)
     try:
-        for _ in progress_bar(done, total=len(jobs)) if progress else done: pass
+        for _ in with_bar(done, progress, len(jobs)): pass
     finally:
         if n_workers > 1: done.close()
         cv2.setNumThreads(threads)
