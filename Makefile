@@ -108,7 +108,7 @@ test-notebooks: $(STAMP)
 
 # The long ones first, so that the two workers end together. Each file is named: older versions of pytest pass over a
 # folder some of whose files were named before it.
-LONG := $(patsubst %,tests/test_%.py,cli distributed checkpoints network stream soak steps systems refit)
+LONG := $(patsubst %,tests/test_%.py,steps cli systems checkpoints simulate refit soak distributed network stream)
 TESTS := $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py)))
 PYTEST := -m pytest -q -ra --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 test-pytest: $(STAMP)

@@ -43,7 +43,7 @@ def by_path(path):
 
 # ---- kills
 
-RECIPE = dict(name='two', arch='mobilenetv3_small_050', model=dict(emb_dim=16), stages=[
+RECIPE = dict(name='two', arch='test_efficientnet', model=dict(emb_dim=16), stages=[
     dict(name='head', epochs=2, lr=1e-2, parts='stem,head', loss='adacos', metadata=False), dict(name='all', epochs=2, lr=1e-3, cutmix=.5)])
 COMMANDS = dict(pack=lambda d, out: ['rcic_pack', d/'screen', out/'screen.zarr', '--workers', 1],
                 train=lambda d, out: ['rcic_train', d/'screen.zarr', out/'model', '--recipe', d/'two.json', '--valid', 'HUVEC-02', '--bs', 8,

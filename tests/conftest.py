@@ -6,6 +6,7 @@ at, where `real_data` finds none.
 `@pytest.mark.extra('anndata')`: a package that no requirement brings. They are skipped where it is not installed;
 `pytest --extras` runs them alone, and a missing package fails them.
 """
+import gc
 from importlib.util import find_spec
 import pytest
 
@@ -14,10 +15,26 @@ import pytest
 def screen(tmp_path_factory):
     "A small screen of three experiments; a file that needs another one defines its own"
     from rcic_fastai.screen.open import open_screen
-    from rcic_fastai.screen.simulate.layout import simulate_screen
+    from helpers import simulate_screen
     path = tmp_path_factory.mktemp('three')/'screen'
     simulate_screen(path, ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=0, progress=False)
     return open_screen(path)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def curves_drawn_once():
+    "Every command that trains draws its curves: one history of each kind is drawn, the others become empty pictures"
+    import matplotlib.pyplot as plt
+    from rcic_fastai import workflow
+    draw, seen = workflow.training_curve, set()
+    def training_curve(history):
+        kind = tuple(history), len(history) > 1
+        if kind in seen: return plt.figure(figsize=(1, 1))
+        seen.add(kind)
+        return draw(history)
+    workflow.training_curve = training_curve
+    yield
+    workflow.training_curve = draw
 
 
 @pytest.fixture
@@ -53,6 +70,15 @@ def skip_reasons(item):
     reasons = [why_not_real(*m.args) for m in item.iter_markers('real')]
     if not item.config.getoption('--extras'): reasons += [why_not_extra(*m.args) for m in item.iter_markers('extra')]
     return [r for r in reasons if r]
+
+
+def pytest_collection_finish():
+    "What was imported stays: the garbage collector need not walk over it again and again"
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure(): gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config, items):

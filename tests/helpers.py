@@ -1,8 +1,11 @@
 "What several test files use."
-import atexit, multiprocessing, os, socket, subprocess, sys, tempfile, types
+import atexit, copy, multiprocessing, os, socket, subprocess, sys, tempfile, types
+from functools import lru_cache, wraps
 from pathlib import Path
+from unittest import mock
 import pytest, torch
 from rcic_fastai.core import ScreenError
+from rcic_fastai.screen.simulate import layout
 
 
 def refused(f, *words):
@@ -17,7 +20,7 @@ def refused(f, *words):
 def learner(dls, make=None, **kwargs):
     "Return a small learner without a progress bar"
     from rcic_fastai.train.learner import screen_learner
-    learn = (make or screen_learner)(dls, 'mobilenetv3_small_050', pretrained=None, emb_dim=16, **kwargs)
+    learn = (make or screen_learner)(dls, 'test_efficientnet', pretrained=None, emb_dim=16, **kwargs)
     return learn.remove_cb(learn.progress) or learn
 
 
@@ -29,6 +32,28 @@ def quiet(learn, f):
 def same(a, b):
     "Return whether two dicts hold the same tensors"
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+# ---- drawn screens
+
+Studio = layout.Studio
+
+
+@lru_cache(None)
+def _camera(experiment, *settings): return Studio((experiment,), *settings).cameras[experiment]
+
+
+def _studio(experiments, *settings):
+    "Return the studio of these experiments; a camera that was calibrated before, in another test, is taken from there"
+    studio = Studio((), *settings)
+    studio.cameras = {e: copy.deepcopy(_camera(e, *settings)) for e in experiments}
+    return studio
+
+
+@wraps(layout.simulate_screen)
+def simulate_screen(*args, **kwargs):
+    "Draw a screen as the library does, to the same bytes; to calibrate a camera takes as long as drawing 16 sites, and is done once"
+    with mock.patch.object(layout, 'Studio', _studio): return layout.simulate_screen(*args, **kwargs)
 
 
 # ---- processes

@@ -3,13 +3,12 @@ import json, os
 from pathlib import Path
 import numpy as np, pytest, torch
 import rcic_fastai.predict.plan as plan
-from helpers import learner
+from helpers import learner, simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.table import emb_features
 from rcic_fastai.folder import CellTypeModels
 from rcic_fastai.screen.cells import cell_screen
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 def drawn(folder, names, test, **kwargs):
     simulate_screen(folder, names, test=test, **{'sirnas': 4, 'plates': 1, 'controls': 2, 'size': 32, 'n_workers': 0, 'progress': False, **kwargs})

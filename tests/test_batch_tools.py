@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Transform
 from torch import nn
+from helpers import simulate_screen
 from rcic_fastai.model.batchnorm import adapted_batchnorm
 from rcic_fastai.embed.correct import *
 from rcic_fastai.batch.site import TensorSite
@@ -16,7 +17,6 @@ from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.screen.pack import PackedScreen, pack_screen
 from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.embed.table import *
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.screen import Screen
 
 @pytest.fixture(scope='module')
@@ -27,7 +27,7 @@ def screen(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def learn(screen):
-    return screen_learner(screen_dls(screen, bs=8, valid='HUVEC-02', device='cpu', augs=None), 'mobilenetv3_small_050', pretrained=None)
+    return screen_learner(screen_dls(screen, bs=8, valid='HUVEC-02', device='cpu', augs=None), 'test_efficientnet', pretrained=None)
 
 def is_control(t): return (t.well_type != 'treatment').to_numpy()
 def of(t, e): return t[t.experiment == e]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from hypothesis import example, given, settings, strategies as st
 from markdown_it import MarkdownIt
+from helpers import simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.batch.site import TensorSite, plot_channels
 from rcic_fastai.cli import run_command
@@ -21,7 +22,6 @@ from rcic_fastai.results.evaluate import evaluate_screen, right_wrong
 from rcic_fastai.results.plots import *
 from rcic_fastai.results.report import *
 from rcic_fastai.screen.images import ImageSource
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.train.recipes import Recipe, Stage
 from rcic_fastai.screen.screen import Screen

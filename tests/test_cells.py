@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tifffile
 
-from helpers import learner, refused
+from helpers import learner, refused, simulate_screen
 from rcic_fastai import cli
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.cells import merge_cells
@@ -27,7 +27,6 @@ from rcic_fastai.screen.pack import pack_screen, verify_store
 from rcic_fastai.screen.screen import Screen
 from rcic_fastai.screen.simulate.cells import named_rng
 from rcic_fastai.screen.simulate.labels import draw_atlas_image
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 HOW = dict(cell_side=24, cell_radius=4.)
 RNG = np.random.default_rng(0)

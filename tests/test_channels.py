@@ -3,7 +3,7 @@ import json, pickle
 import pytest, timm, torch
 from fastai.vision.all import Callback
 from safetensors.torch import save_file
-from helpers import learner, quiet, refused, same
+from helpers import learner, quiet, refused, same, simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.table import emb_features
 from rcic_fastai.folder import load_model
@@ -13,7 +13,6 @@ from rcic_fastai.predict.plan import *
 from rcic_fastai.predict.profiles import *
 from rcic_fastai.results.explain import *
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.channels import ChannelSampling, draw_channels
 from rcic_fastai.train.domain import MeanTeacher, MixStyle
 from rcic_fastai.train.recipes import Recipe, Stage, check_recipe, recipe_from_dict

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.vision.all import Callback, EarlyStoppingCallback, GradientAccumulation, SaveModelCallback, partial
 from fastai.callback.fp16 import MixedPrecision
+from helpers import simulate_screen
 from rcic_fastai import cli
 from rcic_fastai.train import checkpoints
 from rcic_fastai.train.checkpoints import *
@@ -17,10 +18,9 @@ from rcic_fastai.train.learner import *
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.recipes import *
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.screen import Screen
 
-BIN, ARCH = Path(sys.executable).parent, 'mobilenetv3_small_050'
+BIN, ARCH = Path(sys.executable).parent, 'test_efficientnet'
 RECIPE = Recipe('three', [Stage('head', 2, 1e-2, 'stem,head', loss='adacos', metadata=False),
                           Stage('new neck', 2, (1e-4, 3e-3), neck='rcic117_meta', cutmix=.5, metadata=True, size=48, bs=6),
                           Stage('full data', 2, 1e-3, 'body,head', loss=dict(name='arcface', s=16.), full_data=True)])

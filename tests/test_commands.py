@@ -1,6 +1,7 @@
 "The commands do nothing that the library cannot: names, defaults, help, time to the help, lines in a log."
 import inspect, io, re, subprocess, sys, time
 import pytest
+from helpers import simulate_screen
 from rcic_fastai import cli, core
 from rcic_fastai.embed.hits import MEASURES, find_hits
 from rcic_fastai.predict import plan
@@ -11,7 +12,6 @@ from rcic_fastai.results.explore import explore
 from rcic_fastai.results.report import report_screen
 from rcic_fastai.screen.cells import CELL_OPTIONS
 from rcic_fastai.screen.download import download_rxrx1
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.recipes import RECIPES, get_recipe
 from rcic_fastai.workflow import run_demo, train_screen
 
@@ -103,7 +103,7 @@ def test_bars_on_a_terminal_are_drawn():
 def trained(tmp_path_factory):
     d = tmp_path_factory.mktemp('there')
     simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-17'], sirnas=8, size=64, controls=0, progress=False)
-    (d/'none.json').write_text('{"name": "none", "arch": "mobilenetv3_small_050", "stages": []}')
+    (d/'none.json').write_text('{"name": "none", "arch": "test_efficientnet", "stages": []}')
     assert cli.rcic_train(f'{d}/screen {d}/model --recipe {d}/none.json --valid none --pretrained no --tta 1'.split()) == 0
     return d
 

@@ -1,5 +1,6 @@
 "How sure an answer is: what is learned from held-out experiments, and what is refused."
 import json
+from functools import lru_cache
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from helpers import refused
@@ -24,11 +25,20 @@ def scores(asked, known, protocol='inductive', **kwargs):
     asked = EMB[asked].assign(Metadata_plate_group=pd.array([pd.NA]*int(asked.sum()), dtype='Int64'))
     return score_wells(asked, EmbeddingIndex(EMB[known & TREATED]), protocol, **kwargs)
 
-def held(protocol='inductive', wells=TREATED, **kwargs):
+@lru_cache(None)
+def of_treated(which, protocol, **kwargs): return which(protocol, TREATED, **kwargs)
+
+def each_held(protocol, wells, **kwargs):
     is_train = META.dataset == 'train'
     return [scores(wells & (META.experiment == e), is_train & (META.experiment != e), protocol, **kwargs) for e in TRAIN]
 
-def new(protocol='inductive', wells=TREATED, **kwargs): return scores(wells & (META.dataset == 'test'), META.dataset == 'train', protocol, **kwargs)
+def all_new(protocol, wells, **kwargs): return scores(wells & (META.dataset == 'test'), META.dataset == 'train', protocol, **kwargs)
+
+def held(protocol='inductive', **kwargs):
+    "Scores of each held-out experiment; those of treated wells are made once, and each test has copies"
+    return [t.copy() for t in of_treated(each_held, protocol, **kwargs)] if 'wells' not in kwargs else each_held(protocol, **kwargs)
+
+def new(protocol='inductive', **kwargs): return of_treated(all_new, protocol, **kwargs).copy() if 'wells' not in kwargs else all_new(protocol, **kwargs)
 
 HELD, ASKED = held(), new()
 

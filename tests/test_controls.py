@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, CancelFitException, Learner
 from hypothesis import given, settings, strategies as st
-from helpers import learner, quiet, same
+from helpers import learner, quiet, same, simulate_screen
 from rcic_fastai.train.controls import *
 from rcic_fastai.train.cutmix import CutMix
 from rcic_fastai.train.domain import EMA
@@ -17,9 +17,8 @@ from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.embed.table import *
 from rcic_fastai.train.recipes import Recipe, Stage
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
-ARCH = 'mobilenetv3_small_050'
+ARCH = 'test_efficientnet'
 ONE = Recipe('one', [Stage('one', 1, 3e-3)])
 
 @pytest.fixture(scope='module')

@@ -1,7 +1,7 @@
 "Two CPU processes are one: the same index, the same predictions, the same weights; only process 0 speaks and writes."
 import json, os, subprocess, sys, time
 import numpy as np, pandas as pd, pytest, torch
-from helpers import python, two_processes
+from helpers import python, simulate_screen, two_processes
 from rcic_fastai import cli
 from rcic_fastai.train.checkpoints import read_checkpoint
 from rcic_fastai.core import ScreenError
@@ -10,7 +10,6 @@ from rcic_fastai.embed.table import read_embeddings
 from rcic_fastai.folder import load_model
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTHONWARNINGS='ignore', MPLBACKEND='Agg', GLOO_SOCKET_IFNAME='lo')
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
@@ -26,7 +25,7 @@ def launched(launcher, script, *args, **kw):
 def made(tmp_path_factory):
     d = tmp_path_factory.mktemp('distributed')
     simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17', 'RPE-08'], sirnas=8, size=32, controls=2, progress=False)
-    (d/'tiny.json').write_text(json.dumps(dict(name='tiny', arch='mobilenetv3_small_050', model=dict(emb_dim=16), stages=[])))
+    (d/'tiny.json').write_text(json.dumps(dict(name='tiny', arch='test_efficientnet', model=dict(emb_dim=16), stages=[])))
     assert cli.rcic_train(f'{d}/screen {d}/model --recipe {d}/tiny.json --valid HUVEC-02 --pretrained no --tta 1'.split()) == 0
     for name in ('predict', 'train'): (d/f'{name}.py').write_text(f'import sys\nfrom rcic_fastai.cli import rcic_{name}\nsys.exit(rcic_{name}())\n')
     return d
@@ -118,7 +117,7 @@ class Odd(Callback):
 
 def fit(name, what=None, cbs=(), bs=8, folder=None, epochs=4, **kwargs):
     dls = screen_dls(screen_, valid='HUVEC-02', bs=bs, device='cpu', seed=5, batch_by='experiment', batch_groups=2 if bs == 8 else 1)
-    learn = screen_learner(dls, 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0)
+    learn = screen_learner(dls, 'test_efficientnet', pretrained=None, emb_dim=16, seed=0)
     Odd.what, odd, error, out = what, Odd(), '', io.StringIO()
     with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
@@ -239,7 +238,7 @@ class Note(Callback):
 def fit(name, cbs, make=screen_learner):
     torch.manual_seed(100 + rank); random.seed(rank)      # nobody has given the processes a seed
     dls = screen_dls(screen_, valid='HUVEC-02', bs=8, device='cpu', seed=5, batch_by='experiment', batch_groups=2)
-    learn, note = make(dls, 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0), Note()
+    learn, note = make(dls, 'test_efficientnet', pretrained=None, emb_dim=16, seed=0), Note()
     with learn.no_bar(), learn.no_logging(), learn.sharded(): learn.fit(2, 1e-2, cbs=[*cbs, note])
     return dict(note.found, end=dict(model=sums([learn.model])))
 

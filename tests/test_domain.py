@@ -5,6 +5,7 @@ from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchExc
                                SaveModelCallback)
 from torch.amp import GradScaler, autocast
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from helpers import simulate_screen
 from rcic_fastai.train.cutmix import CutMix
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.train.domain import *
@@ -12,11 +13,10 @@ from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.model.losses import AdaCos
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 def make(screen, bs=8, **kwargs):
     kwargs = {**dict(valid='HUVEC-03', batch_by='experiment', batch_groups=2), **kwargs}
-    return screen_learner(screen_dls(screen, bs=bs, augs=None, device='cpu', **kwargs), 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0)
+    return screen_learner(screen_dls(screen, bs=bs, augs=None, device='cpu', **kwargs), 'test_efficientnet', pretrained=None, emb_dim=16, seed=0)
 
 def fit(learn, *cbs, epochs=2):
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ def changed(files, dest, **cells):
 def model(files, tmp_path_factory):
     "A model of pairs of compound and dose, trained and asked by commands alone"
     d = tmp_path_factory.mktemp('model')
-    (d/'tiny.json').write_text('{"name": "tiny", "arch": "mobilenetv3_small_050", "stages": [{"name": "all", "epochs": 2, "lr": 0.01}]}')
+    (d/'tiny.json').write_text('{"name": "tiny", "arch": "test_efficientnet", "stages": [{"name": "all", "epochs": 2, "lr": 0.01}]}')
     assert cli.rcic_pack([str(files[0]), str(d/'own.zarr'), *HOW, '--layout', str(files[1])]) == 0
     assert cli.rcic_train(f'{d}/own.zarr {d}/model --recipe {d}/tiny.json --target compound+dose --test batch3 --pretrained no --tta 1 --epochs 1 --lr 0.002 --device cpu'.split()) == 0
     return d
@@ -168,7 +168,7 @@ def test_what_cannot_be_trained_is_said(model, capsys, options, says):
 
 
 def test_a_training_says_what_it_holds_out_and_that_numbers_are_classes(model, capsys):
-    assert cli.rcic_train(f'{model}/own.zarr {model}/doses --recipe features --arch mobilenetv3_small_050 --target dose --test batch3 --pretrained no --tta 1'.split()) == 0
+    assert cli.rcic_train(f'{model}/own.zarr {model}/doses --recipe features --arch test_efficientnet --target dose --test batch3 --pretrained no --tta 1'.split()) == 0
     out = capsys.readouterr().out
     assert 'nothing is held out, as 2 training experiments on so few plates are too few' in out and '--valid EXP holds out' in out
     assert 'dose holds numbers, and this is a classifier: its 2 values are classes without an order' in out

@@ -4,12 +4,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from helpers import simulate_screen
 from rcic_fastai.screen import download as D
 from rcic_fastai.screen.download import *
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 BLOB = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 MD5 = base64.b64encode(hashlib.md5(BLOB).digest()).decode()

@@ -10,9 +10,8 @@ from rcic_fastai.results import drift as D
 from rcic_fastai.screen.exposure import EXPOSED, EXPOSURE_COLUMNS, batch_exposure
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.screen.screen import Screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import read_metadata
-from helpers import learner, refused
+from helpers import learner, refused, simulate_screen
 
 NAMES, CHANNELS = [f'HUVEC-{i:02d}' for i in range(1, 9)] + [f'RPE-{i:02d}' for i in range(1, 5)], ('DNA', 'ER', 'actin')
 

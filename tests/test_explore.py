@@ -12,7 +12,8 @@ from rcic_fastai.results.explore import _seen_wells
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.screen import Screen
-from rcic_fastai.screen.simulate.layout import screen_layout, simulate_screen
+from helpers import simulate_screen
+from rcic_fastai.screen.simulate.layout import screen_layout
 from rcic_fastai.screen.tables import with_target
 
 HOSTILE = ['</script><img src=x onerror=alert(1)>', '<b>bold</b>', '"quoted" & \'single\'', '{{pictures}}', '=cmd()', 'ä 細胞 \u2028 \u202e']

@@ -13,11 +13,11 @@ from rcic_fastai.screen.images import PngTree
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.screen import Screen
+from rcic_fastai.screen.simulate.layout import simulate_screen      # bench/soak.py takes this file alone
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.core import file_facts, json_hash
 from rcic_fastai.embed.index import INDEX_FILES, EmbeddingIndex
 from rcic_fastai.embed.table import emb_features, make_emb_table
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 CASES = int(os.environ.get('FUZZ', 500))     # a soak: FUZZ=10000
 ALL = (*MODEL_FILES, 'config.json', 'README.md')
@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     d = tmp_path_factory.mktemp('folder')
     simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=64, controls=2, progress=False)
     table = read_metadata(d/'screen'); source = PngTree(d/'screen', table)
-    learn = screen_learner(screen_dls(Screen(table, source), valid='HUVEC-02', bs=16, device='cpu'), 'mobilenetv3_small_050',
+    learn = screen_learner(screen_dls(Screen(table, source), valid='HUVEC-02', bs=16, device='cpu'), 'test_efficientnet',
                            metadata='cell_type', emb_dim=16, pretrained=None)
     learn.history = pd.DataFrame(dict(stage=['a', 'a'], epoch=[0, 1], valid_loss=[2., 1.], accuracy=[.25, .5]))
     emb = learn.embed(learn.dls.train.items, tta=1, progress=False)

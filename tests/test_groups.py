@@ -3,6 +3,7 @@ import time
 from contextlib import contextmanager
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import load_learner
+from helpers import simulate_screen
 from rcic_fastai import cli, workflow
 from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import ScreenSpec, screen_dls
@@ -10,7 +11,6 @@ from rcic_fastai.embed import embed as E
 from rcic_fastai.embed.table import emb_features
 from rcic_fastai.model.batchnorm import adapted_batchnorm, batchnorms
 from rcic_fastai.screen.images import PngTree
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.screen.screen import Screen
@@ -60,7 +60,7 @@ def some(table, **wells):
 
 def learner(made, table, sites):
     dls = screen_dls(Screen(table, made.source), valid='HUVEC-02', bs=8, sites=sites, device='cpu')
-    return screen_learner(dls, 'mobilenetv3_small_050', emb_dim=16, pretrained=None)
+    return screen_learner(dls, 'test_efficientnet', emb_dim=16, pretrained=None)
 
 @pytest.mark.parametrize('sites', [1, 2])
 @pytest.mark.parametrize('wells', [dict(), {'HUVEC-01': 1}, {'HUVEC-01': 1, 'RPE-01': 2}], ids=['last batch of one', 'group of one', 'group of two'])

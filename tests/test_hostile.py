@@ -360,7 +360,7 @@ def test_a_small_file_of_embeddings_stays_small(tmp_path, monkeypatch):
 def packed(tmp_path):
     from rcic_fastai.screen.images import PngTree
     from rcic_fastai.screen.pack import pack_screen
-    from rcic_fastai.screen.simulate.layout import simulate_screen
+    from helpers import simulate_screen
     t = simulate_screen(tmp_path/'png', ['HUVEC-01'], sirnas=2, plates=1, size=32, controls=0, progress=False, n_workers=0)
     return pack_screen(Screen(t, PngTree(tmp_path/'png', t)), tmp_path/'packed', progress=False), t
 
@@ -420,7 +420,7 @@ def readers(d):
     from rcic_fastai.screen.files import read_files
     from rcic_fastai.screen.images import PngTree, only_present
     from rcic_fastai.screen.pack import PackedScreen, pack_screen, verify_store
-    from rcic_fastai.screen.simulate.layout import simulate_screen
+    from helpers import simulate_screen
     from rcic_fastai.screen.tables import read_metadata
     from rcic_fastai.train.recipes import RECIPES, get_recipe
     import tifffile, torch

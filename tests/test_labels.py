@@ -44,7 +44,7 @@ def atlas(tmp_path_factory):
 def tiny(name, **changes):
     "Return a recipe for seconds: another network, small pictures; all else as it is"
     r = RECIPES[name].scaled(1, side=24)
-    return replace(r, arch='mobilenetv3_small_050', stages=[replace(s, bs=8) for s in r.stages], data={**r.data, 'bs': 8, 'size': 48}, **changes)
+    return replace(r, arch='test_efficientnet', stages=[replace(s, bs=8) for s in r.stages], data={**r.data, 'bs': 8, 'size': 48}, **changes)
 
 
 @pytest.fixture(scope='module')
@@ -265,8 +265,8 @@ def test_a_training_continues(atlas, tmp_path, monkeypatch):
 def test_what_does_not_fit_is_a_sentence(atlas, models, tmp_path):
     screen, m = open_screen(atlas), load_model(models/'hpa46')
     def dls(s=screen, **kwargs): return screen_dls(s, target='labels', bs=8, augs=None, **{'several': True, **kwargs})
-    refused(lambda: screen_learner(dls(), 'mobilenetv3_small_050', pretrained=None), 'AdaCos', 'labels holds several labels', 'bce or focal')
-    for loss in ('arcface', 'cosface'): refused(lambda: screen_learner(dls(), 'mobilenetv3_small_050', pretrained=None, loss=loss), 'several labels')
+    refused(lambda: screen_learner(dls(), 'test_efficientnet', pretrained=None), 'AdaCos', 'labels holds several labels', 'bce or focal')
+    for loss in ('arcface', 'cosface'): refused(lambda: screen_learner(dls(), 'test_efficientnet', pretrained=None, loss=loss), 'several labels')
     refused(lambda: dls(several=False), 'several labels, such as')
     refused(lambda: dls(label_names='0,1,2'), 'none of 0, 1, 2')
     bare = screen[screen.table.assign(labels=[None, *screen.table.labels[1:]])]
@@ -380,7 +380,7 @@ def test_rare_labels_of_a_loss_are_found_by_name(atlas, capsys):
     "Label 1 is at another place where label 0 is absent; one that is absent has no effect"
     screen = open_screen(atlas)
     for names, at in (('0,1,2,3,4,5,6,7', [1]), ('7,6,5,4,3,2,1,0', [6]), ('11,0,1,2,3,4,5,6,7', [2, 0])):
-        learn = screen_learner(screen_dls(screen, target='labels', several=True, bs=8, augs=None, label_names=names), 'mobilenetv3_small_050', pretrained=None, **RECIPES['hpa46_rare'].model)
+        learn = screen_learner(screen_dls(screen, target='labels', several=True, bs=8, augs=None, label_names=names), 'test_efficientnet', pretrained=None, **RECIPES['hpa46_rare'].model)
         assert sorted(learn.model.loss.rare) == sorted(at)
         assert ('does not have (11)' in capsys.readouterr().out) == ('11' not in names.split(','))
         learn.set_loss(MIXED)

@@ -3,7 +3,7 @@ import numpy as np, pytest, sys, timm, torch
 from functools import partial
 from fastai.vision.all import Callback, ClassificationInterpretation, Interpretation, Learner, params, plt, steep, valley
 from fastai.callback.fp16 import AMPMode, MixedPrecision
-from helpers import same
+from helpers import same, simulate_screen
 from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.model.backbones import create_backbone
@@ -11,7 +11,6 @@ from rcic_fastai.model.model import PARTS, model_parts
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.screen import Screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import *
 from rcic_fastai.train.recipes import *
 
@@ -26,7 +25,7 @@ def screen(tmp_path_factory):
 def make(screen, **kwargs):
     dls = screen_dls(screen, bs=8, augs=None, device='cpu', valid='HUVEC-02')
     kwargs = {**dict(metadata='cell_type,experiment', emb_dim=16, pretrained=None, train_bn=False), **kwargs}
-    return screen_learner(dls, 'mobilenetv3_small_050', **kwargs)
+    return screen_learner(dls, 'test_efficientnet', **kwargs)
 
 def kept(learn): return {n: [p.detach().clone() for p in ps] for n, ps in model_parts(learn.model).items()}
 def moved(learn, before): return [n for n, ps in model_parts(learn.model).items() if any(not torch.equal(p, o) for p, o in zip(ps, before[n]))]
@@ -124,7 +123,7 @@ def test_functions_that_are_no_architecture(screen, arch, says):
 def trained(screen, tmp_path_factory, request):
     metadata, sites = request.param
     dls = screen_dls(screen, bs=8, augs=None, device='cpu', valid='HUVEC-02', sites=sites)
-    learn = screen_learner(dls, 'mobilenetv3_small_050', metadata=metadata, emb_dim=16, pretrained=None, path=tmp_path_factory.mktemp('learn'))
+    learn = screen_learner(dls, 'test_efficientnet', metadata=metadata, emb_dim=16, pretrained=None, path=tmp_path_factory.mktemp('learn'))
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(2, 1e-2)
         yield learn
@@ -223,7 +222,7 @@ class FirstChannels(ImageSource):
 def test_other_channel_counts(screen, channels, tmp_path):
     "Nothing of this counts to six"
     dls = screen_dls(Screen(screen.table, FirstChannels(screen, channels)), bs=8, augs=None, device='cpu', valid='HUVEC-02')
-    learn = screen_learner(dls, 'mobilenetv3_small_050', emb_dim=16, pretrained=None, path=tmp_path)
+    learn = screen_learner(dls, 'test_efficientnet', emb_dim=16, pretrained=None, path=tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.lr_find(num_it=6, show_plot=False)
         learn.fine_tune(1, 1e-2)

@@ -6,6 +6,7 @@ from fastai.vision.all import (CategoryBlock, ColReader, DataBlock, DisplayedTra
                                Pipeline, RandomSplitter, RegressionBlock, TfmdDL, ToTensor, TransformBlock, first, load_learner, no_random, noop, plt, tensor)
 from fastai.data.core import test_set as rows_for_testing
 from hypothesis import Phase, given, settings, strategies as st
+from helpers import simulate_screen
 from rcic_fastai.batch import loader
 from rcic_fastai.batch.augment import CLAHE, IntToFloat, SiteDihedral
 from rcic_fastai.batch.data import SiteBlock, screen_dls, spec_dl
@@ -16,7 +17,6 @@ from rcic_fastai.batch.loader import *
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import SITE_COLUMNS, read_metadata
 from rcic_fastai.screen.pack import PackedScreen, pack_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.batch.site import TensorSite
 from rcic_fastai.screen.screen import Screen
 

@@ -2,10 +2,9 @@
 import contextlib, json, os, signal, sys, time
 from pathlib import Path
 import pytest
-from helpers import two_processes
+from helpers import simulate_screen, two_processes
 from rcic_fastai import cli, core, folder, workflow
 from rcic_fastai.core import OwnLock, ScreenError, only_one
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTHONWARNINGS='ignore', MPLBACKEND='Agg', GLOO_SOCKET_IFNAME='lo')
 
@@ -157,7 +156,7 @@ def test_of_many_that_find_a_stale_lock_one_at_a_time_gets_it(tmp_path):
 def made(tmp_path_factory):
     d = tmp_path_factory.mktemp('locks')
     simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=4, size=32, plates=1, controls=0, progress=False)
-    (d/'tiny.json').write_text(json.dumps(dict(name='tiny', arch='mobilenetv3_small_050', model=dict(emb_dim=16), stages=[dict(name='all', epochs=1, lr=1e-3)])))
+    (d/'tiny.json').write_text(json.dumps(dict(name='tiny', arch='test_efficientnet', model=dict(emb_dim=16), stages=[dict(name='all', epochs=1, lr=1e-3)])))
     assert cli.rcic_train([*train_line(d), str(d/'model')]) == 0
     return d
 

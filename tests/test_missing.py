@@ -1,6 +1,7 @@
 "Only an empty cell is missing: a perturbation may be called None, NA or null, in every table that is read or written."
 import numpy as np, pandas as pd, pytest
 from pandas._libs.parsers import STR_NA_VALUES
+from helpers import simulate_screen
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.screen import Screen
 from rcic_fastai.embed.table import read_embeddings, write_embeddings
@@ -9,7 +10,6 @@ from rcic_fastai.results.evaluate import right_wrong
 from rcic_fastai.screen.files import read_files
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.screen.pack import pack_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import *
 
 WORDS = sorted(STR_NA_VALUES - {''})                    # what pandas takes for missing unless told otherwise

@@ -1,7 +1,7 @@
 "How an index is searched: the same answers by name, by hand, from a folder and by command; chosen on held-out experiments, and kept."
 import json
 import numpy as np, pandas as pd, pytest
-from helpers import learner, quiet, refused
+from helpers import learner, quiet, refused, simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError
 from rcic_fastai.embed.index import EmbeddingIndex
@@ -11,7 +11,6 @@ from rcic_fastai.folder import load_model
 from rcic_fastai.predict.plan import plan_prediction
 from rcic_fastai.predict.predict import predict_wells, read_predictions
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.recipes import Recipe, Stage
 from rcic_fastai.workflow import train_screen
 
@@ -133,7 +132,7 @@ def folder(drawn, tmp_path_factory):
     out, recipe = tmp_path_factory.mktemp('neck')/'model', drawn.parent/'small.json'
     model = dict(pretrained=None, emb_dim=16)
     lisa = Stage('all', 1, 1e-3, callbacks=[{'name': 'lisa', 'p': .5}, {'name': 'contrast', 'weight': .1}, 'mixstyle'])
-    recipe.write_text(json.dumps(Recipe('small', [lisa], arch='mobilenetv3_small_050', model=model, data=dict(bs=16, batch_by='pairs')).to_dict()))
+    recipe.write_text(json.dumps(Recipe('small', [lisa], arch='test_efficientnet', model=model, data=dict(bs=16, batch_by='pairs')).to_dict()))
     train_screen(drawn, out, str(recipe), valid='HUVEC-03', search='auto', tta=1, device='cpu')
     return out
 

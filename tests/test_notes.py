@@ -93,7 +93,7 @@ def made(tmp_path_factory):
     recipe = get_recipe('demo').to_dict()
     for s in recipe['stages']: s['epochs'] = 1
     (d/'recipe.json').write_text(json.dumps(recipe))
-    (d/'train.txt').write_text(run(cli.rcic_train, d/'a.zarr', d/'m', '--recipe', d/'recipe.json', '--arch', 'mobilenetv3_small_050', '--pretrained', 'no',
+    (d/'train.txt').write_text(run(cli.rcic_train, d/'a.zarr', d/'m', '--recipe', d/'recipe.json', '--arch', 'test_efficientnet', '--pretrained', 'no',
                                    '--valid', 'none', '--tta', '1', '--bs', '8'))
     (d/'predict.txt').write_text(run(cli.rcic_predict, d/'m', d/'a.zarr', d/'o.csv', '--tta', '1'))
     return d

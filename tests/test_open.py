@@ -1,11 +1,11 @@
 "Opening: a reader is one entry of `SCREEN_KINDS`, and channels that nobody named are said."
 import shutil
 import numpy as np, pandas as pd, pytest
+from helpers import simulate_screen
 from rcic_fastai.cli import run_command, pack
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import SCREEN_KINDS, ScreenKind, open_screen, screen_kind
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import check_table
 
 

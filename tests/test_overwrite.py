@@ -2,14 +2,13 @@
 import inspect, io, itertools, json, os
 from pathlib import Path
 import matplotlib, numpy as np, pandas as pd, pytest
-from helpers import learner
+from helpers import learner, simulate_screen
 from rcic_fastai import cli
 import rcic_fastai.folder                # learn.to_model
 from rcic_fastai.core import ScreenError, check_replaceable
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 # command: its words, the endings of OUT, and what else it writes beside OUT (instead of its ending, or behind it)
 COMMANDS = dict(

@@ -531,7 +531,7 @@ def test_channels_by_number_in_a_table_of_files(tmp_path):
 
 
 def test_names_of_rxrx1_stay_with_their_files(tmp_path):
-    from rcic_fastai.screen.simulate.layout import simulate_screen
+    from helpers import simulate_screen
     simulate_screen(tmp_path/'s', ['HUVEC-01'], sirnas=4, size=32, controls=0, sites=1, progress=False)
     plain = open_screen(tmp_path/'s')
     site = plain.table.site_id[0]
@@ -586,7 +586,7 @@ def test_advice_about_what_is_missing_is_of_the_kind_of_screen(tmp_path, kind):
     from rcic_fastai.screen.pack import pack_screen
     if kind == 'files': s = open_screen(saved(table(tmp_path/'f'), tmp_path/'f/load_data.csv'))
     else:
-        from rcic_fastai.screen.simulate.layout import simulate_screen
+        from helpers import simulate_screen
         simulate_screen(tmp_path/'s', ['HUVEC-01'], sirnas=4, size=32, controls=0, sites=1, progress=False)
         s = open_screen(tmp_path/'s')
         if kind == 'packed': s = open_screen(pack_screen(s, tmp_path/'s.zarr', progress=False))

@@ -481,7 +481,7 @@ def test_readme_packs_ones_own_plates(labels, tmp_path, monkeypatch, capsys):
     assert screen.test.table.sirna.isna().all() == (labels == 'empty')
     assert 'sites are the same as in plates/plates.csv' in capsys.readouterr().out
     if labels == 'empty': return
-    tiny = library.Recipe('demo', [library.Stage('all', 1, 1e-3)], arch='mobilenetv3_small_050', model=dict(pretrained=None))      # instead of minutes
+    tiny = library.Recipe('demo', [library.Stage('all', 1, 1e-3)], arch='test_efficientnet', model=dict(pretrained=None))      # instead of minutes
     monkeypatch.setitem(library.RECIPES, 'demo', tiny)
     for words in own[2:5]: assert getattr(cli, words[0])(words[1:]) == 0, words
     assert 'well accuracy' in capsys.readouterr().out and [words[0] for words in own[2:5]] == ['rcic_train', 'rcic_predict', 'rcic_evaluate']

@@ -186,7 +186,7 @@ def test_a_recipe_that_lacks_pairs_is_refused_before_it_is_trained():
 
 @pytest.fixture(scope='module')
 def with_controls(tmp_path_factory):
-    from rcic_fastai.screen.simulate.layout import simulate_screen
+    from helpers import simulate_screen
     folder = tmp_path_factory.mktemp('controls')/'screen'
     simulate_screen(folder, ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=1, progress=False)
     return folder
@@ -223,7 +223,7 @@ def test_predictions_take_controls_where_the_index_did(with_controls, tmp_path):
     from rcic_fastai.folder import load_model
     from rcic_fastai.predict.plan import plan_prediction
     from rcic_fastai.workflow import train_screen
-    r = Recipe('c', [Stage('a', 1, 1e-3, callbacks=[{'name': 'control_batches', 'n': 2}])], arch='mobilenetv3_small_050', model=dict(pretrained=None, emb_dim=16),
+    r = Recipe('c', [Stage('a', 1, 1e-3, callbacks=[{'name': 'control_batches', 'n': 2}])], arch='test_efficientnet', model=dict(pretrained=None, emb_dim=16),
                data=dict(bs=4, batch_by='experiment'), index=dict(with_controls=True, tta=1), predict=dict(search='auto'))
     m = train_screen(with_controls, tmp_path/'m', r, valid='HUVEC-02', device='cpu')
     again = load_model(tmp_path/'m')

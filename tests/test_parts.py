@@ -3,7 +3,7 @@ import copy, json, shutil
 from functools import partial
 import numpy as np, pytest, torch
 from torch import nn
-from helpers import quiet, refused, same
+from helpers import quiet, refused, same, simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import json_hash
 from rcic_fastai.embed.index import EmbeddingIndex
@@ -13,7 +13,6 @@ from rcic_fastai.model.heads import unit_length
 from rcic_fastai.model.losses import LOSSES, loss_from_config
 from rcic_fastai.model.model import PARTS, create_screen_model, hold_statistics, part_modules
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.cutmix import CutMix, MixUp
 from rcic_fastai.train.learner import screen_learner
 
@@ -126,7 +125,7 @@ def test_a_learner_trains_it_and_a_folder_keeps_it(screen, name, tmp_path):
 
 @pytest.fixture(scope='module')
 def folder(screen, tmp_path_factory):
-    learn = learn_of(screen, arch='mobilenetv3_small_050', emb_dim=16, metadata=['cell_type'])
+    learn = learn_of(screen, arch='test_efficientnet', emb_dim=16, metadata=['cell_type'])
     index = EmbeddingIndex(learn.embed(learn.dls.train.items, tta=1, progress=False))
     return learn.to_model(index).save(tmp_path_factory.mktemp('folder')/'m')
 

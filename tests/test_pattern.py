@@ -354,7 +354,7 @@ def test_a_dry_run_says_what_a_prediction_lacks(folder, tmp_path, capsys):
 def test_a_dry_run_of_every_kind(folder, tmp_path, capsys):
     from rcic_fastai.screen.open import SCREEN_KINDS, describe_screen
     from rcic_fastai.screen.simulate.labels import simulate_labels
-    from rcic_fastai.screen.simulate.layout import simulate_screen
+    from helpers import simulate_screen
     from test_own_tables import plate
     simulate_screen(tmp_path/'folder', ['HUVEC-01'], sirnas=4, size=32, controls=0, sites=1, progress=False)
     plate(tmp_path/'plates/P.zarr')

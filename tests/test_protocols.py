@@ -3,7 +3,7 @@ import json
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest
 from fastai.vision.all import Callback
-from helpers import learner, quiet
+from helpers import learner, quiet, simulate_screen
 from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.batch.data import screen_dls, spec_dl
 from rcic_fastai.embed.embed import embed_parts, embed_screen, highest_protocol, model_fingerprint, row_protocols
@@ -17,10 +17,9 @@ from rcic_fastai.predict.predict import PROTOCOLS, predict_wells
 from rcic_fastai.embed.table import emb_features
 from rcic_fastai.predict.pseudo import *
 from rcic_fastai.train.recipes import Recipe, Stage
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.screen import Screen
 
-ARCH, ONE = 'mobilenetv3_small_050', Recipe('one', [Stage('one', 1, 3e-3)])
+ARCH, ONE = 'test_efficientnet', Recipe('one', [Stage('one', 1, 3e-3)])
 HOW = dict(tta=1, progress=False)
 TRAINED = {'HUVEC-01', 'HUVEC-02'}
 

@@ -4,6 +4,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback, SaveModelCallback, load_learner
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
+from helpers import simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError, file_facts, json_hash
 from rcic_fastai.embed.embed import embed_screen, row_protocols, weights_fingerprint
@@ -15,7 +16,6 @@ from rcic_fastai.model.model import EXTRA, ScreenModel, create_screen_model, pro
 from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.predict.pseudo import *
 from rcic_fastai.screen.images import PngTree
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.domain import EMA
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.train.recipes import Recipe, Stage

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback
 from hypothesis import given, settings, strategies as st
-from helpers import same
+from helpers import same, simulate_screen
 from rcic_fastai.batch.augment import dihedral
 from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.batch.data import screen_dls
@@ -16,9 +16,8 @@ from rcic_fastai.predict.pseudo import *
 from rcic_fastai.predict.pseudo import _class_groups, _well_groups
 from rcic_fastai.train.recipes import Recipe, Stage
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
-ARCH = 'mobilenetv3_small_050'
+ARCH = 'test_efficientnet'
 ONE = Recipe('one', [Stage('one', 1, 3e-3)])
 
 # ---- the choice

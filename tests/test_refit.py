@@ -8,9 +8,8 @@ from rcic_fastai.folder import load_model, model_card
 from rcic_fastai.results.report import settings_table
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.controls import control_dls
-from helpers import refused, same
+from helpers import refused, same, simulate_screen
 
 STAGES = [dict(name='all', epochs=2, lr=1e-2, loss='adacos')]
 

@@ -1,13 +1,13 @@
 "A model shown what it does not know: one clear sentence and exit code 2, or a note that is kept with the predictions."
 import json, re, shutil
 import numpy as np, pandas as pd, pytest
+from helpers import simulate_screen
 from rcic_fastai import cli
 from rcic_fastai.folder import load_model
 from rcic_fastai.screen.images import ImageSource, PngTree
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.screen.pack import PackedScreen, pack_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.screen import Screen
 
 class View(ImageSource):
@@ -25,7 +25,7 @@ def made(tmp_path_factory):
     simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, controls=0, progress=False)
     table = read_metadata(d/'screen'); source = PngTree(d/'screen', table)
     pack_screen(Screen(table, source), d/'screen.zarr', progress=False)
-    (d/'tiny.json').write_text(json.dumps(dict(name='tiny', arch='mobilenetv3_small_050', model=dict(emb_dim=16), stages=[])))
+    (d/'tiny.json').write_text(json.dumps(dict(name='tiny', arch='test_efficientnet', model=dict(emb_dim=16), stages=[])))
     for screen, model in (('screen', 'from_files'), ('screen.zarr', 'model')):
         assert cli.rcic_train(f'{d}/{screen} {d}/{model} --recipe {d}/tiny.json --valid none --pretrained no --tta 1'.split()) == 0
     class made: pass

@@ -3,6 +3,7 @@ import ast, json, os, re, shutil
 from pathlib import Path
 import pandas as pd, pytest
 import rcic_fastai
+from helpers import simulate_screen
 from rcic_fastai import cli, folder as F, workflow
 from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import screen_dls
@@ -16,7 +17,6 @@ from rcic_fastai.screen import download as D
 from rcic_fastai.screen.simulate import layout as S
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.screen.pack import pack_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train import checkpoints as C
 from rcic_fastai.train.learner import screen_learner
@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     source = PngTree(d/'screen', table)
     dls = screen_dls(Screen(table, source), valid='HUVEC-02', bs=8, device='cpu')
     class made: pass
-    made.dir, made.table, made.source, made.learn = d, table, source, screen_learner(dls, 'mobilenetv3_small_050', emb_dim=16, pretrained=None)
+    made.dir, made.table, made.source, made.learn = d, table, source, screen_learner(dls, 'test_efficientnet', emb_dim=16, pretrained=None)
     made.index = workflow.build_index(made.learn, 1, progress=False)
     return made
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.torch_core import no_random
+from helpers import simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.batch.resident import ResidentSource, check_memory
 from rcic_fastai.core import ScreenError
@@ -13,7 +14,6 @@ from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.screen import Screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import compile_model, screen_learner
 from rcic_fastai.train.recipes import Recipe, Stage
 from rcic_fastai.workflow import train_screen

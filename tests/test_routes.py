@@ -2,12 +2,12 @@
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import load_learner, noop
 from fastai.data.core import test_set as make_test_set
+from helpers import simulate_screen
 from rcic_fastai.batch.data import screen_dls, spec_dl
 from rcic_fastai.core import ScreenError
 from rcic_fastai.embed.embed import embed_screen   # and learners have .embed
 from rcic_fastai.embed.table import emb_features
 from rcic_fastai.screen.images import PngTree
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.screen.screen import Screen
 

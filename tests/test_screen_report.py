@@ -2,7 +2,7 @@
 import shutil
 
 import numpy as np, pandas as pd, pytest
-from helpers import learner, refused
+from helpers import learner, refused, simulate_screen
 from rcic_fastai import cli
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.folder import load_model
@@ -10,7 +10,6 @@ from rcic_fastai.predict.predict import read_predictions
 from rcic_fastai.results.evaluate import confused_pairs
 from rcic_fastai.results.report import how_table, report_screen, settings_table
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 
 @pytest.fixture(scope='module')

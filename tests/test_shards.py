@@ -2,14 +2,13 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
-from helpers import learner, python, refused, start_python
+from helpers import learner, python, refused, simulate_screen, start_python
 from rcic_fastai import cli
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.ray import ray_features
 from rcic_fastai.folder import load_model
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 EXPERIMENTS = ['HUVEC-01', 'HUVEC-02', 'HUVEC-03', 'RPE-01', 'RPE-02', 'RPE-03', 'U2OS-01']
 RUN = 'import sys; from rcic_fastai.cli import rcic_embed; sys.exit(rcic_embed(sys.argv[1:]))'

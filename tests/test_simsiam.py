@@ -1,12 +1,11 @@
 "A start without labels: which wells it sees, what stays as it was, resumed to the same weights, and what it makes of the protocol."
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback
-from helpers import learner, quiet, refused, same
+from helpers import learner, quiet, refused, same, simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError
 from rcic_fastai.embed.protocol import row_protocols
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.recipes import Recipe, Stage, recipe_from_dict
 from rcic_fastai.train.simsiam import SimSiamHead, TwoViews, site_dls
 from rcic_fastai.workflow import train_screen
@@ -105,7 +104,7 @@ def test_views_differ_and_keep_their_order(screen):
 
 
 def test_from_the_command_to_the_folder(screen, tmp_path):
-    how = dict(recipe='demo', arch='mobilenetv3_small_050', pretrained='no', epochs=1, valid='HUVEC-02', tta=1, bs=8)
+    how = dict(recipe='demo', arch='test_efficientnet', pretrained='no', epochs=1, valid='HUVEC-02', tta=1, bs=8)
     m = train_screen(screen, tmp_path/'m', pretrain='simsiam', **how)
     assert m.config['pretrain'] == 'simsiam' and m.config['pretrain_stages'] and set(m.model.trained_experiments) == {'HUVEC-01'}
     assert not list(tmp_path.glob('*checkpoints*'))

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import helpers
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import (CELL_TYPES, SITE_COLUMNS, control_wells,
                                        real_data, read_metadata, treatment_wells)
@@ -59,6 +60,13 @@ def test_the_groups_that_were_drawn_are_the_ones_metadata_derives(screen):
 def test_same_seed_same_bytes_for_any_number_of_workers(screen, tmp_path):
     simulate_screen(tmp_path/'again', n_workers=2, **SMALL)
     assert contents(tmp_path/'again') == contents(screen[0])
+
+
+def test_screens_whose_cameras_were_calibrated_in_another_test_have_the_same_bytes(screen, tmp_path):
+    for n, change in enumerate((dict(experiments='RPE-08', size=32), dict(experiments='RPE-08'), {})):
+        helpers.simulate_screen(tmp_path/f'{n}', n_workers=1, **{**SMALL, **change})
+    assert contents(tmp_path/'2') == contents(screen[0])
+    assert layout.Studio is Studio
 
 
 def test_another_seed_gives_another_screen(screen, tmp_path):

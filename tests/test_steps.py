@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.learner import Learner
 from fastai.torch_core import no_random
-from helpers import python
+from helpers import python, simulate_screen
 from rcic_fastai import cli, workflow
 from rcic_fastai.batch import resident
 from rcic_fastai.batch.data import screen_dls
@@ -27,7 +27,6 @@ from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.screen import Screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import experiment_folds
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.train.recipes import _CHOICES, get_recipe, recipe_from_dict

@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 from rcic_fastai import cli
 d = Path(sys.argv[1])
-recipe = dict(name='tiny', arch='mobilenetv3_small_050', stages=[
+recipe = dict(name='tiny', arch='test_efficientnet', stages=[
     dict(name='head', epochs=1, lr=1e-2, parts='stem,head', loss='adacos'), dict(name='all', epochs=2, lr=2e-3, cutmix=.3)])
 (d/'tiny.json').write_text(json.dumps(recipe))
 def run(line):
     command, *rest = line.format(d=d).split()
     with contextlib.redirect_stdout(io.StringIO()): assert getattr(cli, f'rcic_{command}')(rest) == 0, line
-run('simulate {d}/screen --experiments HUVEC-01,HUVEC-02,HUVEC-17,RPE-01,RPE-08 --sirnas 8 --size 64 --controls 2 --seed 3 --workers 1')
+run('simulate {d}/screen --experiments HUVEC-01,HUVEC-02,HUVEC-17,RPE-01,RPE-08 --sirnas 8 --size 64 --plates 2 --controls 1 --seed 3 --workers 1')
 run('pack {d}/screen {d}/screen.zarr --workers 1')
 run('train {d}/screen.zarr {d}/model --recipe {d}/tiny.json --valid HUVEC-02 --pretrained no --metadata cell_type --tta 2 --seed 5')
 answers = {}

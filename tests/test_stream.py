@@ -1,6 +1,7 @@
 "Prediction in parts: killed at any moment the same command goes on, ends with the same files, and mixes nothing."
 import json, os, signal, subprocess, sys
 import numpy as np, pandas as pd, pytest
+from helpers import simulate_screen
 from rcic_fastai import cli
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.embed import embed_parts, embed_screen
@@ -11,7 +12,6 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.predict.predict import write_tables
 from rcic_fastai.embed.table import emb_features
-from rcic_fastai.screen.simulate.layout import simulate_screen
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTHONWARNINGS='ignore', MPLBACKEND='Agg')
 HOW = dict(part=16, bs=8, tta=1, progress=False)
@@ -22,8 +22,8 @@ def made(tmp_path_factory):
     simulate_screen(d/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17', 'RPE-08'], sirnas=8, size=32, controls=2, progress=False)
     table = read_metadata(d/'screen'); source = PngTree(d/'screen', table)
     dls = screen_dls(Screen(table, source), valid='HUVEC-02', bs=16, device='cpu')
-    learn = screen_learner(dls, 'mobilenetv3_small_050', metadata='cell_type', emb_dim=16, pretrained=None)
-    recipe = dict(name='tiny', arch='mobilenetv3_small_050', model=dict(emb_dim=16), stages=[])
+    learn = screen_learner(dls, 'test_efficientnet', metadata='cell_type', emb_dim=16, pretrained=None)
+    recipe = dict(name='tiny', arch='test_efficientnet', model=dict(emb_dim=16), stages=[])
     (d/'tiny.json').write_text(json.dumps(recipe))
     assert cli.rcic_train(f'{d}/screen {d}/model --recipe {d}/tiny.json --valid HUVEC-02 --pretrained no --tta 1'.split()) == 0
     class made: pass
@@ -135,7 +135,7 @@ def test_wells_and_group_statistics(made, tmp_path):
     "Statistics of a plate or experiment are those of all its sites, though its wells are in several parts"
     for norm, sites in (('own', 2), ('plate', 1), ('experiment', 2)):
         dls = screen_dls(Screen(made.table, made.source), valid='HUVEC-02', bs=8, device='cpu', norm=norm, sites=sites)
-        learn = screen_learner(dls, 'mobilenetv3_small_050', emb_dim=16, pretrained=None)
+        learn = screen_learner(dls, 'test_efficientnet', emb_dim=16, pretrained=None)
         test = made.table[made.table.dataset == 'test']
         few = learn.embed(test, part=8, bs=8, tta=1, progress=False, folder=tmp_path/norm)
         many = learn.embed(test, part=2048, bs=8, tta=1, progress=False)

@@ -8,13 +8,14 @@ import pandas as pd
 import pytest
 import torch
 from fastai.vision.all import AvgMetric, Callback
-from helpers import learner, quiet, same
+from helpers import learner, quiet, same, simulate_screen
 from rcic_fastai import cli
 from rcic_fastai.batch.augment import PUBLISHED_AUGS
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed import embed
+from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.screen import Screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.recipes import RECIPES, Recipe, Stage, get_recipe
 from rcic_fastai.train.systems import *  # noqa: F401,F403  (adds the recipes)
@@ -28,13 +29,13 @@ CELLS = 'HUVEC-01,HUVEC-02,RPE-01,U2OS-01,HEPG2-01,HUVEC-17'.split(',')
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp('systems')/'screen'
     simulate_screen(folder, CELLS, sirnas=8, size=48, controls=1, progress=False)
-    return folder
+    return Path(pack_screen(open_screen(folder), folder.with_suffix('.zarr'), progress=False))
 
 
 def tiny(name, folder=None):
     "Return a recipe for seconds: another network, few epochs, small pictures; all else as it is"
     r = RECIPES[name].scaled(min(3, len(RECIPES[name].stages)), side=48)
-    arch = r.arch if r.arch == 'capstone_cnn' else 'mobilenetv3_small_050'
+    arch = r.arch if r.arch == 'capstone_cnn' else 'test_efficientnet'
     model = {**{k: v for k, v in r.model.items() if k != 'arch_args'}, **({'arch_args': dict(side=4, width=16)} if arch == 'capstone_cnn' else {})}
     cells = {c: str(folder/f'{c}.json') for c in r.cell_types}
     for c, file in cells.items():
@@ -50,8 +51,9 @@ def protocols_of(recipe):
 
 
 def with_groups(screen, folder):
-    "Return a copy of a screen whose test plates say which group they hold"
+    "Return a copy of a screen, with the files that were drawn, whose test plates say which group they hold"
     folder.mkdir()
+    screen = screen.with_suffix('')
     (folder/'images').symlink_to(screen/'images')
     table = read_metadata(screen)
     table.assign(plate_group=table.plate_group.fillna(table.plate - 1).where(table.well_type == 'treatment')).to_csv(folder/'metadata.csv', index=False)

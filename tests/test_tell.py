@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import refused
+from helpers import refused, simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.table import emb_features
 from rcic_fastai.folder import load_model
@@ -15,7 +15,6 @@ from rcic_fastai.predict.plan import *
 from rcic_fastai.predict.predict import read_predictions
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.screen import Screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.learner import screen_learner
 
 
@@ -29,7 +28,7 @@ def drawn(tmp_path_factory):
 @pytest.fixture(scope='module')
 def model(drawn):
     dls = screen_dls(drawn.train, valid='none', bs=16, device='cpu')
-    learn = screen_learner(dls, 'mobilenetv3_small_050', metadata='plate_group', pretrained=None, emb_dim=32, meta_dropout=.2)
+    learn = screen_learner(dls, 'test_efficientnet', metadata='plate_group', pretrained=None, emb_dim=32, meta_dropout=.2)
     learn.remove_cb(learn.progress)
     with learn.no_logging(): learn.fit(2, 5e-3)
     return learn.to_model(tta=1, progress=False)

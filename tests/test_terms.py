@@ -5,10 +5,10 @@ import numpy as np, pytest, torch
 from torch.nn.functional import cross_entropy, normalize
 from fastai.vision.all import Callback, CancelFitException, GradientAccumulation, L, MixedPrecision, get_model
 from torch.amp import GradScaler, autocast
+from helpers import simulate_screen
 from rcic_fastai.batch.augment import dihedral
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train import domain
 from rcic_fastai.train.cutmix import *
 from rcic_fastai.train.domain import *
@@ -19,7 +19,7 @@ BS = 8
 def make(screen, cbs):
     "A learner without chance in its model: no dropout, a loss with a fixed scale"
     dls = screen_dls(screen, bs=BS, augs=None, device='cpu', valid='HUVEC-03', batch_by='experiment', batch_groups=2)
-    learn = screen_learner(dls, 'mobilenetv3_small_050', pretrained=None, emb_dim=16, seed=0, loss='softmax', cbs=cbs)
+    learn = screen_learner(dls, 'test_efficientnet', pretrained=None, emb_dim=16, seed=0, loss='softmax', cbs=cbs)
     for m in learn.model.modules():
         if isinstance(m, torch.nn.Dropout): m.p = 0.
     return learn

@@ -7,11 +7,11 @@ from torch.utils._pytree import tree_leaves
 from fastai.vision.all import Callback, GradientAccumulation, L, MixedPrecision, Tensor, TensorBase
 from torch.amp import GradScaler, autocast
 from torch.optim.swa_utils import AveragedModel
+from helpers import simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.model.heads import MetadataOneHot
 from rcic_fastai.model.losses import LOSSES, loss_from_config
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.train.checkpoints import Checkpoint, checkpointed
 from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.train.cutmix import *
@@ -109,7 +109,7 @@ CBS = dict(plain=list, coral=lambda: [CORAL()], wasserstein=lambda: [SlicedWasse
 
 @pytest.mark.parametrize('what', CBS)
 def test_a_callback_does_not_wait(screen, what):
-    learn = screen_learner(batches(screen), 'mobilenetv3_small_050', metadata='cell_type,experiment', pretrained=None, emb_dim=16)
+    learn = screen_learner(batches(screen), 'test_efficientnet', metadata='cell_type,experiment', pretrained=None, emb_dim=16)
     fit(learn, *CBS[what]())
 
 @pytest.mark.parametrize('loss', LOSSES)
@@ -127,14 +127,14 @@ def test_a_loss_does_not_wait(loss, mixed):
 def test_the_default_recipe_does_not_wait(screen):
     from rcic_fastai.train.recipes import RECIPES
     demo = RECIPES['demo']
-    learn = screen_learner(batches(screen), 'mobilenetv3_small_050', pretrained=None, emb_dim=16)
+    learn = screen_learner(batches(screen), 'test_efficientnet', pretrained=None, emb_dim=16)
     watch = Watch()
     with learn.no_bar(), learn.no_logging():
         learn.fit_recipe(Recipe('short', [Stage(**{**vars(s), 'epochs': 1}) for s in demo.stages]), cbs=[watch])
     assert watch.n
 
 def test_metadata_and_control_wells_do_not_wait(screen):
-    fit(difference_learner(batches(screen), 'mobilenetv3_small_050', metadata='experiment', pretrained=None, emb_dim=16), EMA(.9), epochs=1)
+    fit(difference_learner(batches(screen), 'test_efficientnet', metadata='experiment', pretrained=None, emb_dim=16), EMA(.9), epochs=1)
     part, i, mode = MetadataOneHot(dict(a=4)).train(), torch.tensor([0, 3, 9]), NoWait()
     mode.put(i)
     with mode: part(dict(a=i), 3)

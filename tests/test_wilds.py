@@ -3,12 +3,11 @@
 Both were compared once with the package `wilds` 2.0.0 itself (`RxRx1Dataset.split_array` and `.eval` on a toy screen of
 eight experiments): the split is equal, and no accuracy differs by more than its 32 bits do."""
 import numpy as np, pandas as pd, pytest
-from helpers import refused
+from helpers import refused, simulate_screen
 from rcic_fastai import cli
 from rcic_fastai.embed.table import emb_metadata, toy_profiles
 from rcic_fastai.results.wilds import WILDS_PARTS, wilds_parts, wilds_scores
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.screen.simulate.layout import simulate_screen
 from rcic_fastai.screen.tables import WILDS_VAL, wilds_split
 
 TABLE = emb_metadata(toy_profiles(('HUVEC-01', 'RPE-01', 'U2OS-01'), ('HUVEC-17', 'U2OS-04', 'HUVEC-18', 'RPE-09'), n_sirnas=12))

@@ -9,13 +9,30 @@ The packages of others take most of the time of a short notebook. They are impor
 a fork of this process; `rcic_fastai` itself is imported by each notebook. Where there is no safe fork (Windows, macOS), and
 with `--new`, every notebook starts a new Python.
 """
-import argparse, gc, importlib, os, subprocess, sys, tempfile, threading, time
+import argparse, atexit, gc, importlib, os, subprocess, sys, tempfile, threading, time, traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent   # not resolved: the commands stand beside the environment's python
 CAN_FORK = hasattr(os, 'fork') and sys.platform != 'darwin'
 WARM = 'nbdev.test nbdev.clean fastai.vision.all faiss timm cv2 sklearn scipy.stats pyarrow.parquet matplotlib_inline.backend_inline'.split()
+
+
+def as_at_exit(f):
+    "Call `f` and the exit functions of Python; the exit code. All that a Python frees as it ends is left to the system"
+    code = 0
+    try: f()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str): print(e.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 class Fork:
@@ -25,8 +42,7 @@ class Fork:
         self.code, self.pid = None, os.fork()
         if self.pid: return
         for fd in (1, 2): os.dup2(out.fileno(), fd)
-        f()
-        sys.exit()
+        os._exit(as_at_exit(f))
 
     def poll(self):
         "The exit code; None while it runs"
@@ -38,6 +54,7 @@ def warm():
     "Import the packages of others; nothing may run beside a fork, and nothing of the library may be there before it"
     gc.disable()   # it would walk over all of this again and again
     for name in WARM: importlib.import_module(name)
+    gc.freeze()     # nor do the notebooks walk over it: what they share stays shared
     gc.enable()
     assert threading.active_count() == 1 and 'rcic_fastai' not in sys.modules
 
@@ -90,11 +107,13 @@ def main():
     parser.add_argument('--workers', type=int, default=2, help='notebooks at a time (default: %(default)s)')
     parser.add_argument('--new', action='store_true', help='start a new Python for each notebook')
     args = parser.parse_args()
-    nbs = [nb.absolute() for nb in args.notebooks] or sorted((ROOT/'nbs').glob('*.ipynb'))
+    # the long ones, index and tutorials, stand last by name and begin first, so that the workers end together
+    nbs = [nb.absolute() for nb in args.notebooks] or sorted((ROOT/'nbs').glob('*.ipynb'), reverse=True)
     fork = CAN_FORK and not args.new
     os.chdir(ROOT)
     if fork: warm()
     results = run(nbs, args.save, args.workers, fork)
+    gc.unfreeze()
     failed = [(nb, said) for nb, wrong, said in results if wrong]
     for nb, said in failed: print(f'\n{"="*20} {nb.name}\n{said}')
     if failed: raise SystemExit(f"notebooks: failed: {' '.join(nb.name for nb, _ in failed)}")

@@ -37,12 +37,11 @@ EXPOSED = ('treatment', 'negative_control')
 EXPOSURE_COLUMNS = ('experiment', 'cell_type', 'wells', 'channel', 'n', *EXPOSURES, *(f'{m}_sd' for m in EXPOSURES))
 
 def _of_batch(x):
-    "Return center and spread of the wells of one batch: [3] and [3]"
-    center = x.median()
-    center['saturation'] = x['saturation'].mean()
-    spread = 1.4826*(x - x.median()).abs().median()
-    spread['saturation'] = x['saturation'].std(ddof=0)
-    return [*center, *spread]
+    "Return center and spread of the wells of one batch, of brightness, contrast and saturation [wells,3]: [3] and [3]"
+    center = np.nanmedian(x, 0)
+    spread = 1.4826*np.nanmedian(abs(x - center), 0)
+    center[2], spread[2] = np.nanmean(x[:, 2]), np.nanstd(x[:, 2])
+    return [*center.tolist(), *spread.tolist()]
 
 def batch_exposure(
     rows:pd.DataFrame, # Site-table rows; control wells other than negative ones do not count
@@ -54,9 +53,9 @@ def batch_exposure(
     if not len(rows): return pd.DataFrame(columns=EXPOSURE_COLUMNS)
     stats = _measured(rows, source, most)
     rows = rows.set_index('site_id').loc[stats.index]
+    wells = rows.drop_duplicates('well_id').sort_values('well_id', ignore_index=True)
+    groups = wells.groupby(['experiment', 'well_type'], sort=True).indices.items()
     for c in source.channels:
-        each = site_exposure(stats, c).groupby(rows.well_id.to_numpy()).mean()
-        wells = rows.drop_duplicates('well_id').set_index('well_id').loc[each.index]
-        for (e, kind), at in wells.reset_index(drop=True).groupby(['experiment', 'well_type'], sort=True).indices.items():
-            res.append((str(e), str(wells.cell_type.iloc[at[0]]), kind, c, len(at), *_of_batch(each.iloc[at])))
+        each = site_exposure(stats, c).groupby(rows.well_id.to_numpy()).mean().to_numpy()
+        for (e, kind), at in groups: res.append((str(e), str(wells.cell_type[at[0]]), kind, c, len(at), *_of_batch(each[at])))
     return pd.DataFrame(res, columns=EXPOSURE_COLUMNS)
