@@ -2648,6 +2648,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore._all_labels': ( 'results.explore.html#_all_labels',
                                                                                           'rcic_fastai/results/explore.py'),
+                                             'rcic_fastai.results.explore._as_recorded': ( 'results.explore.html#_as_recorded',
+                                                                                           'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore._brightness': ( 'results.explore.html#_brightness',
                                                                                           'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore._by_well': ( 'results.explore.html#_by_well',

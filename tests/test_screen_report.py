@@ -123,3 +123,34 @@ def test_settings_name_what_was_held_out_and_seen(made, screen):
     table = settings_table(made[1])['']
     assert table['names'].startswith(str(screen.train.treatments.table.sirna.nunique()))
     assert table['held out'] == 'none' and screen.train.table.experiment.iloc[0] in table['trained on']
+
+
+def test_a_page_shows_the_scores_of_the_file(made, screen, tmp_path):
+    "Predictions are embedded and searched again as their record says, each in its own way"
+    from rcic_fastai.results.explore import explore
+    _, model = made
+    how = dict(one=dict(tta=1), corrected=dict(protocol='adapted', correct='standardize', tta=2), voted=dict(vote='mean', k=2, merge='mean', tta=3))
+    preds = {}
+    for name, given in how.items():
+        model.predict(screen, out=tmp_path/f'{name}.csv', progress=False, **given)
+        preds[name] = read_predictions(tmp_path/f'{name}.csv')
+    data = explore(model, screen, preds, side=0, progress=False).data
+    for p in data['predictions']:
+        file = preds[p['name']].set_index('id_code')
+        shown = pd.DataFrame(dict(score=p['score'], margin=p['margin'], first=[r[0] for r in zip(*p['top_scores'])]), index=[data['wells']['id'][w] for w in p['wells']])
+        np.testing.assert_allclose(shown.score, file.score[shown.index], atol=6e-4)
+        np.testing.assert_allclose(shown.margin, file.margin[shown.index], atol=1.1e-3)
+        np.testing.assert_allclose(shown['first'], shown.score, atol=1e-3)
+    assert not any('are named otherwise' in n for n in data['notes'])
+    other = explore(model, screen, preds['one'], side=0, tta=4, progress=False).data        # what is given goes first
+    assert not np.allclose(other['predictions'][0]['top_scores'][0], data['predictions'][0]['top_scores'][0], atol=1e-4)
+
+
+def test_neighbors_of_a_report_are_of_the_site_that_decided(made, screen):
+    "The best neighbor of a well that was named right by its nearest neighbor holds its name"
+    from rcic_fastai.results.report import _near
+    out, model = made
+    pred = read_predictions(out/'inductive.csv')
+    near = _near(model, screen, pred.id_code, 1)
+    best = near.loc[near.groupby('id_code').cosine.idxmax()].set_index('id_code').label
+    assert best[pred.id_code].tolist() == pred.sirna.tolist()

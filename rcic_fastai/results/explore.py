@@ -659,13 +659,25 @@ def _differing_note(name, pred, own):
     both = pred[['id_code', target]].merge(own[['id_code', target]], on='id_code')
     n = int((both[f'{target}_x'].astype(str) != both[f'{target}_y'].astype(str)).sum())
     if not n: return []
-    return [f'{name}: {n} of {len(both)} wells are named otherwise than the neighbors shown here would name them (by a classifier, an ensemble, or with other options); '
+    return [f'{name}: {n} of {len(both)} wells are named otherwise than the neighbors shown here would name them (by a classifier, an ensemble, another model, or with other options); '
             'scores, votes and neighbors are those of the embeddings shown here.']
 
 # %% ../../nbs/64_results.explore.ipynb #d15ff940
+_RECORDED = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'assign', 'adapt', 'adapt_from', 'correct', 'wells')
+_UNSAID = dict(adapt_from='all', wells='treatment')
+
+def _as_recorded(pred, given):
+    "Return the options of a plan: those that are given, else those that the record of a prediction names"
+    record = (pred.attrs.get('record') or {}) if pred is not None else {}
+    if 'tta' not in record: return given            # no record, or that of an ensemble
+    said = {k: record[k] for k in _RECORDED if k in record}
+    said.update(correct=str(said.get('correct') or 'no').partition('(')[0].lower(), adapt=dict(batch='experiment').get(said.get('adapt'), said.get('adapt') or 'no'))
+    if str(record['protocol']) == 'inductive': said.pop('adapt')
+    return {**given, **said, **{k: v for k, v in given.items() if v and v != _UNSAID.get(k)}}
+
 def _column_of(model, screen, name, pred, emb, spaces, progress, kwargs):
     "Return a prediction with its space; without `pred`, the model names the wells"
-    protocol = name if pred is None else str(pred['protocol'].iloc[0])
+    protocol, kwargs = name if pred is None else str(pred['protocol'].iloc[0]), _as_recorded(pred, kwargs)
     space, plan = _plan_space(model, screen, protocol, emb, spaces, progress, kwargs)
     asked = plan_prediction(model, screen, protocol, **kwargs) if pred is None else plan
     own, _ = predict_wells(space.emb, space.index, plan.protocol, **plan.search)

@@ -473,6 +473,7 @@ def neighbor_strip(
     query:str, # site_id of the well's site that is shown
     truth:str, # Its label; `None`: not known
     screen, # The `Screen` that holds both
+    named:str=None, # What the well was named; `None`: is not said
     n:int=5, # Neighbors to show
     side:int=192, # Show the middle of a site, of at most so many pixels
 )->plt.Figure: # The site and up to `n` neighbors, three in a row
@@ -480,8 +481,8 @@ def neighbor_strip(
     near = near.head(n)
     fig, axs = _picture_grid(len(near) + 1, 3, 2.25)
     for ax in axs: ax.axis('off')
-    _show_site(axs[0], screen, query, f'{_site_lines(screen, query)}\n{short_text(truth or "not known", 14)}\n',
-               side=side)
+    said = '' if named is None else f'named {short_text(named, 14)}'
+    _show_site(axs[0], screen, query, f'{_site_lines(screen, query)}\n{short_text(truth or "not known", 14)}\n{said}', side=side)
     here = set(screen.table.site_id)
     for ax, r in zip(axs[1:], near.itertuples()):
         is_right = None if truth is None else str(r.label) == str(truth)

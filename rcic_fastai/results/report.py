@@ -206,20 +206,22 @@ def _map_tables(model, screen, rows, progress):
     return res
 
 # %% ../../nbs/61_results.report.ipynb #033e12c4
-def _near(model, emb, wells):
+def _near(model, screen, wells, tta):
     "Return the nearest training sites of some wells, from their plain embeddings"
-    mine = emb[emb[f'{META}well_id'].isin(wells) & (emb[f'{META}dataset'] == 'test')].reset_index(drop=True)
-    return predict_wells(mine, model.index, 'inductive')[1] if len(mine) else pd.DataFrame(columns=['id_code'])
+    rows = screen.table[screen.table.well_id.isin(wells)]
+    if not len(rows): return pd.DataFrame(columns=['id_code'])
+    mine = model.embed(screen[rows], tta=tta, mask=INDUCTIVE_MASK, progress=False)
+    return predict_wells(mine.assign(**{f'{META}dataset': 'test'}), model.index, 'inductive')[1]
 
 # %% ../../nbs/61_results.report.ipynb #b66d80d3
 def _strips(near, examples, screen):
-    "Return a picture of each well beside its nearest training sites"
+    "Return a picture of each well, by its site that is most like a training site, beside the nearest of these"
     figs = []
-    for well, truth in zip(examples.id_code, examples.truth):
+    for well, truth, named in zip(examples.id_code, examples.truth, examples.predicted):
         mine = near[near.id_code == well]
         if not len(mine): continue
-        query = mine['query'].iloc[0]
-        figs.append(neighbor_strip(mine[mine['query'] == query], query, truth, screen))
+        query = mine.loc[mine.cosine.idxmax(), 'query']
+        figs.append(neighbor_strip(mine[mine['query'] == query], query, truth, screen, named))
     return figs
 
 # %% ../../nbs/61_results.report.ipynb #3a145f94
@@ -250,18 +252,22 @@ def _truth_sections(preds, screen, model, emb, known, most=4):
     if len(r) < n:
         text = f'Labels are known of {len(r)} of {n} wells, and all figures of right and wrong are of these. {text}'
     examples, experiments = _examples(r), list(dict.fromkeys(r.experiment))[:most]
-    near = ('Left above the well to name, then the most similar training sites (inductive); '
-            '✓ is the right name, ✗ another one.')
-    strips = _strips(_near(model, emb, examples.id_code), examples, screen)
+    tta = min(int((preds[name].attrs.get('record') or {}).get('tta', 8)), 8)
+    near = (f'Left above the well to name: its site that is most like a training site, what it holds, and how it was named ({name}); then the most similar training sites '
+            f'(inductive, {plural(tta, "view")}), which other protocols and options do not answer by. ✓ is the right name, ✗ another one.')
+    strips = _strips(_near(model, screen, examples.id_code, tta), examples, screen)
     plates = [right_wrong_map(r[r.experiment == e]) for e in experiments]
     last = [*_wrong_sections(r, name), ('Nearest neighbors', near, strips),
             ('Plates', f'Right and wrong wells, {name}, of {first_few(experiments)}.', plates)]
     return [('Accuracy of test wells', text, [res.table(), accuracy_plot(res)])], last
 
 # %% ../../nbs/61_results.report.ipynb #50512593
+_MOST_NAMED = 48
+
 def _sure_section(name, pred, screen, model, emb, most=4):
-    "Return the section that tells how sure the model is, where no labels are known"
-    said = f'the score of each answer, {name}'
+    "Return the section that tells how the wells were named and how sure the model is, where no labels are known"
+    said, target = f'the score of each answer, {name}', pred.attrs.get('target', 'sirna')
+    named = pred.set_index('id_code')[target]
     # files of earlier versions have no scores: those of the embeddings that the page shows
     if 'score' not in pred:
         is_test = (emb[f'{META}dataset'] == 'test') & emb[f'{META}well_id'].isin(set(pred.id_code))
@@ -271,8 +277,10 @@ def _sure_section(name, pred, screen, model, emb, most=4):
     wells = wells.loc[pred.id_code, ['experiment', 'plate', 'well']].assign(score=pred['score'].to_numpy())
     experiments = list(dict.fromkeys(wells.experiment))[:most]
     text = (f'How sure the model is: {said}, of {first_few(experiments)}. '
-            'The wells have no labels, so nothing is known of right and wrong.')
-    return 'Plates', text, [plate_maps(wells[wells.experiment == e], 'score') for e in experiments]
+            'The wells have no labels, so nothing is known of right and wrong. '
+            f'Below them the {min(_MOST_NAMED, len(wells))} of {plural(len(wells), "well")} with the highest score; the file of predictions has all.')
+    best = wells.assign(named=named.loc[wells.index].astype(str)).sort_values('score', ascending=False, kind='stable').head(_MOST_NAMED)
+    return 'Plates', text, [*[plate_maps(wells[wells.experiment == e], 'score') for e in experiments], best[['experiment', 'plate', 'well', 'named', 'score']].reset_index(drop=True)]
 
 # %% ../../nbs/61_results.report.ipynb #0d297299
 def _training_section(history, text): return [('Training', text, [training_curve(history)])] if len(history) else []
