@@ -726,3 +726,31 @@ def test_a_finger_opens_a_well(browser, made, preds):
     page.tap('#close')
     page.wait_for_selector('#well', state='hidden')
     context.close()
+
+
+# ---- what a user asked for
+
+@pytest.fixture(scope='module')
+def unlabeled(made, preds, tmp_path_factory):
+    "(prediction, path): no named well has a known label"
+    screen, path = made[0], tmp_path_factory.mktemp('unlabeled')/'page.html'
+    new = Screen(screen.table.assign(sirna=screen.table.sirna.where(screen.table.dataset != 'test')), screen.source)
+    explore(None, new, preds['inductive'], path, side=0)
+    return preds['inductive'], path
+
+
+@browses
+def test_wells_without_known_labels_are_seen_to_be_named(unlabeled, made, tab):
+    pred, page = unlabeled[0], tab('', unlabeled[1])
+    assert page.input_value('#color') == 'named' and '#' == (page.evaluate('location.hash') or '#')
+    n = (made[0].wells.set_index('well_id').experiment[pred.id_code] == 'HUVEC-17').sum()
+    assert page.inner_text('#experiment-said') == f'{n} wells named, labels not known, inductive'
+    assert 'named' in page.locator('#plates figcaption').first.inner_text()
+    page.select_option('#color', 'result')
+    assert f'named, label not known ({len(pred)})' in page.inner_text('#legend') and 'not named' in page.inner_text('#legend .kinds')
+    page.select_option('#result', 'unknown')
+    assert page.inner_text('#count').startswith(f'{len(pred)} of')
+    page.select_option('#result', 'none')
+    assert page.inner_text('#count').startswith(f'{len(made[0].wells) - len(pred)} of')
+    page.select_option('#experiment', 'HUVEC-01')
+    assert page.inner_text('#experiment-said') == 'no well was named'

@@ -61,10 +61,20 @@ for (const e of experiments) e.named = isNamed(e);
 experiments.sort((a, b) => b.named - a.named || order(a.name, b.name));
 const byName = new Map(experiments.map(e => [e.name, e]));
 
+// colors of Okabe and Ito, which the color-blind tell apart, with a mark where there are more groups than colors
+const HUES = ['#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#b8a500'], MARKS = ['', 'dot', 'bar', 'cross', 'ring', 'line', 'tri', 'box'];
+const MOST = HUES.length*MARKS.length, GRAY = '#8b949e';
+
 // ---- state, which the address keeps
 const VIEWS = {plates: 'Plates', map: 'Map', confusions: 'Confusions', accuracy: 'Accuracy'};
 // g: group of the legend; z: box on a map; b: the map beside; ch: channels that are on; t: their colors, black and white
-const fresh = () => ({v: 'plates', p: 0, e: experiments[0]?.name ?? '', c: P.length ? 'result' : 'label', w: '', q: '', r: '', f: '', x: '', g: '', z: '', pair: '', m: 'composite', s: 'own', ch: '', t: '', k: 0, b: ''});
+const firstColor = () => {                                    // without a known label nothing is right or wrong: then by what the wells were named
+  const p = P[0];
+  if (!p) return 'label';
+  if (p.wells.some(w => truth(w) >= 0)) return 'result';
+  return new Set(p.label).size <= MOST || !p.score ? 'named' : 'score';
+};
+const fresh = () => ({v: 'plates', p: 0, e: experiments[0]?.name ?? '', c: firstColor(), w: '', q: '', r: '', f: '', x: '', g: '', z: '', pair: '', m: 'composite', s: 'own', ch: '', t: '', k: 0, b: ''});
 let S = fresh(), brush = null;                                // brush: Set of the wells in the box
 const FIRST = fresh();
 function address() {
@@ -101,9 +111,7 @@ addEventListener('hashchange', () => {
   if (were !== S.ch + S.t) showWell(true);
 });
 
-// ---- colors: those of Okabe and Ito, which the color-blind tell apart, with a mark where there are more groups than colors
-const HUES = ['#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#b8a500'], MARKS = ['', 'dot', 'bar', 'cross', 'ring', 'line', 'tri', 'box'];
-const MOST = HUES.length*MARKS.length, GRAY = '#8b949e';
+// ---- by what wells are colored
 // cividis (Nuñez, Anderton and Renslow 2018), nine of its colors
 const RAMP = [[0, 34, 78], [26, 56, 111], [67, 78, 108], [98, 101, 111], [125, 124, 120], [154, 149, 119], [187, 174, 107], [221, 203, 86], [254, 232, 56]];
 function ramp(t) {
@@ -113,14 +121,15 @@ function ramp(t) {
 const OWN = {result: 'right or wrong', label: `${D.target} (label)`, named: `${D.target} (predicted)`, score: 'score', margin: 'margin', votes: 'share of votes'};
 function colorNames() { return [...(P.length ? Object.keys(OWN) : ['label']), ...W.columns.map(c => 'column:' + c.name)]; }
 const colorTitle = c => OWN[c] ?? c.slice(7);
-const result = w => { const p = P[S.p], i = p ? p.at[w] : -1; return i < 0 || truth(w) < 0 ? 'none' : p.label[i] === truth(w) ? 'right' : 'wrong'; };
-const counts = w => result(w) !== 'none' && !(P[S.p].controls_apart && kind(w));      // controls beside treatments have an accuracy of their own
+const result = w => { const p = P[S.p], i = p ? p.at[w] : -1; return i < 0 ? 'none' : truth(w) < 0 ? 'unknown' : p.label[i] === truth(w) ? 'right' : 'wrong'; };
+const isJudged = w => ['right', 'wrong'].includes(result(w));
+const counts = w => isJudged(w) && !(P[S.p].controls_apart && kind(w));      // controls beside treatments have an accuracy of their own
 function tally(wells) {                                       // [right, counted] of some wells
   let right = 0, n = 0;
   for (const w of wells) if (counts(w)) { n++; right += result(w) === 'right'; }
   return [right, n];
 }
-const controlsSaid = wells => { const c = P[S.p]?.controls_apart ? wells.filter(w => kind(w) && result(w) !== 'none') : []; return c.length ? ` (controls: ${c.filter(w => result(w) === 'right').length} of ${c.length})` : ''; };
+const controlsSaid = wells => { const c = P[S.p]?.controls_apart ? wells.filter(w => kind(w) && isJudged(w)) : []; return c.length ? ` (controls: ${c.filter(w => result(w) === 'right').length} of ${c.length})` : ''; };
 function ranked(codes, names) {                               // groups by size; the largest have a look of their own
   const n = new Map();
   for (const c of codes) if (c >= 0) n.set(c, (n.get(c) ?? 0) + 1);
@@ -133,9 +142,10 @@ let paint = null;                                             // {look(w), group
 function setPaint() {
   const c = S.c, p = P[S.p], none = {color: css('--empty'), mark: '', empty: true};
   if (c === 'result') {
-    const looks = {right: {color: css('--good'), mark: '', name: 'right'}, wrong: {color: css('--bad'), mark: 'cross', name: 'wrong'}};
-    const n = {right: 0, wrong: 0};
+    const looks = {right: {color: css('--good'), mark: '', name: 'right'}, wrong: {color: css('--bad'), mark: 'cross', name: 'wrong'}, unknown: {color: GRAY, mark: 'ring', name: 'named, label not known'}};
+    const n = {right: 0, wrong: 0, unknown: 0};
     for (let w = 0; w < N; w++) { const r = result(w); if (n[r] != null) n[r]++; }
+    if (!n.unknown) delete looks.unknown;
     paint = {look: w => looks[result(w)] ?? none, code: result, groups: new Map(Object.keys(looks).map(k => [k, {...looks[k], n: n[k]}])), more: 0, rest: 'not named'};
     return;
   }
@@ -360,12 +370,20 @@ function plateKeys(ev, canvas, plate) {
   say(w == null ? `${rowName(cursor.row)}${String(cursor.col + 1).padStart(2, '0')}, no well` : describe(w).join(', '));
   tip(w, box.left + geo.left + (cursor.col + .5)*geo.step, box.top + geo.top + (cursor.row + .5)*geo.step);
 }
+const notKnown = wells => wells.filter(w => result(w) === 'unknown').length;
 function plateCaption(plate) {
-  const [right, n] = tally(plate.wells), parts = [`Plate ${D.plates[plate.plate]}`, n ? `${right} of ${n} right${controlsSaid(plate.wells)}` : count(plate.wells.length, 'well')];
+  const [right, n] = tally(plate.wells), u = notKnown(plate.wells);
+  const parts = [`Plate ${D.plates[plate.plate]}`, n ? `${right} of ${n} right${controlsSaid(plate.wells)}` : u ? `${u} of ${count(plate.wells.length, 'well')} named` : count(plate.wells.length, 'well')];
   if (isFiltered()) parts.push(`${plate.wells.filter(w => lit[w]).length} shown`);
   return parts.join(' · ');
 }
 let platesOf = null;
+function experimentSaid(wells) {                              // how the wells of an experiment were named
+  if (!P.length) return 'This page holds no predictions.';
+  const [right, n] = tally(wells), u = notKnown(wells), more = u ? `${count(u, n ? 'more well' : 'well')} named, labels not known` : '', {protocol} = P[S.p];
+  if (n) return `${right} of ${n} wells right (${share(right, n)})${controlsSaid(wells)}, ${protocol}` + (more && `; ${more}`);
+  return (u ? `${more}${controlsSaid(wells)}, ${protocol}` : controlsSaid(wells) ? `only controls were named${controlsSaid(wells)}, ${protocol}` : 'no well was named');
+}
 function showPlates() {
   const e = byName.get(S.e), root = $('plates');
   if (!e) { fill(root, el('p', {class: 'none'}, 'No well of this screen has a place on a plate.')); return; }
@@ -389,8 +407,7 @@ function showPlates() {
       el('label', {}, el('span', {class: 'unseen'}, 'Experiment'), select), el('button', {type: 'button', 'aria-label': 'Next experiment', onclick: step(1)}, '›'), el('span', {class: 'soft', id: 'experiment-said'})),
       el('div', {class: 'plates'}, canvases.map(([canvas, , caption]) => el('figure', {class: 'plate'}, caption, canvas))));
   }
-  const all = e.plates.flatMap(p => p.wells), [right, n] = tally(all);
-  $('experiment-said').textContent = n ? `${right} of ${n} wells right (${share(right, n)})${controlsSaid(all)}, ${P[S.p].protocol}` : 'no well was named, or no label is known';
+  $('experiment-said').textContent = experimentSaid(e.plates.flatMap(p => p.wells));
   fitPlates(root.querySelector('.plates'), e.plates.length);
   for (const [canvas, plate, caption] of canvases) { caption.textContent = plateCaption(plate); drawPlate(canvas, plate); }
 }
@@ -553,7 +570,7 @@ function verdict(w) {
   const p = P[S.p], i = p ? p.at[w] : -1;
   if (i < 0) return el('p', {class: 'verdict'}, truth(w) >= 0 ? [`${D.target} `, el('b', {}, label(truth(w)))] : 'label not known', el('span', {class: 'soft'}, P.length ? ' · not named in this prediction' : ''));
   const r = result(w);
-  return el('p', {class: 'verdict'}, r === 'none' ? 'named ' : '', el('b', {}, label(p.label[i])), ' ',
+  return el('p', {class: 'verdict'}, r === 'unknown' ? 'named ' : '', el('b', {}, label(p.label[i])), ' ',
     r === 'right' ? el('span', {class: 'tag good'}, '✓ right') : r === 'wrong' ? [el('span', {class: 'tag bad'}, '✗ wrong'), ' it is ', el('b', {}, label(truth(w)))] : el('span', {class: 'soft'}, 'label not known'),
     ' ', el('span', {class: 'tag soft', title: p.about}, p.protocol));
 }
