@@ -393,7 +393,7 @@ def test_search_finds_wells(made, tab, typed):
     named = {made[2].data['wells']['id'][w]: made[2].data['labels'][l] for w, l in zip(p['wells'], p['label'])}
     hay = wells.well_id + ' ' + wells.sirna.fillna('') + ' ' + wells.well_id.map(named).fillna('')
     n = hay.str.lower().str.contains(typed.lower(), regex=False).sum() if typed != 'no such well' else 0
-    assert page.inner_text('#count').startswith(f'{n} of {len(wells)}')
+    assert page.inner_text('#count').startswith(f'{n} of {len(wells)}' if n else f'Nothing found for “{typed}”')
     if n:
         page.press('#search', 'Enter')
         page.wait_for_selector('#well:not([hidden])')
@@ -726,3 +726,203 @@ def test_a_finger_opens_a_well(browser, made, preds):
     page.tap('#close')
     page.wait_for_selector('#well', state='hidden')
     context.close()
+
+
+# ---- what a user asked for
+
+@pytest.fixture(scope='module')
+def unlabeled(made, preds, tmp_path_factory):
+    "(prediction, path): no named well has a known label"
+    screen, path = made[0], tmp_path_factory.mktemp('unlabeled')/'page.html'
+    new = Screen(screen.table.assign(sirna=screen.table.sirna.where(screen.table.dataset != 'test')), screen.source)
+    explore(None, new, preds['inductive'], path, side=0)
+    return preds['inductive'], path
+
+
+@browses
+def test_wells_without_known_labels_are_seen_to_be_named(unlabeled, made, tab):
+    pred, page = unlabeled[0], tab('', unlabeled[1])
+    assert page.input_value('#color') == 'named' and '#' == (page.evaluate('location.hash') or '#')
+    n = (made[0].wells.set_index('well_id').experiment[pred.id_code] == 'HUVEC-17').sum()
+    assert page.inner_text('#experiment-said') == f'{n} wells named, labels not known, inductive'
+    assert 'named' in page.locator('#plates figcaption').first.inner_text()
+    page.select_option('#color', 'result')
+    assert f'named, label not known ({len(pred)})' in page.inner_text('#legend') and 'not named' in page.inner_text('#legend .kinds')
+    page.select_option('#result', 'unknown')
+    assert page.inner_text('#count').startswith(f'{len(pred)} of')
+    page.select_option('#result', 'none')
+    assert page.inner_text('#count').startswith(f'{len(made[0].wells) - len(pred)} of')
+    page.select_option('#experiment', 'HUVEC-01')
+    assert page.inner_text('#experiment-said') == 'no well was named'
+
+
+@browses
+def test_a_filter_leads_to_an_experiment_that_has_its_wells(made, tab):
+    page, wells = tab(), made[0].wells
+    n = (wells.experiment == 'HUVEC-02').sum()
+    page.select_option('#column', 'experiment')
+    page.select_option('#value', 'HUVEC-02')
+    assert page.input_value('#experiment') == 'HUVEC-02' and page.is_hidden('#elsewhere')
+    page.select_option('#experiment', 'HUVEC-17')          # whoever goes elsewhere is not sent back, but told
+    assert page.inner_text('#elsewhere').strip() == f'No well of this experiment is shown. {n} wells in HUVEC-02: show'
+    page.click('#elsewhere button')
+    assert page.input_value('#experiment') == 'HUVEC-02' and page.is_hidden('#elsewhere')
+    page.go_back()
+    page.wait_for_selector('#elsewhere')
+    page.select_option('#value', '')
+    page.select_option('#color', 'column:experiment')      # a group of the legend is a filter too
+    page.locator('#legend button', has_text='HUVEC-03').click()
+    assert page.input_value('#experiment') == 'HUVEC-03'
+
+
+@browses
+def test_a_search_of_several_words(made, tab):
+    wells, page = made[0].wells, tab()
+    def found(typed):
+        page.fill('#search', typed)
+        said = page.inner_text('#count')
+        return 0 if said.startswith('Nothing found') else int(said.split()[0])
+    assert found('plate 2') == found('Plate 02') == found('2') == (wells.plate == 2).sum() < len(wells)
+    assert found('B2') == found('well b02') == found('B02') == wells.well.eq('B02').sum() > 0
+    assert found('HUVEC-17 plate 1 B2') == 1 and found('B2 huvec-17') == 2
+    for typed in ('HUVEC-17 plate 7', 'HUVEC-17 plate 1 P24', '17'):          # 17 is a part of names only
+        assert found(typed) == 0 and page.inner_text('#count') == f'Nothing found for “{typed}”' == page.inner_text('#elsewhere').rstrip('.')
+    assert page.get_attribute('#count', 'role') == 'status'
+
+
+@browses
+def test_a_tip_goes_with_a_click_and_with_what_it_said(made, preds, tab):
+    screen, pred, page = made[0], preds['inductive'], tab()
+    canvas, x, y = at(page, screen, pred.id_code[0])
+    canvas.hover(position=dict(x=x, y=y))
+    assert pred.sirna[0] in page.text_content('#tip') and page.is_visible('#tip')
+    page.select_option('#prediction', '1')
+    assert page.is_hidden('#tip')
+    canvas.hover(position=dict(x=x + 1, y=y))
+    page.wait_for_selector('#tip')
+    canvas.click(position=dict(x=x, y=y))
+    open_well(page, pred.id_code[0])
+    page.wait_for_timeout(200)
+    assert page.is_hidden('#tip')
+    page = tab('v=map')
+    box = page.locator('#map-canvas').bounding_box()
+    for i in range(200):                                   # somewhere is a point
+        page.mouse.move(box['x'] + box['width']*(.2 + .003*i), box['y'] + box['height']*(.1 + .8*(i*.37 % 1)))
+        if page.is_visible('#tip'): break
+    assert page.is_visible('#tip')
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_selector('#well:not([hidden])')
+    page.wait_for_timeout(200)
+    assert page.is_hidden('#tip')
+
+
+@browses
+def test_the_keyboard_stops_at_wells_only(made, tab):
+    page = tab()
+    page.focus('canvas[aria-label^="Plate 1 of HUVEC-17"]')
+    said = set()
+    for key in ['ArrowRight']*6 + ['ArrowDown']*6 + ['ArrowLeft']*3 + ['ArrowUp']*8 + ['ArrowRight']*3:
+        page.keyboard.press(key)
+        said.add(page.text_content('#said'))
+    assert all(s.startswith('HUVEC-17_1_') for s in said) and len(said) > 4
+
+
+@browses
+def test_the_keyboard_opens_the_well_in_the_middle_of_the_map(made, tab):
+    page = tab('v=map')
+    assert 'listed below' not in page.get_attribute('#map-canvas', 'aria-label') and 'lists its wells here' in page.inner_text('#map-list')
+    page.focus('#map-canvas')
+    page.keyboard.press('ArrowLeft')
+    said = page.text_content('#said')
+    page.keyboard.press('Enter')
+    page.wait_for_selector('#well:not([hidden])')
+    well = page.inner_text('#well h2')
+    assert said.startswith(f'in the middle: {well}, ')
+    m = made[2].data['spaces'][0]['maps'][0]
+    assert well in [made[2].data['wells']['id'][w] for w in m['wells']]
+
+
+@browses
+def test_black_stays_below_white_and_no_channel_is_said(made, tab):
+    page = tab('w=HUVEC-17_1_B02&t=0-ff0000-80-20')
+    open_well(page, 'HUVEC-17_1_B02')
+    page.click('#channels summary')
+    lo, hi = (page.locator(f'#channels input.{c}').first for c in ('lo', 'hi'))
+    assert (lo.input_value(), hi.input_value()) == ('19', '20')
+    lo.fill('90')
+    assert lo.input_value() == '19'
+    hi.fill('60')
+    hi.fill('0')
+    assert hi.input_value() == '20'
+    boxes = page.locator('#channels input[type=checkbox]').all()
+    for b in boxes:
+        assert page.is_hidden('#all-off')
+        b.uncheck()
+    assert page.inner_text('#all-off') == 'All channels are off.'
+    boxes[0].check()
+    assert page.is_hidden('#all-off')
+
+
+@browses
+def test_neighbors_name_their_site(made, preds, tab):
+    well = preds['inductive'].id_code[0]
+    page, near = tab(f'w={well}'), made[1].neighbors(made[0], tta=1, progress=False).query('id_code == @well')
+    open_well(page, well)
+    site = made[0].table.set_index('site_id').site[near.site_id.iloc[0]]
+    assert f'site {site}' in page.locator('#well .near button').first.inner_text()
+
+
+@browses
+def test_accuracies_are_rounded_as_by_python(made, tab, tmp_path):
+    "5/16 = .3125 lies as near to .312 as to .313"
+    wells = made[0].wells.query("experiment in ['HUVEC-17', 'HUVEC-18'] and well_type == 'treatment'").iloc[:16]
+    names = wells.sirna.unique()
+    wrong = dict(zip(names, np.roll(names, 1)))
+    pred = pd.DataFrame(dict(id_code=wells.well_id, sirna=[t if i < 5 else wrong[t] for i, t in enumerate(wells.sirna)], protocol='inductive'))
+    made_page = explore(None, made[0], pred, tmp_path/'p.html', side=0)
+    page, rows = tab('v=accuracy', tmp_path/'p.html'), made_page.data['accuracy'][0]['rows']
+    assert rows[0]['value'] == .3125
+    assert [t.inner_text() for t in page.locator('#accuracy tbody td:nth-child(3)').all()] == [f"{r['value']:.3f}" for r in rows]
+
+
+@browses
+def test_one_finger_scrolls_past_the_map_and_two_zoom_it(browser, made):
+    context = browser.new_context(viewport=dict(width=400, height=500), has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(made[3].as_uri() + '#v=map')
+    page.wait_for_selector('html[data-ready]')
+    send, state = context.new_cdp_session(page).send, "[scrollY, visualViewport.scale, document.getElementById('map-canvas').toDataURL()]"
+    def touch(kind, *points): send('Input.dispatchTouchEvent', dict(type=kind, touchPoints=[dict(x=a, y=b, id=i) for i, (a, b) in enumerate(points)]))
+    def place():
+        page.wait_for_timeout(150)
+        return page.evaluate(state), page.locator('#map-canvas').bounding_box()['y']
+    page.evaluate("scrollTo(0, document.getElementById('map-canvas').getBoundingClientRect().top - 200)")
+    (before, y), x = place(), 200
+    touch('touchStart', (x, y + 200))
+    for d in range(10, 150, 10): touch('touchMove', (x, y + 200 - d))
+    touch('touchEnd')
+    (top, _, picture), y = place()
+    assert top > before[0] + 50
+    y += 140
+    touch('touchStart', (x - 20, y))
+    touch('touchStart', (x - 20, y), (x + 20, y))
+    for d in range(25, 125, 10): touch('touchMove', (x - d, y - d/4), (x + d, y + d/4))
+    touch('touchEnd')
+    after = place()[0]
+    assert after[:2] == [top, 1] and after[2] != picture
+    context.close()
+
+
+@browses
+def test_words_of_accuracies_are_not_broken(made, tab):
+    tab.page.set_viewport_size(dict(width=400, height=800))
+    page = tab('v=accuracy')
+    broken = page.evaluate('''() => [...document.querySelectorAll('#accuracy td:first-child')].flatMap(td => {
+        const walk = document.createTreeWalker(td, NodeFilter.SHOW_TEXT), bad = [];
+        for (let n; n = walk.nextNode();) for (const m of n.data.matchAll(/[a-z]+/gi)) {
+            const r = document.createRange(); r.setStart(n, m.index); r.setEnd(n, m.index + m[0].length);
+            if (new Set([...r.getClientRects()].map(o => Math.round(o.top))).size > 1) bad.push(m[0]);
+        }
+        return bad; })''')
+    assert broken == [] and page.locator('#accuracy td:first-child').count() > 2

@@ -15,9 +15,14 @@ function el(tag, attrs = {}, ...kids) {
 }
 const fill = (e, ...kids) => (e.replaceChildren(...kids.flat(Infinity).filter(o => o != null)), e);
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const digits = (v, n = 3) => v == null ? '–' : v.toFixed(n);
+function digits(v, n = 3) {                                   // as Python rounds: of two numbers equally near, such as for 5/16, the even one (toFixed takes the larger)
+  if (v == null) return '–';
+  const all = v.toFixed(100), cut = all.length - 100 + n;     // every digit of the binary number
+  const down = all.slice(0, n ? cut : cut - 1);
+  return /^50*$/.test(all.slice(cut)) && '02468'.includes(down.at(-1)) ? down : v.toFixed(n);
+}
 const short = v => v == null ? '–' : String(Number(v.toPrecision(4)));
-const share = (a, n) => n ? `${Math.round(100*a/n)}%` : '–';
+const share = (a, n) => n ? `${digits(100*(a/n), 0)}%` : '–';
 const clamp = (v, a, b) => Math.min(b, Math.max(a, v));
 const count = (n, one, many) => `${n.toLocaleString('en')} ${n === 1 ? one : many || one + 's'}`;
 
@@ -61,10 +66,20 @@ for (const e of experiments) e.named = isNamed(e);
 experiments.sort((a, b) => b.named - a.named || order(a.name, b.name));
 const byName = new Map(experiments.map(e => [e.name, e]));
 
+// colors of Okabe and Ito, which the color-blind tell apart, with a mark where there are more groups than colors
+const HUES = ['#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#b8a500'], MARKS = ['', 'dot', 'bar', 'cross', 'ring', 'line', 'tri', 'box'];
+const MOST = HUES.length*MARKS.length, GRAY = '#8b949e';
+
 // ---- state, which the address keeps
 const VIEWS = {plates: 'Plates', map: 'Map', confusions: 'Confusions', accuracy: 'Accuracy'};
 // g: group of the legend; z: box on a map; b: the map beside; ch: channels that are on; t: their colors, black and white
-const fresh = () => ({v: 'plates', p: 0, e: experiments[0]?.name ?? '', c: P.length ? 'result' : 'label', w: '', q: '', r: '', f: '', x: '', g: '', z: '', pair: '', m: 'composite', s: 'own', ch: '', t: '', k: 0, b: ''});
+const firstColor = () => {                                    // without a known label nothing is right or wrong: then by what the wells were named
+  const p = P[0];
+  if (!p) return 'label';
+  if (p.wells.some(w => truth(w) >= 0)) return 'result';
+  return new Set(p.label).size <= MOST || !p.score ? 'named' : 'score';
+};
+const fresh = () => ({v: 'plates', p: 0, e: experiments[0]?.name ?? '', c: firstColor(), w: '', q: '', r: '', f: '', x: '', g: '', z: '', pair: '', m: 'composite', s: 'own', ch: '', t: '', k: 0, b: ''});
 let S = fresh(), brush = null;                                // brush: Set of the wells in the box
 const FIRST = fresh();
 function address() {
@@ -86,6 +101,7 @@ function read() {
 }
 function go(change, isStep = true) {                          // a step can be taken back
   Object.assign(S, change);
+  if (S.v === 'plates' && !('e' in change) && Object.keys(change).some(k => 'v p q r f x g z pair'.split(' ').includes(k))) toMatch();
   const a = address();
   if (a !== (location.hash || '#')) {
     if (isStep) location.hash = a;
@@ -101,9 +117,7 @@ addEventListener('hashchange', () => {
   if (were !== S.ch + S.t) showWell(true);
 });
 
-// ---- colors: those of Okabe and Ito, which the color-blind tell apart, with a mark where there are more groups than colors
-const HUES = ['#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#b8a500'], MARKS = ['', 'dot', 'bar', 'cross', 'ring', 'line', 'tri', 'box'];
-const MOST = HUES.length*MARKS.length, GRAY = '#8b949e';
+// ---- by what wells are colored
 // cividis (Nuñez, Anderton and Renslow 2018), nine of its colors
 const RAMP = [[0, 34, 78], [26, 56, 111], [67, 78, 108], [98, 101, 111], [125, 124, 120], [154, 149, 119], [187, 174, 107], [221, 203, 86], [254, 232, 56]];
 function ramp(t) {
@@ -113,14 +127,15 @@ function ramp(t) {
 const OWN = {result: 'right or wrong', label: `${D.target} (label)`, named: `${D.target} (predicted)`, score: 'score', margin: 'margin', votes: 'share of votes'};
 function colorNames() { return [...(P.length ? Object.keys(OWN) : ['label']), ...W.columns.map(c => 'column:' + c.name)]; }
 const colorTitle = c => OWN[c] ?? c.slice(7);
-const result = w => { const p = P[S.p], i = p ? p.at[w] : -1; return i < 0 || truth(w) < 0 ? 'none' : p.label[i] === truth(w) ? 'right' : 'wrong'; };
-const counts = w => result(w) !== 'none' && !(P[S.p].controls_apart && kind(w));      // controls beside treatments have an accuracy of their own
+const result = w => { const p = P[S.p], i = p ? p.at[w] : -1; return i < 0 ? 'none' : truth(w) < 0 ? 'unknown' : p.label[i] === truth(w) ? 'right' : 'wrong'; };
+const isJudged = w => ['right', 'wrong'].includes(result(w));
+const counts = w => isJudged(w) && !(P[S.p].controls_apart && kind(w));      // controls beside treatments have an accuracy of their own
 function tally(wells) {                                       // [right, counted] of some wells
   let right = 0, n = 0;
   for (const w of wells) if (counts(w)) { n++; right += result(w) === 'right'; }
   return [right, n];
 }
-const controlsSaid = wells => { const c = P[S.p]?.controls_apart ? wells.filter(w => kind(w) && result(w) !== 'none') : []; return c.length ? ` (controls: ${c.filter(w => result(w) === 'right').length} of ${c.length})` : ''; };
+const controlsSaid = wells => { const c = P[S.p]?.controls_apart ? wells.filter(w => kind(w) && isJudged(w)) : []; return c.length ? ` (controls: ${c.filter(w => result(w) === 'right').length} of ${c.length})` : ''; };
 function ranked(codes, names) {                               // groups by size; the largest have a look of their own
   const n = new Map();
   for (const c of codes) if (c >= 0) n.set(c, (n.get(c) ?? 0) + 1);
@@ -133,9 +148,10 @@ let paint = null;                                             // {look(w), group
 function setPaint() {
   const c = S.c, p = P[S.p], none = {color: css('--empty'), mark: '', empty: true};
   if (c === 'result') {
-    const looks = {right: {color: css('--good'), mark: '', name: 'right'}, wrong: {color: css('--bad'), mark: 'cross', name: 'wrong'}};
-    const n = {right: 0, wrong: 0};
+    const looks = {right: {color: css('--good'), mark: '', name: 'right'}, wrong: {color: css('--bad'), mark: 'cross', name: 'wrong'}, unknown: {color: GRAY, mark: 'ring', name: 'named, label not known'}};
+    const n = {right: 0, wrong: 0, unknown: 0};
     for (let w = 0; w < N; w++) { const r = result(w); if (n[r] != null) n[r]++; }
+    if (!n.unknown) delete looks.unknown;
     paint = {look: w => looks[result(w)] ?? none, code: result, groups: new Map(Object.keys(looks).map(k => [k, {...looks[k], n: n[k]}])), more: 0, rest: 'not named'};
     return;
   }
@@ -167,9 +183,35 @@ function hay() {                                              // what a search l
   if (wordsOf === S.p) return words;
   wordsOf = S.p;
   const p = P[S.p];
-  const texts = W.columns.filter(c => c.kind === 'text');
-  return words = W.id.map((id, w) => [`${id} ${label(truth(w))} ${D.experiments[W.experiment[w]] ?? ''}_${D.plates[W.plate[w]] ?? ''} ${W.well[w] ?? ''} ${texts.map(c => c.names[c.codes[w]] ?? '').join(' ')}`.toLowerCase(),
-    p && p.at[w] >= 0 ? label(p.label[p.at[w]]).toLowerCase() : '']);
+  const texts = W.columns.filter(c => c.kind === 'text'), lined = fields => `\n${fields.join('\n')}\n`.toLowerCase();
+  return words = W.id.map((id, w) => {
+    const e = D.experiments[W.experiment[w]] ?? '', plate = D.plates[W.plate[w]] ?? '';
+    return [lined([id, label(truth(w)), e, plate, plain(plate), `${e}_${plate}`, W.well[w] ?? '', ...texts.map(c => c.names[c.codes[w]] ?? '')]), p && p.at[w] >= 0 ? lined([label(p.label[p.at[w]])]) : ''];
+  });
+}
+const plain = name => String(name).toLowerCase().replace(/^0+(?=\d)/, '');   // 02 is 2
+const plateNames = new Set(D.plates.map(plain));
+function placeOf(t) {                                         // 'b9', 'b09' and 'aa1' as [row, column]; null for what is no place on these plates
+  const m = /^([a-z]{1,2})0*([1-9]\d?)$/.exec(t);
+  if (!m) return null;
+  const row = [...m[1]].reduce((n, c) => 26*n + c.charCodeAt(0) - 96, 0) - 1, col = Number(m[2]) - 1;
+  return row < shape[0] && col < shape[1] ? [row, col] : null;
+}
+function asked(tokens) {                                      // of each word, whether a well has it: in what it is, or in how it was named (both as text in lines)
+  const tests = [];
+  for (let i = 0; i < tokens.length; i++) {
+    const t = tokens[i], next = tokens[i + 1], at = placeOf(t);
+    if (t === 'plate' && next != null && (plateNames.has(plain(next)) || /^\d+$/.test(next))) { i++; tests.push((_, w) => plain(D.plates[W.plate[w]] ?? '') === plain(next)); }
+    else if (t === 'plate' && next == null) tests.push((text, w) => W.row[w] >= 0 || text.includes(t));     // its number is still being typed
+    else if (t === 'well' && next != null && placeOf(next)) continue;
+    else if (at) {                                            // a place, or a name that is this word: p21, and no other that holds it
+      const whole = new RegExp(`(?<![\\p{L}\\p{N}])${t}(?![\\p{L}\\p{N}])`, 'u');
+      tests.push((text, w) => W.row[w] === at[0] && W.col[w] === at[1] || whole.test(text));
+    }
+    else if (/^\d+$/.test(t)) tests.push(text => text.includes(`\n${t}\n`));     // a number is a plate or a whole name: nearly every id holds its digits
+    else tests.push(text => text.includes(t));
+  }
+  return tests;
 }
 let found = null;                                             // of a search: [what it counted, wells that are it, wells that were only named so]
 function search() {                                           // what a well is for the search: 2 it is so, 1 it was only named so, 0 neither; null without one
@@ -180,8 +222,8 @@ function search() {                                           // what a well is 
     const is = new Set(exact);
     return {name: D.labels[exact[0]], of: w => is.has(truth(w)) ? 2 : p && p.at[w] >= 0 && is.has(p.label[p.at[w]]) ? 1 : 0};
   }
-  const h = hay();
-  return {name: '', of: w => tokens.every(t => h[w][0].includes(t)) ? 2 : tokens.every(t => h[w][0].includes(t) || h[w][1].includes(t)) ? 1 : 0};
+  const h = hay(), tests = asked(tokens);
+  return {name: '', of: w => tests.every(t => t(h[w][0], w)) ? 2 : tests.every(t => t(h[w][0], w) || t(h[w][1], w)) ? 1 : 0};
 }
 function setFilter() {
   const s = search(), p = P[S.p], col = columns[S.f], pair = S.pair ? S.pair.split('\t') : null;
@@ -200,6 +242,7 @@ function setFilter() {
 const are = n => n === 1 ? 'is' : 'are';
 const foundSaid = () => !found ? '' : found[0] ? `: ${found[1].toLocaleString('en')} ${are(found[1])} ${found[0]}, ${found[2].toLocaleString('en')} more named so`
   : found[2] ? `: ${found[1].toLocaleString('en')} by what they are, ${found[2].toLocaleString('en')} only as named` : '';
+const nothingSaid = () => `Nothing found for “${S.q.trim()}”${S.r || S.f && S.x !== '' || S.pair || brush || pick != null ? ' among the wells of the other filters' : ''}`;
 const isFiltered = () => S.q || S.r || S.f && S.x !== '' || S.pair || brush || pick != null;
 
 // ---- stamps: a well as a small picture, drawn once for each look and size
@@ -265,10 +308,14 @@ function describe(w) {
   return said;
 }
 const say = s => { $('said').textContent = s; };
+let still = null;                                             // where the pointer was pressed: until it leaves that place, no tip
+addEventListener('pointerdown', ev => { still = [ev.clientX, ev.clientY]; tip(null); }, true);
 function tip(w, x, y) {
   const t = $('tip');
+  if (w != null && still && Math.hypot(x - still[0], y - still[1]) < 4) w = null;
   t.hidden = w == null;
   if (w == null) return;
+  still = null;
   t.textContent = describe(w).join('\n');
   t.style.left = `${clamp(x + 14, 4, innerWidth - t.offsetWidth - 4)}px`;
   t.style.top = `${y + 18 + t.offsetHeight > innerHeight ? y - t.offsetHeight - 10 : y + 18}px`;
@@ -334,6 +381,15 @@ function fitPlates(root, n) {                                 // as large as pos
   root.style.gridTemplateColumns = `repeat(${best[1]},minmax(0,${Math.floor(best[0])}px))`;
 }
 let canvases = [];                                            // of the plates shown: [canvas, plate, caption]
+function nextWell(plate, [down, right]) {                     // in this direction of the cursor: the next of its line, else the nearest of other lines
+  let best = null, least = Infinity;
+  for (const w of plate.wells) {
+    const [r, c] = [W.row[w] - cursor.row, W.col[w] - cursor.col], along = r*down + c*right, aside = Math.abs(r*right) + Math.abs(c*down);
+    const cost = along + aside + (aside ? 1000 : 0);
+    if (along > 0 && cost < least) { least = cost; best = w; }
+  }
+  return best;
+}
 function plateKeys(ev, canvas, plate) {
   const move = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}[ev.key];
   if (!cursor || cursor.plate !== plate) cursor = {plate, row: W.row[plate.wells[0]], col: W.col[plate.wells[0]]};
@@ -346,26 +402,36 @@ function plateKeys(ev, canvas, plate) {
   if (ev.key === 'Home' || ev.key === 'End') { const row = plate.wells.filter(w => W.row[w] === cursor.row).map(w => W.col[w]); if (row.length) cursor.col = ev.key === 'Home' ? Math.min(...row) : Math.max(...row); }
   else if (!move) return;
   else {
-    let {row, col} = cursor;                                  // to the next well in this direction; positions without a well are passed over
-    do { row += move[0]; col += move[1]; } while (row >= 0 && row < shape[0] && col >= 0 && col < shape[1] && plate.at.get(row*100 + col) == null);
-    if (row < 0 || row >= shape[0] || col < 0 || col >= shape[1]) {
-      row = clamp(cursor.row + move[0], 0, shape[0] - 1);
-      col = clamp(cursor.col + move[1], 0, shape[1] - 1);
-    }
-    cursor = {plate, row, col};
+    const w = nextWell(plate, move);
+    if (w != null) cursor = {plate, row: W.row[w], col: W.col[w]};
   }
   ev.preventDefault();
   drawPlate(canvas, plate);
   const w = plate.at.get(cursor.row*100 + cursor.col), box = canvas.getBoundingClientRect(), geo = plateGeometry(canvas.clientWidth);
   say(w == null ? `${rowName(cursor.row)}${String(cursor.col + 1).padStart(2, '0')}, no well` : describe(w).join(', '));
+  still = null;
   tip(w, box.left + geo.left + (cursor.col + .5)*geo.step, box.top + geo.top + (cursor.row + .5)*geo.step);
 }
+const notKnown = wells => wells.filter(w => result(w) === 'unknown').length;
 function plateCaption(plate) {
-  const [right, n] = tally(plate.wells), parts = [`Plate ${D.plates[plate.plate]}`, n ? `${right} of ${n} right${controlsSaid(plate.wells)}` : count(plate.wells.length, 'well')];
+  const [right, n] = tally(plate.wells), u = notKnown(plate.wells);
+  const parts = [`Plate ${D.plates[plate.plate]}`, n ? `${right} of ${n} right${controlsSaid(plate.wells)}` : u ? `${u} of ${count(plate.wells.length, 'well')} named` : count(plate.wells.length, 'well')];
   if (isFiltered()) parts.push(`${plate.wells.filter(w => lit[w]).length} shown`);
   return parts.join(' · ');
 }
+function elsewhere() {                                        // where the wells are that are shown, when this experiment has none of them
+  if (!nLit) return S.q.trim() ? nothingSaid() + '.' : 'No well is shown: choose another filter, or show all.';
+  const at = experiments.map(o => [o.name, o.plates.reduce((n, p) => n + p.wells.filter(w => lit[w]).length, 0)]).filter(([, n]) => n), most = 6;
+  if (!at.length) return `None of the ${count(nLit, 'well')} that are shown has a place on a plate: look at the map.`;
+  return ['No well of this experiment is shown. ', at.slice(0, most).map(([name, n]) => [el('button', {type: 'button', onclick: () => { go({e: name}); $('experiment').focus(); }}, `${count(n, 'well')} in ${name}: show`), ' ']), at.length > most ? `and in ${count(at.length - most, 'more experiment')}` : null];
+}
 let platesOf = null;
+function experimentSaid(wells) {                              // how the wells of an experiment were named
+  if (!P.length) return 'This page holds no predictions.';
+  const [right, n] = tally(wells), u = notKnown(wells), more = u ? `${count(u, n ? 'more well' : 'well')} named, labels not known` : '', {protocol} = P[S.p];
+  if (n) return `${right} of ${n} wells right (${share(right, n)})${controlsSaid(wells)}, ${protocol}` + (more && `; ${more}`);
+  return (u ? `${more}${controlsSaid(wells)}, ${protocol}` : controlsSaid(wells) ? `only controls were named${controlsSaid(wells)}, ${protocol}` : 'no well was named');
+}
 function showPlates() {
   const e = byName.get(S.e), root = $('plates');
   if (!e) { fill(root, el('p', {class: 'none'}, 'No well of this screen has a place on a plate.')); return; }
@@ -386,11 +452,13 @@ function showPlates() {
       return [canvas, plate, el('figcaption')];
     });
     fill(root, el('div', {class: 'row'}, el('button', {type: 'button', 'aria-label': 'Previous experiment', onclick: step(-1)}, '‹'),
-      el('label', {}, el('span', {class: 'unseen'}, 'Experiment'), select), el('button', {type: 'button', 'aria-label': 'Next experiment', onclick: step(1)}, '›'), el('span', {class: 'soft', id: 'experiment-said'})),
+      el('label', {}, el('span', {class: 'unseen'}, 'Experiment'), select), el('button', {type: 'button', 'aria-label': 'Next experiment', onclick: step(1)}, '›'), el('span', {class: 'soft', id: 'experiment-said'})), el('p', {class: 'none', id: 'elsewhere', hidden: true}),
       el('div', {class: 'plates'}, canvases.map(([canvas, , caption]) => el('figure', {class: 'plate'}, caption, canvas))));
   }
-  const all = e.plates.flatMap(p => p.wells), [right, n] = tally(all);
-  $('experiment-said').textContent = n ? `${right} of ${n} wells right (${share(right, n)})${controlsSaid(all)}, ${P[S.p].protocol}` : 'no well was named, or no label is known';
+  $('experiment-said').textContent = experimentSaid(e.plates.flatMap(p => p.wells));
+  const here = isFiltered() ? e.plates.reduce((n, p) => n + p.wells.filter(w => lit[w]).length, 0) : 1;
+  $('elsewhere').hidden = here > 0;
+  fill($('elsewhere'), here ? null : elsewhere());
   fitPlates(root.querySelector('.plates'), e.plates.length);
   for (const [canvas, plate, caption] of canvases) { caption.textContent = plateCaption(plate); drawPlate(canvas, plate); }
 }
@@ -455,7 +523,7 @@ function tunedText() {                                        // channels that l
 }
 function setTune() {                                          // channels as the address says
   const own = new Map(S.t.split('.').map(o => o.match(/^(\d+)-([0-9a-f]{6})-(\d{1,3})-(\d{1,3})$/)).filter(Boolean).map(m => [Number(m[1]), m]));
-  tune.forEach((t, k) => { const m = own.get(k); Object.assign(t, {on: S.ch[k] !== '0', color: m ? '#' + m[2] : hexOf(D.colors[k]), lo: m ? Math.min(m[3], 100) : 0, hi: m ? Math.min(m[4], 100) : 100}); });
+  tune.forEach((t, k) => { const m = own.get(k); Object.assign(t, {on: S.ch[k] !== '0', color: m ? '#' + m[2] : hexOf(D.colors[k]), hi: m ? clamp(m[4], 1, 100) : 100}); t.lo = m ? Math.min(m[3], t.hi - 1) : 0; });
 }
 const HOWS = {composite: 'composite', '3d': '3D + 3D', panels: 'one panel per channel'};
 const SCALES = {own: 'its picture', plate: 'the plate', screen: 'the screen'};
@@ -521,6 +589,7 @@ function limits(site, k) {
 }
 let drawings = [];                                            // [canvas, site, how, is a neighbor] of the open well
 async function redraw() {                                     // its own pictures first
+  if ($('all-off')) $('all-off').textContent = S.m !== 'panels' && tune.every(t => !t.on) ? 'All channels are off.' : '';
   for (const late of [false, true]) {
     await Promise.all(drawings.filter(d => d[3] === late).map(([c, s, how]) => drawSite(c, s, how ?? S.m)));
     if (!late) $('well').dataset.own = S.w;
@@ -553,7 +622,7 @@ function verdict(w) {
   const p = P[S.p], i = p ? p.at[w] : -1;
   if (i < 0) return el('p', {class: 'verdict'}, truth(w) >= 0 ? [`${D.target} `, el('b', {}, label(truth(w)))] : 'label not known', el('span', {class: 'soft'}, P.length ? ' · not named in this prediction' : ''));
   const r = result(w);
-  return el('p', {class: 'verdict'}, r === 'none' ? 'named ' : '', el('b', {}, label(p.label[i])), ' ',
+  return el('p', {class: 'verdict'}, r === 'unknown' ? 'named ' : '', el('b', {}, label(p.label[i])), ' ',
     r === 'right' ? el('span', {class: 'tag good'}, '✓ right') : r === 'wrong' ? [el('span', {class: 'tag bad'}, '✗ wrong'), ' it is ', el('b', {}, label(truth(w)))] : el('span', {class: 'soft'}, 'label not known'),
     ' ', el('span', {class: 'tag soft', title: p.about}, p.protocol));
 }
@@ -573,7 +642,7 @@ function candidates(w) {
       const bar = el('i');
       bar.style.width = `${s == null ? 0 : clamp(100*s, 0, 100)}%`;
       return el('tr', {}, el('td', {}, t === truth(w) ? el('b', {class: 'good'}, `${label(t)} ✓`) : label(t), j ? null : el('span', {class: 'soft'}, ' answer')), known.length ? [el('td', {class: 'n'}, digits(s)), el('td', {}, el('span', {class: 'meter', 'aria-hidden': true}, bar))] : null);
-    }))), isBest ? null : el('p', {class: 'soft'}, p.protocol === 'transductive' ? 'Another candidate is more similar, but the plate groups, and that each name is on a plate once, decided against it.' : 'Another candidate is more similar, but it was not these cosines alone that decided (see the notes at the end of the page).'), el('p', {class: 'soft'}, [['score', p.score?.[i]], ['margin', p.margin?.[i]], ['votes', p.votes?.[i]]].filter(([, v]) => v != null).map(([k, v]) => k === 'votes' ? `${Math.round(100*v)}% of neighbors vote for it` : `${k} ${digits(v)}`).join(' · '))];
+    }))), isBest ? null : el('p', {class: 'soft'}, p.protocol === 'transductive' ? 'Another candidate is more similar, but the plate groups, and that each name is on a plate once, decided against it.' : 'Another candidate is more similar, but it was not these cosines alone that decided (see the notes at the end of the page).'), el('p', {class: 'soft'}, [['score', p.score?.[i]], ['margin', p.margin?.[i]], ['votes', p.votes?.[i]]].filter(([, v]) => v != null).map(([k, v]) => k === 'votes' ? `${digits(100*v, 0)}% of neighbors vote for it` : `${k} ${digits(v)}`).join(' · '))];
 }
 function siteParts(w) {
   const mine = sitesOf[w].filter(s => D.sites.picture[s] >= 0);
@@ -592,13 +661,18 @@ function controls() {
     return el('label', {}, title + ' ', s);
   };
   const keep = () => go({t: tunedText()}, false);             // when a slider is let go: a browser forgets addresses that change too often
-  const slider = (t, end, word) => el('input', {type: 'range', min: 0, max: 100, value: t[end], class: end, 'aria-label': `${t.name}: ${word}, percent of the scale`, onchange: keep, oninput: ev => { t[end] = Number(ev.target.value); redraw(); }});
+  const slider = (t, end, word) => el('input', {type: 'range', min: 0, max: 100, value: t[end], class: end, 'aria-label': `${t.name}: ${word}, percent of the scale`, onchange: keep, oninput: ev => {
+    t[end] = end === 'lo' ? Math.min(ev.target.value, t.hi - 1) : Math.max(ev.target.value, t.lo + 1);     // black stays below white
+    ev.target.value = t[end];
+    redraw();
+  }});
   const rows = tune.map((t, k) => {
     const box = el('input', {type: 'checkbox', onchange: ev => { t.on = ev.target.checked; go({ch: tune.every(o => o.on) ? '' : tune.map(o => o.on ? 1 : 0).join('')}, false); redraw(); }});
     box.checked = t.on;
     return [el('label', {}, box, t.name), el('input', {type: 'color', value: t.color, 'aria-label': `${t.name}: color in the composite`, onchange: keep, oninput: ev => { t.color = ev.target.value; redraw(); }}), slider(t, 'lo', 'black'), slider(t, 'hi', 'white')];
   });
   return [el('div', {class: 'row'}, choice('how', 'Show', C > 1 ? HOWS : {composite: 'picture'}, 'm'), choice('scale', 'Scale of', SCALES, 's')),
+    el('p', {class: 'none', id: 'all-off', role: 'status'}),
     el('details', {id: 'channels', open: channelsOpen, ontoggle: ev => { channelsOpen = ev.target.open; }}, el('summary', {}, 'Channels: on, color, black and white'), el('div', {class: 'channels'}, el('span'), el('span'), el('span', {class: 'soft'}, 'black'), el('span', {class: 'soft hi'}, 'white'), rows),
       el('button', {type: 'button', onclick: () => { go({ch: '', t: ''}, false); showWell(true); }}, 'As they were'))];
 }
@@ -616,7 +690,7 @@ function neighbors(w) {
 function neighborCard(w, sp, j) {
   const s = sp.near.site[j], o = D.sites.well[s], p = P[S.p], i = p ? p.at[w] : -1, name = label(truth(o));
   const isVote = i >= 0 ? p.label[i] === truth(o) : truth(w) === truth(o), isTrue = truth(w) >= 0 && truth(o) === truth(w);
-  const parts = [`${D.experiments[W.experiment[o]]} · plate ${D.plates[W.plate[o]]} · ${W.well[o]}`, `cosine ${digits(sp.near.cosine[j])}`];
+  const parts = [`${D.experiments[W.experiment[o]]} · plate ${D.plates[W.plate[o]]} · ${W.well[o]}${D.sites.name[s] === '' || D.sites.name[s] == null ? '' : ` · site ${D.sites.name[s]}`}`, `cosine ${digits(sp.near.cosine[j])}`];
   const vote = i >= 0 ? (isVote ? 'votes for it' : 'another name') : isVote ? 'same label' : 'another label';
   const unseen = t => el('span', {class: 'unseen'}, t);          // a button is called by what stands on it
   return el('button', {type: 'button', onclick: () => openWell(o, true)},
@@ -705,6 +779,8 @@ function drawMap(pane) {                                      // thousands of po
   g.putImageData(pane.sheet, 0, 0);
   const open = S.w ? m.wells.indexOf(numberOf.get(S.w)) : -1;
   if (open >= 0) { const [px, py] = toScreen(pane, open, w, h); g.strokeStyle = css('--fg'); g.lineWidth = 2.2; g.beginPath(); g.arc(px, py, mapRadius(pane) + 4, 0, 7); g.stroke(); }
+  const aim = canvas.matches(':focus-visible') ? middle(pane) : null;      // what Enter would open
+  if (aim != null) { const [px, py] = toScreen(pane, m.wells.indexOf(aim), w, h), r = mapRadius(pane) + 4; g.strokeStyle = css('--accent'); g.lineWidth = 2; g.strokeRect(px - r, py - r, 2*r, 2*r); }
   if (box) { g.strokeStyle = css('--accent'); g.lineWidth = 1.5; g.setLineDash([5, 3]); g.strokeRect(box.x, box.y, box.w, box.h); g.setLineDash([]); }
 }
 const mapRadius = pane => clamp(Math.round(60/Math.sqrt(pane.map.wells.length)*4)/2, 2.5, 7)*Math.min(1 + .12*Math.log2(Math.max(pane.k, 1)), 1.8);
@@ -740,6 +816,15 @@ function nearest(pane, ev, reach = 12) {
   }
   return best;
 }
+function middle(pane) {                                       // the well nearest to the middle, of those that are shown and in view
+  const {clientWidth: w, clientHeight: h} = $(pane.id);
+  let best = null, d = Infinity;
+  pane.map.wells.forEach((well, i) => {
+    const [x, y] = toScreen(pane, i, w, h), dist = (x - w/2)**2 + (y - h/2)**2;
+    if (lit[well] && dist < d && x >= 0 && y >= 0 && x <= w && y <= h) { d = dist; best = well; }
+  });
+  return best;
+}
 function mapPointers(canvas, pane) {
   const down = new Map();
   let moved = 0, apart = 0;
@@ -771,6 +856,8 @@ function mapPointers(canvas, pane) {
     else if (moved <= 6 && ev.type === 'pointerup') { const w = nearest(pane, ev, ev.pointerType === 'mouse' ? 12 : 24); if (w != null) openWell(w); }
     later();
   };
+  const two = ev => { if (ev.touches.length > 1) ev.preventDefault(); };       // one finger may scroll the page up and down; two are for the map
+  for (const type of ['touchstart', 'touchmove']) canvas.addEventListener(type, two, {passive: false});
   canvas.addEventListener('pointerup', up);
   canvas.addEventListener('pointercancel', up);
   canvas.addEventListener('pointerleave', () => tip(null));
@@ -781,7 +868,10 @@ function mapPointers(canvas, pane) {
     else if (ev.key === '+' || ev.key === '=') zoom(pane, 1.3);
     else if (ev.key === '-') zoom(pane, 1/1.3);
     else if (ev.key === '0') resetMap(pane);
+    else if (ev.key === 'Enter') { const w = middle(pane); if (w != null) openWell(w, true); }
     else return;
+    const w = middle(pane);
+    if (ev.key !== 'Enter' || w == null) say(w == null ? 'no well is near the middle of the map' : `in the middle: ${describe(w).join(', ')}`);
     ev.preventDefault();
   });
 }
@@ -806,7 +896,7 @@ function mapBar(sp, beside) {                                 // what stands abo
     el('label', {}, box, ' select by dragging (or Shift)'), el('span', {class: 'soft', id: 'map-said'}));
 }
 function mapFigure(pane, isAlone) {
-  const name = mapTitle(pane.key), canvas = el('canvas', {id: pane.id, class: select ? 'select' : '', tabindex: 0, role: 'application', 'aria-roledescription': 'map', 'aria-label': `Map of embeddings (${name}): arrow keys move it, plus and minus zoom, 0 shows all; the wells that are shown are listed below`});
+  const name = mapTitle(pane.key), canvas = el('canvas', {id: pane.id, class: select ? 'select' : '', tabindex: 0, role: 'application', 'aria-roledescription': 'map', 'aria-label': `Map of embeddings (${name}): arrow keys move it, plus and minus zoom, 0 shows all, Enter opens the well nearest to the middle`, onfocus: later, onblur: () => { tip(null); later(); }});
   mapPointers(canvas, pane);
   return el('figure', {}, isAlone ? null : el('figcaption', {class: 'soft'}, name), canvas);
 }
@@ -828,7 +918,7 @@ function showMap() {
   canvasRoom();
   panes.forEach(p => { setMarks(p); drawMap(p); });
   const mine = m.wells.filter(w => lit[w]);
-  fill($('map-list'), isFiltered() ? [...mine.slice(0, 40).map(w => el('button', {type: 'button', onclick: () => openWell(w, true)}, `${W.id[w]} ${label(truth(w))}`)), mine.length > 40 ? el('span', {class: 'soft'}, `and ${mine.length - 40} more`) : null] : null);
+  fill($('map-list'), isFiltered() ? [...mine.slice(0, 40).map(w => el('button', {type: 'button', onclick: () => openWell(w, true)}, `${W.id[w]} ${label(truth(w))}`)), mine.length > 40 ? el('span', {class: 'soft'}, `and ${mine.length - 40} more`) : null, mine.length ? null : el('span', {class: 'soft'}, 'None of the wells that are shown is on this map.')] : el('span', {class: 'soft'}, 'A search or a filter lists its wells here.'));
 }
 
 // ---- confusions
@@ -928,7 +1018,7 @@ function showBar() {
   $('value').parentElement.hidden = !S.f;
   if (S.f) options($('value'), [['', 'anything'], ...columns[S.f].names.slice().sort(order).map(n => [n, n])], S.x);
   if (document.activeElement !== $('search')) $('search').value = S.q;
-  $('count').textContent = isFiltered() ? `${nLit.toLocaleString('en')} of ${count(N, 'well')}${foundSaid()}` : count(N, 'well');
+  $('count').textContent = !isFiltered() ? count(N, 'well') : !nLit && S.q.trim() ? nothingSaid() : `${nLit.toLocaleString('en')} of ${count(N, 'well')}${foundSaid()}`;
   $('clear').hidden = !isFiltered();
   const chip = (t, f) => el('button', {type: 'button', class: 'chip', onclick: f}, t + ' ✕');
   const [is, as] = S.pair.split('\t');
@@ -936,9 +1026,7 @@ function showBar() {
   for (const [k] of Object.entries(VIEWS)) { const t = $('tab-' + k), is = k === S.v; t.setAttribute('aria-selected', String(is)); t.tabIndex = is ? 0 : -1; $(k).hidden = !is; }
 }
 let drawn = 0, drawnKey = '', turns = 0;                       // drawn: number of the look that wells have now
-function show(again = false) {
-  setTune();
-  if (again) { turns++; stamps.clear(); }
+function update() {                                           // how wells look and which are shown, where that has changed
   const key = [S.p, S.c, S.q, S.r, S.f, S.x, S.pair, S.g, S.z, turns].join('\t');
   if (key !== drawnKey) {
     setPaint();
@@ -948,6 +1036,12 @@ function show(again = false) {
     drawnKey = key;
     drawn++;
   }
+}
+function show(again = false) {
+  tip(null);                                                  // what it said may no longer be so
+  setTune();
+  if (again) { turns++; stamps.clear(); }
+  update();
   showBar();
   const view = `${S.v}|${drawn}`;
   if (view !== showLegend.done) { showLegend(); showLegend.done = view; }
@@ -965,14 +1059,14 @@ function start() {
   $('result').addEventListener('change', ev => go({r: ev.target.value}));
   $('column').addEventListener('change', ev => go({f: ev.target.value, x: ''}));
   $('value').addEventListener('change', ev => go({x: ev.target.value}));
-  $('search').addEventListener('input', ev => { go({q: ev.target.value}, false); if (S.v === 'plates' && S.q) toMatch(); });
+  $('search').addEventListener('input', ev => { go({q: ev.target.value}, false); });
   $('search').addEventListener('keydown', ev => {
-    if (ev.key === 'Enter') { const w = lit.indexOf(1); if (w >= 0) openWell(w, true); }
+    if (ev.key === 'Enter') { const w = lit.indexOf(1); if (w >= 0) openWell(w, true); else say(nothingSaid()); }
     if (ev.key === 'Escape' && S.q) { ev.target.value = ''; go({q: ''}, false); ev.stopPropagation(); }
   });
   $('clear').addEventListener('click', () => { $('search').value = ''; go({q: '', r: '', f: '', x: '', pair: '', g: '', z: ''}); });
   $('skip').addEventListener('click', ev => { ev.preventDefault(); ($('views').querySelector('canvas,button'))?.focus(); });
-  document.addEventListener('keydown', ev => { if (ev.key === 'Escape' && S.w) closeWell(); });
+  document.addEventListener('keydown', ev => { if (ev.key === 'Escape') { tip(null); if (S.w) closeWell(); } });
   addEventListener('resize', () => { clearTimeout(start.t); start.t = setTimeout(() => show(), 60); });
   matchMedia('(prefers-color-scheme:dark)').addEventListener('change', () => show(true));
   new ResizeObserver(() => { clearTimeout(start.t); start.t = setTimeout(() => show(), 60); }).observe($('views'));
@@ -982,11 +1076,11 @@ function start() {
   document.documentElement.dataset.ready = 'yes';
   if (!FILES.length) (window.requestIdleCallback ?? setTimeout)(readLines);
 }
-function toMatch() {                                          // the experiment of the first well that is found, when this one has none
-  const e = byName.get(S.e);
-  if (e?.plates.some(p => p.wells.some(w => lit[w]))) return;
-  const w = lit.findIndex((v, i) => v && W.row[i] >= 0);
-  if (w >= 0) go({e: D.experiments[W.experiment[w]]}, false);
+function toMatch() {                                          // the first experiment with wells that are shown, when this one has none
+  update();
+  if (!isFiltered() || !nLit) return;
+  const has = e => e.plates.some(p => p.wells.some(w => lit[w]));
+  if (!has(byName.get(S.e) ?? {plates: []})) S.e = experiments.find(has)?.name ?? S.e;
 }
 start();
 })();
