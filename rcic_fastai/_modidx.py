@@ -2670,6 +2670,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore._hit_columns': ( 'results.explore.html#_hit_columns',
                                                                                            'rcic_fastai/results/explore.py'),
+                                             'rcic_fastai.results.explore._how_said': ( 'results.explore.html#_how_said',
+                                                                                        'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore._index_neighbors': ( 'results.explore.html#_index_neighbors',
                                                                                                'rcic_fastai/results/explore.py'),
                                              'rcic_fastai.results.explore._index_sites': ( 'results.explore.html#_index_sites',

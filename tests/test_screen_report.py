@@ -142,6 +142,9 @@ def test_a_page_shows_the_scores_of_the_file(made, screen, tmp_path):
         np.testing.assert_allclose(shown.margin, file.margin[shown.index], atol=1.1e-3)
         np.testing.assert_allclose(shown['first'], shown.score, atol=1e-3)
     assert not any('are named otherwise' in n for n in data['notes'])
+    said = [p['how'] for p in data['predictions']]
+    assert 'views of a site: 1 dihedral' in said[0] and 'correction: Standardize' in said[1] and 'mean of the index, mean site' in said[2]
+    assert 'views of a site: 2 dihedral' in explore(model, screen, side=0, tta=2, progress=False).data['predictions'][0]['how']
     other = explore(model, screen, preds['one'], side=0, tta=4, progress=False).data        # what is given goes first
     assert not np.allclose(other['predictions'][0]['top_scores'][0], data['predictions'][0]['top_scores'][0], atol=1e-4)
 

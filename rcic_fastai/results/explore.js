@@ -964,7 +964,7 @@ function showAccuracy() {
   if (!A.length) { fill(root, el('p', {class: 'none'}, 'The labels of the named wells are not known, so there is no accuracy.')); return; }
   const shown = Array.from({length: N}, (_, w) => w).filter(w => lit[w]), [right, n] = P.length ? tally(shown) : [0, 0];
   const filtered = isFiltered() ? el('p', {id: 'filtered'}, `These figures are of all named wells: a filter does not change them. Of the ${count(nLit, 'well')} shown now, ${n ? `${right} of ${n} are right (${share(right, n)}, ${P[S.p].protocol})` : 'none was named and has a known label'}.`) : null;
-  fill(root, filtered, el('p', {class: 'soft'}, D.accuracy_note), el('div', {class: 'blocks'}, A.map(a => el('div', {}, el('h2', {}, a.name, ' ', el('span', {class: 'tag soft'}, a.protocol)), el('p', {class: 'soft about'}, P.find(p => p.name === a.name)?.about ?? ''), el('div', {class: 'wide'}, el('table', {},
+  fill(root, filtered, el('p', {class: 'soft'}, D.accuracy_note), el('div', {class: 'blocks'}, A.map(a => el('div', {}, el('h2', {}, a.name, ' ', el('span', {class: 'tag soft'}, a.protocol)), el('p', {class: 'soft about'}, P.find(p => p.name === a.name)?.about ?? ''), el('p', {class: 'soft about'}, P.find(p => p.name === a.name)?.how ?? ''), el('div', {class: 'wide'}, el('table', {},
     el('thead', {}, el('tr', {}, el('th', {}, 'wells of'), el('th', {class: 'n'}, 'wells'), el('th', {class: 'n'}, 'right'), el('th', {class: 'n'}, '95% interval'), el('th', {class: 'bars'}, '0 … 1, chance in orange'))),
     el('tbody', {}, a.rows.map(r => {
       const bar = el('div', {class: 'interval', 'aria-hidden': true}), put = (tag, from, to) => { const o = el(tag); o.style.left = `${100*from}%`; if (to != null) o.style.width = `${100*(to - from)}%`; bar.append(o); };

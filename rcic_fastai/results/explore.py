@@ -38,6 +38,7 @@ from ..predict.trained import *
 from ..predict.profiles import trained_wells
 from ..predict.plan import *
 from .evaluate import *
+from .report import how_table
 
 # %% ../../nbs/64_results.explore.ipynb #3e829bf8
 def black_white(
@@ -100,10 +101,10 @@ def _codes(s):
     codes, names = pd.factorize(s.astype(object).map(str, na_action='ignore'), sort=False)
     return codes.tolist(), [str(n) for n in names]
 
-def _short(v):
-    "Return numbers with four digits; what is no number is `None`"
+def _short(v, digits=4):
+    "Return numbers with so many digits; what is no number is `None`"
     v = np.asarray(v, dtype=np.float64)
-    return [float(f'{o:.4g}') if np.isfinite(o) else None for o in v]
+    return [float(f'{o:.{digits}g}') if np.isfinite(o) else None for o in v]
 
 def page_column(
     s:pd.Series, # One value per well
@@ -261,6 +262,11 @@ def _scores_of(space, pred, protocol, search):
     others[np.arange(len(at)), np.maximum(cols[:, 0], 0)] = -np.inf
     return found, np.where(at >= 0, others.max(1), np.nan)
 
+def _how_said(name, pred):
+    "Return how a prediction was made, as its record says; empty without one"
+    said = how_table({name: pred})
+    return '; '.join(f'{k}: {v}' for k, v in said[name].items() if k != 'protocol') if name in said else ''
+
 def page_prediction(
     name:str, # What to call it
     pred:pd.DataFrame, # Predictions of wells, from `model.predict` or `read_predictions`
@@ -276,10 +282,10 @@ def page_prediction(
     code = lambda c: [known.get(str(v), -1) if pd.notna(v) else -1 for v in pred[c]]
     tops = [c for c in pred if re.fullmatch(r'top_\d+', str(c))]
     found, others = _scores_of(space, pred, protocol, search or {})
-    res = dict(name=name, protocol=protocol, about=PROTOCOL_ABOUT.get(protocol, ''), wells=at.tolist(), label=code(target), top=[code(c) for c in tops], top_scores=[])
-    if found is not None: res.update(top_scores=[_short(o) for o in found.T[:len(tops)]], score=_short(found[:, 0]), margin=_short(found[:, 0] - others))
+    res = dict(name=name, protocol=protocol, about=PROTOCOL_ABOUT.get(protocol, ''), how=_how_said(name, pred), wells=at.tolist(), label=code(target), top=[code(c) for c in tops], top_scores=[])
+    if found is not None: res.update(top_scores=[_short(o, 6) for o in found.T[:len(tops)]], score=_short(found[:, 0], 6), margin=_short(found[:, 0] - others, 6))
     for c in ('score', 'margin', 'votes'):
-        if c in pred: res[c] = _short(pred[c])
+        if c in pred: res[c] = _short(pred[c], 6)
     if 'votes' not in res and space is not None:
         near = neighbor_table(space.emb, space.index, space.k, None)
         res['votes'] = _short(vote_share(near, pred['id_code'].to_numpy(), pred[target].astype(str)))
@@ -684,7 +690,7 @@ def _column_of(model, screen, name, pred, emb, spaces, progress, kwargs):
     if isinstance(asked.index, ClassifierIndex): pred = model.predict(screen, protocol, progress=progress, **kwargs)
     if pred is None: pred = own
     shown = pred.copy()
-    shown.attrs = {**pred.attrs, 'notes': [*(pred.attrs.get('notes') or ()), *_differing_note(name, pred, own)]}
+    shown.attrs = {'record': {**asked.record, 'protocol': str(protocol)}, **pred.attrs, 'notes': [*(pred.attrs.get('notes') or ()), *_differing_note(name, pred, own)]}
     return PageColumn(name, shown, space, plan.search)
 
 def _check_pictures(max_mb, side, quality):
