@@ -1,19 +1,20 @@
 """Time and memory of searching an `EmbeddingIndex`: 1,000,000 rows × 10,000 queries × 512 numbers, and a screen of the size of RxRx1.
 
-    python bench/search.py [--rows N] [--queries N] [--screen N] [--kinds exact,ivf,hnsw] [--dry]
+    python bench/search.py [--rows N] [--queries N] [--screen N] [--kinds exact,ivf,hnsw] [--runs FOLDER] [--dry]
 
-Every line is a process of its own, whose largest resident memory the operating system tells: it draws the embeddings, builds
+Every line is kept in FOLDER (default: bench/runs), so that an interrupted benchmark continues; it is a process of its own, whose largest resident memory the operating system tells: it draws the embeddings, builds
 the index from their table, and answers. At most 6 GB is asked. `inductive` is class scores whose six best classes are
 right, and the five nearest rows of each query; `recall_at_1` is the share of queries whose nearest row is the exact one,
 `agreement` the share whose answer is that of the exact index. `transductive` names the wells of a screen in 36 experiments of four
 plates, groups given, by `predict_wells`, experiment by experiment.
 """
-import argparse, json, os, subprocess, sys, tempfile, time
+import argparse, json, os, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from machine import save
+from rcic_fastai.core import write_json
 
 LIMIT_GB, DIM, CLASSES = 6, 512, 1108
 
@@ -96,16 +97,21 @@ def transductive(kind, n, n_queries, out):
 
 
 def measure(task, kind, n, n_queries, folder):
-    "Run one line in a process of its own"
-    out = Path(folder)/f'{task}_{kind}.npz'
+    "Run one line in a process of its own, or return what a run before gave"
+    def file(kind, end): return Path(folder)/f'search-{task}-{kind}-{n}-{n_queries}.{end}'
+    out, kept = file(kind, 'npz'), file(kind, 'json')
+    if kept.is_file():
+        print(kept.read_text(), flush=True)
+        return json.loads(kept.read_text())
     command = [sys.executable, __file__, '--child', json.dumps([task, kind, n, n_queries, str(out)])]
     done = subprocess.run(command, env=dict(os.environ, OMP_WAIT_POLICY='PASSIVE'), capture_output=True, text=True)
     if done.returncode: raise SystemExit(done.stderr)
     row = dict(task=task, kind=kind, rows=n, queries=n_queries) | json.loads(done.stdout.splitlines()[-1])
-    exact, mine = (np.load(Path(folder)/f'{task}_{k}.npz') for k in ('exact', kind))
+    exact, mine = (np.load(file(k, 'npz')) for k in ('exact', kind))
     if 'nearest' in mine: row['recall_at_1'] = round(float((exact['nearest'] == mine['nearest']).mean()), 4)
     row['agreement'] = round(float((exact['answer'] == mine['answer']).mean()), 4)
-    print({k: v for k, v in row.items()}, flush=True)
+    print(row, flush=True)
+    write_json(kept, row)
     return row
 
 
@@ -113,6 +119,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in dict(rows=1_000_000, queries=10_000, screen=73_000, screen_queries=40_000).items(): p.add_argument(f'--{name}', type=int, default=default)
     p.add_argument('--kinds', default='exact,ivf,hnsw', help='begins with exact')
+    p.add_argument('--runs', type=Path, default=Path(__file__).parent/'runs', help='where lines are kept')
     p.add_argument('--child', help=argparse.SUPPRESS)
     p.add_argument('--dry', action='store_true', help='store nothing')
     a = p.parse_args()
@@ -120,9 +127,9 @@ def main():
         task, *what = json.loads(a.child)
         print(json.dumps(dict(inductive=inductive, transductive=transductive)[task](*what) | dict(peak_gb=round(peak_gb(), 2))))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = dict(inductive=(a.rows, a.queries), transductive=(a.screen, a.screen_queries))
-        rows = [measure(task, kind, *sizes[task], folder) for task in sizes for kind in a.kinds.split(',')]
+    a.runs.mkdir(parents=True, exist_ok=True)
+    sizes = dict(inductive=(a.rows, a.queries), transductive=(a.screen, a.screen_queries))
+    rows = [measure(task, kind, *sizes[task], a.runs) for task in sizes for kind in a.kinds.split(',')]
     print(pd.DataFrame(rows).to_string(index=False))
     peak = max(r['peak_gb'] for r in rows)
     print(f'largest memory of a process: {peak} GB   asked: under {LIMIT_GB}')
