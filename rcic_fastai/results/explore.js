@@ -330,7 +330,7 @@ function tip(w, x, y) {
   tipText(w == null ? '' : describe(w).join('\n'), x, y);
 }
 function nameTip(ev) {                                        // the whole of long names: of what is pointed at, or of the row of a button that has the focus
-  const at = ev.type === 'focusin' ? ev.target.closest?.('tr,button') : ev.target.closest?.('.long,button');
+  const near = s => ev.target.closest?.(s), at = ev.type === 'focusin' ? near('tr') ?? near('button') : near('.long') ?? near('button');
   const names = at?.matches('.long') ? [at] : [...at?.querySelectorAll('.long') ?? []];
   if (!names.length || !at.isConnected || ev.type === 'focusin' && !ev.target.matches(':focus-visible')) return;
   const box = names[0].getBoundingClientRect();
@@ -1048,26 +1048,28 @@ function listColumns() {                                      // [heading, value
   return [['well_id', w => W.id[w]], ['experiment', w => D.experiments[W.experiment[w]]], ['plate', w => D.plates[W.plate[w]]], ['well', w => W.well[w]], [D.target, w => label(truth(w))],
     ...p ? [['prediction', w => label(of(p.label)(w))], ['score', of(p.score)], ['protocol', w => p.at[w] < 0 ? null : p.protocol]] : [], ['kind', w => KINDS[kind(w)]]];
 }
-function listText(between, quoted) {                          // all selected wells as text, a line for each
-  const columns = listColumns(), rows = [columns.map(([name]) => name)];
+function listText(between) {                                  // all selected wells as text, a line for each
+  const columns = listColumns(), rows = [columns.map(([name]) => name)], special = new RegExp(`["${between}\n\r]`);
+  const cell = v => {                                         // as spreadsheets and pandas read it, and no formula
+    const t = typeof v === 'string' && /^'*[=+\-@\t\r]/.test(v) ? `'${v}` : String(v);
+    return special.test(t) ? `"${t.replaceAll('"', '""')}"` : t;
+  };
   for (let w = 0; w < N; w++) if (lit[w]) rows.push(columns.map(([, of]) => of(w) ?? ''));
-  return rows.map(row => row.map(quoted).join(between) + '\n').join('');
+  return rows.map(row => row.map(cell).join(between) + '\n').join('');
 }
-const harmless = v => typeof v === 'string' && /^'*[=+\-@\t\r]/.test(v) ? `'${v}` : String(v);      // no spreadsheet takes it for a formula
-const csvCell = v => /[",\n\r]/.test(harmless(v)) ? `"${harmless(v).replaceAll('"', '""')}"` : harmless(v);
-async function copyList() {
-  const copied = listText('\t', v => harmless(v).replace(/[\t\n\r]+/g, ' ')), said = `${count(nLit, 'well')} copied`;
-  try { await navigator.clipboard.writeText(copied); return said; } catch { /* the frame of a notebook may not, but what is marked can be copied */ }
-  const area = el('textarea', {class: 'unseen'});
-  area.value = copied;
+async function copyList() {                                   // what is marked can be copied in the frame of a notebook too, where the clipboard itself is closed
+  const area = el('textarea', {class: 'unseen'}), focus = document.activeElement;
+  area.value = listText('\t');
   document.body.append(area);
   area.select();
-  const isCopied = document.execCommand('copy');
+  let isCopied = document.execCommand('copy');
   area.remove();
-  return isCopied ? said : 'The browser does not allow it here: download the table';
+  focus.focus();
+  if (!isCopied) try { await navigator.clipboard.writeText(area.value); isCopied = true; } catch { /* said below */ }
+  return isCopied ? `${count(nLit, 'well')} copied` : 'The browser does not allow it here: download the table';
 }
 function storeList() {
-  const a = el('a', {href: URL.createObjectURL(new Blob([listText(',', csvCell)], {type: 'text/csv;charset=utf-8'})), download: `${document.title.replace(/[^\p{L}\p{N}-]+/gu, '_')}_wells.csv`});
+  const a = el('a', {href: URL.createObjectURL(new Blob([listText(',')], {type: 'text/csv;charset=utf-8'})), download: `${document.title.replace(/[^\p{L}\p{N}-]+/gu, '_')}_wells.csv`});
   a.click();
   setTimeout(() => URL.revokeObjectURL(a.href), 60_000);
 }

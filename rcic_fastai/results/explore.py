@@ -477,7 +477,7 @@ class ScreenPage:
     def _repr_html_(self):
         style = f'width:100%;height:{int(self.height)}px;border:1px solid #8888'
         what = dict(srcdoc=html_text(self.html)) if self.folder is None else dict(src=html_text(f'{os.path.relpath(self.folder)}/index.html'))
-        given = dict(title=html_text(self.title), sandbox='allow-scripts', style=style, **what)
+        given = dict(title=html_text(self.title), sandbox='allow-scripts allow-downloads', style=style, **what)
         attributes = [f'{k}="{v}"' for k, v in given.items()]
         return f'<iframe {" ".join(attributes)}></iframe>'
 
