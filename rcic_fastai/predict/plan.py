@@ -671,11 +671,15 @@ def _as_embedded(model, plan, progress):
     emb.attrs['model'] = model.fingerprint
     return emb
 
-def _to_name(plan, emb):
-    "Return what a plan searches of its embeddings: that of wells which can be named"
+def _as_searched(plan, emb):
+    "Return the embeddings of all wells of a plan, as it treats them"
     wells = _wells_of_plan(plan, emb)
     wells.attrs['model'] = emb.attrs['model']
-    tables = list(nameable([wells], plan.index))
+    return wells
+
+def _to_name(plan, emb):
+    "Return what a plan searches of its embeddings: that of wells which can be named"
+    tables = list(nameable([_as_searched(plan, emb)], plan.index))
     if not tables: raise ScreenError('There is no well to name: the model learned no control wells, and the screen has no treatment among its test wells.')
     return tables[0]
 
@@ -683,12 +687,12 @@ def embed_plan(
     model:TrainedModel, # The model of the plan
     plan:PredictionPlan, # Any plan
     progress:bool=True, # Show a progress bar
-    both:bool=False, # Also return them before their correction; `None` where the plan has none
+    both:bool=False, # Return those of all wells, also of controls that cannot be named; and the same before their correction, `None` where the plan has none
 )->pd.DataFrame: # Embeddings table of the sites that can be named (of single cells: of their wells), corrected if the plan says so
     "Embed the sites of a plan in memory, as it treats them"
     emb = _as_embedded(model, plan, progress)
     if not both: return _to_name(plan, emb)
-    return _to_name(plan, emb), _to_name(replace(plan, correction=None), emb) if plan.correction else None
+    return _as_searched(plan, emb), _as_searched(replace(plan, correction=None), emb) if plan.correction else None
 
 def _answer(model, plan, progress):
     "Name the wells of a plan in memory: predictions, neighbors, the embeddings, and the plan of the last pass"
