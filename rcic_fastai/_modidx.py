@@ -2313,6 +2313,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'rcic_fastai/predict/trained.py'),
                                              'rcic_fastai.predict.trained._store_notes': ( 'predict.trained.html#_store_notes',
                                                                                            'rcic_fastai/predict/trained.py'),
+                                             'rcic_fastai.predict.trained._version': ( 'predict.trained.html#_version',
+                                                                                       'rcic_fastai/predict/trained.py'),
                                              'rcic_fastai.predict.trained._with_negative_controls': ( 'predict.trained.html#_with_negative_controls',
                                                                                                       'rcic_fastai/predict/trained.py'),
                                              'rcic_fastai.predict.trained.build_index': ( 'predict.trained.html#build_index',
