@@ -85,10 +85,11 @@ def _draw_labels(ax, a, cmap, vmin, vmax, colors):
     pal = plt.get_cmap(cmap or ('tab10' if len(names) <= 10 else 'tab20' if len(names) <= 20 else 'gist_ncar'))
     hues = [pal(i % pal.N) if pal.N <= 20 else pal(i/max(len(names)-1, 1)) for i in range(len(names))]
     pick = {n: matplotlib.colors.to_rgb((colors or {}).get(n, hue)) for n, hue in zip(names, hues)}
-    picture = np.full((*a.shape, 3), .93)
+    picture = np.zeros((*a.shape, 4))           # transparent where there is no well
     for at, v in np.ndenumerate(a):
-        if v is not None: picture[at] = pick[str(v)]
+        if v is not None: picture[at] = (*pick[str(v)], 1)
     ax.imshow(picture)
+    ax.set_facecolor('.93')
     if len(names) <= 12:
         ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], [*map(picture_text, names)],
                   fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
@@ -446,14 +447,15 @@ def _map_row(fig, tables, color, most, n_sirnas):
 def embedding_map(
     emb:pd.DataFrame, # Embeddings table
     *colors:str, # Metadata columns to color by, one map for each; 'cell_type' when none is given
-    adapted:pd.DataFrame=None, # The same wells with an adapted embedding: shown beside the first
+    adapted:pd.DataFrame=None, # The same wells with an adapted or corrected embedding: shown beside the first
     most:int=30, # Groups with a color and marker of their own; the others are gray
     n_sirnas:int=6, # How many siRNAs a map by siRNA shows
+    said:str='adapted', # Title of the second map
 )->plt.Figure: # One row per color
     "Map the wells of an embeddings table on two principal components"
     colors = colors or ('cell_type',)
     tables = {'': _one_per_well(emb, colors)}
-    if adapted is not None: tables = {'as embedded': tables[''], 'adapted': _one_per_well(adapted, colors)}
+    if adapted is not None: tables = {'as embedded': tables[''], said: _one_per_well(adapted, colors)}
     height = 2.8 if adapted is None else 2.4
     names = [n_sirnas if c in _SIRNA else emb[META + c].nunique() for c in colors]
     heights = [height + .05*min(n, most) for n in names]        # the legend needs some of it
