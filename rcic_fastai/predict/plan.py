@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WELLS', 'ADAPT', 'ADAPT_FROM', 'TELL', 'BY', 'prediction_rows', 'as_test', 'asked_experiments', 'with_groups',
-           'PredictionPlan', 'other_wells', 'adapting_kinds', 'plan_prediction', 'recorded_options', 'nameable',
-           'check_outputs', 'check_cells_file', 'check_searches', 'told_plan', 'score_plan', 'embed_plan']
+           'PredictionPlan', 'other_wells', 'without_others', 'adapting_kinds', 'plan_prediction', 'recorded_options',
+           'nameable', 'check_outputs', 'check_cells_file', 'check_searches', 'told_plan', 'score_plan', 'embed_plan']
 
 # %% ../../nbs/54_predict.plan.ipynb #cd9dcb31
 import sys
@@ -374,7 +374,10 @@ def _check_known(rows, only, what):
         n = treated.well_id[treated[c].isna()].nunique() if c in treated else treated.well_id.nunique()
         if n: raise ScreenError(f'The model was trained on wells with {what} only, and the {c} of {plural(n, "test well")} is not known: give the table a column {c}, or take a model of all wells.')
 
-def _without_others(model, rows):
+def without_others(
+    model, # A `TrainedModel`
+    rows:pd.DataFrame, # Site table
+)->tuple: # (rows, notes)
     "Return the rows that a model of some wells only can name, and a note on the others"
     is_other, only = other_wells(model, rows), (model.config.get('recipe') or {}).get('only') or {}
     what = ' and '.join(f'{c} {v}' for c, v in only.items())
@@ -496,7 +499,7 @@ def _asked(model, whole, way, given):
     "Return the pictures that are read, those of the wells to name, and sentences about what was left out: `first` and `last`"
     of_cells = {k: given[k] for k in CELL_OPTIONS}
     everything, first = _pictures(model, whole, 'all' if way.needs_controls else given['wells'], given['only_present'], given['cells'], of_cells)
-    rows, last = _without_others(model, prediction_rows(everything.table, given['wells'], model.spec.target))
+    rows, last = without_others(model, prediction_rows(everything.table, given['wells'], model.spec.target))
     _check_correctable(rows, way.correct)
     return everything, everything[rows], SimpleNamespace(first=first, last=last)
 
