@@ -304,7 +304,7 @@ def _holds(row, doses):
 # %% ../../nbs/60b_results.plots.ipynb #474c6aac
 def _color_key(channels, how):
     "Return handles for a legend: which channel has which color; none where each channel is a gray picture under its name"
-    names = channel_names(len(channels), channels)
+    names = list(channels)
     if how == 'panels': return []
     if how == 'composite': colors, said = channel_colors(len(names), names), names
     else:
@@ -333,13 +333,14 @@ def contact_sheet(
     if names: rows = rows[rows.well_id.isin(names) | rows.well.isin(names)]
     rows = rows.iloc[np.unique(np.linspace(0, len(rows)-1, min(most, len(rows))).astype(int))]
     doses = rows[dose_columns(rows)].apply(pd.to_numeric, errors='coerce')
-    limits, first = shared_limits(screen.source, rows.site_id) if scale == 'shared' else None, site_picture(screen.source[rows.site_id.iloc[0]], how)
+    limits, px = shared_limits(screen.source, rows.site_id) if scale == 'shared' else None, screen.source[rows.site_id.iloc[0]]
+    first, channels = site_picture(px, how), channel_names(len(px), getattr(screen.source, 'channels', None))
     fig, axs = _sheet_grid(len(rows), first.shape[1]/first.shape[0])
     for ax, r in zip(axs, rows.itertuples()):
         holds = _holds(r, doses.loc[r.Index].dropna())
         _show_site(ax, screen, r.site_id, f'{short_text(r.well_id, 20)}\n{short_text(holds, 20)}', how, limits=limits)
     fig.suptitle(SCALES[scale], fontsize=8, color='#555')
-    if key := _color_key(screen.channels, how): legend_below(fig, key, fig.get_figwidth())
+    if key := _color_key(channels, how): legend_below(fig, key, fig.get_figwidth())
     return fig
 
 # %% ../../nbs/60b_results.plots.ipynb #81c6cfd0
