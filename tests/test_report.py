@@ -185,7 +185,7 @@ def test_a_dark_page_has_dark_figures(tmp_path):
     text = write_report(tmp_path/'r.html', 'r', [('Sites', '', [fig])]).read_text()
     dark, light = (plt.imread(io.BytesIO(base64.b64decode(o)))[..., :3] for o in re.findall('image/png;base64,([^"]+)"', text))
     is_picture = np.ptp(light, axis=2) > .3
-    assert is_picture.mean() > .1 and np.abs(dark - light)[is_picture].max() < .35 and np.median(np.abs(dark - light)[is_picture]) < .01
+    assert is_picture.mean() > .1 and (np.abs(dark - light)[is_picture] < .01).mean() > .9       # but for their edges
     assert (light.mean(2) > .98).mean() > .4 and (dark.mean(2) < .12).mean() > .4 and not (dark.mean(2) > .98).any()
     assert 'media="screen and (prefers-color-scheme:dark)"' in text                    # paper stays white
 

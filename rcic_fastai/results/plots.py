@@ -110,7 +110,7 @@ _LABEL = .15, .1      # inches that a column number and a row letter need
 
 def _label_steps(ax, n_rows, n_cols):
     "Return of how many columns and rows one is labeled, so that labels do not touch"
-    size = np.array(ax.figure.get_size_inches())*ax.get_position().size*.85      # some of it goes to ticks and titles
+    size = np.array(ax.figure.get_size_inches())*ax.get_position(original=True).size*.85      # some of it goes to ticks and titles
     cell = min(size[0]/n_cols, size[1]/n_rows)
     return [max(1, math.ceil(o/cell)) for o in _LABEL]
 
@@ -125,12 +125,12 @@ def _label_wells(ax, part):
 
 def _plate_axes(ax, shape, part):
     "Draw row letters, column numbers and thin lines between wells"
-    _label_wells(ax, part)
     ax.set_xticks(np.arange(-.5, shape[1]), minor=True)
     ax.set_yticks(np.arange(-.5, shape[0]), minor=True)
     ax.grid(which='minor', color='w', linewidth=.6)
     ax.grid(which='major', visible=False)
     ax.tick_params(which='both', length=0)
+    _label_wells(ax, part)      # last, as ticks change the limits
 
 # %% ../../nbs/60b_results.plots.ipynb #1445eaf1
 def _accuracy_bar(ax, d, name, y, color, label):
