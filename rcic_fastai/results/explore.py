@@ -687,15 +687,14 @@ def _differing_note(name, pred, own):
             'scores, votes and neighbors are those of the embeddings shown here.']
 
 # %% ../../nbs/64_results.explore.ipynb #d15ff940
-_RECORDED = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'assign', 'adapt', 'adapt_from', 'correct', 'wells')
 _UNSAID = dict(adapt_from='all', wells='treatment')
 
 def _as_recorded(pred, given):
     "Return the options of a plan: those that are given, else those that the record of a prediction names"
     record = (pred.attrs.get('record') or {}) if pred is not None else {}
-    if 'tta' not in record: return given            # no record, or that of an ensemble
-    said = {k: record[k] for k in _RECORDED if k in record}
-    said.update(correct=str(said.get('correct') or 'no').partition('(')[0].lower(), adapt=dict(batch='experiment').get(said.get('adapt'), said.get('adapt') or 'no'))
+    said = recorded_options(record)
+    if not said: return given
+    if said['adapt'] == 'batch': said['adapt'] = 'experiment'
     if str(record['protocol']) == 'inductive': said.pop('adapt')
     return {**given, **said, **{k: v for k, v in given.items() if v and v != _UNSAID.get(k)}}
 
