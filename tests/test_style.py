@@ -6,7 +6,7 @@ from helpers import learner, quiet, refused
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError
 from rcic_fastai.train.cutmix import CutMix
-from rcic_fastai.train.domain import Contrast, ControlBatches, class_centroids, contrast
+from rcic_fastai.train.domain import Contrast, ControlBatches, group_centroids, contrast
 from rcic_fastai.train.recipes import Recipe, Stage, check_recipe, recipe_from_dict
 from rcic_fastai.train.style import DSU, STYLES, AdversarialStyle, style_noise, statistics_kept
 
@@ -118,7 +118,7 @@ def test_by_name_and_refused():
 def test_centroids_are_means_of_directions():
     g = torch.Generator().manual_seed(0)
     z, y, e = torch.randn(40, 6, generator=g, dtype=torch.float64), torch.randint(4, (40,), generator=g), torch.randint(3, (40,), generator=g)
-    center, labels, groups = class_centroids(z, y, e)
+    center, labels, groups = group_centroids(z, y, e)
     assert len(center) == len({*zip(y.tolist(), e.tolist())})
     for c, l, k in zip(center, labels, groups): assert torch.allclose(c, F.normalize(z[(y == l) & (e == k)], dim=1).mean(0))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DOMAIN_METHODS', 'coral', 'sliced_wasserstein', 'reverse_gradient', 'add_to_loss', 'DomainLoss', 'CORAL',
            'SlicedWasserstein', 'GradientReversal', 'loss_of_each', 'irm_penalty', 'IRM', 'groupdro_weights',
-           'GroupDRO', 'contrast', 'class_centroids', 'Contrast', 'mix_style', 'style_places', 'MixStyle',
+           'GroupDRO', 'contrast', 'group_centroids', 'Contrast', 'mix_style', 'style_places', 'MixStyle',
            'ControlBatches', 'domain_callback', 'EMA', 'MeanTeacher']
 
 # %% ../../nbs/32b_train.domain.ipynb #5ba1a6ce
@@ -427,7 +427,7 @@ def contrast(
 
 
 # %% ../../nbs/32b_train.domain.ipynb #f3615536
-def class_centroids(
+def group_centroids(
     z:torch.Tensor, # Embeddings [B,D]
     labels:torch.Tensor, # [B]
     groups:torch.Tensor, # Experiments [B]
@@ -483,7 +483,7 @@ def among(self:Contrast,
     if self.memory:
         if self.kept: several = tuple(torch.cat([a.to(b.dtype), b]) for a, b in zip(self.kept, mine))
         self.kept = tuple(o[-self.memory:].detach() for o in several)
-    return class_centroids(*several) if self.to == 'centroids' else several
+    return group_centroids(*several) if self.to == 'centroids' else several
 
 
 # %% ../../nbs/32b_train.domain.ipynb #47cdf52f

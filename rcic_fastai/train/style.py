@@ -40,7 +40,7 @@ class DSU(Callback):
         seed:int=None, # Seed of the draws; None takes one from PyTorch's generator at the start of each fit
     ):
         if not (0 <= p <= 1 and 0 < depth <= 1):
-            raise ScreenError(f'p={p} and depth={depth} are not possible: '
+            raise ScreenError(f'p is {p} and depth is {depth}: '
                               'give p from 0 to 1, and depth above 0 and at most 1.')
         self.p, self.depth, self.seed, self.hooks = p, depth, seed, []
         self.rng = None if seed is None else np.random.default_rng(seed)
@@ -104,7 +104,8 @@ class AdversarialStyle(DSU):
         seed:int=None, # Seed of the draws; None takes one from PyTorch's generator at the start of each fit
     ):
         super().__init__(p, depth, seed)
-        if step < 0 or align < 0: raise ScreenError(f'step={step} and align={align} are not possible: give 0 or more.')
+        if step < 0 or align < 0:
+            raise ScreenError(f'step is {step} and align is {align}: give 0 or more.')
         self.step, self.align, self.plain, self.emb, self.to_worst = step, align, None, None, []
 
     def after_loss(self):
