@@ -238,7 +238,7 @@ def test_four_commands_from_a_packed_screen_to_a_report(files, model, tmp_path, 
     assert packed(files, tmp_path/'own.zarr', capsys, '--test', 'batch3')[0] == 0
     d = tmp_path
     assert cli.rcic_train(f'{d}/own.zarr {d}/model --recipe {model}/tiny.json --norm plate --valid none --pretrained no --tta 1 --epochs 1 --device cpu'.split()) == 0
-    assert cli.rcic_embed(f'{d}/model {d}/own.zarr {d}/profiles.parquet --experiments batch3 --tta 1'.split()) == 0
+    assert cli.rcic_embed(f'{d}/model {d}/own.zarr {d}/profiles.parquet --tta 1'.split()) == 0
     assert cli.rcic_hits(f'{d}/profiles.parquet {d}/hits.csv --target compound+dose --n-null 50'.split()) == 0
     assert cli.rcic_report(f'{d}/model {d}/own.zarr {d}/report.html'.split()) == 0
     said = capsys.readouterr()
