@@ -31,6 +31,7 @@ from ..embed.protocol import *
 from ..embed.table import *
 from ..embed.index import *
 from ..embed.plots import principal_plane
+from ..embed.correct import CORRECTIONS
 from ..predict.predict import *
 from ..predict.scores import *
 from ..predict.classifier import *
@@ -672,12 +673,17 @@ def _differing_note(name, pred, own):
 _RECORDED = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'assign', 'adapt', 'adapt_from', 'correct', 'wells')
 _UNSAID = dict(adapt_from='all', wells='treatment')
 
+def _asked_correction(said):
+    "Return the option that gave the correction of a record"
+    name = str(said or 'no').partition('(')[0]
+    return next((k for k, c in CORRECTIONS.items() if c.__name__ == name), name.lower())
+
 def _as_recorded(pred, given):
     "Return the options of a plan: those that are given, else those that the record of a prediction names"
     record = (pred.attrs.get('record') or {}) if pred is not None else {}
     if 'tta' not in record: return given            # no record, or that of an ensemble
     said = {k: record[k] for k in _RECORDED if k in record}
-    said.update(correct=str(said.get('correct') or 'no').partition('(')[0].lower(), adapt=dict(batch='experiment').get(said.get('adapt'), said.get('adapt') or 'no'))
+    said.update(correct=_asked_correction(said.get('correct')), adapt=dict(batch='experiment').get(said.get('adapt'), said.get('adapt') or 'no'))
     if str(record['protocol']) == 'inductive': said.pop('adapt')
     return {**given, **said, **{k: v for k, v in given.items() if v and v != _UNSAID.get(k)}}
 
@@ -685,12 +691,14 @@ def _column_of(model, screen, name, pred, emb, spaces, progress, kwargs):
     "Return a prediction with its space; without `pred`, the model names the wells"
     protocol, kwargs = name if pred is None else str(pred['protocol'].iloc[0]), _as_recorded(pred, kwargs)
     space, plan = _plan_space(model, screen, protocol, emb, spaces, progress, kwargs)
-    asked = plan_prediction(model, screen, protocol, **kwargs) if pred is None else plan
+    is_own = pred is None
+    asked = plan_prediction(model, screen, protocol, **kwargs) if is_own else plan
     own, _ = predict_wells(space.emb, space.index, plan.protocol, **plan.search)
     if isinstance(asked.index, ClassifierIndex): pred = model.predict(screen, protocol, progress=progress, **kwargs)
     if pred is None: pred = own
     shown = pred.copy()
-    shown.attrs = {'record': {**asked.record, 'protocol': str(protocol)}, **pred.attrs, 'notes': [*(pred.attrs.get('notes') or ()), *_differing_note(name, pred, own)]}
+    record = {**asked.record, 'protocol': str(protocol)} if is_own else pred.attrs.get('record') or {}        # of others, only what theirs says
+    shown.attrs = {**pred.attrs, 'record': record, 'notes': [*(pred.attrs.get('notes') or ()), *_differing_note(name, pred, own)]}
     return PageColumn(name, shown, space, plan.search)
 
 def _check_pictures(max_mb, side, quality):

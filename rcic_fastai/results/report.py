@@ -13,6 +13,7 @@ from ..core import *
 from ..screen.open import open_screen
 from ..embed.protocol import *
 from ..embed.table import *
+from ..embed.index import TIE
 from ..predict.trained import INDUCTIVE_MASK, validation_note
 from ..predict.predict import *
 from ..predict.ensemble import makers_of
@@ -220,7 +221,7 @@ def _strips(near, examples, screen):
     for well, truth, named in zip(examples.id_code, examples.truth, examples.predicted):
         mine = near[near.id_code == well]
         if not len(mine): continue
-        query = mine.loc[mine.cosine.idxmax(), 'query']
+        query = mine['query'][mine.cosine >= mine.cosine.max() - TIE].iloc[0]
         figs.append(neighbor_strip(mine[mine['query'] == query], query, truth, screen, named))
     return figs
 
