@@ -121,12 +121,12 @@ def top_candidates(
     k:int=5, # How many
 )->pd.DataFrame: # top_1 (the answer), top_2, …; empty where no more are allowed
     "Return the answer and the best other classes of each well"
-    r, rows, at, top = ranked.copy(), np.arange(len(ranked)), choice, {}
+    r, rows, at, top = ranked.copy(), np.arange(len(ranked)), choice, []
     for i in range(min(k, r.shape[1])):
         if i: at = best_class(r)
-        top[f'top_{i+1}'] = np.where(np.isneginf(r[rows, at]) & (i > 0), None, names[at])
+        top.append(np.where(np.isneginf(r[rows, at]) & (i > 0), None, names[at]))
         r[rows, at] = -np.inf
-    return pd.DataFrame(top)
+    return pd.DataFrame(np.stack(top, 1), columns=[f'top_{i+1}' for i in range(len(top))])
 
 # %% ../../nbs/51_predict.predict.ipynb #511a4766
 _ABOUT_WELLS = ('cell_type', 'experiment', 'plate', 'well', 'well_type')
