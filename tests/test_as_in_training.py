@@ -98,6 +98,20 @@ def test_what_does_not_fit(model, drawn):
     refused(lambda: model.predict(drawn, 'inductive', adapt='batch', by='classifier', **HOW), 'uses pictures of the test batch')
     refused(lambda: model.predict(drawn, 'adapted', adapt='batch', by='classifier', adapt_from='controls', **HOW), 'adapt_from')
     refused(lambda: E.EmbedOptions(in_training=True), "adapt='experiment'")
+    for more in ('adapt_rows', 'tent_rows'): refused(lambda: E.EmbedOptions(in_training=True, adapt='experiment', **{more: drawn.test.table}), 'leave out adapt_rows and tent_rows')
+
+def test_a_well_that_is_alone_is_said_whatever_others_there_are(model, drawn):
+    "Controls beside it give no statistics of batches, so the record does not say that they did"
+    rows = drawn.test.table
+    alone = rows[(rows.well_type == 'treatment') & (rows.experiment == 'HUVEC-17')].index[1:]
+    beside = rows.assign(well_type=rows.well_type.where(~rows.index.isin(alone), 'negative_control'))
+    index = copy.copy(model.adapted_index)
+    index.labels = index.labels.assign(well_type=['negative_control', *index.labels.well_type[1:]])       # one that takes statistics of controls, too
+    other = copy.copy(model)
+    other.adapted_index = index
+    plans = {a: plan_prediction(other, Screen(beside, drawn.source), 'adapted', adapt=a, by='classifier') for a in ('batch', 'experiment')}
+    said = {a: [n for n in p.record['notes'] if 'the remembered ones are used: HUVEC-17' in n] for a, p in plans.items()}
+    assert len(said['batch']) == 1 and not said['experiment']
 
 def test_a_recipe_that_says_so_gives_way(model, drawn):
     "An index and the inductive protocol are used without"
