@@ -644,7 +644,7 @@ def _with_pictures(screen, sites, ids, columns, data, near, named, why, how, tit
 def _space_key(plan):
     "Return what decides how the embeddings of a plan are made"
     o = plan.options
-    return plan.record['adapt'], plan.record['adapt_from'], plan.record['correct'], plan.record['search'], o.tta, o.views, plan.record['wells'], plan.told is None
+    return plan.record['adapt'], plan.record['adapt_from'], plan.record['correct'], plan.record['search'], o.tta, o.views, o.bs, plan.record['wells'], plan.told is None
 
 def _plan_space(model, screen, protocol, given, spaces, progress, kwargs):
     "Return the space and the plan of a protocol; spaces that are alike are made once"
@@ -670,8 +670,8 @@ def _differing_note(name, pred, own):
             'scores, votes and neighbors are those of the embeddings shown here.']
 
 # %% ../../nbs/64_results.explore.ipynb #d15ff940
-_RECORDED = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'assign', 'adapt', 'adapt_from', 'correct', 'wells')
-_UNSAID = dict(adapt_from='all', wells='treatment')
+_RECORDED = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'assign', 'adapt', 'adapt_from', 'correct', 'wells', 'bs')
+_UNSAID = dict(adapt_from='all', wells='treatment', bs=32)
 
 def _asked_correction(said):
     "Return the option that gave the correction of a record"
