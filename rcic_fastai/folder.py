@@ -814,8 +814,10 @@ def _plan_parts(parts, protocol, kwargs, neighbors='', embeddings='', scores=Fal
     plans = {c: plan_prediction(m, s, protocol, **kwargs) for c, (m, s) in parts.items()}
     if neighbors:
         for plan in plans.values(): check_searches(plan)
-    if embeddings: _check_one_width(parts)
-    if scores or embeddings: _check_same('kind', {c: getattr(p.index, 'scores', 'cosine') for c, p in plans.items()})
+    if embeddings:
+        for plan in plans.values(): check_embeds(plan)
+        _check_one_width(parts)
+    if scores: _check_same('kind', {c: getattr(p.index, 'scores', 'cosine') for c, p in plans.items()})
     if scores: _check_same('assign', {c: 'yes' if p.search['assign'] else 'no' for c, p in plans.items()})
     return plans
 
@@ -901,6 +903,7 @@ def _write_parts(self:CellTypeModels, parts, plans, protocol, out, more, scores,
         records[c] = None if preds[c] is None else _record_of(beside/f'{c}.csv')
     if rank_world()[0]: return
     pred = together(list(preds.values()))
+    drop_earlier(out, not kwargs.get('cells'), not scores)
     joined = _join_files(beside, list(parts), out, more, kwargs.get('cells'), scores)
     said = {**_in_all(list(records.values())), **joined}
     pred.attrs['notes'] = _each_once(r.get('notes', ()) for r in records.values())

@@ -3,12 +3,14 @@ import json, os
 from pathlib import Path
 import numpy as np, pytest, torch
 import rcic_fastai.predict.plan as plan
-from helpers import learner, simulate_screen
+from helpers import learner, refused, simulate_screen
 from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.embed.embed import embed_parts
 from rcic_fastai.embed.table import emb_features
 from rcic_fastai.folder import CellTypeModels
 from rcic_fastai.screen.cells import cell_screen
 from rcic_fastai.screen.open import open_screen
+from rcic_fastai.screen.screen import Screen
 
 def drawn(folder, names, test, **kwargs):
     simulate_screen(folder, names, test=test, **{'sirnas': 4, 'plates': 1, 'controls': 2, 'size': 32, 'n_workers': 0, 'progress': False, **kwargs})
@@ -85,3 +87,43 @@ def test_a_record_names_the_channels_that_are_there(tmp_path):
     model = learner(screen_dls(screen, valid='HUVEC-02', bs=8, device='cpu'), stem='bag').to_model(tta=1, progress=False)
     model.predict(screen.pick('nucleus,ER'), out=tmp_path/'two.csv', tta=1, progress=False)
     assert sorted(json.loads((tmp_path/'two.json').read_text())['channels']) == ['ER', 'nucleus']
+
+@pytest.mark.parametrize('norm', ['own', 'plate'])
+def test_the_pictures_that_statistics_are_of_change_between_two_runs(tmp_path, norm):
+    "Of BatchNorm or of pixels: wells that are not embedded themselves"
+    screen = drawn(tmp_path/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], ['HUVEC-17'], sites=1)
+    model = untrained(screen, valid='HUVEC-02', norm=norm)
+    test = screen.test.table
+    few, how = test[:3], dict(tta=1, bs=2, part=2, progress=False, **(dict(adapt='experiment', adapt_rows=test) if norm == 'own' else dict(stat_rows=test)))
+    def parts(): return embed_parts(tmp_path/'p', model.model, model.spec, Screen(few, open_screen(tmp_path/'screen').source), **how)
+    parts()
+    sorted((tmp_path/'p').glob('part-*'))[-1].unlink()
+    def touch(well):
+        for f in (f for f in Path(screen.source.root).rglob('*.png') if 'HUVEC-17' in str(f) and f.name.startswith(f'{well}_')): os.utime(f, (1, f.stat().st_mtime + 2))
+    parts()
+    sorted((tmp_path/'p').glob('part-*'))[-1].unlink()
+    touch(test.well.iloc[-1])
+    refused(parts, 'different pictures')
+
+def test_scores_of_an_earlier_prediction_do_not_stay_beside_the_next(tmp_path):
+    "An average would read them as those of the record; scores of somebody else stay"
+    screen = drawn(tmp_path/'screen', ['HUVEC-01', 'HUVEC-02', 'RPE-01', 'RPE-02'], ['HUVEC-02', 'RPE-02'], sites=1)
+    models = CellTypeModels({c: untrained(screen[screen.table.cell_type == c]) for c in ('HUVEC', 'RPE')})
+    for model, asked in ((models, screen), (models.models['RPE'], screen[screen.table.cell_type == 'RPE'])):
+        out, file = tmp_path/'o.csv', tmp_path/'o.scores.parquet'
+        model.predict(asked, out=out, tta=1, scores=True, progress=False)
+        assert file.is_file()
+        model.predict(asked, out=out, tta=1, progress=False)
+        assert not file.exists()
+        model.predict(asked, out=out, tta=1, scores=True, progress=False)
+        file.write_bytes(b'mine')
+        model.predict(asked, out=out, tta=1, progress=False)
+        assert file.read_bytes() == b'mine'
+        file.unlink()
+
+def test_class_scores_are_not_written_as_embeddings(tmp_path):
+    screen = drawn(tmp_path/'screen', ['HUVEC-01', 'HUVEC-02', 'RPE-01', 'RPE-02'], ['HUVEC-02', 'RPE-02'], sites=1)
+    models = CellTypeModels({c: untrained(screen[screen.table.cell_type == c]) for c in ('HUVEC', 'RPE')})
+    for model, asked in ((models, screen), (models.models['RPE'], screen[screen.table.cell_type == 'RPE'])):
+        refused(lambda: model.predict(asked, out=tmp_path/'o.csv', embeddings=tmp_path/'o.parquet', by='classifier', tta=1, progress=False), 'are no embeddings', 'profile_file')
+    assert not list(tmp_path.glob('o.*parquet')) and not (tmp_path/'o.csv').exists()

@@ -41,17 +41,27 @@ def without_dropout(model):
     for m, p in zip(layers, was): m.p = p
 
 def test_batches_are_of_one_experiment_and_use_their_own_statistics(without_dropout, drawn):
-    "By hand: nine wells of each experiment in batches of five and four, as one well alone would have no statistics"
+    "By hand: nine wells of each experiment in batches of three, as one well alone would have no statistics"
     model, screen = without_dropout, asked(drawn)
     emb = embedded(model, screen)
-    table = screen.table.sort_values('site_id')
-    for e, rows in table.groupby('experiment'):
-        assert len(rows) == 9
+    _, plan = E._planned(model.model, model.spec, screen.table, E.EmbedOptions(**HOW, adapt='experiment', in_training=True, bs=4))
+    for p in plan:
+        rows = screen.table.iloc[p.at]
+        assert len(rows) == 9 and rows.experiment.nunique() == 1
         for at in (slice(0, 3), slice(3, 6), slice(6, 9)):          # 9 % 4 is one: three is the nearest size that leaves none
             (batch,) = spec_dl(model.spec, Screen(rows.iloc[at], drawn.source), bs=9, device='cpu', mask=('plate_group', 'experiment'))
             with as_in_training(model.model): want = nn.functional.normalize(model.model.embed(*batch[:1 + len(model.model.inputs)]), dim=1)
-            mine = emb[emb.Metadata_site_id.isin(rows.site_id.iloc[at])].sort_values('Metadata_site_id')
+            mine = emb.set_index('Metadata_site_id').loc[rows.site_id.iloc[at]].reset_index()
             np.testing.assert_allclose(emb_features(mine), want.numpy(), atol=2e-5)
+
+def test_the_order_of_a_table_does_not_matter(model, drawn):
+    "One that is sorted by perturbation would tell of which perturbation a batch is"
+    rows = asked(drawn).table
+    a = embedded(model, Screen(rows, drawn.source)).set_index('Metadata_site_id')
+    for other in (rows.sort_values('sirna'), rows[::-1]):
+        b = embedded(model, Screen(other, drawn.source)).set_index('Metadata_site_id').loc[a.index]
+        np.testing.assert_allclose(emb_features(a.reset_index()), emb_features(b.reset_index()), atol=2e-5)
+    assert [*embedded(model, Screen(other, drawn.source)).Metadata_site_id] == [*other.site_id]
 
 def test_dropout_is_drawn_and_repeated(model, drawn):
     a, b, c = (emb_features(embedded(model, asked(drawn), **how)) for how in ({}, {}, dict(seed=1)))
@@ -98,6 +108,20 @@ def test_what_does_not_fit(model, drawn):
     refused(lambda: model.predict(drawn, 'inductive', adapt='batch', by='classifier', **HOW), 'uses pictures of the test batch')
     refused(lambda: model.predict(drawn, 'adapted', adapt='batch', by='classifier', adapt_from='controls', **HOW), 'adapt_from')
     refused(lambda: E.EmbedOptions(in_training=True), "adapt='experiment'")
+    for more in ('adapt_rows', 'tent_rows'): refused(lambda: E.EmbedOptions(in_training=True, adapt='experiment', **{more: drawn.test.table}), 'leave out adapt_rows and tent_rows')
+
+def test_a_well_that_is_alone_is_said_whatever_others_there_are(model, drawn):
+    "Controls beside it give no statistics of batches, so the record does not say that they did"
+    rows = drawn.test.table
+    alone = rows[(rows.well_type == 'treatment') & (rows.experiment == 'HUVEC-17')].index[1:]
+    beside = rows.assign(well_type=rows.well_type.where(~rows.index.isin(alone), 'negative_control'))
+    index = copy.copy(model.adapted_index)
+    index.labels = index.labels.assign(well_type=['negative_control', *index.labels.well_type[1:]])       # one that takes statistics of controls, too
+    other = copy.copy(model)
+    other.adapted_index = index
+    plans = {a: plan_prediction(other, Screen(beside, drawn.source), 'adapted', adapt=a, by='classifier') for a in ('batch', 'experiment')}
+    said = {a: [n for n in p.record['notes'] if 'the remembered ones are used: HUVEC-17' in n] for a, p in plans.items()}
+    assert len(said['batch']) == 1 and not said['experiment']
 
 def test_a_recipe_that_says_so_gives_way(model, drawn):
     "An index and the inductive protocol are used without"

@@ -9,7 +9,7 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.model.batchnorm import batchnorms
 from rcic_fastai.model.model import hold_statistics
 from rcic_fastai.train.averages import *
-from rcic_fastai.train.averages import _joined, _take_in
+from rcic_fastai.train.domain import EMA
 from rcic_fastai.train.recipes import *
 from rcic_fastai.workflow import _check_refit
 
@@ -161,6 +161,13 @@ def test_a_validation_outside_a_fit_reads_the_model_as_it_is(dls):
     quiet(learn, learn.validate)
     assert torch.equal(flat(learn.model), was)
 
+def test_two_means_cannot_stay_in_one_model(dls):
+    for cbs, said in (([EMA(.9), SWA(.5)], 'SWA and EMA'), ([SWAD(), EMA(.9)], 'SWAD and EMA')):
+        learn = learner(dls(), seed=0)
+        was = flat(learn.model)
+        with pytest.raises(ScreenError, match=f'{said} each leave a mean'): quiet(learn, lambda: learn.fit(2, 3e-3, cbs=cbs))
+        assert torch.equal(flat(learn.model), was)
+
 
 # ---- recipes
 
@@ -177,6 +184,10 @@ def test_what_a_recipe_cannot_have(dls):
     refused(lambda: check_recipe(stage('swa', keep_best='accuracy')), "'swa'", 'keep_best')
     refused(lambda: check_recipe(stage('swad', patience=2)), "'swad'", 'patience')
     refused(lambda: check_recipe(stage('swad', 'swa')), 'swa and swad')
+    for other in ('ema', 'mean_teacher'):
+        for mean in ('swa', 'swad'): refused(lambda: check_recipe(stage(other, mean)), f'{mean} and {other}', 'one mean')
+    refused(lambda: check_recipe(stage('mean_teacher', 'ema')), 'ema and mean_teacher')
+    check_recipe(stage('ema', keep_best='accuracy'))
     refused(lambda: check_recipe(stage(dict(name='swa', after=1.))), 'after 1.0 of the epochs')
     refused(lambda: check_recipe(stage(dict(name='swad', begin=0))), 'begin=0')
     refused(lambda: check_recipe(stage(dict(name='swad', begin=1.5))), 'begin=1.5', 'whole number')

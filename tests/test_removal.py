@@ -264,7 +264,7 @@ def test_files_beside_a_report(tmp_path):
 
 REMOVERS = {'core.py': {'remove', 'remove_empty', 'unmark', '_temporary', '_remove_stale', '_put_lock', 'release'},
             'screen/download.py': {'_forget', '_receive', '_remove_fetched'}, 'screen/pack.py': {'_finish', '_name'},
-            'predict/predict.py': {'write_predictions'}, 'predict/plan.py': {'_drop_cells'}, 'folder.py': {'save'}, 'workflow.py': {'_several_in'},
+            'predict/predict.py': {'write_predictions'}, 'predict/plan.py': {'drop_earlier'}, 'folder.py': {'save'}, 'workflow.py': {'_several_in'},
             'results/export.py': {'_write_all'}}      # records of their own, looked at before
 
 def removals(path):

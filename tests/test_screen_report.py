@@ -149,6 +149,26 @@ def test_a_page_shows_the_scores_of_the_file(made, screen, tmp_path):
     assert not np.allclose(other['predictions'][0]['top_scores'][0], data['predictions'][0]['top_scores'][0], atol=1e-4)
 
 
+def test_a_page_takes_a_record_at_its_word():
+    "Each correction that a prediction can have is asked for again by its own name"
+    from rcic_fastai.embed.correct import new_correction
+    from rcic_fastai.predict.plan import _CORRECT, _method_of
+    for name, options in _CORRECT.items():
+        said = str(new_correction(name, options))
+        assert _method_of(said) == _method_of(f'{said} #299f65ab') == name
+    assert _method_of(None) == 'no'
+
+
+def test_a_page_does_not_say_how_others_predicted(made, screen):
+    "A table without a record may have been made in any way"
+    from rcic_fastai.results.explore import explore
+    _, model = made
+    pred = model.predict(screen, 'adapted', correct='standardize', tta=2, progress=False)
+    assert 'record' not in pred.attrs or 'tta' not in pred.attrs['record']
+    said = [explore(model, screen, p, side=0, tta=1, protocol='adapted', progress=False).data['predictions'][0]['how'] for p in (pred, None)]
+    assert said[0] == '' and 'views of a site: 1 dihedral' in said[1]
+
+
 def test_neighbors_of_a_report_are_of_the_site_that_decided(made, screen):
     "The best neighbor of a well that was named right by its nearest neighbor holds its name"
     from rcic_fastai.results.report import _near

@@ -467,7 +467,7 @@ def test_what_cell_types_write_as_one_says_all_of_each(here, tmp_path, cells):
     assert how_table({'b': read_predictions(tmp_path/'b.csv')}).b['answered by'].startswith(f'{cells[0]}: ')
 
 
-@pytest.mark.parametrize('more, words', [(dict(scores=True), "different kind"), (dict(embeddings='e.parquet'), 'different kind'), (dict(neighbors='n.parquet'), 'without looking for neighbors'),
+@pytest.mark.parametrize('more, words', [(dict(scores=True), "different kind"), (dict(embeddings='e.parquet'), 'are no embeddings'), (dict(neighbors='n.parquet'), 'without looking for neighbors'),
                                          (dict(neighbors='n.parquet', by='classifier'), 'without looking for neighbors')])
 def test_what_cell_types_cannot_write_as_one_is_said_first(here, tmp_path, more, words):
     models = of_own_ways(here, 'RPE', 'HUVEC')

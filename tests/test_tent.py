@@ -254,6 +254,22 @@ def test_the_index_is_that_of_adabn(model, drawn, by):
     assert len({len(p.index) for p in plans}) == 1 and type(vectors[0]) is type(vectors[1])
     if by == 'index': assert plans[0].index is plans[1].index is model.adapted_index
 
+def test_wells_that_the_model_cannot_name_are_not_made_surer(model, drawn):
+    "Those of other plate groups, for a model of one: their answers are all wrong"
+    one = copy.copy(model)
+    one.config = {**model.config, 'recipe': dict(stages=[dict(epochs=1)], only=dict(plate_group=1))}
+    asked = Screen(drawn.table.assign(plate_group=(drawn.table.plate % 2).astype('Int64')), drawn.source)
+    plan = plan_prediction(one, asked, 'adapted', adapt='tent')
+    assert set(plan.options.tent_rows.site_id) == set(plan.screen.table.site_id) and set(plan.options.tent_rows.plate) == {1, 3}
+
+def test_pixel_statistics_are_of_the_plates_that_are_made_surer(drawn, monkeypatch):
+    "A learner that has not seen these experiments looks for their plates in the source"
+    monkeypatch.setattr(E, 'FEW_WELLS', 4)
+    learn = learner(screen_dls(drawn.train, valid='none', bs=16, norm='plate', device='cpu', seed=0), seed=0)
+    rows = treated(drawn)
+    emb = learn.embed(Screen(rows[rows.plate == 1], drawn.source), adapt='experiment', tent_rows=rows, **HOW)
+    assert len(emb) == (rows.plate == 1).sum() and set(emb.Metadata_batchnorm) == {'experiment, entropy lowered'}
+
 def test_what_cannot_be_asked_for(model, drawn):
     refused(lambda: named(model, drawn, adapt_from='controls'), "adapt='tent'", 'adapt_from')
     untrained = copy.copy(model)

@@ -97,7 +97,7 @@ class EmbedOptions:
     mask:tuple=('plate_group', 'experiment') # Metadata passed as unknown
     adapt:str=None # BatchNorm statistics of each 'experiment' or 'plate' (AdaBN) instead of the training ones
     adapt_rows:pd.DataFrame=None # The rows that those statistics are taken from; `None`: the rows that are embedded
-    in_training:bool=False # With `adapt`: statistics of each batch of the group, and dropout, as in training (see `as_in_training`); instead of `adapt_rows`
+    in_training:bool=False # With `adapt`: statistics of each batch of the group, in random order, and dropout, as in training (see `as_in_training`); instead of `adapt_rows`
     tent_rows:pd.DataFrame=None # With `adapt`: rows whose answers are made surer (Tent, see `lowered_entropy`); `None`: BatchNorm statistics alone
     stat_rows:pd.DataFrame=None # Rows that plate or experiment pixel statistics may be taken of; `None`: all that the source has of those plates or experiments, `adapt_rows` and `tent_rows`
     prior:int=16 # With `adapt`: how many sites the training statistics count as
@@ -115,6 +115,7 @@ class EmbedOptions:
         check_choice('output', self.output, OUTPUTS)
         if self.adapt and self.bs < 2: raise ScreenError(f'{option("bs", self.bs)} gives no BatchNorm statistics: give batches of two or more.')
         if self.in_training and not self.adapt: raise ScreenError(f'in_training takes the statistics of batches of one experiment: add {option("adapt", "experiment")}.')
+        if self.in_training and not (self.adapt_rows is None and self.tent_rows is None): raise ScreenError('in_training takes the statistics of the rows that are embedded, batch by batch: leave out adapt_rows and tent_rows.')
         if self.tent_rows is not None and not self.adapt: raise ScreenError(f'tent_rows are for BatchNorm with statistics of its own: add {option("adapt", "experiment")}.')
 
 # %% ../../nbs/41_embed.embed.ipynb #0aabdbd1
@@ -165,10 +166,16 @@ def _starts(size, n, least):
     starts = [*range(0, size, n)]
     return starts[:-1] if len(starts) > 1 and size - starts[-1] < least else starts
 
-def _plan(samples, by, bs, part, least=1):
-    "Return the parts: experiments by name, the groups of each in table order, whole batches of each"
+def _mixed(at, keys, seed):
+    "Return samples in an order that their keys and the seed alone decide: that of a table may tell what they are"
+    at = at[np.argsort(keys[at], kind='stable')]
+    return at[np.random.default_rng(seed).permutation(len(at))]
+
+def _plan(samples, by, bs, part, least=1, mix=None):
+    "Return the parts: experiments by name, the groups of each in table order, whole batches of each; with `mix`, keys and a seed, samples in random order"
     codes, names = pd.factorize(stat_groups(samples, by).astype(str))
     at = np.split(np.argsort(codes, kind='stable'), np.bincount(codes).cumsum()[:-1])
+    if mix: at = [_mixed(a, *mix) for a in at]
     experiments = samples.experiment.astype(str).to_numpy()
     first, n = [experiments[o[0]] for o in at], max(part//bs, 1)*bs
     order = sorted(range(len(names)), key=lambda g: (first[g], g))
@@ -299,6 +306,17 @@ def _part_features(model, dl, part, number, o, tick):
     with no_random(o.seed + number) if o.views == 'random' or o.in_training else nullcontext():
         return _all_views(model, dl, part, o, tick)
 
+def _as_planned(part, spec, samples, mine):
+    "Return the rows of a group in the order in which its parts have the samples"
+    keys = samples[spec.key].iloc[np.concatenate([p.at for p in mine])]
+    return part.iloc[np.argsort(pd.Index(keys).get_indexer(part[spec.key]), kind='stable')]
+
+def _parts_of_groups(plan):
+    "Return the parts of each group"
+    res = {}
+    for p in plan: res.setdefault(p.group, []).append(p)
+    return res
+
 def _of_two(sizes, bs):
     "Return the batch size nearest to `bs` with which no batch of these parts holds a single sample, which has no statistics"
     fits = (b for d in range(max(sizes) + bs) for b in (bs - d, bs + d) if b > 1 and all(n % b != 1 for n in sizes if n > 1))
@@ -327,16 +345,16 @@ def embed_features(
     augs = site_augs(**(o.augs or {})) if o.views == 'random' else ()
     if not rank_world()[0]:
         for note in adaptation_notes(spec, screen.table, o.adapt, o.adapt_rows, o.tent_rows): print(f'note: {note}', file=sys.stderr)
-    tick = _ticks(plan, todo, o)
+    tick, parts, samples = _ticks(plan, todo, o), _parts_of_groups(plan), _samples(screen.table, spec)
     tick()
     for group, numbers in itertools.groupby(todo, lambda i: plan[i].group):
         part, others = rows.sites[group], rows.adapting[group] if o.adapt else None
-        numbers = list(numbers)
-        bs = _of_two([len(p.at) for p in plan if p.group == group], o.bs) if o.in_training else o.bs
+        numbers, sizes, bs = list(numbers), [len(p.at) for p in parts[group]], o.bs
+        if o.in_training: bs, part = _of_two(sizes, bs), _as_planned(part, spec, samples, parts[group])
         dl = spec_dl(spec, Screen(part, screen.source), augs=augs, stat_rows=rows.statistics(part), **{**fixed, 'bs': bs})
         surer = rows.surer.get(group)
         own = None if others is None else dict(fixed, stat_rows=rows.statistics(others if surer is None else pd.concat([others, surer])))
-        in_training = o.in_training and max(len(p.at) for p in plan if p.group == group) > 1
+        in_training = o.in_training and max(sizes) > 1
         how = as_in_training(model) if in_training else _adapted(model, spec, others, screen.source, o, own, surer)
         with eval_mode(model), how as tent:
             said = '' if o.tent_rows is None else str(tent or _FEW)
@@ -489,9 +507,15 @@ def _planned(model, spec, rows, o):
                                  'not known, or name it in mask.')
     samples = _samples(rows, spec)
     protocols = row_protocols(model, spec, samples, o.adapt, o.mask, o.trained)
-    return stamp_protocols(samples, protocols, o.adapt and f'{o.adapt}{", as in training" if o.in_training else "" if o.tent_rows is None else ", entropy lowered"}'), _plan(samples, o.adapt or 'experiment', o.bs, o.part, 1 + o.in_training)
+    return stamp_protocols(samples, protocols, o.adapt and f'{o.adapt}{", as in training" if o.in_training else "" if o.tent_rows is None else ", entropy lowered"}'), _plan(samples, o.adapt or 'experiment', o.bs, o.part, 1 + o.in_training, (samples[spec.key].astype(str).to_numpy(object), o.seed) if o.in_training else None)
 
 # %% ../../nbs/41_embed.embed.ipynb #ea6110bb
+def _that_matter(spec, screen, o):
+    "Return the rows whose pictures embeddings depend on: those that are embedded, and those that statistics are taken of"
+    rows = _among(screen.table, o.adapt_rows, o.tent_rows)
+    if not spec.per_group or o.stat_rows is None: return rows
+    return _among(rows, o.stat_rows[stat_groups(o.stat_rows, spec.norm).isin(stat_groups(rows, spec.norm))])
+
 def parts_facts(
     model, # A `ScreenModel`
     spec, # `ScreenSpec`
@@ -507,7 +531,7 @@ def parts_facts(
     if o.tent_rows is not None: same['adapt'] = f'{o.adapt}, entropy of {digest(_of_rows(o.tent_rows, spec), _of_classifier(model))[:16]}'
     if o.output != 'embedding': same.update(output=o.output, classifier=_of_classifier(model))
     return dict(format=1, model=model_fingerprint(model, spec), spec=digest(asdict(spec)),
-                pictures=_of_source(screen.source, screen.table), mask=sorted(o.mask), device=next(model.parameters()).device.type,
+                pictures=_of_source(screen.source, _that_matter(spec, screen, o)), mask=sorted(o.mask), device=next(model.parameters()).device.type,
                 torch=torch.__version__, **of_rows, **same)
 
 # %% ../../nbs/41_embed.embed.ipynb #291a7e27
@@ -617,5 +641,5 @@ def embed(self:Learner,
     if rows is None: rows = dls.valid.items
     screen = dls.screen[rows] if isinstance(rows, pd.DataFrame) else rows
     if dls.spec.per_group and screen.source is dls.screen.source and 'stat_rows' not in kwargs:
-        kwargs['stat_rows'] = _default_stat_rows(dls, _among(screen.table, kwargs.get('adapt_rows')))
+        kwargs['stat_rows'] = _default_stat_rows(dls, _among(screen.table, kwargs.get('adapt_rows'), kwargs.get('tent_rows')))
     return embed_screen(model, dls.spec, screen, **{'trained': trained, **kwargs})

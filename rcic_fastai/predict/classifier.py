@@ -9,6 +9,7 @@ __all__ = ['ClassifierIndex', 'LabelIndex']
 import numpy as np
 from ..core import *
 from ..embed.index import *
+from .predict import *
 
 # %% ../../nbs/51c_predict.classifier.ipynb #9fa2d30d
 class ClassifierIndex:
@@ -43,7 +44,7 @@ class ClassifierIndex:
     )->tuple: # scores float32 [Q,1] and rows int64 [Q,1] of the index
         "Return the best class of each query, as the first row of the index that has it"
         scores = self.class_scores(q)
-        best = scores.argmax(1)
+        best = best_class(scores)
         return scores[np.arange(len(q)), best][:, None], self.first[best][:, None]
 
 # %% ../../nbs/51c_predict.classifier.ipynb #db6c2a68

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WELLS', 'ADAPT', 'ADAPT_FROM', 'TELL', 'BY', 'prediction_rows', 'as_test', 'asked_experiments', 'with_groups',
            'PredictionPlan', 'other_wells', 'without_others', 'adapting_kinds', 'plan_prediction', 'recorded_options',
-           'nameable', 'check_outputs', 'check_cells_file', 'check_searches', 'told_plan', 'score_plan', 'embed_plan']
+           'nameable', 'check_outputs', 'check_cells_file', 'check_searches', 'check_embeds', 'told_plan', 'score_plan',
+           'embed_plan', 'drop_earlier']
 
 # %% ../../nbs/54_predict.plan.ipynb #cd9dcb31
 import sys
@@ -507,8 +508,8 @@ def _embed_options(model, spec, c, way, everything, given):
     "Return how the sites are embedded"
     output = 'probabilities' if spec.several else 'scores' if c['by'] == 'classifier' else 'embedding'
     table = everything.table
-    adapt_rows = table[table.well_type.isin(way.kinds)] if way.adapt else None
-    tent_rows = table[table.well_type.isin(_named_kinds(way.index))] if way.asked == 'tent' else None
+    adapt_rows = table[table.well_type.isin(way.kinds)] if way.adapt and way.asked != 'batch' else None
+    tent_rows = table[table.well_type.isin(_named_kinds(way.index)) & ~other_wells(model, table)] if way.asked == 'tent' else None
     return EmbedOptions(tta=c['tta'], views=c['views'], augs=_augs_of(model) if c['views'] == 'random' else None, output=output, mask=INDUCTIVE_MASK,
                         adapt=way.adapt, in_training=way.asked == 'batch', adapt_rows=adapt_rows, tent_rows=tent_rows, stat_rows=table if way.needs_controls else None,
                         bs=given['bs'], num_workers=given['workers'], trained=tuple(model.trained))
@@ -566,7 +567,7 @@ def plan_prediction(
     return PredictionPlan(Protocol(protocol), asked, way.index, options, way.correction, search, tuple(notes), {**record, **labels}, labels, told, spec=spec, cell_merge=cell_merge if cells else '')
 
 # %% ../../nbs/54_predict.plan.ipynb #5b296643
-_RECORDED = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'assign', 'adapt', 'adapt_from', 'correct', 'wells')
+_RECORDED = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'assign', 'adapt', 'adapt_from', 'correct', 'wells', 'bs')
 
 def _method_of(tag):
     "Return the correction that a record names, such as `Sphering(by='experiment')`, as an option does"
@@ -630,6 +631,13 @@ def check_searches(
     if isinstance(plan.index, LabelIndex): plan.index.search(None)
     if isinstance(plan.index, ClassifierIndex):
         raise ScreenError(f'The classifier answers without looking for neighbors: add {option("by", "index")}, or leave the neighbors out.')
+
+def check_embeds(
+    plan:PredictionPlan, # Any plan
+):
+    "Raise where embeddings are asked for and only class scores are made"
+    if isinstance(plan.index, ClassifierIndex):
+        raise ScreenError(f'The classifier answers by the scores of its classes, which are no embeddings: leave out {option("embeddings")}, or write them with {on_route("profile_file", "rcic_embed")}.')
 
 # %% ../../nbs/54_predict.plan.ipynb #3b762f04
 def _with_record(pred, plan):
@@ -739,11 +747,15 @@ def _label_answers(plan, tables):
     res.attrs.update(done[0].attrs)
     return name_labels(res)
 
-def _drop_cells(out):
-    "Remove the answers of cells that an earlier prediction of this name wrote"
-    path, record = cells_path(out), info_path(out)
-    if not path.is_file() or not record.is_file(): return
-    if read_json(record, 2**26).get('cells_sha256') == file_facts(path)['sha256']: path.unlink()
+def drop_earlier(
+    out, # CSV of predictions
+    cells:bool, # Drop the answers of cells
+    scores:bool, # Drop the scores
+):
+    "Remove what an earlier prediction of this name wrote beside its answers, and the next one does not write"
+    record = info_path(out)
+    for key, path in [('cells_sha256', cells_path(out))]*cells + [('scores_sha256', scores_path(out))]*scores:
+        if path.is_file() and record.is_file() and read_json(record, 2**26).get(key) == file_facts(path)['sha256']: path.unlink()
 
 def _write_answer(model, plan, out, neighbors, embeddings, scores, progress, untold=partial(repeat, None)):
     "Name the wells of a plan, one experiment in memory at a time, and write the files; predictions, or None in all processes but the first"
@@ -760,7 +772,7 @@ def _write_answer(model, plan, out, neighbors, embeddings, scores, progress, unt
     if embeddings: write_tables(embeddings, map(plan.correction, parts.experiments()) if plan.correction else parts)
     made = dict(tent=parts.said(), notes=[*plan.record['notes'], *parts.notes()]) if plan.options.tent_rows is not None else {}
     if plan.cell_merge: made['cells_sha256'] = file_facts(write_tables(cells_path(out), _named_cells(plan, parts.experiments(), scores)))['sha256']
-    else: _drop_cells(out)
+    drop_earlier(out, not plan.cell_merge, not scores)
     if scores: made['scores_sha256'] = file_facts(write_scores((score_plan(plan, t, u) for t, u in zip(nameable(tables(), plan.index), untold())), scores_path(out)))['sha256']
     write_predictions(pred, out, {**plan.record, **made})
     for f in (out, info_path(out), top_path(out), scores_path(out), cells_path(out), neighbors, embeddings):
@@ -791,6 +803,7 @@ def predict(self:TrainedModel,
             if out is not None and not rank_world()[0]: run.enter_context(only_one(out))
             plan = plan_prediction(self, screen, protocol, **kwargs)
             if neighbors: check_searches(plan)
+            if embeddings: check_embeds(plan)
             if not rank_world()[0]:
                 for n in plan.notes: print(f'note: {n}', file=sys.stderr)
         if out is None: return _with_record(_answer(self, plan, progress)[0], plan)

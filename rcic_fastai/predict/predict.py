@@ -68,8 +68,9 @@ def plate_groups_of(
 
 # %% ../../nbs/51_predict.predict.ipynb #8dbae91b
 def _ranking(scores, plate):
-    "How the siRNAs of a plate rank for each well: balanced, or each well alone where that fails; and a note on the latter"
-    try: return balance_plate(scores, plate=plate), []
+    "How the siRNAs of a plate rank for each well, by the logarithm of their balanced probabilities, or each well alone where that fails; and a note on the latter"
+    try:
+        with np.errstate(divide='ignore'): return np.log(balance_plate(scores, plate=plate)), []
     except ScreenError as e:
         return scores, [f'{str(e).partition(":")[0]}: its candidates after the first are ranked by the softmax of each '
                         'well alone.']
@@ -98,17 +99,17 @@ def _transduce(wells, scores, index, search, assign=True, untold=None):
         at, usable = treated[idx], np.isfinite(s[idx]).any(0)
         mine, plate = s[idx][:, usable], f'{e}_{p}'
         choice[at] = np.flatnonzero(usable)[assign_plate(mine, plate) if assign else best_class(mine)]
-        soft, note = _ranking(mine, plate) if assign else (mine - mine.max() - 1, [])
+        soft, note = _ranking(mine, plate) if assign else (mine, [])
         ranked[at] = -np.inf
         ranked[np.ix_(at, usable)] = soft
         notes += note
     full = pd.array([pd.NA]*len(wells), dtype='Int64'); full[treated] = groups
-    return choice, full, how, np.where(ranked == 0, -np.inf, ranked), scores, notes
+    return choice, full, how, ranked, scores, notes
 
 # %% ../../nbs/51_predict.predict.ipynb #2f1a6192
 def best_class(
     scores, # [W,K]
-    tie:float=1e-6, # Scores this close to the best are equal to it
+    tie:float=TIE, # Scores this close to the best are equal to it
 )->np.ndarray: # [W] column
     "Return the column of the best score; the first one of a tie"
     return (scores >= scores.max(1, keepdims=True) - tie).argmax(1)
@@ -121,11 +122,12 @@ def top_candidates(
     k:int=5, # How many
 )->pd.DataFrame: # top_1 (the answer), top_2, …; empty where no more are allowed
     "Return the answer and the best other classes of each well"
-    r = ranked.copy()
-    r[np.arange(len(r)), choice] = np.inf
-    at = np.argsort(-r, axis=1, kind='stable')[:, :k]
-    top = np.where(np.isneginf(np.take_along_axis(r, at, 1)), None, names[at])
-    return pd.DataFrame(top, columns=[f'top_{i+1}' for i in range(top.shape[1])])
+    r, rows, at, top = ranked.copy(), np.arange(len(ranked)), choice, []
+    for i in range(min(k, r.shape[1])):
+        if i: at = best_class(r)
+        top.append(np.where(np.isneginf(r[rows, at]) & (i > 0), None, names[at]))
+        r[rows, at] = -np.inf
+    return pd.DataFrame(np.stack(top, 1), columns=[f'top_{i+1}' for i in range(len(top))])
 
 # %% ../../nbs/51_predict.predict.ipynb #511a4766
 _ABOUT_WELLS = ('cell_type', 'experiment', 'plate', 'well', 'well_type')

@@ -20,15 +20,16 @@ from ..train.controls import *
 from ..embed.embed import *
 from ..embed.index import *
 from .assign import *
+from .predict import *
 
 # %% ../../nbs/52_predict.pseudo.ipynb #e197963e
 def _top_gap(s):
     "Return best and second class of each row, and their distance; −∞ for rows without a class"
     s, rows = s.copy(), np.arange(len(s))
-    first = s.argmax(1)
+    first = best_class(s)
     high = s[rows, first].copy()
     s[rows, first] = -np.inf
-    second = s.argmax(1)
+    second = best_class(s)
     with np.errstate(invalid='ignore'): gap = high - s[rows, second]
     return first, second, np.where(np.isneginf(high), -np.inf, gap)
 

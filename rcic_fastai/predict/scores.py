@@ -172,7 +172,7 @@ def name_labels(
     answered = p >= cut
     if not facts.get('no_label'):
         none = ~answered.any(1)
-        answered[none, (p[none]/np.maximum(cut, 1e-6)).argmax(1)] = True
+        answered[none, best_class(p[none]/np.maximum(cut, 1e-6))] = True
     cells = [join_labels(np.array(classes, object)[row]) for row in answered]
     res = scores.copy()
     res.insert(1, facts['target'], cells)

@@ -660,7 +660,7 @@ def _with_pictures(screen, sites, ids, columns, data, near, named, why, how, tit
 def _space_key(plan):
     "Return what decides how the embeddings of a plan are made"
     o = plan.options
-    return plan.record['adapt'], plan.record['adapt_from'], plan.record['correct'], plan.record['search'], o.tta, o.views, plan.record['wells'], plan.told is None
+    return plan.record['adapt'], plan.record['adapt_from'], plan.record['correct'], plan.record['search'], o.tta, o.views, o.bs, plan.record['wells'], plan.told is None
 
 def _plan_space(model, screen, protocol, given, spaces, progress, kwargs):
     "Return the space and the plan of a protocol; spaces that are alike are made once"
@@ -687,7 +687,7 @@ def _differing_note(name, pred, own):
             'scores, votes and neighbors are those of the embeddings shown here.']
 
 # %% ../../nbs/64_results.explore.ipynb #d15ff940
-_UNSAID = dict(adapt_from='all', wells='treatment')
+_UNSAID = dict(adapt_from='all', wells='treatment', bs=32)
 
 def _as_recorded(pred, given):
     "Return the options of a plan: those that are given, else those that the record of a prediction names"
@@ -702,12 +702,14 @@ def _column_of(model, screen, name, pred, emb, spaces, progress, kwargs):
     "Return a prediction with its space; without `pred`, the model names the wells"
     protocol, kwargs = name if pred is None else str(pred['protocol'].iloc[0]), _as_recorded(pred, kwargs)
     space, plan = _plan_space(model, screen, protocol, emb, spaces, progress, kwargs)
-    asked = plan_prediction(model, screen, protocol, **kwargs) if pred is None else plan
+    is_own = pred is None
+    asked = plan_prediction(model, screen, protocol, **kwargs) if is_own else plan
     own, _ = predict_wells(space.named, space.index, plan.protocol, **plan.search)
     if isinstance(asked.index, ClassifierIndex): pred = model.predict(screen, protocol, progress=progress, **kwargs)
     if pred is None: pred = own
     shown = pred.copy()
-    shown.attrs = {'record': {**asked.record, 'protocol': str(protocol)}, **pred.attrs, 'notes': [*(pred.attrs.get('notes') or ()), *_differing_note(name, pred, own)]}
+    record = {**asked.record, 'protocol': str(protocol)} if is_own else pred.attrs.get('record') or {}        # of others, only what theirs says
+    shown.attrs = {**pred.attrs, 'record': record, 'notes': [*(pred.attrs.get('notes') or ()), *_differing_note(name, pred, own)]}
     return PageColumn(name, shown, space, plan.search)
 
 def _check_pictures(max_mb, side, quality):

@@ -21,6 +21,7 @@ from ..screen.tables import has_plates
 from ..batch.site import channel_colors, channel_names, small_figures
 from ..embed.protocol import *
 from ..embed.table import *
+from ..embed.index import TIE
 from ..predict.trained import INDUCTIVE_MASK, TrainedModel, validation_note
 from ..predict.predict import *
 from ..predict.plan import *
@@ -285,7 +286,7 @@ def _strips(near, examples, screen):
     for well, truth, named in zip(examples.id_code, examples.truth, examples.predicted):
         mine = near[near.id_code == well]
         if not len(mine): continue
-        query = mine.loc[mine.cosine.idxmax(), 'query']
+        query = mine['query'][mine.cosine >= mine.cosine.max() - TIE].iloc[0]
         figs.append(neighbor_strip(mine[mine['query'] == query], query, truth, screen, named))
     return figs
 

@@ -54,6 +54,7 @@ class SWA(EMA):
         self.after, self.own, self.fitting = after, None, False
     def before_fit(self):
         if num_distrib() > 1: raise ScreenError(f'{type(self).__name__} measures BatchNorm in one process, and there are several: train without accelerate or torchrun, or take ema.')
+        if others := [type(cb).__name__ for cb in self.learn._grab_cbs(EMA) if cb is not self]: raise ScreenError(f'{type(self).__name__} and {others[0]} each leave a mean in the model, and one can stay: leave one of them out.')
         self.parts, self.losses, self.final, self.averaged = [], [], None, None
         self._begin()
     def window(self)->tuple:

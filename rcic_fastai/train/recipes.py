@@ -241,12 +241,12 @@ def _check_sampling(recipe, model=None):
     if asked and not reads_each: raise ScreenError(f"The stage {asked[0]!r} of the recipe has 'channel_sampling', and its model reads all channels together: let stem be bag in the model of the recipe, or leave channel_sampling out.")
 
 def _check_averages(recipe):
-    "Raise where the mean of several epochs would be replaced by the best one, or an early end would leave it unmeasured"
+    "Raise where the mean of several epochs would be replaced by the best one or by another mean, or an early end would leave it unmeasured"
     for s in recipe.stages:
-        means = [k for k in ('swa', 'swad') if k in [c if isinstance(c, str) else c.get('name') for c in s.callbacks]]
+        means = [k for k in ('swa', 'swad', 'ema', 'mean_teacher') if k in [c if isinstance(c, str) else c.get('name') for c in s.callbacks]]
         odd = [k for k in ('keep_best', 'patience') if getattr(s, k)]
-        if len(means) > 1: raise ScreenError(f'The stage {s.name!r} of the recipe has swa and swad, and one mean can stay in the model: leave one of them out.')
-        if means and odd: raise ScreenError(f'The stage {s.name!r} of the recipe has {means[0]!r}, the mean of several epochs, and {odd[0]}, which chooses one: leave one of them out.')
+        if len(means) > 1: raise ScreenError(f'The stage {s.name!r} of the recipe has {" and ".join(means)}, and one mean can stay in the model: leave one of them out.')
+        if odd and means and means[0] in ('swa', 'swad'): raise ScreenError(f'The stage {s.name!r} of the recipe has {means[0]!r}, the mean of several epochs, and {odd[0]}, which chooses one: leave one of them out.')
 
 # %% ../../nbs/33_train.recipes.ipynb #9fa7674b
 def _check_arguments(entry, given, func, but):
