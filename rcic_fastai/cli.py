@@ -711,7 +711,7 @@ def hits(
     from rcic_fastai.embed.hits import find_hits, hits_text
     found = find_hits(profiles, out, _roles(controls), target, dose, measure, correct, level, n_null,
                       seed, _mapping(columns, 'columns'))
-    print(f'{hits_text(found)}\n{out}: {plural(len(found), "perturbation")}, which {Path(out).with_suffix(".png")} shows')
+    print(f'{hits_text(found)}\n{out}: {plural(len(found), "perturbation")}, which {os.path.splitext(out)[0]}.png shows')
 
 def rcic_hits(argv=None):
     "Run the console script"
