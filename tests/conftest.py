@@ -87,3 +87,11 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [i for i in items if i.get_closest_marker('extra')]
     for item in items:
         for reason in skip_reasons(item): item.add_marker(pytest.mark.skip(reason=reason))
+
+@pytest.fixture(scope='session')
+def with_controls(tmp_path_factory):
+    "Folder of a small screen with controls"
+    from helpers import simulate_screen
+    folder = tmp_path_factory.mktemp('controls')/'screen'
+    simulate_screen(folder, ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=1, progress=False)
+    return folder
