@@ -276,7 +276,7 @@ def pack(
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
     dry_run:store_true=False, # Print what the screen is taken for and what is missing, and write nothing
-    pattern:str='', # For files whose names say what they show: where, in quotes, such as '{plate}_{well}_s{site}_w{channel}.tif'; or a known one: imagexpress, phenix, operetta, cellvoyager, cell-painting-gallery or rxrx1
+    pattern:str='', # For files whose names say what they show: where, in quotes, with the folders below SCREEN, such as '{experiment}/{plate}_{well}_s{site}_w{channel}.tif'; or a known one: imagexpress, phenix, operetta, cellvoyager, cell-painting-gallery or rxrx1
     layout:str='', # For --pattern: CSV with what is in each well, or in each well of each plate
     channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=2; empty: all
     columns:str='', # For a table of files or of wells: what its columns are, such as experiment=Batch,plate=Barcode,sirna=treatment; dataset= for no such column
@@ -737,7 +737,7 @@ def hits(
     from rcic_fastai.embed.hits import find_hits, hits_text
     found = find_hits(profiles, out, _roles(controls), target, dose, measure, correct, level, n_null,
                       seed, _mapping(columns, 'columns'))
-    print(f'{hits_text(found)}\n{out}: {plural(len(found), "perturbation")}')
+    print(f'{hits_text(found)}\n{out}: {plural(len(found), "perturbation")}, which {os.path.splitext(out)[0]}.png shows')
 
 def rcic_hits(argv=None):
     "Run the console script"

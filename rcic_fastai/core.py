@@ -17,6 +17,7 @@ import hashlib, json, os, platform, re, signal, stat, threading, time, zlib
 from contextlib import ExitStack, contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
+from shlex import quote
 import numpy as np
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -83,10 +84,10 @@ def _pairs(mapping):
         else: yield k, '' if v is None else v
 
 def _typed(value):
-    "Return a value as it is typed in a shell: lists with commas, pairs as name=value"
-    if isinstance(value, dict): return ','.join(f'{a}={b}' for a, b in _pairs(value))
+    "Return a value as it is typed in a shell: lists with commas, pairs as name=value; in quotes where the shell needs them"
+    if isinstance(value, dict): return quote(','.join(f'{a}={b}' for a, b in _pairs(value)))
     if value is None: return 'no'
-    return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return quote(','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
 
 def _written(value):
     "Return a value as it is written in Python"

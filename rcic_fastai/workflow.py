@@ -420,8 +420,8 @@ def _screen_to_learn(screen, recipe, given, data):
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data, beside
 
 # %% ../nbs/71_workflow.ipynb #8191c58d
-_SHARED_BATCH = ('the model knows the experiments of those plates, so accuracy there is more than on new experiments, '
-                 'and no result of a protocol')
+_SHARED_BATCH = ('the model knows the experiments of those plates, so on new experiments it may reach less, '
+                 'and accuracy there is no result of a protocol')
 
 def _held_note(n, held, plates, nothing):
     "Return what is held out of `n` training experiments and what that costs; empty where nothing needs to be said"
@@ -516,7 +516,7 @@ def _check_dls(dls, recipe, given):
                           f'name experiments with {option("valid", "EXP")}, or leave {option("refit", True)} out.')
 
 # %% ../nbs/71_workflow.ipynb #aaa4de61
-def _say_data(learned, dls, given, by_itself):
+def _say_data(learned, dls, given, by_itself, measures):
     "Print how much is learned from and held out, and what should be known of it"
     what = 'labels' if dls.spec.several else f'{given["target"]} classes'
     plates = [plate_name(*o) for o in dls.held_plates]
@@ -524,6 +524,7 @@ def _say_data(learned, dls, given, by_itself):
           f'({", ".join(dls.held_out or plates) or ("images" if dls.held_images else "none")}), '
           f'{len(dls.spec.labels)} {what}, {plural(len(learned.channels), "channel")}')
     by_itself = by_itself and given['phase'] != 'validate' and not (learned.table.dataset == 'val').any()
+    by_itself, plates = by_itself and measures, plates if measures else ()      # without an epoch no accuracy is measured
     held = training_notes(learned.train.table, given['target'], dls.held_out if by_itself else (), plates,
                           by_itself and not dls.valid.n and has_plates(learned.table))
     for note in [*held, *_aside_notes(learned.table, dls), *picture_notes(learned)]: print(f'note: {note}')
@@ -548,7 +549,7 @@ def _training_learner(screen, recipe, given, workers, begin=None):
     how = dict(valid=valid, target=given['target'], seed=given['seed'], num_workers=workers)
     dls = screen_dls(learned, **{**data, **how})
     _check_dls(dls, recipe, given)
-    _say_data(learned, dls, given, by_itself)
+    _say_data(learned, dls, given, by_itself, bool(recipe.stages))
     if begin:
         spec = replace(begin.spec, labels=[]) if recipe.begin == 'features' else begin.spec
         learn = learner_from(begin.model, spec, dls, given['seed'])

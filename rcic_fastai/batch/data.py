@@ -707,6 +707,8 @@ def channels_note(
     return f'The screen has the channels {", ".join(have)}, and the model reads {", ".join(want)} of them, by name.'
 
 # %% ../../nbs/13_batch.data.ipynb #5685cb47
+def _as_the_model(lacks, odd): return f'pack it with the names of the model, as {option("channels", f"{lacks[0]}={odd[0]}")}'
+
 def spec_source(
     spec:ScreenSpec, # What the model was trained on
     source, # Image source
@@ -714,9 +716,11 @@ def spec_source(
     "Return a source with the channels of a model, by name; a `ScreenError` when it lacks some, or has other bits"
     have, want = list(source.channels), list(spec.channels)
     if lacks := [c for c in want if c not in have]:
+        odd = [c for c in have if c not in want]
+        same = f'if some are the same stains, {_as_the_model(lacks, odd)}; if not, ' if odd else ''
         raise ScreenError(f'The model was trained on {plural(len(want), "channel")} '
                           f'({", ".join(want)}) and the screen lacks {first_few(lacks)} (it has {", ".join(have)}): '
-                          f'give it images of those {plural(len(want), "channel")}, under the same names.')
+                          f'{same}give it images of those {plural(len(want), "channel")}, under the same names.')
     if source.dtype.itemsize*8 != spec.bits:
         raise ScreenError(f'The model was trained on {spec.bits}-bit images and the screen has '
                           f'{source.dtype.itemsize*8}-bit ones: convert them, or train on this screen.')
@@ -732,8 +736,8 @@ def narrowed_spec(
     at = [i for i, c in enumerate(want) if c in have]
     lacks, odd = [c for c in want if c not in have], [c for c in have if c not in want]
     if lacks and odd:
-        raise ScreenError(f'The screen lacks {first_few(lacks)} and has {first_few(odd)}, which the model does not know: if they are the same stains, pack it with the names of the model, as '
-                          f'{option("channels", f"{lacks[0]}={odd[0]}")}; if not, pack or pick the other channels only.')
+        raise ScreenError(f'The screen lacks {first_few(lacks)} and has {first_few(odd)}, which the model does not know: if they are the same stains, '
+                          f'{_as_the_model(lacks, odd)}; if not, pack or pick the other channels only.')
     if not lacks: return spec
     stats = {k: [v[i] for i in at] for k in ('norm_mean', 'norm_std') if (v := getattr(spec, k)) is not None}
     return replace(spec, channels=[want[i] for i in at], **stats)

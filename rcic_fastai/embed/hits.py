@@ -324,7 +324,17 @@ def corrected_profiles(
     return (emb if method is None else correct(emb, method, **options)), notes
 
 # %% ../../nbs/45_embed.hits.ipynb #a988d385
-def _name_of(row, names): return ' '.join(short_text(row[c], 18) for c in names)
+def _name_of(row, names): return ' '.join(short_text(f'{o:g}' if isinstance(o := row[c], float) else o, 18) for c in names)
+
+def _name_points(ax, best, names):
+    "Write names below each other, each tied to its point: the strongest hits have the same p, the smallest that there is"
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    step, at = min(.06, .9/max(len(best), 1)), 1.
+    for _, row in best.iterrows():
+        at = min(at, (-np.log10(row.p) - low)/(high - low)) - step
+        ax.annotate(picture_text(_name_of(row, names)), (row.activity, -np.log10(row.p)), (row.activity, at), fontsize=6,
+                    textcoords=('data', 'axes fraction'), ha='right' if row.activity > (left + right)/2 else 'left',
+                    va='center', arrowprops=dict(arrowstyle='-', lw=.3, color='.6', shrinkA=0, shrinkB=0))
 
 def _draw_activity(ax, hits, names, most):
     "Draw activity and p of all perturbations, with the names of the strongest hits"
@@ -332,11 +342,8 @@ def _draw_activity(ax, hits, names, most):
     for is_hit, color, label in ((False, '#c8c8c8', 'no hit'), (True, 'C3', 'hit')):
         mine = hits.hit == is_hit
         ax.scatter(hits.activity[mine], y[mine], s=14, color=color, lw=0, label=f'{label} ({mine.sum()})')
-    best = hits[hits.hit].sort_values(['p', 'activity'], ascending=[True, False])[:most]
-    for _, row in best.iterrows():
-        ax.annotate(picture_text(_name_of(row, names)), (row.activity, -np.log10(row.p)), fontsize=6,
-                    xytext=(3, 2), textcoords='offset points')
-    ax.set(xlabel='activity', ylabel='−log₁₀ p')
+    ax.set(xlabel='activity', ylabel='−log₁₀ p', xlim=ax.get_xlim(), ylim=ax.get_ylim())
+    _name_points(ax, hits[hits.hit].sort_values(['p', 'activity'], ascending=[True, False])[:most], names)
     ax.legend(fontsize=7, loc='lower right')
 
 # %% ../../nbs/45_embed.hits.ipynb #4df495a1
@@ -376,6 +383,18 @@ def _trained_note(m, trained):
     return (f'{trained.sum()} of {len(m)} wells were trained on ({META}trained): the model knows their answers, so '
             f'they differ from the controls even where the perturbation does nothing, and hits may be false: {do}.')
 
+# %% ../../nbs/45_embed.hits.ipynb #de9eca69
+def _dose_notes(m, table):
+    "Return a sentence for each column of doses that is no part of the perturbations, where these have several"
+    names, notes = [c for c in m if c in table and c != 'n_wells'], []
+    for c in [c for c in m if c not in table and usual_name(c) in map(usual_name, _DOSES)]:
+        doses = m[~m.is_control].groupby(names)[c].nunique()
+        if not (n := int((doses > 1).sum())): continue
+        target = '+'.join([*names, c])
+        notes.append(f'{plural(n, "perturbation has", "perturbations have")} wells of several doses in the column {c}, and these are '
+                     f'taken together, so an effect at one dose may be lost among the others: {option("target", target)} tells them apart.')
+    return notes
+
 # %% ../../nbs/45_embed.hits.ipynb #261b2779
 def hit_notes(
     m:pd.DataFrame, # Metadata of the wells
@@ -397,6 +416,7 @@ def hit_notes(
     if 'correction' in m and m.correction.astype(str).str.contains(_FROM_CONTROLS).any():
         notes.append('The profiles were corrected by their controls, which then lie closer '
                      'together than other wells without an effect: expect more false hits than the level says.')
+    notes += _dose_notes(m, table)
     cells = m.get('cell_type', pd.Series(dtype=object)).dropna().astype(str).unique()
     if len(cells) > 1 and 'cell_type' not in table:
         notes.append(f'Wells of {first_few(cells)} are compared together: '

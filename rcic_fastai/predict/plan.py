@@ -420,7 +420,7 @@ def _chosen_here(model, rows, c, neck):
     "Return what is to be known of wells by which the search was chosen; empty for others"
     if c['search'] != 'auto' or neck == 'no' or not model.config.get('search'): return ''
     same = sorted({*rows.experiment.astype(str)} & {*model.config['held_out']})
-    return f'The search {neck} was chosen by wells of {first_few(same, 3)}, so accuracy there is a little more than on new experiments.' if same else ''
+    return f'The search {neck} was chosen by wells of {first_few(same, 3)}, so accuracy there may be a little more than on new experiments.' if same else ''
 
 def _recorded(model, name, asked, spec, c, given, chosen=''):
     "Return how a prediction is made, for the file beside it"

@@ -254,7 +254,7 @@ def _reached_on(m):
     where = m.get('held_plates') or m.get('held_out') or ['held-out images']
     return f'{what} of {value:.3f} on {first_few(where, 4)}'
 
-_SHARED = 'the model knows the experiments of those plates, so this is more than it reaches on new experiments, and no result of a protocol'
+_SHARED = 'the model knows the experiments of those plates, so on new experiments it may reach less, and this is no result of a protocol'
 
 def validation_note(
     config:dict, # `TrainedModel.config`

@@ -47,8 +47,9 @@ def label_direction(
     return torch.from_numpy((means.loc[str(label)] - means.mean()).to_numpy(copy=True)).float()
 
 def _own_answers(model, rows, screen):
-    "Return what the model calls each well, from the well alone"
-    pred, _ = predict_wells(model.embed(screen[rows], tta=1, mask=INDUCTIVE_MASK, progress=False), model.index)
+    "Return what the model calls each well, from the well alone (and, where plates normalize it, its plate)"
+    protocol = 'adapted' if model.spec.per_group else 'inductive'       # with norm plate, a picture is never seen alone
+    pred, _ = predict_wells(model.embed(screen[rows], tta=1, mask=INDUCTIVE_MASK, progress=False), model.index, protocol)
     return dict(zip(pred['id_code'], pred[model.spec.target].astype(str)))
 
 # %% ../../nbs/63_results.explain.ipynb #11f59aed

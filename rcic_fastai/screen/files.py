@@ -48,6 +48,8 @@ def plate_format(
 # %% ../../nbs/05_screen.files.ipynb #b5ffe3a2
 class FileSource(ImageSource):
     "An image source over files that a table names: one per channel, or one per site"
+    opens_some = True
+
     def __init__(self,
         root:str|Path, # Folder that relative paths start from
         table:pd.DataFrame, # Site table

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PNG_SIGNATURE', 'MOST_PIXELS', 'png_header', 'most_packed', 'check_png', 'check_png_kind', 'decode_png',
            'find_experiment', 'ImageSource', 'renamed_channels', 'reader_pool', 'PngTree', 'only_present',
-           'unfit_sites', 'stat_columns', 'channel_stats', 'site_stats', 'stat_groups', 'screen_stats', 'load_site']
+           'lacking_said', 'unfit_sites', 'stat_columns', 'channel_stats', 'site_stats', 'stat_groups', 'screen_stats',
+           'load_site']
 
 # %% ../../nbs/03_screen.images.ipynb #f241ceb3
 import copy, os, struct, threading, zlib
@@ -19,7 +20,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import ScreenError, check_choice, is_remote, open_plain, option, plural, read_plain, with_bar
+from ..core import ScreenError, check_choice, first_few, is_remote, open_plain, option, plural, read_plain, with_bar
 from .remote import as_path, each, remote_facts
 from .tables import CHANNELS
 
@@ -132,6 +133,7 @@ def find_experiment(
 # %% ../../nbs/03_screen.images.ipynb #19b48662
 class ImageSource:
     "The interface of all sources of pixels; a kind of source adds `shape`, `dtype` and `_read(site_id, out)`, and `missing` where files can be absent"
+    opens_some = False # Whether channels that were not chosen when it was opened need no files
     reads_channels = False # Whether `_read` can read some of the channels only: their positions in `at`
 
     def __init__(self,
@@ -414,6 +416,35 @@ def only_present(
         raise ScreenError(f'none of the {plural(len(table), "site")} has all its channel files ({source!r}): '
                           'check the folder of the images.')
     return keep, len(table) - len(keep)
+
+# %% ../../nbs/03_screen.images.ipynb #88c1d99d
+def _plates_lacking(table, absent, channels):
+    "Return {channels: plates that lack just these in all their sites}"
+    place, lacking = ['experiment', 'plate'], {}
+    sizes = table.groupby(place).site_id.nunique()
+    each = absent[['site_id', 'missing']].explode('missing').merge(table[['site_id', *place]], on='site_id')
+    counts = each.groupby([*place, 'missing']).site_id.nunique()
+    whole = counts[counts.to_numpy() == sizes.reindex(counts.index.droplevel(-1)).to_numpy()]
+    for (experiment, plate), n in whole.groupby(place):
+        lost = set(n.index.get_level_values('missing'))
+        names = tuple(c for c in channels if c in lost)
+        if 0 < len(names) < len(channels): lacking.setdefault(names, []).append(f'{experiment} {plate}')
+    return lacking
+
+def lacking_said(
+    table:pd.DataFrame, # Site table
+    absent:pd.DataFrame, # From `source.missing()`
+    source, # Image source
+)->str: # What is lacking, and what to do, to be put behind 'N sites lack files'
+    "Return which channels whole plates lack, as a plate of another stain has, and what to do about absent files"
+    lacking = _plates_lacking(table, absent, source.channels)
+    said = ''
+    for lost, plates in lacking.items():
+        one, several = len(lost) == 1, len(plates) > 1
+        said += (f'; plate{"s"*several} {first_few(plates, 4)} {"have" if several else "has"} no file of '
+                 f'channel{"" if one else "s"} {first_few(lost)}')
+    pick = f'choose channels that all plates have with {option("channels")}, ' if said and source.opens_some else ''
+    return f'{said}: restore them, {pick}or leave those sites out with {option("only_present", True)}'
 
 # %% ../../nbs/03_screen.images.ipynb #b7d7e10b
 @patch

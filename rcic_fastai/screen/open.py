@@ -314,8 +314,9 @@ def missing_parts(
         lines.append(f'no well is a control; in a table of files or a layout, '
                      f'{option("controls", {"negative_control": ["DMSO"]})} names perturbations that are')
     if wells[wells.well_type == 'treatment'].sirna.isna().all():
+        also = f'; of files with names, in the table of {option("layout")}' if screen.source.opens_some else ''
         lines.append('no well has a perturbation: '
-                     f'name the column that says it with {option("columns", {"sirna": "COLUMN"})}')
+                     f'name the column that says it with {option("columns", {"sirna": "COLUMN"})}{also}')
     elif note := unnamed_note(wells): lines.append(note)
     if note := _spelling_note(wells): lines.append(note)
     do, is_packed = option('test', 'EXP,EXP'), isinstance(screen.source, PackedScreen)
@@ -337,8 +338,8 @@ def _missing_lines(screen, only_present):
     unfit = unfit_sites(screen.source, there.table.site_id)
     bad = [f'packing would stop: {unfit}'] if unfit else []
     if not len(absent): return ['missing: no file', *bad], screen
-    do = 'they are left out' if only_present else f'restore them, or leave those sites out with {option("only_present", True)}'
-    said = f'missing: files of {len(absent)} of {plural(len(screen), "site")} ({first_few(absent.file, 3)}): {do}'
+    do = ': they are left out' if only_present else lacking_said(screen.table, absent, screen.source)
+    said = f'missing: files of {len(absent)} of {plural(len(screen), "site")} ({first_few(absent.file, 3)}){do}'
     return [said, *bad], there if only_present and len(there) else screen
 
 # %% ../../nbs/08_screen.open.ipynb #017d1feb

@@ -23,7 +23,7 @@ from ..core import (OwnFolder, ScreenError, check_choice, check_unchanged, first
                               open_plain, option, plural, parse_json, read_plain, sha256, write_atomic, write_json)
 from .remote import REQUESTS, as_path, each, read_any
 from .tables import check_table, read_metadata, read_parquet
-from .images import MOST_PIXELS, ImageSource, channel_stats, stat_columns, unfit_sites
+from .images import MOST_PIXELS, ImageSource, lacking_said, channel_stats, stat_columns, unfit_sites
 
 # %% ../../nbs/04_screen.pack.ipynb #d1ff0001
 def _differences(site):
@@ -264,8 +264,8 @@ def _check_packable(source, table):
     absent = source.missing()
     absent = absent[absent.site_id.isin(set(table.site_id))]
     if len(absent):
-        raise ScreenError(f'{len(absent)} of {len(table)} sites lack channel files ({first_few(absent.file)}): restore '
-                          f'them, or leave those sites out with {option("only_present", True)}.')
+        raise ScreenError(f'{len(absent)} of {len(table)} sites lack channel files ({first_few(absent.file, 4)})'
+                          f'{lacking_said(table, absent, source)}.')
     if why := unfit_sites(source, table.site_id): raise ScreenError(why)
 
 # %% ../../nbs/04_screen.pack.ipynb #32929567

@@ -31,8 +31,8 @@ def _field_key(name, pattern):
     key = known.get(usual_name(name), name)
     if name.lower() in _ROW_COLUMN: key = name.lower()
     if key in _NO_FIELDS or not name.isidentifier():
-        raise ScreenError(f'The pattern {pattern} has the field {{{name}}}, which no name of a file can give: choose '
-                          f'from {first_few([*_FIELDS, *_ROW_COLUMN], 20)}, or a word of your own.')
+        raise ScreenError(f'The pattern {pattern} has the field {{{name}}}, which is no name of a column or has another meaning: choose '
+                          f'from {first_few([*_FIELDS, *_ROW_COLUMN], 20)}, or another word of letters and digits.')
     return key
 
 # %% ../../nbs/06b_screen.pattern.ipynb #804e5f52
@@ -179,6 +179,21 @@ def show_pattern(
     if known := guess_pattern(paths): return f'{option("pattern", known)}, which fits'
     return f'{option("pattern", "{plate}_{well}_s{site}_w{channel}.tif")}, or take a known one ({", ".join(PATTERNS)})'
 
+# %% ../../nbs/06b_screen.pattern.ipynb #7fde1f13
+def _fits(paths, pattern, most=50):
+    "Return whether a pattern fits half of some paths"
+    tried = paths[::max(len(paths)//most, 1)]
+    return _how_much(tried, pattern)[0]*2 >= len(tried)
+
+def _mended(paths, pattern):
+    "Return how a pattern that fits nothing would fit: with the folders, or the ending, that the files have; or ''"
+    has_plate, ending = 'plate' in _expression(pattern, True).groupindex, os.path.splitext(example_path(paths))[1]
+    fronts = {'': '', ('{experiment}/' if has_plate else '{plate}/'): f' where each folder is {"a batch" if has_plate else "a plate"}', '**/': ''}
+    for body in dict.fromkeys([pattern, os.path.splitext(pattern)[0] + ending]):
+        for front, where in fronts.items():
+            if _fits(paths, front + body): return f'give {option("pattern", front + body)}, which fits{where}'
+    return ''
+
 # %% ../../nbs/06b_screen.pattern.ipynb #84e48c3d
 def _check_all(files, pattern):
     "Raise a `ScreenError` when some names have a field that others lack"
@@ -214,9 +229,8 @@ def pattern_files(
     other = [p for p in paths if p not in found]
     if not paths: raise ScreenError(f'{folder} holds no files: give the folder of the pictures.')
     if not found:
-        name = guess_pattern(other)
-        do = 'put its fields into braces, and * for other text'
-        if name: do = f'give {option("pattern", name)}, which fits'
+        do = _mended(other, pattern) or 'put its fields into braces, and * for other text'
+        if do[:4] == 'put ' and (name := guess_pattern(other)): do = f'give {option("pattern", name)}, which fits'
         raise ScreenError(f'None of {plural(len(paths), "file")} in {folder} fits the pattern {pattern}, such as '
                           f'{example_path(other)}: {do}.')
     if other:

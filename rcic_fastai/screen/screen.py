@@ -137,8 +137,8 @@ def complete(self:Screen,
     absent = self.source.missing()
     files = absent.file[absent.site_id.isin(set(self.table.site_id))]
     if len(files) and not only_present:
-        raise ScreenError(f'{len(files)} of {len(self)} sites lack channel files ({first_few(files)}): restore them, '
-                          f'or leave those sites out with {option("only_present", True)}.')
+        raise ScreenError(f'{len(files)} of {len(self)} sites lack channel files ({first_few(files, 4)})'
+                          f'{lacking_said(self.table, absent, self.source)}.')
     rows = _only_present(self.table, self.source)[0] if len(files) else self.table
     if len(files): print(f'{len(files)} of {len(self)} sites have absent files and are left out')
     return Screen(rows, self.source.restrict(rows), self.name)
