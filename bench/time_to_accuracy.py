@@ -32,8 +32,8 @@ def drawn(folder):
     "Return the screen, drawn and packed once"
     store = folder/'time_to_accuracy.zarr'
     if not store.exists():
-        simulate_screen(folder/'screen', TRAIN + UNSEEN, sirnas=40, size=96, controls=2, seed=7, progress=False)
-        pack_screen(open_screen(folder/'screen'), store, progress=False)
+        simulate_screen(folder/'time_to_accuracy', TRAIN + UNSEEN, sirnas=40, size=96, controls=2, seed=7, progress=False)
+        pack_screen(open_screen(folder/'time_to_accuracy'), store, progress=False)
     return open_screen(store)
 
 
