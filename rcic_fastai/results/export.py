@@ -207,8 +207,8 @@ def _shown_sites(profiles, table):
     "Return the site that is shown of each profile: its own, or the first of its well"
     by = next((c for c in ('site_id', 'well_id') if f'Metadata_{c}' in profiles), None)
     if by is None: raise ScreenError('The profiles have no column Metadata_well_id: give profiles that rcic_embed wrote.')
-    ids = profiles[f'Metadata_{by}'].astype(str)
-    sites = ids.map(table.drop_duplicates(by).set_index(by)['site_id'])
+    ids, first = profiles[f'Metadata_{by}'].astype(str), table.drop_duplicates(by)
+    sites = ids.map(pd.Series(first['site_id'].to_numpy(), index=first[by].to_numpy()))
     if sites.isna().any():
         raise ScreenError(f'{plural(int(sites.isna().sum()), "profile")} of {len(ids)} are of no {by[:4]} of the screen ({first_few(ids[sites.isna()], 3)}): give the screen that they were made of.')
     return sites
