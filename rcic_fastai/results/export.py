@@ -210,7 +210,7 @@ def _shown_sites(profiles, table):
     ids, first = profiles[f'Metadata_{by}'].astype(str), table.drop_duplicates(by)
     sites = ids.map(pd.Series(first['site_id'].to_numpy(), index=first[by].to_numpy()))
     if sites.isna().any():
-        raise ScreenError(f'{plural(int(sites.isna().sum()), "profile")} of {len(ids)} are of no {by[:4]} of the screen ({first_few(ids[sites.isna()], 3)}): give the screen that they were made of.')
+        raise ScreenError(f'{plural(int(sites.isna().sum()), "profile")} of {len(ids)} are of no {by[:4]} of the screen ({first_few(ids[sites.isna()].unique(), 3)}): give the screen that they were made of.')
     return sites
 
 def _image_names(sites, channels):
