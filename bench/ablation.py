@@ -47,7 +47,11 @@ MODELS = dict( # name: what the model is trained with; each adds to the one abov
     lisa_mixup=dict(**_BATCH, batch_by='pairs', callbacks=(dict(name='lisa', how='mixup', p=.5),)),
     contrast=dict(**_BATCH, batch_by='pairs', callbacks=(dict(name='contrast', weight=.2),)),
     lisa_contrast=dict(**_BATCH, batch_by='pairs', callbacks=(dict(name='lisa', p=.5), dict(name='contrast', weight=.2))),
+    contrast_memory=dict(**_BATCH, batch_by='pairs', callbacks=(dict(name='contrast', weight=.2, memory=256),)),
+    contrast_centroids=dict(**_BATCH, batch_by='pairs', callbacks=(dict(name='contrast', weight=.2, memory=256, to='centroids'),)),
     mixstyle=dict(**_BATCH, callbacks=('mixstyle',)),
+    dsu=dict(**_BATCH, callbacks=('dsu',)),
+    adversarial_style=dict(**_BATCH, callbacks=('adversarial_style',)),
     by_experiment=dict(**_BATCH, batch_by='experiment'),
     by_two=dict(**_BATCH, batch_by='experiment', batch_groups=2),
     with_controls=dict(**_BATCH, batch_by='experiment', callbacks=(dict(name='control_batches', n=8),)),
@@ -249,7 +253,8 @@ CLAIMS = ( # what is said to help, on experiments never seen: with it, and witho
     ('metadata: plate group', ('metadata', 'plate groups as input'), ('metadata', 'two sites, TTA')),
     *[(f'{what}{", adapted" if way else ""}', (m, way or 'two sites, TTA'), (beside, way or 'two sites, TTA')) for way in ('', '+ AdaBN, index too') for what, m, beside in (
         ('batches of pairs', 'pairs', 'cutmix'), ('LISA (boxes)', 'lisa', 'cutmix'), ('LISA (Mixup)', 'lisa_mixup', 'cutmix'), ('contrast of pairs', 'contrast', 'cutmix'), ('LISA and contrast', 'lisa_contrast', 'cutmix'),
-        ('MixStyle', 'mixstyle', 'cutmix'), ('batches of one experiment', 'by_experiment', 'cutmix'), ('batches of two experiments', 'by_two', 'cutmix'), ('controls in every batch', 'with_controls', 'by_experiment'),
+        ('contrast with earlier batches', 'contrast_memory', 'cutmix'), ('contrast with centroids', 'contrast_centroids', 'cutmix'),
+        ('MixStyle', 'mixstyle', 'cutmix'), ('DSU', 'dsu', 'cutmix'), ('adversarial style', 'adversarial_style', 'cutmix'), ('batches of one experiment', 'by_experiment', 'cutmix'), ('batches of two experiments', 'by_two', 'cutmix'), ('controls in every batch', 'with_controls', 'by_experiment'),
         ('a bag of channels', 'bag', 'cutmix'), ('channel sampling', 'bag_sampled', 'bag'), ('SimSiam first', 'simsiam', 'cutmix'), ('SWA', 'swa', 'cutmix'), ('SWAD', 'swad', 'watched'))],
     *[(f'{m}: search {n}{", adapted" if a else ""}', (m, f'{a}search {n}'), (m, '+ AdaBN, index too' if a else 'two sites, TTA')) for m in ('cutmix', 'lisa') for a in ('', '+ AdaBN, ') for n in SEARCHES[1:]])
 FULL = 'cutmix', 'two sites, TTA'  # the full method, inductive; two sites in training were to be part of it, and lost with the first seed

@@ -632,23 +632,49 @@ def rcic_drift(argv=None):
     return run_command(drift, argv, 'rcic_drift')
 
 # %% ../nbs/72_cli.ipynb #8e689a02
+def _as_held_out(model, screen):
+    "Return a screen in which the wells to predict are those that a model held out; those that it learned stay, as their neighbors are shown"
+    import pandas as pd
+    from rcic_fastai.screen.open import open_screen
+    whole = open_screen(screen, check=False)
+    held, table = model.held_out(whole).table, whole.table
+    rest = table[(table.dataset != 'test') & ~table.site_id.isin(held.site_id)]
+    return whole[pd.concat([rest, held], ignore_index=True)]
+
 def report(
-    model, # Model folder
-    screen, # The screen that was predicted; with labels the page also shows what is right and wrong
-    predictions, # CSV from rcic_predict, or several with commas; NAME=CSV when two have one protocol
-    out, # HTML file to write
+    model, # Model folder, from rcic_train
+    screen, # The screen that was predicted, or will be; with labels the page also shows what is right and wrong
+    out, # HTML file to write, such as report.html
+    predictions:str='', # CSV from rcic_predict, or several with commas, NAME=CSV when two have one protocol; empty: the model predicts, in files beside OUT, such as report.inductive.csv
+    protocol:str='', # Without --predictions: inductive, adapted or transductive, or several with commas; empty: all that are possible
+    experiments:str='', # Without --predictions: experiments to predict, EXP,EXP, none of which the model learned; empty: those that are marked as test
+    held_out:store_true=False, # Without --predictions: the wells of the training experiments that the model held out, instead of test experiments
     title:str='', # Heading; empty: the model and the number of wells
     most:int=4000, # Test sites that are embedded for the maps: whole experiments
+    only_present:store_true=False, # Leave out sites whose files are absent (as in training, if it was given there)
     device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
+    workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
+    bs:int=32, # Batch size of the predictions
 ):
     "Write one HTML file that shows what a model did with a screen"
+    given = {k: v for k, v in locals().items() if k not in ('model', 'held_out', 'device')}
     from rcic_fastai.folder import load_model
     from rcic_fastai.predict.ensemble import read_answers
     from rcic_fastai.results.report import check_report_path, report_screen
     from rcic_fastai.train.distributed import on_device
     check_report_path(out)
+    given['predictions'] = _tables(predictions, read_answers)
+    if held_out and (predictions or experiments):
+        other = 'predictions' if predictions else 'experiments'
+        raise ScreenError(f'{option("held_out", True)} and {option(other)} both say which wells are reported: choose one.')
     with on_device(device) as at:
-        print(report_screen(out, load_model(model, at), screen, _tables(predictions, read_answers), title, most))
+        opened = load_model(model, at)
+        if held_out: given['screen'] = _as_held_out(opened, screen)
+        print(report_screen(model=opened, **given))
+
+report.groups = {
+    'predictions that are made': 'protocol experiments held_out'.split(),
+    'run': 'most only_present device workers bs'.split()}
 
 def rcic_report(argv=None):
     "Run the console script"

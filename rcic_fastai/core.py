@@ -213,7 +213,9 @@ def is_remote(
 
 def _check_local(path):
     "Raise a `ScreenError` for an address: files are written on disks"
-    if is_remote(path): raise ScreenError(f'{path} is an address, and files are written on disks only: name a file or folder here, and copy it there.')
+    if is_remote(path):
+        raise ScreenError(f'{path} is an address, and files are written on disks only: name a file or '
+                          'folder here, and copy it there.')
 
 # %% ../nbs/00_core.ipynb #6a350e31
 def final_name(
@@ -430,7 +432,8 @@ def write_recorded(
     with ExitStack() as run:
         made = {k: run.enter_context(_temporary(p)) for k, (p, _) in files.items()}
         for k, (_, write) in files.items(): write(made[k])
-        said = {**as_plain(facts), 'written_by': 'rcic_fastai', 'kind': kind, 'sha256': {k: file_facts(f)['sha256'] for k, f in made.items()}}
+        said = {**as_plain(facts), 'written_by': 'rcic_fastai', 'kind': kind,
+                'sha256': {k: file_facts(f)['sha256'] for k, f in made.items()}}
         before = {k: file_facts(p)['sha256'] for k, (p, _) in files.items() if p.is_file()}
         write_json(record, {**said, 'replaced': before}, indent=1)
         for k, (p, _) in files.items(): os.replace(made[k], p)
@@ -680,7 +683,8 @@ def check(self:OwnFolder,
     folder = Path(folder)
     new = not os.path.lexists(folder) or folder.is_dir() and self._is_new(folder) and not os.path.islink(folder)
     if new or self.owns(folder): return folder
-    raise ScreenError(f'{folder} was not written by rcic_fastai, or is damaged: move it elsewhere, or choose another name.')
+    raise ScreenError(f'{folder} was not written by rcic_fastai, or is damaged: '
+                      'move it elsewhere, or choose another name.')
 
 @patch
 def make(self:OwnFolder,

@@ -848,6 +848,12 @@ def _in_all(records):
     def is_common(k): return k != 'notes' and all(k in r and r[k] == first[k] for r in others)
     return {k: v for k, v in first.items() if is_common(k)}
 
+def _of_all(made):
+    "Return the answers of the models of all cell types as one table, with a record of each"
+    pred, records = together(list(made.values())), {c: p.attrs['record'] for c, p in made.items()}
+    pred.attrs['record'] = {**_in_all(list(records.values())), **answer_facts(pred), 'cell_types': records}
+    return pred
+
 # %% ../nbs/70_folder.ipynb #94012de2
 _OF_ALL = (*RECORD_KEYS, 'classes', 'protocol', 'target', 'n_wells', 'plate_groups')
 
@@ -930,7 +936,7 @@ def predict(self:CellTypeModels,
         if out is not None:
             more = dict(neighbors=neighbors, embeddings=embeddings)
             return self._write_parts(parts, plans, protocol, out, more, scores, progress, kwargs)
-        return together([m.predict(s, protocol, progress=progress, **kwargs) for m, s in parts.values()])
+        return _of_all({c: m.predict(s, protocol, progress=progress, **kwargs) for c, (m, s) in parts.items()})
 
 # %% ../nbs/70_folder.ipynb #22ffde34
 @patch

@@ -25,7 +25,8 @@ def hub_address(
 )->tuple: # (owner/name, revision; '' for the newest)
     "Return repository and revision of an address; a `ScreenError` for another text"
     found = _ADDRESS.fullmatch(str(address))
-    if not found or '..' in str(address): raise ScreenError(f'{address} is no address on the Hub: write hf://owner/name, or hf://owner/name@revision.')
+    if not found or '..' in str(address):
+        raise ScreenError(f'{address} is no address on the Hub: write hf://owner/name, or hf://owner/name@revision.')
     return found[1], found[2] or ''
 
 # %% ../nbs/69_hub.ipynb #d12cf029
@@ -44,7 +45,8 @@ def _hub_error(address, e, doing='read'):
     for kind in type(e).__mro__:
         if kind.__name__ in _WHY: return ScreenError(f'{address} {_WHY[kind.__name__]}.')
     said = ' '.join(str(e).split())[:160]
-    return ScreenError(f'{address} could not be {doing} ({type(e).__name__}: {said}): check the connection and the name, and try again.')
+    return ScreenError(f'{address} could not be {doing} ({type(e).__name__}: {said}): check the connection '
+                       'and the name, and try again.')
 
 # %% ../nbs/69_hub.ipynb #381d896f
 def _cache(repo, commit):
@@ -56,7 +58,8 @@ def _listed(address, repo, revision):
     "Return the commit of a revision, and the sizes of its files"
     try: info = _api().model_info(repo, revision=revision or None, files_metadata=True)
     except Exception as e: raise _hub_error(address, e) from None
-    if not re.fullmatch('[0-9a-f]{40}', str(info.sha)): raise ScreenError(f'{address} names no commit: try again later.')
+    if not re.fullmatch('[0-9a-f]{40}', str(info.sha)):
+        raise ScreenError(f'{address} names no commit: try again later.')
     return info.sha, {s.rfilename: s.size for s in info.siblings or ()}
 
 def _check_listed(address, sizes, files):
@@ -64,7 +67,9 @@ def _check_listed(address, sizes, files):
     lacks = [n for n in files if n not in sizes]
     if lacks: raise ScreenError(f'{address} is not a model folder, as it lacks {first_few(lacks)}: name a repository that push_to_hub wrote.')
     for n, most in files.items():
-        if type(sizes[n]) is not int or sizes[n] > most: raise ScreenError(f'{n} of {address} has {sizes[n]} bytes, and at most {most} are read: name another repository.')
+        if type(sizes[n]) is not int or sizes[n] > most:
+            raise ScreenError(f'{n} of {address} has {sizes[n]} bytes, and at most {most} are '
+                              'read: name another repository.')
     odd = sorted(n for n in sizes if n not in files and n not in ('README.md', 'history.png', '.gitattributes'))
     if odd: warnings.warn(f'{address} also holds {terminal_text(first_few(odd, 3))}, which is no part of the model and is not read.', stacklevel=4)
 
@@ -74,7 +79,8 @@ def hub_folder(
 )->Path: # Folder on this machine
     "Bring the files of a model folder from the Hub, and nothing else"
     repo, revision = hub_address(address)
-    if re.fullmatch('[0-9a-f]{40}', revision) and all(os.path.lexists(_cache(repo, revision)/n) for n in files): return _cache(repo, revision)
+    if re.fullmatch('[0-9a-f]{40}', revision) and all(os.path.lexists(_cache(repo, revision)/n) for n in files):
+        return _cache(repo, revision)
     commit, sizes = _listed(address, repo, revision)
     _check_listed(address, sizes, files)
     folder = _cache(repo, commit)
@@ -99,8 +105,11 @@ def upload_folder(
     api, address = _api(), f'hf://{repo}'
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.model_info(repo).private: raise ScreenError(f'{address} is public, so everybody would see the model: say {option("private", False)} if that is meant, or name another.')
-        done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(files), commit_message=message or 'Upload a model of rcic_fastai')
+        if private and not api.model_info(repo).private:
+            raise ScreenError(f'{address} is public, so everybody would see the model: say {option("private", False)} '
+                              'if that is meant, or name another.')
+        done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(files),
+                                 commit_message=message or 'Upload a model of rcic_fastai')
     except ScreenError: raise
     except Exception as e: raise _hub_error(address, e, 'written') from None
     return f'{address}@{done.oid}'

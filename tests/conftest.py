@@ -6,7 +6,7 @@ at, where `real_data` finds none.
 `@pytest.mark.extra('anndata')`: a package that no requirement brings. They are skipped where it is not installed;
 `pytest --extras` runs them alone, and a missing package fails them.
 """
-import gc
+import gc, os
 from importlib.util import find_spec
 import pytest
 
@@ -19,6 +19,15 @@ def screen(tmp_path_factory):
     path = tmp_path_factory.mktemp('three')/'screen'
     simulate_screen(path, ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=0, progress=False)
     return open_screen(path)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def sites_drawn_once(tmp_path_factory):
+    "Sites of simulated screens are kept for all tests of a run, in a folder that the workers of pytest-xdist share"
+    import helpers
+    base = tmp_path_factory.getbasetemp()
+    helpers.DRAWN = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'drawn'
+    helpers.DRAWN.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -87,3 +96,11 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [i for i in items if i.get_closest_marker('extra')]
     for item in items:
         for reason in skip_reasons(item): item.add_marker(pytest.mark.skip(reason=reason))
+
+@pytest.fixture(scope='session')
+def with_controls(tmp_path_factory):
+    "Folder of a small screen with controls"
+    from helpers import simulate_screen
+    folder = tmp_path_factory.mktemp('controls')/'screen'
+    simulate_screen(folder, ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=1, progress=False)
+    return folder

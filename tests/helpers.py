@@ -1,11 +1,14 @@
 "What several test files use."
-import atexit, copy, multiprocessing, os, socket, subprocess, sys, tempfile, types
-from functools import lru_cache, wraps
+import atexit, multiprocessing, os, socket, subprocess, sys, tempfile, types
+from functools import partial, wraps
 from pathlib import Path
 from unittest import mock
 import pytest, torch
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.simulate import layout
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
+from drawn import kept_studio  # noqa: E402
 
 
 def refused(f, *words):
@@ -36,24 +39,12 @@ def same(a, b):
 
 # ---- drawn screens
 
-Studio = layout.Studio
-
-
-@lru_cache(None)
-def _camera(experiment, *settings): return Studio((experiment,), *settings).cameras[experiment]
-
-
-def _studio(experiments, *settings):
-    "Return the studio of these experiments; a camera that was calibrated before, in another test, is taken from there"
-    studio = Studio((), *settings)
-    studio.cameras = {e: copy.deepcopy(_camera(e, *settings)) for e in experiments}
-    return studio
-
+DRAWN = None    # a folder, which conftest.py makes
 
 @wraps(layout.simulate_screen)
 def simulate_screen(*args, **kwargs):
-    "Draw a screen as the library does, to the same bytes; to calibrate a camera takes as long as drawing 16 sites, and is done once"
-    with mock.patch.object(layout, 'Studio', _studio): return layout.simulate_screen(*args, **kwargs)
+    "Draw a screen as the library does, to the same bytes; sites that another test has drawn, in any worker, are taken from there"
+    with mock.patch.object(layout, 'Studio', partial(kept_studio, layout.Studio, DRAWN)): return layout.simulate_screen(*args, **kwargs)
 
 
 # ---- processes

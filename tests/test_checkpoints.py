@@ -18,6 +18,7 @@ from rcic_fastai.train.learner import *
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.train.recipes import *
+from rcic_fastai.train.style import *
 from rcic_fastai.screen.screen import Screen
 
 BIN, ARCH = Path(sys.executable).parent, 'test_efficientnet'
@@ -117,6 +118,7 @@ CARRIED = dict(
     reversal=dict(cbs=lambda: [GradientReversal(hidden=8)], batch_by='experiment', batch_groups=2),
     wasserstein=dict(cbs=lambda: [SlicedWasserstein(directions=4)], batch_by='experiment', batch_groups=2),
     lisa=dict(cbs=lambda: [LISA(same=.7)], batch_by='pairs'), contrast=dict(cbs=lambda: [Contrast(), MixStyle()], batch_by='pairs'),
+    remembered_contrast=dict(cbs=lambda: [Contrast(memory=20, to='centroids')], batch_by='pairs'), dsu=dict(cbs=lambda: [DSU()]), worst_style=dict(cbs=lambda: [AdversarialStyle()]),
     unseeded_mix=dict(cbs=lambda: [CutMix(p=.7)]), mixup=dict(cbs=lambda: [MixUp(p=.7)]),
     accumulation=dict(cbs=lambda: [GradientAccumulation(20)]), unfinished_accumulation=dict(cbs=lambda: [GradientAccumulation(32)]),
     average_and_accumulation=dict(cbs=lambda: [EMA(.9), GradientAccumulation(16)]), early=dict(cbs=lambda: [EarlyStoppingCallback('accuracy')]), half=dict(cbs=lambda: [MixedPrecision('bf16')]),

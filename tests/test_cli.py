@@ -2,11 +2,12 @@
 import io, json, os, re, shutil, subprocess, sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest
 from helpers import python
 from rcic_fastai import cli, core, workflow
 from rcic_fastai.embed.correct import CORRECTIONS
 from rcic_fastai.embed.index import EmbeddingIndex
+from rcic_fastai.screen.simulate.layout import screen_layout
 from rcic_fastai.screen.tables import read_metadata, real_data, write_metadata
 from rcic_fastai.screen.screen import Screen
 
@@ -59,7 +60,10 @@ def here(tmp_path_factory):
 def test_simulated_layout(here):
     t = read_metadata(here/'screen')
     assert t.groupby('experiment').dataset.first().to_dict() == {'HUVEC-01': 'train', 'HUVEC-02': 'train', 'RPE-01': 'train', 'HUVEC-17': 'test'}
-    assert len(list((here/'screen/images').rglob('*.png'))) == 6*len(t)
+    pictures = list((here/'screen/images').rglob('*.png'))
+    assert len(pictures) == 6*len(t) and plt.imread(pictures[0]).shape == (64, 64)
+    want = screen_layout(EXPS, sirnas=8, controls=2, seed=1)          # the options that were typed
+    assert t.set_index('site_id').sirna.to_dict() == want.set_index('site_id').sirna.to_dict()
 
 def test_model_folder(here):
     assert {p.name for p in (here/'model').iterdir()} >= {'weights.safetensors', 'config.json', 'index.safetensors', 'index.rows.json', 'history.csv'}

@@ -39,7 +39,8 @@ def test_profiles_and_hits_have_the_options_of_the_library():
 
 def test_report_has_the_options_of_the_function():
     mine, theirs = parameters(cli.report), parameters(report_screen)
-    assert {*mine} - {'device'} == {*theirs} - {'more', 'progress'} and all(mine[k] == theirs[k] for k in mine if k != 'device')
+    assert {*mine} - {'device', 'held_out'} == {*theirs} - {'more', 'progress'} and all(mine[k] == (theirs[k] or '') for k in mine if k in ('predictions', 'title', 'protocol', 'experiments'))
+    assert all(mine[k] == theirs[k] for k in ('most', 'only_present', 'workers', 'bs'))
 
 def test_explore_has_the_options_of_the_plan():
     mine, theirs = parameters(cli.explore_screen), {**parameters(plan.plan_prediction), **parameters(explore)}

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from helpers import refused
 from rcic_fastai import cli
-from rcic_fastai.core import ScreenError, read_json
+from rcic_fastai.core import ScreenError, file_facts, read_json
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.table import emb_metadata, toy_profiles
 from rcic_fastai.predict.ensemble import average_scores, ensemble_files, name_wells
 from rcic_fastai.predict.predict import write_predictions
 from rcic_fastai.predict.scores import SCORE, score_classes, score_matrix, score_wells, scores_path, write_scores
-from rcic_fastai.results.confidence import confidence_files, covering_level, fit_confidence, forecast_accuracy, judge_confidence, name_probabilities
+from rcic_fastai.results.confidence import (chance_of, confidence_files, covering_level, fit_chance, fit_confidence, fit_temperature,
+                                            forecast_accuracy, judge_confidence, name_probabilities)
 from rcic_fastai.screen.screen import Screen
 
 TRAIN, NEW = [f'HUVEC-{i:02d}' for i in range(1, 11)], ['HUVEC-11', 'HUVEC-12', 'RPE-01']
@@ -173,6 +174,82 @@ def test_the_level_does_not_depend_on_the_order():
     order = rng.permutation(200)
     assert covering_level(x, e) == covering_level(x[order], e[order])
 
+def test_each_experiment_counts_alike():
+    "By hand: three wells of one experiment and one of another; and a regression with the weights written out"
+    from sklearn.linear_model import LogisticRegression
+    import rcic_fastai.results.confidence as module
+    missed, of = [.1, .2, .3, .9], ['a', 'a', 'a', 'b']
+    assert [covering_level(missed, of, c) for c in (.3, .5, .51)] == [.2, .3, .9]
+    rng = np.random.default_rng(3)
+    p, n = {e: rng.uniform(.05, .95, n) for e, n in (('a', 300), ('b', 30))}, dict(a=300, b=30)
+    right = {'a': rng.random(300) < p['a'], 'b': rng.random(30) < .2 + .3*p['b']}
+    x = np.concatenate([np.log(q/(1 - q)) for q in p.values()])[:, None]
+    want = LogisticRegression(C=100).fit(x, np.concatenate([*right.values()]), sample_weight=np.repeat([330/2/300, 330/2/30], [300, 30]))
+    assert module._fit_chances(p, right) == pytest.approx((want.coef_[0, 0], want.intercept_[0]), rel=1e-3)
+
+def test_the_temperature_is_the_best_of_all_experiments_and_of_names_that_are_possible():
+    rng = np.random.default_rng(5)
+    parts = [(rng.normal(size=(40, 6)), rng.integers(0, 6, 40)) for _ in range(3)]
+    for (s, at), sure in zip(parts, (2., 1., .5)): s[np.arange(40), at] += sure
+    def loss(t): return np.mean([np.mean(np.log(np.exp(s/t).sum(1)) - s[np.arange(len(at)), at]/t) for s, at in parts])
+    best = fit_temperature(parts)
+    assert loss(best) <= min(map(loss, best*np.array([.9, .95, 1.05, 1.1])))
+    impossible = [(np.vstack([s, np.where(np.arange(6) == 2, -np.inf, 0)]), np.append(at, 2)) for s, at in parts]
+    assert fit_temperature(impossible) == pytest.approx(best, rel=1e-3)
+
+def test_chances_where_nothing_can_be_learned_of_how_sure_answers_are():
+    sure = np.linspace(.1, .9, 9)
+    assert fit_chance(sure, np.ones(9)) == (0., pytest.approx(np.log(9.5/.5))) and fit_chance(sure, np.zeros(9)) == (0., pytest.approx(np.log(.5/9.5)))
+    slope, intercept = fit_chance(sure, sure < .4)                           # the surer, the less often right
+    assert slope == 0 and chance_of(sure, slope, intercept) == pytest.approx(np.full(9, 3/9))
+    assert chance_of([.001, .5, .999], 1, 0) == pytest.approx([.001, .5, .999])
+
+def test_a_forecast_of_a_held_out_experiment_does_not_know_its_labels(monkeypatch):
+    import rcic_fastai.results.confidence as module
+    monkeypatch.setattr(module, '_temperature_of', lambda parts: .1)
+    names = TABLE.sirna[TREATED].unique()
+    wrong = TABLE.assign(sirna=TABLE.sirna.mask((TABLE.experiment == TRAIN[0]) & TREATED, TABLE.sirna.map(dict(zip(names, np.roll(names, 1))))))
+    a, b = (fit_confidence(HELD, t).held.set_index('experiment') for t in (TABLE, wrong))
+    assert a.accuracy[TRAIN[0]] > b.accuracy[TRAIN[0]] and a.forecast[TRAIN[0]] == b.forecast[TRAIN[0]]
+    assert (a.forecast[TRAIN[1:]] > b.forecast[TRAIN[1:]]).all()
+
+def test_what_is_judged_by_hand():
+    wells = TABLE[TREATED & (TABLE.experiment == NEW[0])].drop_duplicates('well_id').head(4)
+    other = [n for n in TABLE.sirna[TREATED].unique() if n not in set(wells.sirna)][0]
+    said = [wells.sirna.iloc[0], wells.sirna.iloc[1], other, other]
+    ans = pd.DataFrame(dict(id_code=wells.well_id.to_numpy(), sirna=said, chance=[.9, .6, .5, .2], names=[said[0], said[1], f'{other}|{wells.sirna.iloc[2]}', other],
+                            n_names=[1, 1, 2, 1], experiment=NEW[0], protocol='inductive'))
+    ans.attrs.update(target='sirna')
+    res, per = judge_confidence(ans, TABLE)
+    want = dict(wells=4, accuracy=.5, expected=.55, brier=(.01 + .16 + .25 + .04)/4, coverage=.75, n_names=1.25, forecast_error=.05,
+                by_chance=(2/np.pi)**.5*(.09 + .24 + .25 + .16)**.5/4)                 # the mean of |z| is √(2/π)
+    assert res == pytest.approx(want) and per[['accuracy', 'forecast']].to_numpy().tolist() == [[.5, pytest.approx(.55)]]
+
+def test_assigned_answers_come_first_in_their_sets_and_others_are_not_balanced():
+    ans = fit_confidence(held('transductive'), TABLE).answers(new('transductive'))
+    assert all(n.split('|')[0] == o for n, o in zip(ans.names, ans.sirna))
+    import rcic_fastai.results.confidence as module
+    free = new('transductive', assign=False)
+    pred = name_wells(free)
+    assert np.array_equal(name_probabilities(free, pred, .05), module.softmax_at(module.possible_scores(free, pred.plate_group), .05))
+
+def test_few_experiments_those_marked_val_and_the_error_of_forecasts():
+    marked = TABLE.assign(dataset=TABLE.dataset.mask(TABLE.experiment == TRAIN[0], 'val'))
+    conf = fit_confidence(HELD[:3], marked)
+    assert len(conf.held) == 3 and any('3 experiments were held out' in n for n in conf.notes)
+    assert conf.error == pytest.approx(np.mean([abs(a - b) for a, b in zip(conf.held.forecast, conf.held.accuracy)])) and conf.error > 0
+    assert not any('held out, which says little' in n for n in fit_confidence(HELD[:4], TABLE).notes)
+
+def test_answers_of_another_kind_and_wells_of_no_experiment_are_refused():
+    conf = fit_confidence(HELD, TABLE)
+    def changed(t, **attrs): return (t := t.copy(), t.attrs.update(attrs))[0]
+    refused(lambda: conf.answers(changed(ASKED, assign='?')), 'The new answers have the assign')
+    refused(lambda: fit_confidence([changed(HELD[0], protocol='adapted'), *HELD[1:]], TABLE), 'Held-out answers have the protocol')
+    refused(lambda: fit_confidence([with_attrs(HELD[0].assign(experiment=''), HELD[0]), *HELD[1:]], TABLE), 'of no experiment')
+    barred = f'{SCORE}{score_classes(ASKED)[0]}'
+    renamed = [with_attrs(t.rename(columns={barred: f'{barred}|x'}), t) for t in (ASKED, *HELD)]
+    refused(lambda: fit_confidence(renamed[1:], TABLE).answers(renamed[0]), 'which separates the names of a set')
+
 def test_answers_of_several_labels_are_refused():
     t = with_attrs(HELD[0].copy(), HELD[0]); t.attrs['thresholds'] = [.5]
     refused(lambda: fit_confidence([t], TABLE), 'several labels')
@@ -201,7 +278,8 @@ def test_the_command_writes_what_the_function_returns(tmp_path, files, screen, c
     back, said = pd.read_csv(tmp_path/'sure.csv'), fit_confidence(HELD, TABLE).answers(ASKED)
     assert back.id_code.tolist() == said.id_code.tolist() and back.names.tolist() == said.names.tolist() and np.allclose(back.chance, said.chance, atol=1e-4)
     record = json.loads((tmp_path/'sure.json').read_text())
-    assert [r['experiment'] for r in record['forecasts']] == NEW and len(record['held_out']) == len(TRAIN) and record['error'] > 0
+    assert [r['experiment'] for r in record['forecasts']] == NEW and record['error'] > 0
+    assert record['held_out'] == {str(f): file_facts(f)['sha256'] for f in files[1:]} and record['predictions_sha256'] == file_facts(files[0])['sha256']
     assert all(f'{e}: about ' in out for e in NEW) and 'sets of 90 %, protocol inductive' in out
     assert not [f for f in tmp_path.iterdir() if f.name.startswith('.') or 'tmp' in f.name]
 

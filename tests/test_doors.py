@@ -229,3 +229,20 @@ def test_both_controls_are_explained():
 
 
 def test_the_layout_of_the_newcomer(): assert newcomer_layout().groupby('batch').plate.nunique().tolist() == [2, 2, 2]
+
+
+# the whole way
+
+def test_four_commands_from_a_packed_screen_to_a_report(files, model, tmp_path, capsys, close_figures):
+    "A model, profiles, hits and a page, by commands alone"
+    assert packed(files, tmp_path/'own.zarr', capsys, '--test', 'batch3')[0] == 0
+    d = tmp_path
+    assert cli.rcic_train(f'{d}/own.zarr {d}/model --recipe {model}/tiny.json --norm plate --valid none --pretrained no --tta 1 --epochs 1 --device cpu'.split()) == 0
+    assert cli.rcic_embed(f'{d}/model {d}/own.zarr {d}/profiles.parquet --experiments batch3 --tta 1'.split()) == 0
+    assert cli.rcic_hits(f'{d}/profiles.parquet {d}/hits.csv --target compound+dose --n-null 50'.split()) == 0
+    assert cli.rcic_report(f'{d}/model {d}/own.zarr {d}/report.html'.split()) == 0
+    said = capsys.readouterr()
+    assert f'{d}/report.adapted.csv: 8 wells named, protocol adapted' in said.out and 'no inductive prediction' in said.err
+    page = (d/'report.html').read_text()
+    assert all(f'<h2>{h}</h2>' in page for h in ('Accuracy of test wells', 'Nearest neighbors', 'Embedding map', 'How it was made'))
+    assert {f.name for f in d.iterdir()} >= {'model', 'profiles.parquet', 'hits.csv', 'hits.png', 'report.html', 'report.adapted.csv'}

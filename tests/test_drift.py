@@ -255,3 +255,41 @@ def test_random_views_that_cannot_be_drawn_again(held):
 @pytest.mark.parametrize('wrong', [dict(bs=0), dict(bs=-1), dict(workers=-1), dict(tta=-1), dict(most=1), dict(level=0)])
 def test_impossible_numbers_are_refused(held, wrong):
     refused(lambda: held.model.drift(held.screen, progress=False, **wrong), next(iter(wrong)))
+
+
+# What a model says of the wells that it is for
+
+def test_wells_that_a_model_cannot_name_are_left_out(held):
+    "As in a prediction, and it is said"
+    table = held.screen.table
+    wells = table.well_id[table.experiment == 'HUVEC-06'].unique()[:2]
+    mixed = held.screen[table.assign(cell_type=table.cell_type.where(~table.well_id.isin(wells), 'RPE'))]
+    held.model.config['recipe'] = dict(only=dict(cell_type='HUVEC'))
+    try:
+        found = held.model.drift(mixed, progress=False)
+        alone = held.model.drift(held.screen[table[~table.well_id.isin(wells)]], progress=False)
+    finally: held.model.config.pop('recipe')
+    assert any('trained on wells with cell_type HUVEC only' in n for n in found.notes)
+    pd.testing.assert_frame_equal(found.table, alone.table)
+
+
+def test_absent_pictures_are_left_out_where_training_left_them_out(held, tmp_path):
+    import shutil
+    shutil.copytree(held.screen.source.root, tmp_path/'s')
+    table = read_metadata(tmp_path/'s')
+    screen = Screen(table, PngTree(tmp_path/'s', table))
+    site = table[(table.experiment == 'HUVEC-06') & (table.well_type == 'treatment')].iloc[0]
+    next((tmp_path/'s').glob(f'images/*/HUVEC-06/Plate{site.plate}/{site.well}_s{site.site}_w1.png')).unlink()
+    with pytest.raises(Exception): held.model.drift(screen, progress=False)
+    held.model.config['only_present'] = True
+    try: assert len(held.model.drift(screen, progress=False).table)
+    finally: held.model.config.pop('only_present')
+
+
+def test_plates_are_normalized_whole(made):
+    "A few wells that are embedded have the statistics of their plate, not their own"
+    model = learner(screen_dls(made.screen, valid='none', bs=8, device='cpu', norm='plate')).to_model(tta=1, progress=False)
+    every = made.screen.test.table
+    how = dict(tta=1, progress=False)
+    few, all_ = (D._embedded(model, made.screen, rows, every, model.index, how) for rows in (every[:1], every))
+    np.testing.assert_allclose(few.filter(like='emb_'), all_[:1].filter(like='emb_'), atol=1e-5)

@@ -463,7 +463,7 @@ def test_profiles_and_report_of_images_on_no_plate(models, atlas, tmp_path, caps
     assert not cli.rcic_embed([str(models/'hpa46'), str(atlas), str(tmp_path/'e.parquet'), '--tta', '1'])
     emb = read_embeddings(tmp_path/'e.parquet')
     assert len(emb) == 40 and {*emb.Metadata_Plate} == {''}
-    assert not cli.rcic_report([str(models/'hpa46'), str(atlas), str(models/'hpa46.csv'), str(tmp_path/'r.html')])
+    assert not cli.rcic_report([str(models/'hpa46'), str(atlas), str(tmp_path/'r.html'), '--predictions', str(models/'hpa46.csv')])
     page = (tmp_path/'r.html').read_text()
     for heading in ('Scores of several labels', 'Answers', 'Training', 'How it was made'): assert f'<h2>{heading}</h2>' in page
     assert 'mAP' in page and 'bootstrap over images' in page

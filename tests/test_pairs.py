@@ -184,13 +184,6 @@ def test_a_recipe_that_lacks_pairs_is_refused_before_it_is_trained():
 
 # Controls in every batch
 
-@pytest.fixture(scope='module')
-def with_controls(tmp_path_factory):
-    from helpers import simulate_screen
-    folder = tmp_path_factory.mktemp('controls')/'screen'
-    simulate_screen(folder, ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=1, progress=False)
-    return folder
-
 def test_controls_change_the_statistics_and_not_the_loss(with_controls):
     "BatchNorm sees wells and controls; the loss is that of the wells in such a batch, by hand"
     from rcic_fastai.screen.open import open_screen

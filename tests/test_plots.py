@@ -1,5 +1,6 @@
 "Figures: plate maps of labels, numbers and booleans."
 from types import SimpleNamespace
+import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, pytest
 from rcic_fastai.results.plots import plate_array, plate_map
 
@@ -24,8 +25,8 @@ def test_plate_map_labels(n_labels):
     t = pd.DataFrame(dict(well=wells, v=[f's{i % n_labels}' for i in range(384)]))
     ax = plate_map(t, 'v', title='x', text=n_labels < 5)
     im = np.asarray(ax.images[0].get_array())
-    assert len({tuple(p) for p in im.reshape(-1, 3)}) == min(n_labels, len({tuple(p) for p in im.reshape(-1, 3)}))
-    if n_labels <= 25: assert len({tuple(p) for p in im.reshape(-1, 3)}) == n_labels
+    assert len({tuple(p) for p in im[..., :3].reshape(-1, 3)}) == min(n_labels, len({tuple(p) for p in im[..., :3].reshape(-1, 3)}))
+    if n_labels <= 25: assert len({tuple(p) for p in im[..., :3].reshape(-1, 3)}) == n_labels
     assert (ax.get_legend() is not None) == (n_labels <= 12)
 
 
@@ -50,3 +51,48 @@ def test_a_contact_sheet_says_the_dose():
     pictures = {s: rng.integers(0, 255, (3, 16, 16), np.uint8) for s in 'abc'}
     fig = contact_sheet(SimpleNamespace(table=table, source=pictures, name='x'))
     assert [ax.get_title().split('\n')[1] for ax in fig.axes] == ['drug 0.1', 'drug 10', 'DMSO']
+
+
+def touching(labels):
+    "Return whether texts that are shown touch"
+    boxes = [t.get_window_extent() for t in labels if t.get_text() and t.get_visible()]
+    return any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i+1:])
+
+
+@pytest.mark.parametrize('wells', [['M07', 'N10', 'O14'], ['A01', 'P02'], ['A01', 'P24'], ['A01', 'AF48'], ['B02', 'C07'], ['C03']])
+def test_labels_of_plates_do_not_touch(wells):
+    "Each plate shows what any plate has, and its labels are for that part"
+    from rcic_fastai.results.plots import plate_maps
+    first = pd.DataFrame(dict(experiment='E', plate=1, well=wells, v='a'))
+    more = pd.DataFrame(dict(experiment='E', plate=[2, 2], well=['G02', 'H20'], v='b'))
+    for t in (first, pd.concat([first, more]), first.assign(v=np.arange(len(wells), dtype=float))):
+        fig = plate_maps(t, 'v')
+        fig.canvas.draw()
+        axs = [ax for ax in fig.axes if ax.get_title()]
+        assert all(ax.get_xticklabels() and not touching(ax.get_xticklabels()) and not touching(ax.get_yticklabels()) for ax in axs)
+        assert len({tuple(x.get_text() for x in ax.get_xticklabels()) for ax in axs}) == 1
+        plt.close(fig)
+
+
+def test_the_key_of_a_contact_sheet_names_every_channel():
+    from rcic_fastai.batch.site import channel_colors
+    from rcic_fastai.results.plots import contact_sheet
+    table = pd.DataFrame(dict(site_id=['a'], well_id=['E_1_A01'], experiment='E', plate='1', well=['A01'], site='1', well_type='treatment', sirna='drug'))
+    class Pictures(dict): channels = ('DNA', 'ER', 'AGP', 'Mito')
+    pictures = Pictures(a=np.random.default_rng(0).integers(0, 255, (4, 16, 16), np.uint8))
+    screen, keys = SimpleNamespace(table=table, source=pictures, name='x'), {}
+    for how in ('composite', '3d+3d', 'panels'):
+        fig = contact_sheet(screen, how=how)
+        keys[how] = {t.get_text(): h.get_facecolor()[:3] for legend in fig.legends for t, h in zip(legend.get_texts(), legend.get_patches())}
+        plt.close(fig)
+    np.testing.assert_allclose([*keys['composite'].values()], channel_colors(4, Pictures.channels))
+    assert [*keys['composite']] == [*Pictures.channels] and keys['panels'] == {}         # panels have their name in them
+    assert keys['3d+3d'] == {'DNA (left)': (1, 0, 0), 'ER (left)': (0, 1, 0), 'AGP (left)': (0, 0, 1), 'Mito (right)': (1, 0, 0)}
+
+
+def test_a_training_that_held_nothing_out_has_no_empty_chart():
+    from rcic_fastai.results.plots import training_curve
+    history = pd.DataFrame(dict(stage='all', train_loss=[2., 1.], valid_loss=[np.nan, np.nan], accuracy=[np.nan, np.nan]))
+    assert [ax.get_title() for ax in training_curve(history).axes] == ['loss']
+    assert len(training_curve(history.assign(accuracy=[.1, .2])).axes) == 2
+    plt.close('all')

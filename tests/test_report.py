@@ -159,6 +159,37 @@ def test_what_a_report_cannot_show(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_marker_of_an_accuracy_is_cut():
+    "At 0 and at 1, in the first and in the last line"
+    scores = result('ab')
+    fig = accuracy_plot(ScreenResult(scores.rows.assign(value=[0., 1., 0., 1., 0.]*2), scores.columns, [], dict(level=.95, n_boot=10, seed=0)))
+    fig.canvas.draw()
+    ax = fig.axes[0]
+    bars = [line for line in ax.lines if line.get_marker() == '|']
+    assert bars and all(not line.get_clip_on() for line in ax.lines if line.get_marker() in 'o|')
+    frame = ax.get_window_extent()
+    for line in bars:
+        y, half = ax.transData.transform([0, line.get_ydata()[0]])[1], line.get_markersize()/2*fig.dpi/72
+        assert frame.y0 <= y - half and y + half <= frame.y1
+
+
+def test_a_dark_page_has_dark_figures(tmp_path):
+    "Paper, words and lines turn round; colors and pictures stay"
+    import base64, io
+    fig, axs = plt.subplots(1, 2, figsize=(4, 2))
+    axs[0].imshow(np.random.default_rng(0).random((8, 8, 3)))
+    axs[0].axis('off')
+    axs[1].scatter([0, 1], [0, 1], c='#d95f02')
+    axs[1].plot([0, 1], [1, 0], 'k-')
+    axs[1].set_title('title')
+    text = write_report(tmp_path/'r.html', 'r', [('Sites', '', [fig])]).read_text()
+    dark, light = (plt.imread(io.BytesIO(base64.b64decode(o)))[..., :3] for o in re.findall('image/png;base64,([^"]+)"', text))
+    is_picture = np.ptp(light, axis=2) > .3
+    assert is_picture.mean() > .1 and (np.abs(dark - light)[is_picture] < .01).mean() > .9       # but for their edges
+    assert (light.mean(2) > .98).mean() > .4 and (dark.mean(2) < .12).mean() > .4 and not (dark.mean(2) > .98).any()
+    assert 'media="screen and (prefers-color-scheme:dark)"' in text                    # paper stays white
+
+
 @pytest.mark.skipif(not CHROMIUM, reason='needs Chromium')
 @pytest.mark.parametrize('width', [400, 1300])
 def test_the_page_fits_the_window(page, tmp_path, width):

@@ -36,7 +36,7 @@ def command(*args): return cli.rcic_report([*map(str, args)])
 def test_the_command_writes_what_the_function_writes(made, screen, close_figures):
     out, model = made
     given = f"{out/'inductive.csv'},{out/'transductive.csv'}"
-    assert command(out/'model', screen.source.root, given, out/'page.html') == 0
+    assert command(out/'model', screen.source.root, out/'page.html', '--predictions', given) == 0
     preds = {p: read_predictions(out/f'{p}.csv') for p in ('inductive', 'transductive')}
     page = report_screen(out/'same.html', model, screen, preds, progress=False).read_text()
     assert (out/'page.html').read_text() == page
@@ -63,7 +63,7 @@ def test_an_edited_file_has_no_record_to_show(made, tmp_path):
 def test_wrong_predictions_leave_no_page(made, screen, which, words, capsys):
     out, _ = made
     given = ','.join(str(out/o) for o in which.split(','))
-    assert command(out/'model', screen.source.root, given, out/'none.html') == 2
+    assert command(out/'model', screen.source.root, out/'none.html', '--predictions', given) == 2
     assert words in capsys.readouterr().err and not (out/'none.html').exists()
 
 
@@ -157,3 +157,121 @@ def test_neighbors_of_a_report_are_of_the_site_that_decided(made, screen):
     near = _near(model, screen, pred.id_code, 1)
     best = near.loc[near.groupby('id_code').cosine.idxmax()].set_index('id_code').label
     assert best[pred.id_code].tolist() == pred.sirna.tolist()
+
+
+
+
+def test_a_report_makes_the_predictions_that_are_possible(made, screen, tmp_path, capsys, close_figures):
+    "In files beside it, as rcic_predict would, which are named"
+    out, model = made
+    assert command(out/'model', screen.source.root, tmp_path/'r.html') == 0
+    said = capsys.readouterr()
+    for p in ('inductive', 'adapted', 'transductive'):
+        file = tmp_path/f'r.{p}.csv'
+        assert f'{file}: 8 wells named, protocol {p}' in said.out
+        mine, theirs = read_predictions(file), model.predict(screen, p, progress=False)
+        assert mine.sirna.tolist() == theirs.sirna.tolist() and mine.attrs['record']['made_by'] == model.about
+    page = (tmp_path/'r.html').read_text()
+    assert page.count('<h2>Accuracy of test wells</h2>') == 1 and 'The predictions are in r.inductive.csv' in page
+    assert command(out/'model', screen.source.root, tmp_path/'r.html') == 0         # its own files are made again
+
+
+def test_a_report_predicts_new_wells_without_labels(made, screen, tmp_path, capsys, close_figures):
+    out, model = made
+    new = screen.test[screen.test.table.assign(sirna=None, sirna_id=None, dataset='train')]
+    page = report_screen(tmp_path/'r.html', model, new, protocol='inductive', progress=False).read_text()
+    assert 'nothing is known of right and wrong' in page and 'no experiment is marked as test' in capsys.readouterr().err
+    assert sorted(f.name for f in tmp_path.glob('*.csv')) == ['r.inductive.csv', 'r.inductive.top.csv']
+
+
+def test_what_is_not_possible_is_said_and_left_out(made, screen, tmp_path, capsys, close_figures):
+    "A screen without plate groups has no transductive answer; asked for by name, that is an error"
+    out, _ = made
+    bare = screen[screen.table.assign(plate_group=pd.array([pd.NA]*len(screen.table), 'Int64'))]
+    model = learner(screen_dls(bare.train, valid='none', bs=8, device='cpu')).to_model(tta=1, progress=False)
+    report_screen(tmp_path/'r.html', model, bare, progress=False)
+    assert 'note: no transductive prediction. ' in capsys.readouterr().err
+    assert not [*tmp_path.glob('*transductive*')] and [*tmp_path.glob('*adapted*')]
+    refused(lambda: report_screen(tmp_path/'s.html', model, bare, protocol='transductive', progress=False))
+    assert not [*tmp_path.glob('s.*')]
+
+
+def test_a_file_of_someone_else_stays(made, screen, tmp_path, capsys):
+    out, _ = made
+    (tmp_path/'r.adapted.csv').write_text('id_code,sirna\nmine,too\n')
+    assert command(out/'model', screen.source.root, tmp_path/'r.html') == 2
+    assert 'r.adapted.csv would be overwritten' in capsys.readouterr().err
+    assert (tmp_path/'r.adapted.csv').read_text() == 'id_code,sirna\nmine,too\n'
+    assert [f.name for f in tmp_path.iterdir()] == ['r.adapted.csv']                # nothing was begun
+
+
+@pytest.mark.parametrize('given, words', [(['--protocol', 'adapted'], '--protocol adapted is of predictions that are made here'),
+    (['--experiments', 'HUVEC-17'], '--experiments HUVEC-17 is of predictions'), (['--held-out'], '--held-out and --predictions both say which wells')])
+def test_predictions_that_are_given_are_not_made(made, screen, tmp_path, capsys, given, words):
+    out, _ = made
+    assert command(out/'model', screen.source.root, tmp_path/'r.html', '--predictions', out/'inductive.csv', *given) == 2
+    assert words in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_held_out_wells_and_their_neighbors_are_reported(screen, tmp_path, close_figures):
+    model = learner(screen_dls(screen.train, valid='HUVEC-02', bs=8, device='cpu')).to_model(tta=1, progress=False)
+    model.save(tmp_path/'model')
+    assert command(tmp_path/'model', screen.source.root, tmp_path/'r.html', '--held-out', '--protocol', 'inductive') == 0
+    pred = read_predictions(tmp_path/'r.inductive.csv')
+    assert set(pred.id_code.str.rsplit('_', n=2).str[0]) == {'HUVEC-02'}
+    assert 'of HUVEC-02' in (tmp_path/'r.html').read_text()
+
+
+def test_a_model_that_normalizes_by_plate_is_reported(screen, tmp_path, capsys, close_figures):
+    "Its embeddings use the plate, so there is no inductive answer, and few wells are shown with the statistics of whole plates"
+    from rcic_fastai.results.report import _near
+    model = learner(screen_dls(screen.train, valid='none', bs=8, device='cpu', norm='plate')).to_model(tta=1, progress=False)
+    page = report_screen(tmp_path/'r.html', model, screen, progress=False).read_text()
+    assert 'note: no inductive prediction. ' in capsys.readouterr().err and '<h2>Nearest neighbors</h2>' in page
+    pred = read_predictions(tmp_path/'r.adapted.csv')
+    some, every = (_near(model, screen, ids, 1).set_index(['query', 'rank']).cosine for ids in (pred.id_code[:1], pred.id_code))
+    np.testing.assert_allclose(some, every[some.index], atol=1e-5)
+
+
+def test_models_of_cell_types_are_one_sentence(made, screen, tmp_path):
+    from rcic_fastai.folder import CellTypeModels
+    refused(lambda: report_screen(tmp_path/'r.html', CellTypeModels(dict(HUVEC=made[1])), screen), 'of one model', 'CellTypeModels')
+
+
+def test_batch_effects_are_shown_as_the_records_say(made, screen, tmp_path, close_figures):
+    "Each treatment once, with the number that a loop gives; predictions that did nothing have none"
+    from rcic_fastai.embed.table import emb_features, merge_sites, unit_rows
+    from rcic_fastai.predict.plan import embed_plan, plan_prediction
+    out, model = made
+    preds = {}
+    for name, how in dict(plain=dict(), adapted=dict(protocol='adapted'), again=dict(protocol='transductive'), fixed=dict(protocol='adapted', correct='standardize', adapt='no')).items():
+        preds[name] = model.predict(screen, tta=1, progress=False, **how)
+    page = report_screen(tmp_path/'r.html', model, screen, preds, progress=False).read_text()
+    assert page.count('similar other well is of the same experiment for') == 2
+    assert 'BatchNorm statistics of each experiment (adapted, again): of 8 wells' in page and 'Correction Standardize' in page
+    plan = plan_prediction(model, screen, 'adapted', correct='standardize', adapt='no', tta=1)
+    new = embed_plan(model, plan, False)
+    both = pd.concat([t.drop(columns=['Metadata_protocol', 'Metadata_correction'], errors='ignore') for t in (plan.index.table(), new)], ignore_index=True)
+    wells = merge_sites(both)
+    x, e, n = unit_rows(emb_features(wells)), wells.Metadata_experiment.tolist(), []
+    for i in np.flatnonzero(wells.Metadata_experiment == 'HUVEC-17'):
+        others = [j for j in range(len(x)) if j != i]
+        n.append(e[max(others, key=lambda j: x[i] @ x[j])] == e[i])
+    assert f'before and {np.mean(n):.0%} after; without batch effects it would be about {7/(len(x) - 1):.0%}' in page.split('Correction Standardize')[1][:400]
+    alone = report_screen(tmp_path/'a.html', model, screen, preds['plain'], progress=False).read_text()
+    assert '<h2>Embedding map</h2>' in alone and 'before' not in alone.split('<h2>Embedding map</h2>')[1].split('<h2>')[0].split('src=')[0]
+
+
+def test_a_correction_from_controls_is_read_from_the_record(tmp_path, close_figures):
+    "Its class is called otherwise than the option; the page and the report do what the prediction did"
+    from rcic_fastai.predict.plan import plan_prediction, recorded_options
+    from rcic_fastai.results.explore import explore
+    simulate_screen(tmp_path/'s', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=2, controls=2, progress=False)
+    screen = open_screen(tmp_path/'s')
+    model = learner(screen_dls(screen.train, valid='none', bs=8, device='cpu', controls=True)).to_model(tta=1, progress=False)
+    for method in ('center', 'sphere'):
+        pred = model.predict(screen, 'adapted', correct=method, wells='all', tta=1, progress=False)
+        assert recorded_options(pred.attrs['record'])['correct'] == method
+        page = report_screen(tmp_path/f'{method}.html', model, screen, pred, progress=False).read_text()
+        assert f'correction {pred.attrs["record"]["correct"][:8]}' in page and 'cannot be shown' not in page and 'before and' in page
+        explore(model, screen, pred, side=0, umap='no', progress=False)

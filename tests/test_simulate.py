@@ -62,7 +62,7 @@ def test_same_seed_same_bytes_for_any_number_of_workers(screen, tmp_path):
     assert contents(tmp_path/'again') == contents(screen[0])
 
 
-def test_screens_whose_cameras_were_calibrated_in_another_test_have_the_same_bytes(screen, tmp_path):
+def test_screens_whose_sites_and_cameras_were_drawn_in_another_test_have_the_same_bytes(screen, tmp_path):
     for n, change in enumerate((dict(experiments='RPE-08', size=32), dict(experiments='RPE-08'), {})):
         helpers.simulate_screen(tmp_path/f'{n}', n_workers=1, **{**SMALL, **change})
     assert contents(tmp_path/'2') == contents(screen[0])

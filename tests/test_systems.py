@@ -1,6 +1,6 @@
 """Every published recipe, in small, through the commands: train, predict, evaluate; and the settings that its source names."""
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +116,24 @@ SAID = dict( # what the sources name: recipe → stage → field → value
 def test_settings_are_those_of_the_source(name, i, field, value): assert getattr(get_recipe(name).stages[i], field) == value
 
 
+TOLD = Path(__file__).with_name('recipes.json')     # all settings of all recipes, as they were when they were compared with their sources
+
+def told():
+    "Return what each recipe says beside the defaults, and the defaults"
+    def more(o, usual): return {k: v for k, v in o.items() if k not in usual or v != usual[k]}
+    stage, recipe = ({k: v for k, v in o.items() if k not in ('name', 'epochs', 'lr', 'about', 'stages')} for o in (
+        asdict(Stage('', 1, 1.)), Recipe('', []).to_dict()))
+    found = {n: more({**r.to_dict(), 'stages': [more(s, stage) for s in r.to_dict()['stages']]}, recipe) for n, r in RECIPES.items()}
+    for r in found.values(): del r['about'], r['name']
+    return json.loads(json.dumps({'stage': stage, 'recipe': recipe, **found}))
+
+
+@pytest.mark.parametrize('name', ['stage', 'recipe', *RECIPES])
+def test_no_setting_changes_unseen(name):
+    "A default or a constant that several recipes share changes all of them; `python tests/test_systems.py` writes the file again"
+    assert told()[name] == json.loads(TOLD.read_text())[name]
+
+
 def test_models_are_those_of_the_source():
     assert [(RECIPES[n].arch, RECIPES[n].model['emb_dim']) for n in ('rcic16', 'rcic16_efficientnet_b4', 'rcic16_xception', 'rcic16_resnet101_cbam', 'rcic16_se_resnext101')] == [
         ('densenet201', 256), ('tf_efficientnet_b4', 256), ('legacy_xception', 1000), ('resnet101', 512), ('seresnext101_32x4d', 512)]
@@ -153,3 +171,6 @@ def test_random_views_are_augmented_as_the_recipe_says(screen, monkeypatch, augs
     model.config['recipe'] = Recipe('r', [Stage('all', 1, 1e-3, augs=augs), Stage('on', 1, 1e-3)]).to_dict()
     model.predict(test, views='random', tta=1, progress=False)
     assert asked == [said]
+
+
+if __name__ == '__main__': TOLD.write_text('{\n' + ',\n'.join(f'{json.dumps(k)}: {json.dumps(v)}' for k, v in told().items()) + '\n}\n')

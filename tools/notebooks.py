@@ -6,11 +6,13 @@ One line per notebook; what a failed one said follows at the end, with the names
 outputs, cleaned.
 
 The packages of others take most of the time of a short notebook. They are imported once, here, and every notebook runs in
-a fork of this process; `rcic_fastai` itself is imported by each notebook. Where there is no safe fork (Windows, macOS), and
-with `--new`, every notebook starts a new Python.
+a fork of this process; `rcic_fastai` itself is imported by each notebook. Sites of simulated screens that several notebooks
+have in common are drawn once (drawn.py), unless outputs are stored. Where there is no safe fork (Windows, macOS), and with
+`--new`, every notebook starts a new Python and draws its own.
 """
-import argparse, atexit, gc, importlib, os, subprocess, sys, tempfile, threading, time, traceback
+import argparse, atexit, gc, importlib, os, shutil, subprocess, sys, tempfile, threading, time, traceback
 from pathlib import Path
+from drawn import KeepDrawn
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent   # not resolved: the commands stand beside the environment's python
@@ -59,23 +61,24 @@ def warm():
     assert threading.active_count() == 1 and 'rcic_fastai' not in sys.modules
 
 
-def test_forked(command):
-    "Do what `command`, a call of nbdev-test, does in a new process"
+def test_forked(command, drawn):
+    "Do what `command`, a call of nbdev-test, does in a new process; `drawn` is a folder for drawn sites, or None"
     import random
     import numpy as np
     from nbdev.test import nbdev_test
     random.seed()
     np.random.seed()   # as in a new process: two forks draw different numbers
     sys.argv, sys.path[0] = [str(c) for c in command], str(BIN)
+    if drawn: sys.meta_path.insert(0, KeepDrawn(drawn))
     nbdev_test(path=sys.argv[-1], n_workers=0, save='--save' in command)
 
 
-def start(nb, save, fork):
+def start(nb, save, fork, drawn):
     "Start one notebook; the process, the file that takes what it prints, and the time"
     out = tempfile.TemporaryFile('w+', errors='replace')
     command = [BIN/'nbdev-test', '--n-workers', '0', *(['--save'] if save else []), nb]
     began = time.monotonic()
-    if fork: return Fork(lambda: test_forked(command), out), out, began
+    if fork: return Fork(lambda: test_forked(command, None if save else drawn), out), out, began
     return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT), out, began
 
 
@@ -89,11 +92,11 @@ def finish(nb, save, process, out, began):
     return failed, said
 
 
-def run(nbs, save, workers, fork):
+def run(nbs, save, workers, fork, drawn):
     "Run the notebooks, `workers` at a time; for each, whether it failed and what it printed"
     todo, running, results = list(nbs), {}, {}
     while todo or running:
-        while todo and len(running) < workers: running[nb] = start(nb := todo.pop(0), save, fork)
+        while todo and len(running) < workers: running[nb] = start(nb := todo.pop(0), save, fork, drawn)
         for nb in [nb for nb, (process, *_) in running.items() if process.poll() is not None]:
             results[nb] = finish(nb, save, *running.pop(nb))
         time.sleep(.02)
@@ -112,7 +115,9 @@ def main():
     fork = CAN_FORK and not args.new
     os.chdir(ROOT)
     if fork: warm()
-    results = run(nbs, args.save, args.workers, fork)
+    drawn = tempfile.mkdtemp()  # no TemporaryDirectory: the first fork that ends would remove it
+    try: results = run(nbs, args.save, args.workers, fork, drawn)
+    finally: shutil.rmtree(drawn)
     gc.unfreeze()
     failed = [(nb, said) for nb, wrong, said in results if wrong]
     for nb, said in failed: print(f'\n{"="*20} {nb.name}\n{said}')

@@ -756,7 +756,8 @@ def spec_dl(
     if spec.sites > 1: rows = rows.drop_duplicates('well_id')
     rows = rows.reset_index(drop=True)
     block = screen_block(spec, source, stat_rows, _every_row, augs, labeled=False, mask=mask)
-    dsets = block.datasets(rows, verbose=False)
+    block.get_items = lambda _: rows       # not as the source: fastai makes a text of it, which takes longer than the rest
+    dsets = block.datasets('the rows', verbose=False)
     dl = ScreenDL(dsets.train if augs else dsets.valid, bs=bs, num_workers=num_workers,
                   device=device or default_device(),
                   n_inp=block.n_inp, after_item=Pipeline([*block.item_tfms]), after_batch=Pipeline([*block.batch_tfms]))

@@ -154,5 +154,6 @@ def choose_correction(
     said = f'The correction {name} was chosen, which measures {best.measures}' if method else 'No correction was chosen'
     mine = t.set_index('candidate').retrieval[name]
     beside = ', '.join(f'{o.candidate} {o.retrieval:.3f}' for o in others.itertuples())
-    notes = [f'{said}: leaving out one training batch at a time, it finds the same {target} in the others with a mean average precision of {mine:.3f} ({beside}).']
+    notes = [f'{said}: leaving out one training batch at a time, it finds the same {target} in the others with a mean '
+             f'average precision of {mine:.3f} ({beside}).']
     return Choice(name, method, options, t, notes + content_notes(emb_metadata(emb), target, method, options))

@@ -412,7 +412,8 @@ def stack_views(
     key = next((c for c in (f'{META}site_id', f'{META}well_id') if c in tables[0]), None)
     for i, t in enumerate(tables):
         same = key is None or t[key].tolist() == tables[0][key].tolist()
-        if len(t) != len(tables[0]) or not same: raise ScreenError(f'View {i} is of other samples than view 0: embed the same rows for each view.')
+        if len(t) != len(tables[0]) or not same:
+            raise ScreenError(f'View {i} is of other samples than view 0: embed the same rows for each view.')
     res = pd.concat([t.assign(**{f'{META}view': i}) for i, t in enumerate(tables)], ignore_index=True)
     if 'model' in tables[0].attrs: res.attrs['model'] = tables[0].attrs['model']
     return res
@@ -447,7 +448,8 @@ def class_centroids(
     rows, vectors = [], []
     for _, at in codes.groupby([target, *by], dropna=False, sort=True).indices.items():
         found, centers = _centers(x[at], k, seed)
-        for i in range(len(centers)): rows.append({**_agreed(labels.iloc[at[found == i]]), 'n_rows': int((found == i).sum())})
+        for i in range(len(centers)):
+            rows.append({**_agreed(labels.iloc[at[found == i]]), 'n_rows': int((found == i).sum())})
         vectors.append(centers)
     res = make_emb_table(pd.DataFrame(rows, columns=[*labels, 'n_rows']), np.concatenate(vectors).astype(np.float32))
     return res.astype({c: emb[c].dtype for c in res if c in emb and c.startswith(META) and res[c].notna().all()})

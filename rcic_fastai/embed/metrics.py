@@ -175,7 +175,8 @@ def _drawn_ranks(n_positive, n_ranked, n, rng):
     "Return the ranks of positives in `n` random orders, ascending: [n, n_positive]"
     if n_positive > n_ranked**.5:
         part = max(1, 2**22//n_ranked)
-        parts = [np.argpartition(rng.random((min(part, n - i), n_ranked)), n_positive - 1, axis=1)[:, :n_positive] for i in range(0, n, part)]
+        parts = [np.argpartition(rng.random((min(part, n - i), n_ranked)), n_positive - 1,
+                                 axis=1)[:, :n_positive] for i in range(0, n, part)]
         return np.sort(np.concatenate(parts), axis=1) + 1.
     ranks = np.sort(rng.integers(1, n_ranked + 1, (n, n_positive)), axis=1)
     while (again := (np.diff(ranks, axis=1) == 0).any(1)).any():
@@ -219,7 +220,8 @@ def map_significance(
         if key not in nulls: nulls[key] = _null_of(counts, most)
         if exact := nulls[key] is not None: p = nulls[key][1][nulls[key][0] >= seen - 1e-7].sum()
         else:
-            for c in counts.keys() - drawn.keys(): drawn[c] = _precision_of(_drawn_ranks(*c, checked_n_null(n_null), rng))
+            for c in counts.keys() - drawn.keys():
+                drawn[c] = _precision_of(_drawn_ranks(*c, checked_n_null(n_null), rng))
             p = p_value(seen, sum(drawn[c]*n for c, n in counts.items())/len(t))
         rows.append((name, len(t), seen, min(float(p), 1.), exact))
     t = pd.DataFrame(rows, columns=[target, 'n_queries', 'map', 'p', 'exact'])

@@ -137,7 +137,8 @@ class Neck:
             v = getattr(self, k)
             if isinstance(v, bool) or not isinstance(v, kind) or not 0 <= v <= most:
                 raise ScreenError(f'{option("search", f"{k}={v}")} is not possible: give {"a number" if most == 1 else "a whole number"} from 0 to {most}.')
-        if self.rerank == 1: raise ScreenError(f'{option("search", "rerank=1")} asks each row about itself: give 2 or more.')
+        if self.rerank == 1:
+            raise ScreenError(f'{option("search", "rerank=1")} asks each row about itself: give 2 or more.')
     def __str__(self):
         said = {f.name: getattr(self, f.name) for f in fields(self)}
         return ','.join(f'{k}={v:g}' for k, v in said.items() if v) or 'no'
@@ -152,7 +153,9 @@ def neck_from(
         k, eq, v = str(part).partition('=')
         try: given[k] = int(v) if k in ('expand', 'rerank') else float(v)
         except ValueError: given, eq = {}, ''
-        if k not in names or not eq: raise ScreenError(f'{option("search", said)} is not understood at {part!r}: write pairs of {", ".join(names)} and a number, such as whiten=0.3,shrink=1, or auto or no.')
+        if k not in names or not eq:
+            raise ScreenError(f'{option("search", said)} is not understood at {part!r}: write pairs of '
+                              f'{", ".join(names)} and a number, such as whiten=0.3,shrink=1, or auto or no.')
     return Neck(**given)
 
 # %% ../../nbs/42c_embed.neck.ipynb #517e2d88
@@ -171,7 +174,9 @@ class NeckIndex(EmbeddingIndex):
 
     def __repr__(self): return f'{super().__repr__()}, searched with {self.neck}'
     def table(self): return self.plain.table()
-    def save(self, folder, model=None): raise ScreenError(f'An index that is searched with {self.neck} is made again from the plain one: save that (.plain) and these words.')
+    def save(self, folder, model=None):
+        raise ScreenError(f'An index that is searched with {self.neck} is made again from the plain one: '
+                          'save that (.plain) and these words.')
     def _turned(self, x):
         mean, turn = self.whitened
         return unit_rows((x - mean) @ turn).astype(np.float32)
@@ -196,7 +201,9 @@ def class_scores(self:NeckIndex,
     **kwargs # As `EmbeddingIndex.class_scores` has them
 )->np.ndarray: # float32 [Q,K], in the order of `.classes`; −∞ for classes that are not allowed
     "Score every class for every query"
-    if vote != 'nearest': raise ScreenError(f'{option("vote", vote)} and {option("search", str(self.neck))} both say how rows vote: choose one (shrink=1 is the prototype).')
+    if vote != 'nearest':
+        raise ScreenError(f'{option("vote", vote)} and {option("search", str(self.neck))} both say how rows vote: '
+                          'choose one (shrink=1 is the prototype).')
     if self.mutual is None: return super(NeckIndex, self).class_scores(q, vote, k, classes, cell_type, **kwargs)
     near = 1 - self.mutual.distances(self._queries(q))
     out = np.full((len(near), len(self.classes)), -np.inf, np.float32)
@@ -206,7 +213,8 @@ def class_scores(self:NeckIndex,
     return out
 
 # %% ../../nbs/42c_embed.neck.ipynb #dd5e1bcb
-SEARCHES = ('no', 'shrink=0.5', 'shrink=1', 'expand=5', 'rerank=10', 'whiten=0.3', 'whiten=0.3,shrink=0.5', 'whiten=0.3,shrink=1', 'whiten=0.1,shrink=1')
+SEARCHES = ('no', 'shrink=0.5', 'shrink=1', 'expand=5', 'rerank=10', 'whiten=0.3', 'whiten=0.3,shrink=0.5',
+            'whiten=0.3,shrink=1', 'whiten=0.1,shrink=1')
 MUTUAL_ROWS = 20_000     # of larger indexes, mutual neighbors are not tried
 
 def _treated_rows(labels, target):
@@ -226,7 +234,8 @@ def label_ranks(
     scores, wells, at = scores[at >= 0], wells[at >= 0], at[at >= 0]
     mine = scores[np.arange(len(at)), at][:, None]
     before, tied = (scores > mine + TIE).sum(1), (np.abs(scores - mine) <= TIE).sum(1) - 1
-    return pd.DataFrame(dict(well_id=wells.index, experiment=wells.experiment.astype(str).to_numpy(), rank=1 + before + tied/2))
+    return pd.DataFrame(dict(well_id=wells.index, experiment=wells.experiment.astype(str).to_numpy(),
+                             rank=1 + before + tied/2))
 
 # %% ../../nbs/42c_embed.neck.ipynb #2a10350e
 def _parts(index, held, most, seed):
@@ -273,7 +282,8 @@ def neck_table(
         errors = [gain.std(ddof=1)/len(gain)**.5 if len(gain) > 1 else np.inf]
         per = gain.groupby(plain.experiment).mean()
         if len(per) >= 4: errors.append(per.std(ddof=1)/len(per)**.5)
-        rows.append(dict(search=name, accuracy=(ranks['rank'] == 1).mean(), reciprocal=(1/ranks['rank']).mean(), gain=gain.mean(), error=max(errors)))
+        rows.append(dict(search=name, accuracy=(ranks['rank'] == 1).mean(), reciprocal=(1/ranks['rank']).mean(),
+                         gain=gain.mean(), error=max(errors)))
     return pd.DataFrame(rows)
 
 def choose_neck(

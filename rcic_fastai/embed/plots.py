@@ -23,7 +23,8 @@ def group_styles(
     "Return a color and a marker for each of up to 90 groups"
     names, looks = list(dict.fromkeys(names)), [dict(color=c, marker=m) for m, c in product(_MARKERS, _COLORS)]
     if len(names) > len(looks):
-        raise ScreenError(f'{plural(len(names), "group cannot", "groups cannot")} all look different: show {len(looks)} or fewer.')
+        raise ScreenError(f'{plural(len(names), "group cannot", "groups cannot")} all look different: '
+                          f'show {len(looks)} or fewer.')
     return dict(zip(names, looks))
 
 # %% ../../nbs/42b_embed.plots.ipynb #33ab1ab1

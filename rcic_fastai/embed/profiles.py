@@ -74,10 +74,13 @@ def usable_features(
     here, full = without_gaps(np.isnan(x))
     same = np.ptp(x[here], axis=0) == 0 if here.sum() > 1 else np.zeros(x.shape[1], bool)
     keep, notes, names = full & ~same, [], np.asarray(names, object)
-    if not here.all(): notes.append(f'{plural(int((~here).sum()), "row")} of {len(x)} left out, as numbers are missing or not finite: {first_few(np.asarray(np.arange(len(x)) if rows is None else rows)[~here])}.')
+    if not here.all():
+        notes.append(f'{plural(int((~here).sum()), "row")} of {len(x)} left out, as numbers are missing or not '
+                     f'finite: {first_few(np.asarray(np.arange(len(x)) if rows is None else rows)[~here])}.')
     for bad, why in ((~full, 'missing or not finite in some rows'), (same & full, 'the same in all rows')):
         if bad.any(): notes.append(f'{plural(int(bad.sum()), "column")} of {len(names)} left out, {why}: {first_few(names[bad])}.')
-    if not keep.any() or not here.any(): raise ScreenError(f'{where} has no number that all rows have and in which they differ: {" ".join(notes)}')
+    if not keep.any() or not here.any():
+        raise ScreenError(f'{where} has no number that all rows have and in which they differ: {" ".join(notes)}')
     return x[here][:, keep], names[keep].tolist(), here, notes
 
 # %% ../../nbs/40b_embed.profiles.ipynb #8383a8b1

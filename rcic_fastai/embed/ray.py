@@ -44,7 +44,8 @@ class _Maker:
         (spec, screen, plan), rows = self.rest, []
         todo = [int(n) for n in ','.join(batch['parts']).split(',')]
         try:
-            for i, x in embed_features(self.model, spec, screen, plan, todo, self.o): rows.append((i, len(x), x.tobytes(), plan[i].said))
+            for i, x in embed_features(self.model, spec, screen, plan, todo, self.o):
+                rows.append((i, len(x), x.tobytes(), plan[i].said))
         except ScreenError as e: rows.append((-1, 0, str(e).encode(), ''))        # Ray would keep the text of an error only
         part, n, data, said = zip(*rows)
         return dict(part=np.array(part), n=np.array(n), data=np.array(data, object), said=np.array(said, object))
@@ -57,7 +58,8 @@ def _started(ray, address):
     if ray.is_initialized(): return lambda: None
     try:
         if m := re.fullmatch(r'([\w.-]+):([0-9]{1,5})', address): socket.create_connection((m[1], int(m[2])), 10).close()      # Ray would try for minutes
-        ray.init(None if address == 'local' else address, log_to_driver=False, logging_level='error', include_dashboard=False if address == 'local' else None)
+        ray.init(None if address == 'local' else address, log_to_driver=False, logging_level='error',
+                 include_dashboard=False if address == 'local' else None)
     except (Exception, SystemExit) as e: raise ScreenError(f'{option("ray", address)} cannot be reached ({_plain(e)}): start a cluster with ray start, or name its address.') from None
     return ray.shutdown
 
@@ -67,7 +69,9 @@ def _actors(ray, device, threads, n):
     need = dict(num_gpus=1) if device.type == 'cuda' else dict(num_cpus=threads)
     most = have.get('GPU', 0) if device.type == 'cuda' else have.get('CPU', 0)//threads
     if most < 1: raise ScreenError(f'The Ray cluster has no machine with {plural(threads, "core") if device.type == "cpu" else "a GPU"}: add one, or start this on another kind of device.')
-    if device.type == 'cpu' and have.get('GPU'): print('note: the GPUs of the cluster are not used, as this process has none: start it on a machine with one.', file=sys.stderr)
+    if device.type == 'cpu' and have.get('GPU'):
+        print('note: the GPUs of the cluster are not used, as this process has none: start it on a machine '
+              'with one.', file=sys.stderr)
     return need, max(1, min(int(most), n))
 
 # %% ../../nbs/41b_embed.ray.ipynb #ra41b015
@@ -76,7 +80,8 @@ def _mapped(ray, job, items, need, n):
     ctx = ray.data.DataContext.get_current()
     ctx.enable_progress_bars = False
     rows = ray.data.from_items([{'parts': ','.join(map(str, o))} for o in items], override_num_blocks=len(items))
-    done = rows.map_batches(_Maker, fn_constructor_args=(job,), batch_size=1, compute=ray.data.ActorPoolStrategy(min_size=1, max_size=n), **need)
+    done = rows.map_batches(_Maker, fn_constructor_args=(job,), batch_size=1,
+                            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=n), **need)
     for row in done.iter_rows():
         if row['part'] < 0: raise ScreenError(row['data'].decode())
         yield int(row['part']), str(row['said']), np.frombuffer(row['data'], np.float32).reshape(row['n'], -1)
@@ -87,7 +92,9 @@ def ray_features(
     "Return what makes parts on a Ray cluster"
     ray = _ray()
     def make(model, spec, screen, plan, todo, o):
-        if rank_world()[1] > 1: raise ScreenError(f'{option("ray")} is for one process, and there are several: start it without accelerate or torchrun.')
+        if rank_world()[1] > 1:
+            raise ScreenError(f'{option("ray")} is for one process, and there are several: '
+                              'start it without accelerate or torchrun.')
         if not todo: return
         leave, device, items = _started(ray, address), next(model.parameters()).device, _together(plan, todo, o)
         try:
@@ -98,6 +105,7 @@ def ray_features(
                 yield i, x
         except ScreenError: raise
         except Exception as e:
-            raise ScreenError(f'The Ray cluster stopped ({_plain(e)}): look at its log, and run the same again; finished parts are kept.') from e
+            raise ScreenError(f'The Ray cluster stopped ({_plain(e)}): look at its log, and run the same again; '
+                              'finished parts are kept.') from e
         finally: leave()
     return make

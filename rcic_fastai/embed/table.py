@@ -33,7 +33,8 @@ def make_emb_table(
 # %% ../../nbs/40_embed.table.ipynb #61c82e48
 def _check_frame(df):
     if not isinstance(df, pd.DataFrame):
-        raise ScreenError(f'A {type(df).__name__} is not an embeddings table: make one with make_emb_table, or with embed.')
+        raise ScreenError(f'A {type(df).__name__} is not an embeddings table: make one with '
+                          'make_emb_table, or with embed.')
 
 def emb_features(
     df:pd.DataFrame,  # embeddings table
@@ -193,8 +194,10 @@ def _barcode_name(meta):
 def _row_names(meta):
     "`site_id` or `well_id`, whichever names the rows; each row once"
     name = 'site_id' if 'site_id' in meta else 'well_id'
-    if name not in meta: raise ScreenError(f'The table has neither {META}site_id nor {META}well_id: its rows have no name.')
-    if meta[name].isna().any(): raise ScreenError(f'Row {int(meta[name].isna().argmax())} of the table has no {name}: fill it in.')
+    if name not in meta:
+        raise ScreenError(f'The table has neither {META}site_id nor {META}well_id: its rows have no name.')
+    if meta[name].isna().any():
+        raise ScreenError(f'Row {int(meta[name].isna().argmax())} of the table has no {name}: fill it in.')
     twice = meta[name][meta[name].duplicated()]
     if len(twice): raise ScreenError(f'The table has several rows of {name} {twice.iloc[0]!r}: keep one of them, or merge_sites.')
     return meta[name].astype(str)
@@ -205,9 +208,11 @@ def profile_table(
     level:str|None=None,  # `site`, `well` (the sites of a well are averaged by `merge_sites`), `None`: the rows as they are
 )->pd.DataFrame:          # `Metadata_Batch`, `Metadata_Plate`, `Metadata_Well`, (`Metadata_Site`,) our other facts, `Metadata_Barcode`, `emb_0000`, …
     "Return an embeddings table under the column names of pycytominer and copairs."
-    if level not in (None, 'site', 'well'): raise ScreenError(f"level={level!r} is unknown: use 'site', 'well' or None.")
+    if level not in (None, 'site', 'well'):
+        raise ScreenError(f"level={level!r} is unknown: use 'site', 'well' or None.")
     sites = f'{META}site_id' in df
-    if level == 'site' and not sites: raise ScreenError("The table has one row per well: sites cannot be had, use level='well'.")
+    if level == 'site' and not sites:
+        raise ScreenError("The table has one row per well: sites cannot be had, use level='well'.")
     if level == 'well' and sites: df = merge_sites(df)
     x, meta = emb_features(df), emb_metadata(df)
     _row_names(meta)

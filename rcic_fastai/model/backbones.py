@@ -448,7 +448,8 @@ def _timm_pretrained(arch, **kwargs):
     "Create a timm model with its published weights"
     import timm
     if not timm.is_model_pretrained(arch):
-        raise ScreenError(f'timm has no pretrained weights for {arch}: give a local file as {option("pretrained")}, or use no weights with {option("pretrained", None)}.')
+        raise ScreenError(f'timm has no pretrained weights for {arch}: give a local file as {option("pretrained")}, '
+                          f'or use no weights with {option("pretrained", None)}.')
     try:
         with _offline_if_unreachable(): return _timm_create(arch, pretrained=True, **kwargs)
     except ScreenError: raise
@@ -510,7 +511,8 @@ def _load_own(model, state, how, source):
     for k,v in new.items():
         if k.startswith('stem.') and v.ndim == 4 and v.shape[1] != mine[k].shape[1]:
             new[k] = adapt_filters(v, mine[k].shape[1], how)
-        if k == 'stem.channel' and v.ndim == 2: new[k] = v if len(v) == len(mine[k]) else v.mean(0).expand(len(mine[k]), -1)
+        if k == 'stem.channel' and v.ndim == 2:
+            new[k] = v if len(v) == len(mine[k]) else v.mean(0).expand(len(mine[k]), -1)
         if new[k].shape != mine[k].shape: raise _no_fit(source, model.arch, f'{k} has the shape {list(v.shape)}')
     model.load_state_dict(new)
 
@@ -591,7 +593,8 @@ def _single_channels(state, stem, source, arch):
     if filters is not None and filters.ndim == 5: state['patch_embed.proj.weight'] = filters.flatten(1, 2)
     if vectors is None: return state or None,None
     if stem not in BAGS: raise _no_fit(source, arch, f"they read single channels, which {option('stem', 'tokens')} does")
-    if vectors.ndim != 5 or {vectors.shape[i] for i in (0, 3, 4)} != {1}: raise _no_fit(source, arch, f'{_VECTORS} has the shape {list(vectors.shape)}')
+    if vectors.ndim != 5 or {vectors.shape[i] for i in (0, 3, 4)} != {1}:
+        raise _no_fit(source, arch, f'{_VECTORS} has the shape {list(vectors.shape)}')
     return state,vectors[0, :, :, 0, 0].T
 
 def _set_vectors(stem, vectors, source, arch):
@@ -633,7 +636,8 @@ def _check_front(n_channels, stem, arch_args, input_bn=False):
     adapt_filters(torch.empty(1, 3, 1, 1, device='cpu'), n_channels)
     _check_colors(stem, n_channels)
     if input_bn and stem in BAGS:
-        raise ScreenError(f"{option('input_bn', True)} standardizes channels together, and {option('stem', stem)} reads each by itself: leave one of them out.")
+        raise ScreenError(f"{option('input_bn', True)} standardizes channels together, and {option('stem', stem)} "
+                          "reads each by itself: leave one of them out.")
     if arch_args is not None and not is_arch_args(arch_args):
         raise ScreenError(f"{option('arch_args')} is {arch_args!r:.200}: give a dict of plain arguments of the architecture, such as "
                           f"{{'act_layer': 'mish'}}, without weights and channels.")
@@ -730,7 +734,8 @@ def body_groups(
     "Split the parameters of a body into `n` groups of about equally many blocks, early to late"
     blocks = body_blocks(body)
     if not 1 <= n <= len(blocks):
-        raise ScreenError(f'A body of {len(blocks)} blocks cannot be cut into {plural(n, "group")}: ask for 1 to {len(blocks)}.')
+        raise ScreenError(f'A body of {len(blocks)} blocks cannot be cut into {plural(n, "group")}: '
+                          f'ask for 1 to {len(blocks)}.')
     cuts = [round(i*len(blocks)/n) for i in range(n+1)]
     groups = [_all_parameters(blocks[i:j]) for i,j in zip(cuts, cuts[1:])]
     seen = {id(p) for p in _all_parameters(blocks)}

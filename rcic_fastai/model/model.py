@@ -37,7 +37,8 @@ def check_loss(
 ):
     "Raise a `ScreenError` when a loss does not read what the classifier returns"
     kind = getattr(classifier, 'kind', None)
-    if getattr(loss, 'reads', '') == 'both' and loss.several: raise ScreenError(f'{type(loss).__name__} of several labels reads one classifier: choose two losses of logits.')
+    if getattr(loss, 'reads', '') == 'both' and loss.several:
+        raise ScreenError(f'{type(loss).__name__} of several labels reads one classifier: choose two losses of logits.')
     if kind is None or loss.reads == kind: return
     if loss.reads == 'embedding':
         raise ScreenError(f'The loss {type(loss).__name__} does not train the classifier: mix it with one that does, as in '
@@ -54,7 +55,8 @@ def check_target(
     "Raise a `ScreenError` when a loss does not read the target"
     if loss.several == several: return
     if several: raise ScreenError(f'The loss {type(loss).__name__} names one class for each image, and {target} holds several labels: choose the loss bce or focal, as the recipe hpa46 does.')
-    raise ScreenError(f'The loss {type(loss).__name__} is for several labels, and {target} is one class for each image: choose cross_entropy, or say {option("several", True)} in the data.')
+    raise ScreenError(f'The loss {type(loss).__name__} is for several labels, and {target} is one class for each '
+                      f'image: choose cross_entropy, or say {option("several", True)} in the data.')
 
 # %% ../../nbs/23_model.model.ipynb #65170a93
 JOINS = ('pool', 'concat')
@@ -309,8 +311,12 @@ def with_channels(
 )->ScreenModel: # Shares its weights
     "Return a model as it reads pictures of some of its channels"
     n = model.n_channels
-    if not is_adaptive(model): raise ScreenError(f"The model reads {plural(n, 'channel')} together: give it all, or train one with {option('stem', 'bag')}.")
-    if not len(at) or len(set(at)) < len(at) or not set(at) <= set(range(n)): raise ScreenError(f'The positions {list(at)} are not some of {plural(n, "channel")}: give different ones from 0 to {n - 1}.')
+    if not is_adaptive(model):
+        raise ScreenError(f"The model reads {plural(n, 'channel')} together: give it all, or train one "
+                          f"with {option('stem', 'bag')}.")
+    if not len(at) or len(set(at)) < len(at) or not set(at) <= set(range(n)):
+        raise ScreenError(f'The positions {list(at)} are not some of {plural(n, "channel")}: '
+                          f'give different ones from 0 to {n - 1}.')
     new, stem = copy(model), copy(model.stem)
     new._modules = {**model._modules, 'stem': stem}
     stem.drawn, stem.at, new.n_channels = None, tuple(at if stem.at is None else (stem.at[i] for i in at)), len(at)

@@ -103,7 +103,8 @@ def group_patterns(
     n = seen.shape[1]
     if names and n > 7: return pd.DataFrame()                    # too many to try: `infer_groups` goes plate by plate
     if names: extend = 'all'
-    if extend == 'all' and n > 7: raise ScreenError(f'{plural(n, "plate has", "plates have")} too many orders to try them all: use rotations.')
+    if extend == 'all' and n > 7:
+        raise ScreenError(f'{plural(n, "plate has", "plates have")} too many orders to try them all: use rotations.')
     every = []
     for pattern in np.unique(seen.to_numpy(), axis=0): every += _extended(pattern, extend)
     every = pd.DataFrame(every, columns=seen.columns)

@@ -55,7 +55,9 @@ def name_cells(
 )->pd.DataFrame: # One row per cell: id_code, what is known of it, the answer, score, margin, runner_up (of several labels none of these), protocol
     "Name every cell by itself"
     known = emb_metadata(queries)
-    if 'image_id' not in known: raise ScreenError('The table has one row per site, not per cell: embed a screen of cells, or use predict_wells.')
+    if 'image_id' not in known:
+        raise ScreenError('The table has one row per site, not per cell: embed a screen of '
+                          'cells, or use predict_wells.')
     used = highest_protocol(known['protocol'] if 'protocol' in known else []).value
     each = queries.assign(**{f'{META}well_id': known.site_id})
     each.attrs = queries.attrs
@@ -84,8 +86,10 @@ def with_image_scores(
     check_choice('how', how, ('geometric', 'mean', 'image'))
     names = [f'{SCORE}{c}' for c in score_classes(cells)]
     if not names or {*names} != {c for c in images if c.startswith(SCORE)}:
-        raise ScreenError(f'The cells and the images do not have the same columns {SCORE}LABEL: predict both with one model of several labels.')
-    if (twice := images.id_code[images.id_code.duplicated()]).any(): raise ScreenError(f'{twice.iloc[0]} has two rows of answers: keep one row per image.')
+        raise ScreenError(f'The cells and the images do not have the same columns {SCORE}LABEL: predict both with '
+                          'one model of several labels.')
+    if (twice := images.id_code[images.id_code.duplicated()]).any():
+        raise ScreenError(f'{twice.iloc[0]} has two rows of answers: keep one row per image.')
     known = images.set_index('id_code')[names]
     lost = cells.well_id[~cells.well_id.isin(known.index)]
     if len(lost): raise ScreenError(f'{first_few(lost.unique(), 3)} has cells and no answer of its own: predict its image, too.')

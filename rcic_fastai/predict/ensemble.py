@@ -32,14 +32,17 @@ def _check_alike(first, other, name):
         lacks, extra = sorted({*map(str, a)} - {*map(str, b)}), sorted({*map(str, b)} - {*map(str, a)})
         if lacks or extra:
             how = f'lacks {first_few(lacks, 3)}' if lacks else f'has {first_few(extra, 3)}, which the first lacks'
-            raise ScreenError(f'{name} is about other {what} than the first member ({how}): average predictions of the same {what}.')
+            raise ScreenError(f'{name} is about other {what} than the first member ({how}): '
+                              f'average predictions of the same {what}.')
 
 # %% ../../nbs/55_predict.ensemble.ipynb #41b76a27
 def _member_weights(weights, n):
     "Return the weights of `n` members, which sum to 1"
     w = np.ones(n) if weights is None else np.asarray(list(weights), np.float64)
     if len(w) != n: raise ScreenError(f'There are {len(w)} weights for {plural(n, "member")}: give {option("weights")} one number for each.')
-    if not (np.isfinite(w).all() and (w > 0).all()): raise ScreenError(f'A weight is {w[~(w > 0)][0] if (~(w > 0)).any() else w.max()}: let {option("weights")} be numbers above 0, and leave out members that do not count.')
+    if not (np.isfinite(w).all() and (w > 0).all()):
+        raise ScreenError(f'A weight is {w[~(w > 0)][0] if (~(w > 0)).any() else w.max()}: let {option("weights")} be '
+                          'numbers above 0, and leave out members that do not count.')
     return w/w.sum()
 
 # %% ../../nbs/55_predict.ensemble.ipynb #32be534f
@@ -50,7 +53,8 @@ def _given_groups(tables):
         mine = t['plate_group'] if 'plate_group' in t else pd.Series(pd.NA, t.index)
         mine = pd.Series(pd.array(mine, dtype='Int64'), t['id_code']).loc[wells]
         if found is not None and (differ := (mine != found).fillna(False)).any():
-            raise ScreenError(f'The members were given different plate groups for the plate of well {wells.iloc[differ.argmax()]}: predict again, from one table.')
+            raise ScreenError('The members were given different plate groups for the plate of well '
+                              f'{wells.iloc[differ.argmax()]}: predict again, from one table.')
         found = mine if found is None else found.fillna(mine)
     return found.array
 
@@ -71,7 +75,9 @@ def average_scores(
     w, first = _member_weights(weights, len(tables)), tables[0]
     names = [c for c in first if c.startswith((SCORE, UNTOLD))]
     for i, t in enumerate(tables):
-        if t['id_code'].duplicated().any(): raise ScreenError(f'Member {i+1} has two rows of well {t["id_code"][t["id_code"].duplicated()].iloc[0]}: give one row per well.')
+        if t['id_code'].duplicated().any():
+            raise ScreenError(f'Member {i+1} has two rows of well '
+                              f'{t["id_code"][t["id_code"].duplicated()].iloc[0]}: give one row per well.')
         if i: _check_alike(first, t, f'Member {i+1}')
     total = sum(a*t.set_index('id_code').loc[first['id_code'], names].to_numpy(np.float64) for a, t in zip(w, tables))
     res = first.drop(columns=names).join(pd.DataFrame(total, columns=names, index=first.index))
@@ -101,7 +107,8 @@ def stand_in_index(
 )->SimpleNamespace: # labels, classes, target
     "Return what assignment reads of an index: which class and which training plate is in which group"
     if not facts.get('groups'):
-        raise ScreenError('The scores do not say which plate holds which group, which transductive answers need: average predictions of another protocol.')
+        raise ScreenError('The scores do not say which plate holds which group, which transductive answers need: '
+                          'average predictions of another protocol.')
     return SimpleNamespace(labels=pd.DataFrame(facts['groups']), classes=classes, target=facts['target'], kind='exact')
 
 # %% ../../nbs/55_predict.ensemble.ipynb #572eb0b4
@@ -139,9 +146,11 @@ def answer_labels(self:TrainedModel,
     **kwargs
 )->pd.DataFrame: # One row per image: id_code, the target (cells such as '0|14'), `score:LABEL`, the probability of each label, protocol
     "Return the labels of all images of a screen, and the probability of each"
-    if not self.spec.several: raise ScreenError('The model names one class for each image, not several labels: call predict.')
+    if not self.spec.several:
+        raise ScreenError('The model names one class for each image, not several labels: call predict.')
     screen = open_screen(screen, check=False)
-    return name_labels(self.class_scores(screen[screen.table.assign(dataset='test')], progress=progress, **{'wells': 'all', **kwargs}))
+    return name_labels(self.class_scores(screen[screen.table.assign(dataset='test')], progress=progress,
+                                         **{'wells': 'all', **kwargs}))
 
 # %% ../../nbs/55_predict.ensemble.ipynb #73157a83
 def read_member(
@@ -174,7 +183,8 @@ def read_answers(
     return res
 
 # %% ../../nbs/55_predict.ensemble.ipynb #7cf3a429
-WAY = ('by', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'adapt', 'adapt_from', 'correct', 'tta', 'views', 'cell_merge', *CELL_OPTIONS, 'channels', 'bs')
+WAY = ('by', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'adapt', 'adapt_from', 'correct', 'tta',
+       'views', 'cell_merge', *CELL_OPTIONS, 'channels', 'bs')
 
 def way_of(
     record:dict, # Of a file of predictions
@@ -216,7 +226,8 @@ def ensemble_files(
     weights=None, # One number above 0 per member; `None`: all count alike
 )->pd.DataFrame: # One row per well
     "Average files of predictions, and write the answers with a record that names the members"
-    if len(members) < 2: raise ScreenError('An ensemble needs two files of predictions or more: name them after the file to write.')
+    if len(members) < 2:
+        raise ScreenError('An ensemble needs two files of predictions or more: name them after the file to write.')
     same = [m for m in members if Path(m).resolve() == Path(out).resolve()]
     if same: raise ScreenError(f'{out} would be overwritten by its own ensemble: choose another name.')
     check_outputs(out, scores=True)
@@ -225,7 +236,8 @@ def ensemble_files(
     mean = average_scores(tables, weights)
     pred = name_wells(mean)
     records = [read_predictions(m).attrs['record'] for m in members]
-    how = [dict(file=str(m), weight=round(float(a), 6), sha256=file_facts(m)['sha256'], way=way_of(r)[0], made_by=makers_of(r)[0]) for m, a, r in zip(members, w, records)]
+    how = [dict(file=str(m), weight=round(float(a), 6), sha256=file_facts(m)['sha256'], way=way_of(r)[0],
+                made_by=makers_of(r)[0]) for m, a, r in zip(members, w, records)]
     made = file_facts(write_scores(mean, scores_path(out)))['sha256']
     write_predictions(pred, out, dict(ensemble=how, score=tables[0].attrs['kind'], scores_sha256=made))
     return pred

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WELLS', 'ADAPT', 'ADAPT_FROM', 'TELL', 'BY', 'prediction_rows', 'as_test', 'asked_experiments', 'with_groups',
-           'PredictionPlan', 'other_wells', 'adapting_kinds', 'plan_prediction', 'nameable', 'check_outputs',
-           'check_cells_file', 'check_searches', 'told_plan', 'score_plan', 'embed_plan']
+           'PredictionPlan', 'other_wells', 'without_others', 'adapting_kinds', 'plan_prediction', 'recorded_options',
+           'nameable', 'check_outputs', 'check_cells_file', 'check_searches', 'told_plan', 'score_plan', 'embed_plan']
 
 # %% ../../nbs/54_predict.plan.ipynb #cd9dcb31
 import sys
@@ -31,7 +31,7 @@ from ..embed.table import *
 from ..embed.embed import *
 from ..embed.index import *
 from ..embed.neck import *
-from ..embed.correct import corrected_index
+from ..embed.correct import CORRECTIONS, corrected_index
 from ..embed.choose import choose_correction
 from ..embed.cells import *
 from .predict import *
@@ -374,7 +374,10 @@ def _check_known(rows, only, what):
         n = treated.well_id[treated[c].isna()].nunique() if c in treated else treated.well_id.nunique()
         if n: raise ScreenError(f'The model was trained on wells with {what} only, and the {c} of {plural(n, "test well")} is not known: give the table a column {c}, or take a model of all wells.')
 
-def _without_others(model, rows):
+def without_others(
+    model, # A `TrainedModel`
+    rows:pd.DataFrame, # Site table
+)->tuple: # (rows, notes)
     "Return the rows that a model of some wells only can name, and a note on the others"
     is_other, only = other_wells(model, rows), (model.config.get('recipe') or {}).get('only') or {}
     what = ' and '.join(f'{c} {v}' for c, v in only.items())
@@ -496,7 +499,7 @@ def _asked(model, whole, way, given):
     "Return the pictures that are read, those of the wells to name, and sentences about what was left out: `first` and `last`"
     of_cells = {k: given[k] for k in CELL_OPTIONS}
     everything, first = _pictures(model, whole, 'all' if way.needs_controls else given['wells'], given['only_present'], given['cells'], of_cells)
-    rows, last = _without_others(model, prediction_rows(everything.table, given['wells'], model.spec.target))
+    rows, last = without_others(model, prediction_rows(everything.table, given['wells'], model.spec.target))
     _check_correctable(rows, way.correct)
     return everything, everything[rows], SimpleNamespace(first=first, last=last)
 
@@ -562,6 +565,22 @@ def plan_prediction(
     labels = dict(thresholds=list(model.thresholds), no_label=spec.no_label) if spec.several else {}
     return PredictionPlan(Protocol(protocol), asked, way.index, options, way.correction, search, tuple(notes), {**record, **labels}, labels, told, spec=spec, cell_merge=cell_merge if cells else '')
 
+# %% ../../nbs/54_predict.plan.ipynb #5b296643
+_RECORDED = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'assign', 'adapt', 'adapt_from', 'correct', 'wells')
+
+def _method_of(tag):
+    "Return the correction that a record names, such as `Sphering(by='experiment')`, as an option does"
+    name = str(tag or 'no').partition('(')[0]
+    return next((k for k, v in CORRECTIONS.items() if v.__name__ == name), name)
+
+def recorded_options(
+    record:dict, # From the file beside a prediction
+)->dict: # Arguments of `plan_prediction`; none where the record does not say them, as that of an ensemble
+    "Return how a prediction was made, as one asks for it"
+    if 'tta' not in record: return {}
+    said = {k: record[k] for k in _RECORDED if k in record}
+    return {**said, 'adapt': said.get('adapt') or 'no', 'correct': _method_of(said.get('correct'))}
+
 # %% ../../nbs/54_predict.plan.ipynb #7f14aab8
 def nameable(
     tables, # Embeddings tables
@@ -614,8 +633,8 @@ def check_searches(
 
 # %% ../../nbs/54_predict.plan.ipynb #3b762f04
 def _with_record(pred, plan):
-    "Return answers that know how good the model is known to be, as those that are read from a file do"
-    if note := plan.record.get('validation'): pred.attrs['record'] = dict(validation=note)
+    "Return answers that know how they were made, as those that are read from a file do"
+    pred.attrs['record'] = as_plain({**plan.record, **answer_facts(pred)})
     return pred
 
 def _options(plan, progress):
@@ -671,11 +690,15 @@ def _as_embedded(model, plan, progress):
     emb.attrs['model'] = model.fingerprint
     return emb
 
-def _to_name(plan, emb):
-    "Return what a plan searches of its embeddings: that of wells which can be named"
+def _as_searched(plan, emb):
+    "Return the embeddings of all wells of a plan, as it treats them"
     wells = _wells_of_plan(plan, emb)
     wells.attrs['model'] = emb.attrs['model']
-    tables = list(nameable([wells], plan.index))
+    return wells
+
+def _to_name(plan, emb):
+    "Return what a plan searches of its embeddings: that of wells which can be named"
+    tables = list(nameable([_as_searched(plan, emb)], plan.index))
     if not tables: raise ScreenError('There is no well to name: the model learned no control wells, and the screen has no treatment among its test wells.')
     return tables[0]
 
@@ -683,12 +706,12 @@ def embed_plan(
     model:TrainedModel, # The model of the plan
     plan:PredictionPlan, # Any plan
     progress:bool=True, # Show a progress bar
-    both:bool=False, # Also return them before their correction; `None` where the plan has none
+    both:bool=False, # Return those of all wells, also of controls that cannot be named; and the same before their correction, `None` where the plan has none
 )->pd.DataFrame: # Embeddings table of the sites that can be named (of single cells: of their wells), corrected if the plan says so
     "Embed the sites of a plan in memory, as it treats them"
     emb = _as_embedded(model, plan, progress)
     if not both: return _to_name(plan, emb)
-    return _to_name(plan, emb), _to_name(replace(plan, correction=None), emb) if plan.correction else None
+    return _as_searched(plan, emb), _as_searched(replace(plan, correction=None), emb) if plan.correction else None
 
 def _answer(model, plan, progress):
     "Name the wells of a plan in memory: predictions, neighbors, the embeddings, and the plan of the last pass"

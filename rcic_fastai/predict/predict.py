@@ -6,7 +6,8 @@
 __all__ = ['wells_of', 'groups_of_classes', 'plate_groups_of', 'best_class', 'top_candidates', 'name_scored', 'neighbor_table',
            'vote_share', 'learned_names', 'search_wells', 'check_corrected_alike', 'check_batchnorm_alike',
            'check_one_model', 'check_restriction', 'predict_wells', 'write_tables', 'check_parquet_path',
-           'predict_tables', 'info_path', 'top_path', 'check_beside', 'write_predictions', 'read_predictions']
+           'predict_tables', 'info_path', 'top_path', 'check_beside', 'answer_facts', 'write_predictions',
+           'read_predictions']
 
 # %% ../../nbs/51_predict.predict.ipynb #8c231e14
 import hashlib, json, os, warnings
@@ -422,6 +423,17 @@ def check_beside(
     "Raise a `ScreenError` when predictions, their record or the best five would be written over a file that is something else"
     check_replaceable(info_path(path), 'predictions', path, top_path(path))
 
+def answer_facts(
+    pred:pd.DataFrame, # From `predict_wells`
+)->dict: # protocol, target, n_wells; where there are any, plate_groups, thresholds, no_label
+    "Return what answers say of themselves, for the record of how they were made"
+    groups = {}
+    if 'group_source' in pred:
+        g = pred.dropna(subset=['group_source']).groupby('experiment')[['group_source', 'group_confidence']].first()
+        groups = dict(plate_groups={e: dict(source=r.group_source, confidence=round(r.group_confidence, 2) if np.isfinite(r.group_confidence) else None) for e, r in g.iterrows()})
+    labels = {k: pred.attrs[k] for k in ('thresholds', 'no_label') if k in pred.attrs}
+    return dict(protocol=str(pred['protocol'].iloc[0]), target=pred.attrs.get('target', 'sirna'), n_wells=len(pred), **groups, **labels)
+
 def write_predictions(
     pred:pd.DataFrame, # From `predict_wells`
     path, # CSV to write; the JSON goes beside it
@@ -432,13 +444,8 @@ def write_predictions(
     if path.suffix == '.json': raise ScreenError(f'{path} would be overwritten by its own record: name a .csv file.')
     check_beside(path)
     if len(protocol) != 1: raise ScreenError(f'The predictions mix the protocols {first_few(protocol)}: write one file for each.')
-    target = pred.attrs.get('target', 'sirna')
-    groups = {}
-    if 'group_source' in pred:
-        g = pred.dropna(subset=['group_source']).groupby('experiment')[['group_source', 'group_confidence']].first()
-        groups = dict(plate_groups={e: dict(source=r.group_source, confidence=round(r.group_confidence, 2) if np.isfinite(r.group_confidence) else None) for e, r in g.iterrows()})
-    labels = {k: pred.attrs[k] for k in ('thresholds', 'no_label') if k in pred.attrs}
-    record = dict(protocol=protocol[0], target=target, n_wells=len(pred), **groups, **{**(info or {}), **labels})
+    facts = answer_facts(pred)
+    target, record = facts['target'], {**facts, **{k: v for k, v in (info or {}).items() if k not in facts}}
     if classes := pred.attrs.get('classes'): record['classes'] = classes
     if notes := pred.attrs.get('notes'): record['notes'] = [*record.get('notes', ()), *notes]
     tops, top = [c for c in pred if c.startswith('top_')], top_path(path)

@@ -50,7 +50,9 @@ def profile_rows(
     if lacks: raise ScreenError(f'{option("experiments", names)} names {first_few(lacks)}, which the screen does not have: it has {first_few(table.experiment.unique(), 30)}.')
     if names: table = table[table.experiment.astype(str).isin(names)]
     if wells != 'all': table = table[(table.well_type == 'treatment') == (wells == 'treatment')]
-    if not len(table): raise ScreenError(f'The screen has no {wells} well in {first_few(names) or "any experiment"}: choose other wells.')
+    if not len(table):
+        raise ScreenError(f'The screen has no {wells} well in '
+                          f'{first_few(names) or "any experiment"}: choose other wells.')
     return table
 
 # %% ../../nbs/53b_predict.profiles.ipynb #20241c1f
@@ -110,8 +112,11 @@ def profile_options(
     check_tta(tta)
     check_numbers(bs=bs, workers=workers)
     if bs < 1: raise ScreenError(f'{option("bs", bs)} is not possible: give 1 or more.')
-    if level == 'site' and model.spec.sites > 1: raise ScreenError(f'The model looks at {model.spec.sites} sites of a well together: ask for {option("level", "well")}.')
-    return dict(tta=tta, adapt=None if adapt == 'no' else adapt, bs=bs, num_workers=workers, progress=progress, mask=INDUCTIVE_MASK)
+    if level == 'site' and model.spec.sites > 1:
+        raise ScreenError(f'The model looks at {model.spec.sites} sites of a well together: '
+                          f'ask for {option("level", "well")}.')
+    return dict(tta=tta, adapt=None if adapt == 'no' else adapt, bs=bs, num_workers=workers,
+                progress=progress, mask=INDUCTIVE_MASK)
 
 # %% ../../nbs/53b_predict.profiles.ipynb #09cb3cef
 def profile_screen(
@@ -128,7 +133,8 @@ def profile_screen(
 
 def _marked(model, emb, level):
     "Mark the wells that were trained on, and average sites if asked"
-    emb = emb.assign(**{f'{META}trained': trained_wells(model, emb_metadata(emb)), f'{META}model': model.fingerprint[:8]})
+    emb = emb.assign(**{f'{META}trained': trained_wells(model, emb_metadata(emb)),
+                        f'{META}model': model.fingerprint[:8]})
     return merge_sites(emb) if level == 'well' and f'{META}site_id' in emb else emb
 
 def _say(notes, n, of):
@@ -167,7 +173,8 @@ def shard_share(
     found = re.fullmatch('([0-9]{1,6})/([0-9]{1,6})', shard.strip())
     i, n = map(int, found.groups()) if found else (0, 0)
     if 1 <= i <= n: return i - 1, n
-    raise ScreenError(f'{option("shard", shard)} is not understood: give its number, from 1, and how many there are, such as 3/8.')
+    raise ScreenError(f'{option("shard", shard)} is not understood: give its number, from 1, '
+                      'and how many there are, such as 3/8.')
 
 
 # %% ../../nbs/53b_predict.profiles.ipynb #0cdb0024
@@ -184,7 +191,8 @@ def _parts_by_model(out, models, shard, ray, progress, **how):
     how.update(share=shard_share(shard), progress=progress)
     if ray: how['maker'] = ray_features(ray)
     if shard: how['maker'] = _until_written(out)
-    return [(m, embed_parts(f'{out}{name}.part', m.model, m.spec_for(s), s, trained=m.trained, **how)) for name, (m, s) in models.items()]
+    return [(m, embed_parts(f'{out}{name}.part', m.model, m.spec_for(s), s, trained=m.trained,
+                            **how)) for name, (m, s) in models.items()]
 
 def _profile_tables(made, level, seen):
     "Yield the profiles of one experiment after the other, and note in `seen` how many there are, and of trained wells"
@@ -219,7 +227,9 @@ def write_profile_file(
     **how # Of `embed_parts`
 )->dict: # profiles, experiments, notes; with a shard parts and how many are done. Of several processes only the first has it
     "Embed the screens of some models into one file; interrupted, the same call continues"
-    if shard and Path(out).exists(): raise ScreenError(f'{out} is there already, and {option("shard")} makes parts of it: remove it to make it again, or leave {option("shard")} out.')
+    if shard and Path(out).exists():
+        raise ScreenError(f'{out} is there already, and {option("shard")} makes parts of it: remove it to make it '
+                          f'again, or leave {option("shard")} out.')
     if shard and ray: raise ScreenError(f'{option("shard")} and {option("ray")} are two ways to share the work: choose one.')
     with ExitStack() as run:
         with all_agree():

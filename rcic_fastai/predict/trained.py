@@ -11,6 +11,7 @@ __all__ = ['INDUCTIVE_MASK', 'WITH_CONTROLS', 'MODEL_LICENSE', 'OWN_FACTS', 'ind
 import io, platform
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import lru_cache
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
@@ -159,13 +160,16 @@ def data_fingerprint(
 _PACKAGES = ('rcic_fastai', 'fastai', 'torch', 'timm', 'efficientnet_pytorch', 'safetensors', 'faiss-cpu', 'numpy',
              'pandas')
 
+@lru_cache(None)
+def _version(package):
+    "Return the version of a package, None when it is not installed; a process does not see another one later"
+    from importlib.metadata import PackageNotFoundError, version
+    try: return version(package)
+    except PackageNotFoundError: return None
+
 def library_versions()->dict: # Package → version, None when it is not installed
     "Return the versions of the packages that a result depends on"
-    from importlib.metadata import PackageNotFoundError, version
-    def known(name):
-        try: return version(name)
-        except PackageNotFoundError: return None
-    return dict(python=platform.python_version(), **{n: known(n) for n in _PACKAGES})
+    return dict(python=platform.python_version(), **{n: _version(n) for n in _PACKAGES})
 
 def changed_versions(
     versions:dict, # Package → version, from `library_versions`, then

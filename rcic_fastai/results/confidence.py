@@ -132,14 +132,21 @@ def _check_held(tables, table):
     "Raise for held-out answers that nothing can be learned from, or must not be"
     if not tables: raise ScreenError('There are no answers for held-out experiments: give one score table or more.')
     for t in tables:
-        if not isinstance(t, pd.DataFrame): raise ScreenError(f'{t!r} is no score table: give those of class_scores or read_scores, or call confidence_files.')
+        if not isinstance(t, pd.DataFrame):
+            raise ScreenError(f'{t!r} is no score table: give those of class_scores or '
+                              'read_scores, or call confidence_files.')
         if 'experiment' not in t or (t['experiment'].astype(object).map(str, na_action='ignore').fillna('') == '').any(): raise ScreenError('Some held-out wells are of no experiment, and what is learned here is how experiments differ: give wells of plates.')
-        if 'thresholds' in t.attrs: raise ScreenError('These are answers of several labels for each image, whose probabilities and thresholds are in their scores already: give answers of one name.')
+        if 'thresholds' in t.attrs:
+            raise ScreenError('These are answers of several labels for each image, whose probabilities and thresholds '
+                              'are in their scores already: give answers of one name.')
         for k in _ALIKE:
             if t.attrs.get(k) != tables[0].attrs.get(k):
-                raise ScreenError(f'Held-out answers have the {k} {tables[0].attrs.get(k)} and {t.attrs.get(k)}: give those of one {k}.')
+                raise ScreenError(f'Held-out answers have the {k} {tables[0].attrs.get(k)} and '
+                                  f'{t.attrs.get(k)}: give those of one {k}.')
     ids = pd.concat([t['id_code'] for t in tables])
-    if ids.duplicated().any(): raise ScreenError(f'Well {ids[ids.duplicated()].iloc[0]} was held out twice: give the answers of each fold once, all of one seed.')
+    if ids.duplicated().any():
+        raise ScreenError(f'Well {ids[ids.duplicated()].iloc[0]} was held out twice: give the answers of each '
+                          'fold once, all of one seed.')
     mine = table[table.well_id.isin(set(ids))]
     judged = mine.experiment[~mine.dataset.isin(('train', 'val')).groupby(mine.well_id).transform('any')].unique()
     if len(judged): raise ScreenError(f'{first_few(judged, 4)} {"is" if len(judged) == 1 else "are"} there for testing, so labels of {"it" if len(judged) == 1 else "them"} only judge: give answers for training experiments that were held out.')
@@ -149,7 +156,8 @@ def _check_names(mine, theirs, what):
     "Raise where answers choose among quite other names, so that a chance among the one says nothing of the other"
     mine, theirs = {*map(str, mine)}, {*map(str, theirs)}
     if len(mine & theirs) >= .9*len(mine | theirs): return
-    raise ScreenError(f'{what} choose among {plural(len(mine), "name")} and the held-out ones among {len(theirs)}, of which {len(mine & theirs)} are the same: predict both with models of the same names.')
+    raise ScreenError(f'{what} choose among {plural(len(mine), "name")} and the held-out ones among {len(theirs)}, '
+                      f'of which {len(mine & theirs)} are the same: predict both with models of the same names.')
 
 # %% ../../nbs/60c_results.confidence.ipynb #fd65dae8
 @dataclass(frozen=True)
@@ -176,7 +184,8 @@ class Confidence:
 
     def to_dict(self):
         "Return all of it as plain data"
-        return as_plain({**{k: v for k, v in vars(self).items() if k != 'held'}, 'held': self.held.to_dict('records'), 'error': None if np.isnan(self.error) else self.error})
+        return as_plain({**{k: v for k, v in vars(self).items() if k != 'held'}, 'held': self.held.to_dict('records'),
+                         'error': None if np.isnan(self.error) else self.error})
 
 # %% ../../nbs/60c_results.confidence.ipynb #d00f6b78
 @dataclass(frozen=True)
@@ -210,7 +219,8 @@ def _stated(h, temperature):
 
 def _temperature_of(parts):
     "Return the temperature of held-out wells by experiment"
-    return fit_temperature([(np.concatenate([h.s[h.keep] for h in hs]), np.concatenate([h.at for h in hs])) for hs in parts.values()])
+    return fit_temperature([(np.concatenate([h.s[h.keep] for h in hs]),
+                             np.concatenate([h.at for h in hs])) for hs in parts.values()])
 
 def _fit_chances(answered, right, but=None):
     "Return slope and intercept of the chances, without one experiment"
@@ -226,7 +236,9 @@ def fit_confidence(
     guarantee:bool=False, # At least that share, in the mean over new experiments that are exchangeable with those held out
 )->Confidence:
     "Learn from held-out experiments how far answers can be believed"
-    if not isinstance(coverage, (int, float)) or not 0 < coverage < 1: raise ScreenError(f'{option("coverage", coverage)} is no share of wells: give a number between 0 and 1, such as .9.')
+    if not isinstance(coverage, (int, float)) or not 0 < coverage < 1:
+        raise ScreenError(f'{option("coverage", coverage)} is no share of wells: give a number '
+                          'between 0 and 1, such as .9.')
     held = [held] if isinstance(held, (pd.DataFrame, str, Path)) else list(held)
     _check_held(held, table)
     parts, unknown = _of_experiments(held, table)
@@ -236,16 +248,23 @@ def fit_confidence(
     stated = {e: [np.concatenate(o) for o in zip(*(_stated(h, temperature) for h in hs))] for e, hs in sorted(parts.items())}
     answered, right = {e: a for e, (a, _) in stated.items()}, {e: np.concatenate([h.right for h in parts[e]]) for e in stated}
     forecast = {e: float(chance_of(a, *_fit_chances(answered, right, e)).mean()) if len(parts) > 2 else np.nan for e, a in answered.items()}
-    rows = [dict(experiment=e, wells=len(a), accuracy=float(right[e].mean()), forecast=forecast[e]) for e, a in answered.items()]
+    rows = [dict(experiment=e, wells=len(a), accuracy=float(right[e].mean()),
+                 forecast=forecast[e]) for e, a in answered.items()]
     missed, experiment = 1 - np.concatenate([t for _, t in stated.values()]), np.concatenate([[e]*len(a) for e, a in answered.items()])
     level, notes = covering_level(missed, experiment, coverage, guarantee), []
-    if level >= 1 - 1e-12: notes.append(f'So many right names of held-out wells were not possible (their plate group was not the one that was inferred) that a set of {100*coverage:g} % is all names of a plate: ask for a lower {option("coverage")}.')
+    if level >= 1 - 1e-12:
+        notes.append('So many right names of held-out wells were not possible (their plate group was not the one '
+                     f'that was inferred) that a set of {100*coverage:g} % is all names of a plate: '
+                     f'ask for a lower {option("coverage")}.')
     if unknown: notes.append(f'{plural(unknown, "held-out well has a label that its model", "held-out wells have labels that their model")} never learned: no set can hold it, and what is said here is of the others.')
-    if len(parts) < 4: notes.append(f'{plural(len(parts), "experiment was", "experiments were")} held out, which says little of how experiments differ: {option("folds")} holds out all of them in turn.')
+    if len(parts) < 4:
+        notes.append(f'{plural(len(parts), "experiment was", "experiments were")} held out, which says little of how '
+                     f'experiments differ: {option("folds")} holds out all of them in turn.')
     every = [h for hs in parts.values() for h in hs]
     facts = {**{k: held[0].attrs.get(k) for k in _ALIKE}, 'names': score_classes(held[0]), 'cell_types': sorted({str(c) for h in every for c in h.scores.get('cell_type', ())}),
              'groups': sorted({str(g) for h in every for g in h.pred.get('group_source', ())})}
-    return Confidence(facts, temperature, *_fit_chances(answered, right), level, coverage, guarantee, pd.DataFrame(rows), tuple(notes))
+    return Confidence(facts, temperature, *_fit_chances(answered, right), level, coverage, guarantee,
+                      pd.DataFrame(rows), tuple(notes))
 
 # %% ../../nbs/60c_results.confidence.ipynb #c55285a6
 @patch
@@ -254,16 +273,22 @@ def answers(self:Confidence,
 )->pd.DataFrame: # One row per treatment well: id_code, the target, chance (that it is right), names (the set: the answer, then by probability), n_names, experiment, plate, protocol; `.attrs`: notes, and `unknown`, the experiments whose cell type was not held out
     "Return the answers for new wells, with the chance that each is right and a set of names"
     for k in _ALIKE:
-        if scores.attrs.get(k) != self.facts[k]: raise ScreenError(f'The new answers have the {k} {scores.attrs.get(k)} and the held-out ones {self.facts[k]}: predict both in one way.')
+        if scores.attrs.get(k) != self.facts[k]:
+            raise ScreenError(f'The new answers have the {k} {scores.attrs.get(k)} and the held-out ones '
+                              f'{self.facts[k]}: predict both in one way.')
     if same := sorted({*scores['experiment'].astype(str)} & {*self.held['experiment']}):
         raise ScreenError(f'{first_few(same, 4)} {"is" if len(same) == 1 else "are"} among the held-out experiments, so what is said of {"it" if len(same) == 1 else "them"} would be memory: give answers for other experiments.')
     _check_names(score_classes(scores), self.facts['names'], 'The new answers')
     t = _treated(scores)
     if not len(t): raise ScreenError('There is no treatment well among the new answers: predict some.')
     pred, classes, target = name_wells(t), np.array(score_classes(t), object), self.facts['target']
-    if barred := [c for c in classes if LABEL_SEPARATOR in c]: raise ScreenError(f'The name {barred[0]} has a {LABEL_SEPARATOR}, which separates the names of a set: give it another name in the table.')
+    if barred := [c for c in classes if LABEL_SEPARATOR in c]:
+        raise ScreenError(f'The name {barred[0]} has a {LABEL_SEPARATOR}, which separates the names of a set: '
+                          'give it another name in the table.')
     how = sorted({str(g) for g in pred.get('group_source', ())})
-    if not {*how} <= {*self.facts['groups']}: raise ScreenError(f'The plate groups of the new wells were {first_few(how)} and those of the held-out ones {first_few(self.facts["groups"])}: predict both in one way.')
+    if not {*how} <= {*self.facts['groups']}:
+        raise ScreenError(f'The plate groups of the new wells were {first_few(how)} and those of the held-out ones '
+                          f'{first_few(self.facts["groups"])}: predict both in one way.')
     p = name_probabilities(t, pred, self.temperature)
     at = pd.Index(classes).get_indexer(pred[target].astype(str))
     chance = chance_of(p[np.arange(len(at)), at], self.slope, self.intercept)
@@ -283,7 +308,9 @@ def _strange(self:Confidence, t):
     odd = ~cells.isin(self.facts['cell_types']) & ('cell_type' in t)
     if not odd.any(): return dict(unknown=[], notes=[])
     names = sorted(t['experiment'][odd].astype(str).unique())
-    return dict(unknown=names, notes=[f'No experiment of {first_few(sorted(cells[odd].unique()), 4)} was held out, so nothing is known of answers for {first_few(names, 4)}: their chances, sets and forecasts are those of other cells.'])
+    return dict(unknown=names, notes=[f'No experiment of {first_few(sorted(cells[odd].unique()), 4)} was held out, '
+                                      f'so nothing is known of answers for {first_few(names, 4)}: their chances, '
+                                      'sets and forecasts are those of other cells.'])
 
 # %% ../../nbs/60c_results.confidence.ipynb #78dc991e
 def forecast_accuracy(
@@ -293,7 +320,8 @@ def forecast_accuracy(
     "Return the accuracy to expect of each experiment"
     g = answers.groupby('experiment', sort=True)
     res = g.agg(wells=('id_code', 'size'), forecast=('chance', 'mean'), n_names=('n_names', 'mean')).reset_index()
-    return res.assign(error=np.where(res.experiment.isin(answers.attrs.get('unknown', ())), np.nan, error))[['experiment', 'wells', 'forecast', 'error', 'n_names']]
+    return res.assign(error=np.where(res.experiment.isin(answers.attrs.get('unknown', ())), np.nan,
+                                     error))[['experiment', 'wells', 'forecast', 'error', 'n_names']]
 
 # %% ../../nbs/60c_results.confidence.ipynb #f4a1fb82
 def judge_confidence(
@@ -303,7 +331,9 @@ def judge_confidence(
     "Compare chances, sets and forecasts with the truth"
     r = right_wrong(answers, table)
     d = answers.assign(right=r['right'].to_numpy(), covered=[t in n.split(LABEL_SEPARATOR) for t, n in zip(r['truth'], answers['names'])])
-    per = d.groupby('experiment', sort=True).agg(wells=('id_code', 'size'), accuracy=('right', 'mean'), forecast=('chance', 'mean'), coverage=('covered', 'mean'), n_names=('n_names', 'mean'))
+    per = d.groupby('experiment', sort=True).agg(wells=('id_code', 'size'), accuracy=('right', 'mean'),
+                                                 forecast=('chance', 'mean'), coverage=('covered', 'mean'),
+                                                 n_names=('n_names', 'mean'))
     spread = (d.chance*(1 - d.chance)).groupby(d.experiment).sum()**.5/per.wells
     per = per.assign(by_chance=(2/np.pi)**.5*spread).reset_index()
     return dict(wells=len(d), accuracy=float(d.right.mean()), expected=float(d.chance.mean()), brier=float(((d.chance - d.right)**2).mean()), coverage=float(d.covered.mean()),
@@ -323,7 +353,8 @@ def plot_chances(
         n, share = len(at), right[at].mean()
         ax.errorbar(answers['chance'].to_numpy()[at].mean(), share, yerr=(share*(1 - share)/n)**.5, fmt='o', color='#0072b2', ms=4)
     ax.plot([0, 1], [0, 1], color='.6', lw=1, zorder=0)
-    ax.set(xlabel='stated chance', ylabel='share right', xlim=(0, 1.02), ylim=(0, 1.02), title=answers['protocol'].iloc[0])
+    ax.set(xlabel='stated chance', ylabel='share right', xlim=(0, 1.02), ylim=(0, 1.02),
+           title=answers['protocol'].iloc[0])
     return ax
 
 # %% ../../nbs/60c_results.confidence.ipynb #5339dc88
@@ -337,11 +368,15 @@ def _check_ways(new, records):
     a = records[new]
     for h, b in records.items():
         mine, theirs = a.get('ensemble', ()), b.get('ensemble', ())
-        if len(mine) != len(theirs): raise ScreenError(f'{new} is the average of {plural(len(mine), "prediction")} and {h} of {len(theirs)}: average both alike.')
-        if [m['weight'] for m in mine] != [m['weight'] for m in theirs]: raise ScreenError(f'{new} and {h} are averages with other weights: average both alike.')
+        if len(mine) != len(theirs):
+            raise ScreenError(f'{new} is the average of {plural(len(mine), "prediction")} and {h} of '
+                              f'{len(theirs)}: average both alike.')
+        if [m['weight'] for m in mine] != [m['weight'] for m in theirs]:
+            raise ScreenError(f'{new} and {h} are averages with other weights: average both alike.')
         for x, y in zip(way_of(a), way_of(b)):
             for cell, k in [(c, k) for c in x for k in WAY if c in y and _is_other(k, x[c], y[c])]:
-                raise ScreenError(f'{new} was predicted with {k} {x[cell].get(k)} and {h} with {y[cell].get(k)}: predict both in one way.')
+                raise ScreenError(f'{new} was predicted with {k} {x[cell].get(k)} and {h} with '
+                                  f'{y[cell].get(k)}: predict both in one way.')
 
 def _check_makers(new, records):
     "Raise where files were predicted by models of other kinds; return notes on models that learned from other wells"
@@ -350,15 +385,22 @@ def _check_makers(new, records):
         for mine, theirs in zip(others, makers_of(records[h])):
             for cell in mine.keys() & theirs.keys():
                 x, y = mine[cell], theirs[cell]
-                if odd := models_differ(x, y): raise ScreenError(f'{new} and {h} were predicted by models that differ in {odd}, and how sure the one is says nothing of the other: predict both with models that were trained alike.')
-                if x.get('training_rows') != y.get('training_rows'): notes.append(f'The model of {new} was trained on another table of wells than the model of {h}: what is said here is of models like the latter.')
+                if odd := models_differ(x, y):
+                    raise ScreenError(f'{new} and {h} were predicted by models that differ in {odd}, and how sure the '
+                                      'one is says nothing of the other: predict both with '
+                                      'models that were trained alike.')
+                if x.get('training_rows') != y.get('training_rows'):
+                    notes.append(f'The model of {new} was trained on another table of wells than the model of {h}: '
+                                 'what is said here is of models like the latter.')
     return list(dict.fromkeys(notes))
 
 def _check_out(out, given):
     "Raise for a file that must not be written"
     out = Path(out)
-    if out.suffix.lower() != '.csv': raise ScreenError(f'{out} is not the name of a CSV: let {option("out")} end in .csv.')
-    if any(Path(g).resolve() == out.resolve() for g in given): raise ScreenError(f'{out} would be written over what it is made from: choose another {option("out")}.')
+    if out.suffix.lower() != '.csv':
+        raise ScreenError(f'{out} is not the name of a CSV: let {option("out")} end in .csv.')
+    if any(Path(g).resolve() == out.resolve() for g in given):
+        raise ScreenError(f'{out} would be written over what it is made from: choose another {option("out")}.')
     check_replaceable(info_path(out), 'confidence', out)
 
 # %% ../../nbs/60c_results.confidence.ipynb #ca820cff
@@ -381,7 +423,8 @@ def confidence_files(
     answers = conf.answers(scores)
     said = dict.fromkeys(filter(None, (records[h].get('validation') for h in held)))
     conf = replace(conf, notes=(*conf.notes, *of_models, *said, *answers.attrs['notes']))
-    made = dict(predictions=str(new), held_out={str(h): file_facts(h)['sha256'] for h in held}, predictions_sha256=file_facts(new)['sha256'])
+    made = dict(predictions=str(new), held_out={str(h): file_facts(h)['sha256'] for h in held},
+                predictions_sha256=file_facts(new)['sha256'])
     record = as_plain({**conf.to_dict(), **made, 'forecasts': forecast_accuracy(answers, conf.error).replace({np.nan: None}).to_dict('records')})
     columns = ['id_code', conf.facts['target'], 'chance', 'names', 'n_names', 'experiment']
     def write(p): answers[columns].round({'chance': 4}).map(csv_text).to_csv(p, index=False)

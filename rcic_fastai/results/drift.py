@@ -20,7 +20,7 @@ from ..embed.table import *
 from ..embed.protocol import *
 from ..embed.embed import check_tta
 from ..predict.trained import *
-from ..predict.plan import adapting_kinds, asked_experiments
+from ..predict.plan import adapting_kinds, asked_experiments, other_wells, without_others
 from .report import check_report_path, write_report
 
 # %% ../../nbs/61b_results.drift.ipynb #672167a0
@@ -335,6 +335,7 @@ def _held_rows(model, table, asked):
 
 def _embedded(model, screen, rows, every, index, how):
     "Return embeddings of some of the rows `every`, made as those of the index were"
+    if model.spec.per_group: how = dict(how, stat_rows=every)      # what a plate is normalized by is that of all its wells
     if index is model.index: return model.embed(screen[rows], **how)
     kinds = adapting_kinds(index, 'all')
     return model.embed(screen[rows], adapt='experiment', adapt_rows=every[every.well_type.isin(kinds)], **how)
@@ -375,11 +376,14 @@ def drift(self:TrainedModel,
     _check_drift(self, protocol, level, most, bs, workers)
     views, unsure = _index_views(self, tta)
     screen = open_screen(screen, check=False)
+    if self.config.get('only_present'): screen = screen.complete(True)
     table = _without_labels(asked_experiments([self], screen, experiments).table, self.spec.target)
     asked = table[(table.dataset == 'test') & table.well_type.isin(EXPOSED)]
     if not len(asked): raise ScreenError(f'There is no treated well and no negative control to compare: choose {option("experiments", "EXP,EXP")}.')
+    asked, left_out = without_others(self, asked)
     held = _held_rows(self, _without_labels(screen.table, self.spec.target), asked)
-    every = pd.concat([table[table.dataset == 'test'], held]).drop_duplicates('site_id').sort_values('site_id', kind='stable')
+    held, tested = (t[~other_wells(self, t)] for t in (held, table[table.dataset == 'test']))
+    every = pd.concat([tested, held]).drop_duplicates('site_id').sort_values('site_id', kind='stable')
     index = self.adapted_index if protocol == 'adapted' and not self.spec.per_group else self.index
     known, seen = _Known(index, most), pd.DataFrame(self.config['data'].get('exposure', []), columns=EXPOSURE_COLUMNS)
     if not len(seen) and _free(known.cells) < 2: raise ScreenError(_too_few(known.cells))
@@ -388,7 +392,7 @@ def drift(self:TrainedModel,
     emb = _embedded(self, screen, _spread_rows(rows, most), every, index, dict(**views, progress=progress, bs=bs, num_workers=workers))
     found = _compared(known, emb, seen, exposed, wells, {*held.experiment.astype(str)}, level, [c for c in self.spec.channels if c not in screen.source.channels])
     lost = sorted({*asked.experiment.astype(str)} - {*found.experiment})
-    notes = [f'{first_few(lost, 4)}: nothing could be compared.']*bool(lost) + _drift_notes(seen, wells, known, len(held) > 0) + unsure + self.screen_notes(screen[asked])
+    notes = left_out + [f'{first_few(lost, 4)}: nothing could be compared.']*bool(lost) + _drift_notes(seen, wells, known, len(held) > 0) + unsure + self.screen_notes(screen[asked])
     return Drift(_not_farther(found), level, 'adapted' if self.spec.per_group else protocol, tuple(notes))
 
 # %% ../../nbs/61b_results.drift.ipynb #3f736585

@@ -23,6 +23,10 @@ function digits(v, n = 3) {                                   // as Python round
 }
 const short = v => v == null ? '–' : String(Number(v.toPrecision(4)));
 const share = (a, n) => n ? `${digits(100*(a/n), 0)}%` : '–';
+function nameOf(name) {                                         // a name; the middle of a long one is hidden, since its end tells it from others, and a tip has the whole
+  const t = [...String(name)];
+  return t.length <= 24 ? t.join('') : el('span', {class: 'long'}, el('span', {class: 'start'}, t.slice(0, -8).join('')), t.slice(-8).join(''));
+}
 const clamp = (v, a, b) => Math.min(b, Math.max(a, v));
 const count = (n, one, many) => `${n.toLocaleString('en')} ${n === 1 ? one : many || one + 's'}`;
 
@@ -72,14 +76,14 @@ const MOST = HUES.length*MARKS.length, GRAY = '#8b949e';
 
 // ---- state, which the address keeps
 const VIEWS = {plates: 'Plates', map: 'Map', confusions: 'Confusions', accuracy: 'Accuracy'};
-// g: group of the legend; z: box on a map; b: the map beside; ch: channels that are on; t: their colors, black and white
+// w: open well; n: pinned well; g: group of the legend; z: box on a map; b: the map beside; ch: channels that are on; t: their colors, black and white
 const firstColor = () => {                                    // without a known label nothing is right or wrong: then by what the wells were named
   const p = P[0];
   if (!p) return 'label';
   if (p.wells.some(w => truth(w) >= 0)) return 'result';
   return new Set(p.label).size <= MOST || !p.score ? 'named' : 'score';
 };
-const fresh = () => ({v: 'plates', p: 0, e: experiments[0]?.name ?? '', c: firstColor(), w: '', q: '', r: '', f: '', x: '', g: '', z: '', pair: '', m: 'composite', s: 'own', ch: '', t: '', k: 0, b: ''});
+const fresh = () => ({v: 'plates', p: 0, e: experiments[0]?.name ?? '', c: firstColor(), w: '', n: '', q: '', r: '', f: '', x: '', g: '', z: '', pair: '', m: 'composite', s: 'own', ch: '', t: '', k: 0, b: ''});
 let S = fresh(), brush = null;                                // brush: Set of the wells in the box
 const FIRST = fresh();
 function address() {
@@ -94,7 +98,7 @@ function read() {
   if (!P[next.p]) next.p = 0;
   if (!byName.has(next.e)) next.e = FIRST.e;
   if (!colorNames().includes(next.c)) next.c = FIRST.c;
-  if (!numberOf.has(next.w)) next.w = '';
+  for (const k of ['w', 'n']) if (!numberOf.has(next[k])) next[k] = '';
   if (!columns[next.f]) next.f = next.x = '';
   if (!boxOf(next.z)) next.z = '';
   S = next;
@@ -147,7 +151,7 @@ function ranked(codes, names) {                               // groups by size;
   const n = new Map();
   for (const c of codes) if (c >= 0) n.set(c, (n.get(c) ?? 0) + 1);
   const list = [...n.keys()].sort(codes.ordered ? (a, b) => order(names[a], names[b]) : (a, b) => n.get(b) - n.get(a) || order(names[a], names[b]));
-  const looks = new Map(list.slice(0, MOST).map((c, i) => [c, {color: HUES[i % HUES.length], mark: MARKS[Math.floor(i/HUES.length)], name: names[c], n: n.get(c)}]));
+  const looks = new Map(list.slice(0, MOST).map((c, i) => [c, {color: HUES[i % HUES.length], mark: MARKS[Math.floor(i/HUES.length)], name: names[c]}]));
   return {groups: looks, more: list.length - looks.size};
 }
 const isDose = name => /dose|concentration|(?<![a-z])conc(?![a-z])/i.test(name);
@@ -156,10 +160,8 @@ function setPaint() {
   const c = S.c, p = P[S.p], none = {color: css('--empty'), mark: '', empty: true};
   if (c === 'result') {
     const looks = {right: {color: css('--good'), mark: '', name: 'right'}, wrong: {color: css('--bad'), mark: 'cross', name: 'wrong'}, unknown: {color: GRAY, mark: 'ring', name: 'named, label not known'}};
-    const n = {right: 0, wrong: 0, unknown: 0};
-    for (let w = 0; w < N; w++) { const r = result(w); if (n[r] != null) n[r]++; }
-    if (!n.unknown) delete looks.unknown;
-    paint = {look: w => looks[result(w)] ?? none, code: result, groups: new Map(Object.keys(looks).map(k => [k, {...looks[k], n: n[k]}])), more: 0, rest: 'not named'};
+    if (!p.wells.some(w => result(w) === 'unknown')) delete looks.unknown;
+    paint = {look: w => looks[result(w)] ?? none, code: result, groups: new Map(Object.entries(looks)), more: 0, rest: 'not named'};
     return;
   }
   const column = columns[c.slice(7)], isNumber = ['score', 'margin', 'votes'].includes(c) || column?.kind === 'number';
@@ -185,6 +187,7 @@ function setPaint() {
 
 // ---- which wells are shown: one filter for all views
 let lit = new Uint8Array(N), nLit = N, pick = null;           // pick: the code of the group of the legend that is chosen
+const asks = new Uint8Array(N);                               // what passes all other filters: the groups of the legend count it
 let words = null, wordsOf = -1;
 function hay() {                                              // what a search looks in
   if (wordsOf === S.p) return words;
@@ -240,12 +243,14 @@ function setFilter() {
     const i = p ? p.at[w] : -1, is = s ? s.of(w) : 2;
     const ok = is && (!S.r || result(w) === S.r) && (!col || S.x === '' || text(S.f, w) === S.x)
       && (!pair || i >= 0 && label(truth(w)) === pair[0] && (pair.length < 2 || label(p.label[i]) === pair[1]))
-      && (!brush || brush.has(w)) && (pick == null || paint.code?.(w) === pick);
-    lit[w] = ok ? 1 : 0;
+      && (!brush || brush.has(w));
+    asks[w] = ok ? 1 : 0;
+    lit[w] = ok && (pick == null || paint.code?.(w) === pick) ? 1 : 0;
     nLit += lit[w];
-    if (s && ok) found[3 - is]++;
+    if (s && lit[w]) found[3 - is]++;
   }
 }
+const controlsShown = () => { const n = W.kind.reduce((n, k, w) => n + (k && lit[w] ? 1 : 0), 0); return !n || n === nLit ? n ? `, ${n === 1 ? 'a control' : 'all controls'}` : '' : `, ${n.toLocaleString('en')} of them ${n === 1 ? 'a control' : 'controls'}`; };
 const are = n => n === 1 ? 'is' : 'are';
 const foundSaid = () => !found ? '' : found[0] ? `: ${found[1].toLocaleString('en')} ${are(found[1])} ${found[0]}, ${found[2].toLocaleString('en')} more named so`
   : found[2] ? `: ${found[1].toLocaleString('en')} by what they are, ${found[2].toLocaleString('en')} only as named` : '';
@@ -293,8 +298,10 @@ function drawMark(g, mark, r) {
     g.stroke();
   }
 }
+let isPaper = false;                                          // when printed, all is drawn as wide as a page and in light colors
+const widthOf = canvas => isPaper ? 1000 : canvas.clientWidth || 300, ratioNow = () => isPaper ? 2 : Math.min(devicePixelRatio || 1, 3);
 function fit(canvas, h) {                                     // canvas as wide as its place; [context, width, height, ratio]
-  const w = canvas.clientWidth || 300, ratio = Math.min(devicePixelRatio || 1, 3);
+  const w = widthOf(canvas), ratio = ratioNow();
   const [cw, ch] = [Math.round(w*ratio), Math.round(h*ratio)];
   if (canvas.width !== cw || canvas.height !== ch) { canvas.width = cw; canvas.height = ch; }
   canvas.style.height = `${h}px`;
@@ -316,45 +323,129 @@ function describe(w) {
 }
 const say = s => { $('said').textContent = s; };
 let still = null;                                             // where the pointer was pressed: until it leaves that place, no tip
-addEventListener('pointerdown', ev => { still = [ev.clientX, ev.clientY]; tip(null); }, true);
-function tip(w, x, y) {
+function tipText(said, x, y) {
   const t = $('tip');
-  if (w != null && still && Math.hypot(x - still[0], y - still[1]) < 4) w = null;
-  t.hidden = w == null;
-  if (w == null) return;
-  still = null;
-  t.textContent = describe(w).join('\n');
-  t.style.left = `${clamp(x + 14, 4, innerWidth - t.offsetWidth - 4)}px`;
+  t.hidden = !said;
+  if (!said) return;
+  t.textContent = said;
+  t.style.left = `${clamp(x + 14, 4, Math.max(4, innerWidth - t.offsetWidth - 4))}px`;
   t.style.top = `${y + 18 + t.offsetHeight > innerHeight ? y - t.offsetHeight - 10 : y + 18}px`;
+}
+function tip(w, x, y) {
+  if (w != null && still && Math.hypot(x - still[0], y - still[1]) < 4) w = null;
+  if (w != null) still = null;
+  tipText(w == null ? '' : describe(w).join('\n'), x, y);
+}
+function nameTip(ev) {                                        // the whole of long names: of what is pointed at, or of the row of a button that has the focus
+  const near = s => ev.target.closest?.(s), at = ev.type === 'focusin' ? near('tr') ?? near('button') : near('.long') ?? near('button');
+  const names = at?.matches('.long') ? [at] : [...at?.querySelectorAll('.long') ?? []];
+  if (!names.length || !at.isConnected || ev.type === 'focusin' && !ev.target.matches(':focus-visible')) return;
+  const box = names[0].getBoundingClientRect();
+  tipText(names.map(e => e.textContent).join('\n'), box.left, box.bottom - 14);
+}
+for (const type of ['pointerover', 'focusin', 'click']) document.addEventListener(type, nameTip);
+for (const type of ['pointerout', 'focusout']) document.addEventListener(type, ev => { if (ev.target.closest?.('.long,button,tr')) tip(null); });
+
+// ---- gestures on a canvas: drag, two fingers, wheel, two clicks
+let pressed = null, isSecond = false;                         // the last press on such a canvas: two at one place show all of it
+addEventListener('pointerdown', ev => {
+  still = [ev.clientX, ev.clientY];
+  tip(null);
+  isSecond = !!pressed && ev.timeStamp - pressed.t < 400 && Math.hypot(ev.clientX - pressed.x, ev.clientY - pressed.y) < (ev.pointerType === 'mouse' ? 6 : 24) && ev.isPrimary && pressed.on.isMoved();
+  if (isSecond) { pressed.on.reset(); clearTimeout(pressed.waiting); }
+  pressed = null;
+}, true);
+function gestures(canvas, on) {                               // on: at(ev, reach) → well, zoom(f, x, y), pan(dx, dy), reset(), isMoved(), takesWheel(ev), and for boxes press and release
+  const down = new Map(), place = (x, y) => { const b = canvas.getBoundingClientRect(); return [x - b.left, y - b.top]; };
+  const spread = () => { const [a, b] = [...down.values()]; return Math.hypot(a.x - b.x, a.y - b.y); };
+  let moved = 0, apart = 0, isMouse = true, mine = null;
+  canvas.addEventListener('pointerdown', ev => {
+    canvas.setPointerCapture(ev.pointerId);
+    down.set(ev.pointerId, {x: ev.clientX, y: ev.clientY});
+    isMouse = ev.pointerType === 'mouse';
+    moved = isSecond || down.size > 1 ? Infinity : 0;
+    mine = pressed = {t: ev.timeStamp, x: ev.clientX, y: ev.clientY, on};
+    on.press?.(ev, ...place(ev.clientX, ev.clientY), down.size > 1);
+    if (down.size === 2) apart = spread();
+  });
+  canvas.addEventListener('pointermove', ev => {
+    const p = down.get(ev.pointerId);
+    if (!p) { if (ev.pointerType === 'mouse') tip(on.at(ev, 12), ev.clientX, ev.clientY); return; }
+    const dx = ev.clientX - p.x, dy = ev.clientY - p.y;
+    moved += Math.abs(dx) + Math.abs(dy);
+    down.set(ev.pointerId, {x: ev.clientX, y: ev.clientY});
+    if (down.size === 2) {
+      const now = spread(), [a, b] = [...down.values()];
+      on.zoom(now/(apart || now), ...place((a.x + b.x)/2, (a.y + b.y)/2));
+      apart = now;
+    }
+    on.pan(dx/down.size, dy/down.size);
+    tip(null);
+  });
+  const up = ev => {
+    if (!down.delete(ev.pointerId)) return;
+    on.release?.(moved > 6 && ev.type === 'pointerup');
+    if (ev.type === 'pointercancel') moved = Infinity;
+    if (moved > 6) pressed = null;                            // a drag is no click
+  };
+  canvas.addEventListener('pointerup', up);
+  canvas.addEventListener('pointercancel', up);
+  canvas.addEventListener('pointerleave', () => tip(null));
+  canvas.addEventListener('click', ev => {
+    const w = moved > 6 ? null : on.at(ev, isMouse ? 12 : 24);
+    if (w == null) return;
+    if (isMouse || !on.isMoved()) on.open(w);
+    else mine.waiting = setTimeout(() => on.open(w), 400);    // a well may cover a narrow screen: first see whether a second tap comes
+  });
+  const two = ev => { if (ev.touches.length > 1) ev.preventDefault(); };       // one finger may scroll the page; two are for the canvas
+  for (const type of ['touchstart', 'touchmove']) canvas.addEventListener(type, two, {passive: false});
+  canvas.addEventListener('wheel', ev => {
+    if (!on.takesWheel(ev)) return;
+    ev.preventDefault();
+    on.zoom(Math.exp(-ev.deltaY*(ev.deltaMode ? 33 : 1)*(ev.ctrlKey ? .004 : .0015)), ...place(ev.clientX, ev.clientY));
+  }, {passive: false});
 }
 
 // ---- plates
 let cursor = null;                                            // {plate, row, col} of the keyboard
 const shape = D.shape;
-function plateGeometry(width) {
-  const left = shape[0] > 26 ? 24 : 18, top = 14, step = (width - left - 2)/shape[1];
-  return {left, top, step, height: top + step*shape[0] + 2};
+function plateGeometry(width, {view} = {}) {                   // x, y: where the first well begins; of a plate that is zoomed, left of and above what is seen
+  const left = shape[0] > 26 ? 24 : 18, top = 14, least = (width - left - 2)/shape[1], {k, x, y} = view ?? {k: 1, x: 0, y: 0};
+  return {left, top, step: k*least, x: left + x*least*shape[1], y: top + y*least*shape[0], height: top + least*shape[0] + 2, least};
+}
+function movePlate(canvas, plate, f, dx = 0, dy = 0, cx = null, cy = null) {      // zoom by f around a place, and move by pixels; its view is in widths and heights of the whole plate
+  const geo = plateGeometry(widthOf(canvas), plate), wide = geo.least*shape[1], high = geo.least*shape[0];
+  const {k, x, y} = plate.view ?? {k: 1, x: 0, y: 0}, next = clamp(k*f, 1, 12), q = next/k;
+  const a = cx == null ? .5 : (cx - geo.left)/wide, b = cy == null ? .5 : (cy - geo.top)/high;
+  plate.view = next < 1.001 ? null : {k: next, x: clamp(a + (x - a)*q + dx/wide, 1 - next, 0), y: clamp(b + (y - b)*q + dy/high, 1 - next, 0)};
+  canvas.classList.toggle('zoomed', !!plate.view);
+  drawPlate(canvas, plate);
 }
 const rowName = r => r < 26 ? String.fromCharCode(65 + r) : String.fromCharCode(64 + Math.floor(r/26)) + String.fromCharCode(65 + r % 26);
 function drawBase(g, plate, geo, ratio) {                     // the plate without what is open or under the cursor
-  const r = Math.max(1.2, .43*geo.step);
   g.font = `${clamp(.55*geo.step, 7, 12)}px system-ui,sans-serif`;
   g.fillStyle = css('--soft');
   g.textAlign = 'center';
   g.textBaseline = 'middle';
   const every = geo.step < 11 ? 4 : geo.step < 17 ? 2 : 1;
-  for (let c = 0; c < shape[1]; c += every) g.fillText(String(c + 1), geo.left + (c + .5)*geo.step, geo.top/2);
-  for (let w = 0; w < shape[0]; w += geo.step < 9 ? 2 : 1) g.fillText(rowName(w), geo.left/2, geo.top + (w + .5)*geo.step);
+  const wide = geo.least*shape[1], high = geo.least*shape[0];
+  within(g, geo.left, 0, wide, geo.top, () => { for (let c = 0; c < shape[1]; c += every) g.fillText(String(c + 1), geo.x + (c + .5)*geo.step, geo.top/2); });
+  within(g, 0, geo.top, geo.left, high, () => { for (let r = 0; r < shape[0]; r += geo.step < 9 ? 2 : 1) g.fillText(rowName(r), geo.left/2, geo.y + (r + .5)*geo.step); });
+  within(g, geo.left, geo.top, wide, high, () => drawWells(g, plate, geo, ratio));
+}
+function within(g, x, y, w, h, draw) { g.save(); g.beginPath(); g.rect(x, y, w, h); g.clip(); draw(); g.restore(); }
+function drawWells(g, plate, geo, ratio) {
+  const r = Math.max(1.2, .43*geo.step);
   g.fillStyle = css('--hole');
   for (let row = 0; row < shape[0]; row++) for (let col = 0; col < shape[1]; col++) {
-    const x = geo.left + (col + .5)*geo.step, y = geo.top + (row + .5)*geo.step, w = plate.at.get(row*100 + col);
+    const x = geo.x + (col + .5)*geo.step, y = geo.y + (row + .5)*geo.step, w = plate.at.get(row*100 + col);
     if (w == null) { g.globalAlpha = .6; g.fillRect(x - .9, y - .9, 1.8, 1.8); g.globalAlpha = 1; continue; }
     const s = stamp(paint.look(w), kind(w), r, !lit[w], ratio), size = s.width/ratio;
     g.drawImage(s, x - size/2, y - size/2, size, size);
   }
 }
 function drawPlate(canvas, plate) {
-  const geo = plateGeometry(canvas.clientWidth || 300), [g, width, , ratio] = fit(canvas, geo.height), key = `${drawn}|${width}|${ratio}`;
+  const geo = plateGeometry(widthOf(canvas), plate), [g, width, , ratio] = fit(canvas, geo.height), key = `${drawn}|${width}|${ratio}|${Object.values(plate.view ?? {})}`;
   if (plate.key2 !== key) {
     plate.key2 = key;
     plate.base = document.createElement('canvas');
@@ -368,16 +459,17 @@ function drawPlate(canvas, plate) {
   const ring = (row, col, color, wide) => {
     g.strokeStyle = color;
     g.lineWidth = wide;
-    g.strokeRect(geo.left + col*geo.step + .5, geo.top + row*geo.step + .5, geo.step - 1, geo.step - 1);
+    g.strokeRect(geo.x + col*geo.step + .5, geo.y + row*geo.step + .5, geo.step - 1, geo.step - 1);
   };
-  const open = numberOf.get(S.w);
-  if (open != null && plate.key === plateKey(open)) ring(W.row[open], W.col[open], css('--fg'), 2.2);
-  if (cursor?.plate === plate && document.activeElement === canvas) ring(cursor.row, cursor.col, css('--accent'), 2);
+  within(g, geo.left - 2, geo.top - 2, geo.least*shape[1] + 4, geo.least*shape[0] + 4, () => {
+    for (const w of [S.n, S.w].map(id => numberOf.get(id))) if (w != null && plate.key === plateKey(w)) ring(W.row[w], W.col[w], css('--fg'), 2.2);
+    if (cursor?.plate === plate && document.activeElement === canvas) ring(cursor.row, cursor.col, css('--accent'), 2);
+  });
 }
 function wellAt(canvas, plate, ev) {
-  const box = canvas.getBoundingClientRect(), geo = plateGeometry(canvas.clientWidth);
-  const col = Math.floor((ev.clientX - box.left - geo.left)/geo.step), row = Math.floor((ev.clientY - box.top - geo.top)/geo.step);
-  return plate.at.get(row*100 + col);
+  const box = canvas.getBoundingClientRect(), geo = plateGeometry(canvas.clientWidth, plate), x = ev.clientX - box.left, y = ev.clientY - box.top;
+  const col = Math.floor((x - geo.x)/geo.step), row = Math.floor((y - geo.y)/geo.step);
+  return x < geo.left || y < geo.top ? undefined : plate.at.get(row*100 + col);
 }
 function fitPlates(root, n) {                                 // as large as possible, all plates in view where that leaves them readable
   const W0 = root.clientWidth, H0 = Math.max(innerHeight - root.getBoundingClientRect().top - scrollY - 40, 300), ratio = shape[1]/(shape[0] + 2.6);
@@ -398,6 +490,8 @@ function nextWell(plate, [down, right]) {                     // in this directi
   return best;
 }
 function plateKeys(ev, canvas, plate) {
+  const f = {'+': 1.4, '=': 1.4, '-': 1/1.4, 0: 0}[ev.key];
+  if (f != null) { movePlate(canvas, plate, f); ev.preventDefault(); return; }
   const move = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}[ev.key];
   if (!cursor || cursor.plate !== plate) cursor = {plate, row: W.row[plate.wells[0]], col: W.col[plate.wells[0]]};
   if (ev.key === 'Enter' || ev.key === ' ') {
@@ -413,16 +507,20 @@ function plateKeys(ev, canvas, plate) {
     if (w != null) cursor = {plate, row: W.row[w], col: W.col[w]};
   }
   ev.preventDefault();
-  drawPlate(canvas, plate);
-  const w = plate.at.get(cursor.row*100 + cursor.col), box = canvas.getBoundingClientRect(), geo = plateGeometry(canvas.clientWidth);
+  toCursor(canvas, plate);
+  const w = plate.at.get(cursor.row*100 + cursor.col), box = canvas.getBoundingClientRect(), geo = plateGeometry(canvas.clientWidth, plate);
   say(w == null ? `${rowName(cursor.row)}${String(cursor.col + 1).padStart(2, '0')}, no well` : describe(w).join(', '));
   still = null;
-  tip(w, box.left + geo.left + (cursor.col + .5)*geo.step, box.top + geo.top + (cursor.row + .5)*geo.step);
+  tip(w, box.left + geo.x + (cursor.col + .5)*geo.step, box.top + geo.y + (cursor.row + .5)*geo.step);
+}
+function toCursor(canvas, plate) {                            // a plate that is zoomed moves until the well under the cursor is seen
+  const geo = plateGeometry(canvas.clientWidth, plate), inside = (at, from, size) => clamp(at, from, from + size - geo.step) - at;
+  movePlate(canvas, plate, 1, inside(geo.x + cursor.col*geo.step, geo.left, geo.least*shape[1]), inside(geo.y + cursor.row*geo.step, geo.top, geo.least*shape[0]));
 }
 const notKnown = wells => wells.filter(w => result(w) === 'unknown').length;
 function plateCaption(plate) {
   const [right, n] = tally(plate.wells), u = notKnown(plate.wells);
-  const parts = [`Plate ${D.plates[plate.plate]}`, n ? `${right} of ${n} right${controlsSaid(plate.wells)}` : u ? `${u} of ${count(plate.wells.length, 'well')} named` : count(plate.wells.length, 'well')];
+  const parts = [`Plate ${D.plates[plate.plate]} of ${D.experiments[plate.experiment]}`, n ? `${right} of ${n} right${controlsSaid(plate.wells)}` : u ? `${u} of ${count(plate.wells.length, 'well')} named` : count(plate.wells.length, 'well')];
   if (isFiltered()) parts.push(`${plate.wells.filter(w => lit[w]).length} shown`);
   return parts.join(' · ');
 }
@@ -433,6 +531,8 @@ function elsewhere() {                                        // where the wells
   return ['No well of this experiment is shown. ', at.slice(0, most).map(([name, n]) => [el('button', {type: 'button', onclick: () => { go({e: name}); $('experiment').focus(); }}, `${count(n, 'well')} in ${name}: show`), ' ']), at.length > most ? `and in ${count(at.length - most, 'more experiment')}` : null];
 }
 let platesOf = null;
+const zoomButtons = zoom => [['+', 'Zoom in', 1.4], ['−', 'Zoom out', 1/1.4], ['All', 'Show all', 0]].map(([text, name, f]) =>      // of plates and maps; 0 shows all
+  el('button', {type: 'button', 'aria-label': name, title: 'Two fingers and the wheel zoom, two clicks show all; over plates the wheel may need Ctrl', onclick: () => zoom(f)}, text));
 function experimentSaid(wells) {                              // how the wells of an experiment were named
   if (!P.length) return 'This page holds no predictions.';
   const [right, n] = tally(wells), u = notKnown(wells), more = u ? `${count(u, n ? 'more well' : 'well')} named, labels not known` : '', {protocol} = P[S.p];
@@ -449,17 +549,19 @@ function showPlates() {
     select.value = e.name;
     canvases = e.plates.map(plate => {
       const name = `Plate ${D.plates[plate.plate]} of ${e.name}`;
-      const canvas = el('canvas', {tabindex: 0, role: 'application', 'aria-roledescription': 'plate', 'aria-label': `${name}: arrow keys move between wells, Enter opens one`});
-      canvas.addEventListener('click', ev => { const w = wellAt(canvas, plate, ev); if (w != null) { cursor = {plate, row: W.row[w], col: W.col[w]}; openWell(w); } });
-      canvas.addEventListener('pointermove', ev => { if (ev.pointerType === 'mouse') tip(wellAt(canvas, plate, ev), ev.clientX, ev.clientY); });
-      canvas.addEventListener('pointerleave', () => tip(null));
+      const canvas = el('canvas', {tabindex: 0, role: 'application', 'aria-roledescription': 'plate', 'aria-label': `${name}: arrow keys move between wells, Enter opens one, plus and minus zoom, 0 shows all`, class: plate.view ? 'zoomed' : ''});
+      gestures(canvas, {
+        at: ev => wellAt(canvas, plate, ev), open: w => { cursor = {plate, row: W.row[w], col: W.col[w]}; openWell(w); }, isMoved: () => !!plate.view,
+        zoom: (f, x, y) => movePlate(canvas, plate, f, 0, 0, x, y), pan: (dx, dy) => movePlate(canvas, plate, 1, dx, dy), reset: () => movePlate(canvas, plate, 0),
+        takesWheel: ev => ev.ctrlKey || plate.view || document.documentElement.scrollHeight <= innerHeight,       // otherwise the wheel scrolls the page
+      });
       canvas.addEventListener('keydown', ev => plateKeys(ev, canvas, plate));
       canvas.addEventListener('focus', () => { cursor ??= {plate, row: W.row[plate.wells[0]], col: W.col[plate.wells[0]]}; drawPlate(canvas, plate); });
       canvas.addEventListener('blur', () => { tip(null); drawPlate(canvas, plate); });
       return [canvas, plate, el('figcaption')];
     });
     fill(root, el('div', {class: 'row'}, el('button', {type: 'button', 'aria-label': 'Previous experiment', onclick: step(-1)}, '‹'),
-      el('label', {}, el('span', {class: 'unseen'}, 'Experiment'), select), el('button', {type: 'button', 'aria-label': 'Next experiment', onclick: step(1)}, '›'), el('span', {class: 'soft', id: 'experiment-said'})), el('p', {class: 'none', id: 'elsewhere', hidden: true}),
+      el('label', {}, el('span', {class: 'unseen'}, 'Experiment'), select), el('button', {type: 'button', 'aria-label': 'Next experiment', onclick: step(1)}, '›'), zoomButtons(f => canvases.forEach(([canvas, plate]) => movePlate(canvas, plate, f))), el('span', {class: 'soft', id: 'experiment-said'})), el('p', {class: 'none', id: 'elsewhere', hidden: true}),
       el('div', {class: 'plates'}, canvases.map(([canvas, , caption]) => el('figure', {class: 'plate'}, caption, canvas))));
   }
   $('experiment-said').textContent = experimentSaid(e.plates.flatMap(p => p.wells));
@@ -535,10 +637,7 @@ function setTune() {                                          // channels as the
 const HOWS = {composite: 'composite', '3d': '3D + 3D', panels: 'one panel per channel'};
 const SCALES = {own: 'its picture', plate: 'the plate', screen: 'the screen'};
 function lookup(site, k) {                                    // stored byte → share of the scale, 0…1
-  const lo = D.sites.lo[site*C + k], hi = D.sites.hi[site*C + k], out = new Float32Array(256), t = tune[k];
-  let [a, b] = [lo, hi];
-  if (S.s === 'screen') [a, b] = [D.scales.screen[0][k], D.scales.screen[1][k]];
-  if (S.s === 'plate') { const p = D.scales.plate[D.sites.scale[site]]; [a, b] = [p[0][k], p[1][k]]; }
+  const lo = D.sites.lo[site*C + k], hi = D.sites.hi[site*C + k], [a, b] = limits(site, k), out = new Float32Array(256), t = tune[k];
   const from = t.lo/100, to = Math.max(t.hi/100, from + .01);
   for (let v = 0; v < 256; v++) { const x = b > a ? (lo + v/255*(hi - lo) - a)/(b - a) : 0; out[v] = clamp((x - from)/(to - from), 0, 1); }
   return out;
@@ -592,8 +691,10 @@ async function drawSite(canvas, site, how) {
 function limits(site, k) {
   if (S.s === 'screen') return [D.scales.screen[0][k], D.scales.screen[1][k]];
   if (S.s === 'plate') { const p = D.scales.plate[D.sites.scale[site]]; return [p[0][k], p[1][k]]; }
-  return [D.sites.lo[site*C + k], D.sites.hi[site*C + k]];
+  const sites = together.includes(site) ? together : [site];          // two wells that are compared have one scale
+  return [Math.min(...sites.map(s => D.sites.lo[s*C + k])), Math.max(...sites.map(s => D.sites.hi[s*C + k]))];
 }
+let together = [];                                            // sites of the pinned and of the open well, when they stand beside each other
 let drawings = [];                                            // [canvas, site, how, is a neighbor] of the open well
 async function redraw() {                                     // its own pictures first
   if ($('all-off')) $('all-off').textContent = S.m !== 'panels' && tune.every(t => !t.on) ? 'All channels are off.' : '';
@@ -648,18 +749,26 @@ function candidates(w) {
     el('tbody', {}, list.map(([t, s], j) => {
       const bar = el('i');
       bar.style.width = `${s == null ? 0 : clamp(100*s, 0, 100)}%`;
-      return el('tr', {}, el('td', {}, t === truth(w) ? el('b', {class: 'good'}, `${label(t)} ✓`) : label(t), j ? null : el('span', {class: 'soft'}, ' answer')), known.length ? [el('td', {class: 'n'}, digits(s)), el('td', {}, el('span', {class: 'meter', 'aria-hidden': true}, bar))] : null);
+      return el('tr', {}, el('td', {}, t === truth(w) ? el('b', {class: 'good'}, nameOf(label(t)), ' ✓') : nameOf(label(t)), j ? null : el('span', {class: 'soft'}, ' answer')), known.length ? [el('td', {class: 'n'}, digits(s)), el('td', {}, el('span', {class: 'meter', 'aria-hidden': true}, bar))] : null);
     }))), isBest ? null : el('p', {class: 'soft'}, p.protocol === 'transductive' ? 'Another candidate is more similar, but the plate groups, and that each name is on a plate once, decided against it.' : 'Another candidate is more similar, but it was not these cosines alone that decided (see the notes at the end of the page).'), el('p', {class: 'soft'}, [['score', p.score?.[i]], ['margin', p.margin?.[i]], ['votes', p.votes?.[i]]].filter(([, v]) => v != null).map(([k, v]) => k === 'votes' ? `${digits(100*v, 0)}% of neighbors vote for it` : `${k} ${digits(v)}`).join(' · '))];
 }
+const pictured = w => sitesOf[w].filter(s => D.sites.picture[s] >= 0);
+function sitePicture(s, k = null) {                           // a site as the page shows it, or one channel of it
+  const name = `Site ${D.sites.name[s]}`, id = W.id[D.sites.well[s]];
+  if (k == null) return el('figure', {}, el('figcaption', {class: 'soft'}, name), picture(s, null, `${name} of ${id}, ${HOWS[S.m]}`));
+  const [lo, hi] = limits(s, k), c = D.channels[k];
+  return el('figure', {}, picture(s, k, `${c}, ${name} of ${id}`), el('figcaption', {class: 'soft'}, `${c} ${digits(lo, 0)}…${digits(hi, 0)}`));
+}
 function siteParts(w) {
-  const mine = sitesOf[w].filter(s => D.sites.picture[s] >= 0);
+  const mine = pictured(w);
   if (!mine.length) return [noPicture()];
-  const name = s => `Site ${D.sites.name[s]}`;
-  if (S.m !== 'panels') return [el('div', {class: 'pics' + (S.m === '3d' ? ' wide' : '')}, mine.map(s => el('figure', {}, el('figcaption', {class: 'soft'}, name(s)), picture(s, null, `${name(s)} of ${W.id[w]}, ${HOWS[S.m]}`))))];
-  return mine.map(s => [el('h3', {}, name(s)), el('div', {class: 'pics'}, D.channels.map((c, k) => {
-    const [lo, hi] = limits(s, k);
-    return el('figure', {}, picture(s, k, `${c}, ${name(s)} of ${W.id[w]}`), el('figcaption', {class: 'soft'}, `${c} ${digits(lo, 0)}…${digits(hi, 0)}`));
-  }))]).flat();
+  if (S.m !== 'panels') return [el('div', {class: 'pics' + (S.m === '3d' ? ' wide' : '')}, mine.map(s => sitePicture(s)))];
+  return mine.map(s => [el('h3', {}, `Site ${D.sites.name[s]}`), el('div', {class: 'pics'}, D.channels.map((_, k) => sitePicture(s, k)))]).flat();
+}
+function pairParts(wells) {                                   // the pictures of the pinned and of the open well beside each other, site by site
+  const mine = wells.map(pictured), rows = Math.max(1, ...mine.map(s => s.length)), looks = S.m === 'panels' ? D.channels.map((_, k) => k) : [null];
+  const row = (i, k) => mine.map(sites => sites[i] != null ? sitePicture(sites[i], k) : i ? el('div') : noPicture());
+  return [el('div', {class: 'pics two'}, wells.map((w, i) => el('div', {}, el('b', {}, W.id[w]), el('span', {class: 'soft'}, i ? ' open' : ' pinned'), verdict(w))), Array.from({length: rows}, (_, i) => looks.map(k => row(i, k))))];
 }
 function controls() {
   const choice = (id, title, all, key) => {
@@ -678,7 +787,7 @@ function controls() {
     box.checked = t.on;
     return [el('label', {}, box, t.name), el('input', {type: 'color', value: t.color, 'aria-label': `${t.name}: color in the composite`, onchange: keep, oninput: ev => { t.color = ev.target.value; redraw(); }}), slider(t, 'lo', 'black'), slider(t, 'hi', 'white')];
   });
-  return [el('div', {class: 'row'}, choice('how', 'Show', C > 1 ? HOWS : {composite: 'picture'}, 'm'), choice('scale', 'Scale of', SCALES, 's')),
+  return [el('div', {class: 'row'}, choice('how', 'Show', C > 1 ? HOWS : {composite: 'picture'}, 'm'), choice('scale', 'Scale of', together.length ? {...SCALES, own: 'both wells'} : SCALES, 's')),
     el('p', {class: 'none', id: 'all-off', role: 'status'}),
     el('details', {id: 'channels', open: channelsOpen, ontoggle: ev => { channelsOpen = ev.target.open; }}, el('summary', {}, 'Channels: on, color, black and white'), el('div', {class: 'channels'}, el('span'), el('span'), el('span', {class: 'soft'}, 'black'), el('span', {class: 'soft hi'}, 'white'), rows),
       el('button', {type: 'button', onclick: () => { go({ch: '', t: ''}, false); showWell(true); }}, 'As they were'))];
@@ -690,7 +799,7 @@ function neighbors(w) {
   const mine = sitesOf[w].filter(s => sp.from.has(s));
   if (!mine.length) return [el('h3', {}, 'Nearest neighbors'), el('p', {class: 'soft'}, 'None are known: this well was not embedded for this prediction, or the index has no other experiment.')];
   const about = i >= 0 ? `Training sites that are most similar (cosine of the ${sp.name} embedding); a vote is a neighbor with the predicted name.`
-    : `A well of the index: its most similar sites in other experiments (cosine of the ${sp.name} embedding). This is no prediction.`;
+    : `Its most similar training sites in other experiments (cosine of the ${sp.name} embedding). This is no prediction.`;
   return [el('h3', {}, 'Nearest neighbors'), el('p', {class: 'soft'}, about), mine.map(s => [mine.length > 1 || D.sites.name[s] !== '' ? el('h3', {}, `of site ${D.sites.name[s]}`) : null,
     el('div', {class: 'near'}, sp.from.get(s).map(j => neighborCard(w, sp, j)))]).flat()];
 }
@@ -706,16 +815,24 @@ function neighborCard(w, sp, j) {
 }
 let shownWell = '';
 function showWell(again = false) {
-  const root = $('well'), w = numberOf.get(S.w), key = `${S.w}|${S.p}|${S.m}|${S.s}`;
+  const root = $('well'), w = numberOf.get(S.w), key = `${S.w}|${S.n}|${S.p}|${S.m}|${S.s}`, pinned = numberOf.get(S.n), isPair = pinned != null && pinned !== w;
   root.hidden = w == null;
   if (w == null) { shownWell = ''; drawings = []; return; }
   if (key === shownWell && !again) return;
   const top = shownWell.startsWith(S.w + '|') ? root.scrollTop : 0, focus = root.contains(document.activeElement) ? document.activeElement.id : '';
   shownWell = key;
   drawings = [];
+<<<<<<< HEAD
   fill(root, el('div', {class: 'head'}, trail > 0 ? el('button', {type: 'button', id: 'back', onclick: () => { trail--; back(); }}, '← back') : null, el('h2', {tabindex: -1}, W.id[w]),
+=======
+  together = isPair ? [pinned, w].flatMap(pictured) : [];
+  root.classList.toggle('two', isPair);
+  const isPinned = pinned === w, pin = C ? el('button', {type: 'button', id: 'pin', 'aria-pressed': String(isPinned), onclick: () => go({n: isPinned ? '' : S.w}, false)}, isPinned ? 'Pinned' : isPair ? 'Pin this one' : 'Pin to compare') : null;
+  fill(root, el('div', {class: 'head'}, trail > 0 ? el('button', {type: 'button', id: 'back', onclick: () => { trail--; history.back(); }}, '← back') : null, el('h2', {tabindex: -1}, W.id[w]), pin,
+>>>>>>> main
     el('button', {type: 'button', id: 'close', 'aria-label': 'Close the well', onclick: closeWell}, '✕')),
-    verdict(w), ...facts(w), C ? controls() : null, siteParts(w), candidates(w), neighbors(w));
+    isPinned ? el('p', {class: 'none'}, 'Pinned: open another well, or one of its neighbors, and both stand beside each other.') : null,
+    isPair ? [controls(), pairParts([pinned, w]), facts(w)] : [verdict(w), facts(w), C ? controls() : null, siteParts(w)], candidates(w), neighbors(w));
   root.scrollTop = top;
   if (focus) $(focus)?.focus();
   root.dataset.ready = root.dataset.own = '';
@@ -749,7 +866,7 @@ function boxOf(text) {                                        // 'space.map,x0,y
 const wellsIn = ([m, x0, y0, x1, y1]) => new Set(m.wells.filter((_, i) => m.unit.x[i] >= x0 && m.unit.x[i] <= x1 && m.unit.y[i] >= y0 && m.unit.y[i] <= y1));
 const scaleOf = (pane, w, h) => .92*Math.min(w, h)*pane.k;
 function toScreen(pane, i, w, h) { const s = scaleOf(pane, w, h); return [w/2 + pane.map.unit.x[i]*s + pane.x, h/2 + pane.map.unit.y[i]*s + pane.y]; }
-function mapHeight(canvas) { return clamp(innerHeight - canvas.getBoundingClientRect().top - scrollY - 60, 320, 1600); }
+function mapHeight(canvas) { return isPaper ? 800 : clamp(innerHeight - canvas.getBoundingClientRect().top - scrollY - 60, 320, 1600); }
 const asPixel = c => { const g = el('canvas', {width: 1, height: 1}).getContext('2d'); g.fillStyle = c; g.fillRect(0, 0, 1, 1); return new Uint32Array(g.getImageData(0, 0, 1, 1).data.buffer)[0]; };
 const dabs = new Map();                                       // stamp → its pixels, laid on the color of the page
 function dab(stampCanvas, ground) {
@@ -784,15 +901,14 @@ function drawMap(pane) {                                      // thousands of po
     } else { const o = py*W0 + px; for (let j = 0; j < color.length; j++) out[o + at[2*j + 1]*W0 + at[2*j]] = color[j]; }
   }
   g.putImageData(pane.sheet, 0, 0);
-  const open = S.w ? m.wells.indexOf(numberOf.get(S.w)) : -1;
-  if (open >= 0) { const [px, py] = toScreen(pane, open, w, h); g.strokeStyle = css('--fg'); g.lineWidth = 2.2; g.beginPath(); g.arc(px, py, mapRadius(pane) + 4, 0, 7); g.stroke(); }
+  for (const open of [S.n, S.w].map(id => id ? m.wells.indexOf(numberOf.get(id)) : -1)) if (open >= 0) { const [px, py] = toScreen(pane, open, w, h); g.strokeStyle = css('--fg'); g.lineWidth = 2.2; g.beginPath(); g.arc(px, py, mapRadius(pane) + 4, 0, 7); g.stroke(); }
   const aim = canvas.matches(':focus-visible') ? middle(pane) : null;      // what Enter would open
   if (aim != null) { const [px, py] = toScreen(pane, m.wells.indexOf(aim), w, h), r = mapRadius(pane) + 4; g.strokeStyle = css('--accent'); g.lineWidth = 2; g.strokeRect(px - r, py - r, 2*r, 2*r); }
   if (box) { g.strokeStyle = css('--accent'); g.lineWidth = 1.5; g.setLineDash([5, 3]); g.strokeRect(box.x, box.y, box.w, box.h); g.setLineDash([]); }
 }
 const mapRadius = pane => clamp(Math.round(60/Math.sqrt(pane.map.wells.length)*4)/2, 2.5, 7)*Math.min(1 + .12*Math.log2(Math.max(pane.k, 1)), 1.8);
 function setMarks(pane) {
-  const m = pane.map, ratio = Math.min(devicePixelRatio || 1, 3);
+  const m = pane.map, ratio = ratioNow();
   if (!m) return;
   const r = Math.round(2*mapRadius(pane))/2, key = `${drawn}|${r}|${ratio}`, ground = asPixel(css('--bg'));
   if (pane.marks.key === key && pane.marks.map === m && pane.marks.ground === ground) return;
@@ -811,6 +927,7 @@ function zoom(pane, f, cx, cy) {
   pane.x = (cx - w/2)*(1 - q) + pane.x*q;
   pane.y = (cy - h/2)*(1 - q) + pane.y*q;
   pane.k = k;
+  canvas.classList.toggle('zoomed', k > 1);
   setMarks(pane);
   later();
 }
@@ -833,42 +950,13 @@ function middle(pane) {                                       // the well neares
   return best;
 }
 function mapPointers(canvas, pane) {
-  const down = new Map();
-  let moved = 0, apart = 0;
-  const spread = () => { const [a, b] = [...down.values()]; return Math.hypot(a.x - b.x, a.y - b.y); };
-  canvas.addEventListener('pointerdown', ev => {
-    canvas.setPointerCapture(ev.pointerId);
-    down.set(ev.pointerId, {x: ev.clientX, y: ev.clientY});
-    moved = 0;
-    const b = canvas.getBoundingClientRect();
-    pane.box = (select || ev.shiftKey) && down.size === 1 ? {x: ev.clientX - b.left, y: ev.clientY - b.top, w: 0, h: 0} : null;
-    if (down.size === 2) apart = spread();
+  gestures(canvas, {
+    at: (ev, reach) => nearest(pane, ev, reach), open: w => openWell(w), isMoved: () => pane.k !== 1 || pane.x !== 0 || pane.y !== 0,
+    zoom: (f, x, y) => zoom(pane, f, x, y), reset: () => resetMap(pane), takesWheel: () => true,
+    press: (ev, x, y, isMore) => { pane.box = (select || ev.shiftKey) && !isMore ? {x, y, w: 0, h: 0} : null; },
+    pan: (dx, dy) => { if (pane.box) { pane.box.w += dx; pane.box.h += dy; } else { pane.x += dx; pane.y += dy; } later(); },
+    release: isDrag => { const {box} = pane; pane.box = null; if (box && isDrag) selectBox(pane, box); later(); },
   });
-  canvas.addEventListener('pointermove', ev => {
-    const p = down.get(ev.pointerId);
-    if (!p) { if (ev.pointerType === 'mouse') tip(nearest(pane, ev), ev.clientX, ev.clientY); return; }
-    const dx = ev.clientX - p.x, dy = ev.clientY - p.y, b = canvas.getBoundingClientRect();
-    moved += Math.abs(dx) + Math.abs(dy);
-    down.set(ev.pointerId, {x: ev.clientX, y: ev.clientY});
-    if (down.size === 2) { const now = spread(), [a, c] = [...down.values()]; zoom(pane, now/(apart || now), (a.x + c.x)/2 - b.left, (a.y + c.y)/2 - b.top); apart = now; }
-    else if (pane.box) { pane.box.w += dx; pane.box.h += dy; later(); }
-    else { pane.x += dx; pane.y += dy; later(); }
-    tip(null);
-  });
-  const up = ev => {
-    if (!down.delete(ev.pointerId)) return;
-    const box = pane.box;
-    pane.box = null;
-    if (box && moved > 6) selectBox(pane, box);
-    else if (moved <= 6 && ev.type === 'pointerup') { const w = nearest(pane, ev, ev.pointerType === 'mouse' ? 12 : 24); if (w != null) openWell(w); }
-    later();
-  };
-  const two = ev => { if (ev.touches.length > 1) ev.preventDefault(); };       // one finger may scroll the page up and down; two are for the map
-  for (const type of ['touchstart', 'touchmove']) canvas.addEventListener(type, two, {passive: false});
-  canvas.addEventListener('pointerup', up);
-  canvas.addEventListener('pointercancel', up);
-  canvas.addEventListener('pointerleave', () => tip(null));
-  canvas.addEventListener('wheel', ev => { ev.preventDefault(); const b = canvas.getBoundingClientRect(); zoom(pane, Math.exp(-ev.deltaY*.0015), ev.clientX - b.left, ev.clientY - b.top); }, {passive: false});
   canvas.addEventListener('keydown', ev => {
     const move = {ArrowLeft: [60, 0], ArrowRight: [-60, 0], ArrowUp: [0, 60], ArrowDown: [0, -60]}[ev.key];
     if (move) { pane.x += move[0]; pane.y += move[1]; later(); }
@@ -882,7 +970,7 @@ function mapPointers(canvas, pane) {
     ev.preventDefault();
   });
 }
-function resetMap(pane) { Object.assign(pane, {k: 1, x: 0, y: 0}); setMarks(pane); later(); }
+function resetMap(pane) { Object.assign(pane, {k: 1, x: 0, y: 0}); $(pane.id)?.classList.remove('zoomed'); setMarks(pane); later(); }
 function selectBox(pane, box) {                               // the box in the numbers of its map, so that the address can keep it
   const canvas = $(pane.id), w = canvas.clientWidth, h = canvas.clientHeight, s = scaleOf(pane, w, h);
   const [x0, x1] = [box.x, box.x + box.w].sort((a, b) => a - b), [y0, y1] = [box.y, box.y + box.h].sort((a, b) => a - b);
@@ -896,14 +984,14 @@ function mapBar(sp, beside) {                                 // what stands abo
   const others = D.spaces.flatMap((o, i) => o.maps.map((_, k) => `${i}.${k}`)).filter(key => key !== `${spaceNumber()}.${S.k}`);
   const second = el('select', {id: 'beside', onchange: ev => { resetMap(panes[1]); go({b: ev.target.value}); }}, el('option', {value: 'no'}, 'no other map'), others.map(key => el('option', {value: key}, mapTitle(key))));
   second.value = beside || 'no';
-  const both = f => () => panes.forEach(p => { if (p.map) f(p); }), button = (t, name, f) => el('button', {type: 'button', 'aria-label': name, onclick: both(f)}, t);
+  const both = f => panes.forEach(p => { if (p.map) f ? zoom(p, f) : resetMap(p); });
   const box = el('input', {type: 'checkbox', id: 'select', onchange: ev => { select = ev.target.checked; for (const {id} of panes) $(id)?.classList.toggle('select', select); }});
   box.checked = select;
-  return el('div', {class: 'row'}, el('label', {}, 'Map ', which), others.length ? el('label', {}, 'beside it ', second) : null, button('+', 'Zoom in', p => zoom(p, 1.4)), button('−', 'Zoom out', p => zoom(p, 1/1.4)), button('All', 'Show all points', resetMap),
+  return el('div', {class: 'row'}, el('label', {}, 'Map ', which), others.length ? el('label', {}, 'beside it ', second) : null, zoomButtons(both),
     el('label', {}, box, ' select by dragging (or Shift)'), el('span', {class: 'soft', id: 'map-said'}));
 }
 function mapFigure(pane, isAlone) {
-  const name = mapTitle(pane.key), canvas = el('canvas', {id: pane.id, class: select ? 'select' : '', tabindex: 0, role: 'application', 'aria-roledescription': 'map', 'aria-label': `Map of embeddings (${name}): arrow keys move it, plus and minus zoom, 0 shows all, Enter opens the well nearest to the middle`, onfocus: later, onblur: () => { tip(null); later(); }});
+  const name = mapTitle(pane.key), canvas = el('canvas', {id: pane.id, class: `${select ? 'select' : ''} ${pane.k > 1 ? 'zoomed' : ''}`, tabindex: 0, role: 'application', 'aria-roledescription': 'map', 'aria-label': `Map of embeddings (${name}): arrow keys move it, plus and minus zoom, 0 shows all, Enter opens the well nearest to the middle`, onfocus: later, onblur: () => { tip(null); later(); }});
   mapPointers(canvas, pane);
   return el('figure', {}, isAlone ? null : el('figcaption', {class: 'soft'}, name), canvas);
 }
@@ -916,16 +1004,16 @@ function showMap() {
   if (mapOf !== keys.join()) {
     mapOf = keys.join();
     const focus = root.contains(document.activeElement) ? document.activeElement.id : '';
-    fill(root, mapBar(sp, keys[1]), el('div', {class: keys[1] ? 'maps two' : 'maps'}, panes.filter(p => p.map).map(p => mapFigure(p, !keys[1]))), el('div', {class: 'list', id: 'map-list'}));
+    fill(root, mapBar(sp, keys[1]), el('div', {class: keys[1] ? 'maps two' : 'maps'}, panes.filter(p => p.map).map(p => mapFigure(p, !keys[1]))), el('p', {class: 'none', id: 'map-none', hidden: true}), sp.lacks.map(t => el('p', {class: 'soft about'}, t)));
     if (focus) $(focus)?.focus();
   }
   $('which').value = S.k;
   const m = panes[0].map;
-  $('map-said').textContent = `${m.wells.length < N ? `${m.wells.length.toLocaleString('en')} of ${count(N, 'well')}: those that were learned or named` : count(N, 'well')}. ${sp.name[0].toUpperCase() + sp.name.slice(1)} embeddings. ${m.about}`;
+  $('map-said').textContent = `${m.wells.length < N ? `${m.wells.length.toLocaleString('en')} of ${count(N, 'well')}: those that were embedded` : count(N, 'well')}. ${sp.name[0].toUpperCase() + sp.name.slice(1)} embeddings. ${m.about}`;
   canvasRoom();
   panes.forEach(p => { setMarks(p); drawMap(p); });
-  const mine = m.wells.filter(w => lit[w]);
-  fill($('map-list'), isFiltered() ? [...mine.slice(0, 40).map(w => el('button', {type: 'button', onclick: () => openWell(w, true)}, `${W.id[w]} ${label(truth(w))}`)), mine.length > 40 ? el('span', {class: 'soft'}, `and ${mine.length - 40} more`) : null, mine.length ? null : el('span', {class: 'soft'}, 'None of the wells that are shown is on this map.')] : el('span', {class: 'soft'}, 'A search or a filter lists its wells here.'));
+  $('map-none').hidden = m.wells.some(w => lit[w]);
+  $('map-none').textContent = nLit ? `None of the ${count(nLit, 'well')} shown is on this map.` : elsewhere();
 }
 
 // ---- confusions
@@ -955,14 +1043,59 @@ function showConfusions() {
   const meter = v => { const i = el('i'); i.style.width = `${100*v}%`; return el('span', {class: 'meter', 'aria-hidden': true}, i); };
   const open = pair => () => go({pair: S.pair === pair ? '' : pair});
   const head = (key, title, n) => el('th', {class: n ? 'n' : '', 'aria-sort': sorted.key === key ? sorted.down ? 'descending' : 'ascending' : 'none'}, el('button', {type: 'button', onclick: () => { sorted = {key, down: sorted.key === key ? !sorted.down : key !== 'label'}; showConfusions(); }}, title + (sorted.key === key ? sorted.down ? ' ↓' : ' ↑' : '')));
-  fill(root, el('p', {class: 'soft'}, `${p.protocol} (${p.about || 'protocol not known'}): ${count(list.reduce((s, o) => s + o.n, 0), 'wrong well')}, ${count(list.length, 'pair')}. Choose a pair or a ${D.target} to see its wells in the other views.`),
-    S.pair ? el('div', {class: 'list'}, p.wells.filter(w => lit[w]).slice(0, 60).map(w => el('button', {type: 'button', onclick: () => openWell(w, true)}, `${W.id[w]} ${result(w) === 'right' ? '✓' : '✗'}`))) : null,
+  fill(root, el('p', {class: 'soft'}, `${p.protocol} (${p.about || 'protocol not known'}): ${count(list.reduce((s, o) => s + o.n, 0), 'wrong well')}, ${count(list.length, 'pair')}. Choose a pair or a ${D.target} to list its wells below, and to see them in the other views.`),
     el('div', {class: 'cols'},
       el('div', {}, el('h2', {}, 'Taken for another'), el('table', {}, el('thead', {}, el('tr', {}, el('th', {}, 'it is'), el('th', {}, 'named'), el('th', {class: 'n'}, 'wells'), el('th', {class: 'n'}, 'experiments'), el('th', {class: 'less'}, el('span', {class: 'unseen'}, 'bar')))),
-        el('tbody', {}, list.slice(0, 200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.key ? 'true' : 'false', onclick: open(o.key)}, o.truth)), el('td', {}, o.taken), el('td', {class: 'n'}, `${o.n} of ${o.of.n}`), el('td', {class: 'n'}, String(o.experiments.size)), el('td', {class: 'less'}, meter(o.n/o.of.n)))))),
+        el('tbody', {}, list.slice(0, 200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.key ? 'true' : 'false', onclick: open(o.key)}, nameOf(o.truth))), el('td', {}, nameOf(o.taken)), el('td', {class: 'n'}, `${o.n} of ${o.of.n}`), el('td', {class: 'n'}, String(o.experiments.size)), el('td', {class: 'less'}, meter(o.n/o.of.n)))))),
         list.length > 200 ? el('p', {class: 'soft'}, `and ${list.length - 200} more pairs`) : null),
       el('div', {}, el('h2', {}, `Each ${D.target}`), el('table', {}, el('thead', {}, el('tr', {}, head('label', D.target), head('n', 'wells', true), head('share', 'right', true), head('named', 'named so', true), el('th', {}, 'most often taken for'))),
-        el('tbody', {}, rows.slice(0, 1200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.label ? 'true' : 'false', onclick: open(o.label)}, o.label)), el('td', {class: 'n'}, String(o.n)), el('td', {class: 'n'}, share(o.right, o.n)), el('td', {class: 'n'}, String(o.named)), el('td', {}, o.worst ? `${label(o.worst[0])} (${o.worst[1]})` : '')))))) ));
+        el('tbody', {}, rows.slice(0, 1200).map(o => el('tr', {}, el('td', {}, el('button', {type: 'button', class: 'link', 'aria-pressed': S.pair === o.label ? 'true' : 'false', onclick: open(o.label)}, nameOf(o.label))), el('td', {class: 'n'}, String(o.n)), el('td', {class: 'n'}, share(o.right, o.n)), el('td', {class: 'n'}, String(o.named)), el('td', {}, o.worst ? [nameOf(label(o.worst[0])), ` (${o.worst[1]})`] : '')))))) ));
+}
+
+// ---- the wells that a search, a filter or a box selects, as a table to copy or to store
+const MOST_LISTED = 100;
+function listColumns() {                                      // [heading, value of a well]
+  const p = P[S.p], of = values => w => p.at[w] < 0 ? null : values?.[p.at[w]] ?? null;
+  return [['well_id', w => W.id[w]], ['experiment', w => D.experiments[W.experiment[w]]], ['plate', w => D.plates[W.plate[w]]], ['well', w => W.well[w]], [D.target, w => label(truth(w))],
+    ...p ? [['prediction', w => label(of(p.label)(w))], ['score', of(p.score)], ['protocol', w => p.at[w] < 0 ? null : p.protocol]] : [], ['kind', w => KINDS[kind(w)]]];
+}
+function listText(between) {                                  // all selected wells as text, a line for each
+  const columns = listColumns(), rows = [columns.map(([name]) => name)], special = new RegExp(`["${between}\n\r]`);
+  const cell = v => {                                         // as spreadsheets and pandas read it, and no formula
+    const t = typeof v === 'string' && /^'*[=+\-@\t\r]/.test(v) ? `'${v}` : String(v);
+    return special.test(t) ? `"${t.replaceAll('"', '""')}"` : t;
+  };
+  for (let w = 0; w < N; w++) if (lit[w]) rows.push(columns.map(([, of]) => of(w) ?? ''));
+  return rows.map(row => row.map(cell).join(between) + '\n').join('');
+}
+async function copyList() {                                   // what is marked can be copied in the frame of a notebook too, where the clipboard itself is closed
+  const area = el('textarea', {class: 'unseen'}), focus = document.activeElement;
+  area.value = listText('\t');
+  document.body.append(area);
+  area.select();
+  let isCopied = document.execCommand('copy');
+  area.remove();
+  focus.focus();
+  if (!isCopied) try { await navigator.clipboard.writeText(area.value); isCopied = true; } catch { /* said below */ }
+  return isCopied ? `${count(nLit, 'well')} copied` : 'The browser does not allow it here: download the table';
+}
+function storeList() {
+  const a = el('a', {href: URL.createObjectURL(new Blob([listText(',')], {type: 'text/csv;charset=utf-8'})), download: `${document.title.replace(/[^\p{L}\p{N}-]+/gu, '_')}_wells.csv`});
+  a.click();
+  setTimeout(() => URL.revokeObjectURL(a.href), 60_000);
+}
+function showList() {
+  const root = $('list'), columns = listColumns(), said = el('span', {class: 'soft', role: 'status'});
+  if (!isFiltered() || !nLit) { fill(root, isFiltered() ? null : el('p', {class: 'soft'}, 'A search, a filter or a selected area of the map lists its wells here, to copy or to download.')); return; }
+  const rows = [];
+  for (let w = 0; w < N && rows.length < MOST_LISTED; w++) if (lit[w]) rows.push(el('tr', {}, columns.map(([name, of], i) => {
+    const v = of(w), shown = typeof v === 'number' ? digits(v) : nameOf(v ?? '');
+    return el('td', {class: typeof v === 'number' ? 'n' : ''}, i ? shown : el('button', {type: 'button', class: 'link', onclick: () => openWell(w, true)}, shown), name === 'prediction' && isJudged(w) ? result(w) === 'right' ? ' ✓' : ' ✗' : null);
+  })));
+  fill(root, el('div', {class: 'row'}, el('h2', {tabindex: -1}, count(nLit, 'selected well')), el('button', {type: 'button', onclick: async () => { said.textContent = await copyList(); }}, 'Copy'),
+    el('button', {type: 'button', onclick: storeList}, 'Download CSV'), said),
+    el('div', {class: 'scroll'}, el('table', {}, el('thead', {}, el('tr', {}, columns.map(([name]) => el('th', {class: name === 'score' ? 'n' : ''}, name)))), el('tbody', {}, rows))),
+    nLit > rows.length ? el('p', {class: 'soft'}, `and ${count(nLit - rows.length, 'more well')}, which are copied and downloaded too`) : null);
 }
 
 // ---- accuracy: every column under its protocol
@@ -978,35 +1111,50 @@ function showAccuracy() {
       if (r.low != null) put('i', r.low, r.high);
       put('s', a.chance);
       put('b', r.value);
-      const name = r.group === 'experiment' && byName.has(r.name) ? el('button', {type: 'button', class: 'link', onclick: () => go({v: 'plates', e: r.name, p: P.findIndex(p => p.name === a.name)})}, r.name) : r.name;
+      const name = r.group === 'experiment' && byName.has(r.name) ? el('button', {type: 'button', class: 'link', onclick: () => go({v: 'plates', e: r.name, p: P.findIndex(p => p.name === a.name)})}, nameOf(r.name)) : nameOf(r.name);
       return el('tr', {}, el('td', {}, name), el('td', {class: 'n'}, String(r.n)), el('td', {class: 'n'}, digits(r.value)), el('td', {class: 'n'}, r.low == null ? '–' : `${digits(r.low)} – ${digits(r.high)}`), el('td', {}, bar));
     }))))))));
 }
 
 // ---- legend, filters, tabs
 function swatch(look, shape = 0) {
-  const c = el('canvas', {'aria-hidden': true}), ratio = Math.min(devicePixelRatio || 1, 3), s = stamp(look, shape, 7, false, ratio);
+  const c = el('canvas', {'aria-hidden': true}), ratio = ratioNow(), s = stamp(look, shape, 7, false, ratio);
   c.width = s.width; c.height = s.height;
   c.style.width = c.style.height = `${s.width/ratio}px`;
   c.getContext('2d').drawImage(s, 0, 0);
   return c;
 }
+const ofView = () => S.v === 'map' ? space()?.maps[0]?.wells ?? [] : (byName.get(S.e)?.plates ?? []).flatMap(p => p.wells);
+function sizes(wells, of) {                                   // group → [wells, controls beside them], of those that the other filters show
+  const n = new Map(), isApart = w => kind(w) && (S.c !== 'result' || P[S.p].controls_apart);
+  for (const w of wells) if (asks[w]) {
+    const g = of(w);
+    if (!n.has(g)) n.set(g, [0, 0]);
+    n.get(g)[isApart(w) ? 1 : 0]++;
+  }
+  return g => { const [a, b] = n.get(g) ?? [0, 0], c = b ? count(b, 'control') : ''; return `(${!b ? a.toLocaleString('en') : a ? `${a.toLocaleString('en')} + ${c}` : c})`; };
+}
 function showLegend() {
   const root = $('legend'), isShown = S.v === 'plates' || S.v === 'map';
   root.hidden = !isShown;
   if (!isShown) return;
-  const gray = {color: css('--empty'), mark: '', empty: true}, head = el('b', {}, colorTitle(S.c)), parts = [];
+  const wells = ofView(), gray = {color: css('--empty'), mark: '', empty: true}, parts = [];
+  const head = el('b', {}, `${colorTitle(S.c)}, wells of ${S.v === 'map' ? 'this map' : S.e}`, isFiltered() ? ' that are shown' : '');
+  const group = paint.groups ? w => { const c = paint.code(w); return paint.groups.has(c) ? c : paint.look(w).empty ? 'none' : 'more'; } : w => paint.value(w) == null ? 'none' : 'some';
+  const size = sizes(wells, group), entry = (look, shape, name, n) => el('span', {}, swatch(look, shape), `${name} ${n}`);
   if (paint.groups) {
-    for (const [code, look] of paint.groups) parts.push(el('button', {type: 'button', 'aria-pressed': pick === code ? 'true' : 'false', onclick: () => go({g: pick === code ? '' : look.name})}, swatch(look), `${look.name} (${look.n})`));
-    if (paint.more) parts.push(el('span', {}, swatch({color: GRAY, mark: ''}), ` ${paint.more} more, too many for colors: search for one`));
+    for (const [code, look] of paint.groups) parts.push(el('button', {type: 'button', 'aria-pressed': pick === code ? 'true' : 'false', onclick: () => go({g: pick === code ? '' : look.name})}, swatch(look), nameOf(look.name), ` ${size(code)}`));
+    if (paint.more) parts.push(entry({color: GRAY, mark: ''}, 0, `${paint.more} more, too many for colors: search for one`, size('more')));
   } else {
     const bar = el('span', {class: 'ramp', role: 'img', 'aria-label': 'from dark blue (low) to yellow (high)'});
     bar.style.background = `linear-gradient(90deg,${RAMP.map(c => `rgb(${c})`).join(',')})`;
-    parts.push(short(paint.lo), bar, short(paint.hi) + (paint.isLog ? ' (log scale)' : ''));
+    parts.push(short(paint.lo), bar, `${short(paint.hi)}${paint.isLog ? ' (log scale)' : ''} ${size('some')}`);
   }
-  const kinds = [...new Set(W.kind)].sort();
-  const shapes = [el('span', {class: 'kinds'}, el('span', {}, swatch(gray), paint.rest), kinds.length > 1 ? kinds.map(k => el('span', {}, swatch({color: GRAY, mark: ''}, k), KINDS[k])) : null, S.v === 'plates' ? el('span', {}, '· no well') : null)];
+  const kinds = [...new Set(W.kind)].sort(), n = kinds.map(k => wells.filter(w => asks[w] && kind(w) === k).length);
+  const shapes = [el('span', {class: 'kinds'}, entry(gray, 0, paint.rest, size('none')), kinds.length > 1 ? kinds.map((k, i) => entry({color: GRAY, mark: ''}, k, KINDS[k], `(${n[i].toLocaleString('en')})`)) : null, S.v === 'plates' ? el('span', {}, '· no well') : null)];
+  const focus = [...root.querySelectorAll('button')].indexOf(document.activeElement);
   fill(root, head, el('div', {class: 'groups'}, parts), shapes);
+  if (focus >= 0) root.querySelectorAll('button')[focus]?.focus();
 }
 function options(select, entries, value) {
   const now = entries.map(([k, v]) => `${k}\t${v}`).join('\n');
@@ -1025,11 +1173,12 @@ function showBar() {
   $('value').parentElement.hidden = !S.f;
   if (S.f) options($('value'), [['', 'anything'], ...columns[S.f].names.slice().sort(order).map(n => [n, n])], S.x);
   if (document.activeElement !== $('search')) $('search').value = S.q;
-  $('count').textContent = !isFiltered() ? count(N, 'well') : !nLit && S.q.trim() ? nothingSaid() : `${nLit.toLocaleString('en')} of ${count(N, 'well')}${foundSaid()}`;
+  $('count').textContent = !isFiltered() ? count(N, 'well') : !nLit && S.q.trim() ? nothingSaid() : `${nLit.toLocaleString('en')} of ${count(N, 'well')}${controlsShown()}${foundSaid()}`;
   $('clear').hidden = !isFiltered();
-  const chip = (t, f) => el('button', {type: 'button', class: 'chip', onclick: f}, t + ' ✕');
+  $('to-list').hidden = !isFiltered() || !nLit;
+  const chip = (t, f) => el('button', {type: 'button', class: 'chip', onclick: f}, t, ' ✕');
   const [is, as] = S.pair.split('\t');
-  fill($('chips'), S.pair ? chip(as ? `${is} named ${as}` : is, () => go({pair: ''})) : null, brush ? chip(`${count(brush.size, 'selected well')}`, () => go({z: ''})) : null);
+  fill($('chips'), S.pair ? chip(as ? [nameOf(is), ' named ', nameOf(as)] : nameOf(is), () => go({pair: ''})) : null, brush ? chip(`${count(brush.size, 'selected well')}`, () => go({z: ''})) : null, S.n ? chip(['pinned: ', nameOf(S.n)], () => go({n: ''}, false)) : null);
   for (const [k] of Object.entries(VIEWS)) { const t = $('tab-' + k), is = k === S.v; t.setAttribute('aria-selected', String(is)); t.tabIndex = is ? 0 : -1; $(k).hidden = !is; }
 }
 let drawn = 0, drawnKey = '', turns = 0;                       // drawn: number of the look that wells have now
@@ -1050,10 +1199,11 @@ function show(again = false) {
   if (again) { turns++; stamps.clear(); }
   update();
   showBar();
-  const view = `${S.v}|${drawn}`;
+  const view = `${S.v}|${S.v === 'map' ? '' : S.e}|${drawn}`;
   if (view !== showLegend.done) { showLegend(); showLegend.done = view; }
   showWell();
   ({plates: showPlates, map: showMap, confusions: showConfusions, accuracy: showAccuracy})[S.v]();
+  if (drawn !== showList.done) { showList(); showList.done = drawn; }
 }
 function start() {
   fill($('tabs'), Object.entries(VIEWS).map(([k, title]) => el('button', {type: 'button', role: 'tab', id: 'tab-' + k, 'aria-controls': k, onclick: () => go({v: k})}, title)));
@@ -1072,10 +1222,15 @@ function start() {
     if (ev.key === 'Escape' && S.q) { ev.target.value = ''; go({q: ''}, false); ev.stopPropagation(); }
   });
   $('clear').addEventListener('click', () => { $('search').value = ''; go({q: '', r: '', f: '', x: '', pair: '', g: '', z: ''}); });
+  $('to-list').addEventListener('click', () => { $('list').scrollIntoView(); $('list').querySelector('h2').focus(); });
   $('skip').addEventListener('click', ev => { ev.preventDefault(); ($('views').querySelector('canvas,button'))?.focus(); });
   document.addEventListener('keydown', ev => { if (ev.key === 'Escape') { tip(null); if (S.w) closeWell(); } });
   addEventListener('resize', () => { clearTimeout(start.t); start.t = setTimeout(() => show(), 60); });
   matchMedia('(prefers-color-scheme:dark)').addEventListener('change', () => show(true));
+  const paper = on => { if (on === isPaper) return; isPaper = on; document.documentElement.toggleAttribute('data-paper', on); show(true); };
+  addEventListener('beforeprint', () => paper(true));
+  addEventListener('afterprint', () => paper(false));
+  matchMedia('print').addEventListener('change', ev => paper(ev.matches));
   new ResizeObserver(() => { clearTimeout(start.t); start.t = setTimeout(() => show(), 60); }).observe($('views'));
   fill($('foot'), D.notes.map(n => el('p', {}, n)));
   read();

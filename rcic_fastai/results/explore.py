@@ -168,10 +168,18 @@ def page_wells(
 class EmbeddingSpace:
     "Embeddings of test sites, and the index that they are compared with, treated alike"
     name:str # What to call it, such as adapted
-    emb:pd.DataFrame # Embeddings table of the sites (or wells) to name
+    emb:pd.DataFrame # Embeddings table of the sites (or wells) to name, and of controls that are only looked at
     index:EmbeddingIndex # Over labeled embeddings
     k:int=5 # Neighbors of each site
     before:'EmbeddingSpace'=None # The same before the correction, where there was one
+    lacks:str='' # What its maps do not show, and what to do, as a sentence
+
+    @property
+    def named(self):
+        "Return the embeddings of what can be named"
+        named = next(iter(nameable([self.emb], self.index)), None)
+        if named is None: raise ScreenError('The embeddings are of controls only, and the model learned none that they could be named after: give it treatment wells.')
+        return named
 
     def __repr__(self): return f'EmbeddingSpace {self.name}: {plural(len(self.emb), "embedding")}, index of {len(self.index)}'
 
@@ -254,7 +262,7 @@ def space_maps(
 def _scores_of(space, pred, protocol, search):
     "Return the score of each candidate of each well [W,5], and of the best other name [W]; `None` without a space"
     if space is None or space.index.kind != 'exact': return None, None
-    table = score_wells(space.emb, space.index, protocol, **search)
+    table = score_wells(space.named, space.index, protocol, **search)
     s, names = score_matrix(table), pd.Index(score_classes(table))
     at = pd.Index(table['id_code']).get_indexer(pred['id_code'])
     tops = [c for c in pred if re.fullmatch(r'top_\d+', str(c))] or [pred.attrs.get('target', 'sirna')]
@@ -289,7 +297,7 @@ def page_prediction(
     for c in ('score', 'margin', 'votes'):
         if c in pred: res[c] = _short(pred[c], 6)
     if 'votes' not in res and space is not None:
-        near = neighbor_table(space.emb, space.index, space.k, None)
+        near = neighbor_table(space.named, space.index, space.k, None)
         res['votes'] = _short(vote_share(near, pred['id_code'].to_numpy(), pred[target].astype(str)))
     return res
 
@@ -470,8 +478,13 @@ class ScreenPage:
 
     def _repr_html_(self):
         style = f'width:100%;height:{int(self.height)}px;border:1px solid #8888'
+<<<<<<< HEAD
         page = self.html if self.folder is None else self.framed()
         given = dict(title=html_text(self.title), sandbox='allow-scripts', style=style, srcdoc=html_text(page))
+=======
+        what = dict(srcdoc=html_text(self.html)) if self.folder is None else dict(src=html_text(f'{os.path.relpath(self.folder)}/index.html'))
+        given = dict(title=html_text(self.title), sandbox='allow-scripts allow-downloads', style=style, **what)
+>>>>>>> main
         attributes = [f'{k}="{v}"' for k, v in given.items()]
         untrusted = f'The page “{html_text(self.title)}” is shown when you trust this notebook.'         # all that is left of a frame then
         return f'<iframe {" ".join(attributes)}>{untrusted}</iframe>'
@@ -571,12 +584,21 @@ def _site_numbers(ids, sites):
     by_well = pd.Series(first.index, index=first['well_id']).reindex(ids).fillna(-1).astype(int).to_numpy()
     return np.where(by_site >= 0, by_site, by_well)
 
+def _no_controls(space, sites):
+    "Return a sentence on control wells that were not embedded with the others of their experiments; empty where there are none"
+    emb = emb_metadata(space.emb)
+    if 'experiment' not in emb or 'well_type' not in sites: return ''
+    beside = sites[sites['experiment'].isin(emb['experiment'].unique()) & ~sites['well_id'].isin(emb['well_id']) & (sites['well_type'] != 'treatment')]
+    n = beside['well_id'].nunique()
+    return f'{plural(n, "control well")} of the same experiments {"is" if n == 1 else "are"} not on the map: embed them too, with {option("wells", "all")}.' if n else ''
+
 def _page_space(space, near, sites, wells, umap):
     "Return a space as plain data"
     at, maps = {w: i for i, w in enumerate(wells)}, space_maps(space, umap)
     maps = [{**{k: m[k] for k in ('name', 'about', 'x', 'y', 'before')}, 'wells': [at[w] for w in m['well_id']]} for m in maps]
     numbers = {c: _site_numbers(near[c].tolist(), sites).tolist() for c in ('query', 'site')}
-    return dict(name=space.name, near=dict(**numbers, cosine=_short(near['cosine'])), maps=maps)
+    lacks = [s for s in (space.lacks, _no_controls(space, sites)) if s]
+    return dict(name=space.name, near=dict(**numbers, cosine=_short(near['cosine'])), maps=maps, lacks=lacks)
 
 # %% ../../nbs/64_results.explore.ipynb #a9a94ada
 def _channels(screen):
@@ -702,10 +724,11 @@ def _plan_space(model, screen, protocol, given, spaces, progress, kwargs):
     if key in spaces: return spaces[key], plan
     while True:
         if emb is None: emb, before = embed_plan(model, plan, progress, both=True)
+        space = EmbeddingSpace(str(protocol), emb, plan.index, plan.search['k'])
         if plan.told is None: break
-        plan, emb = told_plan(plan, predict_wells(emb, plan.index, plan.protocol, **plan.search)[0]), None
-    if before is not None: before = EmbeddingSpace('before', before, model.adapted_index if plan.options.adapt else model.index)
-    space = EmbeddingSpace(str(protocol), next(iter(nameable([emb], plan.index))), plan.index, plan.search['k'], before)
+        plan, emb = told_plan(plan, predict_wells(space.named, plan.index, plan.protocol, **plan.search)[0]), None
+    if before is not None: space.before = EmbeddingSpace('before', before, model.adapted_index if plan.options.adapt else model.index)
+    elif plan.correction: space.lacks = f'The map before the correction is not here, as the embeddings that were given are those after it: leave out {option("embeddings")} to see both.'
     spaces[key] = space
     return space, plan
 
@@ -719,15 +742,14 @@ def _differing_note(name, pred, own):
             'scores, votes and neighbors are those of the embeddings shown here.']
 
 # %% ../../nbs/64_results.explore.ipynb #d15ff940
-_RECORDED = ('tta', 'views', 'vote', 'k', 'search', 'merge', 'same_cell_type', 'tell', 'assign', 'adapt', 'adapt_from', 'correct', 'wells')
 _UNSAID = dict(adapt_from='all', wells='treatment')
 
 def _as_recorded(pred, given):
     "Return the options of a plan: those that are given, else those that the record of a prediction names"
     record = (pred.attrs.get('record') or {}) if pred is not None else {}
-    if 'tta' not in record: return given            # no record, or that of an ensemble
-    said = {k: record[k] for k in _RECORDED if k in record}
-    said.update(correct=str(said.get('correct') or 'no').partition('(')[0].lower(), adapt=dict(batch='experiment').get(said.get('adapt'), said.get('adapt') or 'no'))
+    said = recorded_options(record)
+    if not said: return given
+    if said['adapt'] == 'batch': said['adapt'] = 'experiment'
     if str(record['protocol']) == 'inductive': said.pop('adapt')
     return {**given, **said, **{k: v for k, v in given.items() if v and v != _UNSAID.get(k)}}
 
@@ -736,7 +758,7 @@ def _column_of(model, screen, name, pred, emb, spaces, progress, kwargs):
     protocol, kwargs = name if pred is None else str(pred['protocol'].iloc[0]), _as_recorded(pred, kwargs)
     space, plan = _plan_space(model, screen, protocol, emb, spaces, progress, kwargs)
     asked = plan_prediction(model, screen, protocol, **kwargs) if pred is None else plan
-    own, _ = predict_wells(space.emb, space.index, plan.protocol, **plan.search)
+    own, _ = predict_wells(space.named, space.index, plan.protocol, **plan.search)
     if isinstance(asked.index, ClassifierIndex): pred = model.predict(screen, protocol, progress=progress, **kwargs)
     if pred is None: pred = own
     shown = pred.copy()

@@ -85,10 +85,11 @@ def _draw_labels(ax, a, cmap, vmin, vmax, colors):
     pal = plt.get_cmap(cmap or ('tab10' if len(names) <= 10 else 'tab20' if len(names) <= 20 else 'gist_ncar'))
     hues = [pal(i % pal.N) if pal.N <= 20 else pal(i/max(len(names)-1, 1)) for i in range(len(names))]
     pick = {n: matplotlib.colors.to_rgb((colors or {}).get(n, hue)) for n, hue in zip(names, hues)}
-    picture = np.full((*a.shape, 3), .93)
+    picture = np.zeros((*a.shape, 4))           # transparent where there is no well
     for at, v in np.ndenumerate(a):
-        if v is not None: picture[at] = pick[str(v)]
+        if v is not None: picture[at] = (*pick[str(v)], 1)
     ax.imshow(picture)
+    ax.set_facecolor('.93')
     if len(names) <= 12:
         ax.legend([plt.Rectangle((0,0), 1, 1, color=pick[n]) for n in names], [*map(picture_text, names)],
                   fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
@@ -105,17 +106,31 @@ def _used(a):
     rows, cols = np.nonzero(~pd.isna(a))
     return (rows.min(), rows.max() + 1, cols.min(), cols.max() + 1) if len(rows) else (0, a.shape[0], 0, a.shape[1])
 
+_LABEL = .15, .1      # inches that a column number and a row letter need
+
+def _label_steps(ax, n_rows, n_cols):
+    "Return of how many columns and rows one is labeled, so that labels do not touch"
+    size = np.array(ax.figure.get_size_inches())*ax.get_position(original=True).size*.85      # some of it goes to ticks and titles
+    cell = min(size[0]/n_cols, size[1]/n_rows)
+    return [max(1, math.ceil(o/cell)) for o in _LABEL]
+
+def _label_wells(ax, part):
+    "Show a part of a plate, with row letters and column numbers"
+    top, bottom, left, right = part
+    by_col, by_row = _label_steps(ax, bottom - top, right - left)
+    cols, rows = range(left, right, by_col), range(top, bottom, by_row)
+    ax.set_xticks(cols, [f'{c+1:02d}' for c in cols], fontsize=6)
+    ax.set_yticks(rows, [rowcol_to_well(r, 0)[:-2] for r in rows], fontsize=6)
+    ax.set(xlim=(left - .5, right - .5), ylim=(bottom - .5, top - .5))
+
 def _plate_axes(ax, shape, part):
     "Draw row letters, column numbers and thin lines between wells"
-    top, bottom, left, right = part
-    ax.set_xticks(range(0, shape[1], 2), [f'{c+1:02d}' for c in range(0, shape[1], 2)], fontsize=6)
-    ax.set_yticks(range(0, shape[0], 2), [rowcol_to_well(r, 0)[:-2] for r in range(0, shape[0], 2)], fontsize=6)
     ax.set_xticks(np.arange(-.5, shape[1]), minor=True)
     ax.set_yticks(np.arange(-.5, shape[0]), minor=True)
-    ax.set(xlim=(left - .5, right - .5), ylim=(bottom - .5, top - .5))
     ax.grid(which='minor', color='w', linewidth=.6)
     ax.grid(which='major', visible=False)
     ax.tick_params(which='both', length=0)
+    _label_wells(ax, part)      # last, as ticks change the limits
 
 # %% ../../nbs/60b_results.plots.ipynb #1445eaf1
 def _accuracy_bar(ax, d, name, y, color, label):
@@ -123,8 +138,8 @@ def _accuracy_bar(ax, d, name, y, color, label):
     row = d[d.group == ('cell_type' if name else 'all')].iloc[0]
     dots = d[d.group == 'experiment'].value
     ax.plot([row.low, row.high], [y, y], c=color, lw=6, alpha=.35, solid_capstyle='butt')
-    ax.plot(dots, [y]*len(dots), 'o', c=color, ms=3)
-    return ax.plot(row.value, y, '|', c=color, ms=11, mew=2, label=label)[0]
+    ax.plot(dots, [y]*len(dots), 'o', c=color, ms=3, clip_on=False)       # whole at 0 and 1, too
+    return ax.plot(row.value, y, '|', c=color, ms=11, mew=2, label=label, clip_on=False)[0]
 
 def accuracy_plot(
     result:ScreenResult, # From `evaluate_screen`
@@ -141,8 +156,7 @@ def accuracy_plot(
             handles[column] = _accuracy_bar(ax, mine, name, j*step + i, style['color'], label)
     names = ['all wells', *(picture_text(short_text(k, 16)) for k in kinds[1:])]
     ax.set_yticks(np.arange(len(kinds))*step + (len(styles) - 1)/2, names, fontsize=9)
-    ax.invert_yaxis()
-    ax.set(xlim=(0, 1.03))
+    ax.set(xlim=(0, 1.03), ylim=(len(kinds)*step - 1, -.8))
     ax.set_xlabel('accuracy of wells', fontsize=9)
     legend_below(fig, list(handles.values()))
     return fig
@@ -178,7 +192,7 @@ def plate_maps(
         if ax.get_legend(): ax.get_legend().remove()          # one below serves all plates
     ends = np.array([ax.get_xlim() + ax.get_ylim() for ax in axs])
     (left, _, _, top), (_, right, bottom, _) = ends.min(0), ends.max(0)
-    for ax in axs: ax.set(xlim=(left, right), ylim=(bottom, top))     # the same part of every plate
+    for ax in axs: _label_wells(ax, [int(v + .5) for v in (top, bottom, left, right)])     # the same part of every plate
     fig.suptitle(picture_text(short_text(table.experiment.iloc[0])), fontsize=10)
     if kwargs.get('colors'): _legend_of_colors(fig, kwargs['colors'])
     return fig
@@ -278,7 +292,7 @@ def _sheet_grid(n, aspect):
     most = 6 if aspect < 1.3 else 3
     columns = max(1, min(most, n))
     rows, width = -(-n//columns), 8.4/most
-    fig, axs = plt.subplots(rows, columns, figsize=(max(width*columns, 4.2), rows*(width/aspect + .42) + .3), dpi=_DPI, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(rows, columns, figsize=(max(width*columns, 4.2), rows*(width/aspect + .42) + .6), dpi=_DPI, squeeze=False, layout='constrained')
     fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
     for ax in axs.flat[n:]: ax.remove()
     return fig, list(axs.flat[:n])
@@ -286,6 +300,18 @@ def _sheet_grid(n, aspect):
 def _holds(row, doses):
     "Return what a well holds: its kind, or its perturbation and dose"
     return row.well_type.replace('_', ' ') if pd.isna(row.sirna) else ' '.join([short_text(row.sirna, 14), *(f'{v:g}' for v in doses)])
+
+# %% ../../nbs/60b_results.plots.ipynb #474c6aac
+def _color_key(channels, how):
+    "Return handles for a legend: which channel has which color; none where each channel is a gray picture under its name"
+    names = list(channels)
+    if how == 'panels': return []
+    if how == 'composite': colors, said = channel_colors(len(names), names), names
+    else:
+        colors = [np.eye(3)[i % 3] for i in range(len(names))]
+        where = ('left', 'right') if len(names) <= 6 else range(1, len(names))
+        said = [f'{n} ({where[i//3]})' if len(names) > 3 else n for i, n in enumerate(names)]
+    return [plt.Rectangle((0, 0), 1, 1, color=c, label=picture_text(short_text(n, 24))) for c, n in zip(colors, said)]
 
 # %% ../../nbs/60b_results.plots.ipynb #e6f112e5
 def contact_sheet(
@@ -307,12 +333,14 @@ def contact_sheet(
     if names: rows = rows[rows.well_id.isin(names) | rows.well.isin(names)]
     rows = rows.iloc[np.unique(np.linspace(0, len(rows)-1, min(most, len(rows))).astype(int))]
     doses = rows[dose_columns(rows)].apply(pd.to_numeric, errors='coerce')
-    limits, first = shared_limits(screen.source, rows.site_id) if scale == 'shared' else None, site_picture(screen.source[rows.site_id.iloc[0]], how)
+    limits, px = shared_limits(screen.source, rows.site_id) if scale == 'shared' else None, screen.source[rows.site_id.iloc[0]]
+    first, channels = site_picture(px, how), channel_names(len(px), getattr(screen.source, 'channels', None))
     fig, axs = _sheet_grid(len(rows), first.shape[1]/first.shape[0])
     for ax, r in zip(axs, rows.itertuples()):
         holds = _holds(r, doses.loc[r.Index].dropna())
         _show_site(ax, screen, r.site_id, f'{short_text(r.well_id, 20)}\n{short_text(holds, 20)}', how, limits=limits)
     fig.suptitle(SCALES[scale], fontsize=8, color='#555')
+    if key := _color_key(channels, how): legend_below(fig, key, fig.get_figwidth())
     return fig
 
 # %% ../../nbs/60b_results.plots.ipynb #81c6cfd0
@@ -339,11 +367,13 @@ def write_picture(
     return write_marked(out, _MAKER, lambda p: fig.savefig(p, format=kind, dpi=dpi, metadata=said))
 
 # %% ../../nbs/60b_results.plots.ipynb #acc328e7
+def _is_measured(history, name): return name in history and history[name].notna().any()
+
 def _plot_epochs(ax, history, columns, title):
     "Plot columns of a training history, with a line between stages"
     epochs = np.arange(1, len(history) + 1)
     for name, style in group_styles(columns).items():
-        if name not in history: continue
+        if not _is_measured(history, name): continue
         ax.plot(epochs, history[name], marker='.', color=style['color'], label=name.replace('_', ' '))
     stage = history['stage'].to_numpy()
     for i in np.flatnonzero(stage[1:] != stage[:-1]): ax.axvline(i + 1.5, color='#bbb', lw=.8)
@@ -355,12 +385,14 @@ def _plot_epochs(ax, history, columns, title):
 
 def training_curve(
     history:pd.DataFrame, # `learn.history`, one row per epoch
-)->plt.Figure: # Two plots: losses, accuracy
+)->plt.Figure: # Losses, and accuracy where it was measured
     "Plot losses and accuracy, or the F1 of several labels, over the epochs of all stages"
-    fig, axs = _picture_grid(2, 2, 2.3)
+    several = 'macro_f1' in history
+    scores = ('macro_f1', 'micro_f1') if several else ('accuracy',)
+    is_scored = any(_is_measured(history, o) for o in scores)        # nothing may have been held out
+    fig, axs = _picture_grid(1 + is_scored, 2, 2.3)
     _plot_epochs(axs[0], history, ('train_loss', 'valid_loss'), 'loss')
-    if 'macro_f1' in history: _plot_epochs(axs[1], history, ('macro_f1', 'micro_f1'), 'F1 at .5, held-out images')
-    else: _plot_epochs(axs[1], history, ('accuracy',), 'accuracy, held-out sites')
+    if is_scored: _plot_epochs(axs[1], history, scores, 'F1 at .5, held-out images' if several else 'accuracy, held-out sites')
     return fig
 
 # %% ../../nbs/60b_results.plots.ipynb #c4cc9bc7
@@ -446,14 +478,15 @@ def _map_row(fig, tables, color, most, n_sirnas):
 def embedding_map(
     emb:pd.DataFrame, # Embeddings table
     *colors:str, # Metadata columns to color by, one map for each; 'cell_type' when none is given
-    adapted:pd.DataFrame=None, # The same wells with an adapted embedding: shown beside the first
+    adapted:pd.DataFrame=None, # The same wells with an adapted or corrected embedding: shown beside the first
     most:int=30, # Groups with a color and marker of their own; the others are gray
     n_sirnas:int=6, # How many siRNAs a map by siRNA shows
+    said:str='adapted', # Title of the second map
 )->plt.Figure: # One row per color
     "Map the wells of an embeddings table on two principal components"
     colors = colors or ('cell_type',)
     tables = {'': _one_per_well(emb, colors)}
-    if adapted is not None: tables = {'as embedded': tables[''], 'adapted': _one_per_well(adapted, colors)}
+    if adapted is not None: tables = {'as embedded': tables[''], said: _one_per_well(adapted, colors)}
     height = 2.8 if adapted is None else 2.4
     names = [n_sirnas if c in _SIRNA else emb[META + c].nunique() for c in colors]
     heights = [height + .05*min(n, most) for n in names]        # the legend needs some of it

@@ -26,7 +26,8 @@ def _npy(path):
     data = read_plain(path, 8*MOST_PIXELS + 2**12)
     try: x = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as e:
-        raise ScreenError(f'{path} cannot be read as an array of numpy ({first_line(e)}): save it again with np.save.') from None
+        raise ScreenError(f'{path} cannot be read as an array of numpy ({first_line(e)}): '
+                          'save it again with np.save.') from None
     if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind not in 'biu':
         raise ScreenError(f'{path} is no picture of whole numbers [H,W]: save the mask with np.save, as integers.')
     return x
@@ -36,7 +37,8 @@ def _picture(path):
     try: return read_planes(path)[0]
     except ScreenError as e:
         why = re.split(', but |, where |: ', str(e).removeprefix(str(path)))[0]
-        raise ScreenError(f'{path}{why}, which is no mask: save one gray plane of 8 or 16 bits without sign, or any whole numbers with np.save.') from None
+        raise ScreenError(f'{path}{why}, which is no mask: save one gray plane of 8 or 16 bits without sign, '
+                          'or any whole numbers with np.save.') from None
 
 def _is_foreground(x):
     "Return whether all that is marked in a mask has one number, in several pieces"
@@ -137,7 +139,8 @@ def find_cells(
     "Find cells by a watershed of the cytoplasm that starts from the nuclei"
     from scipy import ndimage as ndi
     if nucleus.shape != cytoplasm.shape:
-        raise ScreenError(f'The pictures are {list(nucleus.shape)} and {list(cytoplasm.shape)}: give two channels of one site.')
+        raise ScreenError(f'The pictures are {list(nucleus.shape)} and {list(cytoplasm.shape)}: '
+                          'give two channels of one site.')
     nuclei = _largest_pieces(find_nuclei(nucleus, radius))
     if not nuclei.any(): return nuclei
     smooth = ndi.gaussian_filter(cytoplasm.astype(np.float32), radius/6)
@@ -183,7 +186,8 @@ class MaskFolder:
 
     def __contains__(self, site_id): return site_id in self.files
     def __getitem__(self, site_id):
-        if site_id not in self.files: raise ScreenError(f'{site_id} has no mask in {self.root}: segment it, or leave it out.')
+        if site_id not in self.files:
+            raise ScreenError(f'{site_id} has no mask in {self.root}: segment it, or leave it out.')
         return read_mask(self.files[site_id], self.size)
     def stamp(self, site_id):
         "Return the size and time of a mask, which change when it does"
@@ -226,7 +230,8 @@ def _missing_masks(table, masks):
 def _check_partial(said, partial):
     "Raise for what is missing, unless it may be"
     if not said or partial: return
-    raise ScreenError(f'{said[0]}: name each mask after its site, or leave out what has none with {option("cell_partial", True)}.')
+    raise ScreenError(f'{said[0]}: name each mask after its site, or leave out what has none with '
+                      f'{option("cell_partial", True)}.')
 
 def _left_out(n_border, n_cells, border, empty, n_images):
     "Return sentences about cells that the border cuts, and about pictures without cells"
@@ -258,7 +263,8 @@ def cell_table(
     empty = [i for i, d in zip(table.site_id, each) if not len(d)]
     left = _left_out(int(cells.at_border.sum()), len(cells), border, empty, len(table))
     if empty and not partial:
-        raise ScreenError(f'{left[-1]}: segment those pictures again, or leave them out with {option("cell_partial", True)}.')
+        raise ScreenError(f'{left[-1]}: segment those pictures again, or leave them out with '
+                          f'{option("cell_partial", True)}.')
     if not len(kept):
         raise ScreenError(f'No cell is left of {plural(len(table), "mask")} in {masks.root}: look at the masks, or keep cells at the border '
                           f'with {option("cell_border", "keep")}.')
@@ -313,7 +319,8 @@ class CellSource(ImageSource):
         side:int=128, # Of each picture, px of the site
         masked:bool=False, # Set what is outside of the cell to 0
     ):
-        if not 8 <= side <= 4096: raise ScreenError(f'{option("cell_side", side)} is not possible: give 8 to 4096 pixels.')
+        if not 8 <= side <= 4096:
+            raise ScreenError(f'{option("cell_side", side)} is not possible: give 8 to 4096 pixels.')
         super().__init__(masks.root, table, origin.channels)
         self.origin, self.masks, self.side, self.masked = origin, masks, side, masked
         y, x = ((table[a] + table[b])//2 - side//2 for a, b in (('top', 'bottom'), ('left', 'right')))
@@ -410,7 +417,8 @@ def cell_screen(
     progress:bool=None, # Show a progress bar; `None`: for more than 200 sites
 )->tuple: # (`Screen` with one row per cell, sentences about what was left out)
     "Cut the cells of a screen"
-    if not 8 <= cell_side <= 4096: raise ScreenError(f'{option("cell_side", cell_side)} is not possible: give 8 to 4096 pixels.')
+    if not 8 <= cell_side <= 4096:
+        raise ScreenError(f'{option("cell_side", cell_side)} is not possible: give 8 to 4096 pixels.')
     found = open_masks(screen, masks, cell_channels, cell_radius, known)
     if progress is None: progress = len(screen) > 200
     table, notes = cell_table(screen.table, found, cell_border, cell_partial, progress)
@@ -419,7 +427,8 @@ def cell_screen(
     return Screen(table, CellSource(screen.source, found, table, cell_side, cell_masked), screen.name), notes
 
 # %% ../../nbs/09b_screen.cells.ipynb #4c5ffbc7
-CELL_OPTIONS = dict(cell_side=128, cell_masked=False, cell_border='drop', cell_channels='nucleus,ER', cell_radius=10., cell_partial=False)
+CELL_OPTIONS = dict(cell_side=128, cell_masked=False, cell_border='drop', cell_channels='nucleus,ER',
+                    cell_radius=10., cell_partial=False)
 
 def check_cell_options(
     cells, # Folder of masks, 'watershed', or empty: whole sites

@@ -109,5 +109,6 @@ def leave_one_out(
     n, have = len(have), list(have)
     if n < 2 or (int(asked[1]), int(asked[2])) != (n - 1, n):
         can = f'ask for {n - 1}-of-{n}, or name channels' if n > 1 else 'name it'
-        raise ScreenError(f'{option("channels", channels)} cannot be made of {plural(n, "channel")}: {can} ({", ".join(have)}).')
+        raise ScreenError(f'{option("channels", channels)} cannot be made of {plural(n, "channel")}: '
+                          f'{can} ({", ".join(have)}).')
     return {f'without_{c}': [o for o in have if o != c] for c in have}

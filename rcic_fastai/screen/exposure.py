@@ -30,7 +30,8 @@ def site_exposure(
 )->pd.DataFrame: # One row per site: brightness, contrast, saturation
     "Return how bright one channel of each site is"
     mean, std = (stats[f'{k}_{channel}'].clip(lower=_DARKEST) for k in ('mean', 'std'))
-    return pd.DataFrame(dict(brightness=np.log(mean), contrast=np.log(std/mean), saturation=(stats[f'p99_{channel}'] >= 1).astype(float)))
+    return pd.DataFrame(dict(brightness=np.log(mean), contrast=np.log(std/mean),
+                             saturation=(stats[f'p99_{channel}'] >= 1).astype(float)))
 
 # %% ../../nbs/09c_screen.exposure.ipynb #ae4617d9
 EXPOSED = ('treatment', 'negative_control')
@@ -57,5 +58,6 @@ def batch_exposure(
     groups = wells.groupby(['experiment', 'well_type'], sort=True).indices.items()
     for c in source.channels:
         each = site_exposure(stats, c).groupby(rows.well_id.to_numpy()).mean().to_numpy()
-        for (e, kind), at in groups: res.append((str(e), str(wells.cell_type[at[0]]), kind, c, len(at), *_of_batch(each[at])))
+        for (e, kind), at in groups:
+            res.append((str(e), str(wells.cell_type[at[0]]), kind, c, len(at), *_of_batch(each[at])))
     return pd.DataFrame(res, columns=EXPOSURE_COLUMNS)

@@ -21,7 +21,8 @@ def count_wells(
     if absent: raise ScreenError(f'The table has no column {absent[0]} to count {option("by", absent[0])}: choose from {first_few(table, 12)}.')
     wells = table.drop_duplicates('well_id')
     plate = wells['experiment'].astype(str) + '_' + wells['plate'].astype(str)
-    res = wells.assign(plates=plate).groupby(by).agg(experiments=('experiment', 'nunique'), plates=('plates', 'nunique'), wells=('well_id', 'size'))
+    res = wells.assign(plates=plate).groupby(by).agg(experiments=('experiment', 'nunique'),
+                                                     plates=('plates', 'nunique'), wells=('well_id', 'size'))
     kinds = wells.groupby([*by, 'well_type']).size().unstack(fill_value=0).reindex(columns=WELL_TYPES, fill_value=0)
     labels = wells[wells['well_type'] == 'treatment'].groupby(by)['sirna'].nunique().rename('sirnas')
     return res.join(kinds).join(labels).join(table.groupby(by).size().rename('sites')).fillna({'sirnas': 0}).astype(int)
@@ -66,8 +67,11 @@ def find_nuclei(
 )->np.ndarray: # int32 [H,W]: 0 outside, 1…N in the nuclei
     "Find nuclei: a threshold, then touching ones are divided at the places between their centers"
     from scipy import ndimage as ndi
-    if nucleus.ndim != 2: raise ScreenError(f'A picture of one channel is [H,W], not {list(nucleus.shape)}: give the nuclear stain alone.')
-    if not radius > 1: raise ScreenError(f'{option("radius", radius)} px is no nucleus: give more than 1, or enlarge the picture.')
+    if nucleus.ndim != 2:
+        raise ScreenError(f'A picture of one channel is [H,W], not {list(nucleus.shape)}: '
+                          'give the nuclear stain alone.')
+    if not radius > 1:
+        raise ScreenError(f'{option("radius", radius)} px is no nucleus: give more than 1, or enlarge the picture.')
     smooth = ndi.gaussian_filter(nucleus.astype(np.float32), radius/6)
     mask = ndi.binary_opening(smooth > otsu_threshold(smooth), iterations=max(1, round(radius/5)))
     mask = ndi.binary_fill_holes(mask)
@@ -103,7 +107,9 @@ def cell_features(
 )->dict: # nuclei, nucleus_area (median, px), nucleus_share (of the picture), nucleoli (mean per nucleus; NaN without the stain)
     "Measure the nuclei of one site"
     names = list(channels)
-    if 'nucleus' not in names: raise ScreenError(f'The channels are {first_few(names)}, and none is called nucleus: give the names in {option("channels")}.')
+    if 'nucleus' not in names:
+        raise ScreenError(f'The channels are {first_few(names)}, and none is called nucleus: '
+                          f'give the names in {option("channels")}.')
     found = find_nuclei(site[names.index('nucleus')], radius)
     areas = np.bincount(found.ravel())[1:]
     spots = count_nucleoli(site[names.index('nucleoli')], found, radius/5) if 'nucleoli' in names else np.zeros(0)

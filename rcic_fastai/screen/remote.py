@@ -89,7 +89,9 @@ def _place(address):
     "Return the server or bucket of an address, and the key in it"
     scheme, _, rest = str(as_path(address)).partition('://')
     name, _, key = rest.partition('/')
-    if {*key.rstrip('/').split('/')} & {'', '.', '..'} and key: raise ScreenError(f'{address} has an empty or dotted part between slashes, which is not read: copy it to a key without one.')
+    if {*key.rstrip('/').split('/')} & {'', '.', '..'} and key:
+        raise ScreenError(f'{address} has an empty or dotted part between slashes, which is not read: '
+                          'copy it to a key without one.')
     if not scheme.startswith('http'): return f'{scheme}://{name}', key
     if '?' in key: raise ScreenError(f'{address} has a query (after ?), which is not read: give an address without one.')
     return f'{scheme}://{name}', unquote(key)
@@ -114,7 +116,8 @@ def _trouble(address, e):
         return Forbidden(f'{address} cannot be read (the server does not permit it): set keys in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, '
                          'or ask its owner.')
     region = ' (for a bucket in another region, AWS_REGION names it)' if 'region' in str(e) else ''
-    return ScreenError(f'{address} cannot be read ({_why(e)}): check the address and the network{region}, and run the same again.')
+    return ScreenError(f'{address} cannot be read ({_why(e)}): check the address and the '
+                       f'network{region}, and run the same again.')
 
 # %% ../../nbs/01b_screen.remote.ipynb #re01b017
 _gate, _reader = threading.BoundedSemaphore(REQUESTS), []     # the number of the process that reads
@@ -122,7 +125,9 @@ _gate, _reader = threading.BoundedSemaphore(REQUESTS), []     # the number of th
 def _check_process(address):
     "Raise in a process that was forked from one that reads addresses: the threads of obstore are not in it, and it would wait for ever"
     if not _reader: _reader.append(os.getpid())
-    if _reader[0] != os.getpid(): raise ScreenError(f'{address} cannot be read in a process that was forked: let threads read it, without reader processes.')
+    if _reader[0] != os.getpid():
+        raise ScreenError(f'{address} cannot be read in a process that was forked: let threads read '
+                          'it, without reader processes.')
 
 @contextmanager
 def _asking(address):
@@ -149,10 +154,12 @@ def _whole(address, most=None, do='give the address of another file'):
     with _asking(address) as (obstore, store, key):
         found = obstore.get(store, key)
         size = found.meta['size']
-        if most is not None and size > most: raise ScreenError(f'{address} has {size:,} bytes, more than the {most:,} that it can need: {do}.')
+        if most is not None and size > most:
+            raise ScreenError(f'{address} has {size:,} bytes, more than the {most:,} that it can need: {do}.')
         data = bytes(found.bytes())
     if len(data) == size: return data, _facts(found.meta)
-    raise ScreenError(f'{address} cannot be read ({len(data):,} of {size:,} bytes came): check the network, and run the same again.')
+    raise ScreenError(f'{address} cannot be read ({len(data):,} of {size:,} bytes came): '
+                      'check the network, and run the same again.')
 
 def read_remote(
     address, # Of a file
@@ -186,7 +193,8 @@ class RemoteFile:
             if _facts(found.meta) != self.facts: raise _changed(self.address)        # parts of two versions are no file
             data = bytes(found.bytes())
         if len(data) == stop - start: return data
-        raise ScreenError(f'{self.address} cannot be read ({len(data):,} of {stop - start:,} bytes came): check the network, and run the same again.')
+        raise ScreenError(f'{self.address} cannot be read ({len(data):,} of {stop - start:,} bytes came): '
+                          'check the network, and run the same again.')
 
 # %% ../../nbs/01b_screen.remote.ipynb #re01b022
 def remote_facts(

@@ -91,7 +91,8 @@ def as_integers(
     bad = (s.notna() & n.isna()) | (n.notna() & ((n % 1 != 0) | (n.abs() >= 2**63)))
     if bad.any():
         i = int(bad.to_numpy().argmax())
-        raise ScreenError(f'{where}, row {i+2}: {column} is {s.iloc[i]!r}, which is not a whole number; correct that cell.')
+        raise ScreenError(f'{where}, row {i+2}: {column} is {s.iloc[i]!r}, which is not a whole '
+                          'number; correct that cell.')
     return n.astype('Int64')
 
 # %% ../../nbs/01_screen.tables.ipynb #0849bad5
@@ -176,7 +177,8 @@ def decimal_commas(
     if not commas or not _are_numbers(o for o in cells if o not in commas): return s
     unclear, clear = [o for o in commas if _THOUSANDS.fullmatch(o)], [o for o in commas if not _THOUSANDS.fullmatch(o)]
     if not clear or not _are_numbers(o.replace(',', '.') for o in commas):
-        raise ScreenError(f'{where} has {unclear[0]} in the column {s.name}, which may be thousands or a decimal comma: write numbers with a point, as 0.5.')
+        raise ScreenError(f'{where} has {unclear[0]} in the column {s.name}, which may be thousands or a decimal '
+                          'comma: write numbers with a point, as 0.5.')
     print(f'note: the column {s.name} of {where} is read with decimal commas: {clear[0]} is {float(clear[0].replace(",", "."))}.')
     return s.map(lambda o: float(o.strip().replace(',', '.')), na_action='ignore').astype(float)
 
@@ -199,7 +201,8 @@ def _parsed(path, **how):
     "Return what pandas makes of a CSV file"
     unpack = {'.gz': gzip.open, '.bz2': bz2.open}.get(Path(path).suffix, _as_it_is)
     with open_plain(path, _MOST_TABLE) as f, unpack(f) as text:
-        return pd.read_csv(io.BufferedReader(_Bounded(text, path)), dtype=str, keep_default_na=False, na_values=[''], **how)
+        return pd.read_csv(io.BufferedReader(_Bounded(text, path)), dtype=str,
+                           keep_default_na=False, na_values=[''], **how)
 
 def check_header(
     names, # Names of columns
@@ -484,7 +487,8 @@ def _check_named(mine, kind, sirna, where):
         raise ScreenError(f'{option("controls")} names the empty cell, but {where} names no perturbation at all: name its column '
                           f'with {as_columns("sirna")}.')
     if '' in mine and sirna.notna().all():
-        raise ScreenError(f'{option("controls")} names the empty cell, but every well in {where} has a perturbation: name that.')
+        raise ScreenError(f'{option("controls")} names the empty cell, but every well in {where} has '
+                          'a perturbation: name that.')
     known = [*sirna.dropna().unique(), *kind.dropna().unique()]
     unused = sorted(set(mine) - set(known) - {''})
     if unused and not known:
@@ -493,8 +497,10 @@ def _check_named(mine, kind, sirna, where):
     if unused:
         near = _alike(unused, known)
         has = f'did you mean {first_few(near)}?' if near else f'it has {first_few(dict.fromkeys(known), 20)}.'
-        if (empty := int(sirna.isna().sum())) and not near: has += f' If the {plural(empty, "empty cell")} of its perturbations are the controls, say {option("controls", dict(negative_control=[""]))}.'
-        raise ScreenError(f'{option("controls")} names {first_few(unused)}, which is no perturbation or well type in {where}: {has}')
+        if (empty := int(sirna.isna().sum())) and not near:
+            has += f' If the {plural(empty, "empty cell")} of its perturbations are the controls, say {option("controls", dict(negative_control=[""]))}.'
+        raise ScreenError(f'{option("controls")} names {first_few(unused)}, which is no perturbation or '
+                          f'well type in {where}: {has}')
 
 # %% ../../nbs/01_screen.tables.ipynb #2fabe931
 def _check_spelling(mine, types, sirna, where):
@@ -552,7 +558,8 @@ def _target_column(table, name):
     "Return the column of a table with a name; what the perturbation is usually called, but for its gene, is that of sirna"
     if name in table: return table[name]
     if 'sirna' in table and usual_name(name) in _PERTURBATION: return table['sirna']
-    raise ScreenError(f'The site table has no column {name!r}: choose the target from {", ".join(map(str, table.columns))}, or two of them, such as sirna+dose.')
+    raise ScreenError(f'The site table has no column {name!r}: choose the target from '
+                      f'{", ".join(map(str, table.columns))}, or two of them, such as sirna+dose.')
 
 def with_target(
     table:pd.DataFrame, # Site table
@@ -563,7 +570,8 @@ def with_target(
     first, *more = [_target_column(table, o.strip()) for o in str(target).split('+')]
     for s in more:
         pairs = list(zip(identifiers(first), identifiers(s)))
-        first = pd.Series([a if a is None or b is None else f'{a} @ {b}' for a, b in pairs], table.index, dtype=object, name=target)
+        first = pd.Series([a if a is None or b is None else f'{a} @ {b}' for a, b in pairs],
+                          table.index, dtype=object, name=target)
         if first.nunique() < len({p for p in pairs if p[0] is not None}):
             raise ScreenError(f'Two pairs of {target} would have one name: rename those with @.')
     return table.assign(**{target: first})
@@ -577,7 +585,8 @@ def names_perturbations(
 # %% ../../nbs/01_screen.tables.ipynb #d8d4e758
 def _sirna_names(s, names, where):
     "Return (names, Int64 ids) for a column of integers or names"
-    by_id = dict(zip(as_integers(names['sirna_int'], 'sirna_int', 'sirna_int_to_name').astype(int), names['sirna_name']))
+    by_id = dict(zip(as_integers(names['sirna_int'], 'sirna_int',
+                                 'sirna_int_to_name').astype(int), names['sirna_name']))
     def name_of(i): return None if pd.isna(i) else by_id.get(int(i), f'sirna_{int(i)}')
     s = identifiers(s, where)
     if s.dropna().astype('string').str.fullmatch(r'\d{1,18}').all():
@@ -652,7 +661,8 @@ def _are_on_plates(t, where):
     if is_blank.all(axis=None): return False
     if not is_blank.any(axis=None): return True
     row = t.index[is_blank.any(axis=1)][0] + 2
-    raise ScreenError(f'{where}, row {row}: some of experiment, plate and well are blank; fill them in, or leave all three blank in every row.')
+    raise ScreenError(f'{where}, row {row}: some of experiment, plate and well are blank; fill them in, '
+                      'or leave all three blank in every row.')
 
 # %% ../../nbs/01_screen.tables.ipynb #858ea788
 def check_table(
@@ -667,7 +677,8 @@ def check_table(
                           f'{", ".join(SITE_COLUMNS[:9])}.')
     if not len(t): raise ScreenError(f'{where} has no rows: point to the table that lists the screen.')
     for c in SITE_COLUMNS[:9]:
-        if t[c].isna().any(): raise ScreenError(f'{where}, row {t.index[t[c].isna()][0]+2}: {c} is empty; fill that cell.')
+        if t[c].isna().any():
+            raise ScreenError(f'{where}, row {t.index[t[c].isna()][0]+2}: {c} is empty; fill that cell.')
     twice = t['site_id'].duplicated()
     if twice.any():
         raise ScreenError(f'{where} lists {plural(twice.sum(), "site")} more than once ({first_few(t.site_id[twice].unique())}): '
@@ -737,7 +748,8 @@ def label_matrix(
         odd = [o for o in mine if o not in at]
         if odd:
             who = f'row {row+2}' if ids is None else f'image {list(ids)[row]}'
-            raise ScreenError(f'{where}: {who} has the label {odd[0]!r}, which is none of {first_few(names, 20)}: correct the cell, or name that label, too.')
+            raise ScreenError(f'{where}: {who} has the label {odd[0]!r}, which is none of {first_few(names, 20)}: '
+                              'correct the cell, or name that label, too.')
         res[row, [at[o] for o in mine]] = 1
     return res
 
@@ -882,7 +894,8 @@ def experiment_folds(
     "Return `k` folds of whole experiments, each cell type spread evenly over the folds"
     t = table[table.dataset.isin(('train', 'val'))]
     n = t['experiment'].nunique()
-    if not 2 <= k <= n: raise ScreenError(f'k={k} folds cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.')
+    if not 2 <= k <= n:
+        raise ScreenError(f'k={k} folds cannot be made of {plural(n, "training experiment")}: choose 2 to {n}.')
     rng, fold, start = np.random.default_rng(seed), {}, 0
     for _, exps in t.groupby('cell_type')['experiment']:
         exps = rng.permutation(sorted(exps.unique()))

@@ -180,7 +180,8 @@ def _ome_image(pixels, root, picture, n_pages, start):
     "Return {page: `TiffPage`} for one image of OME-XML"
     channels = _children(pixels, 'Channel')
     samples = _number(channels[0], 'SamplesPerPixel', 1) if channels else 1
-    sizes = dict(t=_number(pixels, 'SizeT', 1), z=_number(pixels, 'SizeZ', 1), c=_number(pixels, 'SizeC', 1)//max(1, samples))
+    sizes = dict(t=_number(pixels, 'SizeT', 1), z=_number(pixels, 'SizeZ', 1),
+                 c=_number(pixels, 'SizeC', 1)//max(1, samples))
     order = pixels.get('DimensionOrder', 'XYCZT').lower()[:1:-1]
     if sorted(order) != ['c', 't', 'z']: raise ValueError('its OME-XML has an unknown order of dimensions')
     sizes, entries, out = [max(1, sizes[a]) for a in order], _children(pixels, 'TiffData'), {}
@@ -248,7 +249,8 @@ def page_meanings(
     if not isinstance(said, dict): return said and _by_order(*said, len(full), full[0].samplesperpixel, name), names
     at = [said.get(p.index) for p in full]
     if len(full) > 1 and said and None in at:
-        raise ScreenError(f'{name} says what {len(full) - at.count(None)} of its {plural(len(full), "page is", "pages are")}: save it again.')
+        raise ScreenError(f'{name} says what {len(full) - at.count(None)} of its '
+                          f'{plural(len(full), "page is", "pages are")}: save it again.')
     return None if None in at else at, names
 
 # %% ../../nbs/04b_screen.tiff.ipynb #cefaabc8

@@ -18,7 +18,7 @@ def swad_window(
     begin:int=3, # Losses of which the first must be the lowest
     end:int=6, # Losses that must all be too high
     tolerance:float=1.3, # Too high: so many times the mean of the first `begin`
-)->tuple: # First and last epoch, from 0; (first, None) while it goes on, (None, None) before it begins
+)->tuple: # First and last epoch, from 0; (first, None) while it has no end, (None, None) before it begins
     "Return the epochs whose weights SWAD averages"
     seen = [math.inf if math.isnan(o) else o for o in losses]
     def lowest(i): return math.isfinite(sum(seen[i:i+begin])) and seen[i] == min(seen[i:i+begin])

@@ -35,8 +35,12 @@ class ChannelSampling(Callback):
 
     def before_fit(self):
         model = get_model(self.model)
-        if not is_adaptive(model): raise ScreenError(f'channel_sampling leaves channels out, and the model reads them together: build it with {option("stem", "bag")}, or leave channel_sampling out.')
-        if self.least > model.n_channels: raise ScreenError(f'{option("least", self.least)} asks for more than the {plural(model.n_channels, "channel")} of the model: give {model.n_channels} or fewer.')
+        if not is_adaptive(model):
+            raise ScreenError('channel_sampling leaves channels out, and the model reads them together: '
+                              f'build it with {option("stem", "bag")}, or leave channel_sampling out.')
+        if self.least > model.n_channels:
+            raise ScreenError(f'{option("least", self.least)} asks for more than the '
+                              f'{plural(model.n_channels, "channel")} of the model: give {model.n_channels} or fewer.')
         if self.seed is None: self.rng = np.random.default_rng(torch.randint(2**31, ()).item())
 
     def before_batch(self):

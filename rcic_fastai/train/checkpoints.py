@@ -571,7 +571,8 @@ def _continue_from(learn, cp, found):
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError) as e:
         why = str(e).splitlines()[0][:100]
         same = on_route('make the learner as the first time', 'give the same options')
-        raise ScreenError(f'{found.path} does not fit this training ({why}): {same}, or remove the folder to start again from the beginning.') from e
+        raise ScreenError(f'{found.path} does not fit this training ({why}): {same}, or remove the folder to start '
+                          'again from the beginning.') from e
     if not rank_distrib(): print(f'Continuing from {found.path}.')
     return found.epoch
 

@@ -28,6 +28,7 @@ from .schedule import *
 from .learner import *
 from .domain import *
 from .averages import *
+from .style import STYLES
 from .channels import *
 from ..batch.data import all_to_train, screen_dls
 
@@ -150,7 +151,7 @@ def _check_kinds(given, func, what, free=()):
         if is_odd: raise ScreenError(f'{what} has {k}={given[k]!r}: give {words}.')
 
 # %% ../../nbs/33_train.recipes.ipynb #6765f2be
-CALLBACKS = {**MIXERS, **DOMAIN_METHODS, 'control_batches': ControlBatches, 'channel_sampling': ChannelSampling, 'ema': EMA, 'mean_teacher': MeanTeacher, 'swa': SWA, 'swad': SWAD}
+CALLBACKS = {**MIXERS, **DOMAIN_METHODS, **STYLES, 'control_batches': ControlBatches, 'channel_sampling': ChannelSampling, 'ema': EMA, 'mean_teacher': MeanTeacher, 'swa': SWA, 'swad': SWAD}
 
 def stage_callback(
     config, # Name from `CALLBACKS`, or a dict with `name` and settings

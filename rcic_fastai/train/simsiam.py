@@ -37,8 +37,10 @@ class SimSiamHead(nn.Module):
     ):
         super().__init__()
         self.n_classes, narrow = width, max(width//4, 1)
-        self.project = nn.Sequential(nn.Linear(n_in, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width, bias=False), nn.BatchNorm1d(width, affine=False))
-        self.predict = nn.Sequential(nn.Linear(width, narrow, bias=False), nn.BatchNorm1d(narrow), nn.ReLU(), nn.Linear(narrow, width))
+        self.project = nn.Sequential(nn.Linear(n_in, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
+                                     nn.Linear(width, width, bias=False), nn.BatchNorm1d(width, affine=False))
+        self.predict = nn.Sequential(nn.Linear(width, narrow, bias=False), nn.BatchNorm1d(narrow),
+                                     nn.ReLU(), nn.Linear(narrow, width))
 
     def forward(self,
         e, # Embeddings [B,n_in]
@@ -73,9 +75,11 @@ class TwoViews(Callback):
     def before_batch(self):
         x, *meta = self.xb
         sites = x.flatten(0, 1) if x.ndim == 5 else x
-        view = Pipeline(site_augs(min_scale=self.min_scale, max_lighting=0., gain=self.gain, offset=self.gain), split_idx=0)
+        view = Pipeline(site_augs(min_scale=self.min_scale, max_lighting=0., gain=self.gain,
+                                  offset=self.gain), split_idx=0)
         views = torch.cat([view(sites.as_subclass(TensorSite)).as_subclass(Tensor) for _ in range(2)])
-        self.learn.xb = (views.unflatten(0, (-1, x.shape[1])) if x.ndim == 5 else views, *(torch.cat([m.as_subclass(Tensor)]*2) for m in meta))
+        self.learn.xb = (views.unflatten(0, (-1, x.shape[1])) if x.ndim == 5 else views,
+                         *(torch.cat([m.as_subclass(Tensor)]*2) for m in meta))
 
     def after_pred(self): self.spreads = [*self.spreads[-9:], embedding_spread(self.pred[1])]
 
@@ -95,13 +99,15 @@ def site_dls(
     mine = ((table.dataset == 'train') & ~is_held) | (test & (table.dataset == 'test'))
     rows = table[mine].assign(dataset='train', unlabeled='site')
     stats = dict(norm_stats=(spec.norm_mean, spec.norm_std)) if spec.norm == 'global' else {}
-    return dls.rebuild(screen=dls.screen[rows], target='unlabeled', controls=True, valid='none', several=False, label_names=None, no_label=False, rare=0., batch_by=None, batch_groups=1, **stats)
+    return dls.rebuild(screen=dls.screen[rows], target='unlabeled', controls=True, valid='none', several=False,
+                       label_names=None, no_label=False, rare=0., batch_by=None, batch_groups=1, **stats)
 
 # %% ../../nbs/35b_train.simsiam.ipynb #c2c0ee4b
 def _without_labels(stage):
     "Return a stage without what needs labels"
     kept = [c for c in stage.callbacks if (c if isinstance(c, str) else c['name']) == 'channel_sampling']
-    return replace(stage, loss=None, neck=None, cutmix=0., mixup=0., callbacks=kept, keep_best=None, patience=None, full_data=False, metadata=False, published=None)
+    return replace(stage, loss=None, neck=None, cutmix=0., mixup=0., callbacks=kept, keep_best=None, patience=None,
+                   full_data=False, metadata=False, published=None)
 
 @patch
 def pretrain_simsiam(self:Learner,
