@@ -715,7 +715,6 @@ def test_it_works_in_the_frame_of_a_notebook(made, tab, tmp_path):
 
 
 @browses
-<<<<<<< HEAD
 @pytest.mark.parametrize('how', ['output', 'srcdoc', 'blob', 'folder'])
 def test_it_works_in_the_sandbox_of_another_origin(browser, made, many, preds, how):
     "As in Colab: outputs are in a frame of another origin that may run programs, without storage, cookies and files"
@@ -753,10 +752,7 @@ def test_it_works_in_the_sandbox_of_another_origin(browser, made, many, preds, h
 
 
 @browses
-@pytest.mark.parametrize('state', ['', 'v=map&b=1.0', 'v=confusions', 'v=accuracy&r=right', 'w=HUVEC-17_1_B02', 'w=named'])
-=======
 @pytest.mark.parametrize('state', ['q=HUVEC-17', 'v=map&b=1.0&q=bold', 'v=confusions', 'v=accuracy&r=right', 'w=HUVEC-17_1_B02&n=HUVEC-17_1_B02', 'w=named', 'w=named&n=HUVEC-17_1_B02&m=panels'])
->>>>>>> main
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_axe_finds_nothing(made, preds, tab, state, scheme):
     "With axe-core of npm, where EXPLORE_AXE names its axe.min.js"

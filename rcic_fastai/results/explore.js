@@ -822,14 +822,10 @@ function showWell(again = false) {
   const top = shownWell.startsWith(S.w + '|') ? root.scrollTop : 0, focus = root.contains(document.activeElement) ? document.activeElement.id : '';
   shownWell = key;
   drawings = [];
-<<<<<<< HEAD
-  fill(root, el('div', {class: 'head'}, trail > 0 ? el('button', {type: 'button', id: 'back', onclick: () => { trail--; back(); }}, '← back') : null, el('h2', {tabindex: -1}, W.id[w]),
-=======
   together = isPair ? [pinned, w].flatMap(pictured) : [];
   root.classList.toggle('two', isPair);
   const isPinned = pinned === w, pin = C ? el('button', {type: 'button', id: 'pin', 'aria-pressed': String(isPinned), onclick: () => go({n: isPinned ? '' : S.w}, false)}, isPinned ? 'Pinned' : isPair ? 'Pin this one' : 'Pin to compare') : null;
-  fill(root, el('div', {class: 'head'}, trail > 0 ? el('button', {type: 'button', id: 'back', onclick: () => { trail--; history.back(); }}, '← back') : null, el('h2', {tabindex: -1}, W.id[w]), pin,
->>>>>>> main
+  fill(root, el('div', {class: 'head'}, trail > 0 ? el('button', {type: 'button', id: 'back', onclick: () => { trail--; back(); }}, '← back') : null, el('h2', {tabindex: -1}, W.id[w]), pin,
     el('button', {type: 'button', id: 'close', 'aria-label': 'Close the well', onclick: closeWell}, '✕')),
     isPinned ? el('p', {class: 'none'}, 'Pinned: open another well, or one of its neighbors, and both stand beside each other.') : null,
     isPair ? [controls(), pairParts([pinned, w]), facts(w)] : [verdict(w), facts(w), C ? controls() : null, siteParts(w)], candidates(w), neighbors(w));

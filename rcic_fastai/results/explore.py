@@ -478,13 +478,8 @@ class ScreenPage:
 
     def _repr_html_(self):
         style = f'width:100%;height:{int(self.height)}px;border:1px solid #8888'
-<<<<<<< HEAD
         page = self.html if self.folder is None else self.framed()
-        given = dict(title=html_text(self.title), sandbox='allow-scripts', style=style, srcdoc=html_text(page))
-=======
-        what = dict(srcdoc=html_text(self.html)) if self.folder is None else dict(src=html_text(f'{os.path.relpath(self.folder)}/index.html'))
-        given = dict(title=html_text(self.title), sandbox='allow-scripts allow-downloads', style=style, **what)
->>>>>>> main
+        given = dict(title=html_text(self.title), sandbox='allow-scripts allow-downloads', style=style, srcdoc=html_text(page))
         attributes = [f'{k}="{v}"' for k, v in given.items()]
         untrusted = f'The page “{html_text(self.title)}” is shown when you trust this notebook.'         # all that is left of a frame then
         return f'<iframe {" ".join(attributes)}>{untrusted}</iframe>'
