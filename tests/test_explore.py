@@ -183,6 +183,7 @@ def test_a_frame_holds_the_whole_page(made):
     import html
     frame = made[2]._repr_html_()
     assert html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1]) == made[2].html and 'allow-same-origin' not in frame
+    assert re.fullmatch('<iframe [^>]*>(.*)</iframe>', frame)[1] == 'The page “A &lt;b&gt;screen&lt;/b&gt;” is shown when you trust this notebook.'     # what Jupyter leaves before
 
 
 def test_a_model_of_another_screen_brings_its_wells(made, tmp_path):
@@ -238,6 +239,32 @@ def test_a_folder_holds_the_pictures_of_all_wells(many):
     stored = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown[page.data['sites']['picture'][site]]))).convert('L'))[:16, :16]
     lo, hi = black_white(screen.source[screen.table.site_id[site]])[:, 0]
     assert np.abs(lo + stored/255.*(hi - lo) - screen.source[screen.table.site_id[site]][0]).mean() < 25
+
+
+def test_a_frame_holds_the_pictures_of_a_folder(many, tmp_path, monkeypatch):
+    "A frame in a notebook gets no file that lies beside it: Jupyter hands it none. As many pictures as fit are in it, of named wells first"
+    screen, page, out = many
+    monkeypatch.chdir(tmp_path)
+    def frame(page):
+        d = json.loads(re.search(r'id="data">(.*?)</script>', page.framed(), re.S)[1])
+        texts = re.search(r'id="pictures"[^>]*>(.*?)</script>', page.framed(), re.S)[1].strip().split('\n')
+        assert d['pictures']['files'] == [] and 'src=' not in page._repr_html_().partition('srcdoc=')[0]
+        return d, texts
+    stored = [t for f in sorted((out/'pictures').iterdir()) for t in json.loads(f.read_text().partition(',')[2][:-2])]
+    d, texts = frame(page)
+    assert d['sites']['picture'] == [*range(len(stored))] and texts == stored and d['notes'] == page.data['notes']
+    named = screen.wells.query('experiment == "HUVEC-03"').head(40)
+    pred = pd.DataFrame(dict(id_code=named.well_id, sirna=named.sirna, protocol='inductive'))
+    small = explore(None, screen, pred, tmp_path/'small')
+    small.max_mb = .3
+    d, texts = frame(small)
+    ids, got = d['wells']['id'], [i for i, n in enumerate(d['sites']['picture']) if n >= 0]
+    assert 40 < len(got) < len(screen) and {*named.well_id} <= {ids[d['sites']['well'][i]] for i in got} and len(small.framed().encode()) < .3e6 + 500
+    assert [texts[d['sites']['picture'][i]] for i in got] == [stored[page.data['sites']['picture'][i]] for i in got]
+    assert d['notes'][0] == f'In this notebook: {len(got)} of {len(screen):,} pictures, as many as 0.3 MB hold; {tmp_path}/small/index.html shows all.'
+    explore(None, screen[screen.table.experiment == 'HUVEC-01'], out=tmp_path/'small')
+    d, _ = frame(small)
+    assert set(d['sites']['picture']) == {-1} and 'does not hold this page any more' in d['notes'][0]       # never the pictures of other wells
 
 
 def test_a_folder_is_replaced_whole_and_nothing_else(many, tmp_path):
@@ -685,6 +712,43 @@ def test_it_works_in_the_frame_of_a_notebook(made, tab, tmp_path):
     frame.locator(f'#well[data-ready="{w}"]').wait_for()
     frame.locator('#close').click()
     frame.locator('#well').wait_for(state='hidden')
+
+
+@browses
+@pytest.mark.parametrize('how', ['output', 'srcdoc', 'blob', 'folder'])
+def test_it_works_in_the_sandbox_of_another_origin(browser, made, many, preds, how):
+    "As in Colab: outputs are in a frame of another origin that may run programs, without storage, cookies and files"
+    page, wells = (made[2], preds['inductive'].id_code) if how != 'folder' else (many[1], many[0].wells.well_id)
+    import html
+    text = json.dumps(page.html if how == 'blob' else page._repr_html_()).replace('<', '\\u003c')
+    fill = {'blob': f"const f = document.createElement('iframe'); f.style = 'width:1200px;height:800px'; f.src = URL.createObjectURL(new Blob([{text}], {{type: 'text/html'}})); document.body.append(f)"}
+    output = f'<!doctype html><meta charset="utf-8"><body><script>{fill.get(how, f"document.body.innerHTML = {text}")}</script>'
+    inner = f'srcdoc="{html.escape(page.html)}"' if how == 'srcdoc' else 'src="https://output.example/"'
+    pages = {'https://notebook.example/': f'<!doctype html><meta charset="utf-8"><iframe sandbox="allow-scripts" style="width:1240px;height:780px" {inner}></iframe>', 'https://output.example/': output}
+    context, wrong, asked = browser.new_context(viewport=dict(width=1280, height=800)), [], []
+    context.route('**', lambda r: (asked.append(r.request.url), r.fulfill(body=pages[r.request.url], content_type='text/html') if r.request.url in pages else r.abort()))
+    tab = context.new_page()
+    tab.on('pageerror', lambda e: wrong.append(str(e)))
+    tab.on('console', lambda m: wrong.append(m.text) if m.type in ('error', 'warning') else None)
+    tab.goto('https://notebook.example/')
+    frame = tab.frame_locator('iframe') if how == 'srcdoc' else tab.frame_locator('iframe').frame_locator('iframe')
+    frame.locator('html[data-ready]').wait_for()
+    assert frame.locator('html').evaluate('() => { try { return localStorage.length; } catch (e) { return e.name; } }') == 'SecurityError'       # it is a sandbox
+    w = wells.iloc[0]
+    frame.locator('#search').fill(w)
+    frame.locator('#search').press('Enter')
+    frame.locator(f'#well[data-ready="{w}"]').wait_for()
+    assert len({*frame.locator('#well canvas').first.evaluate("c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.join().split(',')")}) > 9     # a picture
+    if how != 'folder':
+        frame.locator('#well .near button').first.click()
+        frame.locator('#well', has_text='This is no prediction').wait_for()
+        frame.locator('#back').click()
+        frame.locator(f'#well[data-ready="{w}"]').wait_for()
+        for v in ('map', 'confusions', 'accuracy', 'plates'): frame.locator(f'#tab-{v}').click()
+    frame.locator('#close').click()
+    frame.locator('#well').wait_for(state='hidden')
+    context.close()
+    assert wrong == [] and {*asked} <= {*pages}
 
 
 @browses

@@ -1,10 +1,11 @@
 "What other programs read: OME-Zarr plates by other readers, a table for Embedding Atlas, and the commands that write them"
+import json, os, subprocess
 import numpy as np, pandas as pd, pytest
 from helpers import learner, refused
 from rcic_fastai import cli, folder      # folder: `model.save`
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.results.explore import explore
-from rcic_fastai.results.export import atlas_table, write_atlas, write_plates
+from rcic_fastai.results.export import atlas_table, write_atlas, write_cytodataframe, write_plates
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
@@ -161,3 +162,65 @@ def test_a_table_is_not_written_over_something_else(made, screen, tmp_path, caps
         refused(lambda: write_atlas(page, screen, tmp_path/name, 0), words)
     assert cli.rcic_explore([str(out), str(screen.source.root), str(tmp_path/'mine.parquet')]) == 2 and 'would be overwritten, and rcic_fastai did not write it' in capsys.readouterr().err
     assert (tmp_path/'mine.parquet').read_text() == 'my own words'
+
+
+# ---- profiles beside their pictures
+
+def profiles_of(screen, level):
+    "Profiles as `rcic_embed` writes them, in another order than the screen, not of all wells"
+    t = screen.table if level == 'site' else screen.table.drop_duplicates('well_id')
+    t = t.iloc[::-3]
+    return pd.DataFrame({'Metadata_well_id': t.well_id, **({'Metadata_site_id': t.site_id} if level == 'site' else {}), 'emb_0000': np.arange(len(t), dtype='f4')})
+
+
+@pytest.mark.parametrize('level', ['well', 'site'])
+def test_pictures_of_profiles_are_those_of_the_screen(wide, tmp_path, level):
+    import tifffile
+    given = profiles_of(wide, level)
+    given.to_parquet(tmp_path/'p.parquet')
+    given.attrs['notes'] = object()
+    out = write_cytodataframe(given if level == 'well' else tmp_path/'p.parquet', wide, tmp_path/'out', progress=False)
+    t = pd.read_parquet(out/'profiles.parquet')
+    assert t[given.columns].to_dict('list') == given.to_dict('list') and [*t.columns[-4:]] == [f'Image_FileName_{c}' for c in wide.channels]
+    first = wide.table.drop_duplicates('well_id').set_index('well_id').site_id
+    for r in t.itertuples():
+        site = r.Metadata_site_id if level == 'site' else first[r.Metadata_well_id]
+        for k, name in enumerate(r[-4:]):
+            x = tifffile.imread(out/'images'/name)
+            assert x.dtype == np.uint16 and np.array_equal(x, wide.source[site][k])
+    assert {p.name for p in (out/'images').iterdir()} == {*t.iloc[:, -4:].to_numpy().ravel()} and {p.name for p in tmp_path.iterdir()} == {'out', 'p.parquet'}
+
+
+def test_pictures_of_other_profiles_are_refused(wide, tmp_path, monkeypatch):
+    given = profiles_of(wide, 'well')
+    refused(lambda: write_cytodataframe(given.assign(Metadata_well_id='x'), wide, tmp_path/'a'), 'are of no well of the screen (x)')
+    refused(lambda: write_cytodataframe(given[['emb_0000']], wide, tmp_path/'a'), 'no column Metadata_well_id')
+    refused(lambda: write_cytodataframe(given, Screen(wide.table, None), tmp_path/'a'), 'without pictures')
+    given.to_csv(tmp_path/'p.csv')
+    refused(lambda: write_cytodataframe(tmp_path/'p.csv', wide, tmp_path/'a'), 'p.csv is no parquet file')
+    assert [p.name for p in tmp_path.iterdir()] == ['p.csv']
+    monkeypatch.setattr('rcic_fastai.results.export._write_tiffs', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): write_cytodataframe(given, wide, tmp_path/'a', progress=False)
+    monkeypatch.undo()
+    assert not (tmp_path/'a').exists() and write_cytodataframe(given, wide, tmp_path/'a', progress=False).is_dir() and not (tmp_path/'a.part').exists()
+    refused(lambda: write_cytodataframe(given, wide, tmp_path/'a'), 'exists already')
+
+
+SHOW = """
+import json, re, sys
+from cytodataframe import CytoDataFrame
+t = CytoDataFrame(sys.argv[1], display_options={'render_whole_image': True})
+html = t._generate_jupyter_dataframe_html()
+print(json.dumps([len(t), t.find_image_columns(), len(re.findall('src="data:image/png;base64,', html))]))
+"""
+
+def test_cytodataframe_shows_the_pictures(screen, tmp_path):
+    "With CytoDataFrame, which needs another package of OpenCV than this library: EXPORT_CYTODATAFRAME names the Python of an environment that has it"
+    theirs = os.environ.get('EXPORT_CYTODATAFRAME')
+    if not theirs: pytest.skip('CytoDataFrame is not here (pip install cytodataframe in an environment of its own, and name its Python with EXPORT_CYTODATAFRAME)')
+    given = profiles_of(screen, 'site').head(4)
+    out = write_cytodataframe(given, screen, tmp_path/'p', progress=False)
+    out.rename(tmp_path/'moved')
+    said = subprocess.run([theirs, '-c', SHOW, str(tmp_path/'moved/profiles.parquet')], capture_output=True, text=True, timeout=300, env={'PATH': os.environ['PATH']})
+    n, columns, pictures = json.loads(next(o for o in said.stdout.splitlines() if o.startswith('[')))
+    assert n == 4 and columns == [f'Image_FileName_{c}' for c in screen.channels] and pictures == 4*len(columns), said.stderr

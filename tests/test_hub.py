@@ -35,10 +35,16 @@ class Hub(BaseHTTPRequestHandler):
             if revision not in ('', 'main', s.commit): return self.missing('RevisionNotFound')
             files = [dict(rfilename=k, size=s.sizes.get(k, len(v)), blobId='0'*40) for k, v in s.repos[name].items()]
             return self.answer(body=dict(id=name, sha=s.commit, private=s.private, siblings=files, tags=[], downloads=0))
+        if path.startswith('cdn/'):
+            s.tokens.append(self.headers.get('Authorization'))
+            return self.answer(body=s.large[path.removeprefix('cdn/')], Content_Type='application/octet-stream')
         name, _, rest = path.partition('/resolve/')
         file = rest.partition('/')[2]
         data = s.repos.get(name, {}).get(file)
         if data is None: return self.missing('EntryNotFound')
+        if sha256(data) in s.large:      # as the Hub does: elsewhere, and the headers say what will come
+            return self.answer(302, Location=f'http://localhost:{s.server_port}/cdn/{sha256(data)}', X_Linked_Size=len(data), X_Linked_Etag=f'"{sha256(data)}"',
+                               ETag='"of the pointer"', X_Repo_Commit=s.commit)
         self.answer(body=data, ETag=f'"{sha256(data)[:40]}"', X_Repo_Commit=s.commit, Content_Type='application/octet-stream')
 
     def do_POST(self):
@@ -52,11 +58,23 @@ class Hub(BaseHTTPRequestHandler):
             s.repos[name], s.private = {}, bool(said.get('private')) or said.get('visibility') == 'private'
             return self.answer(body={'url': f'{s.url}/{name}', 'id': name, 'name': name})
         if path == 'api/validate-yaml': return self.answer(body={'warnings': [], 'errors': []})
+        if path.endswith('.git/info/lfs/objects/batch'):
+            wanted = json.loads(body)['objects']
+            return self.answer(body={'transfer': 'basic', 'objects': [{**o, 'actions': {'upload': {'href': f'{s.url}/lfs/{o["oid"]}'}}} for o in wanted]})
         name = path.removeprefix('api/models/').partition('/preupload')[0].partition('/commit')[0]
-        if '/preupload/' in path: return self.answer(body={'files': [{'path': f['path'], 'uploadMode': 'regular', 'shouldIgnore': False} for f in json.loads(body)['files']]})
+        mode = lambda f: 'lfs' if s.takes_large and f.endswith('.safetensors') else 'regular'
+        if '/preupload/' in path: return self.answer(body={'files': [{'path': f['path'], 'uploadMode': mode(f['path']), 'shouldIgnore': False} for f in json.loads(body)['files']]})
         for line in map(json.loads, body.splitlines()):
+            if line['key'] == 'lfsFile': s.repos[name][line['value']['path']] = s.large[line['value']['oid']]
             if line['key'] == 'file': s.repos[name][line['value']['path']] = base64.b64decode(line['value']['content'])
         self.answer(body={'success': True, 'commitOid': s.commit, 'commitUrl': f'{s.url}/{name}/commit/{s.commit}', 'hookOutput': ''})
+
+
+    def do_PUT(self):
+        data, oid = self.rfile.read(int(self.headers['Content-Length'])), self.path.removeprefix('/lfs/')
+        assert sha256(data) == oid
+        self.server.large[oid] = data
+        self.answer()
 
 
 @pytest.fixture
@@ -64,6 +82,7 @@ def hub(tmp_path, monkeypatch):
     from huggingface_hub import constants
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     server.daemon_threads, server.repos, server.sizes, server.seen, server.private, server.commit = True, {}, {}, [], True, 'ab12'*10
+    server.large, server.takes_large, server.tokens = {}, False, []
     server.url = f'http://127.0.0.1:{server.server_port}'
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('HF_ENDPOINT', server.url)
@@ -101,6 +120,20 @@ def test_there_and_back(hub, model, screen):
     assert same(again.model.state_dict(), model.model.state_dict()) and again.config == load_model(model.folder).config and len(again.history) == len(model.history)
     n = len(hub.seen)
     assert load_model(address).fingerprint == model.fingerprint and len(hub.seen) == n        # a commit that lies here needs no network
+
+
+def test_there_and_back_by_the_way_of_large_files(hub, model):
+    "The Hub stores weights apart (LFS), and answers with the address of another server, which gets no token"
+    hub.takes_large = True
+    model.push_to_hub('lab/large')
+    weights = (Path(model.folder)/'weights.safetensors').read_bytes()
+    assert hub.large[sha256(weights)] == weights and hub.repos['lab/large']['weights.safetensors'] == weights
+    again = load_model('hf://lab/large')
+    assert again.fingerprint == model.fingerprint and same(again.model.state_dict(), model.model.state_dict())
+    assert hub.tokens and {*hub.tokens} == {None}
+    hub.large[sha256(weights)] = weights[:-1]
+    (again.folder/'weights.safetensors').unlink()
+    refused(lambda: load_model('hf://lab/large'), 'hf://lab/large')
 
 
 def test_a_model_that_was_never_saved_can_be_shared(hub, model):

@@ -12,7 +12,7 @@ from rcic_fastai.predict.predict import write_predictions
 from rcic_fastai.results.report import write_report
 from rcic_fastai.screen.simulate.labels import LABELS_FOLDER
 from rcic_fastai.results.explore import PAGE_FOLDER
-from rcic_fastai.results.export import PLATES_FOLDER
+from rcic_fastai.results.export import IMAGES_FOLDER, PLATES_FOLDER
 from rcic_fastai.screen import download as D
 from rcic_fastai.screen.simulate import layout as S
 from rcic_fastai.screen.images import PngTree
@@ -139,11 +139,15 @@ def plates(made, d, ours):
     if ours: PLATES_FOLDER.make(d/'plates')
     return d/'plates', lambda: PLATES_FOLDER.remove(d/'plates')
 
+def images_of_profiles(made, d, ours):
+    if ours: IMAGES_FOLDER.make(d/'pictures')
+    return d/'pictures', lambda: IMAGES_FOLDER.remove(d/'pictures')
+
 def validation(made, d, ours):
     if ours: workflow._VALIDATED.make(d/'m.validated')
     return d/'m.validated', lambda: workflow.remove_unfinished(d/'m')
 
-REMOVE = dict(demo=demo, page=page, plates=plates, validation=validation, images_with_labels=images_with_labels, cell_types=cell_types, embedding_parts=embedding_parts, index_parts=index_parts, index_plain=index_plain, trained=trained,
+REMOVE = dict(demo=demo, page=page, plates=plates, images_of_profiles=images_of_profiles, validation=validation, images_with_labels=images_with_labels, cell_types=cell_types, embedding_parts=embedding_parts, index_parts=index_parts, index_plain=index_plain, trained=trained,
               trained_index=trained_index, checkpoint_old=checkpoint('epoch_0001'), checkpoint_same=checkpoint('epoch_0003'),
               checkpoint_part=checkpoint('epoch_0004.part'), model_part=model_part, store_part=store_part, store_begun=store_begun)
 MOVED = dict(store_part='s.zarr', store_begun='s.zarr', model_part='m', checkpoint_same='c/epoch_0003')    # what was finished has a new name
@@ -189,7 +193,7 @@ def test_what_is_ours_goes(made, tmp_path):
 
 def test_every_kind_of_folder_is_tried():
     from rcic_fastai.core import OwnFolder
-    assert {k for k in OwnFolder.kinds} == {'demo', 'embedding parts', 'checkpoint', 'unfinished model', 'packed screen', 'simulated screen', 'simulated images with labels', 'predictions of cell types', 'page', 'OME-Zarr plates', 'validation'}
+    assert {k for k in OwnFolder.kinds} == {'demo', 'embedding parts', 'checkpoint', 'unfinished model', 'packed screen', 'simulated screen', 'simulated images with labels', 'predictions of cell types', 'page', 'OME-Zarr plates', 'profiles with images', 'validation'}
 
 def test_a_demo_with_something_in_the_way_removes_nothing(tmp_path):
     out = workflow.DEMO_FOLDER.make(tmp_path/'demo')

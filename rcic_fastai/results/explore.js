@@ -103,23 +103,30 @@ function read() {
   if (!boxOf(next.z)) next.z = '';
   S = next;
 }
+const framed = window !== window.top, past = [];              // the address and the history of a notebook are not ours: a page in a frame keeps its own steps
 function go(change, isStep = true) {                          // a step can be taken back
+  const was = {...S}, from = address();
   Object.assign(S, change);
   if (S.v === 'plates' && !('e' in change) && Object.keys(change).some(k => 'v p q r f x g z pair'.split(' ').includes(k))) toMatch();
   const a = address();
-  if (a !== (location.hash || '#')) {
+  if (framed) { if (isStep && a !== from) past.push(was); }
+  else if (a !== (location.hash || '#')) {
     if (isStep) location.hash = a;
-    else try { history.replaceState(history.state, '', a); } catch { /* in the frame of a notebook the address stays, the state does not */ }
+    else try { history.replaceState(history.state, '', a); } catch { /* asked too often: the address stays, the state does not */ }
   }
   show();
 }
-addEventListener('hashchange', () => {
-  if ((location.hash || '#') === address()) return;
+function goTo(change) {                                       // another state, as it was before
   const were = S.ch + S.t;
-  read();
+  change();
   show();
   if (were !== S.ch + S.t) showWell(true);
-});
+}
+function back() {
+  if (!framed) history.back();
+  else if (past.length) goTo(() => { S = past.pop(); });
+}
+addEventListener('hashchange', () => { if ((location.hash || '#') !== address()) goTo(read); });
 
 // ---- by what wells are colored
 // cividis (Nuñez, Anderton and Renslow 2018), nine of its colors
@@ -818,7 +825,7 @@ function showWell(again = false) {
   together = isPair ? [pinned, w].flatMap(pictured) : [];
   root.classList.toggle('two', isPair);
   const isPinned = pinned === w, pin = C ? el('button', {type: 'button', id: 'pin', 'aria-pressed': String(isPinned), onclick: () => go({n: isPinned ? '' : S.w}, false)}, isPinned ? 'Pinned' : isPair ? 'Pin this one' : 'Pin to compare') : null;
-  fill(root, el('div', {class: 'head'}, trail > 0 ? el('button', {type: 'button', id: 'back', onclick: () => { trail--; history.back(); }}, '← back') : null, el('h2', {tabindex: -1}, W.id[w]), pin,
+  fill(root, el('div', {class: 'head'}, trail > 0 ? el('button', {type: 'button', id: 'back', onclick: () => { trail--; back(); }}, '← back') : null, el('h2', {tabindex: -1}, W.id[w]), pin,
     el('button', {type: 'button', id: 'close', 'aria-label': 'Close the well', onclick: closeWell}, '✕')),
     isPinned ? el('p', {class: 'none'}, 'Pinned: open another well, or one of its neighbors, and both stand beside each other.') : null,
     isPair ? [controls(), pairParts([pinned, w]), facts(w)] : [verdict(w), facts(w), C ? controls() : null, siteParts(w)], candidates(w), neighbors(w));

@@ -11,8 +11,10 @@ __all__ = ['SPRITE_COLUMNS', 'FEW', 'MOST_INDEXED', 'ACCURACY_NOTE', 'PICTURE_FI
 
 # %% ../../nbs/64_results.explore.ipynb #c55df8b5
 import base64, hashlib, io, json, os, re, warnings
+from bisect import bisect_right
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import NormalDist
@@ -452,14 +454,14 @@ def site_pictures(
 
 # %% ../../nbs/64_results.explore.ipynb #6d2a1b86
 class ScreenPage:
-    "A page to explore a screen: `.save(path)` writes it, a notebook shows it; with files of pictures, it was written and is in `folder`"
+    "A page to explore a screen: `.save(path)` writes it, a notebook shows it; with files of pictures, it was written and is in `folder`, and a notebook shows as many as fit"
     def __init__(self,
         title:str, # Heading
         data:dict, # What it shows, plain data
         pictures:SitePictures, # Its pictures
         height:int=760, # Of the frame in a notebook, px
     ):
-        self.title, self.data, self.pictures, self.height, self.folder = title, data, pictures, height, None
+        self.title, self.data, self.pictures, self.height, self.folder, self.max_mb = title, data, pictures, height, None, 25.
         self.html = page_html(title, data, pictures.texts)
 
     @property
@@ -476,10 +478,11 @@ class ScreenPage:
 
     def _repr_html_(self):
         style = f'width:100%;height:{int(self.height)}px;border:1px solid #8888'
-        what = dict(srcdoc=html_text(self.html)) if self.folder is None else dict(src=html_text(f'{os.path.relpath(self.folder)}/index.html'))
-        given = dict(title=html_text(self.title), sandbox='allow-scripts allow-downloads', style=style, **what)
+        page = self.html if self.folder is None else self.framed()
+        given = dict(title=html_text(self.title), sandbox='allow-scripts allow-downloads', style=style, srcdoc=html_text(page))
         attributes = [f'{k}="{v}"' for k, v in given.items()]
-        return f'<iframe {" ".join(attributes)}></iframe>'
+        untrusted = f'The page “{html_text(self.title)}” is shown when you trust this notebook.'         # all that is left of a frame then
+        return f'<iframe {" ".join(attributes)}>{untrusted}</iframe>'
 
     def save(self,
         path, # HTML file to write; an earlier page is replaced unless it was edited
@@ -505,6 +508,53 @@ def check_page_path(
     if is_page_folder(path): return PAGE_FOLDER.check(path)
     if path.suffix.lower() not in ('.html', '.htm'): raise ScreenError(f'{path} is not the name of a page: let {option("out")} end in .html, or name a folder, without a dot.')
     check_marked(path, _MAKER)
+
+# %% ../../nbs/64_results.explore.ipynb #3231f06d
+def _stored(folder, k):
+    "Return the pictures of a file of a folder"
+    text = (folder/'pictures'/f'{k:05d}.js').read_text(encoding='ascii')
+    return json.loads(text.partition(',')[2].rstrip()[:-1])
+
+def _named_first(data):
+    "Return the sites of each well as numbers, those of wells that were named, and of their neighbors, first"
+    well = np.array(data['sites']['well'])
+    sites = pd.DataFrame(dict(site_id=range(len(well)), well_id=well, experiment=np.array(data['wells']['experiment'])[well]))
+    near = pd.concat([pd.DataFrame(dict(query=[], site=[])), *(pd.DataFrame(s['near'])[['query', 'site']] for s in data['spaces'])], ignore_index=True)
+    return picture_order(sites, {w for p in data['predictions'] for w in p['wells']}, near)
+
+def _that_fit(data, read, room):
+    "Return the number of each site's picture among those that fit, -1 for none, and these pictures"
+    starts, number = data['pictures']['files'], data['sites']['picture']
+    where, texts, read = [-1]*len(number), [], lru_cache(8)(read)
+    for rows in _named_first(data):
+        mine = [i for i in rows if number[i] >= 0]
+        files = [bisect_right(starts, number[i]) - 1 for i in mine]
+        found = [read(k)[number[i] - starts[k]] for i, k in zip(mine, files)]
+        room -= sum(len(t) + 1 for t in found)
+        if room < 0: break
+        for i, t in zip(mine, found):
+            where[i] = len(texts)
+            texts.append(t)
+    return where, texts
+
+
+# %% ../../nbs/64_results.explore.ipynb #f2492651
+def _in_folder(page):
+    "Return whether the folder of a page still holds it"
+    index = page.folder/'index.html'
+    return index.is_file() and index.read_text(encoding='utf-8') == page.html
+
+@patch
+def framed(self:ScreenPage)->str: # HTML
+    "Return a page of a folder as one text, with as many of its pictures as fit into `max_mb`"
+    sites, pics = self.data['sites'], self.data['pictures']
+    where, texts, why = [-1]*len(sites['well']), [], f'since {self.folder} does not hold this page any more'
+    if _in_folder(self):
+        where, texts = _that_fit(self.data, lambda k: _stored(self.folder, k), self.max_mb*1e6 - len(self.html.encode()))
+        why = f'as many as {self.max_mb:g} MB hold; {self.folder}/index.html shows all'
+    notes = [] if len(texts) == pics['count'] else [f'In this notebook: {len(texts)} of {plural(pics["count"], "picture")}, {why}.']
+    data = {**self.data, 'sites': {**sites, 'picture': where}, 'pictures': {**pics, 'files': []}, 'notes': notes + self.data['notes']}
+    return page_html(self.title, data, texts)
 
 # %% ../../nbs/64_results.explore.ipynb #6fe623e8
 @dataclass
@@ -817,7 +867,7 @@ def explore(
         with _new_folder(out) as folder:
             page = screen_page(screen, *how, folder)
             write_atomic(folder/'index.html', lambda p: p.write_text(page.html, encoding='utf-8'))
-        page.folder = Path(out)
+        page.folder, page.max_mb = Path(out), max_mb
         return page
     page = screen_page(screen, *how)
     if out is not None: page.save(out)
