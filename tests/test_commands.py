@@ -108,7 +108,7 @@ def trained(tmp_path_factory):
     assert cli.rcic_train(f'{d}/screen {d}/model --recipe {d}/none.json --valid none --pretrained no --tta 1'.split()) == 0
     return d
 
-@pytest.mark.parametrize('command, more', [('predict', '{d}/x.csv'), ('embed', '{d}/x.parquet'), ('explore', '{d}/x.html'), ('drift', '{d}/x.csv'), ('report', '{d}/p.csv {d}/x.html')])
+@pytest.mark.parametrize('command, more', [('predict', '{d}/x.csv'), ('embed', '{d}/x.parquet'), ('explore', '{d}/x.html'), ('drift', '{d}/x.csv'), ('report', '{d}/x.html --predictions {d}/p.csv')])
 def test_every_command_that_runs_a_model_has_its_device(trained, capsys, monkeypatch, command, more):
     "The model is put on it, and one that is not there is said before anything is read"
     import rcic_fastai.folder as folder
