@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 MOST = 100_000      # bytes of a stored picture
 # name → (address, width, height, dark, colors); {wrong} and {right} are wells of the first test experiment
-VIEWS = {'explore.png': ('p=1&w={right}', 1240, 1160, False, 72), 'page.png': ('p=0&w={wrong}', 1240, 1000, False, 96),
+VIEWS = {'explore.png': ('p=1&w={right}', 1240, 1160, False, 64), 'page.png': ('p=0&w={wrong}', 1240, 1000, False, 96),
          'map.png': ('v=map&p=1&c=label&w={right}', 1240, 760, False, 48), 'confusions.png': ('v=confusions&p=0', 1240, 520, False, 48),
          'accuracy.png': ('v=accuracy', 1240, 700, False, 48), 'panels.png': ('w={right}&m=panels&s=plate', 620, 800, True, 32)}
 
