@@ -78,7 +78,7 @@ def test_html_of_a_result(trained):
 def test_html_of_a_report(screen, trained, tmp_path):
     page = Tags(write_report(tmp_path/'r.html', evil('title'), [(evil('heading'), evil('text'), [trained.result.table(), pd.DataFrame({evil('column'): [evil('cell')]}),
         accuracy_plot(trained.result)])]).read_text())
-    assert page.found <= TABLE | {'html', 'html.lang', 'main', 'meta', 'meta.charset', 'meta.name', 'meta.content', 'title', 'style', 'h1', 'h2', 'p.class', 'div', 'div.class', 'img', 'img.alt', 'img.src'}
+    assert page.found <= TABLE | {'html', 'html.lang', 'main', 'meta', 'meta.charset', 'meta.name', 'meta.content', 'title', 'style', 'h1', 'h2', 'p.class', 'div', 'div.class', 'img', 'img.alt', 'img.src', 'picture', 'source', 'source.media', 'source.srcset'}
     assert len(re.findall('<img ', (tmp_path/'r.html').read_text())) == 1
 
 # ---- Markdown

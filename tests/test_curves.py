@@ -27,7 +27,7 @@ def test_curves_are_the_columns_of_the_history(without, columns, title):
 
 def test_without_held_out_experiments_there_is_one_curve():
     fig = training_curve(HISTORY[['stage', 'train_loss']])
-    assert [list(drawn(ax)[0]) for ax in fig.axes] == [['train loss'], []] and not any(ax.get_legend() for ax in fig.axes)
+    assert [list(drawn(ax)[0]) for ax in fig.axes] == [['train loss']] and not any(ax.get_legend() for ax in fig.axes)
 
 def test_a_picture_is_written_once_and_closed(tmp_path):
     save_curve(HISTORY, tmp_path)

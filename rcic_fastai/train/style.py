@@ -51,7 +51,7 @@ class DSU(Callback):
 
     def before_batch(self):
         self.after_pred()
-        if self.rng.random() < self.p: self.move()
+        if self.rng.random() < self.p: self.stir()
 
     def after_pred(self):
         "Move no more, also after an interrupted batch"
@@ -77,7 +77,7 @@ def drawn(self:DSU,
     return e.repeat_interleave(len(x)//n, 1)
 
 @patch
-def move(self:DSU):
+def stir(self:DSU):
     "Let the blocks move their output until the batch has passed"
     self.hooks += [m.register_forward_hook(partial(_moved, steps=self.drawn)) for m in self.places]
 
@@ -153,7 +153,7 @@ def worst(self:AdversarialStyle,
     return self.drawn(x) + along.repeat_interleave(len(x)//g.shape[1], 1)
 
 @patch
-def move(self:AdversarialStyle):
+def stir(self:AdversarialStyle):
     "Search the steps, and let the blocks move their output until the batch has passed"
     found = self.gradients()
     self.plain = self.emb.detach()
