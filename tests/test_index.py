@@ -178,6 +178,33 @@ def test_pieces_do_not_matter(kind, monkeypatch):
     np.testing.assert_allclose(small.search(ASKED, 300, cell_type=cell)[0], whole.search(ASKED, 300)[0], atol=1e-6)
     np.testing.assert_allclose(small._nearest(small._queries(ASKED), 300, np.arange(1500))[0], -np.sort(-(small._queries(ASKED) @ small.features.T), 1)[:, :300], atol=1e-6)
 
+def test_large_products_are_made_on_a_gpu(monkeypatch):
+    "A stand-in for the part of FAISS that needs one: what it is asked, and that its answers are used"
+    import faiss
+    asked, resources = [], object()
+    def knn_gpu(res, q, x, k, metric):
+        asked.append((res, len(q), len(x), k))
+        return faiss.knn(q, x, k, metric=metric)
+    for name, stand_in in dict(StandardGpuResources=lambda: resources, get_num_gpus=lambda: 1, knn_gpu=knn_gpu).items(): monkeypatch.setattr(faiss, name, stand_in, raising=False)
+    rows = HARD[HARD.Metadata_dataset == 'train'][:1500]
+    index = EmbeddingIndex(rows)
+    index_module._gpu.cache_clear()
+    try:
+        plain = index.search(ASKED, 7)                                     # too small to be copied
+        assert not asked
+        monkeypatch.setattr(index_module, 'LEAST_ON_GPU', 1000)
+        for got, want in zip(index.search(ASKED, 7), plain): np.testing.assert_allclose(got, want, atol=1e-6)
+        assert asked == [(resources, len(ASKED), 1500, 7)]
+        monkeypatch.setattr(index_module, 'PIECE', 600)
+        asked.clear()
+        np.testing.assert_allclose(index.search(ASKED, 7)[0], plain[0], atol=1e-6)
+        assert [n for _, _, n, _ in asked] == [600, 600, 300]
+        monkeypatch.setattr(index_module, 'MOST_ON_GPU', 6)
+        asked.clear()
+        np.testing.assert_allclose(index.search(ASKED, 7)[0], plain[0], atol=1e-6)
+        assert not asked                                                   # more neighbors than it finds
+    finally: index_module._gpu.cache_clear()
+
 def test_vectors_are_kept_once():
     "The features are FAISS's own memory, outlive the index, and cannot be changed"
     for kind in ('exact', 'hnsw'):
