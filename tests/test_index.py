@@ -199,6 +199,14 @@ def test_large_products_are_made_on_a_gpu(monkeypatch):
         asked.clear()
         np.testing.assert_allclose(index.search(ASKED, 7)[0], plain[0], atol=1e-6)
         assert [n for _, _, n, _ in asked] == [600, 600, 300]
+        monkeypatch.setattr(index_module, 'LEAST_ON_GPU', len(ASKED)*600 + 1)   # large as a whole, too small piece by piece
+        asked.clear()
+        monkeypatch.setattr(index, '_nearest', None)                            # then FAISS searches its index at once
+        np.testing.assert_allclose(index.search(ASKED, 7)[0], plain[0], atol=1e-6)
+        assert not asked
+        monkeypatch.undo()
+        for name, stand_in in dict(StandardGpuResources=lambda: resources, get_num_gpus=lambda: 1, knn_gpu=knn_gpu).items(): monkeypatch.setattr(faiss, name, stand_in, raising=False)
+        monkeypatch.setattr(index_module, 'LEAST_ON_GPU', 1000)
         monkeypatch.setattr(index_module, 'MOST_ON_GPU', 6)
         asked.clear()
         np.testing.assert_allclose(index.search(ASKED, 7)[0], plain[0], atol=1e-6)

@@ -4,11 +4,10 @@ from fastai.vision.all import Callback, CancelBatchException
 from torch.nn import functional as F
 from helpers import learner, quiet, refused
 from rcic_fastai.batch.data import screen_dls
-from rcic_fastai.core import ScreenError
 from rcic_fastai.train.cutmix import CutMix
 from rcic_fastai.train.domain import Contrast, ControlBatches, group_centroids, contrast
 from rcic_fastai.train.recipes import Recipe, Stage, check_recipe, recipe_from_dict
-from rcic_fastai.train.style import DSU, STYLES, AdversarialStyle, style_noise, statistics_kept
+from rcic_fastai.train.style import DSU, STYLES, AdversarialStyle, style_noise
 
 BOTH = pytest.mark.parametrize('cb', [DSU, AdversarialStyle])
 

@@ -257,7 +257,8 @@ def _parameters(self:EmbeddingIndex, k, rows):
 def _search_rows(self:EmbeddingIndex, q, k, rows):
     "Find the `k` nearest among at least `k` `rows`, as this kind of index does: cosines and row numbers"
     n = len(self)
-    if self.kind == 'exact' and len(rows) == n and not _fits_gpu(len(q), n, k): return self.index.search(q, k)
+    in_pieces = len(rows) < n or _fits_gpu(len(q), min(n, PIECE), k)
+    if self.kind == 'exact' and not in_pieces: return self.index.search(q, k)
     if self.kind == 'exact': return self._nearest(q, k, rows)
     cos, found = self.index.search(q, k, params=self._parameters(k, rows))
     short = (found < 0).any(1)

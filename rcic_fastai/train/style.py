@@ -12,7 +12,6 @@ from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
 from ..model.model import *
-from .mixing import named_callback
 from .domain import *
 
 # %% ../../nbs/32d_train.style.ipynb #5c3a0008
@@ -106,7 +105,7 @@ class AdversarialStyle(DSU):
         super().__init__(p, depth, seed)
         if step < 0 or align < 0:
             raise ScreenError(f'step is {step} and align is {align}: give 0 or more.')
-        self.step, self.align, self.plain, self.emb, self.to_worst = step, align, None, None, []
+        self.step, self.align, self.plain, self.emb = step, align, None, None
 
     def after_loss(self):
         "Add the term that keeps the embedding where it is"
