@@ -122,7 +122,7 @@ def judge(learn, table, test, tta, name):
     if learn.dls.spec.sites > 1: rows = table[table.well_id.isin(rows.well_id)]
     as_index = lambda emb: EmbeddingIndex(emb)
     one, query = learn.embed(rows, tta=1, **quiet), learn.embed(test, tta=1, **quiet)
-    res, adapted_norm = {}, learn.dls.spec.per_group
+    res = {}
     if learn.dls.spec.sites == 1:
         res['one site'] = ('inductive', site_accuracy(query, as_index(one)))
     res['two sites'] = ('inductive', accuracy_of(query, as_index(one), table))

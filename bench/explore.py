@@ -8,7 +8,7 @@ Chromium (`chromium` on the path, or EXPLORE_BROWSER); without them they are lef
 import argparse, json, os, shutil, tempfile, time
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np
 
 from machine import save
 from rcic_fastai.all import *

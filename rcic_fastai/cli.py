@@ -275,7 +275,7 @@ def pack(
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
-    dry_run:store_true=False, # Print what the screen is taken for and what is missing, and write nothing
+    dry_run:store_true=False, # Print what the screen is taken for and what is missing, and write nothing; the exit status is 1 where packing would stop
     pattern:str='', # For files whose names say what they show: where, in quotes, with the folders below SCREEN, such as '{experiment}/{plate}_{well}_s{site}_w{channel}.tif'; or a known one: imagexpress, phenix, operetta, cellvoyager, cell-painting-gallery or rxrx1
     layout:str='', # For --pattern: CSV with what is in each well, or in each well of each plate
     channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=2; empty: all
@@ -310,14 +310,16 @@ def pack(
     options = dict(locals())
     with quick_imports():
         from rcic_fastai.screen.cells import CELL_OPTIONS, check_cell_options
-        from rcic_fastai.screen.open import describe_screen, open_screen
+        from rcic_fastai.screen.open import WOULD_STOP, describe_screen, open_screen
         from rcic_fastai.screen.pack import is_store, pack_screen, verify_store
     start, of_cells = time.time(), {k: options[k] for k in CELL_OPTIONS}
     check_numbers(workers=workers)
     check_cell_options(cells, **of_cells)
     check_choice('to', to, ('packed', 'ome-zarr'))
     given = _meaning(options)
-    if dry_run: return print(describe_screen(screen, only_present, **given))
+    if dry_run:
+        print(said := describe_screen(screen, only_present, **given))
+        raise SystemExit(int(WOULD_STOP in said))
     packed = open_screen(screen, only_present, **given)
     if cells: packed = packed.cells(cells, **of_cells)
     if to == 'ome-zarr': return _write_plates(packed, dest, verify, workers)

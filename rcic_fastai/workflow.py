@@ -11,7 +11,6 @@ __all__ = ['DEMO', 'DEMO_FOLDER', 'screen_summary', 'folder_bytes', 'training_ro
 import contextlib, io, json, tempfile, time
 from contextlib import ExitStack
 from dataclasses import replace
-from contextlib import redirect_stderr
 from types import SimpleNamespace
 from fastai.vision.all import *
 from .core import *

@@ -5,8 +5,8 @@ from torch import nn
 from helpers import learner, quiet, refused, same
 from rcic_fastai.batch.data import screen_dls, spec_dl
 from rcic_fastai.embed import embed as E
-from rcic_fastai.embed.table import emb_features, emb_metadata
 import rcic_fastai.folder                # learn.to_model
+from rcic_fastai.embed.table import emb_features
 from rcic_fastai.model.batchnorm import as_in_training
 from rcic_fastai.predict.plan import plan_prediction
 from rcic_fastai.screen.open import open_screen

@@ -8,7 +8,6 @@ from fastai.vision.all import (Pipeline, TensorCategory, Rotate, Zoom, Warp, nn,
 from rcic_fastai.batch.augment import *
 from rcic_fastai.screen.images import stat_columns
 from rcic_fastai.core import ScreenError
-from rcic_fastai.screen.tables import CHANNELS
 from rcic_fastai.batch.site import TensorSite, TensorWell
 
 CS = [1, 2, 3, 4, 6, 9, 16]

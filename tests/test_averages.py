@@ -2,7 +2,6 @@
 import math
 import numpy as np, pytest, torch
 from fastai.vision.all import Callback, CancelFitException, GradientAccumulation
-from torch import nn
 from helpers import learner, quiet, refused
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError

@@ -2,7 +2,7 @@
 import subprocess, sys, urllib.error
 import pytest, timm, torch
 from safetensors.torch import save_file
-from rcic_fastai.model.backbones import (EFFNETS, STEMS, adapt_filters, backbone_family, body_blocks, body_groups,
+from rcic_fastai.model.backbones import (EFFNETS, STEMS, adapt_filters, body_blocks, body_groups,
                                    create_backbone, feature_map, read_weights)
 from rcic_fastai.core import ScreenError
 

@@ -1,5 +1,6 @@
 "Names that are orders elsewhere: every one of a screen, through every border, arrives as text."
-import csv, io, json, re, warnings
+import rcic_fastai.folder                # learn.to_model
+import csv, io, re, warnings
 from contextlib import redirect_stderr, redirect_stdout
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -11,11 +12,8 @@ from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.batch.site import TensorSite, plot_channels
 from rcic_fastai.cli import run_command
 from rcic_fastai.core import *
-from rcic_fastai.embed.plots import show_correction
-from rcic_fastai.embed.embed import embed_screen
 from rcic_fastai.embed.index import EmbeddingIndex
 
-import rcic_fastai.folder
 from rcic_fastai.model.model import set_provenance
 from rcic_fastai.predict.predict import predict_wells, read_predictions, top_path, write_predictions
 from rcic_fastai.results.evaluate import evaluate_screen, right_wrong

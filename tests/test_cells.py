@@ -13,7 +13,7 @@ from rcic_fastai import cli
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.cells import merge_cells
 from rcic_fastai.embed.correct import correct
-from rcic_fastai.embed.table import META, emb_features, emb_metadata, profile_table, read_embeddings, to_anndata, unit_rows
+from rcic_fastai.embed.table import META, emb_features, profile_table, read_embeddings, to_anndata, unit_rows
 from rcic_fastai.folder import load_model
 from rcic_fastai.predict.cells import cells_path, name_cells
 from rcic_fastai.predict.predict import predict_wells, read_predictions

@@ -13,7 +13,7 @@ from rcic_fastai.predict.plan import *
 from rcic_fastai.predict.profiles import *
 from rcic_fastai.results.explain import *
 from rcic_fastai.screen.open import open_screen
-from rcic_fastai.train.channels import ChannelSampling, draw_channels
+from rcic_fastai.train.channels import ChannelSampling
 from rcic_fastai.train.domain import MeanTeacher, MixStyle
 from rcic_fastai.train.recipes import Recipe, Stage, check_recipe, recipe_from_dict
 

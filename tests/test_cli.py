@@ -89,7 +89,7 @@ def test_wrong_input_exits_with_2_and_one_line(here):
 
 def test_all_wells(here):
     "Controls are embedded; they are named only by a model that learned controls"
-    out = ok(f'rcic_predict {here}/model {here}/screen {here}/all.csv --tta 1 --wells all --embeddings {here}/all.parquet')
+    ok(f'rcic_predict {here}/model {here}/screen {here}/all.csv --tta 1 --wells all --embeddings {here}/all.parquet')
     t = read_metadata(here/'screen')
     t = t[t.dataset == 'test']
     assert set(pd.read_csv(here/'all.csv').id_code) == set(t.well_id[t.well_type == 'treatment'])

@@ -7,7 +7,6 @@ from rcic_fastai.embed.hits import MEASURES, find_hits
 from rcic_fastai.predict import plan
 from rcic_fastai.predict.predict import VOTES
 from rcic_fastai.predict.trained import TrainedModel
-from rcic_fastai.results.evaluate import evaluate_screen
 from rcic_fastai.results.explore import explore
 from rcic_fastai.results.report import report_screen
 from rcic_fastai.screen.cells import CELL_OPTIONS

@@ -1,14 +1,13 @@
 "How sure an answer is: what is learned from held-out experiments, and what is refused."
 import json
 from functools import lru_cache
-from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from helpers import refused
 from rcic_fastai import cli
 from rcic_fastai.core import ScreenError, file_facts, read_json
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.table import emb_metadata, toy_profiles
-from rcic_fastai.predict.ensemble import average_scores, ensemble_files, name_wells
+from rcic_fastai.predict.ensemble import ensemble_files, name_wells
 from rcic_fastai.predict.predict import write_predictions
 from rcic_fastai.predict.scores import SCORE, score_classes, score_matrix, score_wells, scores_path, write_scores
 from rcic_fastai.results.confidence import (chance_of, confidence_files, covering_level, fit_chance, fit_confidence, fit_temperature,
@@ -181,7 +180,7 @@ def test_each_experiment_counts_alike():
     missed, of = [.1, .2, .3, .9], ['a', 'a', 'a', 'b']
     assert [covering_level(missed, of, c) for c in (.3, .5, .51)] == [.2, .3, .9]
     rng = np.random.default_rng(3)
-    p, n = {e: rng.uniform(.05, .95, n) for e, n in (('a', 300), ('b', 30))}, dict(a=300, b=30)
+    p = {e: rng.uniform(.05, .95, n) for e, n in (('a', 300), ('b', 30))}
     right = {'a': rng.random(300) < p['a'], 'b': rng.random(30) < .2 + .3*p['b']}
     x = np.concatenate([np.log(q/(1 - q)) for q in p.values()])[:, None]
     want = LogisticRegression(C=100).fit(x, np.concatenate([*right.values()]), sample_weight=np.repeat([330/2/300, 330/2/30], [300, 30]))

@@ -2,7 +2,7 @@
 import random, tempfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import Callback, CancelFitException, Learner
+from fastai.vision.all import Callback, Learner
 from hypothesis import given, settings, strategies as st
 from helpers import learner, quiet, same, simulate_screen
 from rcic_fastai.train.controls import *
@@ -10,7 +10,6 @@ from rcic_fastai.train.cutmix import CutMix
 from rcic_fastai.train.domain import EMA
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.model.heads import MixedMeta
-from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.predict.predict import predict_wells

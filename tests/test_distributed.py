@@ -1,11 +1,9 @@
 "Two CPU processes are one: the same index, the same predictions, the same weights; only process 0 speaks and writes."
-import json, os, subprocess, sys, time
+import json, os, subprocess, sys
 import numpy as np, pandas as pd, pytest, torch
 from helpers import python, simulate_screen, two_processes
 from rcic_fastai import cli
 from rcic_fastai.train.checkpoints import read_checkpoint
-from rcic_fastai.core import ScreenError
-from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.embed.table import read_embeddings
 from rcic_fastai.folder import load_model
 from rcic_fastai.screen.open import open_screen

@@ -5,14 +5,12 @@ from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchExc
                                SaveModelCallback)
 from torch.amp import GradScaler, autocast
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from helpers import simulate_screen
 from rcic_fastai.train.cutmix import CutMix
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.train.domain import *
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.model.losses import AdaCos
 from rcic_fastai.core import ScreenError
-from rcic_fastai.screen.open import open_screen
 
 def make(screen, bs=8, **kwargs):
     kwargs = {**dict(valid='HUVEC-03', batch_by='experiment', batch_groups=2), **kwargs}

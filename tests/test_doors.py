@@ -1,12 +1,12 @@
 "Somebody else's plates, from a folder of files to a model, by commands: what is wrong or ambiguous is said before it costs hours."
 import json, re, sys, types, warnings
-import cv2, numpy as np, pandas as pd, pytest, tifffile, torch
+import numpy as np, pandas as pd, pytest, tifffile, torch
 from rcic_fastai import cli
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.folder import load_model
 from rcic_fastai.predict.trained import build_index
 from rcic_fastai.results.evaluate import evaluate_screen
-from rcic_fastai.screen.open import describe_screen, open_screen
+from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.tables import read_table, write_csv
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.workflow import try_all

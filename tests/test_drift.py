@@ -33,7 +33,7 @@ def drawn(rng, names=NAMES, shift=0., dim=None, unlike=()):
 
 def compared(emb, exposed, new, held=()):
     "Compare some experiments of a table with all others"
-    of, is_new = emb.Metadata_experiment, emb.Metadata_experiment.isin([*new])
+    is_new = emb.Metadata_experiment.isin([*new])
     index = EmbeddingIndex(emb[~is_new].reset_index(drop=True))
     known, asked = (exposed[exposed.experiment.isin(new) == k] for k in (False, True))
     return D._compared(D._Known(index), emb[is_new].reset_index(drop=True), known, asked, D._compared_wells(known, asked), set(held), .05)
@@ -122,7 +122,7 @@ def test_a_folder_that_says_it_in_another_way_is_rejected(made, wrong, tmp_path)
     shutil.copytree(made.dir/'model', tmp_path/'m')
     config = json.loads((tmp_path/'m/config.json').read_text())
     config['data']['exposure'][0].update(wrong)
-    sha = config.pop('sha256')
+    del config['sha256']
     (tmp_path/'m/config.json').write_text(json.dumps({**config, 'sha256': json_hash(config)}))
     refused(lambda: F.load_model(tmp_path/'m'), 'exposure')
 

@@ -7,7 +7,7 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.results.evaluate import ScreenResult, bootstrap_interval, evaluate, evaluate_screen, right_wrong
 from rcic_fastai.results.plots import accuracy_plot
 from rcic_fastai.embed.metrics import batch_predictability, perturbation_magnitude, replicate_consistency, retrieval_map
-from rcic_fastai.embed.table import emb_features, emb_metadata, make_emb_table, merge_sites, toy_profiles
+from rcic_fastai.embed.table import emb_metadata, make_emb_table, merge_sites, toy_profiles
 
 EMB = toy_profiles(n_sirnas=24, dim=8, test=('HUVEC-17', 'RPE-08', 'RPE-09'))
 TABLE = emb_metadata(EMB)

@@ -273,7 +273,7 @@ def test_a_folder_is_replaced_whole_and_nothing_else(many, tmp_path):
     before = sorted(p.name for p in (out/'pictures').iterdir())
     (out/'pictures'/'mine.txt').write_text('mine')
     refused(lambda: explore(None, screen, out=out), 'holds more than a page', 'take that out')
-    assert (out/'pictures'/'mine.txt').read_text() == 'mine'
+    assert (out/'pictures'/'mine.txt').read_text() == 'mine' and sorted(p.name for p in (out/'pictures').iterdir()) == sorted([*before, 'mine.txt'])
     (tmp_path/'other').mkdir()
     (tmp_path/'other'/'notes').touch()
     refused(lambda: explore(None, screen, out=tmp_path/'other'), 'was not written by rcic_fastai')
@@ -441,9 +441,9 @@ def test_a_search_for_a_perturbation_says_what_it_counted(made, tab):
 
 
 def test_a_note_is_said_once_and_the_wells_that_were_named_are_counted(made, capsys):
-    screen, model, page, _ = made
+    screen, model, _, _ = made
     new = screen[screen.table[screen.table.experiment.isin(['HUVEC-17', 'HUVEC-18'])].assign(dataset='train')]
-    page = explore(model, new, protocol=['inductive', 'adapted'], side=0, umap='no', tta=1, progress=False)
+    explore(model, new, protocol=['inductive', 'adapted'], side=0, umap='no', tta=1, progress=False)
     assert capsys.readouterr().err.count('no experiment is marked as test') == 1
     one = explore(model, screen, experiments='HUVEC-17', side=0, umap='no', tta=1, progress=False)
     n = (screen.wells.experiment.eq('HUVEC-17') & screen.wells.well_type.eq('treatment')).sum()

@@ -9,7 +9,6 @@ from rcic_fastai.results.export import atlas_table, write_atlas, write_cytodataf
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen
-from rcic_fastai.screen.plates import read_plates
 from rcic_fastai.screen.screen import Screen
 
 

@@ -8,7 +8,7 @@ from rcic_fastai import folder as F
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.folder import MODEL_FILES, load_model
 from rcic_fastai.predict import trained
-from rcic_fastai.predict.trained import MODEL_LICENSE, data_fingerprint, library_versions, unknown_metadata, unknown_notes
+from rcic_fastai.predict.trained import MODEL_LICENSE
 from rcic_fastai.screen.images import PngTree
 from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError

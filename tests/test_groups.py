@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import load_learner
 from helpers import simulate_screen
-from rcic_fastai import cli, workflow
+from rcic_fastai import workflow
 from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import ScreenSpec, screen_dls
 from rcic_fastai.embed import embed as E

@@ -591,7 +591,7 @@ def places(doc, at=()):
 
 def broken(doc, rng):
     "A document with one thing wrong, as text"
-    *way, last = at = rng.choice([p for p in places(doc) if p])
+    *way, last = rng.choice([p for p in places(doc) if p])
     inner = doc
     for k in way: inner = inner[k]
     how = rng.randrange(5)

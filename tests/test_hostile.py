@@ -1,6 +1,5 @@
 "Screens of strangers: codecs that run code, a kilobyte that becomes gigabytes, pipes and devices in the place of files."
 import bz2, gzip, json, os, pickle, struct, subprocess, sys, textwrap, zlib
-from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.screen import Screen
@@ -122,7 +121,6 @@ def bombs():
         yield f'v2 delta {name}', 2, dict(compressor=dict(id=name), filters=[dict(id='delta', dtype='<u2')]), data
         yield f'v3 {name}', 3, dict(codecs=[BYTES, dict(name=name)]), data
         index = struct.pack('<QQ', 0, len(data))
-        inner = dict(chunk_shape=(1, 8, 8), index_codecs=[BYTES])
         yield f'shard {name}', 3, dict(codecs=[shard(codecs=[BYTES, name], index_codecs=[BYTES])]), data + index
 
 READ_PLATES = '''
@@ -414,11 +412,10 @@ ODD = dict(pipe=os.mkfifo if hasattr(os, 'mkfifo') else None, device=lambda p: o
 def readers(d):
     "{what: (file to replace, what reads it)}; each reads once while it is whole"
     from rcic_fastai.model.backbones import read_weights
-    from rcic_fastai.embed.correct import load_correction
     from rcic_fastai.embed.table import read_embeddings, write_embeddings
     from rcic_fastai.predict.predict import read_predictions, write_predictions
     from rcic_fastai.screen.files import read_files
-    from rcic_fastai.screen.images import PngTree, only_present
+    from rcic_fastai.screen.images import PngTree
     from rcic_fastai.screen.pack import PackedScreen, pack_screen, verify_store
     from helpers import simulate_screen
     from rcic_fastai.screen.tables import read_metadata
@@ -456,7 +453,7 @@ def readers(d):
     e = pd.DataFrame(dict(Metadata_site_id=['a'], emb_0000=np.ones(1, np.float32)))
     write_embeddings(e, d/'e.parquet')
     yield 'embeddings', d/'e.parquet', lambda: read_embeddings(d/'e.parquet')
-    try: import ome_zarr_models
+    try: import ome_zarr_models     # is it there?
     except ImportError: return
     from rcic_fastai.screen.plates import read_plates
     sources = lambda p, **kw: (lambda s: [s[1][i] for i in s[0].site_id])(read_plates(p, progress=False, **kw))
@@ -472,7 +469,7 @@ def readers(d):
 @pytest.mark.parametrize('how', ODD)
 def test_what_is_no_file_is_refused_at_once(tmp_path, how):
     "In the place of every file that is read of a screen: one sentence, within 5 seconds; a link to the file is read"
-    import shutil, signal, time
+    import signal
     def late(*_): raise TimeoutError
     signal.signal(signal.SIGALRM, late)
     for what, file, read in readers(tmp_path):

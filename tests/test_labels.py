@@ -11,7 +11,6 @@ from helpers import refused
 from rcic_fastai import cli
 from rcic_fastai.batch.augment import PUBLISHED_AUGS
 from rcic_fastai.batch.data import rare_weights, screen_dls, split_images
-from rcic_fastai.core import ScreenError
 from rcic_fastai.embed.embed import SCALED_VIEWS
 from rcic_fastai.embed.table import read_embeddings
 from rcic_fastai.folder import load_model

@@ -646,7 +646,7 @@ def test_loader_by_group(screen, by, groups):
 def rank():
     "fastai's `DistributedDL` without a process group: every rank draws the same order, as its broadcast would see to"
     with pytest.MonkeyPatch.context() as m:
-        try: import accelerate
+        try: import accelerate     # is it there?
         except ModuleNotFoundError:                                   # fastai.distributed only names it
             m.setitem(sys.modules, 'accelerate', types.SimpleNamespace(Accelerator=type('Accelerator', (), {'__init__': lambda self: None})))
         from fastai.distributed import DistributedDL

@@ -1,5 +1,5 @@
 "One output, one run; and what one process of a run refuses ends all of them."
-import contextlib, json, os, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 import pytest
 from helpers import simulate_screen, two_processes

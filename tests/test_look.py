@@ -1,5 +1,5 @@
 "Looking at a screen: counts against a loop, and nuclei and nucleoli where they are drawn"
-import numpy as np, pandas as pd, pytest
+import numpy as np, pytest
 from helpers import refused
 from rcic_fastai.screen.look import cell_features, count_nucleoli, count_wells, find_nuclei, otsu_threshold, well_positions
 from rcic_fastai.screen.simulate.layout import screen_layout

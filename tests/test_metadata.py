@@ -2,7 +2,7 @@
 import numpy as np, pandas as pd, pytest
 from rcic_fastai.core import *
 from rcic_fastai.screen.tables import *
-from rcic_fastai.screen.tables import SITE_COLUMNS, WILDS_VAL
+from rcic_fastai.screen.tables import SITE_COLUMNS
 
 REAL = real_data()
 real = pytest.mark.real('metadata')

@@ -1,9 +1,7 @@
 "How an index is searched: the same answers by name, by hand, from a folder and by command; chosen on held-out experiments, and kept."
 import json
 import numpy as np, pandas as pd, pytest
-from helpers import learner, quiet, refused, simulate_screen
-from rcic_fastai.batch.data import screen_dls
-from rcic_fastai.core import ScreenError
+from helpers import refused, simulate_screen
 from rcic_fastai.embed.index import EmbeddingIndex
 from rcic_fastai.embed.neck import *
 from rcic_fastai.embed.table import emb_features, make_emb_table, unit_rows

@@ -1,7 +1,7 @@
 "Every command: a file that is there is replaced only where the library wrote it as it is now."
 import inspect, io, itertools, json, os
 from pathlib import Path
-import matplotlib, numpy as np, pandas as pd, pytest
+import pandas as pd, pytest
 from helpers import learner, simulate_screen
 from rcic_fastai import cli
 import rcic_fastai.folder                # learn.to_model

@@ -1,10 +1,9 @@
 "Pictures of one's own, from the table or plate to the packed screen: what a sentence advises can be typed, and gives the right pixels."
-import contextlib, io, json, re, shutil
+import contextlib, io
 import numpy as np, pandas as pd, pytest, tifffile
 from helpers import simulate_screen
 from rcic_fastai import cli
 from rcic_fastai.core import ScreenError
-from rcic_fastai.screen.files import read_files
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.plates import read_plates
 

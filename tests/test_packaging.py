@@ -232,6 +232,30 @@ def test_every_requirement_has_a_lower_bound():
         assert [s for s in r.specifier if s.operator in ('>=', '==')], f'{r} permits any version'
 
 
+def unused_imports(path):
+    "Names that a file imports and never uses; what follows `# ` on the line is a reason to keep it"
+    text = path.read_text(encoding='utf-8')
+    lines, tree = text.splitlines(), ast.parse(text)
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    used |= {w for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value.isidentifier() for w in [n.value]}     # in __all__, and annotations in quotes
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)) or any('#' in line for line in lines[node.lineno - 1:node.end_lineno]): continue
+        for a in node.names:
+            name = a.asname or a.name.split('.')[0]
+            if a.name != '*' and name not in used: yield f'{path.name}, line {node.lineno}: {name}'
+
+
+@pytest.mark.parametrize('folder', ['rcic_fastai', 'tests', 'tools', 'bench'])
+def test_nothing_is_imported_without_use(folder):
+    files = [p for p in sorted((ROOT/folder).rglob('*.py')) if p.name not in ('all.py', '__init__.py', 'helpers.py', 'conftest.py')]     # these hand names on
+    assert len(files) > 3 and not [line for p in files for line in unused_imports(p)]
+
+
+def test_an_import_without_use_is_found(tmp_path):
+    (tmp_path/'a.py').write_text('import os, json as j, numpy.random\nfrom pathlib import Path, PurePath\nimport sys  # kept\nx: "Path" = os.sep\n')
+    assert [*unused_imports(tmp_path/'a.py')] == ['a.py, line 1: j', 'a.py, line 1: numpy', 'a.py, line 2: PurePath']
+
+
 def names_of_packages(path):
     "`torch.nn.Linear` and the like: (line, what stands in the code) for the packages that are imported whole"
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):

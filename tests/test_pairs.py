@@ -1,6 +1,5 @@
 "Batches of pairs, and what mixes or compares pairs: partners are of one siRNA and two experiments, whatever the screen looks like."
 import random
-from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from fastai.vision.all import Callback
 from helpers import learner, quiet, refused
@@ -8,7 +7,6 @@ from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.batch.loader import PairBatches, pair_up
 from rcic_fastai.core import ScreenError
 from rcic_fastai.train.cutmix import LISA, CutMix, lisa_partners
-from rcic_fastai.train.distributed import ShardedDL
 from rcic_fastai.train.domain import Contrast, ControlBatches, MixStyle, contrast, mix_style
 from rcic_fastai.train.recipes import Recipe, Stage, check_batches, check_recipe, recipe_from_dict, stage_callback
 
@@ -218,7 +216,7 @@ def test_predictions_take_controls_where_the_index_did(with_controls, tmp_path):
     from rcic_fastai.workflow import train_screen
     r = Recipe('c', [Stage('a', 1, 1e-3, callbacks=[{'name': 'control_batches', 'n': 2}])], arch='test_efficientnet', model=dict(pretrained=None, emb_dim=16),
                data=dict(bs=4, batch_by='experiment'), index=dict(with_controls=True, tta=1), predict=dict(search='auto'))
-    m = train_screen(with_controls, tmp_path/'m', r, valid='HUVEC-02', device='cpu')
+    train_screen(with_controls, tmp_path/'m', r, valid='HUVEC-02', device='cpu')
     again = load_model(tmp_path/'m')
     assert set(again.adapted_index.labels.batchnorm) == {'experiment and negative controls'} and set(again.adapted_index.labels.well_type) == {'treatment'}
     plan = plan_prediction(again, with_controls, 'adapted')

@@ -283,7 +283,6 @@ def test_logits_by_hand():
 
 def test_two_heads_predict_by_the_linear_one(screen):
     learn = learn_of(screen, **SMALL['rcic1'])
-    pairs = []
     for cb in (CutMix(), MixUp(per_item=True)): quiet(learn, lambda: learn.fit(1, 1e-3, cbs=cb))
     model,b = learn.model,learn.dls.one_batch()
     with torch.no_grad(): logits,cosines = model.train()(*b[:-1]); alone = model.eval()(*b[:-1])

@@ -332,12 +332,12 @@ def test_a_dry_run_says_what_a_pattern_and_a_layout_give(folder, by_well, tmp_pa
     (folder/'P0012_A02_s1_w2.tif').unlink()
     call = [str(folder), str(tmp_path/'s.zarr'), '--dry-run', '--pattern', PLAIN, '--layout', str(by_well), '--channels', 'DNA=1,ER=2',
             '--controls', 'DMSO=negative_control', '--test', 'P0013', '--cell-type', 'U2OS']
-    assert unchanged(tmp_path, lambda: rcic_pack(call)) == 0
+    assert unchanged(tmp_path, lambda: rcic_pack(call)) == 1            # packing would stop
     out = capsys.readouterr().out
     for words in ('a folder of files with names', '4 sites of 16×16 px, 16 bits, 2 channels (DNA, ER)', 'experiments: 2 (P0012: train, P0013: test)',
                   'plates: 2 (P0012, P0013), of 2×3 wells, 2 in use', 'wells: 4 (2 negative_control, 2 treatment), sites of each: 1', 'cell types: U2OS',
                   'negative_control: DMSO in 2 wells', 'perturbations: 1 (x), wells of each: 2', 'doses (Dose): 0.0, 0.5\n', 'further columns: Dose',
-                  'missing: files of 1 of 4 sites (', 'P0012_A02_s1_w2.tif'): assert words in out, (words, out)
+                  'packing would stop: files of 1 of 4 sites are missing (', 'P0012_A02_s1_w2.tif'): assert words in out, (words, out)
     assert 'left out (' not in out and 'no experiment is a test' not in out and 'no well is a control' not in out
     assert rcic_pack([*call, '--only-present']) == 0 and ': they are left out' in capsys.readouterr().out
 

@@ -9,11 +9,10 @@ from rcic_fastai.batch.data import screen_dls, spec_dl
 from rcic_fastai.embed.embed import embed_parts, embed_screen, highest_protocol, model_fingerprint, row_protocols
 from rcic_fastai.folder import load_model
 from rcic_fastai.screen.images import PngTree
-from rcic_fastai.train.learner import screen_learner
 from rcic_fastai.core import ScreenError
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.embed.index import EmbeddingIndex
-from rcic_fastai.predict.predict import PROTOCOLS, predict_wells
+from rcic_fastai.predict.predict import predict_wells
 from rcic_fastai.embed.table import emb_features
 from rcic_fastai.predict.pseudo import *
 from rcic_fastai.train.recipes import Recipe, Stage

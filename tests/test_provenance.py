@@ -1,13 +1,13 @@
 "Which experiments the weights of a model learned from is known wherever the weights go."
 import copy, json, pickle, shutil
-import numpy as np, pandas as pd, pytest, torch
+import pytest, torch
 from fastai.vision.all import Callback, SaveModelCallback, load_learner
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 from helpers import simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError, file_facts, json_hash
-from rcic_fastai.embed.embed import embed_screen, row_protocols, weights_fingerprint
+from rcic_fastai.embed.embed import row_protocols, weights_fingerprint
 from rcic_fastai.embed.index import EmbeddingIndex
 
 from rcic_fastai.folder import load_model

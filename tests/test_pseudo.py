@@ -180,7 +180,7 @@ class Seen(Callback):
     def before_fit(self): self.fits = getattr(self, 'fits', []) + [(self.dls.train.items, self.dls.valid.items, self.dls.spec)]
 
 def test_true_labels_are_never_read(screen):
-    t, rng = screen.table, np.random.default_rng(0)
+    t = screen.table
     test = t.dataset == 'test'
     learn, history = fit(screen)
     shuffled = t.copy()

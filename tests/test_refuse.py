@@ -7,7 +7,7 @@ from rcic_fastai.folder import load_model
 from rcic_fastai.screen.images import ImageSource, PngTree
 from rcic_fastai.screen.tables import read_metadata
 from rcic_fastai.embed.index import EmbeddingIndex
-from rcic_fastai.screen.pack import PackedScreen, pack_screen
+from rcic_fastai.screen.pack import pack_screen
 from rcic_fastai.screen.screen import Screen
 
 class View(ImageSource):

@@ -1,13 +1,13 @@
 "Screens at addresses: the right pixels or one sentence, whatever the server does."
-import gzip, json, os, pickle, shutil, sys, threading, time
+import json, os, pickle, shutil, sys, threading, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, tifffile, zarr
 from far import Far
-from helpers import learner, python, refused, start_python
+from helpers import learner, refused, start_python
 from rcic_fastai import cli
 from rcic_fastai.batch.data import screen_dls
 import rcic_fastai.folder                # learn.to_model
-from rcic_fastai.core import ScreenError, is_remote, write_atomic
+from rcic_fastai.core import is_remote, write_atomic
 from rcic_fastai.screen import remote
 from rcic_fastai.screen.files import read_files
 from rcic_fastai.screen.open import open_screen, screen_kind

@@ -1,10 +1,10 @@
 "Nothing is removed but what the library wrote: a stranger's file, folder or link stays, wherever it lies."
-import ast, json, os, re, shutil
+import ast, json, re, shutil
 from pathlib import Path
 import pandas as pd, pytest
 import rcic_fastai
 from helpers import simulate_screen
-from rcic_fastai import cli, folder as F, workflow
+from rcic_fastai import folder as F, workflow
 from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.embed.embed import embed_parts

@@ -9,7 +9,6 @@ from helpers import simulate_screen
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.batch.resident import ResidentSource, check_memory
 from rcic_fastai.core import ScreenError
-from rcic_fastai.model.model import create_screen_model
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen

@@ -285,7 +285,7 @@ def test_batch_effects_are_shown_as_the_records_say(made, screen, tmp_path, clos
 
 def test_a_correction_from_controls_is_read_from_the_record(tmp_path, close_figures):
     "Its class is called otherwise than the option; the page and the report do what the prediction did"
-    from rcic_fastai.predict.plan import plan_prediction, recorded_options
+    from rcic_fastai.predict.plan import recorded_options
     from rcic_fastai.results.explore import explore
     simulate_screen(tmp_path/'s', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=2, controls=2, progress=False)
     screen = open_screen(tmp_path/'s')

@@ -1,11 +1,9 @@
 "Shards of `rcic_embed`, and a Ray cluster, end with the bytes of the whole run."
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
-import numpy as np, pandas as pd, pytest
-from helpers import learner, python, refused, simulate_screen, start_python
+import json, os, subprocess, sys
+import pytest
+from helpers import learner, refused, simulate_screen, start_python
 from rcic_fastai import cli
 from rcic_fastai.batch.data import screen_dls
-from rcic_fastai.embed.ray import ray_features
 from rcic_fastai.folder import load_model
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen

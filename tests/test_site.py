@@ -169,7 +169,7 @@ def test_show_batch_options():
     dls.show_batch(max_n=4, nrows=1, figsize=(6, 2))
     assert len(titles()) == 4 and tuple(plt.gcf().get_size_inches()) == (6, 2)
     _, axs = plt.subplots(1, 2)
-    got = dls.train.show_batch(max_n=2, ctxs=axs, show=False)
+    dls.train.show_batch(max_n=2, ctxs=axs, show=False)
     dls.valid.show_batch(max_n=50)
     assert len(titles()) == 4
 

@@ -7,7 +7,6 @@ from fastai.learner import Learner
 from fastai.torch_core import no_random
 from helpers import python, simulate_screen
 from rcic_fastai import cli, workflow
-from rcic_fastai.batch import resident
 from rcic_fastai.batch.data import screen_dls
 from rcic_fastai.core import ScreenError
 from rcic_fastai.embed import embed as embedding
@@ -22,7 +21,6 @@ from rcic_fastai.screen import images
 from rcic_fastai.predict.scores import read_scores, score_wells
 from rcic_fastai.predict.trained import build_index
 from rcic_fastai.results.report import how_table
-from rcic_fastai.screen.channels import picked_source
 from rcic_fastai.screen.images import ImageSource
 from rcic_fastai.screen.open import open_screen
 from rcic_fastai.screen.pack import pack_screen

@@ -10,7 +10,7 @@ from rcic_fastai.core import ScreenError
 from rcic_fastai.embed import embed as E
 from rcic_fastai.embed.embed import embed_parts, embed_screen
 from rcic_fastai.embed.table import emb_features
-import rcic_fastai.folder
+import rcic_fastai.folder                # learn.to_model
 from rcic_fastai.model import tent as T
 from rcic_fastai.model.batchnorm import adapted_batchnorm
 from rcic_fastai.model.tent import *
@@ -283,7 +283,7 @@ def test_what_cannot_be_asked_for(model, drawn):
 def test_the_command_records_what_it_did(model, drawn, tmp_path, monkeypatch, capsys):
     model.save(tmp_path/'model')
     monkeypatch.setattr(T, 'why_undone', lambda before, after: '')       # whatever this model would do
-    rest = f'--adapt tent --tta 1 --bs 8 --protocol'
+    rest = '--adapt tent --tta 1 --bs 8 --protocol'
     assert cli.rcic_predict(f'{tmp_path}/model {drawn.source.root} {tmp_path}/a.csv {rest} adapted'.split()) == 0
     record = json.loads((tmp_path/'a.json').read_text())
     assert record['adapt'] == 'tent' and record['protocol'] == 'adapted' and [*record['tent']] == TEST

@@ -3,12 +3,10 @@ import random
 from copy import deepcopy
 import numpy as np, pytest, torch
 from torch.nn.functional import cross_entropy, normalize
-from fastai.vision.all import Callback, CancelFitException, GradientAccumulation, L, MixedPrecision, get_model
+from fastai.vision.all import Callback, CancelFitException, GradientAccumulation, L, MixedPrecision
 from torch.amp import GradScaler, autocast
-from helpers import simulate_screen
 from rcic_fastai.batch.augment import dihedral
 from rcic_fastai.batch.data import screen_dls
-from rcic_fastai.screen.open import open_screen
 from rcic_fastai.train import domain
 from rcic_fastai.train.cutmix import *
 from rcic_fastai.train.domain import *

@@ -1,4 +1,6 @@
 "Of scores within a millionth of the best the first counts, wherever an answer is chosen: the last digit depends on how many wells are scored at once."
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from rcic_fastai.embed.index import TIE, EmbeddingIndex
@@ -86,3 +88,21 @@ def test_the_site_that_is_shown(monkeypatch):
         near = pd.DataFrame(dict(id_code='w', query=['s1', 's2'], cosine=[.5, .5 + more]))
         report._strips(near, pd.DataFrame(dict(id_code=['w'], truth=['a'], predicted=['a'])), None)
     assert shown == ['s1', 's1', 's2']
+
+# What else takes the largest of each row, and why it needs no rule
+OTHERS = {'predict.best_class': 'the rule itself', 'losses.decodes': 'a metric while training', 'domain.term': 'a metric while training', 'tent._measured': 'how evenly the classes are answered',
+          'domain.before_batch': 'random numbers', 'cutmix.lisa_partners': 'random numbers', 'report.same_batch_share': 'nearest wells that are counted', 'evaluate.right_wrong': 'yes or no', 'plots.principal_plane': 'the sign of an axis'}
+
+def largest_of_rows(folder):
+    "Yield module.function where the largest of each row is taken"
+    for path in sorted(folder.rglob('*.py')):
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        for f in ast.walk(tree):
+            if not isinstance(f, ast.FunctionDef): continue
+            for n in ast.walk(f):
+                if isinstance(n, ast.Call) and ast.unparse(n.func).endswith('argmax') and any(ast.unparse(a) in ('1', '-1') for a in [*n.args, *(k.value for k in n.keywords)]): yield f'{path.stem}.{f.name}'
+
+def test_no_other_place_chooses_an_answer():
+    "A new function that takes the largest score of a well uses `best_class`, or says here why not"
+    import rcic_fastai
+    assert set(largest_of_rows(Path(rcic_fastai.__file__).parent)) == set(OTHERS)

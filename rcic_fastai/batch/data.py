@@ -11,8 +11,8 @@ __all__ = ['UNKNOWN', 'META_COLUMNS', 'SiteBlock', 'WellBlock', 'meta_vocab', 'T
            'screen_dls', 'channels_note', 'spec_source', 'narrowed_spec', 'spec_dl']
 
 # %% ../../nbs/13_batch.data.ipynb #e3d9cf70
-import re, warnings
-from dataclasses import asdict, dataclass, field, replace
+import re
+from dataclasses import dataclass, replace
 from collections import Counter
 from itertools import chain
 from fastai.vision.all import *

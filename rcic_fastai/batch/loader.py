@@ -6,7 +6,7 @@
 __all__ = ['SiteReader', 'WellReader', 'RowValue', 'BufferPool', 'GroupBatches', 'pair_up', 'PairBatches', 'ScreenDL']
 
 # %% ../../nbs/12_batch.loader.ipynb #ee13ca87
-import os, random, sys, threading
+import random, sys, threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice

@@ -6,7 +6,6 @@
 __all__ = ['check_memory', 'ResidentSource']
 
 # %% ../../nbs/13b_batch.resident.ipynb #a6a3a450
-import copy
 from math import prod
 from pathlib import Path
 import numpy as np, torch

@@ -6,7 +6,6 @@
 __all__ = ['feature_columns', 'without_gaps', 'usable_features', 'read_profiles']
 
 # %% ../../nbs/40b_embed.profiles.ipynb #70dce26f
-from pathlib import Path
 import re
 import numpy as np, pandas as pd
 from ..core import *

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core import ScreenError, first_few, write_atomic, plural
-from ..screen.tables import CELL_TYPES, identifiers, inner_wells, read_parquet
+from ..screen.tables import identifiers, inner_wells, read_parquet
 from .protocol import Protocol
 
 # %% ../../nbs/40_embed.table.ipynb #9212c04b

@@ -16,7 +16,7 @@ import torch, pandas as pd
 from torch import nn
 from fastcore.basics import patch
 from ..core import ScreenError, check_choice, option, parse_json, read_json, plural
-from .backbones import BAGS, Backbone, BagStem, create_backbone, read_weights, set_activation, set_momentum
+from .backbones import Backbone, BagStem, create_backbone, read_weights, set_activation, set_momentum
 from .heads import (MetadataEmbedding, MetadataOneHot, create_classifier, create_neck, create_pool,
                                      unit_length)
 from .losses import loss_from_config

@@ -8,7 +8,6 @@ __all__ = ['SCORE', 'UNTOLD', 'SCORE_KINDS', 'score_table', 'score_classes', 'sc
 
 # %% ../../nbs/51b_predict.scores.ipynb #d70ec15b
 import json
-from types import SimpleNamespace
 import numpy as np, pandas as pd
 from pathlib import Path
 from ..core import *

@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from PIL import Image
 from ..core import *
 from ..screen.tables import *
-from ..screen.screen import Screen, store_fingerprint
+from ..screen.screen import store_fingerprint
 from ..batch.site import channel_colors, channel_names, rgb_composite, stretch_limits
 from ..predict.predict import check_parquet_path, write_tables
 from .explore import *

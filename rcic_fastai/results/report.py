@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from ..core import *
 from ..screen.open import open_screen
 from ..screen.tables import has_plates
-from ..batch.site import channel_colors, channel_names, small_figures
+from ..batch.site import channel_colors, channel_names
 from ..embed.protocol import *
 from ..embed.table import *
 from ..embed.index import TIE

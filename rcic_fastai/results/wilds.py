@@ -6,7 +6,7 @@
 __all__ = ['WILDS_PARTS', 'wilds_parts', 'wilds_scores']
 
 # %% ../../nbs/62_results.wilds.ipynb #5f71de61
-import numpy as np, pandas as pd
+import pandas as pd
 from ..core import *
 from ..screen.tables import *
 from .evaluate import right_wrong

@@ -10,7 +10,6 @@ __all__ = ['CELL_COLUMNS', 'ENDINGS', 'CELL_OPTIONS', 'read_mask', 'measure_cell
 # %% ../../nbs/09b_screen.cells.ipynb #45415fec
 import io, os, re, threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch

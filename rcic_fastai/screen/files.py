@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from ..core import ScreenError, check_choice, first_few, is_remote, option, plural
 from .remote import as_path, each, open_any, read_remote, remote_facts, remote_list
-from .tables import (DATASET_NAMES, IMAGE_COLUMN, SITE_COLUMNS, USUAL_NAMES, check_table,
+from .tables import (DATASET_NAMES, IMAGE_COLUMN, SITE_COLUMNS, check_table,
                                        further_columns, identifiers, read_table, rowcol_to_well, usual_columns,
                                        well_to_rowcol, well_types, as_columns, check_header, complete_types,
                                        as_integers, own_well_names, whole_numbers)

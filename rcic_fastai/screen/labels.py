@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import ScreenError, first_few, option, plural
+from ..core import ScreenError, first_few
 from .tables import (DATASET_NAMES, SITE_COLUMNS, check_table, further_columns, identifiers,
                                        is_site_table, join_labels, names_files, read_table, split_labels, table_columns)
 from .files import FileSource, chosen_channels

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import unquote
 
-from ..core import ScreenError, first_line, is_remote, open_plain, plural, read_plain, write_atomic
+from ..core import ScreenError, first_line, is_remote, open_plain, read_plain, write_atomic
 
 # %% ../../nbs/01b_screen.remote.ipynb #re01b007
 _ODD = {'': '\ud800', '.': '\ud801'}       # segments of a key that a path would drop; these letters are in no text of a server

@@ -6,7 +6,6 @@
 __all__ = ['Screen', 'store_fingerprint']
 
 # %% ../../nbs/03b_screen.screen.ipynb #dd5b675d
-from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from ..core import *

@@ -6,7 +6,7 @@
 __all__ = ['TiffPage', 'page_meanings', 'choose_plane', 'check_planes', 'check_channel_names', 'read_planes']
 
 # %% ../../nbs/04b_screen.tiff.ipynb #7586da7c
-import io, json, logging, os, re, struct, zlib
+import io, json, logging, re, struct, zlib
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path

@@ -6,7 +6,6 @@
 __all__ = ['OPTIMIZERS', 'FusedAdam', 'optimizer_from_config']
 
 # %% ../../nbs/30b_train.optimizer.ipynb #2aa542da
-import inspect
 from collections import defaultdict
 from functools import partial
 import torch

@@ -7,7 +7,6 @@ __all__ = ['SCHEDULES', 'parsed_schedule', 'FactorSchedule', 'KeepBest', 'EndAt'
 
 # %% ../../nbs/30d_train.schedule.ipynb #96e23e2a
 import inspect, math
-import numpy as np
 from fastai.vision.all import *
 from ..core import *
 

@@ -7,7 +7,7 @@ __all__ = ['REAL_TEST', 'SCREEN_FOLDER', 'spread_controls', 'split_groups', 'pla
            'experiment_rows', 'screen_layout', 'free_dest', 'simulate_screen', 'write_file_table']
 
 # %% ../../../nbs/02c_screen.simulate.layout.ipynb #400c87e1
-import os, sys, tempfile
+import sys, tempfile
 import multiprocessing as mp
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
