@@ -2,7 +2,7 @@
 
     python bench/best.py [--screens calibrated,confirming] [--seeds 0,1,2] [--only demo,best] [--runs FOLDER] [--speeds FOLDER]
 
-calibrated    the screen of ablation.py, on whose held-out training experiments `best` was chosen
+calibrated    the screen of ablation.py, on whose held-out training experiments `best` was chosen (choose.py)
 confirming    a screen whose seed was fixed in advance, which nothing was chosen on: other experiments, a cell type with two and one with a
               single training experiment, plates that are missing in training and in the test, a test experiment with 16 wells, and one with a third of the
               siRNAs (label shift)
@@ -13,7 +13,7 @@ demo                    14 epochs
 best, minutes of 0.1    `best` with as many epochs as take the time of 13 epochs of version 0.1, by the speeds below
 best                    50 epochs
 
-Every model learns all training experiments (nothing is held out) through `train_screen`, and the test experiments are named by `model.predict` under each protocol, four views. They are read once with each model. Gains over `demo` are paired
+Every model learns all training experiments (nothing is held out) through `train_screen`, and the test experiments are named by `model.predict` under each protocol, with what the recipe and the library choose. They are read once with each model. Gains over `demo` are paired
 by seed. What a run gave is kept in FOLDER (default: bench/runs), so that an interrupted benchmark continues. Stores bench/results/best.json.
 
 `--speeds FOLDER` measures how much faster a training step is than that of a checkout of version 0.1 (`git worktree add FOLDER 22b8857`): epochs of each in turns, in processes of their own, seconds of all cores together.
@@ -23,10 +23,11 @@ from pathlib import Path
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 from ablation import DEMO
-from machine import save
+from machine import RESULTS, save
 from rcic_fastai.all import *
 from rcic_fastai.core import write_json
 from rcic_fastai.screen.screen import store_fingerprint
+from rcic_fastai.train.recipes import RECIPES
 
 CONFIRMING = dict(experiments='HUVEC-06,HUVEC-07,HUVEC-08,HUVEC-09,HUVEC-10,HUVEC-19,HEPG2-01,HEPG2-02,HEPG2-08,RPE-04,RPE-05,RPE-06,RPE-09,U2OS-01,U2OS-05'.split(','),
                   sirnas=48, size=64, controls=4, sites=2, seed=2027)
@@ -92,7 +93,7 @@ def run(name, screen, seed, runs, epochs):
     if name == 'channel means': return channel_means(screen)
     with tempfile.TemporaryDirectory(dir=runs) as tmp:
         model = train_screen(screen, Path(tmp)/'model', name.split(',')[0], valid='none', seed=seed, epochs=epochs)
-        res = {p: right_by_experiment(model.predict(screen, p, tta=4, progress=False), screen.table) for p in PROTOCOLS}
+        res = {p: right_by_experiment(model.predict(screen, p, progress=False), screen.table) for p in PROTOCOLS}
     return res | dict(epochs=sum(s['epochs'] for s in model.config['recipe']['stages']))
 
 
@@ -162,8 +163,9 @@ def main():
     if args.speeds:
         screen_named('calibrated', args.runs)
         write_json(kept, speeds(args.speeds, args.runs))
-    if not kept.exists(): raise SystemExit('best: first measure the speeds (--speeds FOLDER).')
-    speed = json.loads(kept.read_text())
+    stored = RESULTS/'best.json'
+    if not kept.exists() and not stored.exists(): raise SystemExit('best: first measure the speeds (--speeds FOLDER).')
+    speed = json.loads(kept.read_text()) if kept.exists() else json.loads(stored.read_text())['speed']
     epochs = {'best, minutes of 0.1': int(OLD_EPOCHS*speed['times_faster'])}
     done = {}
     for seed in args.seeds:
@@ -171,7 +173,8 @@ def main():
             screen = screen_named(name, args.runs)
             for m in args.only:
                 path = args.runs/f"best-{name}-{m.replace(', ', '-').replace(' ', '_')}-{seed}.json"
-                facts = dict(screen=store_fingerprint(screen.source), rows=len(screen.table), epochs=epochs.get(m, 0))
+                recipe = RECIPES[m.split(',')[0]].to_dict() if m != 'channel means' else None
+                facts = json.loads(json.dumps(dict(screen=store_fingerprint(screen.source), rows=len(screen.table), epochs=epochs.get(m, 0), recipe=recipe)))
                 if path.exists():
                     kept_run = json.loads(path.read_text())
                     if kept_run['facts'] != facts: raise SystemExit(f'best: {path} is of another screen or of other settings: remove it, or name another folder with --runs.')

@@ -398,8 +398,8 @@ _ALL = Stage('all', 12, {'stem':2e-3, 'body':2e-3, 'metadata':4e-3, 'neck':4e-3,
 
 RECIPES = {r.name: r for r in [
     Recipe('demo', [_HEAD, _ALL], about='A pretrained EfficientNet-Lite0 in a few minutes on two CPU cores'),
-    Recipe('best', [_HEAD, replace(_ALL, epochs=48)], predict=dict(search='whiten=0.3,shrink=0.5'),
-           about='The demo recipe with four times the epochs, and an index that is whitened and shrunk to its classes'),
+    Recipe('best', [_HEAD, replace(_ALL, epochs=48, lr={k: 2*v for k, v in _ALL.lr.items()})], index=dict(tta=8), predict=dict(search='whiten=0.3,shrink=0.5'),
+           about='The demo recipe with four times the epochs and twice the learning rate, and an index of eight views that is whitened and shrunk to its classes'),
     Recipe('features', [], about='No training: pretrained features as they are')]}
 
 # %% ../../nbs/33_train.recipes.ipynb #82ae30fa

@@ -1,0 +1,102 @@
+"""How the settings of the recipe `best` were chosen: on training experiments that are held out.
+
+    python bench/choose.py [--only NAME,NAME] [--folds 0,1,2] [--runs FOLDER]
+
+Each candidate is the recipe `demo` with some changes, trained on the screen of ablation.py without its test experiments, which are not there at all. A fold holds out two training experiments, 96 wells, and its number is the seed.
+Candidates are about as long in seconds as 24 epochs of pictures of 64 px, so what enlarges the pictures has fewer epochs. Each is judged in the ways of predicting that a user can ask for: four and eight views, the index
+as it is or whitened and shrunk (`SEARCH`), AdaBN with and without standardized embeddings, and one-to-one assignment. What a run gave is kept in FOLDER (default: bench/runs). Prints a table; stores bench/results/choose.json.
+"""
+import argparse, json, os, time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+from ablation import accuracy_of, check_run, screen
+from machine import save
+from rcic_fastai.all import *
+from rcic_fastai.core import write_json
+from rcic_fastai.embed.neck import NeckIndex
+from rcic_fastai.screen.screen import store_fingerprint
+from rcic_fastai.train.recipes import RECIPES
+
+FOLDS = [('HUVEC-05', 'RPE-03'), ('HUVEC-04', 'RPE-02'), ('HUVEC-03', 'U2OS-02')]
+SEARCH = 'whiten=0.3,shrink=0.5'
+CANDIDATES = {   # epochs of everything, after two of the head; times the learning rate of demo; side, px (0: as stored); what else differs
+    'demo': dict(epochs=22),
+    'batches of 16': dict(epochs=22, bs=16),
+    'twice the rate': dict(epochs=22, lr=2.),
+    'four times the rate': dict(epochs=22, lr=4.),
+    '96 px': dict(epochs=9, size=96),
+    '96 px, twice the rate': dict(epochs=9, lr=2., size=96),
+    '96 px, four times the rate': dict(epochs=9, lr=4., size=96),
+    '96 px, twice the rate, no CutMix': dict(epochs=9, lr=2., size=96, cutmix=0.),
+    '128 px, twice the rate': dict(epochs=6, lr=2., size=128)}
+SHOWN = {'inductive': ('inductive', 8, False, False, SEARCH), 'inductive, plain index': ('inductive', 8, False, False, 'no'),
+         'adapted': ('adapted', 8, True, False, SEARCH), 'adapted, plain index': ('adapted', 8, True, False, 'no'), 'adapted, 4 views': ('adapted', 4, True, False, SEARCH),
+         'adapted, standardized': ('adapted', 8, True, True, SEARCH), 'transductive': ('transductive', 8, True, False, SEARCH)}
+
+
+def trained(screen, seed, epochs, lr=1., cutmix=.3, bs=32, size=None):
+    "Train a candidate with the experiments of a fold held out; return the learner and the processor's seconds"
+    start = time.process_time()
+    dls = screen_dls(screen, valid=list(FOLDS[seed]), size=size, bs=bs, seed=seed)
+    learn = screen_learner(dls, 'efficientnet-lite0', loss='adacos', seed=seed)
+    head, everything = RECIPES['demo'].stages
+    everything = replace(everything, epochs=epochs, lr={k: v*lr for k, v in everything.lr.items()}, cutmix=cutmix)
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(Recipe('candidate', [head, everything]), seed=seed)
+    return learn, time.process_time() - start
+
+
+def judged(learn, screen, held):
+    "Return {way: accuracy}: protocol, views, AdaBN, standardized, search"
+    table = screen.table
+    test, rows, res = table[table.experiment.isin(held) & (table.well_type == 'treatment')], learn.dls.train.items, {}
+    for tta in (4, 8):
+        for adapt in (None, 'experiment'):
+            known, asked = (learn.embed(r, tta=tta, adapt=adapt, progress=False) for r in (rows, test))
+            for standardized in (False, True):
+                if standardized:
+                    both = correct(pd.concat([known, asked], ignore_index=True), 'standardize')
+                    known, asked = both.iloc[:len(known)].reset_index(drop=True), both.iloc[len(known):].reset_index(drop=True)
+                index = EmbeddingIndex(known)
+                for search in ('no', SEARCH):
+                    for protocol in ('inductive' if not adapt and not standardized else 'adapted', 'transductive'):
+                        way = NeckIndex(index, search) if search != 'no' else index
+                        res[_key(protocol, tta, bool(adapt), standardized, search)] = accuracy_of(asked, way, table, protocol)['accuracy']
+    return res
+
+
+def _key(*way): return '|'.join(map(str, way))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--only', type=lambda s: s.split(','), default=list(CANDIDATES), help='candidates: ' + '; '.join(CANDIDATES))
+    p.add_argument('--folds', type=lambda s: [int(o) for o in s.split(',')], default=[0, 1, 2])
+    p.add_argument('--runs', type=Path, default=Path(__file__).parent/'runs')
+    args = p.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    whole = screen('demo', None, args.runs)
+    training = Screen(whole.table[whole.table.dataset == 'train'].reset_index(drop=True), whole.source)
+    rows = []
+    for name, settings in CANDIDATES.items():
+        done = []
+        for fold in args.folds:
+            path = args.runs/f"choose-{name.replace(', ', '-').replace(' ', '_')}-{fold}.json"
+            facts = json.loads(json.dumps(dict(screen=store_fingerprint(whole.source), settings=settings, held=FOLDS[fold])))
+            if path.exists(): check_run(path, facts)
+            elif name not in args.only: continue
+            else:
+                learn, seconds = trained(training, fold, **settings)
+                write_json(path, dict(facts=facts, cpu_seconds=round(seconds), result=judged(learn, training, FOLDS[fold])))
+                print(name, fold, round(seconds), 's', flush=True)
+            done.append(json.loads(path.read_text()))
+        if not done: continue
+        found = {title: [d['result'][_key(*way)] for d in done] for title, way in SHOWN.items()}
+        rows.append(dict(candidate=name, folds=len(done), cpu_seconds=round(float(np.mean([d['cpu_seconds'] for d in done]))), **{k: round(float(np.mean(v)), 4) for k, v in found.items()},
+                         by_fold={k: [round(v, 4) for v in vs] for k, vs in found.items()}))
+    print(pd.DataFrame(rows).drop(columns='by_fold').to_string(index=False))
+    save('choose', screen='the calibrated screen without its test experiments', folds=FOLDS, candidates=CANDIDATES, search=SEARCH, rows=rows, chance=round(1/48, 4))
+
+
+if __name__ == '__main__': main()
