@@ -29,8 +29,7 @@ CANDIDATES = {   # epochs of everything, after two of the head; times the learni
     '96 px': dict(epochs=9, size=96),
     '96 px, twice the rate': dict(epochs=9, lr=2., size=96),
     '96 px, four times the rate': dict(epochs=9, lr=4., size=96),
-    '96 px, twice the rate, no CutMix': dict(epochs=9, lr=2., size=96, cutmix=0.),
-    '128 px, twice the rate': dict(epochs=6, lr=2., size=128)}
+    '96 px, twice the rate, no CutMix': dict(epochs=9, lr=2., size=96, cutmix=0.)}
 SHOWN = {'inductive': ('inductive', 8, False, False, SEARCH), 'inductive, plain index': ('inductive', 8, False, False, 'no'),
          'adapted': ('adapted', 8, True, False, SEARCH), 'adapted, plain index': ('adapted', 8, True, False, 'no'), 'adapted, 4 views': ('adapted', 4, True, False, SEARCH),
          'adapted, standardized': ('adapted', 8, True, True, SEARCH), 'transductive': ('transductive', 8, True, False, SEARCH)}
