@@ -119,9 +119,10 @@ def _options(func):
 _SENT_TO = dict(rcic_pack='pack', rcic_train='train', rcic_predict='predict', rcic_evaluate='evaluate_csv',
                 rcic_embed='embed', rcic_hits='hits')
 
-def _commands():
-    "Return {name: function} of the commands that a message may send someone to"
-    return {c: globals()[f] for c, f in _SENT_TO.items() if f in globals()}
+def _commands(predicts=False):
+    "Return {name: function} of the commands that a message may send someone to; where a model answers, rcic_predict first: other commands have options of the same name"
+    names = sorted(_SENT_TO, key=lambda c: c != 'rcic_predict') if predicts else _SENT_TO
+    return {c: globals()[_SENT_TO[c]] for c in names if _SENT_TO[c] in globals()}
 
 # %% ../nbs/72_cli.ipynb #1d4f303c
 def _as_notes(err, otherwise):
@@ -141,7 +142,7 @@ def run_command(
     parser = command_parser(func, prog)
     args = {k: v for k, v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra', 'version')}
     by_position = [a.dest for a in parser._actions if not a.option_strings]
-    others = {c: _options(f) for c, f in _commands().items() if f is not func}
+    others = {c: _options(f) for c, f in _commands('model' in by_position).items() if f is not func}
     out, err = _OwnLines(sys.stdout if _is_first() else open(os.devnull, 'w')), _OwnLines(sys.stderr)
     said = as_command(by_position, _options(func), others)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), said, warnings.catch_warnings():
@@ -634,15 +635,6 @@ def rcic_drift(argv=None):
     return run_command(drift, argv, 'rcic_drift')
 
 # %% ../nbs/72_cli.ipynb #8e689a02
-def _as_held_out(model, screen):
-    "Return a screen in which the wells to predict are those that a model held out; those that it learned stay, as their neighbors are shown"
-    import pandas as pd
-    from rcic_fastai.screen.open import open_screen
-    whole = open_screen(screen, check=False)
-    held, table = model.held_out(whole).table, whole.table
-    rest = table[(table.dataset != 'test') & ~table.site_id.isin(held.site_id)]
-    return whole[pd.concat([rest, held], ignore_index=True)]
-
 def report(
     model, # Model folder, from rcic_train
     screen, # The screen that was predicted, or will be; with labels the page also shows what is right and wrong
@@ -659,20 +651,14 @@ def report(
     bs:int=32, # Batch size of the predictions
 ):
     "Write one HTML file that shows what a model did with a screen"
-    given = {k: v for k, v in locals().items() if k not in ('model', 'held_out', 'device')}
+    given = {k: v for k, v in locals().items() if k not in ('model', 'device')}
     from rcic_fastai.folder import load_model
     from rcic_fastai.predict.ensemble import read_answers
     from rcic_fastai.results.report import check_report_path, report_screen
     from rcic_fastai.train.distributed import on_device
     check_report_path(out)
     given['predictions'] = _tables(predictions, read_answers)
-    if held_out and (predictions or experiments):
-        other = 'predictions' if predictions else 'experiments'
-        raise ScreenError(f'{option("held_out", True)} and {option(other)} both say which wells are reported: choose one.')
-    with on_device(device) as at:
-        opened = load_model(model, at)
-        if held_out: given['screen'] = _as_held_out(opened, screen)
-        print(report_screen(model=opened, **given))
+    with on_device(device) as at: print(report_screen(model=load_model(model, at), **given))
 
 report.groups = {
     'predictions that are made': 'protocol experiments held_out'.split(),

@@ -38,8 +38,8 @@ def test_profiles_and_hits_have_the_options_of_the_library():
 
 def test_report_has_the_options_of_the_function():
     mine, theirs = parameters(cli.report), parameters(report_screen)
-    assert {*mine} - {'device', 'held_out'} == {*theirs} - {'more', 'progress'} and all(mine[k] == (theirs[k] or '') for k in mine if k in ('predictions', 'title', 'protocol', 'experiments'))
-    assert all(mine[k] == theirs[k] for k in ('most', 'only_present', 'workers', 'bs'))
+    assert {*mine} - {'device'} == {*theirs} - {'more', 'progress'} and all(mine[k] == (theirs[k] or '') for k in mine if k in ('predictions', 'title', 'protocol', 'experiments'))
+    assert all(mine[k] == theirs[k] for k in ('most', 'held_out', 'only_present', 'workers', 'bs'))
 
 def test_explore_has_the_options_of_the_plan():
     mine, theirs = parameters(cli.explore_screen), {**parameters(plan.plan_prediction), **parameters(explore)}
@@ -149,3 +149,19 @@ def test_the_folder_of_a_training_may_be_here(trained, tmp_path, monkeypatch):
 
 def test_two_demos_do_not_share_a_folder(tmp_path):
     with core.only_one(tmp_path/'demo'), pytest.raises(core.ScreenError, match='is writing this output'): run_demo(tmp_path/'demo', force=True)
+
+def test_where_a_model_answers_messages_send_to_its_predictions(capsys):
+    "Other commands have options of the same name: `--tta` of rcic_train, `--wells` of rcic_pack"
+    from rcic_fastai.core import option
+    def of_model(
+        model, # A folder
+    ):
+        "Ask"
+        print(option('tta', 1), option('wells', 'all'), option('controls'))
+    def of_screen(
+        screen, # A folder
+    ):
+        "Ask"
+        print(option('tta', 1), option('wells', 'all'))
+    for func in (of_model, of_screen): assert cli.run_command(func, ['x']) == 0
+    assert capsys.readouterr().out.splitlines() == ['--tta 1 (rcic_predict) --wells all (rcic_predict) --controls (rcic_pack)', '--tta 1 (rcic_train) --wells all (rcic_pack)']

@@ -187,6 +187,18 @@ def test_an_ensemble_is_the_mean_of_the_probabilities(models, atlas, tmp_path, c
     assert 'macro F1' in capsys.readouterr().out
 
 
+def test_a_report_that_predicts_itself_says_what_one_of_given_predictions_says(models, atlas, tmp_path, close_figures):
+    import re
+    def page(name, *more):
+        assert not cli.rcic_report([str(models/'hpa46'), str(atlas), str(tmp_path/f'{name}.html'), *more])
+        return (tmp_path/f'{name}.html').read_text()
+    own, given = page('own'), page('given', '--predictions', str(tmp_path/'own.inductive.csv'))
+    measured = [re.search(r'mAP [\d.]+ \([^)]*\)', text) for text in (own, given)]
+    assert all(measured) and measured[0].group() == measured[1].group()
+    held = page('held', '--held-out')
+    assert 'of the training set' in held and 'of the training set' not in own               # as rcic_evaluate says of the same file
+
+
 def test_all_images_can_be_answered(models, atlas):
     m, screen = load_model(models/'hpa46'), open_screen(atlas)
     every, test = m.answer_labels(screen, progress=False), m.predict(screen, progress=False)

@@ -240,7 +240,8 @@ def test_held_out_wells_and_their_neighbors_are_reported(screen, tmp_path, close
     assert command(tmp_path/'model', screen.source.root, tmp_path/'r.html', '--held-out', '--protocol', 'inductive') == 0
     pred = read_predictions(tmp_path/'r.inductive.csv')
     assert set(pred.id_code.str.rsplit('_', n=2).str[0]) == {'HUVEC-02'}
-    assert 'of HUVEC-02' in (tmp_path/'r.html').read_text()
+    page = (tmp_path/'r.html').read_text()
+    assert 'of HUVEC-02' in page and 'wells of training experiments are judged (HUVEC-02)' in page       # as rcic_evaluate says of the same file
 
 
 def test_a_model_that_normalizes_by_plate_is_reported(screen, tmp_path, capsys, close_figures):

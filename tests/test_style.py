@@ -4,6 +4,7 @@ from fastai.vision.all import Callback, CancelBatchException
 from torch.nn import functional as F
 from helpers import learner, quiet, refused
 from rcic_fastai.batch.data import screen_dls
+from rcic_fastai.core import ScreenError
 from rcic_fastai.train.cutmix import CutMix
 from rcic_fastai.train.domain import Contrast, ControlBatches, group_centroids, contrast
 from rcic_fastai.train.recipes import Recipe, Stage, check_recipe, recipe_from_dict
@@ -139,3 +140,36 @@ def test_earlier_batches_count_as_if_they_were_in_the_batch():
         total = sum(np.exp(u[i] @ u[a]/.1) for a in positive + other)
         return -np.mean([np.log(np.exp(u[i] @ u[p]/.1)/total) for p in positive])
     assert got.item() == pytest.approx(np.mean([of(i) for i in range(6, 12)]), rel=1e-9)
+
+def test_equal_pictures_have_no_style_to_move(screen):
+    "Also where a bag of channels is read one by one: what differs between stains is none"
+    for stem in ('tile', 'bag'):
+        learn = learner(loaders(screen), stem=stem)
+        x, *more = learn.dls.one_batch()
+        model, maps = learn.model.train(), []
+        for p in (0., 1.):
+            style = DSU(p=p, seed=0)
+            style.learn = learn
+            learn.xb = (x[:1].repeat(len(x), 1, 1, 1), *more[:-1])
+            style.before_fit()
+            style.before_batch()
+            seen = style.places[-1].register_forward_hook(lambda m, i, o: maps.append(o.detach()))
+            with torch.no_grad(): model(*learn.xb)
+            seen.remove()
+            style.after_pred()
+        plain, moved = maps[-2:]
+        assert style.channels == (6 if stem == 'bag' else 1)
+        assert (moved - plain).norm()/plain.norm() < .15, stem            # the floor of the variances; .7 where stains are compared with each other
+
+def test_features_that_stand_last_are_refused_before_training(screen):
+    from rcic_fastai.train.domain import MixStyle
+    from rcic_fastai.train.learner import screen_learner
+    learn = learner(loaders(screen), lambda dls, arch, **kw: screen_learner(dls, 'test_mambaout', **kw))
+    for cb in (DSU(), AdversarialStyle(), MixStyle()):
+        with pytest.raises(ScreenError, match='return features last: .* leave the callback out'): quiet(learn, lambda: learn.fit(1, 0., cbs=cb))
+
+def test_maps_of_one_place_stay(screen):
+    x = torch.rand(4, 3, 1, 1)
+    assert torch.equal(style_noise(x, torch.ones(4, 3), torch.ones(4, 3)), x)
+    from rcic_fastai.train.domain import mix_style
+    assert torch.equal(mix_style(x, torch.tensor([1, 0, 3, 2]), torch.full((4,), .5)), x)

@@ -173,6 +173,7 @@ class EmbeddingSpace:
     k:int=5 # Neighbors of each site
     before:'EmbeddingSpace'=None # The same before the correction, where there was one
     lacks:str='' # What its maps do not show, and what to do, as a sentence
+    given:bool=False # Were the embeddings made before?
 
     @property
     def named(self):
@@ -585,7 +586,9 @@ def _no_controls(space, sites):
     if 'experiment' not in emb or 'well_type' not in sites: return ''
     beside = sites[sites['experiment'].isin(emb['experiment'].unique()) & ~sites['well_id'].isin(emb['well_id']) & (sites['well_type'] != 'treatment')]
     n = beside['well_id'].nunique()
-    return f'{plural(n, "control well")} of the same experiments {"is" if n == 1 else "are"} not on the map: embed them too, with {option("wells", "all")}.' if n else ''
+    do = f'embed them too, with {option("wells", "all")}'
+    if space.given: do += f', or leave {option("embeddings")} out'
+    return f'{plural(n, "control well")} of the same experiments {"is" if n == 1 else "are"} not on the map: {do}.' if n else ''
 
 def _page_space(space, near, sites, wells, umap):
     "Return a space as plain data"
@@ -719,7 +722,7 @@ def _plan_space(model, screen, protocol, given, spaces, progress, kwargs):
     if key in spaces: return spaces[key], plan
     while True:
         if emb is None: emb, before = embed_plan(model, plan, progress, both=True)
-        space = EmbeddingSpace(str(protocol), emb, plan.index, plan.search['k'])
+        space = EmbeddingSpace(str(protocol), emb, plan.index, plan.search['k'], given=emb is given)
         if plan.told is None: break
         plan, emb = told_plan(plan, predict_wells(space.named, plan.index, plan.protocol, **plan.search)[0]), None
     if before is not None: space.before = EmbeddingSpace('before', before, model.adapted_index if plan.options.adapt else model.index)

@@ -25,7 +25,7 @@ from ..embed.index import TIE
 from ..predict.trained import INDUCTIVE_MASK, TrainedModel, validation_note
 from ..predict.predict import *
 from ..predict.plan import *
-from ..predict.ensemble import makers_of
+from ..predict.ensemble import makers_of, read_answers
 from .evaluate import *
 from .plots import *
 
@@ -485,9 +485,9 @@ def _possible_protocols(model, asked, protocols, given):
     return can
 
 # %% ../../nbs/61_results.report.ipynb #5d3663ae
-def _own_predictions(out, model, screen, protocol, experiments, progress, given):
-    "Name the test wells, or new ones, in files beside a page: predictions by protocol, and the files"
-    asked = asked_experiments([model], screen, experiments)
+def _own_predictions(out, model, screen, protocol, experiments, held_out, progress, given):
+    "Name the test wells, new ones or those that were held out, in files beside a page: predictions by protocol, and the files"
+    asked = model.held_out(screen) if held_out else asked_experiments([model], screen, experiments)
     said = [str(Protocol(p)) for p in as_names(protocol)]
     protocols = said or _possible_protocols(model, asked, PROTOCOLS, given)
     files = {p: Path(out).with_name(f'{Path(out).stem}.{p}.csv') for p in protocols}
@@ -495,13 +495,16 @@ def _own_predictions(out, model, screen, protocol, experiments, progress, given)
     for p, f in files.items():
         pred = model.predict(asked, p, f, progress=progress, **given)
         print(f'{f}: {plural(len(pred), "well" if has_plates(asked.table) else "image")} named, protocol {p}')
-    return {p: read_predictions(f) for p, f in files.items()}, list(files.values())
+    return {p: read_answers(f) for p, f in files.items()}, list(files.values())
 
 # %% ../../nbs/61_results.report.ipynb #aa62dfd6
-def _check_report(model, predictions, most, **own):
+def _check_report(model, predictions, most, held_out=False, **own):
     "Raise for what no report can be made of"
     if not isinstance(model, TrainedModel): raise ScreenError(f'A report shows the maps and neighbors of one model, and this is a {type(model).__name__}: give one of its models, each in a folder of its own.')
     if most < 1: raise ScreenError(f'{option("most", most)} leaves no site for the maps: give 1 or more.')
+    if held_out and (predictions is not None or own.get('experiments')):
+        other = 'experiments' if predictions is None else 'predictions'
+        raise ScreenError(f'{option("held_out", True)} and {option(other)} both say which wells are reported: choose one.')
     if predictions is None: return
     for k, v in own.items():
         if v: raise ScreenError(f'{option(k, v)} is of predictions that are made here, and {option("predictions")} gives others: leave one of them out.')
@@ -525,6 +528,7 @@ def report_screen(
     more:list=None, # Further sections, (heading, text, contents)
     protocol:str='', # Without `predictions`: inductive, adapted or transductive, or several with commas; empty: all that are possible
     experiments:str='', # Without `predictions`: experiments to predict, EXP,EXP, none of which the model learned; empty: those that are marked as test
+    held_out:bool=False, # Without `predictions`: the wells of the training experiments that the model held out, instead of test experiments
     only_present:bool=False, # Leave out sites whose files are absent
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
     bs:int=32, # Batch size of the predictions
@@ -532,12 +536,12 @@ def report_screen(
 )->Path: # `out`
     "Write one HTML file that shows what a model did with a screen"
     check_report_path(out)
-    _check_report(model, predictions, most, protocol=protocol, experiments=experiments)
+    _check_report(model, predictions, most, held_out, protocol=protocol, experiments=experiments)
     screen, made = open_screen(screen, check=False), []
     if only_present or model.config.get('only_present'): screen = screen.complete(True)
     if predictions is None:
         how = dict(only_present=only_present, workers=workers, bs=bs)
-        predictions, made = _own_predictions(out, model, screen, protocol, experiments, progress, how)
+        predictions, made = _own_predictions(out, model, screen, protocol, experiments, held_out, progress, how)
     preds = named_predictions(predictions)
     wells = set(next(iter(preds.values())).id_code)
     rows = screen.table[screen.table.well_id.isin(wells)]

@@ -341,7 +341,8 @@ def _missing_lines(screen, only_present):
     bad = [f'{WOULD_STOP}{unfit}'] if unfit else []
     if not len(absent): return ['missing: no file', *bad], screen
     said = f'files of {len(absent)} of {plural(len(screen), "site")}', f'({first_few(absent.file, 3)})'
-    if only_present: return [f'missing: {" ".join(said)}: they are left out', *bad], there if len(there) else screen
+    if only_present and len(there): return [f'missing: {" ".join(said)}: they are left out', *bad], there
+    if only_present: return [f'{WOULD_STOP}none of the {plural(len(screen), "site")} has all its files {said[1]}: check the folder of the images'], screen
     return [f'{WOULD_STOP}{" are missing ".join(said)}{lacking_said(screen.table, absent, screen.source)}', *bad], screen
 
 # %% ../../nbs/08_screen.open.ipynb #017d1feb

@@ -493,7 +493,8 @@ def mix_style(
     lam:torch.Tensor, # Share of its own statistics [N]
     eps:float=1e-6, # Added to variances
 )->torch.Tensor: # Of the same shape
-    "Give each picture a mixture of its own mean and spread of each map and those of its partner"
+    "Give each picture a mixture of its own mean and spread of each map and those of its partner; maps of one place stay as they are"
+    if x.shape[2:].numel() < 2: return x
     with torch.no_grad():
         own, mu = (x.var((2, 3), keepdim=True) + eps).sqrt(), x.mean((2, 3), keepdim=True)
         lam = lam.view(-1, 1, 1, 1).to(x.dtype)
@@ -520,7 +521,11 @@ def style_places(
     depth:float=.5, # Share of the blocks of the body that are early
 )->list: # One or two modules
     "Return the blocks whose style changes: the middle and the end of the early ones"
-    blocks = body_blocks(get_model(model).body)
+    body = get_model(model).body
+    if getattr(getattr(body, 'each', body), 'nhwc', False):
+        raise ScreenError('Styles are statistics of feature maps, and the blocks of this backbone return features last: '
+                          'choose another convolutional one, such as efficientnet-lite0, or leave the callback out.')
+    blocks = body_blocks(body)
     last = max(round(depth*len(blocks)), 1)
     return [blocks[i] for i in sorted({max(last//2, 1) - 1, last - 1})]
 

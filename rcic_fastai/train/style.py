@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
+from ..model.backbones import BagBody
 from ..model.model import *
 from .domain import *
 
@@ -20,11 +21,12 @@ def style_noise(
     of_mean:torch.Tensor, # By how much the mean of each map moves, in standard deviations over the batch [N,F]
     of_std:torch.Tensor, # The same of its standard deviation [N,F]
     eps:float=1e-6, # Added to variances
-)->torch.Tensor: # Of the same shape; a batch of one stays as it is
+    channels:int=1, # Of a bag of channels: how many follow each other for each picture; each is compared with the same one of other pictures
+)->torch.Tensor: # Of the same shape; a batch of one, and maps of one place, stay as they are
     "Move mean and standard deviation of each map"
-    if len(x) < 2: return x
+    if len(x) < 2*channels or x.shape[2:].numel() < 2: return x
     mu, own = x.mean((2, 3)), (x.var((2, 3)) + eps).sqrt()
-    far_mu, far_own = ((o.var(0, keepdim=True) + eps).sqrt() for o in (mu, own))
+    far_mu, far_own = ((o.unflatten(0, (-1, channels)).var(0) + eps).sqrt().repeat(len(o)//channels, 1) for o in (mu, own))
     beta, gamma = mu + of_mean.to(x.dtype)*far_mu, own + of_std.to(x.dtype)*far_own
     mu, own, beta, gamma = (o[..., None, None] for o in (mu, own, beta, gamma))
     return (x - mu)/own*gamma + beta
@@ -41,7 +43,7 @@ class DSU(Callback):
         if not (0 <= p <= 1 and 0 < depth <= 1):
             raise ScreenError(f'p is {p} and depth is {depth}: '
                               'give p from 0 to 1, and depth above 0 and at most 1.')
-        self.p, self.depth, self.seed, self.hooks = p, depth, seed, []
+        self.p, self.depth, self.seed, self.hooks, self.channels = p, depth, seed, [], 1
         self.rng = None if seed is None else np.random.default_rng(seed)
 
     def before_fit(self):
@@ -58,13 +60,25 @@ class DSU(Callback):
     def after_fit(self): self.after_pred()
 
 # %% ../../nbs/32d_train.style.ipynb #5c3a000c
-def _moved(module, inputs, x, steps):
-    "Return the moved output of a block; `steps(n, maps)` gives the steps [2,n,F] of n samples"
+def _moved(module, inputs, x, steps, cb):
+    "Return the moved output of a block; `steps(maps)` gives the steps [2,N,F]"
     if x.ndim != 4:
         raise ScreenError('Styles are statistics of feature maps, and this backbone has none (it reads patches): '
                           'choose a convolutional one, or leave the callback out.')
     of_mean, of_std = steps(x)
-    return style_noise(x, of_mean, of_std)
+    return style_noise(x, of_mean, of_std, channels=cb.channels)
+
+@patch
+def _count(self:DSU, module, inputs): self.channels = inputs[0].shape[1]
+
+@patch
+def hooked(self:DSU,
+    steps, # For each place a function of its maps, which returns the steps [2,N,F]
+)->list: # Handles, which remove the hooks
+    "Let the places move their output, and a bag say how many channels it reads"
+    body = get_model(self.model).body
+    bag = [body.register_forward_pre_hook(self._count)] if isinstance(body, BagBody) else []
+    return bag + [m.register_forward_hook(partial(_moved, steps=s, cb=self)) for m, s in zip(self.places, steps)]
 
 @patch
 def drawn(self:DSU,
@@ -78,7 +92,7 @@ def drawn(self:DSU,
 @patch
 def stir(self:DSU):
     "Let the blocks move their output until the batch has passed"
-    self.hooks += [m.register_forward_hook(partial(_moved, steps=self.drawn)) for m in self.places]
+    self.hooks += self.hooked([self.drawn]*len(self.places))
 
 # %% ../../nbs/32d_train.style.ipynb #5c3a000f
 @contextmanager
@@ -127,7 +141,7 @@ def gradients(self:AdversarialStyle)->list: # [2,N,F] for each place
         n = len(self.xb[0])
         leaves.append(x.new_zeros(2, n, x.shape[1]).requires_grad_())
         return leaves[-1].repeat_interleave(len(x)//n, 1)
-    hooks = [m.register_forward_hook(partial(_moved, steps=none)) for m in self.places]
+    hooks = self.hooked([none]*len(self.places))
     hooks.append(model.neck.register_forward_hook(self._keep))
     was_training = getattr(loss_func, 'training', False)
     try:
@@ -156,8 +170,7 @@ def stir(self:AdversarialStyle):
     "Search the steps, and let the blocks move their output until the batch has passed"
     found = self.gradients()
     self.plain = self.emb.detach()
-    def at(g): return partial(_moved, steps=lambda x: self.worst(x, g))
-    self.hooks += [m.register_forward_hook(at(g)) for m, g in zip(self.places, found)]
+    self.hooks += self.hooked([partial(self.worst, g=g) for g in found])
     self.hooks.append(get_model(self.model).neck.register_forward_hook(self._keep))
 
 # %% ../../nbs/32d_train.style.ipynb #5c3a0018
