@@ -2017,6 +2017,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._embed_options': ( 'predict.plan.html#_embed_options',
                                                                                        'rcic_fastai/predict/plan.py'),
+                                          'rcic_fastai.predict.plan._few_note': ( 'predict.plan.html#_few_note',
+                                                                                  'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._first_pass': ( 'predict.plan.html#_first_pass',
                                                                                     'rcic_fastai/predict/plan.py'),
                                           'rcic_fastai.predict.plan._index_for': ( 'predict.plan.html#_index_for',

@@ -158,3 +158,20 @@ def test_a_record_without_names(made, tmp_path, classes):
     if classes is not None: (tmp_path/'o.json').write_text(json.dumps({**record, 'classes': classes}))
     res = evaluate(read_predictions(tmp_path/'o.csv'), open_screen(made/'a.zarr').table)
     assert 'ceiling' not in res and res['n_classes'] == 6
+
+def test_batchnorm_statistics_of_few_wells_are_said(tmp_path):
+    "Half of the wells that the index had, or fewer, and fewer than 32; not where whole experiments are as small, and not where nothing is adapted"
+    from helpers import learner, simulate_screen
+    from rcic_fastai.batch.data import screen_dls
+    from rcic_fastai.predict.plan import plan_prediction
+    simulate_screen(tmp_path/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=0, progress=False)
+    screen = open_screen(tmp_path/'screen')
+    model = learner(screen_dls(screen, valid='none', bs=8, device='cpu')).to_model(tta=1, progress=False)
+    test = screen.table[screen.table.dataset == 'test']
+    wells = test.well_id[test.well_type == 'treatment'].unique()
+    for n, is_few in ((8, False), (5, False), (4, True)):
+        some = screen[test[test.well_id.isin(wells[:n])]]
+        for protocol in ('inductive', 'adapted', 'transductive'):
+            found = [o for o in plan_prediction(model, some, protocol, tta=1).notes if 'BatchNorm statistics of' in o]
+            assert bool(found) == (is_few and protocol != 'inductive'), (n, protocol, found)
+            assert all('HUVEC-17: BatchNorm statistics of 4 wells, where the index has those of 8' in o and "protocol='inductive'" in o for o in found)
