@@ -1,6 +1,6 @@
 """What the recipe `best` reaches as a user trains and predicts with it, beside `demo`, an untrained network and channel means.
 
-    python bench/best.py [--screens calibrated,confirming] [--seeds 0,1,2] [--only demo,best] [--runs FOLDER] [--speeds FOLDER]
+    python bench/best.py [--screens calibrated,confirming] [--seeds 0,1,2] [--only demo,best] [--runs FOLDER] [--speeds FOLDER] [--put-together]
 
 calibrated    the screen of ablation.py, on whose held-out training experiments `best` was chosen (choose.py)
 confirming    a screen whose seed was fixed in advance, which nothing was chosen on: other experiments, a cell type with two and one with a
@@ -157,6 +157,7 @@ def main():
     p.add_argument('--only', type=lambda s: [m for m in MODELS if m.split(',')[0] in s.split(',')], default=list(MODELS), help='models: ' + ', '.join(MODELS))
     p.add_argument('--runs', type=Path, default=Path(__file__).parent/'runs')
     p.add_argument('--speeds', type=Path, help='a checkout of version 0.1: measure how much faster a step is now')
+    p.add_argument('--put-together', action='store_true', help='run nothing: store what has been run, whatever seeds there are of each screen')
     args = p.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     kept = args.runs/'best-speeds.json'
@@ -178,6 +179,7 @@ def main():
                 if path.exists():
                     kept_run = json.loads(path.read_text())
                     if kept_run['facts'] != facts: raise SystemExit(f'best: {path} is of another screen or of other settings: remove it, or name another folder with --runs.')
+                elif args.put_together: continue
                 else:
                     start = time.time()
                     kept_run = dict(facts=facts, result=run(m, screen, seed, args.runs, epochs.get(m, 0)), seconds=round(time.time() - start))

@@ -569,6 +569,13 @@ def test_readme_quotes_the_ablation():
         assert re.search(rf"^\|[^|]*{'[|] '*(column + 1)}{r['mean']:.3f} ± {r['sd']:.3f} \|", README, re.MULTILINE), r
 
 
+def test_readme_quotes_the_best_recipe():
+    for r in json.loads((ROOT/'bench/results/best.json').read_text())['rows']:
+        if r['screen'] != 'calibrated' or r['model'] not in ('demo', 'best', 'best, minutes of 0.1'): continue
+        said = [f"{r[p]['mean']:.3f}" for p in ('inductive', 'adapted', 'transductive')]
+        assert re.search(rf'{said[0]}\D[^.]*{said[1]}\D[^.]*{said[2]}\D', README), said
+
+
 # ---- the check itself
 
 @pytest.fixture(scope='module')

@@ -452,7 +452,7 @@ def _few_note(index, rows, way):
     few = now[(now < ENOUGH_WELLS) & (now <= then/2)]
     if not len(few): return []
     names = first_few([' '.join(map(str, k if isinstance(k, tuple) else (k,))) for k in few.index], 3)
-    return [f'{names}: BatchNorm statistics of {plural(few.min(), "well")}, where the index has those of {then:.0f}; with fewer than {ENOUGH_WELLS}, adapting made answers worse where it was measured: '
+    return [f'{names}: BatchNorm statistics of {plural(few.min(), "well")}, where the index has those of {then:.0f}; with fewer than {ENOUGH_WELLS}, adapting gained little or made answers worse where it was measured: '
             f'compare with {option("protocol", "inductive")}, or with {option("adapt", "no")} where wells are assigned.']
 
 def adapting_kinds(index, adapt_from):
