@@ -441,6 +441,13 @@ def _control_notes(index, rows, adapt):
 
 def _named_kinds(index): return set(index.labels.get('well_type', ['treatment']))
 
+def adapting_kinds(index, adapt_from):
+    "Return the kinds of wells that BatchNorm statistics are taken of"
+    if adapt_from == 'controls': return {'negative_control', 'positive_control'}
+    more = {'negative_control'} if (index.labels.get('batchnorm', pd.Series(dtype=object)) == WITH_CONTROLS).any() else set()
+    return _named_kinds(index) | more
+
+# %% ../../nbs/54_predict.plan.ipynb #fab90ef8
 ENOUGH_WELLS = 32     # for BatchNorm statistics, by bench/few_wells.py
 
 def _few_note(index, rows, way):
@@ -454,12 +461,6 @@ def _few_note(index, rows, way):
     names = first_few([' '.join(map(str, k if isinstance(k, tuple) else (k,))) for k in few.index], 3)
     return [f'{names}: BatchNorm statistics of {plural(few.min(), "well")}, where the index has those of {then:.0f}; with fewer than {ENOUGH_WELLS}, adapting gained little or made answers worse where it was measured: '
             f'compare with {option("protocol", "inductive")}, or with {option("adapt", "no")} where wells are assigned.']
-
-def adapting_kinds(index, adapt_from):
-    "Return the kinds of wells that BatchNorm statistics are taken of"
-    if adapt_from == 'controls': return {'negative_control', 'positive_control'}
-    more = {'negative_control'} if (index.labels.get('batchnorm', pd.Series(dtype=object)) == WITH_CONTROLS).any() else set()
-    return _named_kinds(index) | more
 
 # %% ../../nbs/54_predict.plan.ipynb #55dcdff3
 _AMONG_SITES = ('The index holds whole pictures, and cells are looked up in it: a cell does not look like its site, so compare with {by}, '
