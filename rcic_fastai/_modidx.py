@@ -491,6 +491,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rcic_fastai.cli._pairs': ('cli.html#_pairs', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._plane': ('cli.html#_plane', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._roles': ('cli.html#_roles', 'rcic_fastai/cli.py'),
+                                 'rcic_fastai.cli._say_what_it_is': ('cli.html#_say_what_it_is', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._sentence': ('cli.html#_sentence', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._shown': ('cli.html#_shown', 'rcic_fastai/cli.py'),
                                  'rcic_fastai.cli._tables': ('cli.html#_tables', 'rcic_fastai/cli.py'),

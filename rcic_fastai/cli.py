@@ -311,16 +311,14 @@ def pack(
     options = dict(locals())
     with quick_imports():
         from rcic_fastai.screen.cells import CELL_OPTIONS, check_cell_options
-        from rcic_fastai.screen.open import WOULD_STOP, describe_screen, open_screen
+        from rcic_fastai.screen.open import open_screen
         from rcic_fastai.screen.pack import is_store, pack_screen, verify_store
     start, of_cells = time.time(), {k: options[k] for k in CELL_OPTIONS}
     check_numbers(workers=workers)
     check_cell_options(cells, **of_cells)
     check_choice('to', to, ('packed', 'ome-zarr'))
     given = _meaning(options)
-    if dry_run:
-        print(said := describe_screen(screen, only_present, **given))
-        raise SystemExit(int(WOULD_STOP in said))
+    if dry_run: _say_what_it_is(screen, only_present, given)
     packed = open_screen(screen, only_present, **given)
     if cells: packed = packed.cells(cells, **of_cells)
     if to == 'ome-zarr': return _write_plates(packed, dest, verify, workers)
@@ -330,6 +328,12 @@ def pack(
     if verify: print(f'{dest}: {plural(verify_store(dest, packed, workers or None), "site is", "sites are")} the same as in {screen}')
 
 # %% ../nbs/72_cli.ipynb #06681e4c
+def _say_what_it_is(screen, only_present, given):
+    "Print what a screen is taken for, and end with 1 where packing would stop"
+    from rcic_fastai.screen.open import WOULD_STOP, describe_screen
+    print(said := describe_screen(screen, only_present, **given))
+    raise SystemExit(int(WOULD_STOP in said))
+
 def _packed_in_words(dest, packed, seconds):
     "Return how large a new store is and what is in it"
     from rcic_fastai.screen.open import open_screen
