@@ -237,7 +237,7 @@ def unused_imports(path):
     text = path.read_text(encoding='utf-8')
     lines, tree = text.splitlines(), ast.parse(text)
     used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-    used |= {w for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value.isidentifier() for w in [n.value]}     # in __all__, and annotations in quotes
+    used |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}     # in __all__, and annotations in quotes
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Import, ast.ImportFrom)) or any('#' in line for line in lines[node.lineno - 1:node.end_lineno]): continue
         for a in node.names:

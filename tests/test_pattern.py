@@ -340,6 +340,10 @@ def test_a_dry_run_says_what_a_pattern_and_a_layout_give(folder, by_well, tmp_pa
                   'packing would stop: files of 1 of 4 sites are missing (', 'P0012_A02_s1_w2.tif'): assert words in out, (words, out)
     assert 'left out (' not in out and 'no experiment is a test' not in out and 'no well is a control' not in out
     assert rcic_pack([*call, '--only-present']) == 0 and ': they are left out' in capsys.readouterr().out
+    sites = sorted({f.name[:-len('_w1.tif')] for f in folder.glob('*.tif')})
+    for i, site in enumerate(sites): (folder/f'{site}_w{2 - i%2}.tif').unlink(missing_ok=True)      # each lacks one stain: nothing would be left
+    assert rcic_pack([*call, '--only-present']) == 1 and 'packing would stop: none of the 3 sites has all its files (' in capsys.readouterr().out
+    assert rcic_pack([o for o in [*call, '--only-present'] if o != '--dry-run']) == 2
 
 
 def test_a_dry_run_says_what_a_prediction_lacks(folder, tmp_path, capsys):

@@ -452,14 +452,14 @@ ENOUGH_WELLS = 32     # for BatchNorm statistics, by bench/few_wells.py
 
 def _few_note(index, rows, way):
     "Report experiments (or plates) with few wells to take BatchNorm statistics of, where the index has those of many"
-    if not way.adapt or way.asked == 'batch' or 'experiment' not in index.labels: return []
     by = ['experiment', 'plate'] if way.adapt == 'plate' else ['experiment']
+    if not way.adapt or way.asked == 'batch' or not {*by} <= {*index.labels}: return []
     then = index.labels.groupby(by).well_id.nunique().median()
     now = rows[rows.well_type.isin(way.kinds)].groupby(by).well_id.nunique()
     few = now[(now < ENOUGH_WELLS) & (now <= then/2)]
     if not len(few): return []
     names = first_few([' '.join(map(str, k if isinstance(k, tuple) else (k,))) for k in few.index], 3)
-    return [f'{names}: BatchNorm statistics of {plural(few.min(), "well")}, where the index has those of {then:.0f}; with fewer than {ENOUGH_WELLS}, adapting gained little or made answers worse where it was measured: '
+    return [f'{names}: BatchNorm statistics of {"as few as "*(len(few) > 1)}{plural(few.min(), "well")}, where the index has those of {then:.0f}; with fewer than {ENOUGH_WELLS}, adapting gained little or made answers worse where it was measured: '
             f'compare with {option("protocol", "inductive")}, or with {option("adapt", "no")} where wells are assigned.']
 
 # %% ../../nbs/54_predict.plan.ipynb #55dcdff3
