@@ -208,7 +208,7 @@ def runs_of(args, table, source):
     "Train and judge what has no result yet; one file a model and seed"
     held = [] if args.judge == 'test' else list(HELD[args.scale])
     judged = table.experiment.isin(held) if held else table.dataset == 'test'
-    test = table[judged & (table.well_type == 'treatment')]
+    test = as_test(table[judged & (table.well_type == 'treatment')])      # also without the plate groups of training experiments
     for seed in args.seeds:
         for name in [m for m in [*MODELS, 'leak'] if not args.only or m in args.only]:
             if name == 'leak' and held: continue

@@ -276,7 +276,7 @@ def pack(
     verify:store_true=False, # Read the store again and compare it with the source; alone when DEST exists already
     force:store_true=False, # Throw an unfinished DEST.part away and start again
     only_present:store_true=False, # Leave out sites whose files are absent
-    dry_run:store_true=False, # Print what the screen is taken for and what is missing, and write nothing; the exit status is 1 where packing would stop
+    dry_run:store_true=False, # Print what the screen is taken for and what is missing, and write nothing; the exit status is 1 where files are missing or do not fit, so that packing would stop
     pattern:str='', # For files whose names say what they show: where, in quotes, with the folders below SCREEN, such as '{experiment}/{plate}_{well}_s{site}_w{channel}.tif'; or a known one: imagexpress, phenix, operetta, cellvoyager, cell-painting-gallery or rxrx1
     layout:str='', # For --pattern: CSV with what is in each well, or in each well of each plate
     channels:str='', # Channels to use, in order, with commas, or their new names, such as nucleus=DNA,ER=2; empty: all
@@ -332,7 +332,7 @@ def _say_what_it_is(screen, only_present, given):
     "Print what a screen is taken for, and end with 1 where packing would stop"
     from rcic_fastai.screen.open import WOULD_STOP, describe_screen
     print(said := describe_screen(screen, only_present, **given))
-    raise SystemExit(int(WOULD_STOP in said))
+    raise SystemExit(int(any(line.startswith(WOULD_STOP) for line in said.split('\n')[1:])))     # the first line is a name
 
 def _packed_in_words(dest, packed, seconds):
     "Return how large a new store is and what is in it"
@@ -619,6 +619,7 @@ def drift(
     level:float=.05, # Chance that an experiment like those of training is found outside in anything
     most:int=256, # Sites that are embedded, of each experiment and kind of well
     tta:int=0, # Views per site; 0: as the index has them, which the folder says
+    only_present:store_true=False, # Leave out sites whose files are absent
     device:str='', # cpu, cuda or cuda:1; empty: the first GPU, or the CPU where there is none
     bs:int=32, # Batch size
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads

@@ -162,7 +162,7 @@ def try_all(
     tta:int, # Views of each indexed site
     views:str='dihedral', # As `build_index` has them
     separate:bool=False, # As `build_index` has it
-    with_controls:bool=False, # As `build_index` has it
+    with_controls=False, # As `build_index` has it
     **info # Facts for the model folder
 ):
     "Raise now for what would be in the way after a training of hours"
@@ -397,8 +397,9 @@ def _also(table, recipe, given):
     "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
     needs = pd.Series(False, table.index)
     pretrain = given['pretrain'] or recipe.pretrain
-    if pretrain or needs_controls(recipe):
-        needs |= table.dataset.isin(('train', 'val')) & (table.well_type != 'treatment')
+    learned = table.dataset.isin(('train', 'val'))
+    if pretrain or needs_controls(recipe) or control_kinds(table[learned], recipe.index.get('with_controls')):
+        needs |= learned & (table.well_type != 'treatment')
     if pretrain.startswith('simsiam'): needs |= table.dataset == 'train'
     if given['pseudo'] or recipe.pseudo or pretrain == 'simsiam_test':
         needs |= (table.dataset == 'test') & _is_for(table, recipe.only)

@@ -8,7 +8,7 @@ from rcic_fastai.batch.loader import PairBatches, pair_up
 from rcic_fastai.core import ScreenError
 from rcic_fastai.train.cutmix import LISA, CutMix, lisa_partners
 from rcic_fastai.train.domain import Contrast, ControlBatches, MixStyle, contrast, mix_style
-from rcic_fastai.train.recipes import Recipe, Stage, check_batches, check_recipe, recipe_from_dict, stage_callback
+from rcic_fastai.train.recipes import RECIPES, Recipe, Stage, check_batches, check_recipe, recipe_from_dict, stage_callback
 
 PAIRS = dict(batch_by='pairs')
 
@@ -218,14 +218,62 @@ def test_predictions_take_controls_where_the_index_did(with_controls, tmp_path):
                data=dict(bs=4, batch_by='experiment'), index=dict(with_controls=True, tta=1), predict=dict(search='auto'))
     train_screen(with_controls, tmp_path/'m', r, valid='HUVEC-02', device='cpu')
     again = load_model(tmp_path/'m')
-    assert set(again.adapted_index.labels.batchnorm) == {'experiment and negative controls'} and set(again.adapted_index.labels.well_type) == {'treatment'}
+    assert set(again.adapted_index.labels.batchnorm) == {'experiment and controls'} and set(again.adapted_index.labels.well_type) == {'treatment'}
     plan = plan_prediction(again, with_controls, 'adapted')
-    assert set(plan.options.adapt_rows.well_type) == {'treatment', 'negative_control'} and set(plan.screen.table.well_type) == {'treatment'}
+    assert set(plan.options.adapt_rows.well_type) == {'treatment', 'negative_control', 'positive_control'} and set(plan.screen.table.well_type) == {'treatment'}
     assert len(again.predict(with_controls, 'adapted', tta=1, progress=False)) == 8
     from rcic_fastai.screen.open import open_screen
     whole = open_screen(with_controls)
     bare = whole[whole.table[whole.table.well_type == 'treatment']]
-    assert any('no negative control' in n for n in plan_prediction(again, bare, 'adapted').notes)
+    assert [sum(f'no {kind} control' in n for n in plan_prediction(again, bare, 'adapted').notes) for kind in ('negative', 'positive')] == [1, 1]
+    some = whole[whole.table[whole.table.well_type != 'positive_control']]
+    assert [sum(f'no {kind} control' in n for n in plan_prediction(again, some, 'adapted').notes) for kind in ('negative', 'positive')] == [0, 1]
+
+def test_models_that_were_adapted_with_negative_controls_alone_stay_so(with_controls, tmp_path):
+    "As version 0.2 wrote them, and as a screen without positive controls makes them"
+    from rcic_fastai.folder import load_model
+    from rcic_fastai.predict.plan import plan_prediction
+    from rcic_fastai.screen.open import open_screen
+    from rcic_fastai.workflow import train_screen
+    whole = open_screen(with_controls)
+    some = whole[whole.table[whole.table.well_type != 'positive_control']]
+    r = Recipe('c', [Stage('a', 1, 1e-3)], arch='test_efficientnet', model=dict(pretrained=None, emb_dim=16), data=dict(bs=4), index=dict(with_controls=True, tta=1))
+    train_screen(some, tmp_path/'m', r, valid='HUVEC-02', device='cpu')
+    again = load_model(tmp_path/'m')
+    assert set(again.adapted_index.labels.batchnorm) == {'experiment and negative controls'}
+    assert set(plan_prediction(again, whole, 'adapted').options.adapt_rows.well_type) == {'treatment', 'negative_control'}
+
+def test_controls_are_taken_by_themselves_where_many_differ(tmp_path):
+    "As `best` does: index and queries alike, and a few wells of a new experiment are no reason for a note then"
+    from dataclasses import replace
+    from helpers import simulate_screen
+    from rcic_fastai.folder import load_model
+    from rcic_fastai.predict.plan import plan_prediction
+    from rcic_fastai.screen.open import open_screen
+    from rcic_fastai.workflow import train_screen
+    small = replace(RECIPES['best'], stages=[Stage('a', 1, 1e-3)], arch='test_efficientnet', model=dict(pretrained=None, emb_dim=16))
+    kinds = {}
+    for n in (2, 30):
+        simulate_screen(tmp_path/f's{n}', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=n, sites=1, progress=False)
+        screen = open_screen(tmp_path/f's{n}')
+        train_screen(screen, tmp_path/f'm{n}', small, valid='none', bs=4, device='cpu')
+        model = load_model(tmp_path/f'm{n}')
+        plan = plan_prediction(model, screen, 'adapted')
+        kinds[n] = set(model.adapted_index.labels.batchnorm), set(plan.options.adapt_rows.well_type)
+        assert not any('BatchNorm statistics of' in o for o in plan.notes) and set(plan.screen.table.well_type) == {'treatment'}
+        assert set(model.adapted_index.labels.well_type) == {'treatment'} and len(model.predict(screen, 'adapted', tta=1, progress=False)) == 8
+        assert plan_prediction(model, screen, 'inductive').options.adapt_rows is None
+    assert kinds == {2: ({'experiment'}, {'treatment'}), 30: ({'experiment and controls'}, {'treatment', 'negative_control', 'positive_control'})}
+
+def test_what_an_index_with_controls_needs_is_said(with_controls, tmp_path):
+    from rcic_fastai.predict.trained import build_index
+    from rcic_fastai.screen.open import open_screen
+    whole = open_screen(with_controls)
+    bare = whole[whole.table[(whole.table.well_type == 'treatment') | (whole.table.experiment != 'HUVEC-01')]]
+    refused(lambda: build_index(learner(screen_dls(bare, valid='none', bs=4, device='cpu')), with_controls=True, progress=False), 'HUVEC-01 has no control well', 'with_controls=True')
+    split = whole[whole.table[(whole.table.well_type == 'treatment') | ((whole.table.well_type == 'negative_control') == (whole.table.experiment == 'HUVEC-01'))]]
+    refused(lambda: build_index(learner(screen_dls(split, valid='none', bs=4, device='cpu')), with_controls=True, progress=False), 'No kind of control wells is in every experiment')
+    refused(lambda: recipe_from_dict({**RECIPES['best'].to_dict(), 'index': dict(with_controls='some')}), "with_controls='some'", 'true, false or auto')
 
 # A model that is continued
 

@@ -173,3 +173,42 @@ def test_maps_of_one_place_stay(screen):
     assert torch.equal(style_noise(x, torch.ones(4, 3), torch.ones(4, 3)), x)
     from rcic_fastai.train.domain import mix_style
     assert torch.equal(mix_style(x, torch.tensor([1, 0, 3, 2]), torch.full((4,), .5)), x)
+
+@pytest.mark.parametrize('cb', [DSU, AdversarialStyle])
+def test_a_training_whose_last_maps_are_of_one_place(screen, cb):
+    from rcic_fastai.train.learner import screen_learner
+    learn = screen_learner(loaders(screen, size=32), 'efficientnet-lite0', pretrained=None, emb_dim=16)
+    quiet(learn, lambda: learn.fit(1, 1e-3, cbs=cb(p=1., depth=1., seed=0)))
+    assert np.isfinite(learn.recorder.losses).all()
+
+def test_the_search_has_the_precision_of_the_training(screen):
+    "Which begins after it"
+    from fastai.callback.fp16 import MixedPrecision
+    class Bf16(MixedPrecision):
+        name = 'mixed_precision'
+        def before_fit(self):
+            self.autocast, self.scaler = torch.autocast('cpu', dtype=torch.bfloat16), torch.amp.GradScaler('cpu', enabled=False)
+            self.learn.scaler = self.scaler
+        def before_batch(self): self.autocast.__enter__()
+        def after_loss(self): self.autocast.__exit__(None, None, None)
+        def before_backward(self): pass
+        def before_step(self): pass
+        def after_step(self): pass
+        def after_fit(self): pass
+    learn, style, seen = learner(loaders(screen)), AdversarialStyle(p=1., seed=0), []
+    learn.model.neck.register_forward_hook(lambda m, given, e: seen.append(torch.is_autocast_enabled('cpu')))
+    quiet(learn, lambda: learn.fit(1, 1e-3, cbs=[style, Bf16()]))
+    assert seen and all(seen[:2])
+
+def test_all_processes_change_the_same_batches(screen, monkeypatch):
+    "However their own generators stand: those of a second fit differ"
+    from rcic_fastai.train import style
+    monkeypatch.setattr(style, 'from_first', lambda o: 7)
+    drawn = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        cb = DSU(p=.5)
+        cb.learn = learner(loaders(screen))
+        cb.before_fit()
+        drawn.append(cb.rng.random(5).tolist())
+    assert drawn[0] == drawn[1]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 import numpy as np, pandas as pd
-from fastcore.all import patch
+from fastcore.all import defaults, patch
 from ..core import *
 from ..screen.tables import *
 from .table import *
@@ -216,7 +216,9 @@ def _gpu():
     import faiss
     return faiss.StandardGpuResources() if hasattr(faiss, 'StandardGpuResources') and faiss.get_num_gpus() else None
 
-def _fits_gpu(n_queries, n_rows, k): return n_queries*n_rows >= LEAST_ON_GPU and k <= MOST_ON_GPU and _gpu() is not None
+def _fits_gpu(n_queries, n_rows, k):
+    "Return whether a search is worth a GPU, where there is one and the CPU was not asked for"
+    return n_queries*n_rows >= LEAST_ON_GPU and k <= MOST_ON_GPU and getattr(defaults, 'use_cuda', None) is not False and _gpu() is not None
 
 def _knn(q, x, k):
     "Find the `k` nearest rows of `x`: cosines and positions"

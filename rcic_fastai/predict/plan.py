@@ -433,30 +433,33 @@ def _recorded(model, name, asked, spec, c, given, chosen=''):
     return record
 
 def _control_notes(index, rows, adapt):
-    "Report experiments without the negative controls that the index takes its BatchNorm statistics of, beside the wells"
-    if not adapt or not (index.labels.get('batchnorm', pd.Series(dtype=object)) == WITH_CONTROLS).any(): return []
-    has = rows[rows.well_type == 'negative_control'].experiment
-    lacks = sorted({*rows.experiment.astype(str)} - {*has.astype(str)})
-    return [f'{first_few(lacks)} has no negative control, and the index takes BatchNorm statistics of these too: here they are of the wells alone.'] if lacks else []
+    "Report experiments without the controls that the index takes its BatchNorm statistics of, beside the wells"
+    notes = []
+    for kind in beside_kinds(index) if adapt else ():
+        lacks = sorted({*rows.experiment.astype(str)} - {*rows.experiment[rows.well_type == kind].astype(str)})
+        if lacks: notes.append(f'{first_few(lacks)} has no {kind.replace("_", " ")}, and the index takes BatchNorm statistics of these too: here they are of the other wells alone.')
+    return notes
 
 def _named_kinds(index): return set(index.labels.get('well_type', ['treatment']))
 
 def adapting_kinds(index, adapt_from):
     "Return the kinds of wells that BatchNorm statistics are taken of"
     if adapt_from == 'controls': return {'negative_control', 'positive_control'}
-    more = {'negative_control'} if (index.labels.get('batchnorm', pd.Series(dtype=object)) == WITH_CONTROLS).any() else set()
-    return _named_kinds(index) | more
+    return {*_named_kinds(index), *beside_kinds(index)}
 
 # %% ../../nbs/54_predict.plan.ipynb #fab90ef8
 ENOUGH_WELLS = 32     # for BatchNorm statistics, by bench/few_wells.py
 
 def _few_note(index, rows, way):
-    "Report experiments (or plates) with few wells to take BatchNorm statistics of, where the index has those of many"
+    "Report experiments (or plates) with few wells to take BatchNorm statistics of, where the index has those of many: wells like the indexed ones, and positive controls"
     by = ['experiment', 'plate'] if way.adapt == 'plate' else ['experiment']
-    if not way.adapt or way.asked == 'batch' or not {*by} <= {*index.labels}: return []
-    then = index.labels.groupby(by).well_id.nunique().median()
-    now = rows[rows.well_type.isin(way.kinds)].groupby(by).well_id.nunique()
-    few = now[(now < ENOUGH_WELLS) & (now <= then/2)]
+    if not way.adapt or way.asked == 'batch' or not {'experiment', 'well_id'} <= {*index.labels}: return []
+    then = index.labels.groupby('experiment').well_id.nunique().median()     # an index is adapted by experiment
+    alike = way.kinds & _named_kinds(index) or way.kinds
+    def count(kinds): return rows[rows.well_type.isin(kinds)].groupby(by).well_id.nunique()
+    wells, beside = count(alike), count(way.kinds - alike - {'negative_control'})
+    both = wells.add(beside, fill_value=0)
+    few = wells[(both < ENOUGH_WELLS) & (wells <= then/2)]
     if not len(few): return []
     names = first_few([' '.join(map(str, k if isinstance(k, tuple) else (k,))) for k in few.index], 3)
     return [f'{names}: BatchNorm statistics of {"as few as "*(len(few) > 1)}{plural(few.min(), "well")}, where the index has those of {then:.0f}; with fewer than {ENOUGH_WELLS}, adapting gained little or made answers worse where it was measured: '

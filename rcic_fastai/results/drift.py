@@ -368,6 +368,7 @@ def drift(self:TrainedModel,
     level:float=.05, # Chance that an experiment like those of training is found outside in anything
     most:int=256, # Sites that are embedded, of each experiment and kind of well
     tta:int=0, # Views per site; 0: as the index has them, which a model made by `train_screen` knows
+    only_present:bool=False, # Leave out sites whose files are absent
     progress:bool=True, # Show a progress bar
     bs:int=32, # Batch size
     workers:int=0, # Reader processes, for PNGs; a packed screen is read by threads
@@ -376,7 +377,7 @@ def drift(self:TrainedModel,
     _check_drift(self, protocol, level, most, bs, workers)
     views, unsure = _index_views(self, tta)
     screen = open_screen(screen, check=False)
-    if self.config.get('only_present'): screen = screen.complete(True)
+    if only_present or self.config.get('only_present'): screen = screen.complete(True)
     table = _without_labels(asked_experiments([self], screen, experiments).table, self.spec.target)
     asked = table[(table.dataset == 'test') & table.well_type.isin(EXPOSED)]
     if not len(asked): raise ScreenError(f'There is no treated well and no negative control to compare: choose {option("experiments", "EXP,EXP")}.')

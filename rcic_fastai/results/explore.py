@@ -586,8 +586,7 @@ def _no_controls(space, sites):
     if 'experiment' not in emb or 'well_type' not in sites: return ''
     beside = sites[sites['experiment'].isin(emb['experiment'].unique()) & ~sites['well_id'].isin(emb['well_id']) & (sites['well_type'] != 'treatment')]
     n = beside['well_id'].nunique()
-    do = f'embed them too, with {option("wells", "all")}'
-    if space.given: do += f', or leave {option("embeddings")} out'
+    do = f'leave {option("embeddings")} out and add {option("wells", "all")}' if space.given else f'embed them too, with {option("wells", "all")}'
     return f'{plural(n, "control well")} of the same experiments {"is" if n == 1 else "are"} not on the map: {do}.' if n else ''
 
 def _page_space(space, near, sites, wells, umap):

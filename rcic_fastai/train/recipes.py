@@ -288,7 +288,9 @@ def _check_entries(entry, given, takes):
     for k, choices in _CHOICES.items():
         if k in given and given[k] not in choices:
             raise ScreenError(f'{what} has {k}={given[k]!r}: choose from {", ".join(choices)}.')
-    for k in ('separate', 'with_controls', 'same_cell_type'):
+    if given.get('with_controls') not in (None, True, False, 'auto'):
+        raise ScreenError(f'{what} has with_controls={given["with_controls"]!r}: give true, false or auto.')
+    for k in ('separate', 'same_cell_type'):
         if not isinstance(given.get(k, False), bool):
             raise ScreenError(f'{what} has {k}={given[k]!r}: give true or false.')
     if not isinstance(given.get('search', ''), str):
@@ -398,8 +400,8 @@ _ALL = Stage('all', 12, {'stem':2e-3, 'body':2e-3, 'metadata':4e-3, 'neck':4e-3,
 
 RECIPES = {r.name: r for r in [
     Recipe('demo', [_HEAD, _ALL], about='A pretrained EfficientNet-Lite0 in a few minutes on two CPU cores'),
-    Recipe('best', [_HEAD, replace(_ALL, epochs=48, lr={k: 2*v for k, v in _ALL.lr.items()})], index=dict(tta=8), predict=dict(search='whiten=0.3,shrink=0.5'),
-           about='The demo recipe with four times the epochs and twice the learning rate, and an index of eight views that is whitened and shrunk to its classes'),
+    Recipe('best', [_HEAD, replace(_ALL, epochs=48, lr={k: 2*v for k, v in _ALL.lr.items()})], index=dict(tta=8, with_controls='auto'), predict=dict(search='whiten=0.3,shrink=0.5'),
+           about='The demo recipe with four times the epochs and twice the learning rate, and an index of eight views that is whitened and shrunk to its classes; BatchNorm statistics are of controls, too, where many different ones are on the plates'),
     Recipe('features', [], about='No training: pretrained features as they are')]}
 
 # %% ../../nbs/33_train.recipes.ipynb #82ae30fa
@@ -411,8 +413,8 @@ def _asked(recipe):
 def needs_controls(
     recipe:Recipe, # Any recipe
 )->bool:
-    "Return whether a training needs the negative controls, which it does not learn to name"
-    return 'control_batches' in [name for _, name, _ in _asked(recipe)] or bool(recipe.index.get('with_controls'))
+    "Return whether a training needs the control wells in any case, which it does not learn to name"
+    return 'control_batches' in [name for _, name, _ in _asked(recipe)] or recipe.index.get('with_controls') is True
 
 # %% ../../nbs/33_train.recipes.ipynb #ddb831b0
 def check_batches(

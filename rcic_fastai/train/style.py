@@ -6,13 +6,14 @@
 __all__ = ['STYLES', 'style_noise', 'DSU', 'statistics_kept', 'AdversarialStyle']
 
 # %% ../../nbs/32d_train.style.ipynb #5c3a0005
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
 from ..model.backbones import BagBody
 from ..model.model import *
+from .distributed import from_first
 from .domain import *
 
 # %% ../../nbs/32d_train.style.ipynb #5c3a0008
@@ -48,7 +49,7 @@ class DSU(Callback):
 
     def before_fit(self):
         self.places = style_places(self.model, self.depth)
-        if self.seed is None: self.rng = np.random.default_rng(torch.randint(2**31, ()).item())
+        if self.seed is None: self.rng = np.random.default_rng(from_first(torch.randint(2**31, ()).item()))     # all processes change the same batches
 
     def before_batch(self):
         self.after_pred()
@@ -134,6 +135,18 @@ class AdversarialStyle(DSU):
 def _keep(self:AdversarialStyle, module, inputs, output): self.emb = output
 
 @patch
+def precision(self:AdversarialStyle):
+    "Return the precision of the training, which is not there yet when a batch begins"
+    mixed = getattr(self.learn, 'mixed_precision', None)
+    return nullcontext() if mixed is None else mixed.autocast
+
+@patch
+def scaled(self:AdversarialStyle, loss):
+    "Return a loss that half precision can hold the gradients of: only their direction is used"
+    scaler = getattr(getattr(self.learn, 'mixed_precision', None), 'scaler', None)
+    return loss if scaler is None or not scaler.is_enabled() else loss*scaler.get_scale()
+
+@patch
 def gradients(self:AdversarialStyle)->list: # [2,N,F] for each place
     "Return the gradient of the loss with respect to the steps, at no step; keeps the embedding"
     model, loss_func, leaves, y = get_model(self.model), self.loss_func, [], self.yb
@@ -146,10 +159,11 @@ def gradients(self:AdversarialStyle)->list: # [2,N,F] for each place
     was_training = getattr(loss_func, 'training', False)
     try:
         if was_training: loss_func.eval()     # a scale that follows training does not follow this pass
-        with statistics_kept(model), torch.enable_grad():
+        with self.precision(), statistics_kept(model), torch.enable_grad():
             pred = model(*self.xb)
             pred = tuple(p[:len(y[0])] for p in pred) if isinstance(pred, tuple) else pred[:len(y[0])]
-            return [g.detach() for g in torch.autograd.grad(loss_func(pred, *y), leaves)]
+            # maps that no step moves, as those of one place, have gradient 0
+            return [g.detach() for g in torch.autograd.grad(self.scaled(loss_func(pred, *y)), leaves, allow_unused=True, materialize_grads=True)]
     finally:
         if was_training: loss_func.train()
         for h in hooks: h.remove()
