@@ -22,6 +22,7 @@ from rcic_fastai.all import *
 from rcic_fastai.core import write_atomic
 from rcic_fastai.embed.embed import eval_mode
 from rcic_fastai.embed.neck import SEARCHES, NeckIndex
+from rcic_fastai.predict.plan import as_test
 from rcic_fastai.predict.predict import best_class
 from rcic_fastai.screen.screen import store_fingerprint
 

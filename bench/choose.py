@@ -16,6 +16,7 @@ from machine import RESULTS, cpu_model, save
 from rcic_fastai.all import *
 from rcic_fastai.core import write_json
 from rcic_fastai.embed.neck import NeckIndex
+from rcic_fastai.predict.plan import as_test
 from rcic_fastai.screen.screen import store_fingerprint
 from rcic_fastai.train.recipes import RECIPES
 
@@ -84,7 +85,7 @@ def stored_rows():
     if not path.exists(): return {}
     d = json.loads(path.read_text())
     same = {k for k, v in json.loads(json.dumps(CANDIDATES)).items() if d['candidates'].get(k) == v}
-    return {r['candidate']: {'cpu': d['machine']['cpu'], **{k: v for k, v in r.items() if k != 'transductive'}} for r in d['rows'] if r['candidate'] in same}
+    return {r['candidate']: {'cpu': d['machine']['cpu'], **r} for r in d['rows'] if r['candidate'] in same}
 
 
 def main():

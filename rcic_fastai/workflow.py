@@ -398,7 +398,7 @@ def _also(table, recipe, given):
     needs = pd.Series(False, table.index)
     pretrain = given['pretrain'] or recipe.pretrain
     learned = table.dataset.isin(('train', 'val'))
-    if pretrain or needs_controls(recipe) or control_kinds(table[learned], recipe.index.get('with_controls')):
+    if pretrain or needs_controls(recipe) or controls_beside(table[learned], recipe.index.get('with_controls')):
         needs |= learned & (table.well_type != 'treatment')
     if pretrain.startswith('simsiam'): needs |= table.dataset == 'train'
     if given['pseudo'] or recipe.pseudo or pretrain == 'simsiam_test':

@@ -10,6 +10,7 @@ from fastai.vision.all import PadMode, nn
 from helpers import refused
 from rcic_fastai import cli
 from rcic_fastai.batch.augment import PUBLISHED_AUGS
+from rcic_fastai.core import ScreenError
 from rcic_fastai.batch.data import rare_weights, screen_dls, split_images
 from rcic_fastai.embed.embed import SCALED_VIEWS
 from rcic_fastai.embed.table import read_embeddings
@@ -481,3 +482,17 @@ def test_profiles_and_report_of_images_on_no_plate(models, atlas, tmp_path, caps
     capsys.readouterr()
     assert cli.rcic_explore([str(models/'hpa46'), str(atlas), str(tmp_path/'x.html')]) == 2
     assert 'write a report of it (rcic_report)' in capsys.readouterr().err and not (tmp_path/'x.html').exists()
+
+
+def test_a_dose_is_found_by_any_of_its_names(tmp_path):
+    "As the README says it, whatever the column is called: in a training, in profiles, and where it is the dose itself"
+    from rcic_fastai.embed.hits import target_columns
+    from rcic_fastai.screen.tables import with_target
+    t = pd.DataFrame(dict(sirna=['a', 'a', 'b'], Concentration=[1., 10., 1.]))
+    for said in ('compound+dose', 'compound+concentration', 'sirna+Concentration', 'Compound+conc'):
+        assert with_target(t, said)[said].tolist() == ['a @ 1', 'a @ 10', 'b @ 1']
+        assert target_columns(t, said) == (['sirna', 'Concentration'], 'Concentration')
+    assert target_columns(t, 'compound', 'dose') == (['sirna', 'Concentration'], 'Concentration')
+    two = t.assign(dose_of_day_2=1.)
+    for f in (lambda: with_target(two, 'compound+dose'), lambda: target_columns(two, 'compound+dose'), lambda: target_columns(two, 'compound', 'dose')):
+        with pytest.raises(ScreenError, match='dose'): f()

@@ -194,3 +194,16 @@ def test_which_wells_beside_them_count():
     assert '16 wells' in said(every, treatment=16, positive_control=15)[0]
     assert said(every, treatment=16, positive_control=16) == said(every, treatment=21) == []
     assert '4 wells' in said({'positive_control', 'negative_control'}, positive_control=2, negative_control=2, treatment=40)[0]
+
+def test_controls_that_nobody_marked_are_said(tmp_path):
+    "A new batch without a layout: its controls are wells like others; not where some are marked, and not of a model of plates without controls"
+    from helpers import learner, simulate_screen
+    from rcic_fastai.batch.data import screen_dls
+    from rcic_fastai.predict.plan import plan_prediction
+    simulate_screen(tmp_path/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=0, progress=False)
+    screen = open_screen(tmp_path/'screen')
+    unmarked = screen[screen.table[screen.table.well_type == 'treatment']]
+    for given, asked, words in ((screen, screen, 0), (screen, unmarked, 1), (unmarked, unmarked, 0)):
+        model = learner(screen_dls(given, valid='none', bs=8, device='cpu')).to_model(tta=1, progress=False)
+        found = [o for o in plan_prediction(model, asked, 'inductive', tta=1).notes if 'marked as a control' in o]
+        assert len(found) == words and all('HUVEC-17' in o and 'layout' in o for o in found)

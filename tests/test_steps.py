@@ -734,3 +734,17 @@ def test_pseudo_labels_need_test_wells(here, capsys):
     train(here, 'never', '--pseudo 3', 2, 'train.zarr')
     assert 'no test row of a treatment well' in capsys.readouterr().err and not list(here.glob('never*'))
     refused(here, '--pseudo -1', '--pseudo -1', capsys)
+
+
+def test_a_model_that_learned_nothing_goes_the_whole_way(here, tmp_path, capsys):
+    "The four commands of the README: a folder without an epoch is read back"
+    recipe = written(tmp_path, 'none', stages=[])
+    assert cli.rcic_train(f'{here}/s.zarr {tmp_path}/m --recipe {recipe} --pretrained no --tta 1 --norm plate --valid none'.split()) == 0
+    assert list(load_model(tmp_path/'m').history) == ['stage', 'epoch'] and not len(load_model(tmp_path/'m').history)
+    assert cli.rcic_embed(f'{tmp_path}/m {here}/s.zarr {tmp_path}/p.parquet --tta 1'.split()) == 0
+    assert cli.rcic_hits(f'{tmp_path}/p.parquet {tmp_path}/hits.csv'.split()) == 0
+    assert cli.rcic_report(f'{tmp_path}/m {here}/s.zarr {tmp_path}/r.html'.split()) == 0
+    assert (tmp_path/'r.html').stat().st_size > 10_000 and 'Traceback' not in capsys.readouterr().err
+    again = load_model(tmp_path/'m')
+    (tmp_path/'m'/'history.csv').write_text('\n')      # as it was written once
+    assert not len(again.history)

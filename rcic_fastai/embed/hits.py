@@ -24,7 +24,9 @@ from .metrics import *
 from .choose import *
 
 # %% ../../nbs/45_embed.hits.ipynb #c2259910
-_DOSES = ('dose', 'concentration', 'conc', 'dose_um', 'concentration_um', 'mmoles_per_liter', 'pert_dose')
+def _doses(m):
+    "Return the columns of doses"
+    return [*dose_columns(m), *(c for c in m if usual_name(c) == usual_name('mmoles_per_liter'))]
 
 def target_columns(
     m:pd.DataFrame, # Metadata
@@ -32,16 +34,14 @@ def target_columns(
     dose:str='', # Column of the doses; empty: one of the target that is called dose or concentration, if there is one
 )->tuple: # (names of the columns, the dose last; the column of the doses, '' for none)
     "Return the columns that make a perturbation"
-    def known(name):
-        means_sirna = usual_name(name) in map(usual_name, USUAL_NAMES['sirna'].split())
-        return 'sirna' if name not in m and 'sirna' in m and means_sirna else name
+    def known(name): return column_called(m, name) or ('sirna' if 'sirna' in m and usual_name(name) == 'gene' else name)
     names = [known(c.strip()) for c in str(target).split('+') if c.strip()]
     lacks = [c for c in names if c not in m]
-    strange = option('dose', dose) if dose and dose not in m else ''
+    strange, dose = option('dose', dose) if dose and not column_called(m, dose) else '', column_called(m, dose) if dose else ''
     if lacks or not names: strange = f'{option("target", target)} names {first_few(lacks) or "nothing"}, which'
     if strange:
         raise ScreenError(f'{strange} is no column of the profiles: they have {first_few(m.columns, 30)}.')
-    dose = dose or next((c for c in names if usual_name(c) in map(usual_name, _DOSES)), '')
+    dose = dose or next((c for c in names if c in _doses(m)), '')
     names = [c for c in dict.fromkeys(names) if c != dose]
     if not names:
         raise ScreenError(f'{option("target", target)} names doses only: '
@@ -387,7 +387,7 @@ def _trained_note(m, trained):
 def _dose_notes(m, table):
     "Return a sentence for each column of doses that is no part of the perturbations, where these have several"
     names, notes = [c for c in m if c in table and c != 'n_wells'], []
-    for c in [c for c in m if c not in table and usual_name(c) in map(usual_name, _DOSES)]:
+    for c in [c for c in _doses(m) if c not in table]:
         doses = m[~m.is_control].groupby(names)[c].nunique()
         if not (n := int((doses > 1).sum())): continue
         target = '+'.join([*names, c])

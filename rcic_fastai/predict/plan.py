@@ -343,7 +343,15 @@ def _notes_on_search(way, everything, asked, spec, given):
 def _notes_on_wells(model, whole, asked, way, c, given):
     "Return what users should read of the wells, before they believe the answers"
     from_controls = [_FROM_CONTROLS.format(all=option('adapt_from', 'all'))] if way.adapt and given['adapt_from'] == 'controls' else []
-    return [*unknown_notes(model.spec, asked.table, INDUCTIVE_MASK), *model.screen_notes(asked), *from_controls, *_threshold_note(model, c), *_control_plates(whole, given['wells'])]
+    return [*unknown_notes(model.spec, asked.table, INDUCTIVE_MASK), *model.screen_notes(asked), *from_controls, *_threshold_note(model, c), *_control_plates(whole, given['wells']), *_unmarked(model, whole)]
+
+def _unmarked(model, screen):
+    "Return a note where no well is marked as a control, though those that were learned from stood beside controls"
+    had = any(row['wells'] == 'negative_control' for row in model.config['data'].get('exposure', ()))
+    test = screen.test.table
+    if not had or not has_plates(test) or (test.well_type != 'treatment').any(): return []
+    return [f'No well of {first_few(sorted(test.experiment.astype(str).unique()), 3)} is marked as a control, and the model learned from plates with controls: wells that are controls are named like the others, '
+            f'unless they are marked when the screen is packed ({option("layout")}; only the controls need a name).']
 
 def _control_plates(screen, wells):
     "Return a note of the test plates that are left out, if there are any"
@@ -435,7 +443,7 @@ def _recorded(model, name, asked, spec, c, given, chosen=''):
 def _control_notes(index, rows, adapt):
     "Report experiments without the controls that the index takes its BatchNorm statistics of, beside the wells"
     notes = []
-    for kind in beside_kinds(index) if adapt else ():
+    for kind in index_controls(index) if adapt else ():
         lacks = sorted({*rows.experiment.astype(str)} - {*rows.experiment[rows.well_type == kind].astype(str)})
         if lacks: notes.append(f'{first_few(lacks)} has no {kind.replace("_", " ")}, and the index takes BatchNorm statistics of these too: here they are of the other wells alone.')
     return notes
@@ -445,7 +453,7 @@ def _named_kinds(index): return set(index.labels.get('well_type', ['treatment'])
 def adapting_kinds(index, adapt_from):
     "Return the kinds of wells that BatchNorm statistics are taken of"
     if adapt_from == 'controls': return {'negative_control', 'positive_control'}
-    return {*_named_kinds(index), *beside_kinds(index)}
+    return {*_named_kinds(index), *index_controls(index)}
 
 # %% ../../nbs/54_predict.plan.ipynb #fab90ef8
 ENOUGH_WELLS = 32     # for BatchNorm statistics, by bench/few_wells.py

@@ -11,7 +11,6 @@ __all__ = ['SCALES', 'plate_array', 'plate_map', 'accuracy_plot', 'plate_maps', 
 from fastai.vision.all import *
 from ..core import *
 from ..screen.tables import *
-from ..screen.open import dose_columns
 from ..batch.site import *
 from ..embed.table import *
 from ..embed.plots import group_styles, legend_below, principal_plane, scatter_groups, short_text

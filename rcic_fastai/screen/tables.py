@@ -9,10 +9,10 @@ __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'CONTROLS', 'SITE_COLUMNS', '
            'whole_numbers', 'own_well_names', 'numbers_if_exact', 'decimal_commas', 'check_header', 'read_csv',
            'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table', 'usual_name', 'well_type_of',
            'as_columns', 'complete_types', 'usual_columns', 'names_files', 'control_kinds', 'well_types',
-           'further_columns', 'with_target', 'names_perturbations', 'is_site_table', 'has_plates', 'check_table',
-           'split_labels', 'in_order', 'join_labels', 'label_matrix', 'sirna_groups', 'most_frequent',
-           'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments', 'experiment_folds',
-           'wilds_split', 'real_data']
+           'further_columns', 'dose_columns', 'column_called', 'with_target', 'names_perturbations', 'is_site_table',
+           'has_plates', 'check_table', 'split_labels', 'in_order', 'join_labels', 'label_matrix', 'sirna_groups',
+           'most_frequent', 'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments',
+           'experiment_folds', 'wilds_split', 'real_data']
 
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
 from importlib.resources import files
@@ -554,12 +554,31 @@ def further_columns(
 # a gene may have several siRNAs, so that it is not another name for them
 _PERTURBATION = {usual_name(o) for o in USUAL_NAMES['sirna'].split()} - {'gene'}
 
+_DOSE = re.compile(r'(?i)dose|concentration|(?<![a-z])conc(?![a-z])')
+
+def dose_columns(
+    table:pd.DataFrame, # Site table, or one of wells
+)->list: # Names
+    "Return the further columns that hold doses, by their names"
+    return [c for c in table if c not in SITE_COLUMNS and _DOSE.search(str(c))]
+
+def column_called(
+    table:pd.DataFrame, # Site table, or one of wells or profiles, with columns of this library
+    name:str, # As a user says it
+)->str: # A column of the table; empty: it has none of that name
+    "Return the column that a name means: itself, or in other letters; what perturbations are usually called, but for their gene, is sirna; dose or concentration is the only column of doses"
+    if name in table: return name
+    if 'sirna' in table and usual_name(name) in _PERTURBATION: return 'sirna'
+    alike, doses = [c for c in table if usual_name(c) == usual_name(name)], dose_columns(table)
+    if not alike and usual_name(name) in ('dose', 'concentration', 'conc'): alike = doses
+    return alike[0] if len(alike) == 1 else ''
+
 def _target_column(table, name):
-    "Return the column of a table with a name; what the perturbation is usually called, but for its gene, is that of sirna"
-    if name in table: return table[name]
-    if 'sirna' in table and usual_name(name) in _PERTURBATION: return table['sirna']
+    "Return the column of a table with a name, see `column_called`"
+    if c := column_called(table, name): return table[c]
+    pair = f'sirna+{(dose_columns(table) or ["dose"])[0]}'
     raise ScreenError(f'The site table has no column {name!r}: choose the target from '
-                      f'{", ".join(map(str, table.columns))}, or two of them, such as sirna+dose.')
+                      f'{", ".join(map(str, table.columns))}, or two of them, such as {pair}.')
 
 def with_target(
     table:pd.DataFrame, # Site table

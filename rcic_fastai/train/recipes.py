@@ -765,5 +765,5 @@ def fit_recipe(self:Learner,
             found, spent = None, 0.
         with agreed():
             if came.is_set(): _end_late()
-    self.history = pd.DataFrame(log.rows)
+    self.history = pd.DataFrame(log.rows, columns=None if log.rows else ['stage', 'epoch'])
     return pd.DataFrame(reached).dropna(axis=1, how='all')
