@@ -14,7 +14,7 @@ best, minutes of 0.1    `best` with as many epochs as take the time of 13 epochs
 best                    50 epochs
 
 Every model learns all training experiments (nothing is held out) through `train_screen`, and the test experiments are named by `model.predict` under each protocol, with what the recipe and the library choose. They are read once with each model. Gains over `demo` are paired
-by seed. What a run gave is kept in FOLDER (default: bench/runs), so that an interrupted benchmark continues. Stores bench/results/best.json.
+by seed. What a run gave is kept in FOLDER (default: bench/runs), so that an interrupted benchmark continues; screens of which nothing is there keep the rows that are stored. Stores bench/results/best.json.
 
 `--speeds FOLDER` measures how much faster a training step is than that of a checkout of version 0.1 (`git worktree add FOLDER 22b8857`): epochs of each in turns, in processes of their own, seconds of all cores together.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 from ablation import DEMO
-from machine import RESULTS, save
+from machine import RESULTS, cpu_model, save
 from rcic_fastai.all import *
 from rcic_fastai.core import write_json
 from rcic_fastai.screen.screen import store_fingerprint
@@ -139,7 +139,7 @@ def rows_of(done, name):
         runs = {s: r for (screen, model, s), r in done.items() if (screen, model) == (name, m)}
         if not runs: continue
         beside = {s: r for (screen, model, s), r in done.items() if (screen, model) == (name, 'demo')}
-        row = dict(screen=name, model=m, epochs=next(iter(runs.values())).get('epochs', 0))
+        row = dict(screen=name, model=m, epochs=next(iter(runs.values())).get('epochs', 0), cpu=sorted({r['cpu'] for r in runs.values()}))
         for p in PROTOCOLS:
             row[p] = with_range([r[p]['accuracy'] for r in runs.values()])
             gains = [r[p]['accuracy'] - beside[s][p]['accuracy'] for s, r in runs.items() if s in beside]
@@ -171,6 +171,7 @@ def main():
     done = {}
     for seed in args.seeds:
         for name in args.screens:
+            if args.put_together and not packed(name, args.runs)[0].exists(): continue
             screen = screen_named(name, args.runs)
             for m in args.only:
                 path = args.runs/f"best-{name}-{m.replace(', ', '-').replace(' ', '_')}-{seed}.json"
@@ -182,11 +183,13 @@ def main():
                 elif args.put_together: continue
                 else:
                     start = time.time()
-                    kept_run = dict(facts=facts, result=run(m, screen, seed, args.runs, epochs.get(m, 0)), seconds=round(time.time() - start))
+                    kept_run = dict(facts=facts, result=run(m, screen, seed, args.runs, epochs.get(m, 0)), seconds=round(time.time() - start), cpu=cpu_model())
                     write_json(path, kept_run)
                     print(name, m, seed, {q: round(kept_run['result'][q]['accuracy'], 3) for q in PROTOCOLS}, f"{kept_run['seconds']} s", flush=True)
-                done[name, m, seed] = kept_run['result']
-    rows = [r for name in args.screens for r in rows_of(done, name)]
+                done[name, m, seed] = {**kept_run['result'], 'cpu': kept_run['cpu']}
+    if not done: raise SystemExit(f'best: there is no run in {args.runs}.')
+    known = json.loads(stored.read_text())['rows'] if stored.exists() else []
+    rows = [r for name in ('calibrated', 'confirming') for r in rows_of(done, name) or [o for o in known if o['screen'] == name]]
     print(pd.DataFrame([{'screen': r['screen'], 'model': r['model'], 'epochs': r['epochs'], **{q: '{mean:.3f} ({low:.3f} to {high:.3f})'.format(**r[q]) for q in PROTOCOLS}} for r in rows]).to_string(index=False))
     save('best', speed=speed, asked=ASKED, before=BEFORE, rows=rows, chance=round(1/48, 4))
 

@@ -5620,6 +5620,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'rcic_fastai.workflow._rows_of': ('workflow.html#_rows_of', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow._say_changed': ('workflow.html#_say_changed', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow._say_data': ('workflow.html#_say_data', 'rcic_fastai/workflow.py'),
+                                      'rcic_fastai.workflow._say_skipped': ('workflow.html#_say_skipped', 'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow._screen_to_learn': ( 'workflow.html#_screen_to_learn',
                                                                                  'rcic_fastai/workflow.py'),
                                       'rcic_fastai.workflow._search_again': ('workflow.html#_search_again', 'rcic_fastai/workflow.py'),

@@ -1027,6 +1027,12 @@ def _train_cell_types(args, recipe):
     print(f'{out}: models of {", ".join(done)}, which answer as one')
     return load_cell_types(out)
 
+# %% ../nbs/71_workflow.ipynb #83c5abd3
+def _say_skipped(recipe, changed, epochs):
+    "Print which stages have no epoch left"
+    gone = [a.name for a, b in zip(recipe.stages, changed.stages) if a.epochs and not b.epochs]
+    if gone and not rank_world()[0]: print(f'note: {option("epochs", epochs)} leaves no epoch for {plural(len(gone), "stage")} of {recipe.name}, {first_few(gone)}.')
+
 # %% ../nbs/71_workflow.ipynb #828eb844
 def train_screen(
     screen, # A `Screen`, or where one is: packed, or a folder with tables and images
@@ -1071,6 +1077,7 @@ def train_screen(
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
     args = dict(locals(), phase='')
     r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
+    _say_skipped(get_recipe(recipe), r, epochs)
     r = _with_search(r, search)
     _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, PRETRAIN)

@@ -748,3 +748,17 @@ def test_a_model_that_learned_nothing_goes_the_whole_way(here, tmp_path, capsys)
     again = load_model(tmp_path/'m')
     (tmp_path/'m'/'history.csv').write_text('\n')      # as it was written once
     assert not len(again.history)
+
+
+def test_typos_in_recipes_are_answered_with_what_was_meant(tmp_path):
+    from helpers import refused
+    refused(lambda: get_recipe('demoo'), 'did you mean demo?')
+    refused(lambda: get_recipe(tmp_path/'mine.json'), 'There is no file', 'mine.json')
+    odd = written(tmp_path, 'odd', stages=[dict(name='all', epochs=1, lr=1e-3, loss='adacoss')])
+    refused(lambda: get_recipe(odd), 'odd.json: ', 'adacoss')
+
+
+def test_a_stage_without_an_epoch_is_said(here, tmp_path, capsys):
+    two = written(tmp_path, 'two', stages=[dict(name='head', epochs=1, lr=1e-3, parts='head', loss='adacos'), dict(name='all', epochs=9, lr=1e-3, loss='adacos')])
+    assert cli.rcic_train(f'{here}/s.zarr {tmp_path}/m --recipe {two} --pretrained no --tta 1 --valid none --epochs 1'.split()) == 0
+    assert 'note: --epochs 1 leaves no epoch for 1 stage of two, head.' in capsys.readouterr().out

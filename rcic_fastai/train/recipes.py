@@ -8,7 +8,7 @@ __all__ = ['CALLBACKS', 'PRETRAIN', 'RECIPES', 'LOGS', 'Stage', 'Recipe', 'stage
            'epoch_logs', 'EpochLog']
 
 # %% ../../nbs/33_train.recipes.ipynb #ed601dd4
-import inspect, json, sys, time
+import difflib, inspect, json, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
@@ -453,11 +453,14 @@ def get_recipe(
     if not p.is_file():
         published = ' (import rcic_fastai.train.systems for the published systems)'
         if 'rcic_fastai.train.systems' in sys.modules: published = ''
-        raise ScreenError(f'There is no recipe {str(recipe)!r}: '
+        if p.suffix == '.json': raise ScreenError(f'There is no file {p}: give a recipe as Recipe.to_dict does, in JSON, or its name, such as demo.')
+        near = difflib.get_close_matches(str(recipe), RECIPES, 2)
+        meant = f'did you mean {" or ".join(near)}? If not, ' if near else ''
+        raise ScreenError(f'There is no recipe {str(recipe)!r}: {meant}'
                           f'choose from {", ".join(RECIPES)}{published}, or name a JSON file.')
     try: return recipe_from_dict(json.loads(read_plain(p, 2**20)))
+    except ScreenError as e: raise ScreenError(f'{p}: {e}') from None
     except ValueError as e:
-        if isinstance(e, ScreenError): raise
         raise ScreenError(f'{p} is not JSON ({e}): write a recipe as Recipe.to_dict gives it.') from None
 
 # %% ../../nbs/33_train.recipes.ipynb #3c560bba
