@@ -1028,10 +1028,12 @@ def _train_cell_types(args, recipe):
     return load_cell_types(out)
 
 # %% ../nbs/71_workflow.ipynb #83c5abd3
-def _say_skipped(recipe, changed, epochs):
-    "Print which stages have no epoch left"
-    gone = [a.name for a, b in zip(recipe.stages, changed.stages) if a.epochs and not b.epochs]
+def _as_asked(recipe, epochs, lr):
+    "Return the recipe with another number of epochs or another rate, and what was changed; print which stages have no epoch left"
+    res, what = recipe.changed(epochs, lr)
+    gone = [a.name for a, b in zip(recipe.stages, res.stages) if a.epochs and not b.epochs]
     if gone and not rank_world()[0]: print(f'note: {option("epochs", epochs)} leaves no epoch for {plural(len(gone), "stage")} of {recipe.name}, {first_few(gone)}.')
+    return res, what
 
 # %% ../nbs/71_workflow.ipynb #828eb844
 def train_screen(
@@ -1076,8 +1078,7 @@ def train_screen(
 )->TrainedModel: # Also saved in `out`; None in all processes but the first. Of several models: {name: model}, or `CellTypeModels`
     "Train on the training experiments of a screen and write a model folder; interrupted, it continues with resume"
     args = dict(locals(), phase='')
-    r, args['changed'] = get_recipe(recipe).changed(epochs, lr)
-    _say_skipped(get_recipe(recipe), r, epochs)
+    r, args['changed'] = _as_asked(get_recipe(recipe), epochs, lr)
     r = _with_search(r, search)
     _check_training(size, bs, tta or r.index.get('tta', 4), r.index.get('views', 'dihedral'), seed=seed, sites=sites, workers=workers)
     if pretrain: check_choice('pretrain', pretrain, PRETRAIN)

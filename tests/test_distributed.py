@@ -208,6 +208,7 @@ from rcic_fastai.train.controls import difference_learner
 from rcic_fastai.train.distributed import *
 from rcic_fastai.train.domain import *
 from rcic_fastai.train.learner import screen_learner
+from rcic_fastai.train.style import DSU
 from rcic_fastai.screen.open import open_screen
 screen_ = open_screen(Path(sys.argv[1]))
 rank, world = rank_world()
@@ -238,9 +239,9 @@ def fit(name, cbs, make=screen_learner):
     dls = screen_dls(screen_, valid='HUVEC-02', bs=8, device='cpu', seed=5, batch_by='experiment', batch_groups=2)
     learn, note = make(dls, 'test_efficientnet', pretrained=None, emb_dim=16, seed=0), Note()
     with learn.no_bar(), learn.no_logging(), learn.sharded(): learn.fit(2, 1e-2, cbs=[*cbs, note])
-    return dict(note.found, end=dict(model=sums([learn.model])))
+    return dict(note.found, end=dict(model=sums([learn.model]), styles=[float(o) for cb in cbs if isinstance(cb, DSU) for o in cb.rng.random(3)]))
 
-made = dict(coral=[CORAL()], wasserstein=[SlicedWasserstein(directions=4)], reversal=[GradientReversal(hidden=8)], ema=[EMA(.8)], teacher=[MeanTeacher(.8)], own=[Own()])
+made = dict(coral=[CORAL()], wasserstein=[SlicedWasserstein(directions=4)], reversal=[GradientReversal(hidden=8)], ema=[EMA(.8)], teacher=[MeanTeacher(.8)], own=[Own()], style=[DSU()])
 said = {k: fit(k, v) for k, v in made.items()}
 said['controls'] = fit('controls', [EMA(.8)], difference_learner)
 (Path(sys.argv[2])/f'{rank}.json').write_text(json.dumps(said))
@@ -251,7 +252,7 @@ def test_what_callbacks_train_is_the_same_in_all_processes(tmp_path):
     simulate_screen(tmp_path/'screen', ['HUVEC-01', 'HUVEC-02', 'HUVEC-03'], sirnas=8, size=32, plates=1, controls=2, progress=False)
     for r in two_processes(TRAINABLE, tmp_path/'screen', tmp_path, env=ENV): assert not r.returncode, (r.stdout + r.stderr)[-3000:]
     a, b = (json.loads((tmp_path/f'{i}.json').read_text()) for i in (0, 1))
-    assert set(a) == {'coral', 'wasserstein', 'reversal', 'ema', 'teacher', 'own', 'controls'}
+    assert set(a) == {'coral', 'wasserstein', 'reversal', 'ema', 'teacher', 'own', 'style', 'controls'} and len(a['style']['end']['styles']) == 3
     for what in a:
         for when in a[what]:
             for name in a[what][when]: assert np.allclose(a[what][when][name], b[what][when][name], rtol=1e-6, atol=1e-6, equal_nan=True), (what, when, name)

@@ -16,6 +16,7 @@ from ..core import *
 from ..screen.tables import *
 from ..batch.loader import *
 from ..model.losses import AdaCos
+from .style import DSU
 
 # %% ../../nbs/36_train.distributed.ipynb #8580c79c
 def rank_world()->tuple: # (number of this process, from 0; how many there are)
@@ -215,6 +216,8 @@ class _Sharded(Callback):
         self.learn.model = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
         self.undo.append(partial(setattr, self.learn, 'model', model))
         if rank: self.learn.logger = noop
+        for cb in self.learn.cbs:     # a style moves the same batches in all processes
+            if isinstance(cb, DSU): cb.rng = from_first(cb.rng)
 
     def _connect_losses(self, model):
         "Let AdaCos see the cosines of all processes"

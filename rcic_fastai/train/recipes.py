@@ -288,11 +288,9 @@ def _check_entries(entry, given, takes):
     for k, choices in _CHOICES.items():
         if k in given and given[k] not in choices:
             raise ScreenError(f'{what} has {k}={given[k]!r}: choose from {", ".join(choices)}.')
-    if given.get('with_controls') not in (None, True, False, 'auto'):
-        raise ScreenError(f'{what} has with_controls={given["with_controls"]!r}: give true, false or auto.')
-    for k in ('separate', 'same_cell_type'):
-        if not isinstance(given.get(k, False), bool):
-            raise ScreenError(f'{what} has {k}={given[k]!r}: give true or false.')
+    for k, more in dict(separate=(), same_cell_type=(), with_controls=('auto',)).items():
+        if not isinstance(given.get(k, False), bool) and given[k] not in more:
+            raise ScreenError(f'{what} has {k}={given[k]!r}: give {"true, false or auto" if more else "true or false"}.')
     if not isinstance(given.get('search', ''), str):
         raise ScreenError(f'{what} has {given["search"]!r} as its search: give text, such as auto.')
     if 'lr' in given: part_lrs(given['lr'])

@@ -13,7 +13,6 @@ from ..core import *
 from ..screen.tables import *
 from ..model.backbones import BagBody
 from ..model.model import *
-from .distributed import from_first
 from .domain import *
 
 # %% ../../nbs/32d_train.style.ipynb #5c3a0008
@@ -49,7 +48,7 @@ class DSU(Callback):
 
     def before_fit(self):
         self.places = style_places(self.model, self.depth)
-        if self.seed is None: self.rng = np.random.default_rng(from_first(torch.randint(2**31, ()).item()))     # all processes change the same batches
+        if self.seed is None: self.rng = np.random.default_rng(torch.randint(2**31, ()).item())
 
     def before_batch(self):
         self.after_pred()
