@@ -453,7 +453,8 @@ def training_notes(
     said = _held_note(wells.experiment.nunique(), held, plates, nothing)
     notes = [said] if said else []
     if names_perturbations(target):
-        doses, unnamed = [] if '+' in target else dose_notes(wells), unnamed_note(wells)
+        doses = undosed_notes(wells, [c for c in dose_columns(wells) if c in target.split('+')]) if '+' in target else dose_notes(wells)
+        unnamed = unnamed_note(wells)
         notes += [f'{o}.' for o in [*doses, *([unnamed] if unnamed else [])]]
     is_number = target in wells and target not in SITE_COLUMNS and pd.api.types.is_numeric_dtype(wells[target])
     if is_number:

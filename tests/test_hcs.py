@@ -675,9 +675,12 @@ def test_wells_that_do_not_fit(two):
     t, _ = read(WELLS.replace('b2', 'd5'), partial=True)
     assert t.sirna[t.well_id == 'EXP_P1_B02'].isna().all() and len(t) == 8
     complains('the plates have 1', f=lambda: read(WELLS[1:]))
-    many = pd.concat([WELLS, pd.DataFrame(dict(plate='P1', well=[f'F{c:02d}' for c in range(1, 15)]))])
+    many = pd.concat([WELLS, pd.DataFrame(dict(plate='P1', well=[f'F{c:02d}' for c in range(1, 15)], sirna='x'))])
     complains('14 wells', 'P1 F10 and 4 more', '(none)', f=lambda: read(many))
     complains('4 wells', f=lambda: read(WELLS.assign(plate='X' + WELLS.plate), partial=True))
+    complains('the plate p1 (2 wells) without pictures', 'did you mean P1?', f=lambda: read(WELLS.assign(plate=WELLS.plate.replace('P1', 'p1')), partial=True))
+    blank = pd.concat([WELLS, pd.DataFrame(dict(plate='P1', well=['F01'], sirna=[None]))])
+    assert len(read(blank)[0]) == len(read(WELLS)[0])
     complains('1 well more than once (P1 B02)', f=lambda: read(pd.concat([WELLS, WELLS[:1]])))
     complains('no column of the well', f=lambda: read(WELLS.drop(columns='well')))
     complains('no rows', f=lambda: read(WELLS[:0]))

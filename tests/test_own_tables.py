@@ -656,3 +656,26 @@ def test_perturbations_that_differ_only_in_spelling_are_said(tmp_path):
         return '; '.join(missing_parts(open_screen(saved(df, tmp_path/'f/load_data.csv'))))
     assert 'Taxol and taxol differ only in spelling' in said('Taxol', 'taxol')
     assert 'differ only' not in said('Taxol', 'taxol 2')
+
+
+def test_wells_without_a_dose_are_said(tmp_path):
+    from rcic_fastai.screen.open import dose_notes
+    from rcic_fastai.workflow import training_notes
+    df = table(tmp_path/'f', compound='x', plates=('P1', 'P2'), batch='May')
+    for doses, n in (([1, None], 1), ([None, None], 0), ([1, 2], 0)):
+        wells = open_screen(saved(df.assign(dose=[doses[p == 'P2'] for p in df.Metadata_Plate]), tmp_path/'f/load_data.csv')).wells
+        said = dose_notes(wells)
+        assert sum('a perturbation and no dose in the column dose (' in o and 'x beside x @ 1' in o for o in said) == n
+        assert sum('no dose in the column dose' in o for o in training_notes(wells, 'sirna+dose')) == n == sum('no dose' in o for o in training_notes(wells, 'sirna'))
+
+
+@pytest.mark.parametrize('word, is_said', [('NA', 1), ('n/a', 1), ('nan', 1), ('None', 1), ('empty', 1), ('-', 1), ('NAC', 0), ('x', 0)])
+def test_a_word_for_an_empty_well_is_said(tmp_path, word, is_said):
+    df = table(tmp_path/'f', compound=word, batch='May')
+    said = '; '.join(missing_parts(open_screen(saved(df, tmp_path/'f/load_data.csv'))))
+    assert (f'{word} is the perturbation of' in said and 'leave the cell empty' in said and f"controls=dict(negative_control=['{word}'])" in said) == bool(is_said)
+
+
+def test_a_row_with_too_many_cells_is_named(tmp_path):
+    (tmp_path/'l.csv').write_text('well,compound\nA01,x\nA02,x,y,z\n')
+    with pytest.raises(ScreenError, match='l.csv, row 3, has 4 cells, and the rows before it 2'): read_table(tmp_path/'l.csv')

@@ -86,6 +86,13 @@ def test_channels_by_number_name_and_order(tmp_path):
     refused(lambda: read_pattern(tmp_path, PLAIN, channels=['DNA']), 'no channel DNA', 'it has 1, 2')
 
 
+def test_names_of_channels_that_are_numbers_are_told_how(folder, capsys):
+    refused(lambda: read_pattern(folder, PLAIN, channels=['DNA', 'ER']), 'it has 1, 2; to name them, say which is which, such as', "channels=dict(DNA='1', ER='2')")
+    for odd in (['1', 'ER'], ['3'], dict(DNA='3'), ['a', 'b', 'c']): assert 'which is which' not in refused(lambda: read_pattern(folder, PLAIN, channels=odd), 'has no channel')
+    assert rcic_pack([str(folder), 'no.zarr', '--pattern', PLAIN, '--channels', 'DNA,ER']) == 2 and '--channels DNA=1,ER=2.' in capsys.readouterr().err
+    assert rcic_pack([str(folder), 'no.zarr', '--pattern', PLAIN, '--test', 'P7']) == 2 and 'P7 cannot be test: the experiments are P0012, P0013; correct --test.' in capsys.readouterr().err
+
+
 def test_one_file_with_all_channels(tmp_path):
     for i, w in enumerate(WELLS): tifffile.imwrite(tmp_path/f'P1_{w}.tif', np.full((3, 16, 16), i, np.uint16), photometric='minisblack')
     table, source = read_pattern(tmp_path, '{plate}_{well}.tif', channels=['DNA', 'ER', 'Mito'])
@@ -192,6 +199,67 @@ def test_what_only_one_of_them_has_is_counted_and_named(folder, tmp_path, capsys
     assert 'lacks 3 wells' in out and 'has 2 wells' in out
     f = layout(tmp_path/'none.csv', plate=['X'], well=['A01'], sirna=['a'])
     for partial in (False, True): refused(lambda: read_pattern(folder, PLAIN, f, partial=partial), 'No well of', 'X (1 well)', 'P0012 (2 wells)')
+
+
+def columns_of(plates='P0012 P0012 P0013 P0013', **more):
+    return {'Well': [*WELLS]*2, 'Compound': list('abcd'), 'Assay plate name': plates.split(), **more}
+
+
+def test_plates_in_a_column_of_no_usual_name_are_not_those_of_all(folder, tmp_path, capsys):
+    f = layout(tmp_path/'l.csv', **columns_of())
+    refused(lambda: read_pattern(folder, PLAIN, f), "l.csv: the column 'Assay plate name' holds plates of the pictures (P0012, P0013)", "columns=dict(plate='Assay plate name')")
+    assert read_pattern(folder, PLAIN, f, columns=dict(plate='Assay plate name'))[0].sirna.tolist() == list('abcd')
+    one = pd.DataFrame(columns_of())[:2]
+    for odd in (one, one.rename(columns={'Assay plate name': 'where'}), one.assign(**{'Assay plate name': 'p_0012'})): refused(lambda: read_pattern(folder, PLAIN, odd), 'holds plates of the pictures (P0012)')
+    assert rcic_pack([str(folder), 'no.zarr', '--dry-run', '--pattern', PLAIN, '--layout', str(f)]) == 2
+    assert "--columns 'plate=Assay plate name', or, if it means something else, --columns plate=" in capsys.readouterr().err
+    assert read_pattern(folder, PLAIN, one, columns=dict(plate=None))[0].sirna.tolist() == list('abab')
+    assert "note: the table of wells names no plate: it is used for each of 2 plates; if its column 'Assay plate name' does, say columns=" in capsys.readouterr().out
+    assert read_pattern(folder, 'P0012_{well}_s{site}_w{channel}.tif', one)[0].sirna.tolist() == ['a', 'b']         # one plate, all of it
+
+
+def test_numbers_are_plates_only_where_a_column_is_called_so(tmp_path, capsys):
+    plain(tmp_path/'s', plates=['1', '2'])
+    wells = pd.DataFrame(dict(well=[*WELLS], sirna=['a', 'b'], dose=[1, 2], plate_row=[1, 1]))
+    assert len(read_pattern(tmp_path/'s', PLAIN, wells)[0]) == 4 and 'names no plate: it is used for each of 2 plates.' in capsys.readouterr().out
+    refused(lambda: read_pattern(tmp_path/'s', PLAIN, wells.assign(**{'plate no': 1.0})), "the column 'plate no' holds plates of the pictures (1)")
+
+
+def test_experiments_in_a_column_of_no_usual_name(tmp_path):
+    for e in ('May', 'June'): plain(tmp_path/f's/{e}', plates=['P1'])
+    wells = pd.DataFrame(dict(plate='P1', well=[*WELLS]*2, sirna=list('abcd'), imaged=['May', 'May', 'June', 'June']))
+    pattern = '{experiment}/' + PLAIN
+    refused(lambda: read_pattern(tmp_path/'s', pattern, wells), "the column 'imaged' holds experiments of the pictures (May, June)", "columns=dict(experiment='imaged')")
+    refused(lambda: read_pattern(tmp_path/'s', pattern, wells.assign(imaged='x')), '2 wells more than once', 'no column of the experiment was found (it has plate, well, sirna, imaged)', "columns=dict(experiment='COLUMN')")
+    plain(tmp_path/'s/June', plates=['P2']), [f.unlink() for f in (tmp_path/'s/June').glob('P1*')]
+    assert read_pattern(tmp_path/'s', pattern, wells.assign(plate=['P1', 'P1', 'P2', 'P2']))[0].sirna.tolist() == list('cdab')          # each plate is of one experiment
+
+
+def test_wells_in_two_rows_are_told_with_their_rows(folder, tmp_path):
+    f = layout(tmp_path/'l.csv', Well=[*WELLS]*2, Compound=list('abcd'))
+    refused(lambda: read_pattern(folder, PLAIN, f), 'lists 2 wells more than once (A01, A02), and no column of the plate was found (it has Well, Compound)', "columns=dict(plate='COLUMN')")
+    f = layout(tmp_path/'l.csv', **columns_of('X X Y Y'))
+    refused(lambda: read_pattern(folder, PLAIN, f), 'more than once', "columns=dict(plate='Assay plate name')")
+    f = layout(tmp_path/'l.csv', plate='P0012', well=['A01', 'A02', 'a1'], sirna=list('abc'), dose=1)
+    refused(lambda: read_pattern(folder, PLAIN, f), 'lists 1 well more than once (P0012 A01 in rows 2, 4), which differ in sirna: keep one row')
+    refused(lambda: read_pattern(folder, PLAIN, layout(tmp_path/'l.csv', plate='P0012', well=['A01', 'a1'])), 'rows 2, 3), which say the same: keep one row')
+
+
+def test_empty_wells_without_pictures_need_no_partial(folder, tmp_path, capsys):
+    f = layout(tmp_path/'l.csv', plate=['P0012']*3 + ['P0013']*3, well=[*WELLS, 'A03']*2, sirna=['DMSO', 'x', '']*2)
+    assert read_pattern(folder, PLAIN, f, controls='DMSO')[0].sirna.tolist() == ['DMSO', 'x']*2
+    assert 'l.csv lists 2 wells without a perturbation and without pictures (P0012 A03, P0013 A03): taken for empty' in capsys.readouterr().out
+    refused(lambda: read_pattern(folder, PLAIN, f, controls={'negative_control': ['']}), 'has 2 wells without pictures', 'partial=True')         # controls are no empty wells
+    refused(lambda: read_pattern(folder, PLAIN, layout(tmp_path/'l.csv', well=['A01', 'A02', 'A03'], note='x')), 'has 1 well without pictures')
+
+
+@pytest.mark.parametrize('other, is_near', [('p0013', True), ('P-13', True), ('P0014', False), ('Q0013', False)])
+def test_a_plate_in_another_spelling_is_no_missing_plate(folder, other, is_near):
+    wells = pd.DataFrame(dict(plate=['P0012']*2 + [other]*2, well=[*WELLS]*2, sirna=list('abcd')))
+    if is_near:
+        for partial in (False, True): refused(lambda: read_pattern(folder, PLAIN, wells, partial=partial), f'has the plate {other} (2 wells) without pictures', 'P0013 (2 wells)', 'did you mean P0013?', f'take the rows of {other} out')
+        assert read_pattern(folder, PLAIN, wells[:2], partial=True)[0].sirna.tolist() == ['a', 'b']
+    else: assert read_pattern(folder, PLAIN, wells, partial=True)[0].sirna.tolist() == ['a', 'b']
 
 
 @pytest.mark.parametrize('columns, words', [
@@ -392,6 +460,36 @@ def test_a_folder_that_nothing_fits_shows_a_file_and_the_way_in(tmp_path, files,
     draw(tmp_path, files)
     for f in (lambda: open_screen(tmp_path), lambda: open_screen(tmp_path, cell_types=['X'])):
         refused(f, 'is no kind of screen', 'neither metadata.csv', f'{len(files)} files' if len(files) > 1 else '1 file', min(o for o in files if 'xml' not in o), says)
+
+
+BY_FOLDER = [f'B{b}/Plate{p}/{w}_s{s}_w{c}.tif' for b in (1, 2) for p in 'AB' for w in WELLS for s in (1, 2) for c in (1, 2)]
+
+@pytest.mark.parametrize('at, pattern', [('', '{experiment}/{plate}/{well}_s{site}_w{channel}.tif'), ('B1', '{plate}/{well}_s{site}_w{channel}.tif')])
+def test_no_pattern_is_offered_that_takes_sites_for_wells(tmp_path, at, pattern):
+    draw(tmp_path, BY_FOLDER)
+    says = refused(lambda: open_screen(tmp_path/at))
+    assert f"pattern='{pattern}', which fits" in says and 'imagexpress, which' not in says
+    assert set(read_pattern(tmp_path/at, pattern)[0].well) == {*WELLS}
+    refused(lambda: open_screen(tmp_path/at, pattern='{plate}-{well}.tif'), f"pattern='{pattern}', which fits")
+
+
+def test_a_folder_too_deep_is_told_the_one_above(tmp_path, monkeypatch):
+    draw(tmp_path/'s', BY_FOLDER)
+    pattern = '{experiment}/{plate}/{well}_s{site}_w{channel}.tif'
+    refused(lambda: open_screen(tmp_path/'s/B1', pattern=pattern), f"give the folder {tmp_path/'s'}, from which it fits, or pattern='{{plate}}/{{well}}_s{{site}}_w{{channel}}.tif', which fits")
+    refused(lambda: open_screen(tmp_path/'s/B1/PlateA', pattern=pattern), f"give the folder {tmp_path/'s'}, from which it fits, or pattern='{{well}}_s{{site}}_w{{channel}}.tif', which fits")
+    monkeypatch.chdir(tmp_path/'s/B1')
+    refused(lambda: open_screen('.', pattern=pattern), f"give the folder {tmp_path/'s'}, from which it fits")
+
+
+@pytest.mark.parametrize('wrong, right', [('chanel', 'channel'), ('sit', 'site')])
+def test_a_misspelled_field_is_asked_about(tmp_path, wrong, right, capsys):
+    plain(tmp_path, sites=(1, 2))
+    refused(lambda: read_pattern(tmp_path, PLAIN.replace(right, wrong)), f'{{{wrong}}} is taken for a further column; did you mean {{{right}}}?', 'put into braces')
+    read_pattern(tmp_path, '{batc:1}{plate}_{well}_s{site}_w{channel}.tif')
+    assert 'note: {batc} is taken for a further column; did you mean {batch}?' in capsys.readouterr().out
+    for fine in ('{date:1}{plate}_{well}_s{site}_w{channel}.tif', '{sites:1}{plate}_{well}_s{site}_w{channel}.tif', PLAIN): read_pattern(tmp_path, fine)
+    assert 'did you mean' not in capsys.readouterr().out
 
 
 def test_what_the_message_names_works_when_it_fits(tmp_path):

@@ -320,7 +320,11 @@ def chosen_channels(
     else: chosen = {c: c for c in (have if channels is None else channels)}
     chosen = {str(k): v if v in have else str(v) for k, v in chosen.items()}         # a number is its text
     strange = [c for c in chosen.values() if c not in have]
-    if strange: raise ScreenError(f'{where} has no channel {first_few(strange)}: it has {first_few(have, 20)}.')
+    if strange:
+        are_numbers = all(str(c).isdigit() for c in have) and not any(c.isdigit() for c in strange)
+        is_list = not isinstance(channels, dict) and are_numbers and len(strange) == len(chosen) <= len(have)
+        do = f'; to name them, say which is which, such as {option("channels", dict(zip(strange, map(str, have))))}' if is_list else ''
+        raise ScreenError(f'{where} has no channel {first_few(strange)}: it has {first_few(have, 20)}{do}.')
     if not 1 <= len(chosen) <= 16:
         raise ScreenError(f'{where} has {plural(len(chosen), "channel")} ({first_few(chosen, 20)}): '
                           f'choose 1 to 16 of them with {option("channels", ["DNA", "…"])}.')
@@ -398,7 +402,7 @@ def row_datasets(
     known_names = set(experiment)
     strange = [o for o in test if o not in known_names]
     if strange: raise ScreenError(f'{first_few(strange)} cannot be test: the experiments are '
-                                  f'{first_few(experiment.unique(), 60)}.')
+                                  f'{first_few(experiment.unique(), 60)}; correct {option("test")}.')
     return known.where(~experiment.isin(test), 'test')
 
 # %% ../../nbs/05_screen.files.ipynb #9a9dfda8

@@ -7,17 +7,16 @@ __all__ = ['PATTERNS', 'known_pattern', 'name_fields', 'list_files', 'example_pa
            'pattern_files', 'read_pattern']
 
 # %% ../../nbs/06b_screen.pattern.ipynb #fd53315f
-import os, re
-from collections import Counter
+import difflib, os, re
 from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 
 from ..core import ScreenError, first_few, option, plural
-from .tables import DATASET_NAMES, USUAL_NAMES, rowcol_to_well, usual_name, well_to_rowcol
+from .tables import DATASET_NAMES, USUAL_NAMES, as_columns, read_table, rowcol_to_well, usual_columns, usual_name, well_to_rowcol
 from .files import chosen_channels, read_listed
-from .plates import called_as, read_wells
+from .plates import called_as, lacking_wells, other_spelling, read_wells, without_blank
 
 # %% ../../nbs/06b_screen.pattern.ipynb #b32f2dac
 _ROW_COLUMN = ('row', 'column', 'z', 't')
@@ -132,6 +131,16 @@ def name_fields(
     f['well'] = _well_of(f, path)
     return {k: _plain(v) if k in (*_NUMBERS, 'channel') else v for k, v in f.items() if k not in ('row', 'column')}
 
+_LIKE_WELL = re.compile(r'(?<![^\W_])[A-P][0-9]{1,2}(?![^\W_])')
+
+def _odd_well(found, pattern):
+    "Return (path, its well, what looks like one) where all wells of {path: fields} are in one row, as s1 and s2 are, beside text that looks like a well; else None"
+    if '{row' in pattern or len({f['well'][:-2] for f in found.values()}) != 1: return
+    fits = [(p, _fit(p, pattern)) for p in found]
+    if not all(m['well'][0] in 'stwzfcpSTWZ' for _, m in fits): return
+    like = [_LIKE_WELL.search(p[:m.start('well')] + '/' + p[m.end('well'):]) for p, m in fits]
+    if all(like): return fits[0][0], fits[0][1]['well'], like[0][0]
+
 # %% ../../nbs/06b_screen.pattern.ipynb #ca41003c
 def _unreadable(e): raise ScreenError(f'{e.filename} cannot be read ({e.strerror}): check the permissions.')
 
@@ -155,28 +164,41 @@ def example_path(
 
 # %% ../../nbs/06b_screen.pattern.ipynb #0d1f69b0
 def _how_much(paths, pattern):
-    "Return how many paths a pattern fits, and how many fields it reads in them"
-    read = []
+    "Return how many paths a pattern fits, and how many fields it reads in them; none where it takes something else for the well"
+    read = {}
     for p in paths:
-        try: read.append(name_fields(p, pattern))
+        try: read[p] = name_fields(p, pattern)
         except ScreenError: pass
-    return sum(o is not None for o in read), sum(len(o or ()) for o in read)
+    read = {p: f for p, f in read.items() if f}
+    return (0, 0) if _odd_well(read, known_pattern(pattern)) else (len(read), sum(map(len, read.values())))
+
+def _best(paths, patterns, most=50):
+    "Return the pattern that fits most of some paths and reads most of their names, if it fits half of them; else None"
+    tried = paths[::max(len(paths)//most, 1)]
+    fits = {k: _how_much(tried, k) for k in patterns}
+    best = max(fits, key=fits.get)
+    return best if fits[best][0]*2 >= max(len(tried), 1) else None
+
+_FORMS = [front + rest for front in ('{plate}_{well}', '{experiment}/{plate}_{well}', '{plate}/{well}', '{experiment}/{plate}/{well}')
+          for rest in ('_s{site}_w{channel}', '_w{channel}', '_s{site}_{channel}', '_{channel}')]
+
+def _form(paths):
+    "Return the pattern of a usual form that fits most of some paths, with their ending; else None"
+    ending = os.path.splitext(example_path(paths))[1]
+    return _best(paths, [o + ending for o in _FORMS])
 
 def guess_pattern(
     paths, # Paths of files, from the folder on
     most:int=50, # How many are tried
 )->str|None: # A key of `PATTERNS`, or `None`
     "Return the known pattern that fits most of some files and reads most of their names, if it fits half of them"
-    tried = paths[::max(len(paths)//most, 1)]
-    fits = {k: _how_much(tried, k) for k in PATTERNS}
-    best = max(fits, key=fits.get)
-    return best if fits[best][0]*2 >= max(len(tried), 1) else None
+    return _best(paths, PATTERNS, most)
 
 def show_pattern(
     paths, # Paths of files that no pattern fits
 )->str: # Such as `pattern='phenix'`
     "Return the option with a known pattern that fits files, or else with an example of one and the names of those that are known"
-    if known := guess_pattern(paths): return f'{option("pattern", known)}, which fits'
+    if known := guess_pattern(paths) or _form(paths): return f'{option("pattern", known)}, which fits'
     return f'{option("pattern", "{plate}_{well}_s{site}_w{channel}.tif")}, or take a known one ({", ".join(PATTERNS)})'
 
 # %% ../../nbs/06b_screen.pattern.ipynb #7fde1f13
@@ -185,8 +207,19 @@ def _fits(paths, pattern, most=50):
     tried = paths[::max(len(paths)//most, 1)]
     return _how_much(tried, pattern)[0]*2 >= len(tried)
 
-def _mended(paths, pattern):
-    "Return how a pattern that fits nothing would fit: with the folders, or the ending, that the files have; or ''"
+def _from_above(paths, pattern, folder):
+    "Return the folder above from which a pattern fits, and the pattern from this one on; or ''"
+    whole = Path(folder).resolve()
+    for n in range(1, min(len(whole.parts), pattern.count('/') + 1)):
+        above = '/'.join(whole.parts[-n:])
+        if not _fits([f'{above}/{p}' for p in paths], pattern): continue
+        at, short = (Path(folder) if n <= len(Path(folder).parts) else whole).parents[n-1], pattern.split('/', n)[n]
+        return f'give the folder {at}, from which it fits' + (f', or {option("pattern", short)}, which fits' if _fits(paths, short) else '')
+    return ''
+
+def _mended(paths, pattern, folder='.'):
+    "Return how a pattern that fits nothing would fit: from a folder above, or with the folders, or the ending, that the files have; or ''"
+    if above := _from_above(paths, pattern, folder): return above
     has_plate, ending = 'plate' in _expression(pattern, True).groupindex, os.path.splitext(example_path(paths))[1]
     fronts = {'': '', ('{experiment}/' if has_plate else '{plate}/'): f' where each folder is {"a batch" if has_plate else "a plate"}', '**/': ''}
     for body in dict.fromkeys([pattern, os.path.splitext(pattern)[0] + ending]):
@@ -203,17 +236,11 @@ def _check_all(files, pattern):
                           f'{files.file[~has].iloc[0]} has none: give a pattern that fits one kind of them.')
     return files
 
-_LIKE_WELL = re.compile(r'(?<![^\W_])[A-P][0-9]{1,2}(?![^\W_])')
-
 def _check_wells(files, pattern):
-    "Raise a `ScreenError` when all wells are in one row, as s1 and s2 are, beside text that looks like a well"
-    if len(files) < 2 or files.well.str[:-2].nunique() > 1 or '{row' in pattern: return
-    found = [(p, _fit(p, pattern)) for p in files.file]
-    if not all(m['well'][0] in 'stwzfcpSTWZ' for _, m in found): return
-    like = [_LIKE_WELL.search(p[:m.start('well')] + '/' + p[m.end('well'):]) for p, m in found]
-    if all(like):
-        raise ScreenError(f'The pattern {pattern} takes {found[0][1]["well"]} in {found[0][0]} for a well, '
-                          f'where {like[0][0]} looks like one: '
+    "Raise a `ScreenError` when what is taken for the well is something else"
+    odd = _odd_well({p: dict(well=w) for p, w in zip(files.file, files.well)}, pattern) if len(files) > 1 else None
+    if odd:
+        raise ScreenError(f'The pattern {pattern} takes {odd[1]} in {odd[0]} for a well, where {odd[2]} looks like one: '
                           f'give a pattern with all parts of the names, such as _s{{site}}.')
 
 def pattern_files(
@@ -229,8 +256,8 @@ def pattern_files(
     other = [p for p in paths if p not in found]
     if not paths: raise ScreenError(f'{folder} holds no files: give the folder of the pictures.')
     if not found:
-        do = _mended(other, pattern) or 'put its fields into braces, and * for other text'
-        if do[:4] == 'put ' and (name := guess_pattern(other)): do = f'give {option("pattern", name)}, which fits'
+        do = _mended(other, pattern, folder) or 'put its fields into braces, and * for other text'
+        if do[:4] == 'put ' and (name := guess_pattern(other) or _form(other)): do = f'give {option("pattern", name)}, which fits'
         raise ScreenError(f'None of {plural(len(paths), "file")} in {folder} fits the pattern {pattern}, such as '
                           f'{example_path(other)}: {do}.')
     if other:
@@ -245,6 +272,16 @@ _PLACE = ['experiment', 'plate', 'well', 'site']
 
 def _keys(files, *more): return [c for c in (*_PLACE, *more) if c in files]
 
+def _misspelled(pattern):
+    "Return what is asked about the first field of a pattern that is nearly a usual one which it lacks; or ''"
+    fields = [o for o in re.findall(r'\{([^{}:]+)', pattern) if o != '_']
+    known = {o: k for k, names in USUAL_NAMES.items() if k not in _NO_FIELDS for o in names.split()} | {o: o for o in _ROW_COLUMN}
+    keys = {o: _field_key(o, pattern) for o in fields}
+    for o in [o for o, k in keys.items() if k not in known.values()]:
+        near = difflib.get_close_matches(o.lower(), known, 1, .82)
+        if near and known[near[0]] not in keys.values(): return f'{{{o}}} is taken for a further column; did you mean {{{near[0]}}}?'
+    return ''
+
 def _check_distinct(files, pattern):
     "Raise a `ScreenError` when two files have the same place, channel, plane and time point"
     keys = _keys(files, 'channel', 'z', 't')
@@ -252,7 +289,8 @@ def _check_distinct(files, pattern):
     if not len(twice): return
     a, b = twice.iloc[:2].to_dict('records')
     what = ', '.join(f'{k} {a[k]}' for k in keys)
-    raise ScreenError(f'{a["file"]} and {b["file"]} are both {what}: put into braces what tells them apart, or let the '
+    near = _misspelled(pattern)
+    raise ScreenError(f'{a["file"]} and {b["file"]} are both {what}: {near and near + " If not, "}put into braces what tells them apart, or let the '
                       f'pattern {pattern} fit one of them.')
 
 # %% ../../nbs/06b_screen.pattern.ipynb #050f34fe
@@ -322,14 +360,57 @@ def _read_layout(layout, columns, controls, dataset):
                               'train, val or test.')
     return w, where
 
-def _layout_keys(w, files, where):
+_LIKE = dict(plate='plate|barcode', experiment='experiment|batch|run')
+_UNLIKE = 'row|col|well|pos|type|format|size|group|map'
+
+def _is_called(column, key):
+    "Return whether a column, of no usual name, may be that of the plates or experiments"
+    return bool(re.search(_LIKE[key], str(column), re.I)) and not re.search(_UNLIKE, str(column), re.I)
+
+def _unread(layout, columns):
+    "Return a layout as it is, and those of its columns that mean nothing to us"
+    d = layout if isinstance(layout, pd.DataFrame) else read_table(layout)
+    found = usual_columns(d, columns, unused=USUAL_NAMES)
+    used = {c for o in found.values() for c in o}
+    return d, [c for c in d if c not in used]
+
+def _bare(o): return re.sub(r'[\W_]+', '', re.sub(r'\.0$', '', str(o))).casefold().lstrip('0')
+
+def _check_unread(w, d, unread, files, columns, where):
+    "Raise a `ScreenError` when plates or experiments of the pictures stand in a column that means nothing to us"
+    plates = files[[c for c in ('experiment', 'plate') if c in files]].drop_duplicates().plate
+    for key in ('plate', 'experiment'):
+        is_known = key in w or key in (columns or {})
+        if is_known or key not in files or key == 'experiment' and 'plate' in w and plates.is_unique: continue
+        names = {_bare(o): str(o) for o in files[key].unique()}
+        for c in unread:
+            cells = dict.fromkeys(map(_bare, d[c].dropna().astype(str)))
+            mine = [names[o] for o in cells if o in names]
+            if not mine or len(names) == len(cells) == 1 or all(o.isdigit() for o in mine) and not _is_called(c, key): continue
+            raise ScreenError(f'{where}: the column {c!r} holds {key}s of the pictures ({first_few(mine, 3)}), and its name is no usual one: say '
+                              f'{as_columns(key, c)}, or, if it means something else, {as_columns(key, None)}.')
+
+# %% ../../nbs/06b_screen.pattern.ipynb #47aa3731
+def _check_once(w, keys, files, where, has, unread):
+    "Raise a `ScreenError` when a layout lists a well in two rows"
+    twice = w[w.duplicated(keys, keep=False)]
+    if not len(twice): return
+    rows = {' '.join(map(str, k)): o for k, o in twice.groupby(keys, sort=False)}
+    says = f'{where} lists {plural(len(rows), "well")} more than once'
+    plates = files[[c for c in ('experiment', 'plate') if c in files]].drop_duplicates()
+    lacks = [k for k in ('plate', 'experiment') if k not in w and (k == 'plate' or k in files and plates.plate.duplicated().any())]
+    if lacks:
+        near = next((c for c in unread if _is_called(c, lacks[0])), 'COLUMN')
+        raise ScreenError(f'{says} ({first_few(rows, 5)}), and no column of the {lacks[0]} was found (it has {first_few(has, 20)}): name it with '
+                          f'{as_columns(lacks[0], near)}, or add a column {lacks[0]}; where it is one layout for all, keep one row per well.')
+    differ = [c for c in w if c not in keys and any(o[c].astype(str).nunique() > 1 for o in rows.values())]
+    at = first_few((f'{k} in rows {first_few(o.index + 2)}' for k, o in rows.items()), 5)
+    raise ScreenError(f'{says} ({at}), {"which differ in " + first_few(differ) if differ else "which say the same"}: keep one row per well.')
+
+def _layout_keys(w, files, where, has=(), unread=()):
     "Return the columns by which wells of a layout are found; raise a `ScreenError` when they are not enough"
     keys = [c for c in ('experiment', 'plate', 'well') if c in w and c in files]
-    twice = w[w.duplicated(keys)]
-    if len(twice):
-        names = first_few(' '.join(r) for r in twice[keys].to_numpy())
-        raise ScreenError(f'{where} lists {plural(len(twice), "well")} more than once ({names}): keep one row per '
-                          'well.')
+    _check_once(w, keys, files, where, has or w.columns, unread)
     plates = files[[c for c in ('experiment', 'plate') if c in files]].drop_duplicates()
     if keys == ['plate', 'well'] and plates.plate.duplicated().any():
         raise ScreenError(f'{where} does not name the experiment of its plates, and several experiments have a plate '
@@ -338,29 +419,33 @@ def _layout_keys(w, files, where):
     if both:
         raise ScreenError(f'{where} and the names of the files both give {first_few(both)}: leave it out of one of '
                           'them.')
+    if 'plate' not in keys and len(plates) > 1:
+        near = next((f'; if its column {c!r} does, say {as_columns("plate", c)}' for c in unread if _is_called(c, 'plate')), '')
+        print(f'note: {where} names no plate: it is used for each of {plural(len(plates), "plate")}{near}.')
     return keys
 
 # %% ../../nbs/06b_screen.pattern.ipynb #f5a68dc8
 def _only_in(a, b, keys):
     "Return how many wells of `a` are not in `b`, and their names; a plate or experiment that `b` lacks is named once"
-    a, b = (list(dict.fromkeys(map(tuple, o[keys].astype(str).to_numpy()))) for o in (a, b))
-    there, lacks = set(), Counter()
-    for row in b: there.update(row[:n] for n in range(1, len(keys)+1))
-    for row in a:
-        if row not in there: lacks[next(row[:n] for n in range(1, len(keys)+1) if row[:n] not in there)] += 1
+    lacks = lacking_wells(a, b, keys)
     names = [' '.join(r) + (f' ({plural(n, "well")})' if len(r) < len(keys) else '') for r, n in lacks.items()]
     return sum(lacks.values()), first_few(names)
 
 def _with_layout(files, layout, partial, columns, controls, dataset):
     "Return the files with the columns of a layout; without those of wells that it lacks, if `partial`"
     w, where = _read_layout(layout, columns, controls, dataset)
+    d, unread = _unread(layout, columns)
     if 'plate' in w: w['plate'] = called_as(w, files)
-    keys = _layout_keys(w, files, where)
+    _check_unread(w, d, unread, files, columns, where)
+    keys = _layout_keys(w, files, where, list(d), unread)
+    extra, extra_names = _only_in(w, files, keys)
+    if extra == len(w):
+        raise ScreenError(f'No well of {where} has pictures: it has {extra_names}, and the pictures {_only_in(files, w, keys)[1]}: write in the layout what the pattern takes from the names of files, or change the pattern.')
+    w, other = without_blank(w, files, keys, where), other_spelling(w, files, keys)
+    if other: raise ScreenError(f'{where} has the {other}')
     (bare, bare_names), (extra, extra_names) = _only_in(files, w, keys), _only_in(w, files, keys)
     what = [f'lacks {plural(bare, "well")} of the pictures ({bare_names})'] if bare else []
     if extra: what.append(f'has {plural(extra, "well")} without pictures ({extra_names})')
-    if extra == len(w):
-        raise ScreenError(f'No well of {where} has pictures: it has {extra_names}, and the pictures {bare_names}: write in the layout what the pattern takes from the names of files, or change the pattern.')
     if what and not partial:
         raise ScreenError(f'{where} {", and ".join(what)}: correct the layout or the pattern, or add '
                           f'{option("partial", True)} to continue with the wells that both have.')
@@ -390,6 +475,7 @@ def read_pattern(
         raise ScreenError(f'{option("columns")} is about the layout, and there is none: give {option("layout")}, or '
                           'leave it out.')
     _check_distinct(files, pattern)
+    if near := _misspelled(pattern): print(f'note: {near}')
     files, channels = _choose_channels(files, channels, folder)
     planes = _choose_planes(files, z=z, t=t)
     files = _expected(files, pattern, planes)

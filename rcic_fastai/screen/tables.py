@@ -314,6 +314,9 @@ def _read_csv(path, needed=()):
     except Exception as e:
         if getattr(e, 'strerror', None):
             raise ScreenError(f'{path} cannot be read ({e.strerror}): check the path and the permissions.') from None
+        if m := re.search(r'Expected (\d+) fields in line (\d+), saw (\d+)', str(e)):
+            raise ScreenError(f'{path}, row {m[2]}, has {m[3]} cells, and the rows before it {m[1]}: take out what is too much, or write a '
+                              'cell that holds a comma in quotes.') from None
         raise ScreenError(f'{path} is not a readable CSV ({" ".join(str(e).split()).rstrip(".")}): save it again as '
                           'comma-separated UTF-8 text.') from None
     if not isinstance(df.index, pd.RangeIndex):
