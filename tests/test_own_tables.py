@@ -164,8 +164,8 @@ def test_a_table_of_wells_from_a_spreadsheet_may_lack_the_zeros_of_its_plates(tm
     wells = pd.DataFrame(dict(plate=[7, 7, 8, 8], well=['A1', 'A2']*2, sirna=list('abcd')))
     assert read_plates(tmp_path, wells=wells, progress=False)[0].set_index('plate').sirna['08'].tolist() == ['c', 'd']
     plate(tmp_path/'7.zarr')
-    with pytest.raises(ScreenError, match='008 A01'): read_plates(tmp_path, wells=wells.assign(plate=['7', '7', '008', '008']), progress=False)
-    with pytest.raises(ScreenError, match='00007 A01'): read_plates(tmp_path, wells=wells.assign(plate=['00007']*2 + ['8']*2), progress=False)
+    with pytest.raises(ScreenError, match='the plate 008 .*did you mean 08'): read_plates(tmp_path, wells=wells.assign(plate=['7', '7', '008', '008']), progress=False)
+    with pytest.raises(ScreenError, match='the plate 00007 .*did you mean 007'): read_plates(tmp_path, wells=wells.assign(plate=['00007']*2 + ['8']*2), progress=False)
 
 
 @pytest.mark.parametrize('x', [0, 1, -7, 2.5, 1e-05, 1e22, 12345678901234567])
