@@ -167,6 +167,7 @@ def try_all(
 ):
     "Raise now for what would be in the way after a training of hours"
     spec, rows = learn.dls.spec, index_rows(learn)
+    with contextlib.redirect_stderr(io.StringIO()): check_controls_beside(learn, with_controls)     # the index of a few rows does not meet every experiment
     names, size = rows.drop_duplicates(spec.key), rows.groupby('experiment')[spec.key].nunique()
     few = names[names.experiment.isin([size.idxmin(), size.idxmax()])].groupby('experiment').head(2)
     with no_random(), contextlib.redirect_stderr(io.StringIO()), _with_direction(learn):
@@ -393,13 +394,22 @@ def _picked_stats(data, whole, channels):
     return {**data, 'norm_stats': picked}
 
 # %% ../nbs/71_workflow.ipynb #f6e5c2fd
-def _also(table, recipe, given):
-    "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
-    needs = pd.Series(False, table.index)
-    pretrain = given['pretrain'] or recipe.pretrain
+def _statistic_rows(table, recipe, source):
+    "Return which rows are of controls that BatchNorm statistics of the index may be taken of, and whose pictures are there"
     learned = table.dataset.isin(('train', 'val'))
-    if pretrain or needs_controls(recipe) or controls_beside(table[learned], recipe.index.get('with_controls')):
-        needs |= learned & (table.well_type != 'treatment')
+    each = table[learned].groupby('experiment')
+    if recipe.index.get('with_controls') != 'auto' or not any(controls_beside(t) for _, t in each): return learned & False
+    controls, absent = learned & (table.well_type != 'treatment'), {*source.missing().site_id}
+    gone = controls & table.site_id.isin(absent)
+    if gone.any() and not rank_world()[0]:
+        print(f'note: {plural(gone.sum(), "site")} of control wells, for BatchNorm statistics, {"has" if gone.sum() == 1 else "have"} no pictures and {"is" if gone.sum() == 1 else "are"} left out.')
+    return controls & ~gone
+
+def _also(table, recipe, given, source):
+    "Return which rows the steps before and after the training need: control wells, and test wells of what the recipe is for"
+    needs, learned = _statistic_rows(table, recipe, source), table.dataset.isin(('train', 'val'))
+    pretrain = given['pretrain'] or recipe.pretrain
+    if pretrain or needs_controls(recipe): needs |= learned & (table.well_type != 'treatment')
     if pretrain.startswith('simsiam'): needs |= table.dataset == 'train'
     if given['pseudo'] or recipe.pseudo or pretrain == 'simsiam_test':
         needs |= (table.dataset == 'test') & _is_for(table, recipe.only)
@@ -414,7 +424,7 @@ def _screen_to_learn(screen, recipe, given, data):
     mine = _rows_of(whole.table, recipe.only)
     rows = training_rows(mine, given['target'], data['controls'], data['norm'], data.get('sites', 1),
                          data.get('several', False))
-    learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given)]].complete(given['only_present'])
+    learned = whole[mine[mine.index.isin(rows.index) | _also(mine, recipe, given, whole.source)]].complete(given['only_present'])
     beside = whole[mine]
     if given['phase'] in ('refit', 'fold') or given['folds']: learned = learned[all_to_train(learned.table)]
     return learned.resident(default_device(), given['size'] or None) if given['resident'] else learned, data, beside
@@ -453,7 +463,7 @@ def training_notes(
     said = _held_note(wells.experiment.nunique(), held, plates, nothing)
     notes = [said] if said else []
     if names_perturbations(target):
-        doses = undosed_notes(wells, [c for c in dose_columns(wells) if c in target.split('+')]) if '+' in target else dose_notes(wells)
+        doses = undosed_notes(wells, [c for c in dose_columns(wells) if c in {column_called(wells, o.strip()) for o in target.split('+')}]) if '+' in target else dose_notes(wells)
         unnamed = unnamed_note(wells)
         notes += [f'{o}.' for o in [*doses, *([unnamed] if unnamed else [])]]
     is_number = target in wells and target not in SITE_COLUMNS and pd.api.types.is_numeric_dtype(wells[target])

@@ -195,6 +195,9 @@ def test_large_products_are_made_on_a_gpu(monkeypatch):
         monkeypatch.setattr(index_module, 'LEAST_ON_GPU', 1000)
         for got, want in zip(index.search(ASKED, 7), plain): np.testing.assert_allclose(got, want, atol=1e-6)
         assert asked == [(resources, len(ASKED), 1500, 7)]
+        from rcic_fastai.train.distributed import on_device
+        with on_device('cpu'): index.search(ASKED, 7)                       # the CPU was asked for
+        assert len(asked) == 1
         monkeypatch.setattr(index_module, 'PIECE', 600)
         asked.clear()
         np.testing.assert_allclose(index.search(ASKED, 7)[0], plain[0], atol=1e-6)

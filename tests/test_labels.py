@@ -496,3 +496,7 @@ def test_a_dose_is_found_by_any_of_its_names(tmp_path):
     two = t.assign(dose_of_day_2=1.)
     for f in (lambda: with_target(two, 'compound+dose'), lambda: target_columns(two, 'compound+dose'), lambda: target_columns(two, 'compound', 'dose')):
         with pytest.raises(ScreenError, match='dose'): f()
+    odd = t.assign(Concentration_unit='uM', dose_group=['low', 'high', 'low'], DMSO_concentration=.1, overdose=[True, False, True])
+    assert with_target(odd, 'compound+dose')['compound+dose'].tolist() == ['a @ 1', 'a @ 10', 'b @ 1']
+    assert target_columns(odd, 'sirna+dose_group') == (['sirna', 'dose_group'], '')
+    with pytest.raises(ScreenError, match='dose'): with_target(odd.drop(columns='Concentration'), 'compound+dose')

@@ -180,19 +180,19 @@ def test_batchnorm_statistics_of_few_wells_are_said(tmp_path):
     few = screen[test[test.well_id.isin(wells[:4])]]
     assert any('HUVEC-17 1: BatchNorm statistics of 4 wells, where the index has those of 8' in o for o in plan_prediction(model, few, 'adapted', tta=1, adapt='plate').notes)
 
-def test_which_wells_beside_them_count():
-    "Different positive controls, and no negative ones, which are alike; where nothing but controls is taken, these"
+def test_what_beside_them_counts():
+    "Many different positive controls, and no number of wells of one, nor of negative ones"
     from types import SimpleNamespace
     from rcic_fastai.predict.plan import _few_note
     index = SimpleNamespace(labels=pd.DataFrame(dict(experiment='a', well_id=[f'a{i}' for i in range(40)], well_type='treatment')))
-    def said(kinds, **n):
-        rows = pd.DataFrame([dict(experiment='b', plate=1, well_id=f'{k}{i}', well_type=k) for k in n for i in range(n[k])])
-        return _few_note(index, rows, SimpleNamespace(adapt='experiment', asked='experiment', kinds=kinds))
+    def said(kinds, different=30, **n):
+        rows = [dict(experiment='b', plate=1, well_id=f'{k}{i}', well_type=k, sirna=f'{k}{i % different}') for k in n for i in range(n[k])]
+        return _few_note(index, pd.DataFrame(rows), SimpleNamespace(adapt='experiment', asked='experiment', kinds=kinds))
     every = {'treatment', 'positive_control', 'negative_control'}
     assert '16 wells' in said({'treatment'}, treatment=16, positive_control=30)[0]
     assert '16 wells' in said(every - {'positive_control'}, treatment=16, negative_control=30)[0]
-    assert '16 wells' in said(every, treatment=16, positive_control=15)[0]
-    assert said(every, treatment=16, positive_control=16) == said(every, treatment=21) == []
+    assert '16 wells' in said(every, treatment=16, positive_control=60, different=15)[0] and '4 wells' in said(every, treatment=4, positive_control=60, different=1)[0]
+    assert said(every, treatment=4, positive_control=30) == said(every, treatment=21) == []
     assert '4 wells' in said({'positive_control', 'negative_control'}, positive_control=2, negative_control=2, treatment=40)[0]
 
 def test_controls_that_nobody_marked_are_said(tmp_path):

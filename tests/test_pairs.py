@@ -253,7 +253,7 @@ def test_controls_are_taken_by_themselves_where_many_differ(tmp_path):
     from rcic_fastai.workflow import train_screen
     small = replace(RECIPES['best'], stages=[Stage('a', 1, 1e-3)], arch='test_efficientnet', model=dict(pretrained=None, emb_dim=16))
     kinds = {}
-    for n in (2, 30):
+    for n in (2, 20, 30):
         simulate_screen(tmp_path/f's{n}', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=n, sites=1, progress=False)
         screen = open_screen(tmp_path/f's{n}')
         train_screen(screen, tmp_path/f'm{n}', small, valid='none', bs=4, device='cpu')
@@ -263,7 +263,7 @@ def test_controls_are_taken_by_themselves_where_many_differ(tmp_path):
         assert not any('BatchNorm statistics of' in o for o in plan.notes) and set(plan.screen.table.well_type) == {'treatment'}
         assert set(model.adapted_index.labels.well_type) == {'treatment'} and len(model.predict(screen, 'adapted', tta=1, progress=False)) == 8
         assert plan_prediction(model, screen, 'inductive').options.adapt_rows is None
-    assert kinds == {2: ({'experiment'}, {'treatment'}), 30: ({'experiment and controls'}, {'treatment', 'negative_control', 'positive_control'})}
+    assert kinds == {2: ({'experiment'}, {'treatment'}), 20: ({'experiment'}, {'treatment'}), 30: ({'experiment and controls'}, {'treatment', 'negative_control', 'positive_control'})}
 
 def test_what_an_index_with_controls_needs_is_said(with_controls, tmp_path):
     from rcic_fastai.predict.trained import build_index
@@ -273,6 +273,7 @@ def test_what_an_index_with_controls_needs_is_said(with_controls, tmp_path):
     refused(lambda: build_index(learner(screen_dls(bare, valid='none', bs=4, device='cpu')), with_controls=True, progress=False), 'HUVEC-01 has no control well', 'with_controls=True')
     split = whole[whole.table[(whole.table.well_type == 'treatment') | ((whole.table.well_type == 'negative_control') == (whole.table.experiment == 'HUVEC-01'))]]
     refused(lambda: build_index(learner(screen_dls(split, valid='none', bs=4, device='cpu')), with_controls=True, progress=False), 'No kind of control wells is in every experiment')
+    refused(lambda: build_index(learner(screen_dls(whole, valid='none', bs=4, device='cpu')), with_controls='no', progress=False), "with_controls='no'", 'choose from')
     refused(lambda: recipe_from_dict({**RECIPES['best'].to_dict(), 'index': dict(with_controls='some')}), "with_controls='some'", 'true, false or auto')
 
 # A model that is continued
@@ -301,3 +302,37 @@ def test_controls_have_a_style_of_their_own(with_controls):
         learn, cb = learner(dls), MixStyle(p=1., by='plate_group', seed=0)
         quiet(learn, lambda: learn.fit(1, 1e-3, cbs=[cb, ControlBatches(n, seed=0)]))
         assert np.isfinite(learn.recorder.losses).all() and not cb.hooks
+
+def test_controls_that_lack_are_told_before_a_training(with_controls, tmp_path):
+    "Also of an experiment that has neither the most nor the fewest wells"
+    from rcic_fastai.screen.open import open_screen
+    from rcic_fastai.workflow import train_screen
+    whole = open_screen(with_controls)
+    t = whole.table.assign(dataset='train')
+    wells = {e: n for e, n in zip(sorted(t.experiment.unique()), (8, 7, 6))}
+    kept = [w for e, n in wells.items() for w in t[(t.experiment == e) & (t.well_type == 'treatment')].well_id.unique()[:n]]
+    middle = sorted(wells)[1]
+    rows = t[t.well_id.isin(kept) | (t.well_type != 'treatment') & (t.experiment != middle)]
+    r = Recipe('c', [Stage('a', 1, 1e-3)], arch='test_efficientnet', model=dict(pretrained=None, emb_dim=16), data=dict(bs=4), index=dict(with_controls=True, tta=1))
+    refused(lambda: train_screen(whole[rows], tmp_path/'m', r, valid='none', device='cpu'), f'{middle} has no control well')
+    assert not list(tmp_path.iterdir())
+
+def test_controls_without_pictures_are_left_out(tmp_path, capsys):
+    "A download of the treated wells alone: `best` trains and adapts without the others, and says so"
+    from dataclasses import replace
+    from helpers import simulate_screen
+    from rcic_fastai.folder import load_model
+    from rcic_fastai.screen.open import open_screen
+    from rcic_fastai.workflow import train_screen
+    small = replace(RECIPES['best'], stages=[Stage('a', 1, 1e-3)], arch='test_efficientnet', model=dict(pretrained=None, emb_dim=16))
+    simulate_screen(tmp_path/'s', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=30, sites=1, progress=False)
+    screen = open_screen(tmp_path/'s')
+    gone = screen.table[(screen.table.well_type == 'positive_control') & screen.table.experiment.isin(['HUVEC-01', 'HUVEC-17'])]
+    for r in gone.itertuples():
+        for f in (tmp_path/'s').rglob(f'{r.experiment}/Plate{r.plate}/{r.well}_s{r.site}_*'): f.unlink()
+    screen = open_screen(tmp_path/'s', check=False)
+    train_screen(screen, tmp_path/'m', small, valid='none', bs=4, device='cpu')
+    said = capsys.readouterr()
+    assert 'sites of control wells, for BatchNorm statistics, have no pictures' in said.out and 'HUVEC-01 of 2 experiments has fewer than 30 different controls' in said.err
+    model = load_model(tmp_path/'m')
+    assert set(model.adapted_index.labels.batchnorm) == {'experiment'} and len(model.predict(screen, 'adapted', tta=1, progress=False)) == 8

@@ -25,8 +25,9 @@ from .choose import *
 
 # %% ../../nbs/45_embed.hits.ipynb #c2259910
 def _doses(m):
-    "Return the columns of doses"
-    return [*dose_columns(m), *(c for c in m if usual_name(c) == usual_name('mmoles_per_liter'))]
+    "Return the columns of doses: called so, or with such a word in their name and with numbers"
+    called = {usual_name(o) for o in ('dose', 'concentration', 'conc', 'dose_um', 'concentration_um', 'mmoles_per_liter', 'pert_dose')}
+    return list(dict.fromkeys([*(c for c in m if usual_name(c) in called), *number_doses(m)]))
 
 def target_columns(
     m:pd.DataFrame, # Metadata

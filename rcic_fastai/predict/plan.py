@@ -351,7 +351,7 @@ def _unmarked(model, screen):
     test = screen.test.table
     if not had or not has_plates(test) or (test.well_type != 'treatment').any(): return []
     return [f'No well of {first_few(sorted(test.experiment.astype(str).unique()), 3)} is marked as a control, and the model learned from plates with controls: wells that are controls are named like the others, '
-            f'unless they are marked when the screen is packed ({option("layout")}; only the controls need a name).']
+            'unless the layout or the table of the screen says which they are; other wells need no name there.']
 
 def _control_plates(screen, wells):
     "Return a note of the test plates that are left out, if there are any"
@@ -459,15 +459,14 @@ def adapting_kinds(index, adapt_from):
 ENOUGH_WELLS = 32     # for BatchNorm statistics, by bench/few_wells.py
 
 def _few_note(index, rows, way):
-    "Report experiments (or plates) with few wells to take BatchNorm statistics of, where the index has those of many: wells like the indexed ones, and positive controls"
+    "Report experiments (or plates) with few wells to take BatchNorm statistics of, where the index has those of many, and not many different controls stand beside them"
     by = ['experiment', 'plate'] if way.adapt == 'plate' else ['experiment']
     if not way.adapt or way.asked == 'batch' or not {'experiment', 'well_id'} <= {*index.labels}: return []
     then = index.labels.groupby('experiment').well_id.nunique().median()     # an index is adapted by experiment
     alike = way.kinds & _named_kinds(index) or way.kinds
     def count(kinds): return rows[rows.well_type.isin(kinds)].groupby(by).well_id.nunique()
-    wells, beside = count(alike), count(way.kinds - alike - {'negative_control'})
-    both = wells.add(beside, fill_value=0)
-    few = wells[(both < ENOUGH_WELLS) & (wells <= then/2)]
+    wells, beside = count(alike), rows[rows.well_type.isin(way.kinds - alike - {'negative_control'})].groupby(by).sirna.nunique()
+    few = wells[(wells < ENOUGH_WELLS) & (beside.reindex(wells.index).fillna(0) < MANY_CONTROLS - 1) & (wells <= then/2)]
     if not len(few): return []
     names = first_few([' '.join(map(str, k if isinstance(k, tuple) else (k,))) for k in few.index], 3)
     return [f'{names}: BatchNorm statistics of {"as few as "*(len(few) > 1)}{plural(few.min(), "well")}, where the index has those of {then:.0f}; with fewer than {ENOUGH_WELLS}, adapting gained little or made answers worse where it was measured: '
@@ -522,9 +521,15 @@ def _way(model, protocol, c, given):
     needs_controls = model.spec.per_group or bool(adapt) and kinds != {'treatment'}
     return SimpleNamespace(asked=asked, adapt=adapt, correct=correct, correction=correction, index=index, neck=neck, kinds=kinds, needs_controls=needs_controls, notes=notes + searched)
 
+def _without_absent(screen):
+    "Return a screen without the controls, for BatchNorm statistics, that have no pictures"
+    gone = screen.table.site_id.isin({*screen.source.missing().site_id}) & (screen.table.well_type != 'treatment')
+    return screen[screen.table[~gone]] if gone.any() else screen
+
 def _asked(model, whole, way, given):
     "Return the pictures that are read, those of the wells to name, and sentences about what was left out: `first` and `last`"
     of_cells = {k: given[k] for k in CELL_OPTIONS}
+    if way.needs_controls and not model.spec.per_group and given['wells'] == 'treatment': whole = _without_absent(whole)
     everything, first = _pictures(model, whole, 'all' if way.needs_controls else given['wells'], given['only_present'], given['cells'], of_cells)
     rows, last = without_others(model, prediction_rows(everything.table, given['wells'], model.spec.target))
     _check_correctable(rows, way.correct)

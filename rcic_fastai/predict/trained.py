@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['INDUCTIVE_MASK', 'MANY_CONTROLS', 'MODEL_LICENSE', 'OWN_FACTS', 'index_rows', 'remove_index_parts', 'controls_beside',
-           'index_controls', 'trained_augs', 'check_random_views', 'build_index', 'split_index', 'data_fingerprint',
-           'library_versions', 'changed_versions', 'validation_note', 'unknown_metadata', 'unknown_notes',
-           'TrainedModel', 'learned_labels']
+           'index_controls', 'check_controls_beside', 'trained_augs', 'check_random_views', 'build_index',
+           'split_index', 'data_fingerprint', 'library_versions', 'changed_versions', 'validation_note',
+           'unknown_metadata', 'unknown_notes', 'TrainedModel', 'learned_labels']
 
 # %% ../../nbs/53_predict.trained.ipynb #9dc5e702
-import io, platform
+import io, platform, sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -54,7 +54,7 @@ def remove_index_parts(
     remove_empty(folder)
 
 # %% ../../nbs/53_predict.trained.ipynb #bfb8f1a1
-MANY_CONTROLS = 16     # different perturbations among the controls of an experiment, for `with_controls='auto'`; by bench/few_wells.py
+MANY_CONTROLS = 30     # different perturbations among the controls of an experiment, for `with_controls='auto'`; by bench/few_wells.py
 _BESIDE = {'experiment': (), 'experiment and negative controls': CONTROLS['negative'], 'experiment and positive controls': CONTROLS['positive'],
            'experiment and controls': CONTROLS['all']}     # what the rows of an index say of their BatchNorm statistics
 
@@ -85,12 +85,23 @@ def _with_kinds(learn, rows, kinds):
     more = table[table.well_type.isin(kinds) & table.experiment.isin(rows.experiment)]
     return pd.concat([rows, more[~more.site_id.isin(rows.site_id)]])
 
-def _kinds_for(learn, rows, with_controls):
-    "Return the kinds of control wells for an index; raise where they are asked for and lacking"
-    table = learn.dls.screen.table
+# %% ../../nbs/53_predict.trained.ipynb #6e5a5936
+def check_controls_beside(
+    learn:Learner, # A `screen_learner`
+    with_controls=False, # True, False or 'auto', see `controls_beside`
+    rows=None, # Site-table rows to index; `None`: those trained on
+)->tuple: # Kinds of control wells
+    "Return what `controls_beside` does for an index; a `ScreenError` where controls are asked for and lacking, a note where some experiments have too few"
+    check_choice('with_controls', with_controls, (True, False, 'auto'))
+    rows, table = index_rows(learn) if rows is None else rows, learn.dls.screen.table
     table = table[table.experiment.isin(rows.experiment)]
     kinds = controls_beside(table, with_controls)
-    if kinds or with_controls in (False, 'auto'): return kinds
+    if with_controls == 'auto' and not kinds:
+        has = {e: bool(controls_beside(t)) for e, t in table.groupby('experiment')}
+        lacks = [e for e, enough in has.items() if not enough]
+        if len(lacks) < len(has):
+            print(f'note: {first_few(lacks)} of {plural(len(has), "experiment")} has fewer than {MANY_CONTROLS} different controls, so BatchNorm statistics are of the indexed wells alone.', file=sys.stderr)
+    if kinds or with_controls != True: return kinds
     lacks = sorted({*rows.experiment.astype(str)} - {*table.experiment[table.well_type.isin(CONTROLS['all'])].astype(str)})
     what = f'{first_few(lacks)} has no control well' if lacks else 'No kind of control wells is in every experiment'
     raise ScreenError(f'{what} to take BatchNorm statistics of: keep the control wells in the table, or leave out {option("with_controls", True)} of the index.')
@@ -132,7 +143,7 @@ def build_index(
     if rows is None: rows = index_rows(learn)
     model = get_model(learn.model)
     augs = check_random_views(trained_augs(learn.dls)) if views == 'random' else None
-    kinds = _kinds_for(learn, rows, with_controls)
+    kinds = check_controls_beside(learn, with_controls, rows)
     also, said = _with_kinds(learn, rows, kinds) if kinds else None, next(k for k, v in _BESIDE.items() if v == kinds)
     def once(adapt, mask, sub, n, seed):
         emb = learn.embed(rows, adapt=adapt, adapt_rows=also if adapt else None, mask=mask, tta=n, seed=seed, views=views, augs=augs, progress=progress, folder=sub)

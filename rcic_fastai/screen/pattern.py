@@ -386,7 +386,7 @@ def _check_unread(w, d, unread, files, columns, where):
         for c in unread:
             cells = dict.fromkeys(map(_bare, d[c].dropna().astype(str)))
             mine = [names[o] for o in cells if o in names]
-            if not mine or len(names) == len(cells) == 1 or all(o.isdigit() for o in mine) and not _is_called(c, key): continue
+            if not mine or len(names) == len(cells) == 1 or all(o.isdigit() or len(o) < 3 for o in mine) and not _is_called(c, key): continue
             raise ScreenError(f'{where}: the column {c!r} holds {key}s of the pictures ({first_few(mine, 3)}), and its name is no usual one: say '
                               f'{as_columns(key, c)}, or, if it means something else, {as_columns(key, None)}.')
 
@@ -441,8 +441,8 @@ def _with_layout(files, layout, partial, columns, controls, dataset):
     extra, extra_names = _only_in(w, files, keys)
     if extra == len(w):
         raise ScreenError(f'No well of {where} has pictures: it has {extra_names}, and the pictures {_only_in(files, w, keys)[1]}: write in the layout what the pattern takes from the names of files, or change the pattern.')
-    w, other = without_blank(w, files, keys, where), other_spelling(w, files, keys)
-    if other: raise ScreenError(f'{where} has the {other}')
+    if other := other_spelling(w, files, keys): raise ScreenError(f'{where} has the {other}')
+    w = without_blank(w, files, keys, where)
     (bare, bare_names), (extra, extra_names) = _only_in(files, w, keys), _only_in(w, files, keys)
     what = [f'lacks {plural(bare, "well")} of the pictures ({bare_names})'] if bare else []
     if extra: what.append(f'has {plural(extra, "well")} without pictures ({extra_names})')

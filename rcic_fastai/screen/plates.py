@@ -829,7 +829,7 @@ def called_as(
 # %% ../../nbs/06_screen.plates.ipynb #bf9dfcf0
 def _same_text(name):
     "Return a name without what people write in two ways: capitals, zeros in front, and marks that are not between two numbers"
-    s = re.sub(r'[\W_]+', ' ', str(name).casefold())
+    s = re.sub(r'[^\w+-]+|_+|-(?=\w)', ' ', str(name).casefold())     # a + or - at the end is a name's own
     return re.sub(r'(?<!\d)0+(?=\d)', '', re.sub(r'(?<!\d) | (?!\d)', '', s))
 
 def _are_near(a, b):
@@ -894,8 +894,8 @@ def _annotate(t, wells, partial, columns=None, controls=None):
         raise ScreenError(f'{where} does not name the experiment of its plates, '
                           'and several experiments have a plate of the same name: add a column experiment.')
     keys = ['experiment', 'plate', 'well'] if several else ['plate', 'well']
-    w, other = without_blank(w, t, keys, where), other_spelling(w, t, keys)
-    if other: raise ScreenError(f'{where} has the {other}')
+    if other := other_spelling(w, t, keys): raise ScreenError(f'{where} has the {other}')
+    w = without_blank(w, t, keys, where)
     def spelt(o): return first_few(' '.join(map(str, r)) for r in o[keys].itertuples(index=False)) or 'none'
     twice = w[w.duplicated(keys)]
     if len(twice):

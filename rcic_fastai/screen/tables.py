@@ -9,9 +9,9 @@ __all__ = ['CHANNELS', 'CELL_TYPES', 'WELL_TYPES', 'CONTROLS', 'SITE_COLUMNS', '
            'whole_numbers', 'own_well_names', 'numbers_if_exact', 'decimal_commas', 'check_header', 'read_csv',
            'write_csv', 'read_parquet', 'is_parquet', 'table_columns', 'read_table', 'usual_name', 'well_type_of',
            'as_columns', 'complete_types', 'usual_columns', 'names_files', 'control_kinds', 'well_types',
-           'further_columns', 'dose_columns', 'column_called', 'with_target', 'names_perturbations', 'is_site_table',
-           'has_plates', 'check_table', 'split_labels', 'in_order', 'join_labels', 'label_matrix', 'sirna_groups',
-           'most_frequent', 'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments',
+           'further_columns', 'dose_columns', 'number_doses', 'column_called', 'with_target', 'names_perturbations',
+           'is_site_table', 'has_plates', 'check_table', 'split_labels', 'in_order', 'join_labels', 'label_matrix',
+           'sirna_groups', 'most_frequent', 'add_plate_groups', 'read_metadata', 'write_metadata', 'split_experiments',
            'experiment_folds', 'wilds_split', 'real_data']
 
 # %% ../../nbs/01_screen.tables.ipynb #f9df0a46
@@ -565,15 +565,22 @@ def dose_columns(
     "Return the further columns that hold doses, by their names"
     return [c for c in table if c not in SITE_COLUMNS and _DOSE.search(str(c))]
 
+def number_doses(
+    table:pd.DataFrame, # As for `dose_columns`
+)->list: # Names
+    "Return the columns of doses that hold numbers, but for those of a solvent"
+    def is_one(s): return s.notna().any() and not pd.api.types.is_bool_dtype(s) and pd.to_numeric(s.dropna(), errors='coerce').notna().all()
+    return [c for c in dose_columns(table) if is_one(table[c]) and not re.search('(?i)dmso|vehicle|solvent', str(c))]
+
 def column_called(
     table:pd.DataFrame, # Site table, or one of wells or profiles, with columns of this library
     name:str, # As a user says it
 )->str: # A column of the table; empty: it has none of that name
-    "Return the column that a name means: itself, or in other letters; what perturbations are usually called, but for their gene, is sirna; dose or concentration is the only column of doses"
+    "Return the column that a name means: itself, or in other letters; what perturbations are usually called, but for their gene, is sirna; dose or concentration is the only column of doses that holds numbers"
     if name in table: return name
     if 'sirna' in table and usual_name(name) in _PERTURBATION: return 'sirna'
-    alike, doses = [c for c in table if usual_name(c) == usual_name(name)], dose_columns(table)
-    if not alike and usual_name(name) in ('dose', 'concentration', 'conc'): alike = doses
+    alike = [c for c in table if usual_name(c) == usual_name(name)]
+    if not alike and usual_name(name) in ('dose', 'concentration', 'conc'): alike = number_doses(table)
     return alike[0] if len(alike) == 1 else ''
 
 def _target_column(table, name):
