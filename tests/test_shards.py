@@ -159,5 +159,12 @@ def test_what_goes_wrong_on_the_cluster_is_said_here(made, tmp_path, cluster, ca
 
 @pytest.mark.extra('ray')
 def test_a_cluster_that_is_not_there(made, tmp_path, capsys):
+    import ray
+    ray.shutdown()       # of another test of this process
     assert embed(made, tmp_path/'a.csv', '--ray', '127.0.0.1:1') == 2
     assert 'cannot be reached' in capsys.readouterr().err
+    ray.init('local', log_to_driver=False, logging_level='error', include_dashboard=False, num_cpus=1)
+    try:
+        assert embed(made, tmp_path/'a.csv', '--ray', '127.0.0.1:1') == 2
+        assert 'is another cluster than that at' in capsys.readouterr().err and not (tmp_path/'a.csv').exists()
+    finally: ray.shutdown()

@@ -55,9 +55,13 @@ def _plain(e): return first_line(re.sub('\x1b\\[[0-9;]*m', '', str(e)))       # 
 
 def _started(ray, address):
     "Connect to a cluster; return a function that leaves it, unless it was this process's own"
-    if ray.is_initialized(): return lambda: None
+    m = re.fullmatch(r'([\w.-]+):([0-9]{1,5})', address)
+    if ray.is_initialized():
+        here = ray.get_runtime_context().gcs_address
+        if m and address != here: raise ScreenError(f'{option("ray", address)} is another cluster than that at {here}, to which this process is connected: name that one, or leave it first with ray.shutdown().')
+        return lambda: None
     try:
-        if m := re.fullmatch(r'([\w.-]+):([0-9]{1,5})', address): socket.create_connection((m[1], int(m[2])), 10).close()      # Ray would try for minutes
+        if m: socket.create_connection((m[1], int(m[2])), 10).close()      # Ray would try for minutes
         ray.init(None if address == 'local' else address, log_to_driver=False, logging_level='error',
                  include_dashboard=False if address == 'local' else None)
     except (Exception, SystemExit) as e: raise ScreenError(f'{option("ray", address)} cannot be reached ({_plain(e)}): start a cluster with ray start, or name its address.') from None
