@@ -64,15 +64,20 @@ MODELS = dict( # name: what the model is trained with; each adds to the one abov
     swad=dict(**_BATCH, watches=True, callbacks=('swad',)))
 
 
+def drawn_screen(store, experiments, **settings):
+    "Return a simulated screen, drawn and packed once"
+    if not store.exists():
+        folder = store.with_suffix('')
+        if not folder.exists(): simulate_screen(folder, experiments, **settings, progress=False)
+        pack_screen(open_screen(folder), store, progress=False)
+    return open_screen(store)
+
+
 def screen(scale, path, runs):
     "The screen that is judged on"
     if path: return open_screen(path)
     if scale == 'full': raise SystemExit('ablation: --scale full needs --screen, a packed RxRx1 (rcic_download, rcic_pack).')
-    store = runs/'screen.zarr'
-    if not store.exists():
-        if not (runs/'screen').exists(): simulate_screen(runs/'screen', DEMO['experiments'], **{k: v for k, v in DEMO.items() if k != 'experiments'})
-        pack_screen(open_screen(runs/'screen'), store)
-    return open_screen(store)
+    return drawn_screen(runs/'screen.zarr', **DEMO)
 
 
 def train(table, source, scale, seed, norm='own', loss='adacos', cutmix=0., sites=1, metadata=(), rows=None, longer=1, held='none', callbacks=(), trained=True, stem='tile', pretrain='', watches=False, **batches):

@@ -22,7 +22,7 @@ import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-from ablation import DEMO
+from ablation import DEMO, drawn_screen
 from machine import RESULTS, cpu_model, save
 from rcic_fastai.all import *
 from rcic_fastai.core import write_json
@@ -48,11 +48,7 @@ def packed(name, runs):
 def screen_named(name, runs):
     "Return a screen; of the confirming one without what is missing there"
     store, settings = packed(name, runs)
-    if not store.exists():
-        folder = store.with_suffix('')
-        if not folder.exists(): simulate_screen(folder, settings['experiments'], **{k: v for k, v in settings.items() if k != 'experiments'}, progress=False)
-        pack_screen(open_screen(folder), store, progress=False)
-    screen = open_screen(store)
+    screen = drawn_screen(store, **settings)
     return screen if name == 'calibrated' else Screen(thinned(screen.table), screen.source)
 
 

@@ -31,27 +31,20 @@ CANDIDATES = {   # epochs of everything, after two of the head; times the learni
     '96 px, twice the rate': dict(epochs=9, lr=2., size=96),
     '96 px, four times the rate': dict(epochs=9, lr=4., size=96),
     '96 px, twice the rate, no CutMix': dict(epochs=9, lr=2., size=96, cutmix=0.),
-    'twice the rate, batches of one experiment': dict(epochs=22, lr=2., batch_by='experiment'),
-    'twice the rate, batches of two experiments': dict(epochs=22, lr=2., batch_by='experiment', batch_groups=2),
-    'twice the rate, EMA': dict(epochs=22, lr=2., callbacks=(dict(name='ema', decay=.99),)),
-    'twice the rate, MixStyle': dict(epochs=22, lr=2., callbacks=('mixstyle',)),
-    'twice the rate, DSU': dict(epochs=22, lr=2., callbacks=('dsu',)),
-    '50 epochs, demo': dict(epochs=48),
     '50 epochs, twice the rate': dict(epochs=48, lr=2.),
-    '92 epochs, demo': dict(epochs=90),
     '92 epochs, twice the rate': dict(epochs=90, lr=2.)}
 SHOWN = {'inductive': ('inductive', 8, False, False, SEARCH), 'inductive, plain index': ('inductive', 8, False, False, 'no'),
          'adapted': ('adapted', 8, True, False, SEARCH), 'adapted, plain index': ('adapted', 8, True, False, 'no'), 'adapted, 4 views': ('adapted', 4, True, False, SEARCH),
          'adapted, standardized': ('adapted', 8, True, True, SEARCH)}
 
 
-def trained(screen, seed, epochs, lr=1., cutmix=.3, bs=32, size=None, callbacks=(), **data):
+def trained(screen, seed, epochs, lr=1., cutmix=.3, bs=32, size=None):
     "Train a candidate with the experiments of a fold held out; return the learner and the processor's seconds"
     start = time.process_time()
-    dls = screen_dls(screen, valid=list(FOLDS[seed]), size=size, bs=bs, seed=seed, **data)
+    dls = screen_dls(screen, valid=list(FOLDS[seed]), size=size, bs=bs, seed=seed)
     learn = screen_learner(dls, 'efficientnet-lite0', loss='adacos', seed=seed)
     head, everything = RECIPES['demo'].stages
-    everything = replace(everything, epochs=epochs, lr={k: v*lr for k, v in everything.lr.items()}, cutmix=cutmix, callbacks=callbacks)
+    everything = replace(everything, epochs=epochs, lr={k: v*lr for k, v in everything.lr.items()}, cutmix=cutmix)
     with learn.no_bar(), learn.no_logging(): learn.fit_recipe(Recipe('candidate', [head, everything]), seed=seed)
     return learn, time.process_time() - start
 

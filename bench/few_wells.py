@@ -14,7 +14,7 @@ import argparse, itertools, json, os, time
 from pathlib import Path
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-from ablation import DEMO, HELD, MODELS, SCALES, accuracy_of, check_run, screen, train
+from ablation import DEMO, HELD, MODELS, SCALES, accuracy_of, check_run, drawn_screen, screen, train
 from machine import save
 from rcic_fastai.all import *
 from rcic_fastai.core import write_atomic
@@ -31,12 +31,7 @@ WAYS = dict(held={'cutmix': [*((b, PRIOR) for b in BESIDE), ('none', 0), ('all',
 def screen_with_controls(args):
     "Return the screen that is judged on"
     if args.screen or args.scale == 'full': return screen(args.scale, args.screen, args.runs)
-    store = args.runs/'few_wells.zarr'
-    if not store.exists():
-        folder = store.with_suffix('')
-        if not folder.exists(): simulate_screen(folder, DEMO['experiments'], **{**{k: v for k, v in DEMO.items() if k != 'experiments'}, 'controls': CONTROLS}, progress=False)
-        pack_screen(open_screen(folder), store, progress=False)
-    return open_screen(store)
+    return drawn_screen(args.runs/'few_wells.zarr', **{**DEMO, 'controls': CONTROLS})
 
 
 def controls_of(table, rows, beside):

@@ -336,3 +336,8 @@ def test_controls_without_pictures_are_left_out(tmp_path, capsys):
     assert 'sites of control wells, for BatchNorm statistics, have no pictures' in said.out and 'HUVEC-01 of 2 experiments has fewer than 30 different controls' in said.err
     model = load_model(tmp_path/'m')
     assert set(model.adapted_index.labels.batchnorm) == {'experiment'} and len(model.predict(screen, 'adapted', tta=1, progress=False)) == 8
+    simulate_screen(tmp_path/'w', ['HUVEC-01', 'HUVEC-02', 'HUVEC-17'], sirnas=8, size=32, plates=1, controls=30, sites=1, progress=False)
+    train_screen(tmp_path/'w', tmp_path/'n', small, valid='none', bs=4, device='cpu')
+    from rcic_fastai.predict.plan import plan_prediction
+    plan = plan_prediction(load_model(tmp_path/'n'), screen, 'adapted', tta=1)
+    assert any('30 sites of control wells without pictures' in o for o in plan.notes) and set(plan.options.adapt_rows.well_type) == {'treatment', 'negative_control'}

@@ -199,3 +199,13 @@ def test_the_search_has_the_precision_of_the_training(screen):
     learn.model.neck.register_forward_hook(lambda m, given, e: seen.append(torch.is_autocast_enabled('cpu')))
     quiet(learn, lambda: learn.fit(1, 1e-3, cbs=[style, Bf16()]))
     assert seen and all(seen[:2])
+
+@pytest.mark.parametrize('enabled', [True, False])
+def test_the_searched_loss_is_scaled_as_that_of_the_training(enabled):
+    "Where half precision scales it"
+    from types import SimpleNamespace
+    style, scaler = AdversarialStyle(), SimpleNamespace(is_enabled=lambda: enabled, get_scale=lambda: 8.)
+    style.learn = SimpleNamespace(mixed_precision=SimpleNamespace(scaler=scaler))
+    assert style.scaled(2.) == (16. if enabled else 2.)
+    style.learn = SimpleNamespace()
+    assert style.scaled(2.) == 2.

@@ -38,11 +38,13 @@ def target_columns(
     def known(name): return column_called(m, name) or ('sirna' if 'sirna' in m and usual_name(name) == 'gene' else name)
     names = [known(c.strip()) for c in str(target).split('+') if c.strip()]
     lacks = [c for c in names if c not in m]
-    strange, dose = option('dose', dose) if dose and not column_called(m, dose) else '', column_called(m, dose) if dose else ''
+    found = column_called(m, dose) if dose else ''
+    strange = option('dose', dose) if dose and not found else ''
     if lacks or not names: strange = f'{option("target", target)} names {first_few(lacks) or "nothing"}, which'
     if strange:
         raise ScreenError(f'{strange} is no column of the profiles: they have {first_few(m.columns, 30)}.')
-    dose = dose or next((c for c in names if c in _doses(m)), '')
+    doses = _doses(m)
+    dose = found or next((c for c in names if c in doses), '')
     names = [c for c in dict.fromkeys(names) if c != dose]
     if not names:
         raise ScreenError(f'{option("target", target)} names doses only: '

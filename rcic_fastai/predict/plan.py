@@ -522,18 +522,21 @@ def _way(model, protocol, c, given):
     return SimpleNamespace(asked=asked, adapt=adapt, correct=correct, correction=correction, index=index, neck=neck, kinds=kinds, needs_controls=needs_controls, notes=notes + searched)
 
 def _without_absent(screen):
-    "Return a screen without the controls, for BatchNorm statistics, that have no pictures"
-    gone = screen.table.site_id.isin({*screen.source.missing().site_id}) & (screen.table.well_type != 'treatment')
-    return screen[screen.table[~gone]] if gone.any() else screen
+    "Return a screen without the controls, for BatchNorm statistics, that have no pictures, and notes"
+    t = screen.table
+    gone = t.site_id.isin({*screen.source.missing().site_id}) & (t.well_type != 'treatment') & (t.dataset == 'test')
+    if not gone.any(): return screen, []
+    return screen[t[~gone]], [f'{plural(gone.sum(), "site")} of control wells without pictures: left out of the BatchNorm statistics.']
 
 def _asked(model, whole, way, given):
     "Return the pictures that are read, those of the wells to name, and sentences about what was left out: `first` and `last`"
     of_cells = {k: given[k] for k in CELL_OPTIONS}
-    if way.needs_controls and not model.spec.per_group and given['wells'] == 'treatment': whole = _without_absent(whole)
+    absent = []
+    if way.needs_controls and not model.spec.per_group and given['wells'] == 'treatment': whole, absent = _without_absent(whole)
     everything, first = _pictures(model, whole, 'all' if way.needs_controls else given['wells'], given['only_present'], given['cells'], of_cells)
     rows, last = without_others(model, prediction_rows(everything.table, given['wells'], model.spec.target))
     _check_correctable(rows, way.correct)
-    return everything, everything[rows], SimpleNamespace(first=first, last=last)
+    return everything, everything[rows], SimpleNamespace(first=[*absent, *first], last=last)
 
 def _embed_options(model, spec, c, way, everything, given):
     "Return how the sites are embedded"
